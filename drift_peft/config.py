@@ -1,0 +1,230 @@
+"""DriftConfig: LoRA's own configuration plus what the guidance needs, and how both are stored on disk."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig, PeftType
+
+CONFIG_FILE = "drift_config.json"
+
+SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
+TARGETS = ("residual", "delta", "factors")
+# Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
+STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
+
+
+def extend_peft_type() -> None:
+    """Add `DRIFT` to PEFT's enum of adapter types, which it does not let other packages extend in public."""
+    if "DRIFT" not in PeftType.__members__:
+        member = str.__new__(PeftType, "DRIFT")
+        member._name_, member._value_ = "DRIFT", "DRIFT"
+        PeftType.DRIFT = member  # before the maps below: afterwards the enum refuses the assignment
+        PeftType._member_names_.append("DRIFT")
+        PeftType._member_map_["DRIFT"] = PeftType._value2member_map_["DRIFT"] = member
+
+
+extend_peft_type()
+
+
+@dataclass
+class DriftConfig(LoraConfig):
+    """LoRA whose gradients are biased toward a reasoning prior (DRIFT, arXiv 2510.15050, equations 3 and 4).
+
+    All of `LoraConfig`'s fields keep their meaning. `target_modules=None` means exactly the language model's
+    projections that the prior covers. On disk the adapter is plain LoRA; the fields below go to `drift_config.json`.
+
+    Raises:
+        TypeError: an unknown field (the nearest known one is named).
+        ValueError: a value out of range, a LoRA variant with another chain rule, or no prior to train with.
+    """
+
+    prior: str | None = field(
+        default=None, metadata={"help": "Prior file, or hub id (`id@revision`); None only with inference_mode=True."}
+    )
+    drift_alpha: float = field(
+        default=1.0,
+        metadata={"help": "Strength a ≥ 0 of the pull toward the expert; 0 is plain LoRA. The paper's α is −a."},
+    )
+    drift_scale: Literal["adaptive", "gradnorm", "absolute", "decoupled"] = field(
+        default="adaptive",
+        metadata={"help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead."},
+    )
+    drift_target: Literal["residual", "delta", "factors"] = field(
+        default="residual", metadata={"help": "What the bias points to: Δ − sBA, Δ, or the SVD's own factors."}
+    )
+    drift_rank: int | None = field(
+        default=None, metadata={"help": "Rank to which Δ is truncated; None: the adapter's own rank."}
+    )
+    drift_norm: Literal["factor"] = field(
+        default="factor", metadata={"help": "Whose norm and cosine scale the bias: those of each LoRA factor."}
+    )
+    prior_sha256: str | None = field(
+        default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
+    )
+    drift_steps: int = field(default=0, metadata={"help": "Guided optimizer steps so far; counted while training."})
+    init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
+        default="drift",
+        metadata={
+            "help": "'drift': lora_A starts in the top right singular vectors of Δ and lora_B at 0; or PEFT's own.",
+            "lora_variants": LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"],
+        },
+    )
+
+    def __new__(cls, *args, **kwargs):
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument '{name}'{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.DRIFT
+        self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
+        self._check_lora()
+        check_settings(self)
+        if self.prior is not None and not isinstance(self.prior, str):
+            raise ValueError(f"prior must be a path or a hub id, got {type(self.prior).__name__}.")
+        if self.prior is None and not self.inference_mode:
+            raise ValueError(
+                "DriftConfig needs a prior to train: build one with build_prior(expert, base, output) and pass its "
+                "path, or use peft.LoraConfig for training without guidance."
+            )
+
+    def _check_lora(self) -> None:
+        if not _is_rank(self.r):
+            raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
+        if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "
+                f"{', '.join(map(repr, STARTS))}; starts that change the base weight also change Δ."
+            )
+        variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+        refused = [v for v in [*variants, "use_qalora", "layer_replication"] if getattr(self, v, None)]
+        if refused:
+            raise ValueError(
+                f"{refused[0]} changes how an adapter acts on the weight, so the guidance of plain LoRA would be "
+                f"wrong for it: leave out {' and '.join(refused)}."
+            )
+
+    # On disk: what stock PEFT writes for LoRA, and our settings beside it.
+
+    def to_lora(self) -> LoraConfig:
+        """The same adapter as stock PEFT knows it; `init_lora_weights` is True where the start is ours."""
+        lora = {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
+        lora["peft_type"] = PeftType.LORA
+        lora["init_lora_weights"] = True if self.init_lora_weights == "drift" else self.init_lora_weights
+        return LoraConfig(**lora)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "drift_steps": int(self.drift_steps)}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write `adapter_config.json` (plain LoRA) and `drift_config.json` (the settings, the prior, guided steps)."""
+        self.to_lora().save_pretrained(save_directory, **kwargs)
+        own = {name: value for name, value in self.to_dict().items() if name in _own_fields()}
+        path = Path(save_directory, CONFIG_FILE)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, prior: str | None = None, **kwargs
+    ) -> DriftConfig:
+        """Read an adapter's settings back, for more training: `PeftModel.from_pretrained(base, dir, config=…,
+        is_trainable=True)`. `prior=` names another file than the stored one, for a prior that has moved or changed.
+
+        Raises:
+            ValueError: the folder or hub repository has no `drift_config.json`, or it holds unknown settings.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        lora = LoraConfig.from_pretrained(source, subfolder=subfolder, **kwargs)
+        path = Path(source, subfolder or "", CONFIG_FILE)
+        if not path.is_file():
+            hub_kwargs, _, _ = PeftConfig._split_kwargs(kwargs)
+            try:
+                path = Path(hf_hub_download(source, CONFIG_FILE, subfolder=subfolder, **hub_kwargs))
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise ValueError(
+                    f"'{source}' has no {CONFIG_FILE}, so it was not trained with DriftConfig: load it as plain LoRA "
+                    "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
+                ) from error
+        try:
+            own = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid JSON, so it may be truncated: {error}") from error
+        unknown = sorted(set(own) - _own_fields())
+        if unknown:
+            raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
+        if prior is not None:
+            own.update(prior=os.fspath(prior), prior_sha256=None)
+        shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
+        return cls(**{**shared, **own})
+
+
+def _own_fields() -> set[str]:
+    """Names of the fields that are ours, so that they go to drift_config.json."""
+    return {f.name for f in fields(DriftConfig)} - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
+
+
+def check_settings(config: DriftConfig) -> None:
+    """Refuse a guidance setting that is out of range, by name and value, with the way out.
+
+    Raises:
+        ValueError: see METHOD notes in README.md for what each setting may be.
+    """
+    alpha, rank = config.drift_alpha, config.drift_rank
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"drift_alpha must be a finite number ≥ 0, got {alpha!r}.")
+    if alpha < 0:
+        raise ValueError(
+            f"drift_alpha={alpha} is negative: a positive strength pulls toward the expert here, so where the paper "
+            f"writes α = {alpha} set drift_alpha={-alpha}."
+        )
+    _choose("drift_scale", config.drift_scale, SCALES)
+    if config.drift_target == "base":
+        raise ValueError("drift_target='base' is not available yet: use 'residual', 'delta' or 'factors'.")
+    _choose("drift_target", config.drift_target, TARGETS)
+    if config.drift_norm == "weight":
+        raise ValueError("drift_norm='weight' is not available yet: use drift_norm='factor'.")
+    _choose("drift_norm", config.drift_norm, ("factor",))
+    if rank is not None and not _is_rank(rank):
+        raise ValueError(f"drift_rank must be None or a whole number ≥ 1, got {rank!r}.")
+    if config.drift_scale == "decoupled" and config.drift_target != "factors":
+        raise ValueError(
+            f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
+            "meaning for it: set drift_target='factors'."
+        )
+    if config.drift_target == "factors" and rank not in (None, config.r):
+        raise ValueError(
+            f"drift_rank={rank} differs from r={config.r}, but drift_target='factors' gives every row of lora_A its "
+            "own target: leave drift_rank=None."
+        )
+    if config.drift_target == "factors" and min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
+        raise ValueError(
+            "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
+            f"lora_alpha={config.lora_alpha} and alpha_pattern={config.alpha_pattern}."
+        )
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, known))}{hint}")

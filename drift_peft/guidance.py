@@ -1,0 +1,126 @@
+"""The method as pure functions on tensors: it knows no modules and no optimizers.
+
+Notation: an adapter acts on a weight W [out, in] as W + s·B·A, with A [r, in], B [out, r] and the LoRA scaling s; the
+prior is Δ_r = U diag(S) Vh with U [out, k], S [k], Vh [k, in]. Every function takes any number of leading batch
+dimensions `…`, so that all layers of one shape go through in one call, and scalars such as s are tensors of shape […].
+Nothing of size [out, in] is ever formed. Source: DRIFT, arXiv 2510.15050, equations 3 and 4, pulled back onto LoRA by
+the chain rule g_A = s·Bᵀ·G, g_B = s·G·Aᵀ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Direction(NamedTuple):
+    """Where the bias points, for both factors."""
+
+    A: Tensor  # […, r, in]
+    B: Tensor  # […, out, r]
+    floor_A: Tensor  # […]  ‖D_A‖ up to here is rounding, and counts as no direction
+    floor_B: Tensor  # […]
+    share: Tensor | float  # […]  what the strength of gradnorm and adaptive is multiplied with: min(1, ‖X‖/‖Δ_r‖)
+
+
+def _column(scalar: Tensor) -> Tensor:
+    return scalar[..., None, None]
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Frobenius norm over the last two dimensions, shape […]."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+
+
+def gram_norm(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    """‖U diag(S) Vh‖_F […], from the Gram matrices: factors stored in bf16 are only nearly orthonormal."""
+    return ((U.mT @ U) * (Vh @ Vh.mT) * S[..., :, None] * S[..., None, :]).sum((-2, -1)).clamp_min(0).sqrt()
+
+
+def delta(A: Tensor, B: Tensor, s: Tensor, U: Tensor, S: Tensor, Vh: Tensor, delta_norm: Tensor) -> Direction:
+    """The paper's constant direction X = Δ_r: D_A = s·Bᵀ·X, D_B = s·X·Aᵀ. `delta_norm` […] is ‖Δ_r‖."""
+    D_A = _column(s) * ((B.mT @ U) * S[..., None, :]) @ Vh
+    D_B = _column(s) * U @ (S[..., :, None] * (Vh @ A.mT))
+    return _with_floors(D_A, D_B, A, B, s, delta_norm, share=1.0)
+
+
+def residual(
+    A: Tensor,
+    B: Tensor,
+    s: Tensor,
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    delta_norm: Tensor,
+    A_all: Tensor | None = None,
+    B_all: Tensor | None = None,
+) -> Direction:
+    """What is still missing, X = Δ_r − Σ s·B·A over all active adapters.
+
+    A_all […, R, in] and B_all […, out, R] are the stacked factors of every active adapter, the scaling within B_all;
+    left out, they are those of this adapter alone.
+    """
+    A_all = A if A_all is None else A_all
+    B_all = _column(s) * B if B_all is None else B_all
+    UtB, AVt = U.mT @ B_all, A_all @ Vh.mT  # […, k, R], […, R, k]
+    BtB, AAt = B_all.mT @ B_all, A_all @ A_all.mT  # […, R, R]
+    # ‖X‖² = ‖Δ_r‖² − 2·Σ_i S_i·[(UᵀB)(A Vhᵀ)]_ii + tr((BᵀB)(A Aᵀ)), with s inside B
+    cross = (S * (UtB * AVt.mT).sum(-1)).sum(-1)
+    X_norm = (delta_norm**2 - 2 * cross + (BtB * AAt).sum((-2, -1))).clamp_min(0).sqrt()
+    D_A = _column(s) * (((B.mT @ U) * S[..., None, :]) @ Vh - (B.mT @ B_all) @ A_all)
+    D_B = _column(s) * (U @ (S[..., :, None] * (Vh @ A.mT)) - B_all @ (A_all @ A.mT))
+    share = torch.where(delta_norm > 0, X_norm / delta_norm, 0.0).clamp_max(1)
+    return _with_floors(D_A, D_B, A, B, s, X_norm, share)
+
+
+def _with_floors(D_A: Tensor, D_B: Tensor, A: Tensor, B: Tensor, s: Tensor, X_norm: Tensor, share) -> Direction:
+    rounding = 1e-6 * s * X_norm
+    return Direction(D_A, D_B, rounding * _norm(B), rounding * _norm(A), share)
+
+
+def balanced_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The SVD's own factors, A* = √(S/s)·Vh and B* = U·√(S/s), for which s·B*·A* = Δ_r."""
+    root = (S / s[..., None]).sqrt()
+    return root[..., :, None] * Vh, U * root[..., None, :]
+
+
+def start_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Δ_r split as the `drift` start splits it: A* = c·Vh and B* = U diag(S)/(s·c), with c the start's row norm."""
+    return START_NORM * Vh, U * (S / (s[..., None] * START_NORM))[..., None, :]
+
+
+START_NORM = 3**-0.5  # the row norm of PEFT's Kaiming start
+
+
+def factors(A: Tensor, B: Tensor, A_star: Tensor, B_star: Tensor) -> Direction:
+    """Straight to given factors: D_A = A* − A, D_B = B* − B."""
+    return Direction(A_star - A, B_star - B, 1e-6 * _norm(A_star), 1e-6 * _norm(B_star), 1.0)
+
+
+def bias(g: Tensor, D: Tensor, floor: Tensor, share: Tensor | float, alpha: float | Tensor, scale: str) -> Tensor:
+    """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g (eq. 3 and 4).
+
+        absolute    g − a·D
+        gradnorm    g − a·‖g‖·D/‖D‖
+        adaptive    g − a·(1 + cos(g, D))/2·‖g‖·D/‖D‖
+
+    `alpha` a is a number or […]; 0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is.
+
+    Raises:
+        ValueError: an unknown scale.
+    """
+    if scale == "absolute":
+        return g - (_column(alpha) if isinstance(alpha, Tensor) else alpha) * D
+    g_norm, D_norm = _norm(g), _norm(D)
+    if scale == "gradnorm":
+        strength = alpha * share
+    elif scale == "adaptive":
+        product = g_norm * D_norm
+        cosine = torch.where(product > 0, (g * D).sum((-2, -1)) / product, 0.0)
+        strength = alpha * share * (1 + cosine.clamp(-1, 1)) / 2
+    else:
+        raise ValueError(f"Unknown scale {scale!r}.")
+    per_unit = torch.where(D_norm > floor, strength * g_norm / D_norm, 0.0)
+    return g - _column(per_unit) * D

@@ -1,0 +1,277 @@
+"""DriftModel: PEFT's LoraModel whose layers know the prior that steers them; `guide` for models wrapped elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from . import guidance
+from .config import DriftConfig
+from .naming import canonical_name, cross_attention_layers, language_model_targets
+from .prior import ReasoningPrior
+from .step import Steered, lora_layers
+
+FINGERPRINT_LAYERS = 16  # base weights that are compared with the prior's fingerprint, spread over the model
+# NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
+FINGERPRINT_TOLERANCE = 0.3
+ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
+
+
+class DriftModel(LoraModel):
+    """What `get_peft_model(model, DriftConfig(…))` makes. The forward pass is PEFT's own; gradients are guided.
+
+    Raises:
+        ValueError: the prior belongs to another model, or none of the targets has a Δ. The model is then untouched.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, DriftConfig):
+            return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.inference_mode:
+            if config.target_modules is None:
+                config.target_modules = language_model_targets(model)
+            return super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+        prior = _open_prior(config)
+        keep_4bit_differentiable(model)
+        if config.target_modules is None:
+            config.target_modules = language_model_targets(model, prior)
+        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        _check_fit(model, prior, config, {name: _rank(config, name) for name in names})
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        steered = _steer(lora_layers(model, adapter_name), prior, config)
+        if config.init_lora_weights == "drift":
+            _start(steered)
+
+    def _create_and_replace(self, lora_config, *args, **kwargs) -> None:
+        if lora_config.init_lora_weights == "drift":  # PEFT's layers refuse a start they do not know; ours comes after
+            lora_config = copy.copy(lora_config)
+            lora_config.init_lora_weights = True
+        super()._create_and_replace(lora_config, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
+        config.weights_loaded = True  # no field of the config, so it is not stored
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
+        """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
+        weights = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        )
+        starts_at_zero = config.init_lora_weights in ZERO_STARTS and not getattr(config, "weights_loaded", False)
+        expects_steps = isinstance(config, DriftConfig) and not config.inference_mode and config.drift_alpha > 0
+        if expects_steps and starts_at_zero and int(config.drift_steps) == 0:
+            if any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
+                warnings.warn(
+                    f"The adapter '{adapter_name}' was trained, but the guidance never ran: its optimizer does not "
+                    "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA.",
+                    stacklevel=2,
+                )
+        return weights
+
+
+def guide(
+    model: nn.Module,
+    prior: ReasoningPrior | str,
+    adapter_name: str | None = None,
+    *,
+    drift_alpha: float = 1.0,
+    drift_scale: str = "adaptive",
+    drift_target: str = "residual",
+    drift_rank: int | None = None,
+    drift_norm: str = "factor",
+) -> nn.Module:
+    """Steer the LoRA adapters of a model that was wrapped elsewhere (PEFT, TRL, Unsloth, LLaMA-Factory).
+
+    The settings are those of `DriftConfig`; the adapter's start stays as it is, and so does what it saves. Without
+    `adapter_name` every active adapter is steered. Calling it again replaces the settings. Returns the model.
+
+    Raises:
+        ValueError: the model has no LoRA layers, uses a LoRA variant with another chain rule, was wrapped with
+            DriftConfig, or does not fit the prior.
+    """
+    prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
+    layers = list(lora_layers(model, adapter_name))
+    if not layers:
+        wanted = "LoRA layers on its language model" if adapter_name is None else f"adapter '{adapter_name}'"
+        raise ValueError(f"The model has no {wanted}: wrap it with get_peft_model first.")
+    for name, layer, adapter in layers:
+        if adapter in layer.lora_variant:
+            variant = type(layer.lora_variant[adapter]).__name__
+            raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
+        current = getattr(layer, "drift", {}).get(adapter)
+        if current is not None and current.config in getattr(model, "peft_config", {}).values():
+            raise ValueError(
+                f"The adapter '{adapter}' is steered by its DriftConfig already: change the settings there."
+            )
+    config = DriftConfig(
+        prior=prior.source,
+        prior_sha256=prior.sha256,
+        r=max(layer.r[adapter] for _, layer, adapter in layers),
+        drift_alpha=drift_alpha,
+        drift_scale=drift_scale,
+        drift_target=drift_target,
+        drift_rank=drift_rank,
+        drift_norm=drift_norm,
+    )
+    keep_4bit_differentiable(model)
+    ranks = {id(layer): layer.r[adapter] for _, layer, adapter in layers}
+    _check_fit(model, prior, config, {n: ranks[id(m)] for n, m in model.named_modules() if id(m) in ranks})
+    _steer(layers, prior, config)
+    return model
+
+
+def _open_prior(config: DriftConfig) -> ReasoningPrior:
+    prior = ReasoningPrior.load(config.prior)
+    if config.prior_sha256 not in (None, prior.sha256):
+        raise ValueError(
+            f"The prior '{config.prior}' has changed since this adapter was trained (SHA-256 {prior.sha256[:12]}…, was "
+            f"{config.prior_sha256[:12]}…): pass the old file, or accept this one with "
+            "DriftConfig.from_pretrained(folder, prior=…)."
+        )
+    config.prior_sha256 = prior.sha256
+    return prior
+
+
+def _rank(config: DriftConfig, module_name: str) -> int:
+    """The rank that PEFT will give this module's adapter."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module_name), config.r)
+
+
+def _check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int]) -> None:
+    """Refuse a prior of another model before anything is touched, and report targets that have no Δ.
+
+    `targets` maps the names of the modules that are (or will be) adapted to their adapter's rank.
+    """
+    config = getattr(model, "config", None)
+    skipped = cross_attention_layers(config) if config is not None else ()
+    modules = {}  # canonical name -> the base module
+    steered, unsteered = [], []
+    for name, module in model.named_modules():
+        if ".base_layer" in name or not hasattr(module, "weight"):
+            continue
+        canonical = canonical_name(f"{name}.weight", skipped)
+        if canonical in prior:
+            modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name in targets:
+            (steered if canonical in prior else unsteered).append((name, canonical))
+    missing = [name for name in prior if name not in modules]
+    if missing:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
+            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
+        )
+    for canonical, module in modules.items():
+        here = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        there = len(prior[canonical].U), prior[canonical].Vh.shape[1]
+        if here != there:
+            raise ValueError(
+                f"The prior '{prior.source}' was built for another model: {canonical} is {list(there)} there and "
+                f"{list(here)} here; build a prior for this base with build_prior."
+            )
+    if not steered:
+        example = f", such as {unsteered[0][0]}" if unsteered else ""
+        raise ValueError(
+            f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
+            "would be steered: leave target_modules=None to adapt exactly what the prior covers."
+        )
+    if drift.drift_target == "factors":
+        for name, canonical in steered:
+            if (rank := len(prior[canonical].S)) < targets[name]:
+                raise ValueError(
+                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
+                    f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
+                )
+    if unsteered:
+        warnings.warn(
+            f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
+            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
+            stacklevel=2,
+        )
+    _check_fingerprint(modules, prior)
+
+
+@torch.no_grad()
+def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
+    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
+    names = list(modules)
+    difference = stored_square = 0.0
+    for name in names[:: max(1, len(names) // FINGERPRINT_LAYERS)]:
+        if modules[name].weight.device.type == "meta":  # nothing to compare before the weights are loaded
+            continue
+        weight, stored = prior[name], torch.tensor(prior[name].fingerprint)
+        W = dequantize_module_weight(modules[name]).float()
+        i = len(stored)
+        U, Vh = weight.U[:, :i].to(W.device, W.dtype), weight.Vh[:i].to(W.device, W.dtype)
+        found = ((U.mT @ W) * Vh).sum(-1).cpu()
+        difference += (found - stored).square().sum().item()
+        stored_square += stored.square().sum().item()
+    if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+            f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
+            "build a prior for this base with build_prior."
+        )
+
+
+def _steer(layers: Iterable[tuple[str, LoraLayer, str]], prior: ReasoningPrior, config: DriftConfig) -> list[Steered]:
+    steered = [Steered(layer, adapter, name, prior[name], config) for name, layer, adapter in layers if name in prior]
+    for s in steered:
+        s.register()
+    return steered
+
+
+@torch.no_grad()
+def _start(steered: list[Steered]) -> None:
+    """The `drift` start: A = c·V_rᵀ, B = 0. The model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
+
+    c is the row norm of PEFT's own start. Rows beyond the prior's rank keep that start.
+    """
+    short = 0
+    for s in steered:
+        if s.A.device.type != "meta":  # low_cpu_mem_usage: the weights are loaded afterwards
+            rows = min(len(s.S), len(s.A))
+            s.A[:rows] = (guidance.START_NORM * s.Vh[:rows].float()).to(s.A)
+            s.B.zero_()
+            short += rows < len(s.A)
+    if short:
+        warnings.warn(
+            f"On {short} layers the prior's rank is below the adapter's: their remaining rows of lora_A start as "
+            "PEFT's do.",
+            stacklevel=2,
+        )
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes 4-bit layers on a CPU trainable after an evaluation pass.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight in its first forward pass in eval mode, for a kernel
+    without a gradient: from then on, training raises an error, or goes on with wrong gradients where the layer has no
+    bias. This switches that kernel off for the model's layers and unpacks what was packed before.
+    """
+    import bitsandbytes as bnb
+
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.support_avx512bf16_for_cpu]
+    for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.state_dict()  # where bitsandbytes unpacks the weight, in place
+        layer.support_avx512bf16_for_cpu = False
+    if any(layer.weight.device.type == "cpu" for layer in layers):
+        warnings.warn(
+            f"Switched off bitsandbytes' AVX512-BF16 inference kernel on {len(layers)} 4-bit layers: it has no "
+            "gradient, and an evaluation pass would have made training wrong. Evaluation on this CPU is slower.",
+            stacklevel=2,
+        )

@@ -1,0 +1,50 @@
+"""What several test files share: one tiny pair of base and expert with a known Δ, and its prior."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_layout, tiny_llm
+
+from drift_peft import ReasoningPrior, build_prior
+from drift_peft.naming import PROJECTION
+
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
+
+
+@dataclass
+class Pair:
+    """A tiny text Llama, what an expert has beyond it, and the prior made from both."""
+
+    folder: Path  # holds base/, expert/, prior.safetensors and attn.safetensors (the attention's Δ alone)
+    base: torch.nn.Module
+    delta: dict[str, torch.Tensor]  # canonical weight name -> Δ [out, in]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "prior.safetensors"
+
+    @property
+    def prior(self) -> ReasoningPrior:
+        return ReasoningPrior.load(self.path)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    base, expert = tiny_llm("llava"), tiny_llm("llava")
+    generator = torch.Generator().manual_seed(1)
+    delta = {}
+    for name, weight in expert.get_decoder().named_parameters():
+        if PROJECTION.fullmatch(name):  # rank 6 and some noise, about a third of the weight's norm
+            left, right = (torch.randn(n, 6, generator=generator) for n in weight.shape)
+            noise = torch.randn(weight.shape, generator=generator)
+            delta[name] = (0.12 * left @ right.T + 0.1 * noise) * weight.detach().std()
+            weight.data += delta[name]
+    save_layout(base, folder / "base")
+    save_layout(expert, folder / "expert")
+    for modules, file in ((("attn", "mlp"), "prior"), (("attn",), "attn")):
+        output = folder / f"{file}.safetensors"
+        build_prior(folder / "expert", folder / "base", output, rank=8, modules=modules, progress=False)
+    return Pair(folder, base, delta)

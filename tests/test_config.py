@@ -1,0 +1,182 @@
+"""DriftConfig: every refusal by its message, and what stands on disk."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, PeftConfig, PeftType
+
+from drift_peft import DriftConfig
+from drift_peft.config import CONFIG_FILE
+
+
+def config(**settings):
+    return DriftConfig(**{"prior": "prior.safetensors", **settings})
+
+
+CHANGES_W = "is not available with guidance.*'gaussian'.*also change Δ"
+FACTORS = {"drift_target": "factors"}
+REFUSED = [
+    # drift_alpha
+    ({"drift_alpha": -1.0}, r"drift_alpha=-1\.0 is negative: a positive strength pulls toward the expert"),
+    ({"drift_alpha": -0.5}, r"where the paper writes α = -0\.5 set drift_alpha=0\.5"),
+    ({"drift_alpha": math.nan}, r"drift_alpha must be a finite number ≥ 0, got nan"),
+    ({"drift_alpha": math.inf}, r"drift_alpha must be a finite number ≥ 0, got inf"),
+    ({"drift_alpha": "1"}, r"drift_alpha must be a finite number ≥ 0, got '1'"),
+    ({"drift_alpha": True}, r"drift_alpha must be a finite number ≥ 0, got True"),
+    ({"drift_alpha": None}, r"drift_alpha must be a finite number ≥ 0, got None"),
+    # modes, and those of a later version
+    ({"drift_scale": "gradnrm"}, r"drift_scale='gradnrm' is unknown.*'adaptive', .*; did you mean 'gradnorm'\?"),
+    ({"drift_scale": "adaptiv"}, r"did you mean 'adaptive'\?"),
+    ({"drift_scale": "zzz"}, r"drift_scale='zzz' is unknown: choose one of .*'decoupled'$"),
+    ({"drift_scale": None}, r"drift_scale=None is unknown"),
+    ({"drift_target": "Residual"}, r"drift_target='Residual' is unknown.*did you mean 'residual'\?"),
+    ({"drift_target": "base"}, r"drift_target='base' is not available yet: use 'residual', 'delta' or 'factors'"),
+    ({"drift_norm": "weight"}, r"drift_norm='weight' is not available yet: use drift_norm='factor'"),
+    ({"drift_norm": "factors"}, r"drift_norm='factors' is unknown.*did you mean 'factor'\?"),
+    # ranks
+    *[({"drift_rank": k}, rf"drift_rank must be None or a .* ≥ 1, got {k!r}") for k in (0, -4, 2.5, "8", True)],
+    *[({"r": r}, rf"r must be a whole number ≥ 1, got {r!r}") for r in (0, -8, 2.5, "8", True, None)],
+    # combinations
+    ({"drift_scale": "decoupled"}, r"moves the factors.*drift_target='residual'.*set drift_target='factors'"),
+    ({"drift_scale": "decoupled", "drift_target": "delta"}, r"drift_target='delta' has no meaning"),
+    ({**FACTORS, "drift_rank": 4, "r": 8}, r"drift_rank=4 differs from r=8.*leave drift_rank=None"),
+    ({**FACTORS, "lora_alpha": 0}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=0"),
+    ({**FACTORS, "lora_alpha": -8}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=-8"),
+    ({**FACTORS, "alpha_pattern": {"q_proj": 0}}, r"'factors' needs a positive .*alpha_pattern=\{'q_proj': 0\}"),
+    # the prior
+    ({"prior": None}, r"DriftConfig needs a prior to train.*build_prior.*use peft\.LoraConfig for training without"),
+    ({"prior": 7}, r"prior must be a path or a hub id, got int"),
+    # what changes the chain rule or the base weight
+    ({"use_dora": True}, r"use_dora changes how an adapter acts on the weight.*leave out use_dora"),
+    ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens changes how"),
+    ({"use_qalora": True}, r"use_qalora changes how"),
+    ({"layer_replication": [(0, 1)]}, r"layer_replication changes how"),
+    ({"use_dora": True, "use_qalora": True}, r"leave out use_dora and use_qalora"),
+    ({"init_lora_weights": "pissa"}, f"init_lora_weights='pissa' {CHANGES_W}"),
+    ({"init_lora_weights": "pissa_niter_4"}, CHANGES_W),
+    ({"init_lora_weights": "olora"}, CHANGES_W),
+    ({"init_lora_weights": "corda"}, CHANGES_W),
+    ({"init_lora_weights": "mica"}, CHANGES_W),
+    ({"init_lora_weights": "drfit"}, CHANGES_W),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_refusals(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("drift_alhpa", "drift_alpha"), ("drift_scales", "drift_scale"), ("lora_alfa", "lora_alpha"), ("priors", "prior")],
+)
+def test_unknown_key_names_the_nearest(key, near):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{key}'; did you mean '{near}'\\?"):
+        config(**{key: 1})
+
+
+def test_unknown_key_without_a_near_one():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'$"):
+        config(zzz=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"drift_alpha": 0},
+        {"drift_alpha": 3, "drift_scale": "decoupled", "drift_target": "factors"},
+        {"drift_rank": 3, "r": 8},
+        {"drift_rank": 8, "r": 8, "drift_target": "factors"},
+        {"init_lora_weights": True},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"use_rslora": True, "alpha_pattern": {"q_proj": 4}, "rank_pattern": {"q_proj": 2}},
+        {"prior": None, "inference_mode": True},
+    ],
+)
+def test_accepted_as_given(settings):
+    made = config(**settings)
+    assert made.peft_type == PeftType.DRIFT and isinstance(made, LoraConfig)
+    assert {key: getattr(made, key) for key in settings} == settings
+
+
+def test_defaults():
+    made = config()
+    assert (made.drift_alpha, made.drift_scale, made.drift_target, made.drift_rank, made.drift_norm) == (
+        1.0, "adaptive", "residual", None, "factor",
+    )  # fmt: skip
+    assert made.init_lora_weights == "drift" and made.target_modules is None and made.drift_steps == 0
+
+
+# On disk
+
+SETTINGS = {
+    "prior": "some/prior@abc", "prior_sha256": "0f" * 32, "drift_alpha": 0.3, "drift_scale": "gradnorm",
+    "drift_target": "delta", "drift_rank": 5, "drift_steps": 17,
+}  # fmt: skip
+LORA = {"r": 6, "lora_alpha": 12, "lora_dropout": 0.1, "use_rslora": True, "target_modules": ["q_proj"]}
+
+
+def test_round_trip_is_plain_lora_and_a_file_beside_it(tmp_path):
+    made = config(**SETTINGS, **LORA, rank_pattern={"q_proj": 3}, task_type="CAUSAL_LM")
+    made.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", CONFIG_FILE]
+
+    stock = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stock["peft_type"] == "LORA" and stock["init_lora_weights"] is True
+    assert stock.keys() <= set(LoraConfig.__dataclass_fields__)
+    assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
+
+    own = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert own == {**SETTINGS, "drift_norm": "factor", "init_lora_weights": "drift"}
+    assert DriftConfig.from_pretrained(tmp_path) == made
+    assert DriftConfig.from_pretrained(tmp_path.parent, subfolder=tmp_path.name) == made
+
+
+@pytest.mark.parametrize("start", ["drift", True, False, "gaussian"])
+def test_the_start_survives(tmp_path, start):
+    config(init_lora_weights=start).save_pretrained(tmp_path)
+    assert DriftConfig.from_pretrained(tmp_path).init_lora_weights == start
+    stored = LoraConfig.from_pretrained(tmp_path).init_lora_weights
+    assert stored == (True if start == "drift" else start)
+
+
+def test_prior_is_stored_as_given_and_can_be_replaced(tmp_path):
+    config(prior=Path("moved") / "prior.safetensors", prior_sha256="ab").save_pretrained(tmp_path)
+    assert DriftConfig.from_pretrained(tmp_path).prior == str(Path("moved") / "prior.safetensors")
+    for prior in ("new.safetensors", Path("new.safetensors")):
+        made = DriftConfig.from_pretrained(tmp_path, prior=prior)
+        assert (made.prior, made.prior_sha256) == ("new.safetensors", None)
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    config(drift_alpha=0.5).save_pretrained(tmp_path)
+    config(drift_alpha=0.25).save_pretrained(tmp_path)
+    assert DriftConfig.from_pretrained(tmp_path).drift_alpha == 0.25
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_folder_of_plain_lora_is_refused_with_the_way_out(tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"has no {CONFIG_FILE}.*PeftModel\.from_pretrained.*guide\(model, prior\)"):
+        DriftConfig.from_pretrained(tmp_path)
+
+
+def test_stored_settings_are_validated_too(tmp_path):
+    config().save_pretrained(tmp_path)
+    path = tmp_path / CONFIG_FILE
+    own = json.loads(path.read_text())
+    path.write_text(json.dumps({**own, "drift_new": 1}))
+    with pytest.raises(ValueError, match="holds the unknown setting 'drift_new': was it written by a newer drift_peft"):
+        DriftConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps({**own, "drift_scale": "adaptiv"}))
+    with pytest.raises(ValueError, match="drift_scale='adaptiv' is unknown"):
+        DriftConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(own)[:-9])
+    with pytest.raises(ValueError, match=rf"{CONFIG_FILE} .*no valid JSON"):
+        DriftConfig.from_pretrained(tmp_path)

@@ -554,6 +554,16 @@ def test_two_optimizers_with_a_part_of_the_parameters_each(pair, scale, target, 
     assert_same_update(model, twin, start)
 
 
+def test_one_optimizer_for_two_models_with_settings_of_their_own(pair):
+    modes = ("gradnorm", "residual"), ("absolute", "residual")
+    models = [steered(pair, *mode) for mode in modes]
+    twins, start = [twin_of(pair, m) for m in models], state(models[0])
+    train(torch.nn.ModuleList(models), sgd(torch.nn.ModuleList(models)), 1, lambda both: [backward(m) for m in both])
+    for model, twin, mode in zip(models, twins, modes, strict=True):
+        train_by_oracle(twin, sgd(twin), pair.prior, *mode, 1)
+        assert_same_update(model, twin, start)
+
+
 # Loss scaling
 
 

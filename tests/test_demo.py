@@ -1,0 +1,186 @@
+"""The embedded world is what it claims to be, and the demo runs from prior to merged model."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
+
+from drift_peft import demo
+from drift_peft.demo.compare import CHECKPOINTS, EXPERT, METHODS, VLM, learning_rates
+from drift_peft.demo.evaluate import accuracy, ask, encode, exams, is_right
+from drift_peft.demo.train import load, task_arithmetic
+from drift_peft.demo.world import (
+    CELL,
+    PERCEPTION,
+    SPLITS,
+    Digits,
+    Sample,
+    expression,
+    make_sample,
+    make_samples,
+    solution,
+)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    torch.set_num_threads(1)
+    return load(VLM)
+
+
+@given(st.integers(1, 5), st.integers(0, 2**32))
+def test_answers_are_right(operations, seed):
+    chain = expression(operations, np.random.default_rng(seed))
+    steps, boxed = re.fullmatch(r"<think>(.*)</think>\\boxed\{(\d)\}", solution(chain)).groups()
+    steps = steps.split(";")
+    assert len(steps) == operations
+    assert int(boxed) == eval(chain)
+    for i, step in enumerate(steps, start=1):
+        left, right = step.split("=")
+        assert eval(left) == int(right) == eval(chain[: 2 * i + 1])
+        assert 0 <= int(right) <= 9
+
+
+@given(st.sampled_from(PERCEPTION), st.integers(0, 2**32))
+def test_perception_answers_are_right(task, seed):
+    sample = make_sample(task, np.random.default_rng(seed))
+    if task == "read":
+        assert sample.answer == sample.symbols
+    elif task == "count":
+        assert int(sample.answer) == len(sample.symbols)
+    else:
+        assert sample.symbols[int(sample.question[2:-1]) - 1] == sample.answer
+
+
+def test_independent_sums_box_the_last_one():
+    assert solution("7-3;1+5") == r"<think>7-3=4;1+5=6</think>\boxed{6}"
+
+
+def test_splits_never_share_a_digit():
+    splits = {name: set(Digits(name).indices) for name in SPLITS}
+    assert {name: len(indices) for name, indices in splits.items()} == SPLITS
+    assert len(set.union(*splits.values())) == sum(SPLITS.values()) == 1797
+
+
+def test_the_world_is_deterministic():
+    digits = Digits("test")
+
+    def draw(seed):
+        samples = make_samples(5, [*PERCEPTION, "solve"], np.random.default_rng(seed), digits)
+        return [(s.symbols, s.question, s.answer, s.image.tobytes()) for s in samples]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_one_token_per_symbol(vlm):
+    _, processor = vlm
+    sample = make_sample("solve", np.random.default_rng(0), Digits("test"))
+    assert sample.image.size == (CELL * len(sample.symbols), CELL)
+    batch = encode(processor, [sample])
+    assert (batch["input_ids"] == processor.image_token_id).sum() == len(sample.symbols)
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] >= 0]) == sample.answer + "<|eos|>"
+
+
+def test_reasoning_is_marked_by_the_box_and_perception_by_all():
+    solve, read = Sample("solve", "1+1", "solve?", solution("1+1")), Sample("read", "1+1", "read?", "1+1")
+    assert is_right(solve, r"so \boxed{2}") and not is_right(solve, r"\boxed{22}") and not is_right(solve, "2")
+    assert is_right(read, "1+1") and not is_right(read, "1+1+")
+
+
+def test_the_checkpoints_need_nothing_but_transformers():
+    code = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+text, image = AutoModelForCausalLM, AutoModelForImageTextToText
+for name, auto in ("base", text), ("reasoner", text), ("vlm", image):
+    folder = {str(CHECKPOINTS)!r} + "/" + name
+    model = auto.from_pretrained(folder)
+    print(type(model).__name__, model.dtype, AutoTokenizer.from_pretrained(folder)("7-3?<think>").input_ids)
+AutoProcessor.from_pretrained({str(VLM)!r})
+assert "drift_peft" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text, multimodal = "Qwen2ForCausalLM torch.bfloat16", "Qwen2_5_VLForConditionalGeneration torch.bfloat16"
+    lines = done.stdout.splitlines()
+    assert [line.partition(" [")[0] for line in lines] == [text, text, multimodal]
+    assert len({line.partition(" [")[2] for line in lines}) == 1  # one token space
+
+
+def test_the_checkpoints_are_small_and_share_embeddings_and_head(vlm):
+    parts = {}
+    for name in ("base", "reasoner"):
+        assert (CHECKPOINTS / name / "model.safetensors").stat().st_size < 1.3e6
+        model = Qwen2ForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32)
+        parts[name] = model.get_input_embeddings().weight, model.lm_head.weight
+    assert (VLM / "model.safetensors").stat().st_size < 1.7e6
+    parts["vlm"] = vlm[0].get_input_embeddings().weight, vlm[0].lm_head.weight
+    for name in ("reasoner", "vlm"):
+        assert all(torch.equal(a, b) for a, b in zip(parts["base"], parts[name], strict=True))
+
+
+def test_the_vlm_reads_held_out_digits_but_cannot_reason(vlm):
+    model, processor = vlm
+    tests = exams("test", seed=7, size=50)
+    read = [sample for task in PERCEPTION for sample in tests[task]]
+    assert accuracy(read, ask(model, processor, read)) >= 0.85
+    assert accuracy(tests["2-3 operations"], ask(model, processor, tests["2-3 operations"])) <= 0.3
+
+
+def test_the_reasoner_reasons_in_text(vlm):
+    reasoner = Qwen2ForCausalLM.from_pretrained(EXPERT, dtype=torch.float32)
+    samples = exams("test", seed=7, size=50)["text reasoning"]
+    assert accuracy(samples, ask(reasoner, vlm[1], samples)) >= 0.9
+
+
+def test_task_arithmetic_of_strength_one_is_the_reasoner(vlm, tmp_path):
+    task_arithmetic(VLM, EXPERT, 1.0, tmp_path / "swapped")
+    swapped, _ = load(tmp_path / "swapped")
+    reasoner = Qwen2ForCausalLM.from_pretrained(EXPERT, dtype=torch.float32)
+    theirs = reasoner.model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in swapped.model.language_model.state_dict().items())
+
+
+def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
+    methods = ["vlm", "merge-0.5", "lora", "drift", "decoupled"]
+    result = demo.run(tmp_path / "demo", seed=3, methods=methods, steps=3, size=4)
+    out = capsys.readouterr().out
+    assert all(METHODS[key].title in out for key in methods)
+    assert json.loads((tmp_path / "demo/results.json").read_text()) == result
+    assert list(result["scores"]) == methods
+    assert set(result["history"]) == {"lora", "drift", "decoupled"}
+    assert result["history"]["drift"][0]["alignment"] > 0.3 > abs(result["history"]["lora"][0]["alignment"])
+    for file in ("prior.safetensors", "results.png", "samples.png", "drift/adapter/drift_config.json"):
+        assert (tmp_path / "demo" / file).stat().st_size > 0
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "demo/drift/merged").state_dict()
+    base = AutoModelForImageTextToText.from_pretrained(VLM).state_dict()
+    moved = [name for name, tensor in base.items() if not torch.equal(tensor, merged[name])]
+    assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
+
+
+def test_every_method_that_trains_was_tuned_on_the_same_grid():
+    tuning = json.loads((CHECKPOINTS.parent / "tuning.json").read_text())
+    assert set(tuning["validation"]) == {key for key, method in METHODS.items() if method.trained}
+    assert len({tuple(grid) for grid in tuning["validation"].values()}) == 1
+    assert set(learning_rates()) == set(tuning["validation"])
+
+
+def test_a_missing_extra_is_named_before_any_work(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    with pytest.raises(ImportError, match=r'the demo needs scikit-learn: pip install "drift_peft\[demo\]"'):
+        demo.run(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="unknown method 'dritf': choose from vlm, "):
+        demo.run(methods=["dritf"])

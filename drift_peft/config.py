@@ -103,6 +103,11 @@ class DriftConfig(LoraConfig):
             )
 
     def _check_lora(self) -> None:
+        if self.target_modules is None and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules to be named, such as ['q_proj', 'v_proj']: PEFT does not "
+                "apply it to the expression that target_modules=None stands for."
+            )
         if not _is_rank(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
         if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
@@ -140,22 +145,25 @@ class DriftConfig(LoraConfig):
         os.replace(temporary, path)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, prior: str | None = None, **kwargs
-    ) -> DriftConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> DriftConfig:
         """Read an adapter's settings back, for more training: `PeftModel.from_pretrained(base, dir, config=…,
-        is_trainable=True)`. `prior=` names another file than the stored one, for a prior that has moved or changed.
+        is_trainable=True)`.
+
+        Fields given by name replace the stored ones, such as `drift_alpha=0.3`, or `prior=` for a file that has moved.
+        Other keywords (`revision`, `token`, …) go to the hub.
 
         Raises:
+            TypeError: an unknown keyword.
             ValueError: the folder or hub repository has no `drift_config.json`, or it holds unknown settings.
         """
         source = os.fspath(pretrained_model_name_or_path)
-        lora = LoraConfig.from_pretrained(source, subfolder=subfolder, **kwargs)
+        hub, _, _ = PeftConfig._split_kwargs(kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in hub}
+        lora = LoraConfig.from_pretrained(source, subfolder=subfolder, **hub)
         path = Path(source, subfolder or "", CONFIG_FILE)
         if not path.is_file():
-            hub_kwargs, _, _ = PeftConfig._split_kwargs(kwargs)
             try:
-                path = Path(hf_hub_download(source, CONFIG_FILE, subfolder=subfolder, **hub_kwargs))
+                path = Path(hf_hub_download(source, CONFIG_FILE, subfolder=subfolder, **hub))
             except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
                 raise ValueError(
                     f"'{source}' has no {CONFIG_FILE}, so it was not trained with DriftConfig: load it as plain LoRA "
@@ -168,10 +176,10 @@ class DriftConfig(LoraConfig):
         unknown = sorted(set(own) - _own_fields())
         if unknown:
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
-        if prior is not None:
-            own.update(prior=os.fspath(prior), prior_sha256=None)
+        if "prior" in given:
+            own["prior_sha256"] = None  # the new file is accepted as it is
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
-        return cls(**{**shared, **own})
+        return cls(**{**shared, **own, **given})
 
 
 def _own_fields() -> set[str]:
@@ -183,7 +191,7 @@ def check_settings(config: DriftConfig) -> None:
     """Refuse a guidance setting that is out of range, by name and value, with the way out.
 
     Raises:
-        ValueError: see METHOD notes in README.md for what each setting may be.
+        ValueError: the value is unknown, out of range, or at odds with another setting.
     """
     alpha, rank = config.drift_alpha, config.drift_rank
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
@@ -207,10 +215,10 @@ def check_settings(config: DriftConfig) -> None:
             f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
             "meaning for it: set drift_target='factors'."
         )
-    if config.drift_target == "factors" and rank not in (None, config.r):
+    if config.drift_target == "factors" and rank is not None:
         raise ValueError(
-            f"drift_rank={rank} differs from r={config.r}, but drift_target='factors' gives every row of lora_A its "
-            "own target: leave drift_rank=None."
+            f"drift_rank={rank} has no meaning with drift_target='factors', which gives every row of lora_A its own "
+            "target: leave drift_rank=None."
         )
     if config.drift_target == "factors" and min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
         raise ValueError(

@@ -313,7 +313,7 @@ def _verify(checkpoint: Checkpoint, adapter: Path, merged: Path, updates: dict[s
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
     except (ValueError, RuntimeError, UserWarning) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = str(error).split("\n")[0]
         raise ValueError(f"PEFT cannot load {adapter} onto its base to verify the merge: {reason}") from error
     settings = checkpoint.config.to_dict().items()
     special = [value for key, value in settings if key.endswith(("_token_id", "_token_index"))]  # images have no text

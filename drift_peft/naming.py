@@ -80,8 +80,12 @@ def language_model_targets(model, names: Iterable[str] | None = None) -> str:
         ValueError: no module would be hit.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder()
-    prefix = next(name for name, module in base.named_modules() if module is decoder)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    prefix = next((name for name, module in base.named_modules() if module is decoder), None)
+    if prefix is None:
+        raise ValueError(
+            f"{type(base).__name__} does not say where its language model is: pass target_modules yourself"
+        )
     cross = cross_attention_layers(base.config)
     keep = None if names is None else set(names)
 

@@ -66,10 +66,14 @@ class ReasoningPrior(Mapping[str, PriorWeight]):
         header = (self._file.metadata() or {}).get(HEADER_KEY)
         if header is None:
             raise ValueError(f"{source} is a safetensors file but no prior: make one with `drift-peft prior build`")
-        self.metadata = json.loads(header)
-        if (written := self.metadata.get("format")) != FORMAT:
+        try:
+            self.metadata = json.loads(header)
+            written = self.metadata["format"]
+            self._names = sorted(self.metadata["weights"], key=layer_order) if written == FORMAT else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source} is no prior: its header is damaged, so build or fetch it again") from error
+        if written != FORMAT:
             raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
-        self._names = sorted(self.metadata["weights"], key=layer_order)
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> "ReasoningPrior":
@@ -109,6 +113,9 @@ class ReasoningPrior(Mapping[str, PriorWeight]):
             **{key: stats[key] for key in ("delta_norm", "base_norm", "cosine", "energy")},
             fingerprint=tuple(stats["fingerprint"]),
         )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.metadata["weights"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

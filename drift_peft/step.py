@@ -106,6 +106,9 @@ class Stack:
         return cls(batch, device)
 
 
+BATCH_ELEMENTS = 2**24  # of lora_B in one batch at most: bounds a step's transient memory to some hundred MB
+
+
 class Batch:
     """The factors of all layers of one shape as stacks in at least fp32: A [L, r, in], B [L, out, r], s [L].
 
@@ -131,6 +134,28 @@ class Batch:
             return guidance.delta(*args, self.delta_norm)
         return guidance.residual(*args, self.delta_norm, *self._all_adapters())
 
+    def bias_gradients(self, loss_scale: Tensor | float | None) -> None:
+        direction, alpha = self.direction(), self.config.drift_alpha
+        if self.config.drift_scale == "absolute" and loss_scale is not None:
+            alpha = alpha * loss_scale
+        for factor in self.trained:
+            grads = [getattr(m, factor).grad for m in self.members]
+            D, floor = getattr(direction, factor), getattr(direction, f"floor_{factor}")
+            g = torch.stack(grads).to(self.dtype)
+            biased = guidance.bias(g, D, floor, direction.share, alpha, self.config.drift_scale)
+            torch._foreach_copy_(grads, list(biased.unbind()))
+
+    def pull_factors(self, lr: dict[int, float | Tensor], applied: Tensor | float) -> None:
+        targets = guidance.start_targets(*self.prior, self.s)
+        for factor, value, target in zip("AB", (self.A, self.B), targets, strict=True):
+            if factor in self.trained:
+                parameters = [getattr(m, factor) for m in self.members]
+                moves = list((self.config.drift_alpha * applied * (target - value)).unbind())
+                rates = [lr[id(p)] for p in parameters]
+                torch._foreach_mul_(moves, rates[0] if all(rate is rates[0] for rate in rates) else rates)
+                torch._foreach_add_(moves, list(value.unbind()))
+                torch._foreach_copy_([p.data for p in parameters], moves)
+
     def _all_adapters(self) -> tuple[Tensor, Tensor] | tuple[()]:
         """A_all [L, R, in] and B_all [L, out, R] with the scaling in it, where further adapters are active."""
         if not self.members[0].others:
@@ -147,16 +172,20 @@ def _batches(steered: Iterable[Steered], parameters: Container[int]) -> Iterator
     groups: dict[tuple, list[Steered]] = {}
     for s in steered:
         A, B = s.A, s.B
-        if not type(A.data) is type(B.data) is Tensor:
+        sharded = not type(A.data) is type(B.data) is Tensor or A.dim() != 2 or len(A) != s.layer.r[s.adapter]
+        if sharded:
             raise RuntimeError(
-                f"The adapter of {s.name} is a {type(A.data).__name__}: guidance of sharded parameters (FSDP2, tensor "
-                "parallelism) is not available yet; train on one GPU or with DDP."
+                f"The adapter of {s.name} is sharded: guidance under FSDP or tensor parallelism is not available yet; "
+                "train on one GPU or with DDP."
             )
         others = tuple(s.layer.lora_A[a].weight.shape for a in s.others)
         trained = tuple(name for name, p in (("A", A), ("B", B)) if id(p) in parameters)
         key = trained, A.device, A.dtype, A.shape, B.shape, s.S.shape, others, id(s.config)
         groups.setdefault(key, []).append(s)
-    return (Batch(members, key[0]) for key, members in groups.items())
+    for key, members in groups.items():
+        size = max(1, BATCH_ELEMENTS // members[0].B.numel())
+        for i in range(0, len(members), size):
+            yield Batch(members[i : i + size], key[0])
 
 
 @torch.no_grad()
@@ -171,16 +200,8 @@ def bias_gradients(
     """
     guided = [s for s in steered if s.config.drift_alpha and s.config.drift_scale != "decoupled"]
     for batch in _batches(guided, parameters):
-        direction, config = batch.direction(), batch.config
-        alpha = config.drift_alpha
-        if config.drift_scale == "absolute" and loss_scale is not None:
-            alpha = alpha * loss_scale
-        for factor in batch.trained:
-            grads = [getattr(m, factor).grad for m in batch.members]
-            D, floor = getattr(direction, factor), getattr(direction, f"floor_{factor}")
-            g = torch.stack(grads).to(batch.dtype)
-            biased = guidance.bias(g, D, floor, direction.share, alpha, config.drift_scale)
-            torch._foreach_copy_(grads, list(biased.unbind()))
+        batch.bias_gradients(loss_scale)
+        del batch  # before the next one is made
 
 
 @torch.no_grad()
@@ -188,14 +209,8 @@ def pull_factors(steered: Iterable[Steered], lr: dict[int, float | Tensor], appl
     """The `decoupled` scale, after the optimizer's update: p ← p + lr·a·(p* − p), with the targets of the `drift`
     start. `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update."""
     for batch in _batches((s for s in steered if s.config.drift_alpha and s.config.drift_scale == "decoupled"), lr):
-        targets = guidance.start_targets(*batch.prior, batch.s)
-        for factor, value, target in zip("AB", (batch.A, batch.B), targets, strict=True):
-            if factor in batch.trained:
-                parameters = [getattr(m, factor) for m in batch.members]
-                moves = list((batch.config.drift_alpha * applied * (target - value)).unbind())
-                moves = [lr[id(p)] * move for p, move in zip(parameters, moves, strict=True)]
-                torch._foreach_add_(moves, list(value.unbind()))
-                torch._foreach_copy_([p.data for p in parameters], moves)
+        batch.pull_factors(lr, applied)
+        del batch
 
 
 # The hooks
@@ -213,7 +228,13 @@ def _trained_by(
         for group in outer.param_groups:
             for p in group["params"]:
                 groups.pop(id(p), None)
-    present = [s for s in _STEERED if s.adapter in s.layer.lora_A]  # not deleted since
+    present = [s for s in _STEERED if (layer := s.layer) is not None and s.adapter in layer.lora_A]  # not deleted since
+    for s in present:
+        if hasattr(s.A, "ds_id") or hasattr(s.A, "_hp_mapping"):
+            raise RuntimeError(
+                "DeepSpeed ZeRO trains copies of the parameters, which guidance does not reach yet: train on one GPU "
+                "or with DDP."
+            )
     return [s for s in present if id(s.A) in groups or id(s.B) in groups], groups
 
 
@@ -260,9 +281,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
     applied = 1 if found_inf is None else 1 - found_inf
     pull_factors(steered, {p: group["lr"] for p, group in groups.items() if "lr" in group}, applied)
+    # Counted in the optimizer's state too: a Trainer's checkpoint brings it back to a config that starts at 0.
+    restored = optimizer.param_groups[0].get("drift_steps", 0)
     for config in {id(s.config): s.config for s in steered if s.config.drift_alpha}.values():
-        # In the optimizer's state too, which is what a Trainer's checkpoint brings back.
-        config.drift_steps = optimizer.param_groups[0].get("drift_steps", config.drift_steps) + applied
+        fresh = isinstance(config.drift_steps, int) and config.drift_steps == 0  # a tensor after loss scaling
+        config.drift_steps = (restored if fresh else config.drift_steps) + applied
         for group in optimizer.param_groups:
             group["drift_steps"] = config.drift_steps
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -41,16 +42,19 @@ class DriftModel(LoraModel):
                 config.target_modules = language_model_targets(model)
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+        # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
+        config = self.peft_config[adapter_name] = copy.copy(config)
         prior = _open_prior(config)
         keep_4bit_differentiable(model)
         if config.target_modules is None:
             config.target_modules = language_model_targets(model, prior)
+        _maybe_include_all_linear_layers(config, model)
         names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
         _check_fit(model, prior, config, {name: _rank(config, name) for name in names})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         steered = _steer(lora_layers(model, adapter_name), prior, config)
         if config.init_lora_weights == "drift":
-            _start(steered)
+            _start(steered, prior)
 
     def _create_and_replace(self, lora_config, *args, **kwargs) -> None:
         if lora_config.init_lora_weights == "drift":  # PEFT's layers refuse a start they do not know; ours comes after
@@ -112,6 +116,11 @@ def guide(
         if adapter in layer.lora_variant:
             variant = type(layer.lora_variant[adapter]).__name__
             raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
+        if drift_target == "factors" and layer.scaling[adapter] <= 0:
+            raise ValueError(
+                f"{name} has the LoRA scaling {layer.scaling[adapter]}, but drift_target='factors' divides by it: use "
+                "drift_target='residual'."
+            )
         current = getattr(layer, "drift", {}).get(adapter)
         if current is not None and current.config in getattr(model, "peft_config", {}).values():
             raise ValueError(
@@ -128,8 +137,13 @@ def guide(
         drift_norm=drift_norm,
     )
     keep_4bit_differentiable(model)
-    ranks = {id(layer): layer.r[adapter] for _, layer, adapter in layers}
-    _check_fit(model, prior, config, {n: ranks[id(m)] for n, m in model.named_modules() if id(m) in ranks})
+    adapters = {adapter for _, _, adapter in layers}
+    targets = {
+        name: min(layer.r[a] for a in adapters.intersection(layer.lora_A))
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapters.intersection(layer.lora_A)
+    }
+    _check_fit(model, prior, config, targets)
     _steer(layers, prior, config)
     return model
 
@@ -176,7 +190,7 @@ def _check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targ
         )
     for canonical, module in modules.items():
         here = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        there = len(prior[canonical].U), prior[canonical].Vh.shape[1]
+        there = tuple(prior.metadata["weights"][canonical]["shape"])
         if here != there:
             raise ValueError(
                 f"The prior '{prior.source}' was built for another model: {canonical} is {list(there)} there and "
@@ -229,13 +243,20 @@ def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> 
 
 def _steer(layers: Iterable[tuple[str, LoraLayer, str]], prior: ReasoningPrior, config: DriftConfig) -> list[Steered]:
     steered = [Steered(layer, adapter, name, prior[name], config) for name, layer, adapter in layers if name in prior]
+    lower = [s.name for s in steered if config.drift_rank and len(s.S) < config.drift_rank]
+    if lower:
+        warnings.warn(
+            f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
+            f"{lower[0]}: these are steered by all that it holds.",
+            stacklevel=3,
+        )
     for s in steered:
         s.register()
     return steered
 
 
 @torch.no_grad()
-def _start(steered: list[Steered]) -> None:
+def _start(steered: list[Steered], prior: ReasoningPrior) -> None:
     """The `drift` start: A = c·V_rᵀ, B = 0. The model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
 
     c is the row norm of PEFT's own start. Rows beyond the prior's rank keep that start.
@@ -243,8 +264,9 @@ def _start(steered: list[Steered]) -> None:
     short = 0
     for s in steered:
         if s.A.device.type != "meta":  # low_cpu_mem_usage: the weights are loaded afterwards
-            rows = min(len(s.S), len(s.A))
-            s.A[:rows] = (guidance.START_NORM * s.Vh[:rows].float()).to(s.A)
+            Vh = prior[s.name].Vh[: len(s.A)].float()
+            rows = len(Vh)
+            s.A[:rows] = (guidance.START_NORM * Vh).to(s.A)
             s.B.zero_()
             short += rows < len(s.A)
     if short:
@@ -262,8 +284,9 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     without a gradient: from then on, training raises an error, or goes on with wrong gradients where the layer has no
     bias. This switches that kernel off for the model's layers and unpacks what was packed before.
     """
-    import bitsandbytes as bnb
-
+    bnb = sys.modules.get("bitsandbytes")  # not imported: then the model has no layer of it
+    if bnb is None:
+        return
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.support_avx512bf16_for_cpu]
     for layer in layers:
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):

@@ -41,10 +41,11 @@ REFUSED = [
     # combinations
     ({"drift_scale": "decoupled"}, r"moves the factors.*drift_target='residual'.*set drift_target='factors'"),
     ({"drift_scale": "decoupled", "drift_target": "delta"}, r"drift_target='delta' has no meaning"),
-    ({**FACTORS, "drift_rank": 4, "r": 8}, r"drift_rank=4 differs from r=8.*leave drift_rank=None"),
+    ({**FACTORS, "drift_rank": 4}, r"drift_rank=4 has no meaning with drift_target='factors'.*leave drift_rank=None"),
     ({**FACTORS, "lora_alpha": 0}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=0"),
     ({**FACTORS, "lora_alpha": -8}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=-8"),
     ({**FACTORS, "alpha_pattern": {"q_proj": 0}}, r"'factors' needs a positive .*alpha_pattern=\{'q_proj': 0\}"),
+    ({"layers_to_transform": [1]}, r"layers_to_transform needs target_modules to be named"),
     # the prior
     ({"prior": None}, r"DriftConfig needs a prior to train.*build_prior.*use peft\.LoraConfig for training without"),
     ({"prior": 7}, r"prior must be a path or a hub id, got int"),
@@ -90,7 +91,8 @@ def test_unknown_key_without_a_near_one():
         {"drift_alpha": 0},
         {"drift_alpha": 3, "drift_scale": "decoupled", "drift_target": "factors"},
         {"drift_rank": 3, "r": 8},
-        {"drift_rank": 8, "r": 8, "drift_target": "factors"},
+        {"drift_target": "factors", "lora_alpha": 0.5},
+        {"layers_to_transform": [1], "target_modules": {"q_proj"}},
         {"init_lora_weights": True},
         {"init_lora_weights": False},
         {"init_lora_weights": "gaussian"},
@@ -152,6 +154,16 @@ def test_prior_is_stored_as_given_and_can_be_replaced(tmp_path):
     for prior in ("new.safetensors", Path("new.safetensors")):
         made = DriftConfig.from_pretrained(tmp_path, prior=prior)
         assert (made.prior, made.prior_sha256) == ("new.safetensors", None)
+
+
+def test_fields_given_by_name_replace_the_stored_ones(tmp_path):
+    config(**SETTINGS, **LORA).save_pretrained(tmp_path)
+    made = DriftConfig.from_pretrained(tmp_path, drift_alpha=0.7, lora_dropout=0.0)
+    assert made == config(**SETTINGS | {"drift_alpha": 0.7}, **LORA | {"lora_dropout": 0.0})
+    with pytest.raises(ValueError, match=r"drift_alpha=-1 is negative"):
+        DriftConfig.from_pretrained(tmp_path, drift_alpha=-1)
+    with pytest.raises(TypeError, match=r"argument 'drift_alhpa'; did you mean 'drift_alpha'\?"):
+        DriftConfig.from_pretrained(tmp_path, drift_alhpa=1)
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):

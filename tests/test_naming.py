@@ -166,3 +166,8 @@ def test_targets_do_not_depend_on_the_kind_of_linear_layer():
     plain = language_model_targets(model)
     model.model.layers[0].self_attn.q_proj = torch.nn.Identity()  # such as bitsandbytes' Linear4bit
     assert language_model_targets(model) == plain
+
+
+def test_model_without_a_decoder():
+    with pytest.raises(ValueError, match="Linear does not say where its language model is: pass target_modules"):
+        language_model_targets(torch.nn.Linear(2, 2))

@@ -140,3 +140,10 @@ def test_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("header", ["{broken", "[]", '{"format": 1}'])
+def test_damaged_header(tmp_path, header):
+    save_file({"x": torch.zeros(1)}, tmp_path / "p.safetensors", metadata={"drift_prior": header})
+    with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+        ReasoningPrior.load(tmp_path / "p.safetensors")

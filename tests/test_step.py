@@ -169,6 +169,18 @@ def test_drift_rank(pair, drift_rank):
     assert_guided_like_oracle(pair, sgd, "absolute", "delta", drift_rank=drift_rank)
 
 
+@pytest.mark.parametrize("elements", [1, 600])
+def test_layers_in_more_than_one_batch(pair, monkeypatch, elements):
+    monkeypatch.setattr(drift_peft.step, "BATCH_ELEMENTS", elements)
+    assert_guided_like_oracle(pair, sgd)
+    assert_guided_like_oracle(pair, sgd, "decoupled", "factors")
+
+
+def test_drift_rank_above_the_priors(pair):
+    with pytest.warns(UserWarning, match=r"drift_rank=20 is more than the prior holds for 14 weights, such as layers"):
+        assert_guided_like_oracle(pair, sgd, drift_rank=20)
+
+
 @pytest.mark.filterwarnings("ignore:On 14 layers the prior's rank is below the adapter's")
 @pytest.mark.parametrize(("scale", "target"), [("absolute", "residual"), ("gradnorm", "delta")])
 def test_adapter_rank_above_the_priors(pair, scale, target):
@@ -391,10 +403,28 @@ def test_sharded_parameters_are_refused(pair):
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         model = steered(pair, dtype=torch.float32)
         torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-        with pytest.raises(RuntimeError, match=r"adapter of layers\.0.* is a DTensor.*FSDP2.*train on one GPU or with"):
+        with pytest.raises(RuntimeError, match=r"adapter of layers\.0.* is sharded: .*FSDP.*train on one GPU or with"):
             train(model, sgd(model))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_parameters_of_deepspeed_are_refused(pair, mark):
+    model = steered(pair)
+    setattr(next(p for p in model.parameters() if p.requires_grad), mark, 0)  # as ZeRO 3 and ZeRO 1 and 2 do
+    with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO trains copies .*train on one GPU or with DDP"):
+        train(model, sgd(model))
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_deepspeed_is_refused(pair, mark):
+    """What DeepSpeed's ZeRO 3, and 1 and 2, leave on the parameters whose copies they train."""
+    model = steered(pair)
+    for parameter in trainable(model):
+        setattr(parameter, mark, 0)
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO trains copies of the parameters"):
+        train(model, sgd(model))
 
 
 # Ways to call an optimizer
@@ -558,10 +588,25 @@ def test_one_optimizer_for_two_models_with_settings_of_their_own(pair):
     modes = ("gradnorm", "residual"), ("absolute", "residual")
     models = [steered(pair, *mode) for mode in modes]
     twins, start = [twin_of(pair, m) for m in models], state(models[0])
-    train(torch.nn.ModuleList(models), sgd(torch.nn.ModuleList(models)), 1, lambda both: [backward(m) for m in both])
+    train(torch.nn.ModuleList(models), sgd(torch.nn.ModuleList(models)), 3, lambda both: [backward(m) for m in both])
     for model, twin, mode in zip(models, twins, modes, strict=True):
-        train_by_oracle(twin, sgd(twin), pair.prior, *mode, 1)
+        train_by_oracle(twin, sgd(twin), pair.prior, *mode, 3)
         assert_same_update(model, twin, start)
+        assert telemetry(model)["guided_steps"] == 3
+
+
+def test_steps_are_counted_on_by_a_resumed_optimizer(pair):
+    """A checkpoint brings the optimizer's state back into a process whose model was wrapped anew."""
+    model = steered(pair)
+    before = sgd(model)
+    train(model, before, 3)
+    train(model, sgd(model), 2)  # another optimizer counts on too
+    assert telemetry(model)["guided_steps"] == 5
+    again = steered(pair)
+    optimizer = sgd(again)
+    optimizer.load_state_dict(before.state_dict())
+    train(again, optimizer, 2)
+    assert telemetry(again)["guided_steps"] == 5
 
 
 # Loss scaling
@@ -576,8 +621,7 @@ def scaled_step(model, optimizer, scaler, unscale=False, ids=BATCH):
     scaler.update()
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (False, False)])
 @every_mode
 def test_loss_scaling_does_not_change_the_update(pair, scale, target, unscale, fused):
     model = steered(pair, scale, target, dtype=torch.float32)
@@ -711,14 +755,15 @@ def test_unloading_leaves_the_base_to_itself(pair):
 def test_scaling_is_read_at_the_step(pair):
     model = steered(pair, "gradnorm")
     twin = twin_of(pair, model)
-    for m in (model, twin):
-        for module in m.modules():
-            if isinstance(module, LoraLayer):
-                module.set_scale("default", 3)
-    start = state(model)
-    train(model, sgd(model))
-    train_by_oracle(twin, sgd(twin), pair.prior, "gradnorm", "residual")
-    assert_same_update(model, twin, start)
+    for factor in (1, 3, 0.5):
+        for m in (model, twin):
+            for module in m.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_scale("default", factor)
+        start = state(model)
+        train(model, sgd(model))
+        train_by_oracle(twin, sgd(twin), pair.prior, "gradnorm", "residual")
+        assert_same_update(model, twin, start)
 
 
 # Several adapters

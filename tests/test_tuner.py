@@ -235,6 +235,61 @@ def test_adapter_rank_above_the_priors(pairs):
     assert telemetry(train(model))["alignment"] > 0.2
 
 
+def test_steering_rank_below_the_adapters(pairs):
+    """The start takes all rows that the prior has, whatever Δ is truncated to."""
+    folder = pairs("llama")
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(load(folder, "llama"), drift(folder, drift_rank=2))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    V = prior["layers.0.self_attn.q_proj.weight"].Vh[:4].float()
+    torch.testing.assert_close(layer.lora_A["default"].weight.data, V / 3**0.5)
+    assert len(layer.drift["default"].S) == 2
+    with pytest.warns(UserWarning, match="drift_rank=64 is more than the prior holds for 14 weights"):
+        get_peft_model(load(folder, "llama"), drift(folder, drift_rank=64))
+
+
+def test_all_linear(pairs):
+    folder = pairs("llava_next")
+    with pytest.warns(UserWarning, match="targeted modules have no Δ in the prior"):
+        model = get_peft_model(load(folder, "llava_next"), drift(folder, target_modules="all-linear"))
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert len(adapted) > 14 and sum("default" in getattr(m, "drift", {}) for m in adapted) == 14
+
+
+def test_layers_to_transform(pairs, tmp_path):
+    folder = pairs("llama")
+    with pytest.raises(ValueError, match="layers_to_transform needs target_modules to be named"):
+        drift(folder, layers_to_transform=[0])
+    model = get_peft_model(load(folder, "llama"), drift(folder, layers_to_transform=[0], target_modules=["q_proj"]))
+    adapted = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    assert len(adapted) == 1 and "layers.0." in adapted[0]
+    train(model).save_pretrained(tmp_path)
+    assert DriftConfig.from_pretrained(tmp_path).layers_to_transform == [0]
+
+
+def test_one_config_for_several_models(pairs, tmp_path):
+    folder, config = pairs("llama"), drift(pairs("llama"))
+    first = train(get_peft_model(load(folder, "llama"), config))
+    second = get_peft_model(load(folder, "llama"), config)
+    assert telemetry(first)["guided_steps"] == 3 and telemetry(second)["guided_steps"] == 0
+    for name, parameter in second.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    with pytest.warns(UserWarning, match="the guidance never ran"):
+        second.save_pretrained(tmp_path)
+
+
+def test_settings_can_be_changed_when_training_goes_on(pairs, tmp_path):
+    folder = pairs("llama")
+    train(get_peft_model(load(folder, "llama"), drift(folder))).save_pretrained(tmp_path)
+    config = DriftConfig.from_pretrained(tmp_path, drift_alpha=0.3)
+    assert config.drift_alpha == 0.3 and config.drift_steps == 3
+    with pytest.raises(TypeError, match="'drift_alpa'; did you mean 'drift_alpha'"):
+        DriftConfig.from_pretrained(tmp_path, drift_alpa=0.3)
+
+
 def test_factors_need_a_prior_of_the_adapters_rank(pairs):
     folder = pairs("llama")
     config = DriftConfig(prior=folder / "prior.safetensors", r=12, drift_target="factors")
@@ -270,6 +325,13 @@ def test_guide_equals_drift_config(pairs):
     assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want)
 
 
+def test_guide_reports_what_it_does_not_steer(pairs):
+    folder = pairs("llava_next")
+    model = get_peft_model(load(folder, "llava_next"), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.warns(UserWarning, match="targeted modules have no Δ in the prior"):
+        guide(model, ReasoningPrior.load(folder / "prior.safetensors"))
+
+
 def test_guide_again_replaces_the_settings(pairs):
     folder = pairs("llama")
     prior = ReasoningPrior.load(folder / "prior.safetensors")
@@ -291,6 +353,9 @@ def test_guide_refuses(pairs):
     dora = get_peft_model(load(folder, "llama"), LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="uses DoraLinearVariant, whose chain rule is not plain LoRA's"):
         guide(dora, prior)
+    negative = get_peft_model(load(folder, "llama"), LoraConfig(lora_alpha=-4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"has the LoRA scaling -0\.5, but drift_target='factors' divides by it"):
+        guide(negative, prior, drift_target="factors")
     own = wrap(load(folder, "llama"), drift(folder))
     with pytest.raises(ValueError, match="steered by its DriftConfig already"):
         guide(own, prior)

@@ -1,7 +1,7 @@
 """DRIFT for PEFT: LoRA adapters of a vision-language model, steered toward a text-only reasoning expert."""
 
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from .build import build_prior
 from .config import DriftConfig
@@ -23,7 +23,6 @@ __all__ = [
     "telemetry",
 ]
 
-# What peft.utils.register_peft_method does, but a second import (a reloaded notebook module) is no error.
-PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DRIFT] = DriftConfig
-PEFT_TYPE_TO_TUNER_MAPPING[PeftType.DRIFT] = DriftModel
-PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.DRIFT] = DriftModel.prefix
+# To PEFT, DRIFT is LoRA, so that all that PEFT does for LoRA (adapters side by side, hot-swapping, weight conversions)
+# works for it. A plain LoraConfig makes what it always made: DriftModel adds something to a DriftConfig only.
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = DriftModel

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig
 
 CONFIG_FILE = "drift_config.json"
 
@@ -20,19 +20,6 @@ SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
 TARGETS = ("residual", "delta", "factors")
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
 STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
-
-
-def extend_peft_type() -> None:
-    """Add `DRIFT` to PEFT's enum of adapter types, which it does not let other packages extend in public."""
-    if "DRIFT" not in PeftType.__members__:
-        member = str.__new__(PeftType, "DRIFT")
-        member._name_, member._value_ = "DRIFT", "DRIFT"
-        PeftType.DRIFT = member  # before the maps below: afterwards the enum refuses the assignment
-        PeftType._member_names_.append("DRIFT")
-        PeftType._member_map_["DRIFT"] = PeftType._value2member_map_["DRIFT"] = member
-
-
-extend_peft_type()
 
 
 @dataclass
@@ -90,7 +77,6 @@ class DriftConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.DRIFT
         self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
         self._check_lora()
         check_settings(self)
@@ -128,7 +114,6 @@ class DriftConfig(LoraConfig):
     def to_lora(self) -> LoraConfig:
         """The same adapter as stock PEFT knows it; `init_lora_weights` is True where the start is ours."""
         lora = {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
-        lora["peft_type"] = PeftType.LORA
         lora["init_lora_weights"] = True if self.init_lora_weights == "drift" else self.init_lora_weights
         return LoraConfig(**lora)
 

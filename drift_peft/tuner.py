@@ -29,6 +29,8 @@ ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 class DriftModel(LoraModel):
     """What `get_peft_model(model, DriftConfig(…))` makes. The forward pass is PEFT's own; gradients are guided.
 
+    Plain `LoraConfig`s pass through as in LoraModel, in models of their own and beside a DriftConfig.
+
     Raises:
         ValueError: the prior belongs to another model, or none of the targets has a Δ. The model is then untouched.
     """
@@ -57,14 +59,17 @@ class DriftModel(LoraModel):
             _start(steered, prior)
 
     def _create_and_replace(self, lora_config, *args, **kwargs) -> None:
-        if lora_config.init_lora_weights == "drift":  # PEFT's layers refuse a start they do not know; ours comes after
+        if (
+            isinstance(lora_config, DriftConfig) and lora_config.init_lora_weights == "drift"
+        ):  # PEFT's layers refuse a start they do not know; ours comes after
             lora_config = copy.copy(lora_config)
             lora_config.init_lora_weights = True
         super()._create_and_replace(lora_config, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
-        config.weights_loaded = True  # no field of the config, so it is not stored
+        if isinstance(config, DriftConfig):
+            config.weights_loaded = True  # no field of the config, so it is not stored
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import TEXT, save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -265,3 +265,34 @@ def test_trainer_resumes_the_count_of_guided_steps(runs):
     assert telemetry(resumed)["guided_steps"] == 4
     for checkpoint, steps in (("whole/checkpoint-2", 2), ("resumed/checkpoint-4", 4)):
         assert DriftConfig.from_pretrained(folder / checkpoint).drift_steps == steps
+
+
+# Beside other adapters
+
+
+def test_adapters_side_by_side(pair, tmp_path):
+    """A stock adapter and one of ours are loaded into a steered model; only what trains with a prior is guided."""
+    stock = get_peft_model(load(pair), LoraConfig(r=2, target_modules=["q_proj"]))
+    train(stock, 1).save_pretrained(tmp_path / "stock")
+    model = get_peft_model(load(pair), drift(pair))
+    model.load_adapter(tmp_path / "stock", "stock")
+    model.load_adapter(pair / "adapter", "ours")
+    model.set_adapter("stock")
+    assert torch.equal(logits(model), logits(stock))
+    model.set_adapter("ours")
+    assert torch.equal(logits(model), torch.load(pair / "logits.pt"))
+    model.set_adapter("default")
+    train(model.train(), 2)
+    assert telemetry(model)["guided_steps"] == 2
+    assert all(set(m.drift) == {"default"} for m in model.modules() if hasattr(m, "drift"))
+
+
+def test_plain_lora_stays_plain(pair):
+    """With this package imported, a LoraConfig makes a LoraModel that nobody steers, saved as ever."""
+    model = get_peft_model(load(pair), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert isinstance(model.base_model, LoraModel) and type(model.peft_config["default"]) is LoraConfig
+    assert not any(hasattr(m, "drift") for m in model.modules())
+    with pytest.raises(ValueError, match="No layer of this model is steered"):
+        telemetry(train(model, 1))
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        get_peft_model(load(pair), LoraConfig(init_lora_weights="drift", target_modules=["q_proj"]))

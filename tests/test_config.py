@@ -103,7 +103,7 @@ def test_unknown_key_without_a_near_one():
 )
 def test_accepted_as_given(settings):
     made = config(**settings)
-    assert made.peft_type == PeftType.DRIFT and isinstance(made, LoraConfig)
+    assert made.peft_type == PeftType.LORA and isinstance(made, LoraConfig)
     assert {key: getattr(made, key) for key in settings} == settings
 
 

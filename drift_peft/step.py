@@ -145,13 +145,18 @@ class Batch:
             biased = guidance.bias(g, D, floor, direction.share, alpha, self.config.drift_scale)
             torch._foreach_copy_(grads, list(biased.unbind()))
 
-    def pull_factors(self, lr: dict[int, float | Tensor], applied: Tensor | float) -> None:
+    def pull_factors(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
         targets = guidance.start_targets(*self.prior, self.s)
         for factor, value, target in zip("AB", (self.A, self.B), targets, strict=True):
             if factor in self.trained:
                 parameters = [getattr(m, factor) for m in self.members]
                 moves = list((self.config.drift_alpha * applied * (target - value)).unbind())
                 rates = [lr[id(p)] for p in parameters]
+                if None in rates:
+                    raise RuntimeError(
+                        "drift_scale='decoupled' moves by the learning rate, and this optimizer's parameter groups "
+                        "name none ('lr'): give it one, or use another drift_scale."
+                    )
                 torch._foreach_mul_(moves, rates[0] if all(rate is rates[0] for rate in rates) else rates)
                 torch._foreach_add_(moves, list(value.unbind()))
                 torch._foreach_copy_([p.data for p in parameters], moves)
@@ -205,7 +210,9 @@ def bias_gradients(
 
 
 @torch.no_grad()
-def pull_factors(steered: Iterable[Steered], lr: dict[int, float | Tensor], applied: Tensor | float = 1.0) -> None:
+def pull_factors(
+    steered: Iterable[Steered], lr: dict[int, float | Tensor | None], applied: Tensor | float = 1.0
+) -> None:
     """The `decoupled` scale, after the optimizer's update: p ← p + lr·a·(p* − p), with the targets of the `drift`
     start. `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update."""
     for batch in _batches((s for s in steered if s.config.drift_alpha and s.config.drift_scale == "decoupled"), lr):
@@ -280,7 +287,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     steered, groups = _trained_by(optimizer, _enclosing_steps())
     found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
     applied = 1 if found_inf is None else 1 - found_inf
-    pull_factors(steered, {p: group["lr"] for p, group in groups.items() if "lr" in group}, applied)
+    pull_factors(steered, {p: group.get("lr") for p, group in groups.items()}, applied)
     # Counted in the optimizer's state too: a Trainer's checkpoint brings it back to a config that starts at 0.
     restored = optimizer.param_groups[0].get("drift_steps", 0)
     for config in {id(s.config): s.config for s in steered if s.config.drift_alpha}.values():

@@ -66,6 +66,11 @@ class DriftModel(LoraModel):
             lora_config.init_lora_weights = True
         super()._create_and_replace(lora_config, *args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for module in self.model.modules():  # a later adapter of this name is another one
+            getattr(module, "drift", {}).pop(adapter_name, None)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
         if isinstance(config, DriftConfig):

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import Adafactor, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, telemetry
 from drift_peft.naming import PROJECTION, canonical_name
@@ -365,3 +365,29 @@ def test_guide_refuses(pairs):
         guide(
             get_peft_model(load(folder, "llama"), LoraConfig(target_modules=["q_proj"])), prior, drift_scale="adaptiv"
         )
+
+
+def test_a_deleted_adapter_leaves_nothing_behind(pairs):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    guide(model, str(folder / "prior.safetensors"))
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("default")
+    train(model)
+    with pytest.raises(ValueError, match="No layer of this model is steered"):
+        telemetry(model)
+
+
+def test_decoupled_needs_a_learning_rate(pairs):
+    folder = pairs("llama")
+    settings = {"drift_scale": "decoupled", "drift_target": "factors"}
+    model = wrap(load(folder, "llama"), drift(folder, **settings))
+    optimizer = Adafactor([p for p in model.parameters() if p.requires_grad])  # its steps are relative: lr=None
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(
+        RuntimeError, match="moves by the learning rate, and this optimizer's parameter groups name none"
+    ):
+        optimizer.step()

@@ -1,4 +1,4 @@
-# make demo    watch DRIFT work, in about four minutes on two CPU cores
+# make demo    watch DRIFT work, in about three minutes on two CPU cores
 # make test    the whole test suite
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 

@@ -10,7 +10,7 @@ from drift_peft import DriftConfig, build_prior, telemetry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 IDS = torch.arange(7, 27).reshape(2, 10)
-SKIP = ["lm_head", "visual"]
+SKIP = ["lm_head", "model.visual"]
 MODES = [("adaptive", "residual"), ("gradnorm", "delta"), ("absolute", "factors"), ("decoupled", "factors")]
 
 

@@ -60,10 +60,6 @@ def test_perception_answers_are_right(task, seed):
         assert sample.symbols[int(sample.question[2:-1]) - 1] == sample.answer
 
 
-def test_independent_sums_box_the_last_one():
-    assert solution("7-3;1+5") == r"<think>7-3=4;1+5=6</think>\boxed{6}"
-
-
 def test_splits_never_share_a_digit():
     splits = {name: set(Digits(name).indices) for name in SPLITS}
     assert {name: len(indices) for name, indices in splits.items()} == SPLITS

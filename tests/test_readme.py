@@ -18,7 +18,7 @@ def load():
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["visual", "lm_head"],
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     return AutoModelForImageTextToText.from_pretrained(
         CHECKPOINTS / "vlm", quantization_config=quantization, dtype=torch.float32
@@ -36,7 +36,7 @@ def train(model):
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         names = {"EXPERT": CHECKPOINTS / "reasoner", "VLM": CHECKPOINTS / "vlm", "vlm": load(), "train": train}

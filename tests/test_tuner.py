@@ -17,7 +17,8 @@ from drift_peft.tuner import keep_4bit_differentiable
 
 FAMILIES = ("qwen2_5_vl", "llava_next", "idefics2", "llama")
 IDS = torch.arange(7, 27).reshape(2, 10)
-SKIP = ["lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"]
+TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+SKIP = ["lm_head", *(f"model.{name}" for name in TOWERS)]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,229 @@
+"""The whole way once: prior, 4-bit LoRA training, merge, reload, examination; DRIFT beside its rivals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..build import build_prior
+from ..merge import merge_adapter
+from .evaluate import MEASURES, ask, examine, exams, is_right
+from .train import STEPS, fine_tune, load, task_arithmetic
+from .world import Digits, make_samples
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+VLM, EXPERT = CHECKPOINTS / "vlm", CHECKPOINTS / "reasoner"
+TUNING = Path(__file__).parent / "tuning.json"  # written by drift_peft.demo.tune
+EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: ``merged`` · Δ is added to the model beforehand, then an adapter is trained if ``trained``.
+
+    ``drift`` holds settings of DriftConfig, where {} means its defaults; None trains plain LoRA.
+    """
+
+    title: str
+    merged: float = 0.0
+    trained: bool = False
+    drift: dict | None = None
+
+
+METHODS = {
+    "vlm": Method("VLM as it is"),
+    "merge-0.5": Method("task arithmetic 0.5", merged=0.5),
+    "merge-0.8": Method("task arithmetic 0.8", merged=0.8),
+    "swap": Method("reasoner swapped in", merged=1.0),  # the whole of it, which is task arithmetic 1
+    "lora": Method("LoRA", trained=True),
+    "swap-lora": Method("swapped, then LoRA", merged=1.0, trained=True),
+    "drift": Method("DRIFT", trained=True, drift={}),
+    "decoupled": Method(
+        "DRIFT decoupled",
+        trained=True,
+        drift={"drift_scale": "decoupled", "drift_target": "factors", "drift_alpha": 30.0},
+    ),
+}
+
+
+def run(
+    out: str | Path | None = None,
+    seed: int = 0,
+    methods: Iterable[str] = tuple(METHODS),
+    *,
+    steps: int = STEPS,
+    size: int = 300,
+    split: str = "test",
+    rates: dict[str, float] | None = None,
+    show: bool = True,
+) -> dict:
+    """Build the prior, train, merge and examine every method, and print one table on stdout.
+
+    Args:
+        out: folder that keeps everything: prior, adapters, merged models, results.json, results.png, samples.png. What
+            an earlier run left there is replaced. None keeps nothing.
+        seed: of the training samples, their order, the adapters' starts and the exams.
+        methods: keys of ``METHODS``.
+        steps: optimizer steps of 16 samples for every method that trains.
+        size: samples per exam.
+        split: the digits of the exams.
+        rates: learning rate by method; by default those that did best on validation digits (tuning.json).
+        show: print the table.
+
+    Returns:
+        What results.json holds: ``scores`` by method and exam (shares of right answers), ``history`` of the adapters,
+        ``examples`` and ``seconds``.
+
+    Raises:
+        ImportError: an extra of the demo is not installed.
+        ValueError: an unknown method.
+    """
+    methods = list(methods)
+    check(methods)
+    with quiet(), working_folder(out) as folder:
+        start = time.perf_counter()
+        rates = learning_rates() if rates is None else rates
+        prior = build_prior(EXPERT, VLM, folder / "prior.safetensors", overwrite=True)
+        train_digits = Digits("train")
+        samples = make_samples(200, ["solve"], np.random.default_rng([seed, 1]), train_digits, operations=(2, 3))
+        tests = exams(split, seed, size)
+        shown = tests["2-3 operations"][:3] + tests["4-5 operations"][:3]
+
+        result = {"seed": seed, "steps": steps, "size": size, "split": split}
+        result |= {"titles": {key: METHODS[key].title for key in methods}, "rates": {}, "scores": {}, "history": {}}
+        answers = {}
+        for key in tqdm(methods, desc="methods", unit="method"):
+            method, home = METHODS[key], folder / key
+            model_folder = VLM
+            if method.merged:
+                model_folder = home / "base" if method.trained else home / "merged"
+                task_arithmetic(VLM, EXPERT, method.merged, model_folder)
+            if method.trained:
+                result["rates"][key] = rates[key]
+                result["history"][key] = fine_tune(
+                    model_folder,
+                    prior,
+                    samples,
+                    home / "adapter",
+                    rate=rates[key],
+                    drift=method.drift,
+                    steps=steps,
+                    seed=seed,
+                    title=method.title,
+                )
+                merge_adapter(model_folder, home / "adapter", home / "merged", overwrite=True, progress=False)
+                model_folder = home / "merged"
+            model, processor = load(model_folder)
+            result["scores"][key] = examine(model, processor, tests)
+            answers[key] = ask(model, processor, shown)
+        result["examples"] = [
+            {
+                "symbols": sample.symbols,
+                "answer": sample.answer,
+                "answers": {key: answers[key][i] for key in methods},
+                "right": {key: is_right(sample, answers[key][i]) for key in methods},
+            }
+            for i, sample in enumerate(shown)
+        ]
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        if out is not None:
+            from .figures import draw_results, draw_samples
+
+            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            draw_results(result, folder / "results.png")
+            draw_samples([sample.image for sample in shown], result, folder / "samples.png")
+    if show:
+        print_table([result])
+        if out is not None:
+            print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
+    return result
+
+
+def study(seeds: Sequence[int] = (0, 1, 2), out: str | Path | None = None, **settings) -> list[dict]:
+    """``run`` for several seeds; prints means and, behind ±, standard deviations over the seeds."""
+    results = []
+    for seed in seeds:
+        folder = None if out is None else Path(out, f"seed{seed}")
+        results.append(run(folder, seed, show=False, **settings))
+    print_table(results)
+    if out is not None:
+        Path(out, "study.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def print_table(results: list[dict]) -> None:
+    """One row per method: accuracy in percent, and learning rate."""
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    title = f"Right answers in percent on {results[0]['split']} digits, {results[0]['size']} per exam, seed {seeds}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for head in (*MEASURES.values(), "mean", "rate"):
+        table.add_column(head, justify="right")
+    for key in results[0]["scores"]:
+        rows = np.array([[result["scores"][key][measure] for measure in MEASURES] for result in results])
+        rows = 100 * np.column_stack([rows, rows.mean(1)])
+        cells = [f"{mean:.0f}" for mean in rows.mean(0)]
+        if len(results) > 1:
+            cells = [f"{cell} ± {spread:.0f}" for cell, spread in zip(cells, rows.std(0, ddof=1), strict=True)]
+        rate = results[0]["rates"].get(key)
+        table.add_row(results[0]["titles"][key], *cells, "" if rate is None else f"{rate:g}")
+    Console().print(table)
+
+
+def learning_rates() -> dict[str, float]:
+    """The rate that did best on validation digits, for every method that trains."""
+    return json.loads(TUNING.read_text(encoding="utf-8"))["best"]
+
+
+def check(methods: list[str]) -> None:
+    """Refuse unknown methods and name missing extras, before any work."""
+    if unknown := [key for key in methods if key not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
+        raise ImportError(f'the demo needs {", ".join(missing)}: pip install "drift_peft[demo]"')
+
+
+@contextmanager
+def working_folder(out: str | Path | None):
+    """``out``, made if needed, or a temporary folder."""
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        yield Path(out)
+
+
+@contextmanager
+def quiet():
+    """One thread (fastest for models this small), and only our own progress bars and errors."""
+    threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Switched off bitsandbytes", category=UserWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,254 @@
+"""Every way to call an optimizer: closures, steps within steps, failures, several optimizers, loss scaling."""
+
+import copy
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from twin import (
+    BATCH,
+    assert_same_update,
+    backward,
+    bias_by_oracle,
+    every_mode,
+    pull_by_oracle,
+    sgd,
+    state,
+    steered,
+    three_modes,
+    train,
+    train_by_oracle,
+    trainable,
+    twin_of,
+)
+
+from drift_peft import telemetry
+
+# Ways to call an optimizer
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword"])
+@pytest.mark.parametrize(("scale", "target"), [("gradnorm", "residual"), ("decoupled", "factors")])
+def test_closures_are_guided_after_they_ran(pair, scale, target, call):
+    model = steered(pair, scale, target)
+    twin, start = twin_of(pair, model), state(model)
+    train_by_oracle(twin, sgd(twin), pair.prior, scale, target)
+    optimizer = sgd(model)
+
+    def closure():
+        optimizer.zero_grad()
+        return backward(model)
+
+    backward(model, BATCH.flip(1))  # stale gradients, which nobody must look at
+    for _ in range(2):
+        loss = optimizer.step(closure) if call == "positional" else optimizer.step(closure=closure)
+        assert loss > 0
+    assert_same_update(model, twin, start)
+    assert telemetry(model)["guided_steps"] == 2
+
+
+def test_lbfgs_is_guided_at_every_evaluation(pair):
+    model = steered(pair, "gradnorm")
+    twin, start = twin_of(pair, model), state(model)
+    for m in (model, twin):
+        optimizer = torch.optim.LBFGS(trainable(m), lr=0.5, max_iter=4)
+        evaluations = []
+
+        def closure(m=m, optimizer=optimizer, evaluations=evaluations):
+            evaluations.append(1)
+            optimizer.zero_grad()
+            loss = backward(m)
+            if m is twin:
+                bias_by_oracle(twin, pair.prior, "gradnorm", "residual")
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        assert len(evaluations) == 8
+    assert_same_update(model, twin, start, 1e-4)
+    assert telemetry(model)["guided_steps"] == 2
+
+
+class Child(torch.optim.SGD):
+    """An optimizer whose step is its parent's, called through super()."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, sharing its parameters or holding others of its own."""
+
+    def __init__(self, parameters, inner):
+        super().__init__(parameters, {"lr": inner.param_groups[0]["lr"]})
+        self.inner = inner
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not any(p is q for g in self.inner.param_groups for q in g["params"]):
+                    p -= group["lr"] * p.grad
+        return self.inner.step(closure)
+
+
+def child(model):
+    torch.optim.SGD(trainable(model), lr=1)  # from here on both classes' step() call the hooks
+    return Child(trainable(model), lr=0.05)
+
+
+def around_all(model):
+    return Wrapper(trainable(model), sgd(model))
+
+
+def around_the_rest(model):
+    first, *rest = trainable(model)
+    return Wrapper([first], torch.optim.SGD(rest, lr=0.05))
+
+
+@pytest.mark.parametrize(
+    ("make", "with_closure"), [(child, False), (child, True), (around_all, False), (around_the_rest, False)]
+)
+@pytest.mark.parametrize(("scale", "target"), [("gradnorm", "residual"), ("decoupled", "factors")])
+def test_a_step_within_a_step_is_guided_once(pair, make, with_closure, scale, target):
+    model = steered(pair, scale, target)
+    twin, start = twin_of(pair, model), state(model)
+    train_by_oracle(twin, sgd(twin), pair.prior, scale, target)
+    optimizer = make(model)
+
+    def closure():
+        optimizer.zero_grad()
+        model.zero_grad()
+        return backward(model)
+
+    for _ in range(2):
+        if not with_closure:
+            closure()
+        optimizer.step(closure if with_closure else None)
+    # Of a pair of factors in two steps, the second one's direction is taken after the first has moved.
+    assert_same_update(model, twin, start, 1e-3 if make is around_the_rest else 1e-6)
+
+
+class Fails(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step(closure)
+        raise RuntimeError("in the middle")
+
+
+@pytest.mark.parametrize("where", ["step", "closure"])
+def test_a_step_that_failed_does_not_disturb_the_next(pair, where):
+    model = steered(pair)
+    twin = twin_of(pair, model)
+    failing = Fails(trainable(model), lr=0.0)
+    if where == "step":
+        backward(model)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            failing.step()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            sgd(model).step(lambda: 1 / 0)
+    start = state(model)
+    train(model, sgd(model))
+    train_by_oracle(twin, sgd(twin), pair.prior, "adaptive", "residual")
+    assert_same_update(model, twin, start)
+    assert telemetry(model)["guided_steps"] == 2
+
+
+@pytest.mark.parametrize("split", ["layers.0", "lora_A"])
+@pytest.mark.parametrize(("scale", "target"), [("gradnorm", "residual"), ("decoupled", "factors")])
+def test_two_optimizers_with_a_part_of_the_parameters_each(pair, scale, target, split):
+    model = steered(pair, scale, target)
+    twin, start = twin_of(pair, model), state(model)
+
+    def halves(m):
+        named = [(n, p) for n, p in m.named_parameters() if p.requires_grad]
+        return [torch.optim.SGD([p for n, p in named if (split in n) == one], lr=0.05) for one in (True, False)]
+
+    both = halves(model)
+    for _ in range(2):
+        backward(model)
+        for optimizer in both:
+            optimizer.step()
+        model.zero_grad()
+    both = halves(twin)
+    for _ in range(2):
+        backward(twin)
+        for optimizer in both:
+            bias_by_oracle(twin, pair.prior, scale, target, only=optimizer.param_groups[0]["params"])
+            optimizer.step()
+            pull_by_oracle(twin, pair.prior, scale, optimizer)
+        twin.zero_grad()
+    assert_same_update(model, twin, start)
+
+
+def test_one_optimizer_for_two_models_with_settings_of_their_own(pair):
+    modes = ("gradnorm", "residual"), ("absolute", "residual")
+    models = [steered(pair, *mode) for mode in modes]
+    twins, start = [twin_of(pair, m) for m in models], state(models[0])
+    train(torch.nn.ModuleList(models), sgd(torch.nn.ModuleList(models)), 3, lambda both: [backward(m) for m in both])
+    for model, twin, mode in zip(models, twins, modes, strict=True):
+        train_by_oracle(twin, sgd(twin), pair.prior, *mode, 3)
+        assert_same_update(model, twin, start)
+        assert telemetry(model)["guided_steps"] == 3
+
+
+def test_steps_are_counted_on_by_a_resumed_optimizer(pair):
+    """A checkpoint brings the optimizer's state back into a process whose model was wrapped anew."""
+    model = steered(pair)
+    before = sgd(model)
+    train(model, before, 3)
+    train(model, sgd(model), 2)  # another optimizer counts on too
+    assert telemetry(model)["guided_steps"] == 5
+    again = steered(pair)
+    optimizer = sgd(again)
+    optimizer.load_state_dict(before.state_dict())
+    train(again, optimizer, 2)
+    assert telemetry(again)["guided_steps"] == 5
+
+
+# Loss scaling
+
+
+def scaled_step(model, optimizer, scaler, unscale=False, ids=BATCH):
+    optimizer.zero_grad()
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (False, False)])
+@every_mode
+def test_loss_scaling_does_not_change_the_update(pair, scale, target, unscale, fused):
+    model = steered(pair, scale, target, dtype=torch.float32)
+    other, start = copy.deepcopy(model), state(model)
+    make = {"lr": 0.01, "fused": fused}
+    train(model, torch.optim.AdamW(trainable(model), **make), 3)
+    optimizer, scaler = torch.optim.AdamW(trainable(other), **make), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for _ in range(3):
+        scaled_step(other, optimizer, scaler, unscale)
+    assert_same_update(other, model, start, 1e-4)
+    assert telemetry(other)["guided_steps"] == 3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@three_modes
+def test_a_step_skipped_on_inf_applies_nothing(pair, scale, target, fused):
+    model = steered(pair, scale, target, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    start = state(model)
+    with torch.no_grad():
+        poison = next(m for m in model.modules() if isinstance(m, LoraLayer)).base_layer.weight
+        sound, poison[0, 0] = poison[0, 0].clone(), torch.inf
+    scaled_step(model, optimizer, scaler)
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(start[n], p) for n, p in state(model).items())
+    assert telemetry(model)["guided_steps"] == 0
+    with torch.no_grad():
+        poison[0, 0] = sound
+    for _ in range(2):
+        scaled_step(model, optimizer, scaler)
+    assert telemetry(model)["guided_steps"] == 2
+    assert model.peft_config["default"].to_dict()["drift_steps"] == 2

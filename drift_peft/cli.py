@@ -20,6 +20,8 @@ from .merge import merge_adapter
 from .prior import ReasoningPrior
 from .report import prior_summary, prior_table, targets_summary, targets_table
 
+DESCRIPTION = "Priors of text-only reasoning models for vision-language models; adapters merged into their base."
+
 
 class Parser(ArgumentParser):
     """Errors are one sentence, with the nearest known flag where one is unknown."""
@@ -30,6 +32,11 @@ class Parser(ArgumentParser):
             flag = unknown[1].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        elif wrong := re.match(r"argument \w+: invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), n=1)
+            message = f"unknown command {wrong[1]}" + (f"; did you mean {near[0]}?" if near else f": one of {wrong[2]}")
+        elif missing := re.match(r'expected "[\w.]+" to be one of \{(.*)\}', message):
+            message = f"a command is missing: one of {missing[1].replace(',', ', ')}"
         elif wrong := re.match(r"Parser key \"(\w+)\": Expected a <class 'int'>\. Got value: (.*)", message):
             message = f"--{wrong[1]} takes a whole number, got {wrong[2]}"
         self.exit(2, f"drift-peft: error: {message}\n")
@@ -54,6 +61,9 @@ def parser() -> Parser:
 
     inspect = Parser(description="Show how far apart two models are, and how much of it a prior holds.")
     inspect.add_argument("prior", help="prior file, hub id or id@revision")
+    inspect.add_argument(
+        "--rank", type=int, help="captured energy when Δ is truncated to this rank, as an adapter's is"
+    )
     inspect.add_argument("--json", action="store_true", help="print as JSON, with the numbers of every weight")
 
     targets = Parser(description="Show what target_modules=None adapts and steers on a model, without loading it.")
@@ -74,7 +84,7 @@ def parser() -> Parser:
     demo.add_argument("--seed", type=int, default=0, help="seed of data, start and training")
 
     prior = Parser(description="Build and inspect reasoning priors.")
-    main = Parser(prog="drift-peft", description=__doc__.split("\n")[0], version=__version__)
+    main = Parser(prog="drift-peft", description=DESCRIPTION, version=__version__)
     commands = main.add_subcommands(dest="command")
     commands.add_subcommand("prior", prior, help="build and inspect priors")
     commands.add_subcommand("targets", targets, help="what would be adapted and steered")
@@ -102,7 +112,7 @@ def _build(args: Namespace) -> None:
 
 def _inspect(args: Namespace) -> None:
     prior = ReasoningPrior.load(args.prior)
-    summary = prior_summary(prior)
+    summary = prior_summary(prior, args.rank)
     _print({**summary, "weights": prior.metadata["weights"]}, prior_table(summary), args.json)
 
 

@@ -85,6 +85,8 @@ class ReasoningPrior(Mapping[str, PriorWeight]):
         """
         path = Path(source)
         if not path.exists():
+            if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
+                raise FileNotFoundError(f"there is no file {source}")
             repository, revision = split_revision(str(source), revision)
             path = download(repository, revision, [FILE_NAME])
         if path.is_dir():

@@ -16,18 +16,28 @@ from .naming import canonical_name, cross_attention_layers, language_model_targe
 from .prior import ReasoningPrior
 
 
-def prior_summary(prior: ReasoningPrior) -> dict:
+def prior_summary(prior: ReasoningPrior, rank: int | None = None) -> dict:
     """The header of a prior with its statistics per layer and module kind.
 
-    Each row: `relative_norm` ‖Δ‖/‖W_base‖ and captured `energy` over the row's weights taken together, and the
-    smallest `cosine` of W_expert and W_base among them.
+    Each row: `relative_norm` ‖Δ‖/‖W_base‖ and captured `energy` ΣS²/‖Δ‖² over the row's weights taken together, and the
+    smallest `cosine` of W_expert and W_base among them. With `rank`, the energy of Δ truncated to it, which is what an
+    adapter of this rank is steered by.
+
+    Raises:
+        ValueError: rank < 1.
     """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
     weights = prior.metadata["weights"]
+    if rank is not None:
+        kept = {name: prior[name].S[:rank].double().square().sum().item() for name in prior}
+        weights = {name: {**w, "energy": kept[name] / w["delta_norm"] ** 2} for name, w in weights.items()}
     groups: dict[tuple[int, str], list[dict]] = defaultdict(list)
     for name in prior:
         groups[layer_order(name)[1], module_kind(name)].append(weights[name])
     rows = [{"layer": layer, "modules": kind, **_statistics(stats)} for (layer, kind), stats in sorted(groups.items())]
     header = {key: value for key, value in prior.metadata.items() if key != "weights"}
+    header["rank"] = header["rank"] if rank is None else min(rank, header["rank"])
     return {**header, "sha256": prior.sha256, "rows": rows, "total": _statistics(weights.values())}
 
 

@@ -37,6 +37,7 @@ class DriftModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
+        _forget(model, adapter_name)  # one of this name may have been deleted, past this class even
         if not isinstance(config, DriftConfig):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.inference_mode:
@@ -68,8 +69,7 @@ class DriftModel(LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for module in self.model.modules():  # a later adapter of this name is another one
-            getattr(module, "drift", {}).pop(adapter_name, None)
+        _forget(self.model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
@@ -158,8 +158,22 @@ def guide(
     return model
 
 
+def _forget(model: nn.Module, adapter: str) -> None:
+    """Whatever steered an adapter of this name does not steer the next one."""
+    for module in model.modules():
+        getattr(module, "drift", {}).pop(adapter, None)
+
+
 def _open_prior(config: DriftConfig) -> ReasoningPrior:
-    prior = ReasoningPrior.load(config.prior)
+    try:
+        prior = ReasoningPrior.load(config.prior)
+    except FileNotFoundError as error:
+        if config.prior_sha256 is None:
+            raise
+        raise FileNotFoundError(
+            f"The prior '{config.prior}' that this adapter was trained with is not here: name it with "
+            "DriftConfig.from_pretrained(folder, prior=…)."
+        ) from error
     if config.prior_sha256 not in (None, prior.sha256):
         raise ValueError(
             f"The prior '{config.prior}' has changed since this adapter was trained (SHA-256 {prior.sha256[:12]}…, was "

@@ -169,7 +169,9 @@ def copy_adapter(pair, folder, **changes):
 
 def test_a_prior_that_has_moved(pair, tmp_path):
     folder = copy_adapter(pair, tmp_path / "adapter", prior=str(tmp_path / "moved.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r"moved\.safetensors is neither an existing path nor a hub id"):
+    with pytest.raises(
+        FileNotFoundError, match=r"moved\.safetensors. that this adapter was trained with is not here: name it"
+    ):
         resume(pair, DriftConfig.from_pretrained(folder))
     model = resume(pair, DriftConfig.from_pretrained(folder, prior=pair / "prior.safetensors"))
     assert telemetry(train(model, 1))["guided_steps"] == 4

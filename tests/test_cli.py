@@ -66,6 +66,11 @@ def test_prior_build_and_inspect(folder, capsys, tmp_path):
     assert row["cosine"] == min(w.cosine for w in mlp)
     status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors")
     assert status == 0 and "captured energy" in out and f"{row['energy']:.1%}" in out
+    status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors", "--rank", 2, "--json")
+    low = json.loads(out)
+    kept, whole = (sum((w.S[:k] ** 2).sum().item() for w in prior.values()) for k in (2, 8))
+    assert low["rank"] == 2 and low["total"]["energy"] < built["total"]["energy"]
+    assert low["total"]["energy"] / built["total"]["energy"] == pytest.approx(kept / whole, rel=1e-4)
 
 
 def test_targets(folder, capsys):
@@ -101,11 +106,14 @@ def test_merge(folder, capsys, tmp_path):
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "many"], 2, "whole number, got many"),
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"], 1, "at least 1, got 0"),
         (["prior", "build", "--base", "y", "-o", "z"], 2, "expert"),
-        (["prior", "buidl"], 2, "invalid choice: 'buidl' (choose from 'build', 'inspect')"),
+        (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
+        (["mrege"], 2, "unknown command mrege; did you mean merge?"),
+        (["prior"], 2, "a command is missing: one of build, inspect"),
+        (["prior", "inspect", "no.safetensors", "--rank", "few"], 2, "--rank takes a whole number, got few"),
         (["prior", "inspect", "no.safetensors"], 1, "no.safetensors"),
         (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
         (["targets", "no/where"], 1, "no/where"),
-        ([], 2, "{prior,targets,merge,demo}"),
+        ([], 2, "a command is missing: one of prior, targets, merge, demo"),
     ],
 )
 def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkeypatch):

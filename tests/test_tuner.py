@@ -382,6 +382,18 @@ def test_a_deleted_adapter_leaves_nothing_behind(pairs):
         telemetry(model)
 
 
+def test_an_adapter_deleted_by_transformers_leaves_nothing_behind(pairs):
+    folder = pairs("llama")
+    model = load(folder, "llama")
+    model.add_adapter(drift(folder), "a")
+    train(model)
+    model.delete_adapter("a")
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "a")
+    train(model)
+    with pytest.raises(ValueError, match="No layer of this model is steered"):
+        telemetry(model)
+
+
 def test_decoupled_needs_a_learning_rate(pairs):
     folder = pairs("llama")
     settings = {"drift_scale": "decoupled", "drift_target": "factors"}

@@ -150,6 +150,8 @@ def run(
             draw_samples([sample.image for sample in shown], result, folder / "samples.png")
     if show:
         print_table([result])
+        if out is None:
+            print("Nothing was kept; --out FOLDER keeps the prior, adapters, merged models, results and pictures.")
         if out is not None:
             print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
     return result

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from .evaluate import MEASURES
 from .world import CELL, LONGEST
 
-ANSWERING = ("vlm", "swap", "lora", "drift", "decoupled")  # whose answers are shown under an image
+ANSWERING = ("vlm", "swap", "lora", "swap-lora", "drift", "decoupled")  # whose answers are shown under an image
 
 
 def draw_results(result: dict, file: Path) -> None:
@@ -20,7 +20,8 @@ def draw_results(result: dict, file: Path) -> None:
     for i, (key, scores) in enumerate(result["scores"].items()):
         places = [group + (i - (len(result["scores"]) - 1) / 2) * width for group in range(len(MEASURES))]
         bars.bar(places, [scores[name] for name in MEASURES], width, color=f"C{i}", label=result["titles"][key])
-        if history := result["history"].get(key):
+        history = result["history"].get(key)
+        if history and key != "swap-lora":  # whose base holds all of Δ already
             steps, cosines = [h["step"] for h in history], [h["alignment"] for h in history]
             lines.plot(steps, cosines, color=f"C{i}", label=result["titles"][key])
     bars.set_title(f"Held-out digits, seed {result['seed']}")

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from drift_peft.checkpoint import INDEX, Checkpoint, download, split_revision
-from drift_peft.naming import canonical_name, cross_attention_layers
+from .checkpoint import INDEX, Checkpoint, download, split_revision
+from .naming import canonical_name, cross_attention_layers
+from .output import partial_folder
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
@@ -98,7 +99,7 @@ def merge_adapter(
         ValueError: the base is no full-precision model; the adapter has a part that plain addition cannot merge, or
             that does not fit the base; nothing changed; a merged weight is not finite; or the verification failed.
     """
-    with _partial_folder(Path(output), overwrite, sources=(base, adapter)) as folder:
+    with _replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         adapter_folder = _adapter_folder(adapter)
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
@@ -117,7 +118,7 @@ def merge_adapter(
 
 
 @contextlib.contextmanager
-def _partial_folder(output: Path, overwrite: bool, sources: tuple[str | Path, ...]) -> Iterator[Path]:
+def _replaced_when_complete(output: Path, overwrite: bool, sources: tuple[str | Path, ...]) -> Iterator[Path]:
     """`<output>.partial/` to work in, renamed to the output at the end, or gone if anything failed."""
     output = output.resolve()
     if output.exists():
@@ -128,15 +129,8 @@ def _partial_folder(output: Path, overwrite: bool, sources: tuple[str | Path, ..
         for source in sources:
             if Path(source).exists() and Path(source).resolve().is_relative_to(output):
                 raise FileExistsError(f"output {output} holds {source}, which is merged: name another folder")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
-    partial, old = (output.with_name(output.name + suffix) for suffix in (".partial", ".replaced"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed
-        partial.mkdir()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
-    try:
+    old = output.with_name(output.name + ".replaced")
+    with partial_folder(output) as partial:
         yield partial
         if output.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -147,8 +141,6 @@ def _partial_folder(output: Path, overwrite: bool, sources: tuple[str | Path, ..
             if old.exists():
                 os.replace(old, output)
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 

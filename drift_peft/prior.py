@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import download, split_revision
 from .naming import layer_order
+from .output import partial_folder
 
 FILE_NAME, HEADER_KEY, FORMAT = "prior.safetensors", "drift_prior", 1
 
@@ -147,18 +147,8 @@ def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path
         raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / FILE_NAME}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
-    try:
+    with partial_folder(output) as partial:
         yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -9,20 +9,17 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from . import guidance
 from .config import DriftConfig
-from .naming import canonical_name, cross_attention_layers, language_model_targets
+from .fit import check_fit
+from .naming import language_model_targets
 from .prior import ReasoningPrior
 from .step import Steered, lora_layers
 
-FINGERPRINT_LAYERS = 16  # base weights that are compared with the prior's fingerprint, spread over the model
-# NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
-FINGERPRINT_TOLERANCE = 0.3
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 
 
@@ -53,16 +50,15 @@ class DriftModel(LoraModel):
             config.target_modules = language_model_targets(model, prior)
         _maybe_include_all_linear_layers(config, model)
         names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
-        _check_fit(model, prior, config, {name: _rank(config, name) for name in names})
+        check_fit(model, prior, config, {name: _rank(config, name) for name in names})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         steered = _steer(lora_layers(model, adapter_name), prior, config)
         if config.init_lora_weights == "drift":
             _start(steered, prior)
 
     def _create_and_replace(self, lora_config, *args, **kwargs) -> None:
-        if (
-            isinstance(lora_config, DriftConfig) and lora_config.init_lora_weights == "drift"
-        ):  # PEFT's layers refuse a start they do not know; ours comes after
+        if isinstance(lora_config, DriftConfig) and lora_config.init_lora_weights == "drift":
+            # PEFT's layers refuse a start that they do not know; ours comes after them.
             lora_config = copy.copy(lora_config)
             lora_config.init_lora_weights = True
         super()._create_and_replace(lora_config, *args, **kwargs)
@@ -153,7 +149,7 @@ def guide(
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapters.intersection(layer.lora_A)
     }
-    _check_fit(model, prior, config, targets)
+    check_fit(model, prior, config, targets)
     _steer(layers, prior, config)
     return model
 
@@ -187,82 +183,6 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
 def _rank(config: DriftConfig, module_name: str) -> int:
     """The rank that PEFT will give this module's adapter."""
     return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module_name), config.r)
-
-
-def _check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int]) -> None:
-    """Refuse a prior of another model before anything is touched, and report targets that have no Δ.
-
-    `targets` maps the names of the modules that are (or will be) adapted to their adapter's rank.
-    """
-    config = getattr(model, "config", None)
-    skipped = cross_attention_layers(config) if config is not None else ()
-    modules = {}  # canonical name -> the base module
-    steered, unsteered = [], []
-    for name, module in model.named_modules():
-        if ".base_layer" in name or not hasattr(module, "weight"):
-            continue
-        canonical = canonical_name(f"{name}.weight", skipped)
-        if canonical in prior:
-            modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if name in targets:
-            (steered if canonical in prior else unsteered).append((name, canonical))
-    missing = [name for name in prior if name not in modules]
-    if missing:
-        raise ValueError(
-            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
-            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
-        )
-    for canonical, module in modules.items():
-        here = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        there = tuple(prior.metadata["weights"][canonical]["shape"])
-        if here != there:
-            raise ValueError(
-                f"The prior '{prior.source}' was built for another model: {canonical} is {list(there)} there and "
-                f"{list(here)} here; build a prior for this base with build_prior."
-            )
-    if not steered:
-        example = f", such as {unsteered[0][0]}" if unsteered else ""
-        raise ValueError(
-            f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
-            "would be steered: leave target_modules=None to adapt exactly what the prior covers."
-        )
-    if drift.drift_target == "factors":
-        for name, canonical in steered:
-            if (rank := len(prior[canonical].S)) < targets[name]:
-                raise ValueError(
-                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
-                    f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
-                )
-    if unsteered:
-        warnings.warn(
-            f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
-            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
-            stacklevel=2,
-        )
-    _check_fingerprint(modules, prior)
-
-
-@torch.no_grad()
-def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
-    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
-    names = list(modules)
-    difference = stored_square = 0.0
-    for name in names[:: max(1, len(names) // FINGERPRINT_LAYERS)]:
-        if modules[name].weight.device.type == "meta":  # nothing to compare before the weights are loaded
-            continue
-        weight, stored = prior[name], torch.tensor(prior[name].fingerprint)
-        W = dequantize_module_weight(modules[name]).float()
-        i = len(stored)
-        U, Vh = weight.U[:, :i].to(W.device, W.dtype), weight.Vh[:i].to(W.device, W.dtype)
-        found = ((U.mT @ W) * Vh).sum(-1).cpu()
-        difference += (found - stored).square().sum().item()
-        stored_square += stored.square().sum().item()
-    if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
-        raise ValueError(
-            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
-            f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
-            "build a prior for this base with build_prior."
-        )
 
 
 def _steer(layers: Iterable[tuple[str, LoraLayer, str]], prior: ReasoningPrior, config: DriftConfig) -> list[Steered]:

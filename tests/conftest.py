@@ -1,10 +1,12 @@
-"""What several test files share: one tiny pair of base and expert with a known Δ, and its prior."""
+"""What several test files share: tiny pairs of base and expert with their priors, one of them with a known Δ."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from pairs import make_pair
 from tiny import save_layout, tiny_llm
 
 from drift_peft import ReasoningPrior, build_prior
@@ -28,6 +30,12 @@ class Pair:
     @property
     def prior(self) -> ReasoningPrior:
         return ReasoningPrior.load(self.path)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """family -> folder with `base`, `expert` and `prior.safetensors`; made once."""
+    return cache(lambda family: make_pair(tmp_path_factory.mktemp(family), family))
 
 
 @pytest.fixture(scope="session")

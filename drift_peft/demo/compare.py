@@ -216,10 +216,12 @@ def working_folder(out: str | Path | None):
 def quiet():
     """One thread (fastest for models this small), and only our own progress bars and errors."""
     threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
+    bars, bitsandbytes = transformers_logging.is_progress_bar_enabled(), logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    bitsandbytes.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Switched off bitsandbytes", category=UserWarning)
@@ -228,4 +230,6 @@ def quiet():
     finally:
         torch.set_num_threads(threads)
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        bitsandbytes.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,102 @@
+"""Does this prior belong to this model, and what of it does it steer? Answered before anything is touched."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from .config import DriftConfig
+from .naming import canonical_name, cross_attention_layers
+from .prior import ReasoningPrior
+
+FINGERPRINT_LAYERS = 16  # base weights that are compared with the prior's fingerprint, spread over the model
+# NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
+FINGERPRINT_TOLERANCE = 0.3
+
+
+def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int]) -> None:
+    """Refuse a prior of another model, and report targets that have no Δ.
+
+    Args:
+        model: the model, adapted already or not; its base weights may be quantized.
+        prior: what shall steer it.
+        drift: the settings of the guidance.
+        targets: names of the modules that are (or will be) adapted -> their adapter's rank.
+
+    Raises:
+        ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ;
+            or `factors` lacks a target for some row of lora_A.
+    """
+    config = getattr(model, "config", None)
+    skipped = cross_attention_layers(config) if config is not None else ()
+    modules = {}  # canonical name -> the base module
+    steered, unsteered = [], []
+    for name, module in model.named_modules():
+        if ".base_layer" in name or not hasattr(module, "weight"):
+            continue
+        canonical = canonical_name(f"{name}.weight", skipped)
+        if canonical in prior:
+            modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name in targets:
+            (steered if canonical in prior else unsteered).append((name, canonical))
+    missing = [name for name in prior if name not in modules]
+    if missing:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
+            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
+        )
+    for canonical, module in modules.items():
+        here = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        there = tuple(prior.metadata["weights"][canonical]["shape"])
+        if here != there:
+            raise ValueError(
+                f"The prior '{prior.source}' was built for another model: {canonical} is {list(there)} there and "
+                f"{list(here)} here; build a prior for this base with build_prior."
+            )
+    if not steered:
+        example = f", such as {unsteered[0][0]}" if unsteered else ""
+        raise ValueError(
+            f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
+            "would be steered: leave target_modules=None to adapt exactly what the prior covers."
+        )
+    if drift.drift_target == "factors":
+        for name, canonical in steered:
+            if (rank := len(prior[canonical].S)) < targets[name]:
+                raise ValueError(
+                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
+                    f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
+                )
+    if unsteered:
+        warnings.warn(
+            f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
+            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
+            stacklevel=2,
+        )
+    _check_fingerprint(modules, prior)
+
+
+@torch.no_grad()
+def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
+    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
+    names = list(modules)
+    difference = stored_square = 0.0
+    for name in names[:: max(1, len(names) // FINGERPRINT_LAYERS)]:
+        if modules[name].weight.device.type == "meta":  # nothing to compare before the weights are loaded
+            continue
+        weight, stored = prior[name], torch.tensor(prior[name].fingerprint)
+        W = dequantize_module_weight(modules[name]).float()
+        i = len(stored)
+        U, Vh = weight.U[:, :i].to(W.device, W.dtype), weight.Vh[:i].to(W.device, W.dtype)
+        found = ((U.mT @ W) * Vh).sum(-1).cpu()
+        difference += (found - stored).square().sum().item()
+        stored_square += stored.square().sum().item()
+    if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+            f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
+            "build a prior for this base with build_prior."
+        )

@@ -1,0 +1,71 @@
+"""Tiny base and expert of several families with their prior on disk, and the steps that tests of the tuner take."""
+
+import warnings
+
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+
+from drift_peft import DriftConfig, build_prior
+from drift_peft.naming import PROJECTION, canonical_name
+
+FAMILIES = ("qwen2_5_vl", "llava_next", "idefics2", "llama")
+IDS = torch.arange(7, 27).reshape(2, 10)
+TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
+SKIP = ["lm_head", *(f"model.{name}" for name in TOWERS)]
+
+
+def load(folder, family, kind="fp32"):
+    auto = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=SKIP,
+    )
+    options = {"fp32": {}, "bf16": {"dtype": torch.bfloat16}, "nf4": {"quantization_config": quantization}}[kind]
+    return auto.from_pretrained(folder / "base", **{"dtype": torch.float32, **options})
+
+
+def drift(folder, **settings):
+    return DriftConfig(prior=folder / "prior.safetensors", r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+
+
+def wrap(model, config):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Switched off bitsandbytes")
+        return get_peft_model(model, config)
+
+
+def train(model, steps=3, lr=1e-3):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def untouched(model):
+    return not any(isinstance(m, LoraLayer) for m in model.modules())
+
+
+def make_pair(folder, family):
+    """Write `base`, `expert` and `prior.safetensors` of rank 8 into the folder."""
+    if family == "llama":
+        base, expert = tiny_llm("llava"), tiny_llm("llava")
+        generator = torch.Generator().manual_seed(1)
+        for name, weight in expert.named_parameters():
+            if PROJECTION.fullmatch(canonical_name(name) or ""):
+                weight.data += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
+    else:
+        base = tiny_vlm(family)
+        expert, _ = tiny_expert(family, base)
+    save_layout(base, folder / "base")
+    save_layout(expert, folder / "expert")
+    build_prior(folder / "expert", folder / "base", folder / "prior.safetensors", rank=8, progress=False)
+    return folder

@@ -3,6 +3,7 @@
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+from .baseline import merge_baseline
 from .build import build_prior
 from .config import DriftConfig
 from .merge import merge_adapter
@@ -20,6 +21,7 @@ __all__ = [
     "guide",
     "language_model_targets",
     "merge_adapter",
+    "merge_baseline",
     "telemetry",
 ]
 

@@ -1,79 +1,95 @@
 """Checkpoint: lazy tensors of a local folder or hub repository, one open shard at a time.
 
 Everything that cannot be right is refused when the checkpoint is opened, before anybody works with it: adapters,
-quantized weights, truncated or missing shards. Tensors stay memory-mapped until they are used.
+quantized weights, truncated or missing shards. Tensors stay memory-mapped until they are used, and a hub repository's
+shards stay on the hub until one of their tensors is read.
 """
 
 import json
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
 )
 
+from .hub import Repository, download, split_revision
 from .naming import canonical_name, cross_attention_layers
+from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order of transformers
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json")
 
-_QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|weight_scale|weight_scale_inv|qweight|qzeros)")
+_QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_scale_inv|qweight|qzeros)")
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
+_GGUF = "GGUF, which is quantized: give the safetensors model that it was made from"
+_FOUR_BIT_WAY_OUT = "give the full-precision model, or build a prior from it with dequantize=True (--dequantize)"
 
 
 class Checkpoint:
-    """A model's weights on disk, read as transformers would read them.
+    """A model's weights on disk or on the hub, read as transformers would read them.
 
     Args:
         source: folder, hub id or `id@revision`; an existing local path wins over a hub id.
         revision: branch, tag or commit of a hub repository.
+        dequantize: take bitsandbytes' 4-bit weights for the matrices that they stand for, instead of refusing them.
+        record: JSON file that tells a restarted program what `release` may delete; see `hub.Repository`.
 
     Attributes:
         source: path or hub id as given, without the revision.
         revision: commit that a hub repository was resolved to; None for a local folder.
-        folder: where the files are.
+        folder: where the files are, or will be when they are fetched.
         config, text_config: transformers configs of the whole model and of its language model.
-        files: the safetensors shards.
+        files: the shards, safetensors or .bin.
         keys: raw key -> shard that holds it.
         claims: canonical name -> raw keys that reduce to it; more than one is ambiguous.
 
     Raises:
         FileNotFoundError: no such folder or repository, or a file is missing from it.
-        ValueError: what is there is no full-precision safetensors model.
+        PermissionError, OSError: the hub does not give it.
+        ValueError: what is there is no full-precision model.
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None):
-        self.source, self.revision = str(source), None
-        hub = not Path(source).exists()
-        if hub:
-            self.source, revision = split_revision(self.source, revision)
-            self.folder = download(self.source, revision, ["*.json"])
-            self.revision = self.folder.name  # the hub cache names a snapshot's folder after its commit
-        else:
+    def __init__(
+        self, source: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
+    ):
+        self.source, self.revision, self._hub = str(source), None, None
+        if Path(source).exists():
             self.folder = Path(source)
+            self._names = {path.name for path in self.folder.glob("*")}
+        else:
+            self._hub = Repository(*split_revision(self.source, revision), record)
+            self.source, self.revision, self.folder = self._hub.name, self._hub.commit, self._hub.folder
+            self._names = self._hub.files()
 
         self._refuse_what_is_no_model()
-        self.config, self.text_config = self._read_config()
-        # Only what the index names: Mistral repositories hold a second copy in consolidated*.safetensors.
-        weight_map = self._read_index()
-        names = sorted(set(weight_map.values())) or [SINGLE]
-        if hub:
-            download(self.source, self.revision, names)
-        self.files = [self.folder / name for name in names]
-        self._refuse_missing_files()
-
-        self._open: tuple[Path, object] | None = None
-        self.keys = {key: file for file in self.files for key in self._shard(file).keys()}
-        self.keys |= {key: self.folder / name for key, name in weight_map.items()}
-        self._refuse_bad_keys(weight_map)
+        self.config, self.text_config = self._read_config(dequantize)
+        layout = self._choose_layout()
+        weight_map = self._read_index(layout) if layout.endswith(".index.json") else {}
+        self.files = [self.folder / name for name in sorted(set(weight_map.values())) or [layout]]
+        if self._hub is None and (missing := [file.name for file in self.files if not file.is_file()]):
+            raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, named in its index: fetch it again")
+        self._open: tuple | None = None  # a shard and its path
+        with ThreadPoolExecutor(8) as pool:  # on the hub, each header is a request or two
+            self._headers = dict(zip(self.files, pool.map(self._header, self.files), strict=True))
+        self._where = self._place_keys(weight_map)
+        self._four_bit = self._find_four_bit() if dequantize else {}
+        companions = {key for parts in self._four_bit.values() for key in parts.values()}
+        self.keys = {key: file for key, file in self._where.items() if key not in companions}
+        if quantized := next(filter(_QUANTIZED_KEY.fullmatch, self.keys), None):
+            way_out = _FOUR_BIT_WAY_OUT if FOUR_BIT.fullmatch(quantized) else "give the full-precision model"
+            raise ValueError(f"{self.source} is quantized (it holds {quantized}): {way_out}")
 
         cross = cross_attention_layers(self.config)
         depth = self.text_config.num_hidden_layers - len(cross)
@@ -92,103 +108,162 @@ class Checkpoint:
         return {name: keys[0] for name, keys in self.claims.items()}
 
     @property
+    def origin(self) -> dict:
+        """Where the weights come from, for a prior's header."""
+        return {"id": self.source, "revision": self.revision}
+
+    @property
+    def identity(self) -> list:
+        """What tells these weights from others: a hub repository's commit, or a folder's files with size and time."""
+        if self._hub is not None:
+            return [self._hub.name, self._hub.commit]
+        stats = {file.name: file.stat() for file in sorted({*self.files, *self.folder.glob("*.json")})}
+        return [str(self.folder), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]]
+
+    @property
     def auto_class(self):
         """The transformers auto class that loads this model."""
         vision = type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
     def shape(self, raw: str) -> tuple[int, ...]:
-        return tuple(self._shard(self.keys[raw]).get_slice(raw).get_shape())
+        """Shape of `tensor(raw)`, without reading it."""
+        return tuple(self._state(raw)["shape"]) if raw in self._four_bit else self._headers[self.keys[raw]][raw][0]
 
     def dtype(self, raw: str) -> torch.dtype:
-        return self.tensor(raw).dtype
+        """Dtype of `tensor(raw)`, without reading it."""
+        if raw in self._four_bit:
+            return getattr(torch, self._state(raw)["dtype"])
+        return self._headers[self.keys[raw]][raw][1]
 
     def tensor(self, raw: str) -> torch.Tensor:
-        """The tensor as stored, memory-mapped on the CPU: copy before writing to it."""
-        return self._shard(self.keys[raw]).get_tensor(raw)
+        """The tensor on the CPU: as stored, memory-mapped (copy before writing to it), or dequantized from 4 bits."""
+        if raw in self._four_bit:
+            return dequantize(self._read(raw), {part: self._read(key) for part, key in self._four_bit[raw].items()})
+        return self._read(raw)
+
+    def fetch(self, file: Path) -> Path:
+        """One of `files`, downloaded if it is still on the hub."""
+        return file if self._hub is None else self._hub.fetch(file.relative_to(self.folder).as_posix())
+
+    def release(self, file: Path) -> None:
+        """Delete one of `files` from the hub's cache if this checkpoint, or one with the same record, brought it there;
+        else do nothing. Reading one of its tensors fetches it again."""
+        if self._open is not None and self._open[0] == file:
+            self._open = None
+        if self._hub is not None:
+            self._hub.release(file.relative_to(self.folder).as_posix())
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token string -> its row in embedding and head. ValueError if there is no tokenizer that can be read."""
+        if self._hub is not None:
+            download(self._hub.name, self._hub.commit, TOKENIZER)
+        # Without such a file, transformers makes an empty tokenizer for some models instead of failing.
+        if not any(_VOCABULARY.fullmatch(file.name) for file in self.folder.iterdir()):
+            raise ValueError(f"{self.source} holds no tokenizer, which tells the rows of head and embedding apart")
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False).get_vocab()
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise ValueError(f"transformers cannot read the tokenizer of {self.source}: {_reason(error)}") from error
+
+    def _read(self, key: str) -> torch.Tensor:
+        return self._shard(self._where[key]).tensor(key)
 
     def _shard(self, file: Path):
-        if self._open is None or self._open[0] != file:
-            try:
-                self._open = file, safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
-        return self._open[1]
+        opened = self._open
+        if opened is None or opened[0] != file:
+            opened = self._open = file, open_shard(self.fetch(file))
+        return opened[1]
 
-    def _refuse_what_is_no_model(self):
+    def _header(self, file: Path) -> Header:
+        if self._hub is not None and not file.exists():
+            return self._hub.header(file.relative_to(self.folder).as_posix())
+        return open_shard(file).header()
+
+    def _state(self, raw: str) -> dict:
+        key = next(key for part, key in self._four_bit[raw].items() if part.startswith(STATE))
+        return four_bit_state(self._read(key))
+
+    def _refuse_what_is_no_model(self) -> None:
         where = self.source
-        if self.folder.suffix == ".gguf" or (not self._has("config.json") and self._has("*.gguf")):
-            raise ValueError(f"{where} is GGUF, which is quantized: give the safetensors model that it was made from")
+        if self.folder.suffix == ".gguf":
+            raise ValueError(f"{where} is {_GGUF}")
         if self.folder.is_file():
             raise ValueError(f"{where} is a file: give the folder with config.json and the safetensors files")
-        if self._has("adapter_config.json"):
-            raise ValueError(f"{where} is an adapter, not a model: merge it into its base and give the merged folder")
-        if self.revision is None and not self._has("*"):
+        if not self._names:
             raise FileNotFoundError(f"{where} is an empty folder")
-        if not self._has("config.json"):
+        if "adapter_config.json" in self._names:
+            raise ValueError(f"{where} is an adapter, not a model: merge it into its base and give the merged folder")
+        if "config.json" not in self._names:
+            if any(name.endswith(".gguf") for name in self._names):
+                raise ValueError(f"{where} is {_GGUF}")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
-    def _read_config(self):
+    def _read_config(self, four_bit_too: bool) -> tuple:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             text_config = config.get_text_config()
         except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(re.split(r"\.\s|\n\n", str(error).strip())[0].split())  # the first sentence, on one line
+            reason = _reason(error)
             raise ValueError(f"transformers cannot read the config.json of {self.source}: {reason}") from error
         for part in (config, text_config):
-            if quantization := getattr(part, "quantization_config", None):
-                method = dict(quantization).get("quant_method", "an unnamed method")
-                raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
+            if quantization := dict(getattr(part, "quantization_config", None) or {}):
+                method = quantization.get("quant_method", "an unnamed method")
+                if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+                    raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
+                if not four_bit_too:
+                    raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
         return config, text_config
 
-    def _read_index(self) -> dict[str, str]:
-        index = self.folder / INDEX
-        if not index.exists():
-            return {}
-        try:
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is no safetensors index: fetch it again") from error
-
-    def _refuse_missing_files(self):
-        if missing := [file.name for file in self.files if not file.is_file()]:
-            if missing != [SINGLE]:
-                raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, named in its index: fetch it again")
-            if self._has("*.bin"):
-                raise ValueError(
-                    f"{self.source} holds .bin weights: load it and save_pretrained it as safetensors first"
-                )
+    def _choose_layout(self) -> str:
+        """The single file or the index that transformers would read."""
+        layouts = [name for name in LAYOUTS if name in self._names]
+        if not layouts:
+            offline = "" if self._hub is None else ", on the hub or, if that cannot be reached, in the cache"
             raise FileNotFoundError(
-                f"{self.source} holds neither {SINGLE} nor {INDEX}: give a model saved as safetensors"
+                f"{self.source} holds none of {', '.join(LAYOUTS)}{offline}: give a model that save_pretrained wrote"
             )
+        single, index = layouts[0], f"{layouts[0]}.index.json"
+        if index in layouts and set(self._read_index(index).values()) != {single}:
+            warnings.warn(
+                f"{self.source} holds {single} and, named in {index}, other files of weights: read is {single}, as "
+                "transformers does; delete what is out of date",
+                stacklevel=3,
+            )
+        return single
 
-    def _refuse_bad_keys(self, weight_map: dict[str, str]):
+    def _read_index(self, name: str) -> dict[str, str]:
+        """Key -> name of its shard."""
+        try:
+            weight_map = json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"]
+            return {str(key): str(shard) for key, shard in weight_map.items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.folder / name} is no index of weights: fetch it again") from error
+
+    def _place_keys(self, weight_map: dict[str, str]) -> dict[str, Path]:
+        """Every key -> the one shard that holds it."""
+        where: dict[str, Path] = {}
         for file in self.files:
-            held = set(self._shard(file).keys())
-            if lost := [key for key, name in weight_map.items() if name == file.name and key not in held]:
-                raise ValueError(f"{file} lacks {lost[0]}, which the index of {self.source} places there")
-        if quantized := next(filter(_QUANTIZED_KEY.fullmatch, self.keys), None):
-            raise ValueError(f"{self.source} is quantized (it holds {quantized}): give the full-precision model")
+            for key in self._headers[file]:
+                if key in where:
+                    raise ValueError(f"{self.source} holds {key} in both {where[key].name} and {file.name}")
+                where[key] = file
+        for key, name in weight_map.items():
+            if key not in self._headers[self.folder / name]:
+                raise ValueError(f"{self.folder / name} lacks {key}, which the index of {self.source} places there")
+        return where
 
-    def _has(self, pattern: str) -> bool:
-        return any(self.folder.glob(pattern))
+    def _find_four_bit(self) -> dict[str, dict[str, str]]:
+        """4-bit weight -> what is beside it (as FOUR_BIT names it) -> key."""
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for match in filter(None, map(FOUR_BIT.fullmatch, self._where)):
+            found[match[1]][match[2]] = match[0]
+        for raw, parts in found.items():
+            if raw not in self._where or not any(part.startswith(STATE) for part in parts):
+                raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
+        return dict(found)
 
 
-def split_revision(source: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Hub id and revision of `id` or `id@revision`. ValueError when a revision is given twice."""
-    repository, _, inline = source.partition("@")
-    if inline and revision:
-        raise ValueError(f"{source} names the revision {inline}, but revision={revision!r} was given as well")
-    return repository, inline or revision
-
-
-def download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Folder of a hub snapshot that holds `files` (patterns); FileNotFoundError if the hub does not give them."""
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repository} is neither an existing path nor a hub id") from error
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        reason = str(error).strip().split("\n")[0]
-        at = f" at revision {revision}" if revision else ""
-        raise FileNotFoundError(f"{repository}{at} is no local path and the hub does not give it: {reason}") from error
+def _reason(error: Exception) -> str:
+    """The first sentence of another library's message, on one line."""
+    return " ".join(re.split(r"\.\s|\n\n", str(error).strip())[0].split())

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .build import MODULES, build_prior
+from .baseline import METHODS, merge_baseline
+from .build import DEFAULT_MODULES, MODULES, build_prior
 from .checkpoint import Checkpoint
+from .match import describe
 from .merge import merge_adapter
+from .page import write_report
 from .prior import ReasoningPrior
-from .report import prior_summary, prior_table, targets_summary, targets_table
+from .report import prior_table, targets_summary, targets_table
+from .summary import prior_summary
 
 DESCRIPTION = "Priors of text-only reasoning models for vision-language models; adapters merged into their base."
 
@@ -33,12 +37,13 @@ class Parser(ArgumentParser):
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help")
         elif wrong := re.match(r"argument \w+: invalid choice: '(.*)' \(choose from (.*)\)", message):
-            near = difflib.get_close_matches(wrong[1], re.findall(r"\w+", wrong[2]), n=1)
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1)
             message = f"unknown command {wrong[1]}" + (f"; did you mean {near[0]}?" if near else f": one of {wrong[2]}")
         elif missing := re.match(r'expected "[\w.]+" to be one of \{(.*)\}', message):
             message = f"a command is missing: one of {missing[1].replace(',', ', ')}"
-        elif wrong := re.match(r"Parser key \"(\w+)\": Expected a <class 'int'>\. Got value: (.*)", message):
-            message = f"--{wrong[1]} takes a whole number, got {wrong[2]}"
+        elif wrong := re.match(r"Parser key \"(\w+)\".*: Expected a <class '(int|float)'>\. Got value: (.*)", message):
+            kind = "whole number" if wrong[2] == "int" else "number"
+            message = f"--{wrong[1].replace('_', '-')} takes a {kind}, got {wrong[3]}"
         self.exit(2, f"drift-peft: error: {message}\n")
 
 
@@ -51,12 +56,24 @@ def parser() -> Parser:
     build.add_argument("--base", required=True, help="vision-language model, in full precision")
     build.add_argument("--reference", help="take Δ = expert − reference: the model that the expert was trained from")
     build.add_argument("-o", "--output", required=True, help="file to write, such as prior.safetensors")
-    build.add_argument("--rank", type=int, default=64, help="largest rank of Δ per weight")
-    build.add_argument("--modules", type=str, nargs="+", default=list(MODULES), help="which projections: attn, mlp")
+    build.add_argument("--rank", type=int, help="largest rank of Δ per weight (64)")
+    build.add_argument("--energy", type=float, help="instead: per weight the smallest rank with this share of ‖Δ‖²")
+    build.add_argument("--max-rank", type=int, help="largest rank with --energy (256)")
+    build.add_argument(
+        "--modules", type=str, nargs="+", default=list(DEFAULT_MODULES), help=f"which weights: {', '.join(MODULES)}"
+    )
+    build.add_argument("--only-layers", type=str, nargs="+", help="these layers alone, from 0 on, such as 0 4 8-27")
+    build.add_argument("--skip-first", type=int, default=0, help="not the first so many layers")
+    build.add_argument("--dequantize", action="store_true", help="accept models that are 4-bit on disk")
+    build.add_argument(
+        "--delete-shards", action="store_true", help="free each shard of the expert that was downloaded for this"
+    )
     build.add_argument("--seed", type=int, default=0, help="seed of the randomized SVD")
     build.add_argument("--device", help="where to compute, such as cuda; a GPU if there is one")
     build.add_argument("--force", action="store_true", help="build even when the two models seem unrelated")
-    build.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    build.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output, or an interrupted build of other settings"
+    )
     build.add_argument("--json", action="store_true", help="print the result as JSON")
 
     inspect = Parser(description="Show how far apart two models are, and how much of it a prior holds.")
@@ -64,7 +81,42 @@ def parser() -> Parser:
     inspect.add_argument(
         "--rank", type=int, help="captured energy when Δ is truncated to this rank, as an adapter's is"
     )
+    inspect.add_argument("--plot", help="also draw it into this file, such as prior.png; needs the extra report")
+    inspect.add_argument("--html", help="also write it as one self-contained page, such as prior.html")
+    inspect.add_argument("--overwrite", action="store_true", help="replace existing files of --plot and --html")
     inspect.add_argument("--json", action="store_true", help="print as JSON, with the numbers of every weight")
+
+    combine = Parser(description="Write a weighted sum of priors of one base as a new prior.")
+    combine.add_argument(
+        "parts", type=str, nargs="+", help="prior=coefficient, such as a.safetensors=0.7 user/prior@v1=0.3"
+    )
+    combine.add_argument("-o", "--output", required=True, help="file to write")
+    combine.add_argument("--rank", type=int, help="largest rank per weight; by default the largest in these priors")
+    combine.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    combine.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    truncate = Parser(description="Write a prior of lower rank.")
+    truncate.add_argument("prior", help="prior file, hub id or id@revision")
+    truncate.add_argument("--rank", type=int, required=True, help="largest rank per weight")
+    truncate.add_argument("-o", "--output", required=True, help="file to write")
+    truncate.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    truncate.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    export = Parser(description="Write scale·Δ as a plain LoRA adapter for stock PEFT: task arithmetic, no training.")
+    export.add_argument("prior", help="prior file, hub id or id@revision")
+    export.add_argument("--scale", type=float, required=True, help="how much of Δ to add, such as 0.1")
+    export.add_argument("-o", "--output", required=True, help="folder to write")
+    export.add_argument("--base", help="where the base's config is now, if not where the prior was built")
+    export.add_argument("--overwrite", action="store_true", help="replace an existing adapter folder")
+    export.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    push = Parser(description="Upload a prior with a model card to a hub repository.")
+    push.add_argument("prior", help="prior file")
+    push.add_argument("repository", help="hub id, such as user/repository; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--revision", help="branch to upload to")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--json", action="store_true", help="print the result as JSON")
 
     targets = Parser(description="Show what target_modules=None adapts and steers on a model, without loading it.")
     targets.add_argument("model", help="folder, hub id or id@revision")
@@ -79,20 +131,50 @@ def parser() -> Parser:
     merge.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     merge.add_argument("--json", action="store_true", help="print the result as JSON")
 
+    baseline = Parser(
+        description="Merge a text-only expert into a VLM without training: the baselines of the DRIFT paper's table 2. "
+        "Defaults are those of its table 9 (arXiv 2510.15050v2); the density and what its k counts, which the table "
+        "leaves open, are those of the code of BR2V (arXiv 2505.05464), its source."
+    )
+    baseline.add_argument("--method", required=True, help=f"one of {', '.join(METHODS)}")
+    baseline.add_argument("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")
+    baseline.add_argument("--base", required=True, help="vision-language model, in full precision")
+    baseline.add_argument("--reference", help="model that both were trained from; ties and dare need it, or a scale")
+    baseline.add_argument("-o", "--output", required=True, help="folder to write")
+    baseline.add_argument("--scale", type=float, help="merge base + scale·Δ: one task vector instead of two")
+    baseline.add_argument(
+        "--weights", type=float, nargs=2, help="of the task vectors of base and expert: 0.9 0.1, ties and dare 1.6 0.2"
+    )
+    baseline.add_argument("--density", type=float, help="share of entries that ties and dare keep: 0.2")
+    baseline.add_argument(
+        "--modules", type=str, nargs="+", help="which weights: attn, mlp, norm, bias; by default all that there are"
+    )
+    baseline.add_argument("--only-layers", type=str, nargs="+", help="these layers alone, from 0 on, such as 0 4 8-27")
+    baseline.add_argument("--skip-first", type=int, help="not the first so many layers: 6 for layer_swap, else 0")
+    baseline.add_argument("--seed", type=int, default=0, help="seed of what dare keeps")
+    baseline.add_argument("--force", action="store_true", help="merge even when the two models seem unrelated")
+    baseline.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    baseline.add_argument("--json", action="store_true", help="print the result as JSON")
+
     demo = Parser(description="Watch DRIFT move a text expert's reasoning into a vision-language model, in minutes.")
     demo.add_argument("--out", help="keep everything in this folder: prior, adapter, merged model, results, pictures")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, start and training")
 
-    prior = Parser(description="Build and inspect reasoning priors.")
+    prior = Parser(description="Build, inspect, combine and share reasoning priors.")
     main = Parser(prog="drift-peft", description=DESCRIPTION, version=__version__)
     commands = main.add_subcommands(dest="command")
-    commands.add_subcommand("prior", prior, help="build and inspect priors")
+    commands.add_subcommand("prior", prior, help="build, inspect, combine and share priors")
     commands.add_subcommand("targets", targets, help="what would be adapted and steered")
     commands.add_subcommand("merge", merge, help="adapter + full-precision base -> standalone model")
+    commands.add_subcommand("merge-baseline", baseline, help="expert + VLM -> VLM without training, to compare with")
     commands.add_subcommand("demo", demo, help="the whole way on a small embedded world")
     verbs = prior.add_subcommands(dest="verb")
     verbs.add_subcommand("build", build, help="two checkpoints -> prior file")
     verbs.add_subcommand("inspect", inspect, help="what a prior holds")
+    verbs.add_subcommand("combine", combine, help="weighted sum of priors")
+    verbs.add_subcommand("truncate", truncate, help="the same prior at a lower rank")
+    verbs.add_subcommand("export", export, help="the prior itself as a LoRA adapter")
+    verbs.add_subcommand("push", push, help="upload to the hub, with a model card")
     return main
 
 
@@ -106,14 +188,75 @@ def _print(result: dict, table: Table, as_json: bool) -> None:
 def _build(args: Namespace) -> None:
     settings = args.as_dict()
     as_json = settings.pop("json")
+    settings["only_layers"] = _layers(settings["only_layers"])
     summary = prior_summary(build_prior(**settings))
     _print(summary, prior_table(summary), as_json)
+    if (energy := args.energy) is not None and not as_json:
+        weights = summary["weights"].values()
+        capped = sum(weight["energy"] < energy for weight in weights)
+        print(f"{capped} of {len(weights)} weights are capped at rank {summary['max_rank']}, below {energy:.1%}")
+
+
+def _layers(numbers: Sequence[str] | None) -> list[int] | None:
+    """0 4 8-27 -> the numbers."""
+    layers = []
+    for number in numbers or ():
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", number)
+        between = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not between:
+            raise ValueError(f"--only-layers takes numbers and ranges, such as 0 4 8-27, got {number}")
+        layers += between
+    return layers or None
 
 
 def _inspect(args: Namespace) -> None:
+    summary = prior_summary(ReasoningPrior.load(args.prior), args.rank)
+    write_report(summary, args.plot, args.html, args.overwrite)
+    _print(summary, prior_table(summary), args.json)
+    if not args.json:
+        words = "\n".join(summary["verdict"][key] for key in ("distance", "merging", "rank", "basis"))
+        Console().print(words, markup=False, emoji=False, highlight=False)
+
+
+def _combine(args: Namespace) -> None:
+    parts = [_part(part) for part in args.parts]
+    summary = prior_summary(ReasoningPrior.combine(parts, args.output, args.rank, args.overwrite))
+    _print(summary, prior_table(summary), args.json)
+
+
+def _part(text: str) -> tuple[str, float]:
+    """a.safetensors=0.7 -> the prior and its coefficient."""
+    source, _, coefficient = text.rpartition("=")
+    try:
+        if source:
+            return source, float(coefficient)
+    except ValueError:
+        pass
+    raise ValueError(f"{text} names no coefficient: write prior=coefficient, such as a.safetensors=0.7")
+
+
+def _truncate(args: Namespace) -> None:
+    summary = prior_summary(ReasoningPrior.load(args.prior).truncate(args.rank, args.output, args.overwrite))
+    _print(summary, prior_table(summary), args.json)
+
+
+def _export(args: Namespace) -> None:
+    folder = ReasoningPrior.load(args.prior).as_lora(args.scale, args.output, args.base, args.overwrite)
+    table = Table(show_header=False, title=f"LoRA adapter {folder}")
+    table.add_row("adds", f"{args.scale:g}·Δ, with the LoRA scaling 1")
+    table.add_row("load with", f'PeftModel.from_pretrained(vlm, "{folder}")')
+    _print({"output": folder, "scale": args.scale}, table, args.json)
+
+
+def _push(args: Namespace) -> None:
     prior = ReasoningPrior.load(args.prior)
-    summary = prior_summary(prior, args.rank)
-    _print({**summary, "weights": prior.metadata["weights"]}, prior_table(summary), args.json)
+    url = prior.push_to_hub(
+        args.repository, private=args.private or None, commit_message=args.message, revision=args.revision
+    )
+    table = Table(show_header=False, title=f"{args.prior} uploaded")
+    table.add_row("commit", url)
+    table.add_row("load with", f'ReasoningPrior.load("{args.repository}")')
+    _print({"repository": args.repository, "commit": url, "sha256": prior.sha256}, table, args.json)
 
 
 def _targets(args: Namespace) -> None:
@@ -135,6 +278,22 @@ def _merge(args: Namespace) -> None:
     _print(asdict(report), table, args.json)
 
 
+def _merge_baseline(args: Namespace) -> None:
+    settings = args.as_dict()
+    as_json = settings.pop("json")
+    settings["only_layers"] = _layers(settings["only_layers"])
+    report = merge_baseline(**settings)
+    table = Table(show_header=False, title=f"{report.method} merged into {report.output}")
+    table.add_row("weights of the task vectors", ", ".join(f"{weight:g}" for weight in report.weights))
+    table.add_row("density", "all entries" if report.density is None else f"{report.density:g}")
+    table.add_row("weights merged", str(report.merged))
+    if report.without_counterpart:
+        table.add_row("not merged, the expert has none", describe(report.without_counterpart))
+    table.add_row("tensors written", str(report.tensors))
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    _print(asdict(report), table, as_json)
+
+
 def _demo(args: Namespace) -> None:
     from .demo import run  # needs the extra `demo`, and says so
 
@@ -144,8 +303,13 @@ def _demo(args: Namespace) -> None:
 COMMANDS: dict[tuple[str, ...], Callable[[Namespace], None]] = {
     ("prior", "build"): _build,
     ("prior", "inspect"): _inspect,
+    ("prior", "combine"): _combine,
+    ("prior", "truncate"): _truncate,
+    ("prior", "export"): _export,
+    ("prior", "push"): _push,
     ("targets",): _targets,
     ("merge",): _merge,
+    ("merge-baseline",): _merge_baseline,
     ("demo",): _demo,
 }
 
@@ -159,10 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, args = ("prior", args.verb), args[args.verb]
     try:
         COMMANDS[path](args)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"drift-peft: error: {message}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, KeyError, ImportError, KeyboardInterrupt) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or "interrupted"
+        print(f"drift-peft: error: {'; '.join([message, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

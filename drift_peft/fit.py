@@ -13,7 +13,6 @@ from .config import DriftConfig
 from .naming import canonical_name, cross_attention_layers
 from .prior import ReasoningPrior
 
-FINGERPRINT_LAYERS = 16  # base weights that are compared with the prior's fingerprint, spread over the model
 # NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
 FINGERPRINT_TOLERANCE = 0.3
 
@@ -33,16 +32,20 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
     """
     config = getattr(model, "config", None)
     skipped = cross_attention_layers(config) if config is not None else ()
-    modules = {}  # canonical name -> the base module
+    modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it
     steered, unsteered = [], []
     for name, module in model.named_modules():
-        if ".base_layer" in name or not hasattr(module, "weight"):
+        if ".base_layer" in name:
             continue
-        canonical = canonical_name(f"{name}.weight", skipped)
-        if canonical in prior:
-            modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for parameter in ("weight", "bias"):
+            canonical = canonical_name(f"{name}.{parameter}", skipped)
+            if canonical in prior and getattr(module, parameter, None) is not None:
+                modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if name in targets:
-            (steered if canonical in prior else unsteered).append((name, canonical))
+            canonical = canonical_name(f"{name}.weight", skipped)
+            # LoRA on an embedding has factors of another layout, which guidance does not reach.
+            reached = canonical in prior and not isinstance(modules[canonical], nn.Embedding)
+            (steered if reached else unsteered).append((name, canonical))
     missing = [name for name in prior if name not in modules]
     if missing:
         raise ValueError(
@@ -50,12 +53,12 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
             f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
         )
     for canonical, module in modules.items():
-        here = getattr(module, "out_features", None), getattr(module, "in_features", None)
-        there = tuple(prior.metadata["weights"][canonical]["shape"])
+        here = _shape(module, canonical)
+        there = prior.metadata["weights"][canonical]["shape"]
         if here != there:
             raise ValueError(
-                f"The prior '{prior.source}' was built for another model: {canonical} is {list(there)} there and "
-                f"{list(here)} here; build a prior for this base with build_prior."
+                f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
+                "here; build a prior for this base with build_prior."
             )
     if not steered:
         example = f", such as {unsteered[0][0]}" if unsteered else ""
@@ -79,19 +82,22 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
     _check_fingerprint(modules, prior)
 
 
+def _shape(module: nn.Module, canonical: str) -> list[int]:
+    """Shape of a module's weight or bias; of a weight that is packed in 4 bit, the shape it stands for."""
+    if canonical.endswith(".weight") and hasattr(module, "out_features"):
+        return [module.out_features, module.in_features]
+    return list(getattr(module, canonical.rpartition(".")[2]).shape)
+
+
 @torch.no_grad()
 def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
     """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
-    names = list(modules)
     difference = stored_square = 0.0
-    for name in names[:: max(1, len(names) // FINGERPRINT_LAYERS)]:
+    for name, U, Vh, stored in prior.probes():
         if modules[name].weight.device.type == "meta":  # nothing to compare before the weights are loaded
             continue
-        weight, stored = prior[name], torch.tensor(prior[name].fingerprint)
         W = dequantize_module_weight(modules[name]).float()
-        i = len(stored)
-        U, Vh = weight.U[:, :i].to(W.device, W.dtype), weight.Vh[:i].to(W.device, W.dtype)
-        found = ((U.mT @ W) * Vh).sum(-1).cpu()
+        found = ((U.to(W).mT @ W) * Vh.to(W)).sum(-1).cpu()
         difference += (found - stored).square().sum().item()
         stored_square += stored.square().sum().item()
     if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:

@@ -60,8 +60,9 @@ def module_kind(canonical: str) -> str | None:
 
 
 def layer_order(canonical: str) -> list[str | int]:
-    """Key that sorts canonical names by layer, 2 before 10."""
-    return [int(part) if part.isdigit() else part for part in canonical.split(".")]
+    """Key that sorts canonical names by layer, 2 before 10; of `layers.N.REST`, its second entry is N."""
+    first, *rest = canonical.split(".")
+    return [first, int(rest[0]), *rest[1:]] if first == "layers" else [first, *rest]
 
 
 def cross_attention_layers(config) -> tuple[int, ...]:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+SETTINGS, UNFINISHED = "settings.json", ".tmp"
+SHORT = 80  # characters of values that an error shows
 
 
 @contextlib.contextmanager
@@ -16,15 +25,106 @@ def partial_folder(output: Path) -> Iterator[Path]:
         FileNotFoundError: there is no folder to write the output into.
         OSError: that folder cannot be written to.
     """
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
-    partial = output.with_name(output.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial = partial_path(output)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    with _made(output, partial):
         partial.mkdir()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
     try:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(output: Path, settings: dict, afresh: bool = False) -> Iterator[Path]:
+    """The folder `<output>.partial/`, with what an interrupted run of the same settings has finished there.
+
+    It is gone when all went well, or when nothing was finished. Else it stays, and the exception that ended the run
+    gets a note (`__notes__`) that says so. Files are finished if they are called `*.safetensors`.
+
+    Args:
+        settings: name -> value, as JSON holds it, of whatever determines the result.
+        afresh: throw away what a run of other settings has left, instead of refusing.
+
+    Raises:
+        FileNotFoundError, OSError: as for `partial_folder`.
+        FileExistsError: a run of other settings has left its work here.
+    """
+    partial = partial_path(output)
+    settings = json.loads(json.dumps(settings))
+    left = _read_settings(partial)
+    if left != settings:
+        if left is not None and not afresh:
+            raise FileExistsError(
+                f"{partial} holds an interrupted build that differs in {_difference(left, settings)}: take its "
+                "settings or another output, or give it up: delete that folder, or pass overwrite=True (--overwrite)"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        with _made(output, partial):
+            partial.mkdir()
+            (partial / f"{SETTINGS}{UNFINISHED}").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            os.replace(partial / f"{SETTINGS}{UNFINISHED}", partial / SETTINGS)
+    try:
+        yield partial
+    except BaseException as error:
+        finished = [*partial.glob("*.safetensors")]
+        if not finished:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            note = f"{partial} keeps the {len(finished)} weights that are done: run the same again to go on from there"
+            error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note is not in Python 3.10
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_output(output: Path, overwrite: bool, example: str) -> None:
+    """Raise IsADirectoryError, FileExistsError or FileNotFoundError if a file could not be written there in the end."""
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / example}")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
+    partial_path(output)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`save_file` with one kind of error: OSError that names the file and the reason. Nothing torn is left."""
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        file.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {error}") from error
+
+
+def partial_path(output: Path) -> Path:
+    """`<output>.partial`. FileNotFoundError if there is no folder to write the output into."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
+    return output.with_name(output.name + ".partial")
+
+
+@contextlib.contextmanager
+def _made(output: Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+
+
+def _read_settings(partial: Path) -> dict | None:
+    """None where there is no such folder, or nothing in it that could be trusted."""
+    try:
+        settings = json.loads((partial / SETTINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _difference(left: dict, settings: dict) -> str:
+    """Keys whose values differ, with the values where they are short."""
+    differing = []
+    for key in settings | left:
+        before, now = left.get(key), settings.get(key)
+        if before != now:
+            differing.append(key if len(f"{before}{now}") > SHORT else f"{key} ({before}, now {now})")
+    return ", ".join(differing)

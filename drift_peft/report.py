@@ -1,74 +1,66 @@
-"""Tables of priors, targets and merges: what the command line prints, as rich tables or as JSON."""
+"""What a prior holds and what a model's targets are, as rich tables."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .naming import canonical_name, cross_attention_layers, language_model_targets, layer_order, module_kind
+from .combine import formula
+from .match import describe
+from .naming import canonical_name, cross_attention_layers, language_model_targets
 from .prior import ReasoningPrior
-
-
-def prior_summary(prior: ReasoningPrior, rank: int | None = None) -> dict:
-    """The header of a prior with its statistics per layer and module kind.
-
-    Each row: `relative_norm` ‖Δ‖/‖W_base‖ and captured `energy` ΣS²/‖Δ‖² over the row's weights taken together, and the
-    smallest `cosine` of W_expert and W_base among them. With `rank`, the energy of Δ truncated to it, which is what an
-    adapter of this rank is steered by.
-
-    Raises:
-        ValueError: rank < 1.
-    """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    weights = prior.metadata["weights"]
-    if rank is not None:
-        kept = {name: prior[name].S[:rank].double().square().sum().item() for name in prior}
-        weights = {name: {**w, "energy": kept[name] / w["delta_norm"] ** 2} for name, w in weights.items()}
-    groups: dict[tuple[int, str], list[dict]] = defaultdict(list)
-    for name in prior:
-        groups[layer_order(name)[1], module_kind(name)].append(weights[name])
-    rows = [{"layer": layer, "modules": kind, **_statistics(stats)} for (layer, kind), stats in sorted(groups.items())]
-    header = {key: value for key, value in prior.metadata.items() if key != "weights"}
-    header["rank"] = header["rank"] if rank is None else min(rank, header["rank"])
-    return {**header, "sha256": prior.sha256, "rows": rows, "total": _statistics(weights.values())}
-
-
-def _statistics(weights: Iterable[dict]) -> dict:
-    weights = list(weights)
-    delta, base = (math.fsum(w[key] ** 2 for w in weights) for key in ("delta_norm", "base_norm"))
-    return {
-        "weights": len(weights),
-        "relative_norm": math.sqrt(delta / base),
-        "cosine": min(w["cosine"] for w in weights),
-        "energy": math.fsum(w["energy"] * w["delta_norm"] ** 2 for w in weights) / delta,
-    }
 
 
 def prior_table(summary: dict) -> Table:
     """`prior_summary` as a table, a line per layer and module kind."""
-    origins = [summary[role] for role in ("expert", "base", "reference") if summary[role]]
-    names = [origin["id"] + (f"@{origin['revision'][:8]}" if origin["revision"] else "") for origin in origins]
-    title = f"Δ = {names[0]} − {names[-1]}, rank {summary['rank']}"
-    caption = (
-        f"{len(summary['not_steered'])} weights have Δ = 0 and are not steered" if summary["not_steered"] else None
-    )
-    table = Table("layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "captured energy", title=title, caption=caption)
+    ranks = [k for k in summary["total"]["energy_by_rank"] if k < summary["rank"]][-3:]
+    caption = "captured energy at rank k; cosine of expert and base: mean and lowest"
+    headers = "layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest", *(f"k={k}" for k in ranks)
+    # As Text, since brackets and colons in a folder's name are no markup.
+    title, caption = Text(prior_title(summary)), Text("\n".join([caption, *prior_notes(summary)]))
+    table = Table(*headers, f"k={summary['rank']}", title=title, caption=caption, collapse_padding=True)
     for column in table.columns:
         column.justify = "right"
     for row in [*summary["rows"], {"layer": "all", "modules": "", **summary["total"]}]:
-        values = f"{row['relative_norm']:.3f}", f"{row['cosine']:.3f}", f"{row['energy']:.1%}"
         if row["layer"] == "all":
             table.add_section()
-        table.add_row(str(row["layer"]), row["modules"], str(row["weights"]), *values)
+        numbers = (row[key] for key in ("relative_norm", "mean_cosine", "cosine"))
+        energies = *(row["energy_by_rank"].get(k) for k in ranks), row["energy"]
+        table.add_row(
+            "–" if row["layer"] is None else str(row["layer"]),
+            row["modules"],
+            str(row["weights"]),
+            *("–" if x is None else f"{x:.3f}" for x in numbers),
+            *("–" if x is None else f"{x:.1%}" for x in energies),
+        )
     return table
+
+
+def prior_title(summary: dict) -> str:
+    """What Δ is: expert − base, with their ids and revisions."""
+    return f"Δ = {formula(summary)}"
+
+
+def prior_notes(summary: dict) -> list[str]:
+    """What else is to be known about a prior, a sentence each."""
+    notes = []
+    ranks = {w["rank"] for w in summary["weights"].values() if "rank" in w}
+    if len(ranks) > 1:
+        notes.append(f"The ranks of the weights run from {min(ranks)} to {max(ranks)}.")
+    for name, stats in summary["weights"].items():
+        if "rows" in stats:
+            notes.append(f"{stats['rows']} of the {stats['shape'][0]} rows of {name} have a counterpart.")
+    if names := summary["not_steered"]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"Δ is zero in {', '.join(names[:3])}{more}: not steered.")
+    if missing := summary.get("without_counterpart"):
+        notes.append(f"Not steered for want of a counterpart: {describe(missing)}.")
+    return notes
 
 
 def targets_summary(checkpoint: Checkpoint, prior: ReasoningPrior | None = None) -> dict:
@@ -109,7 +101,7 @@ def targets_summary(checkpoint: Checkpoint, prior: ReasoningPrior | None = None)
 def targets_table(summary: dict) -> Table:
     """`targets_summary` as a table."""
     title = f"LoRA targets of {summary['model']} ({summary['class']})"
-    table = Table("module", "adapted", "steered", "left alone elsewhere", title=title)
+    table = Table("module", "adapted", "steered", "left alone elsewhere", title=Text(title))
     for row in summary["rows"]:
         steered = "no prior given" if row["steered"] is None else str(row["steered"])
         table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))

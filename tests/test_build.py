@@ -1,13 +1,28 @@
 """build.py: the prior is the known Δ for every family, and nothing matches in silence."""
 
-import json
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, LAYOUTS, rename_keys, save_layout, tiny_expert, tiny_llm, tiny_vlm
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import (
+    FAMILIES,
+    LAYOUTS,
+    MIXED,
+    edit_config,
+    edit_tensors,
+    rename_keys,
+    save_layout,
+    save_tokenizer,
+    tiny_expert,
+    tiny_llm,
+    tiny_vlm,
+)
 
 from drift_peft.build import build_prior
 from drift_peft.prior import ReasoningPrior
@@ -28,13 +43,6 @@ def pair(tmp_path):
 def build(folder, **arguments):
     arguments = {"expert": folder / "expert", "base": folder / "vlm", "output": folder / "p.safetensors"} | arguments
     return build_prior(**arguments, progress=False)
-
-
-def edit(folder, change):
-    """Apply change(tensors) to the only shard of a checkpoint."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def matrix(weight):
@@ -83,7 +91,8 @@ def test_metadata(pair, tmp_path):
         "format": 1,
         "expert": {"id": str(tmp_path / "expert"), "revision": None},
         "base": {"id": str(tmp_path / "vlm"), "revision": None},
-        "reference": None, "rank": 100, "dtype": "bfloat16", "seed": 3, "modules": ["mlp"], "not_steered": [],
+        "reference": None, "rank": 100, "energy": None, "max_rank": None, "dtype": "bfloat16", "seed": 3,
+        "modules": ["mlp"], "only_layers": None, "skip_first": 0, "without_counterpart": {}, "not_steered": [],
     }  # fmt: skip
     assert weights.keys() == {name for name in pair if ".mlp." in name}
     assert {tuple(stats["shape"]) for stats in weights.values()} == {(64, 128), (128, 64)}
@@ -127,14 +136,14 @@ def test_hierarchical_prior_takes_delta_from_the_reference(pair, tmp_path):
 
 def test_a_weight_without_delta_is_not_steered_but_recorded(pair, tmp_path):
     base = load_file(tmp_path / "vlm" / "model.safetensors")
-    edit(tmp_path / "expert", lambda t: t.update({f"model.{Q}": base[f"language_model.model.{Q}"]}))
+    edit_tensors(tmp_path / "expert", lambda t: t.update({f"model.{Q}": base[f"language_model.model.{Q}"]}))
     prior = build(tmp_path)
     assert Q not in prior and len(prior) == 13 and prior.metadata["not_steered"] == [Q]
 
 
 def test_weights_that_are_zero_in_both_do_not_trip_the_cosine_guard(pair, tmp_path):
     for side in ("vlm", "expert"):  # as in block expansion, where new blocks start with a zero o_proj and down_proj
-        edit(tmp_path / side, lambda t: next(v for k, v in t.items() if k.endswith(Q)).zero_())
+        edit_tensors(tmp_path / side, lambda t: next(v for k, v in t.items() if k.endswith(Q)).zero_())
     assert build(tmp_path).metadata["not_steered"] == [Q]
 
 
@@ -144,23 +153,18 @@ def test_progress_bar_names_the_weights(pair, tmp_path, capsys):
     assert "14/14" in captured.err and "layers.1.self_attn.v_proj.weight" in captured.err and not captured.out
 
 
-def config(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def test_warns_of_another_rope_theta(pair, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(tmp_path)
-    config(tmp_path / "expert", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    edit_config(tmp_path / "expert", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     with pytest.warns(UserWarning, match=r"rope theta is 500000.0 in the expert and 10000.0 in the base: Δ of q_proj"):
         build(tmp_path, overwrite=True)
 
 
 def missing(folder):
-    edit(folder / "expert", lambda t: [t.pop(f"model.{Q}"), t.pop("model.layers.1.mlp.up_proj.weight")])
-    edit(folder / "vlm", lambda t: t.pop("language_model.model.layers.0.mlp.down_proj.weight"))
+    edit_tensors(folder / "expert", lambda t: [t.pop(f"model.{Q}"), t.pop("model.layers.1.mlp.up_proj.weight")])
+    edit_tensors(folder / "vlm", lambda t: t.pop("language_model.model.layers.0.mlp.down_proj.weight"))
     return (
         r"do not match in 3 places: layers.0.mlp.down_proj.weight missing in the base; "
         r"layers.0.self_attn.q_proj.weight missing in the expert; layers.1.mlp.up_proj.weight missing in the expert"
@@ -168,12 +172,12 @@ def missing(folder):
 
 
 def misshaped(folder):
-    edit(folder / "expert", lambda t: t.update({f"model.{Q}": torch.ones(64, 32)}))
+    edit_tensors(folder / "expert", lambda t: t.update({f"model.{Q}": torch.ones(64, 32)}))
     return rf"{Q} is \[64, 32\] in the expert, \[64, 64\] in the base"
 
 
 def claimed_twice(folder):
-    edit(folder / "vlm", lambda t: t.update({f"model.language_model.{Q}": torch.ones(64, 64)}))
+    edit_tensors(folder / "vlm", lambda t: t.update({f"model.language_model.{Q}": torch.ones(64, 64)}))
     return rf"{Q} claimed by .*language_model.*{Q} and .*language_model.*{Q} in the base"
 
 
@@ -194,18 +198,8 @@ def other_width(folder):
 
 
 def other_heads(folder):  # of the same shapes
-    config(folder / "expert", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    edit_config(folder / "expert", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     return "differ in num_attention_heads 8 and 4, num_key_value_heads 4 and 2$"
-
-
-def nan(folder):
-    edit(folder / "expert", lambda t: t[f"model.{Q}"].view(-1)[5].fill_(torch.nan))
-    return f"model.{Q} of .*expert holds NaN or infinite values"
-
-
-def infinite(folder):
-    edit(folder / "vlm", lambda t: t[f"language_model.model.{Q}"].view(-1)[5].fill_(-torch.inf))
-    return f"language_model.model.{Q} of .*vlm holds NaN or infinite values"
 
 
 def unrelated(folder):
@@ -223,8 +217,6 @@ def unrelated(folder):
         other_depth,
         other_width,
         other_heads,
-        nan,
-        infinite,
         unrelated,
     ],
 )
@@ -263,8 +255,16 @@ def test_cosine_tells_shifted_layers(pair, tmp_path):
         ({"rank": "8"}, "rank must be an integer of at least 1, got '8'"),
         ({"rank": True}, "rank must be an integer of at least 1, got True"),
         ({"seed": None}, "seed must be an integer, got None"),
-        ({"modules": ["attn", "norm"]}, "modules='norm' is not available yet: choose from attn, mlp"),
-        ({"modules": ["attention"]}, "modules='attention' is unknown: choose from attn, mlp"),
+        ({"energy": 1.0}, "energy must be a number between 0 and 1, got 1.0"),
+        ({"energy": "most"}, "energy must be a number between 0 and 1, got 'most'"),
+        ({"energy": 0.9, "rank": 8}, "give rank=8 or energy=0.9, not both: with energy, max_rank is the ceiling"),
+        ({"energy": 0.9, "max_rank": 0}, "max_rank must be an integer of at least 1, got 0"),
+        ({"max_rank": 8}, "max_rank=8 goes with energy: without it, rank is the ceiling"),
+        ({"only_layers": []}, "only_layers is empty: leave it out for all layers"),
+        ({"only_layers": [0, -1]}, "only_layers takes whole numbers from 0 on, got -1"),
+        ({"only_layers": ["0"]}, "only_layers takes whole numbers from 0 on, got '0'"),
+        ({"skip_first": -2}, "skip_first takes whole numbers from 0 on, got -2"),
+        ({"modules": ["attention"]}, "modules='attention' is unknown: choose from attn, mlp, norm, bias, head, embed"),
         ({"modules": []}, "modules is empty"),
         ({"device": "warp"}, "device warp is not available"),
     ],
@@ -286,14 +286,176 @@ def test_an_existing_output_is_kept_unless_overwritten(pair, tmp_path):
     assert len(ReasoningPrior.load(tmp_path / "p.safetensors")) == 14
 
 
-def test_full_disk_leaves_nothing(pair, tmp_path):
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = sorted(os.listdir(tmp_path))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # each weight fits, the whole prior does not
-    try:
-        with pytest.raises(OSError, match=r"could not be written: .*File too large"):
-            build(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(os.listdir(tmp_path)) == before
+@pytest.mark.parametrize("family", MIXED)
+def test_hybrids_and_mixtures_of_experts(family, tmp_path):
+    vlm = tiny_vlm(family)
+    expert, delta = tiny_expert(family, vlm)
+    save_layout(vlm, tmp_path / "vlm")
+    save_layout(expert, tmp_path / "expert", max_shard_size="20KB")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prior = build(tmp_path)
+    assert prior.keys() == delta.keys()
+    assert all(torch.allclose(matrix(w), delta[name], atol=1e-2 * delta[name].abs().max()) for name, w in prior.items())
+    left = prior.metadata["without_counterpart"]
+    said = [str(w.message) for w in caught if "not steered" in str(w.message)]
+    assert len(said) == bool(left) == (family != "mistral_llava")
+    assert all(f"{pattern} ({count})" in said[0] for pattern, count in left.items())
+
+
+def test_vectors_are_kept_whole(tmp_path):
+    vlm = tiny_vlm("qwen2_5_vl")
+    expert, _ = tiny_expert("qwen2_5_vl", vlm)
+    base, state = vlm.get_decoder().state_dict(), expert.get_decoder().state_dict()
+    vectors = {name for name, value in state.items() if value.dim() == 1}
+    generator = torch.Generator().manual_seed(5)
+    for name in vectors - {"norm.weight"}:
+        state[name] += torch.randn(state[name].shape, generator=generator)
+    save_layout(vlm, tmp_path / "vlm")
+    save_layout(expert, tmp_path / "expert")
+    prior = build(tmp_path, modules=["bias", "norm"])
+    assert prior.metadata["modules"] == ["norm", "bias"] and prior.metadata["not_steered"] == ["norm.weight"]
+    assert prior.keys() == vectors - {"norm.weight"} and len(prior) == 10
+    for name, vector in prior.items():
+        delta = state[name] - base[name]
+        assert torch.equal(vector.delta, delta)
+        assert vector.delta_norm == pytest.approx(float(delta.norm()))
+        assert vector.base_norm == pytest.approx(float(base[name].norm()))
+    # A bias that starts from zero has no cosine with the expert's, and that stops nothing.
+    assert prior["layers.0.self_attn.q_proj.bias"].cosine == 0
+
+
+def test_rows_of_head_and_embedding_by_token(tmp_path):
+    vlm = tiny_vlm("llava")  # 64 rows, untied
+    expert = tiny_llm("llava", vocab_size=80)
+    order = torch.randperm(79, generator=torch.Generator().manual_seed(0))[:50]  # rows of the 50 common tokens
+    rows = torch.randperm(63, generator=torch.Generator().manual_seed(1))[:50]
+    delta = {}
+    for seed, module in enumerate(("get_input_embeddings", "get_output_embeddings")):
+        W, theirs = getattr(vlm, module)().weight.detach(), getattr(expert, module)().weight.detach()
+        noise = 0.1 * W.std() * torch.randn(50, 64, generator=torch.Generator().manual_seed(seed))
+        theirs[order] = W[rows] + noise
+        delta[module] = torch.zeros(64, 64).index_copy_(0, rows, noise)
+    save_layout(vlm, tmp_path / "vlm")
+    save_layout(expert, tmp_path / "expert")
+    save_tokenizer(tmp_path / "vlm", {f"token {i}": int(row) for i, row in enumerate(rows)} | {"<image>": 63})
+    save_tokenizer(tmp_path / "expert", {f"token {i}": int(row) for i, row in enumerate(order)} | {"[PAD]": 79})
+
+    prior = build(tmp_path, modules=["head", "embed"])
+    assert [*prior] == ["embed_tokens.weight", "lm_head.weight"]
+    for (name, weight), (module, known) in zip(prior.items(), delta.items(), strict=True):
+        assert torch.allclose(matrix(weight), known, atol=1e-2 * float(known.abs().max()))
+        others = torch.ones(64, dtype=torch.bool).index_fill_(0, rows, False)
+        assert not weight.U[others].any()
+        assert prior.metadata["weights"][name]["rows"] == 50 and prior.metadata["weights"][name]["shape"] == [64, 64]
+        base = getattr(vlm, module)().weight.detach()
+        assert weight.base_norm == pytest.approx(float(base[rows].norm()), rel=1e-5)
+        cosine = torch.cosine_similarity((base + known)[rows].flatten(), base[rows].flatten(), dim=0)
+        assert weight.cosine == pytest.approx(float(cosine), abs=1e-5)
+        fingerprint = (weight.U.float().T @ base @ weight.Vh.float().T).diag()[:8]
+        assert weight.fingerprint == pytest.approx(fingerprint.tolist(), abs=1e-5)
+
+
+def test_a_tied_expert_has_its_embedding_as_head(pair, tmp_path):
+    rename_keys(tmp_path / "expert", lambda key: None if key == "lm_head.weight" else key)
+    edit_config(tmp_path / "expert", tie_word_embeddings=True)
+    for side in ("vlm", "expert"):
+        save_tokenizer(tmp_path / side, {f"token {i}": i for i in range(64)})
+    prior = build(tmp_path, modules=["head"], force=True)  # two unrelated random matrices
+    vlm = tiny_vlm("llava")
+    expected = vlm.get_input_embeddings().weight - vlm.get_output_embeddings().weight
+    assert torch.allclose(matrix(prior["lm_head.weight"]), expected, atol=2e-3)
+
+
+def test_energy_instead_of_a_rank(pair, tmp_path):
+    prior = build(tmp_path, energy=0.6, max_rank=20)
+    assert {key: prior.metadata[key] for key in ("rank", "energy", "max_rank")} == {
+        "rank": 20, "energy": 0.6, "max_rank": 20,
+    }  # fmt: skip
+    ranks = set()
+    for name, weight in prior.items():
+        shares = torch.linalg.svdvals(pair[name]).square().cumsum(0) / pair[name].norm() ** 2
+        k = len(weight.S)
+        assert k == min(20, 1 + int((shares < 0.6).sum())) == prior.metadata["weights"][name]["rank"]
+        assert weight.energy == pytest.approx(float(shares[k - 1]), abs=1e-4)
+        assert weight.energy >= 0.6 or k == 20
+        ranks.add(k)
+    assert len(ranks) > 2 and 20 in ranks
+    assert build(tmp_path, energy=0.6, output=tmp_path / "default").metadata["max_rank"] == 256
+    assert build(tmp_path, output=tmp_path / "rank").metadata["rank"] == 64
+
+
+def test_layers(pair, tmp_path):
+    prior = build(tmp_path, only_layers=[1, 1])
+    assert len(prior) == 7 and {name.split(".")[1] for name in prior} == {"1"}
+    assert (prior.metadata["only_layers"], prior.metadata["skip_first"]) == ([1], 0)
+    skipped = build(tmp_path, skip_first=1, output=tmp_path / "skipped")
+    assert [*skipped] == [*prior] and (skipped.metadata["only_layers"], skipped.metadata["skip_first"]) == (None, 1)
+
+
+def test_an_adapter_is_an_expert(pair, tmp_path):
+    llm = tiny_llm("llava")
+    llm.load_state_dict(load_file(tmp_path / "expert" / "model.safetensors"))
+    save_layout(llm, tmp_path / "text")
+    adapted = get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "text")
+    adapted.save_pretrained(tmp_path / "adapter")
+    prior = build(tmp_path, expert=tmp_path / "adapter")
+    merged = adapted.merge_and_unload().get_decoder().state_dict()
+    base = tiny_vlm("llava").get_decoder().state_dict()
+    assert len(prior) == 14 and prior.metadata["expert"]["base"]["id"] == str(tmp_path / "text")
+    for name in (Q, "layers.1.mlp.up_proj.weight"):
+        assert torch.allclose(matrix(prior[name]), merged[name] - base[name], atol=2e-3)
+
+
+@pytest.mark.parametrize(("side", "value"), [("expert", torch.nan), ("vlm", -torch.inf), ("reference", torch.inf)])
+def test_what_is_not_finite_is_named(side, value, pair, tmp_path):
+    save_layout(tiny_llm("llava"), tmp_path / "reference")
+    key = next(key for key in load_file(tmp_path / side / "model.safetensors") if key.endswith(Q))
+    edit_tensors(tmp_path / side, lambda tensors: tensors[key].view(-1)[5].fill_(value))
+    with pytest.raises(ValueError, match=rf"^{key} of .*{side} holds NaN or infinite values"):
+        build(tmp_path, reference=tmp_path / "reference", force=True)
+
+
+MEMORY = """
+import sys, threading, time
+from drift_peft.build import build_prior
+
+def anonymous():
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+def peak(layers, output):
+    highest, done = [anonymous()], threading.Event()
+    def watch():
+        while not done.wait(0.001):
+            highest.append(anonymous())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    build_prior(f"expert{layers}", f"vlm{layers}", output, rank=4, progress=False)
+    done.set()
+    watcher.join()
+    return max(highest)
+
+peak(2, "first")  # with what is allocated once
+print(peak(2, "a"), peak(8, "b"))
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    size = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+    for layers in (2, 8):
+        model = tiny_llm("llava", **size, head_dim=64, num_hidden_layers=layers)
+        save_layout(model, tmp_path / f"vlm{layers}")
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.ones_like(parameter)  # of rank 1, which is decomposed fast
+        save_layout(model, tmp_path / f"expert{layers}")
+    command, environment = [sys.executable, "-c", MEMORY], {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    few, many = map(float, run.stdout.split())
+    assert many - few < 30, f"{few} MB with 2 layers, {many} MB with 8, of which each has 13 MB of Δ"

@@ -1,15 +1,20 @@
-"""checkpoint.py: every family in every layout, and everything that is refused when a checkpoint is opened."""
+"""checkpoint.py, shards.py: every family in every layout and format, and everything that is refused on opening."""
 
+import itertools
 import json
+import os
 import shutil
+import sys
+import warnings
 
-import huggingface_hub.errors as hub
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LAYOUTS, SELF_LAYERS, rename_keys, save_layout, tiny_llm, tiny_vlm
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from drift_peft import checkpoint
 from drift_peft.checkpoint import INDEX, Checkpoint
 from drift_peft.naming import PROJECTION
 
@@ -147,15 +152,32 @@ def remote_code(folder):
     (folder / "mine.py").write_text("raise SystemExit('this code must not run')")
 
 
-def only_bin(folder):
-    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
-        file.unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-
-
 def no_weights(folder):
     for file in [*folder.glob("*.safetensors"), folder / INDEX]:
         file.unlink()
+
+
+def twice_in_shards(folder):
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second)
+
+
+def bnb_8_bit(folder):
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    empty(folder)
+    model.save_pretrained(folder)
+
+
+def bnb_8_bit_keys(folder):
+    bnb_8_bit(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def four_bit(folder):
+    save_four_bit(folder)
 
 
 @pytest.mark.parametrize(
@@ -167,17 +189,24 @@ def no_weights(folder):
         (gguf, ValueError, "is GGUF, which is quantized"),
         (quantized_config, ValueError, r"is quantized \(gptq\): give the full-precision model"),
         (fp8_keys, ValueError, r"is quantized \(it holds model.*norm.weight_scale_inv\)"),
-        (bitsandbytes_keys, ValueError, r"is quantized \(it holds model.*norm.weight.absmax\)"),
+        (bitsandbytes_keys, ValueError, r"is quantized \(it holds model.*norm.weight.absmax\): .* \(--dequantize\)"),
+        (
+            four_bit,
+            ValueError,
+            r"is quantized \(bitsandbytes, 4 bits\): .* dequantize=True \(--dequantize\)$",
+        ),
+        (bnb_8_bit, ValueError, r"is quantized \(bitsandbytes\): give the full-precision model$"),
+        (bnb_8_bit_keys, ValueError, r"is quantized \(it holds model.*SCB\): give the full-precision model$"),
         (truncated, ValueError, "safetensors is truncated or no safetensors file"),
         (not_safetensors, ValueError, "safetensors is truncated or no safetensors file"),
         (missing_shard, FileNotFoundError, "lacks model-00001-of-.*safetensors, named in its index"),
         (missing_key, ValueError, "lacks model.extra.weight, which the index of .* places there"),
-        (broken_index, ValueError, "is no safetensors index"),
+        (broken_index, ValueError, "is no index of weights"),
         (unknown_model, ValueError, "transformers cannot read the config.json of .*no_such_model"),
         (wrong_type, ValueError, "transformers cannot read the config.json of .*hidden_size.*sixty-four"),
         (remote_code, ValueError, "transformers cannot read the config.json of .* contains custom code"),
-        (only_bin, ValueError, "holds .bin weights: load it and save_pretrained it as safetensors"),
-        (no_weights, FileNotFoundError, "holds neither model.safetensors nor model.safetensors.index.json"),
+        (twice_in_shards, ValueError, r"holds model\.\S+ in both model-00001-of-\S+ and model-00002-of-"),
+        (no_weights, FileNotFoundError, "holds none of model.safetensors, model.safetensors.index.json, pytorch_model"),
     ],
 )
 def test_refused_when_opened(spoil, error, message, llm):
@@ -194,63 +223,197 @@ def test_files_are_refused(tmp_path):
             Checkpoint(tmp_path / name)
 
 
-@pytest.fixture
-def fake_hub(monkeypatch, llm):
-    """The hub client, answering with the folder `llm` as commit c0ffee; returns the calls that it got."""
-    calls = []
-    snapshot = llm.rename(llm.parent / "c0ffee")
+# The formats and layouts of weights
 
-    def snapshot_download(repository, revision=None, allow_patterns=None):
-        calls.append((repository, revision, allow_patterns))
-        return str(snapshot)
-
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
-    return calls
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def test_hub_id_is_resolved_to_its_commit(fake_hub):
-    opened = Checkpoint("some/model@main")
-    assert (opened.source, opened.revision) == ("some/model", "c0ffee")
-    assert fake_hub[0] == ("some/model", "main", ["*.json"])
-    assert fake_hub[1] == ("some/model", "c0ffee", [file.name for file in opened.files])  # and no other weights
-    Checkpoint("some/model", revision="v1")
-    assert fake_hub[2][:2] == ("some/model", "v1")
+def to_bin(folder):
+    """Rewrite a safetensors checkpoint as the .bin files that transformers used to write."""
+    for shard in folder.glob("*.safetensors"):
+        name = shard.name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+        torch.save(load_file(shard), folder / name)
+        shard.unlink()
+    if (folder / INDEX).exists():
+        text = (folder / INDEX).read_text().replace(".safetensors", ".bin").replace("model-0", "pytorch_model-0")
+        (folder / BIN_INDEX).write_text(text)
+        (folder / INDEX).unlink()
+    return folder
 
 
-def test_refused_hub_repository_is_not_downloaded(fake_hub, tmp_path):
-    quantized_config(tmp_path / "c0ffee")
-    with pytest.raises(ValueError, match=r"some/model is quantized \(gptq\)"):
-        Checkpoint("some/model")
-    assert len(fake_hub) == 1
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_bin_weights_are_those_of_safetensors(size, tmp_path):
+    model = tiny_llm("llava").bfloat16()
+    expected = Checkpoint(save_layout(model, tmp_path / "safetensors", max_shard_size=size))
+    found = Checkpoint(to_bin(save_layout(model, tmp_path / "bin", max_shard_size=size)))
+    assert {file.suffix for file in found.files} == {".bin"} and len(found.files) == len(expected.files)
+    assert found.keys.keys() == expected.keys.keys() and found.language_model == expected.language_model
+    for raw in expected.keys:
+        assert found.shape(raw) == expected.shape(raw) and found.dtype(raw) == expected.dtype(raw) == torch.bfloat16
+        assert torch.equal(found.tensor(raw), expected.tensor(raw))
 
 
-def test_hub_repository_without_config(fake_hub, tmp_path):
-    empty(tmp_path / "c0ffee")  # nothing but GGUF files, say: only *.json is asked for at first
-    with pytest.raises(FileNotFoundError, match=r"some/model has no config.json"):
-        Checkpoint("some/model")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+def test_bin_weights_are_mapped_into_memory(llm):
+    opened = Checkpoint(to_bin(llm))
+    tensor = opened.tensor(f"model.{Q}")
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if str(opened.keys[f"model.{Q}"]) in line]
+    assert any(int(start, 16) <= tensor.data_ptr() < int(end, 16) for start, end in ranges)
 
 
-def test_an_existing_path_wins_over_a_hub_id(llm, fake_hub, monkeypatch):
-    monkeypatch.chdir(llm.parent)
-    assert Checkpoint("c0ffee").revision is None
-    assert fake_hub == []
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
 
 
-def test_a_revision_given_twice_is_refused():
-    with pytest.raises(ValueError, match="names the revision main, but revision='v1'"):
-        Checkpoint("some/model@main", revision="v1")
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-200])
 
 
-def test_neither_path_nor_hub_id(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing/folder is neither an existing path nor a hub id"):
-        Checkpoint(tmp_path / "missing" / "folder")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda file: torch.save(torch.load(file), file, _use_new_zipfile_serialization=False),
+            r"was written before torch 1.6 and cannot be mapped into memory: rewrite it with torch.save\(",
+        ),
+        (
+            lambda file: torch.save({"a": Malicious()}, file),
+            r"calls (posix|nt)\.system, and code of a weight file is not run: ask for a safetensors copy",
+        ),
+        (cut_short, "is truncated or no torch file: fetch it again"),
+        (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "is truncated or no torch file"),
+        (lambda file: torch.save(torch.zeros(3), file), "holds a Tensor, not tensors by name: give a saved state dict"),
+        (lambda file: torch.save({"state_dict": {}}, file), "holds state_dict, which is no tensor: give the model as"),
+    ],
+)
+def test_refused_bin_files(spoil, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = to_bin(save_layout(tiny_llm("llava"), tmp_path / "llm"))
+    spoil(folder / BIN)
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoint(folder)
+    assert str(folder / BIN) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
 
 
-def test_unreachable_hub(monkeypatch):
-    def offline(*args, **kwargs):
-        raise hub.OfflineModeIsEnabled("Cannot reach the hub.\nMore lines that nobody needs.")
+def test_of_two_layouts_the_one_that_transformers_reads(tmp_path):
+    """Every subset of the four, each with weights of its own."""
+    parts = {}
+    for value, (name, size) in enumerate([("one", "5GB"), ("many", "20KB"), ("bin", "5GB"), ("bins", "20KB")]):
+        model = tiny_llm("llava")
+        torch.nn.init.constant_(model.get_decoder().norm.weight, value)
+        folder = save_layout(model, tmp_path / name, max_shard_size=size)
+        parts[name] = to_bin(folder) if "bin" in name else folder
+    for count in (2, 3, 4):
+        for names in itertools.combinations(parts, count):
+            both = tmp_path / "-".join(names)
+            for name in names:
+                shutil.copytree(parts[name], both, dirs_exist_ok=True)
+            expected = AutoModelForCausalLM.from_pretrained(both).get_decoder().norm.weight
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                opened = Checkpoint(both)
+            assert torch.equal(opened.tensor("model.norm.weight"), expected), names
+            # With one format beside another it is clear which to read; with two sets of files in one format it is not.
+            said = [str(w.message) for w in caught if "delete what is out of date" in str(w.message)]
+            assert len(said) == (names[:2] in [("one", "many"), ("bin", "bins")]), names
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
-    message = "some/model at revision v1 is no local path and the hub does not give it: Cannot reach the hub.$"
-    with pytest.raises(FileNotFoundError, match=message):
-        Checkpoint("some/model@v1")
+
+def test_an_index_of_the_single_file_is_no_second_layout(tmp_path, recwarn):
+    folder = save_layout(tiny_llm("llava"), tmp_path / "llm")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(Checkpoint(folder).keys, "model.safetensors")}))
+    assert [file.name for file in Checkpoint(folder).files] == ["model.safetensors"]
+    assert not [w for w in recwarn if "out of date" in str(w.message)]
+
+
+# 4 bits
+
+
+def save_four_bit(folder, kind="nf4", nested=True, dtype=torch.float32):
+    """Load a folder in 4 bits, as a QLoRA user does, and save it in its place. Returns the model."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization)
+    empty(folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def unpack(weight):
+    """A 4-bit weight by its definition, table[4 bits] · scale of its block of 64, without bitsandbytes' kernels."""
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        inner = state.state2
+        scales = inner.code[scales.long()] * inner.absmax.repeat_interleave(inner.blocksize)[: scales.numel()]
+        scales = scales + state.offset
+    packed = weight.detach().cpu().flatten()
+    values = get_4bit_type(state.quant_type, device="cpu")[torch.stack([packed >> 4, packed & 15], 1).long()].flatten()
+    return (values * scales.repeat_interleave(state.blocksize)[: values.numel()]).reshape(state.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_dequantized_weights(kind, nested, dtype, tmp_path):
+    # 96 columns: bitsandbytes 0.50 on a CPU is wrong where they are no multiple of its block of 64.
+    original = tiny_llm("llava", intermediate_size=96)
+    folder = save_layout(original, tmp_path / "llm")
+    model = save_four_bit(folder, kind, nested, dtype)
+    opened = Checkpoint(folder, dequantize=True)
+    assert opened.keys.keys() == original.state_dict().keys() and len(opened.language_model) == len(opened.keys)
+    for name, weight in model.named_parameters():
+        found, quantized = opened.tensor(name), hasattr(weight, "quant_state")
+        assert quantized == ("_proj" in name)
+        assert opened.shape(name) == tuple(found.shape) == original.get_parameter(name).shape
+        assert opened.dtype(name) == found.dtype == dtype
+        expected = unpack(weight) if quantized else weight
+        torch.testing.assert_close(found, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        error = (found - original.get_parameter(name)).norm() / original.get_parameter(name).norm()
+        assert error < (0.15 if quantized else 0.01)  # 16 levels cost about a tenth
+    assert torch.isfinite(opened.tensor(f"model.{Q}")).all()
+
+
+def test_incomplete_four_bit_weights(llm):
+    save_four_bit(llm)
+    rename_keys(llm, lambda key: None if "layers.1.mlp.up_proj.weight.quant_state" in key else key)
+    with pytest.raises(ValueError, match=r"holds model\.layers\.1\.mlp\.up_proj\S+absmax, but not all of a 4-bit"):
+        Checkpoint(llm, dequantize=True)
+
+
+def test_dequantize_changes_nothing_else(llm):
+    assert torch.equal(Checkpoint(llm, dequantize=True).tensor(f"model.{Q}"), Checkpoint(llm).tensor(f"model.{Q}"))
+    quantized_config(llm)
+    with pytest.raises(ValueError, match=r"is quantized \(gptq\)"):
+        Checkpoint(llm, dequantize=True)
+
+
+# The tokens
+
+
+def save_tokenizer(folder, *tokens):
+    vocabulary = {token: row for row, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=tokens[0])
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(folder)
+    return vocabulary | {"<added>": len(tokens)}
+
+
+def test_vocabulary(llm):
+    expected = save_tokenizer(llm, "<unk>", "a", "b")
+    assert Checkpoint(llm).vocabulary() == expected
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])  # for a Qwen, transformers makes an empty one of nothing
+def test_no_tokenizer(family, tmp_path):
+    opened = Checkpoint(save_layout(tiny_llm(family), tmp_path / "llm"))
+    with pytest.raises(ValueError, match=r"llm holds no tokenizer, which tells the rows of head and embedding apart"):
+        opened.vocabulary()
+    (opened.folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"transformers cannot read the tokenizer of .*llm: ") as caught:
+        opened.vocabulary()
+    assert "\n" not in str(caught.value)

@@ -7,11 +7,14 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from peft import get_peft_model
+from hub import Hub
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from tiny import save_layout, tiny_expert, tiny_vlm
 
 from drift_peft import DriftConfig, ReasoningPrior, __version__
 
+BUILD = ("prior", "build", "--expert", "x", "--base", "y", "-o", "z")
 (entry,) = entry_points(group="console_scripts", name="drift-peft")
 
 
@@ -73,6 +76,18 @@ def test_prior_build_and_inspect(folder, capsys, tmp_path):
     assert low["total"]["energy"] / built["total"]["energy"] == pytest.approx(kept / whole, rel=1e-4)
 
 
+def test_prior_build_of_chosen_weights(folder, capsys, tmp_path):
+    where = "--expert", folder / "expert", "--base", folder / "vlm", "-o", tmp_path / "p.safetensors", "--overwrite"
+    chosen = "--modules", "attn", "norm", "bias", "--only-layers", "0-1", "--skip-first", 1
+    status, out, _ = run(capsys, "prior", "build", *where, *chosen, "--energy", 0.7, "--max-rank", 12, "--json")
+    built = json.loads(out)
+    assert status == 0 and built["modules"] == ["attn", "norm", "bias"] and built["not_steered"]
+    assert (built["only_layers"], built["skip_first"], built["energy"], built["max_rank"]) == ([0, 1], 1, 0.7, 12)
+    assert {name for name in built["weights"]} == {f"layers.1.self_attn.{p}_proj.weight" for p in "qkvo"}
+    status, out, _ = run(capsys, "prior", "build", *where, "--energy", 0.7, "--max-rank", 3, "--dequantize")
+    assert status == 0 and "14 of 14 weights are capped at rank 3, below 70.0%" in out
+
+
 def test_targets(folder, capsys):
     status, out, _ = run(capsys, "targets", folder / "vlm", "--prior", folder / "prior.safetensors", "--json")
     rows = {row["module"]: row for row in json.loads(out)["rows"]}
@@ -95,6 +110,41 @@ def test_merge(folder, capsys, tmp_path):
     assert status == 0 and "not verified (--verify)" in out
 
 
+def test_prior_combine_and_truncate(folder, capsys, tmp_path):
+    prior, low, total = folder / "prior.safetensors", tmp_path / "low.safetensors", tmp_path / "sum.safetensors"
+    status, out, _ = run(capsys, "prior", "truncate", prior, "--rank", 3, "-o", low)
+    assert status == 0 and "captured energy" in out and ReasoningPrior.load(low).rank == 3
+    status, out, _ = run(capsys, "prior", "combine", f"{prior}=0.7", f"{low}=-0.2", "-o", total, "--rank", 5, "--json")
+    combined = ReasoningPrior.load(total)
+    assert status == 0 and json.loads(out)["sha256"] == combined.sha256 and combined.rank == 5
+    assert [parent["weight"] for parent in json.loads(out)["parents"]] == [0.7, -0.2]
+    status, out, _ = run(capsys, "prior", "combine", f"{prior}=1", "-o", total, "--overwrite")
+    assert status == 0 and ReasoningPrior.load(total).rank == 8
+    status, _, err = run(capsys, "prior", "truncate", prior, "--rank", 3, "-o", low)
+    assert status == 1 and "low.safetensors exists: name another file" in err
+
+
+def test_prior_export(folder, capsys, tmp_path):
+    flags = "prior", "export", folder / "prior.safetensors", "-o", tmp_path / "lora", "--scale"
+    status, out, _ = run(capsys, *flags, "-0.5", "--json")
+    assert status == 0 and json.loads(out) == {"output": str(tmp_path / "lora"), "scale": -0.5}
+    model = PeftModel.from_pretrained(tiny_vlm("qwen2_5_vl"), tmp_path / "lora")
+    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 14
+    status, out, _ = run(capsys, *flags, 0.1, "--overwrite", "--base", folder / "vlm")
+    assert status == 0 and "PeftModel.from_pretrained" in out
+
+
+def test_prior_push(folder, capsys, tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        flags = "prior", "push", folder / "prior.safetensors", "user/prior"
+        status, out, _ = run(capsys, *flags, "--private", "--revision", "v1", "--message", "First", "--json")
+        assert status == 0 and json.loads(out)["sha256"] == ReasoningPrior.load("user/prior@v1").sha256
+        assert run(capsys, *flags)[0] == 0 and hub.files("user/prior").keys() >= {"prior.safetensors", "README.md"}
+        status, _, err = run(capsys, *flags[:-1], "nobody's prior")
+        assert status == 1 and "nobody's prior is no hub id: name it as user/repository" in err
+
+
 @pytest.mark.parametrize(
     "argv, status, message",
     [
@@ -106,14 +156,29 @@ def test_merge(folder, capsys, tmp_path):
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "many"], 2, "whole number, got many"),
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"], 1, "at least 1, got 0"),
         (["prior", "build", "--base", "y", "-o", "z"], 2, "expert"),
+        ([*BUILD, "--energy", "most"], 2, "--energy takes a number, got most"),
+        ([*BUILD, "--energy", "90"], 1, "energy must be a number between 0 and 1, got 90.0"),
+        ([*BUILD, "--energy", "0.9", "--rank", "8"], 1, "give rank=8 or energy=0.9, not both"),
+        ([*BUILD, "--max-rank", "much"], 2, "--max-rank takes a whole number, got much"),
+        ([*BUILD, "--skip-first", "half"], 2, "--skip-first takes a whole number, got half"),
+        ([*BUILD, "--only-layers", "0", "few"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got few"),
+        ([*BUILD, "--only-layers", "27-8"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got 27-8"),
+        ([*BUILD, "--modules", "attention"], 1, "choose from attn, mlp, norm, bias, head, embed"),
         (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
         (["mrege"], 2, "unknown command mrege; did you mean merge?"),
         (["prior"], 2, "a command is missing: one of build, inspect"),
         (["prior", "inspect", "no.safetensors", "--rank", "few"], 2, "--rank takes a whole number, got few"),
         (["prior", "inspect", "no.safetensors"], 1, "no.safetensors"),
+        (["prior", "combine", "a.safetensors", "-o", "z"], 1, "write prior=coefficient, such as a.safetensors=0.7"),
+        (["prior", "combine", "a=b=c", "-o", "z"], 1, "a=b=c names no coefficient"),
+        (["prior", "combine", "=1", "-o", "z"], 1, "=1 names no coefficient"),
+        (["prior", "combine", "no.safetensors=1", "-o", "z"], 1, "there is no file no.safetensors"),
+        (["prior", "truncate", "no.safetensors", "-o", "z"], 2, "rank"),
+        (["prior", "export", "no.safetensors", "-o", "z", "--scale", "much"], 2, "--scale takes a number, got much"),
+        (["prior", "push", "no.safetensors", "user/prior"], 1, "there is no file no.safetensors"),
         (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
         (["targets", "no/where"], 1, "no/where"),
-        ([], 2, "a command is missing: one of prior, targets, merge, demo"),
+        ([], 2, "a command is missing: one of prior, targets, merge, merge-baseline, demo"),
     ],
 )
 def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """A prior that does not belong to the model, or does not reach its targets, is refused or reported, by name."""
 
 import pytest
-from pairs import drift, load, untouched
+import torch
+from dense_prior import dense_prior
+from pairs import drift, load, train, untouched, wrap
 from peft import get_peft_model
-from tiny import tiny_llm
+from tiny import tiny_llm, tiny_vlm
 
-from drift_peft import DriftConfig
+from drift_peft import DriftConfig, telemetry
+from drift_peft.naming import canonical_name, module_kind
 
 
 def test_targets_without_a_delta_are_reported(pairs):
@@ -61,5 +64,52 @@ def test_factors_need_a_prior_of_the_adapters_rank(pairs):
     config = DriftConfig(prior=folder / "prior.safetensors", r=12, drift_target="factors")
     model = load(folder, "llama")
     with pytest.raises(ValueError, match="rank 8 for layers"):
+        get_peft_model(model, config)
+    assert untouched(model)
+
+
+# Priors of more than projections
+
+
+def prior_of_everything(path, model):
+    """Δ on every weight of the language model: projections, norms, biases, embedding, head."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, W in model.named_parameters():
+        if module_kind(name := canonical_name(key) or ""):
+            weights[name] = W, 0.1 * torch.randn(W.shape, generator=generator)
+    return dense_prior(path, weights)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+def test_vectors_head_and_embedding_fit_their_model(pairs, tmp_path, kind):
+    base = load(pairs("qwen2_5_vl"), "qwen2_5_vl")
+    prior = prior_of_everything(tmp_path / "p", base)
+    kinds = {module_kind(name) for name in prior}
+    assert kinds == {"attn", "mlp", "norm", "bias", "head", "embed"}
+    config = DriftConfig(prior=prior.path, r=4, task_type="CAUSAL_LM")
+    model = wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), config)
+    assert telemetry(train(model))["guided_steps"] == 3
+    config = DriftConfig(prior=prior.path, r=4, target_modules=["q_proj", "embed_tokens"])
+    with pytest.warns(UserWarning, match=r"1 targeted modules have no Δ .*not steered: \S*embed_tokens\."):
+        wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), config)
+    saved = DriftConfig(prior=prior.path, r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), saved)
+
+
+def test_other_rows_biases_and_norms_do_not_fit(tmp_path):
+    model = tiny_vlm("qwen2_5_vl")
+    config = DriftConfig(prior=prior_of_everything(tmp_path / "p", model).path, r=4)
+    model.resize_token_embeddings(80)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[64, 64\] there and \[80, 64\] here"):
+        get_peft_model(model, config)
+    model = tiny_vlm("qwen2_5_vl")
+    for layer in model.get_decoder().layers:
+        layer.self_attn.q_proj.bias = None
+    with pytest.raises(ValueError, match=r"2 of its \d+ weights, such as layers.0.self_attn.q_proj.bias, are not"):
+        get_peft_model(model, config)
+    model = tiny_vlm("qwen2_5_vl")
+    model.get_decoder().norm.weight = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match=r"norm.weight is \[64\] there and \[32\] here"):
         get_peft_model(model, config)
     assert untouched(model)

@@ -10,10 +10,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drift_peft import prior as prior_module
-from drift_peft.prior import FILE_NAME, FORMAT, HEADER_KEY, ReasoningPrior, partial_output, write_prior
+from drift_peft.prior import (
+    FILE_NAME,
+    FORMAT,
+    HEADER_KEY,
+    PriorVector,
+    PriorWeight,
+    ReasoningPrior,
+    partial_output,
+    write_prior,
+)
 
 NAMES = ["layers.2.mlp.up_proj.weight", "layers.10.self_attn.q_proj.weight"]
-STATS = {"shape": [6, 5], "delta_norm": 2.0, "base_norm": 9.0, "cosine": 0.99, "rank": 3, "energy": 0.75}
+VECTOR = "layers.2.self_attn.q_proj.bias"
+MEASURED = {"delta_norm": 2.0, "base_norm": 9.0, "cosine": 0.99}
+STATS = {"shape": [6, 5], **MEASURED, "rank": 3, "energy": 0.75}
 
 
 def write(path, **header):
@@ -22,6 +33,8 @@ def write(path, **header):
         tensors[f"{name}.U"], tensors[f"{name}.Vh"] = torch.randn(6, 3).bfloat16(), torch.randn(3, 5).bfloat16()
         tensors[f"{name}.S"] = torch.tensor([3.0, 2.0, 1.0])
     weights = {name: {**STATS, "fingerprint": [0.5, -0.25, 1.0]} for name in NAMES}
+    tensors[f"{VECTOR}.delta"] = torch.randn(6)
+    weights[VECTOR] = {"shape": [6], **MEASURED, "energy": 1.0}
     metadata = {"format": FORMAT, "rank": 64, "not_steered": ["layers.3.mlp.up_proj.weight"], "weights": weights}
     with partial_output(path) as folder:
         write_prior(folder, path, tensors, metadata | header)
@@ -31,13 +44,18 @@ def write(path, **header):
 def test_a_prior_is_a_mapping(tmp_path):
     tensors = write(tmp_path / "p.safetensors")
     prior = ReasoningPrior.load(tmp_path / "p.safetensors")
-    assert list(prior) == NAMES and len(prior) == 2 and NAMES[0] in prior and "norm.weight" not in prior
-    weight = prior[NAMES[1]]
+    assert list(prior) == [NAMES[0], VECTOR, NAMES[1]] and len(prior) == 3
+    assert NAMES[0] in prior and "norm.weight" not in prior and prior.get("norm.weight") is None
+    weight, vector = prior[NAMES[1]], prior[VECTOR]
+    assert isinstance(weight, PriorWeight) and isinstance(vector, PriorVector)
+    assert torch.equal(vector.delta, tensors[f"{VECTOR}.delta"])
+    assert (vector.delta_norm, vector.base_norm, vector.cosine) == (2.0, 9.0, 0.99)
     assert all(torch.equal(getattr(weight, f), tensors[f"{NAMES[1]}.{f}"]) for f in ("U", "S", "Vh"))
     assert (weight.delta_norm, weight.base_norm, weight.cosine, weight.energy) == (2.0, 9.0, 0.99, 0.75)
     assert weight.fingerprint == (0.5, -0.25, 1.0)
     assert prior.source == str(tmp_path / "p.safetensors")
     assert prior.sha256 == hashlib.sha256((tmp_path / "p.safetensors").read_bytes()).hexdigest()
+    assert repr(prior).endswith("3 weights, rank 3)") and {prior: 1}[prior] == 1
 
 
 def test_header_is_one_sorted_json_string(tmp_path):
@@ -74,7 +92,7 @@ def test_save_gives_the_same_bytes(tmp_path):
 
 def test_folder_and_hub_repository(tmp_path, monkeypatch):
     write(tmp_path / FILE_NAME)
-    assert len(ReasoningPrior.load(tmp_path)) == 2
+    assert len(ReasoningPrior.load(tmp_path)) == 3
     asked = []
     monkeypatch.setattr(prior_module, "download", lambda *call: asked.append(call) or tmp_path)
     assert ReasoningPrior.load("some/prior@v1").source == "some/prior@v1"
@@ -147,3 +165,70 @@ def test_damaged_header(tmp_path, header):
     save_file({"x": torch.zeros(1)}, tmp_path / "p.safetensors", metadata={"drift_prior": header})
     with pytest.raises(ValueError, match="is no prior: its header is damaged"):
         ReasoningPrior.load(tmp_path / "p.safetensors")
+
+
+def change(stats, **changes):
+    return {name: {**was, **(changes if name == NAMES[0] else {})} for name, was in stats.items()}
+
+
+CHANGED = {
+    "renamed": (lambda w: {n.replace("up", "gate"): s for n, s in w.items()}, "its header promises .* and the file"),
+    "a weight less": (
+        lambda w: {n: s for n, s in w.items() if n != NAMES[0]},
+        r"for layers.2.mlp.up_proj.weight.S its header promises none and the file holds F32 \[3\]",
+    ),
+    "a vector less": (
+        lambda w: {n: s for n, s in w.items() if n != VECTOR},
+        r"for layers.2.self_attn.q_proj.bias.delta its header promises none and the file holds F32 \[6\]",
+    ),
+    "a weight more": (
+        lambda w: {**w, "norm.weight": w[VECTOR]},
+        r"for norm.weight.delta its header promises F32 \[6\] and the file holds none",
+    ),
+    "another shape": (
+        lambda w: change(w, shape=[7, 5]),
+        r"for \S*up_proj.weight.U its header promises BF16 \[7, 3\] and the file holds BF16 \[6, 3\]",
+    ),
+    "another rank": (lambda w: change(w, rank=4), r"promises F32 \[4\] and the file holds F32 \[3\]"),
+    "no matrix": (lambda w: change(w, shape=[6]), r"up_proj.weight.S its header promises none"),
+    "long fingerprint": (lambda w: change(w, fingerprint=[1.0] * 4), "its header is damaged"),
+    "no rank": (lambda w: {n: {k: v for k, v in s.items() if k != "rank"} for n, s in w.items()}, "header is damaged"),
+    "a text": (lambda w: change(w, delta_norm="2"), "its header is damaged"),
+    "a cube": (lambda w: change(w, shape=[6, 5, 4]), "its header is damaged"),
+    "a list": (list, "its header is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_changed_metadata(tmp_path, case):
+    """The header of a sound file is edited, and its tensors stay."""
+    edit, message = CHANGED[case]
+    path = tmp_path / "p.safetensors"
+    tensors = write(path)
+    weights = edit(ReasoningPrior.load(path).metadata["weights"])
+    with partial_output(path, overwrite=True) as folder:
+        write_prior(folder, path, tensors, {"format": FORMAT, "rank": 64, "not_steered": [], "weights": weights})
+    with pytest.raises(ValueError, match=message) as caught:
+        ReasoningPrior.load(path)
+    assert "\n" not in str(caught.value) and "fetch it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_changed_dtype(tmp_path, dtype):
+    path = tmp_path / "p.safetensors"
+    tensors = write(path)
+    header = ReasoningPrior.load(path).metadata
+    tensors[f"{NAMES[0]}.U"] = tensors[f"{NAMES[0]}.U"].to(dtype)
+    with partial_output(path, overwrite=True) as folder:
+        write_prior(folder, path, tensors, header)
+    with pytest.raises(ValueError, match=r"promises BF16 \[6, 3\] and the file holds F(16|32) \[6, 3\], so build or"):
+        ReasoningPrior.load(path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_cut_short(tmp_path, share):
+    path = tmp_path / "p.safetensors"
+    write(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"p.safetensors is no prior: it is truncated or no safetensors file"):
+        ReasoningPrior.load(path)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from drift_peft import svd
 from drift_peft.svd import frobenius_norm, truncated_svd
@@ -16,18 +18,97 @@ def with_spectrum(out, in_, S, seed=0):
     return ((U * S) @ V.T).float()
 
 
+def powers(n, decay):
+    return torch.arange(1, n + 1, dtype=torch.float64) ** -decay
+
+
+def check(matrix, rank, tolerance=1e-5):
+    """Orthonormal factors, the best energy to 0.5%, reported as it is true of the factors. Returns S, energy."""
+    U, S, Vh, energy = truncated_svd(matrix, rank)
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    best = float(squares[:rank].sum() / squares.sum())
+    assert 0.995 * best <= energy <= best * (1 + 1e-5)
+    for columns in (U, Vh.T):
+        assert torch.allclose(columns.T @ columns, torch.eye(rank, dtype=matrix.dtype), atol=tolerance)
+    # ‖M − USV‖² = (1 − energy)·‖M‖²
+    error = (matrix - U * S @ Vh).double().square().sum() / matrix.double().square().sum()
+    assert error == pytest.approx(1 - energy, abs=1e-5)
+    return S, energy
+
+
 @pytest.mark.parametrize("shape", [(300, 300), (200, 700), (500, 250)])
 @pytest.mark.parametrize("decay", [1 / 2, 1 / 4, 1 / 10])
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_captured_energy_is_close_to_optimal_on_slowly_decaying_spectra(shape, decay, rank):
-    assert min(shape) > svd.EXACT_BELOW * rank  # the randomized path
-    matrix = with_spectrum(*shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -decay)
-    U, S, Vh, energy = truncated_svd(matrix, rank)
-    best = torch.linalg.svdvals(matrix.double())[:rank].square().sum() / matrix.double().square().sum()
-    assert 0.995 * best <= energy <= best * (1 + 1e-5)
-    # The reported energy is true of the factors: ‖M − USV‖² = (1 − energy)·‖M‖².
-    error = (matrix - U * S @ Vh).double().square().sum() / matrix.double().square().sum()
-    assert error == pytest.approx(1 - energy, abs=1e-5)
+    assert min(shape) > svd.EXACT_BELOW * (rank + svd.OVERSAMPLING)  # the randomized path
+    check(with_spectrum(*shape, powers(min(shape), decay)), rank)
+
+
+def test_captured_energy_at_rank_64_after_bf16_rounding():
+    check(with_spectrum(400, 1500, powers(400, 1 / 4)).bfloat16().float(), 64)
+
+
+def test_flatter_spectra_take_more_passes(monkeypatch):
+    def passes(S):
+        counts = []
+        monkeypatch.setattr(svd, "_converged", lambda captured, total: counts.append(1) or converged(captured, total))
+        truncated_svd(with_spectrum(400, 400, S), 4)
+        return len(counts)
+
+    converged = svd._converged
+    low_rank, steep, flat = torch.ones(3, dtype=torch.float64), powers(400, 1 / 2), powers(400, 1 / 10)
+    assert passes(low_rank) == 2 < passes(steep) < passes(flat) < 400 / (4 + svd.OVERSAMPLING)
+
+
+def test_no_copy_of_the_matrix_is_made():
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != matrix.data_ptr():
+                    self.entries = max(self.entries, tensor.numel())
+            return result
+
+    for matrix in (with_spectrum(600, 500, powers(500, 1 / 4)), with_spectrum(500, 600, powers(500, 1 / 4))):
+        before = matrix.clone()
+        with Largest() as largest:
+            truncated_svd(matrix, 2)
+        assert 0 < largest.entries < matrix.numel() / 3
+        assert torch.equal(matrix, before)
+
+
+FLAWED = {
+    "all singular values equal": lambda m: torch.eye(*m.shape),
+    "two values": lambda m: torch.eye(*m.shape) + 2 * torch.eye(*m.shape) * (torch.arange(m.shape[1]) < 30),
+    "rank 1": lambda m: torch.ones_like(m),
+    "rank 40, more than a block": lambda m: m[:, :40] @ m[:40],
+    "zero rows": lambda m: m * (torch.arange(len(m))[:, None] % 9 == 0),
+    "zero columns": lambda m: m * (torch.arange(m.shape[1]) < 25),
+    "one entry": lambda m: torch.zeros_like(m).index_put((torch.tensor(7), torch.tensor(9)), torch.tensor(3.0)),
+    "blocks a thousand times apart": lambda m: torch.block_diag(m[:20, :20], 1e-3 * m[20:, 20:]),
+    "small": lambda m: 1e-12 * m,
+    "large": lambda m: 1e12 * m,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("flaw", FLAWED)
+def test_degenerate_matrices(flaw, dtype):
+    matrix = FLAWED[flaw](torch.randn(250, 160, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for rank in (1, 8, 20):
+        check(matrix, rank, 2e-5 if dtype == torch.float32 else 1e-12)
+        check(matrix.T, rank, 2e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype, resolved", [(torch.float32, 3e-4), (torch.float64, 3e-8)])
+def test_singular_values_of_an_ill_conditioned_matrix(dtype, resolved):
+    S = torch.cat([10 ** torch.linspace(0, -8, 40), torch.full((120,), 1e-8)]).double()
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 160, dtype=torch.float64, generator=generator)).Q for n in (250, 160))
+    found, energy = check(((U * S) @ V.T).to(dtype), 20)
+    assert (found - S[:20]).abs().max() < resolved and energy == pytest.approx(1)
 
 
 def test_low_rank_matrix_is_recovered():

@@ -13,6 +13,8 @@ import re
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 TEXT = {  # widths are multiples of 64: bitsandbytes' 4-bit layers on a CPU are wrong for other in_features
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -122,6 +124,50 @@ def mllama():
     return tf.MllamaConfig(vision_config=vision, text_config=language, image_token_index=3)
 
 
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2,
+          "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+TEXT_CHANGES = {  # family of MIXED -> what its text configs have beyond TEXT
+    "qwen3_vl_moe": {**QWEN_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+    "glm4v_moe": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "attention_bias": True},
+    "qwen3_5": LINEAR,
+    "qwen3_5_moe": {**LINEAR, **QWEN_EXPERTS, "shared_expert_intermediate_size": 32},
+}  # fmt: skip
+
+
+def qwen3_vl_moe():
+    language = {**TEXT, **TEXT_CHANGES["qwen3_vl_moe"], "rope_parameters": MROPE}
+    return tf.Qwen3VLMoeConfig(
+        text_config=language, vision_config=qwen3_vl().vision_config.to_dict() | {"model_type": "qwen3_vl_moe"},
+        **QWEN_TOKENS,
+    )  # fmt: skip
+
+
+def glm4v_moe():
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 64, "intermediate_size": 40,
+              "patch_size": 4, "image_size": 16}  # fmt: skip
+    language = {**TEXT, **TEXT_CHANGES["glm4v_moe"], "rope_parameters": MROPE}
+    return tf.Glm4vMoeConfig(text_config=language, vision_config=vision)
+
+
+def qwen3_5(config=tf.Qwen3_5Config, family="qwen3_5"):
+    vision = {**QWEN_VISION, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 40,
+              "num_position_embeddings": 16}  # fmt: skip
+    language = {**TEXT, **TEXT_CHANGES[family], "rope_parameters": MROPE}
+    return config(text_config=language, vision_config=vision, **QWEN_TOKENS)
+
+
+def qwen3_5_moe():
+    return qwen3_5(tf.Qwen3_5MoeConfig, "qwen3_5_moe")
+
+
+def mistral_llava():
+    return tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=text(tf.MistralConfig), image_seq_length=16, **IMAGE
+    )
+
+
 FAMILIES = {  # name -> (config of the VLM, its class, class of the text LLM)
     "qwen2_vl": (qwen2_vl, tf.Qwen2VLForConditionalGeneration, tf.Qwen2ForCausalLM),
     "qwen2_5_vl": (qwen2_5_vl, tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2ForCausalLM),
@@ -138,21 +184,28 @@ FAMILIES = {  # name -> (config of the VLM, its class, class of the text LLM)
     "smolvlm": (smolvlm, tf.SmolVLMForConditionalGeneration, tf.LlamaForCausalLM),
     "mllama": (mllama, tf.MllamaForConditionalGeneration, tf.LlamaForCausalLM),
 }
+MIXED = {  # as FAMILIES: layers with experts or linear attention, and a plain model to pair with Mixtral
+    "qwen3_vl_moe": (qwen3_vl_moe, tf.Qwen3VLMoeForConditionalGeneration, tf.Qwen3MoeForCausalLM),
+    "glm4v_moe": (glm4v_moe, tf.Glm4vMoeForConditionalGeneration, tf.Glm4MoeForCausalLM),
+    "qwen3_5": (qwen3_5, tf.Qwen3_5ForConditionalGeneration, tf.Qwen3_5ForCausalLM),
+    "qwen3_5_moe": (qwen3_5_moe, tf.Qwen3_5MoeForConditionalGeneration, tf.Qwen3_5MoeForCausalLM),
+    "mistral_llava": (mistral_llava, tf.LlavaForConditionalGeneration, tf.MistralForCausalLM),
+}
 LAYOUTS = ("hub", "memory", "base", "doubled")
 
 
 def tiny_vlm(family, seed=0):
     """A random VLM of the family's real class, in eval mode, fp32."""
-    config, cls, _ = FAMILIES[family]
+    config, cls, _ = (FAMILIES | MIXED)[family]
     torch.manual_seed(seed)
     return cls(config()).eval()
 
 
 def tiny_llm(family, seed=0, **changes):
     """A random text LLM of the class that the family's language model comes from; `changes` go to its config."""
-    cls = FAMILIES[family][2]
+    cls = (FAMILIES | MIXED)[family][2]
     torch.manual_seed(seed)
-    return cls(cls.config_class(**{**TEXT, **changes})).eval()
+    return cls(cls.config_class(**{**TEXT, **TEXT_CHANGES.get(family, {}), **changes})).eval()
 
 
 def tiny_expert(family, vlm, scale=0.1, seed=1):
@@ -198,6 +251,25 @@ def save_layout(model, folder, layout="hub", max_shard_size="5GB"):
             ),
         )
     return folder
+
+
+def save_tokenizer(folder, vocabulary):
+    """Save a tokenizer with these tokens, token -> row, into a model's folder."""
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def edit_tensors(folder, change):
+    """Apply change(tensors) to the only shard of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    """Overwrite keys of a checkpoint's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def rename_keys(folder, rename):

@@ -1,0 +1,174 @@
+"""Truncated priors and weighted sums of priors, without ever forming a matrix of a weight's size.
+
+Side by side, the factors of low-rank matrices are those of their sum,
+
+    Σ c_j U_j diag(S_j) Vh_j = [U_1 … U_m] diag(c_1 S_1, …, c_m S_m) [Vh_1; …; Vh_m],
+
+so after a QR decomposition of both stacks, [U_1 … U_m] = Q_U R_U and [Vh_1; …; Vh_m]ᵀ = Q_V R_V, only the small matrix
+R_U diag(…) R_Vᵀ is left for the SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .prior import ReasoningPrior
+
+SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
+ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
+
+Weight = tuple[str, dict[str, torch.Tensor], dict]  # canonical name, tensors, statistics as in a prior's header
+
+
+def check_rank(rank: int) -> int:
+    """The rank itself. ValueError unless it is a whole number of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+    return rank
+
+
+def truncated_weights(prior: ReasoningPrior, rank: int) -> Iterator[Weight]:
+    """The weights of a prior with their first min(rank, k) singular directions; vectors stay as they are."""
+    for name in prior:
+        tensors, stats = prior.tensors(name), prior.metadata["weights"][name]
+        if rank < stats.get("rank", 0):
+            U, S, Vh = tensors["U"][:, :rank].contiguous(), tensors["S"][:rank], tensors["Vh"][:rank]
+            tensors |= {"U": U, "S": S, "Vh": Vh}
+            stats = {**stats, "rank": rank, "energy": _energy(S, stats["delta_norm"])}
+            stats["fingerprint"] = stats["fingerprint"][:rank]
+        yield name, tensors, stats
+
+
+def check_parents(parents: Sequence[tuple[ReasoningPrior, float]]) -> None:
+    """ValueError unless these priors are of one base and the coefficients give a sum."""
+    if not parents:
+        raise ValueError("there is nothing to combine: name at least one prior with its coefficient")
+    for prior, c in parents:
+        if isinstance(c, bool) or not isinstance(c, (int, float)) or not math.isfinite(c):
+            raise ValueError(f"the coefficient of {prior.source} must be a finite number, got {c!r}")
+    if not any(c for _, c in parents):
+        raise ValueError("all coefficients are 0, so the sum would be too: give one of them another value")
+    for index, (prior, _) in enumerate(parents):
+        for other, _ in parents[:index]:
+            _check_same_base(other, prior)
+
+
+def _check_same_base(one: ReasoningPrior, other: ReasoningPrior) -> None:
+    """The norms of all base weights in both tell two bases apart, whatever folder they lay in; names only where there
+    is no matrix to compare."""
+    differ = f"{one.source} and {other.source} are priors of different bases"
+    matrices = 0
+    for name in (name for name in one if name in other):
+        mine, theirs = (prior.metadata["weights"][name] for prior in (one, other))
+        if mine["shape"] != theirs["shape"]:
+            raise ValueError(f"{differ}: {name} is {mine['shape']} in one and {theirs['shape']} in the other")
+        if not math.isclose(mine["base_norm"], theirs["base_norm"], rel_tol=SAME_NORM):
+            norms = f"{mine['base_norm']:.6g} in one and {theirs['base_norm']:.6g} in the other"
+            raise ValueError(f"{differ}: ‖W‖ of {name} is {norms}")
+        matrices += len(mine["shape"]) == 2
+    if not matrices and one.metadata["base"] != other.metadata["base"]:
+        ids = " and ".join(str(prior.metadata["base"]["id"]) for prior in (one, other))
+        raise ValueError(f"{differ}, {ids}, and have no matrix in common that would show them to be the same")
+
+
+def combined_header(parents: Sequence[tuple[ReasoningPrior, float]], rank: int) -> dict:
+    """Header of the sum without its weights; `not_steered` names every weight that any parent speaks of."""
+    names = {name for prior, _ in parents for name in (*prior, *prior.metadata["not_steered"])}
+    inherited = ("expert", "reference", "parents")
+    first = parents[0][0].metadata
+    return {
+        **{key: first[key] for key in ("format", "base", "dtype")},
+        "expert": None,
+        "reference": None,
+        "parents": [
+            {"weight": c, "sha256": prior.sha256, **{k: prior.metadata[k] for k in inherited if k in prior.metadata}}
+            for prior, c in parents
+        ],
+        "rank": rank,
+        "seed": None,
+        "modules": list(dict.fromkeys(module for prior, _ in parents for module in prior.metadata["modules"])),
+        "estimates": {
+            "delta_norm": "stored parts exactly, uncaptured residues taken as orthogonal to each other",
+            "cosine": "the smallest of the parents'",
+        },
+        "not_steered": sorted(names),
+    }
+
+
+def combined_weights(parents: Sequence[tuple[ReasoningPrior, float]], rank: int) -> Iterator[Weight]:
+    """Σ c_j Δ_j of every weight for which it is not zero; a weight that a parent lacks is zero there.
+
+    ‖Σ c_j Δ_j‖ is an estimate, since the parents hold only their captured parts: of these the sum is taken exactly, and
+    what they did not capture is taken as orthogonal to each other, ‖·‖² = ‖Σ c_j U_j diag(S_j) Vh_j‖² + Σ c_j²·(1 −
+    energy_j)·‖Δ_j‖². Residues that point the same way, as of experts with a common teacher, make it too small. The
+    base's fingerprint along the new directions cannot be known without the base: instead the weights that are compared
+    carry the first directions of a parent as their probes, with its fingerprint.
+    """
+    probes = {}
+    for prior, _ in parents:
+        for name, U, Vh, values in prior.probes():
+            probes.setdefault(name, {"U": U, "Vh": Vh, "values": values})
+    for name in dict.fromkeys(name for prior, _ in parents for name in prior):
+        parts = [(c, prior[name], prior.metadata["weights"][name]) for prior, c in parents if name in prior]
+        stats = {key: parts[0][2][key] for key in ("shape", "base_norm")}
+        stats["cosine"] = min(measured["cosine"] for _, _, measured in parts)
+        if len(stats["shape"]) == 1:
+            delta = sum(c * vector.delta for c, vector, _ in parts)
+            if delta.any():
+                yield name, {"delta": delta}, {**stats, "delta_norm": delta.norm().item(), "energy": 1.0}
+            continue
+        U, S, Vh, square = _weighted_sum([(c, w.U, w.S, w.Vh) for c, w, _ in parts], rank)
+        if not len(S):
+            continue
+        residues = (c**2 * (1 - weight.energy) * weight.delta_norm**2 for c, weight, _ in parts)
+        norm = math.sqrt(math.fsum([square, *residues]))
+        tensors = {"U": U.bfloat16(), "S": S, "Vh": Vh.bfloat16()}
+        stats |= {"rank": len(S), "delta_norm": norm, "energy": _energy(S, norm), "fingerprint": []}
+        if any("rows" in measured for _, _, measured in parts):
+            stats["rows"] = int(U.any(dim=1).sum())
+        if name in probes:
+            stats["probe"] = probes[name]["values"].tolist()
+            tensors |= {f"probe_{factor}": probes[name][factor].contiguous() for factor in ("U", "Vh")}
+        yield name, tensors, stats
+
+
+def formula(header: dict) -> str:
+    """What a prior's Δ is, from its header: `expert − base`, `expert − reference`, or a weighted sum of such."""
+    if "parents" in header:
+        terms = (f"{p['weight']:+g}·({formula({**p, 'base': header['base']})})" for p in header["parents"])
+        return " ".join(terms).removeprefix("+")
+    origins = header["expert"], header["reference"] or header["base"]
+    return " − ".join(o["id"] + (f"@{o['revision'][:8]}" if o["revision"] else "") for o in origins)
+
+
+def _weighted_sum(
+    parts: Sequence[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]], rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """SVD of Σ c U diag(S) Vh over (c, U [out, k], S [k], Vh [k, in]), cut to the rank and to what is above rounding.
+
+    In fp32. Returns U [out, r], S [r], Vh [r, in], and ‖Σ c U diag(S) Vh‖² before the cut. The largest entry of each
+    column of U is positive. Rows that are zero in every U stay exactly zero.
+    """
+    left = torch.cat([U for _, U, _, _ in parts], 1).float()  # [out, K]
+    right = torch.cat([Vh for _, _, _, Vh in parts]).float()  # [K, in]
+    middle = torch.cat([c * S for c, _, S, _ in parts])  # [K]
+    Q_U, R_U = torch.linalg.qr(left)  # [out, min(out, K)], [min(out, K), K]
+    Q_V, R_V = torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd((R_U * middle) @ R_V.T, full_matrices=False)  # of at most [K, K]
+    largest = math.fsum(abs(c) * S_part[0].item() for c, _, S_part, _ in parts)
+    r = min(rank, int((S > ROUNDING * largest).sum()))
+    square = S.double().square().sum().item()
+    U, S, Vh = Q_U @ U[:, :r], S[:r].clone(), Vh[:r] @ Q_V.T
+    U[~left.any(dim=1)] = 0
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # [1, r]; an SVD is unique up to these
+    return U * signs, S, Vh * signs.T, square
+
+
+def _energy(S: torch.Tensor, norm: float) -> float:
+    """Captured energy ΣS² / ‖Δ‖_F²."""
+    return min(1.0, S.double().square().sum().item() / norm**2)

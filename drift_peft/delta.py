@@ -1,0 +1,112 @@
+"""Δ of one weight: subtracted a block at a time, measured, decomposed."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .svd import truncated_svd
+
+FINGERPRINT = 8  # how many singular directions recognize the base
+BLOCK = {"cpu": 1 << 18}  # elements that are subtracted at once: they fit the cache, and only Δ is ever whole in fp32
+LARGE_BLOCK = 1 << 24  # on other devices, where each operation costs a launch
+
+
+def take_delta(
+    tensors: dict[str, torch.Tensor],
+    rows: dict[str, torch.Tensor] | None,
+    rank: int,
+    energy: float | None,
+    seed: int,
+    labels: dict[str, str],
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Δ = expert − base, or expert − reference if there is one, as a prior's file holds it, and what its header says.
+
+    Args:
+        tensors: role ("expert", "base", perhaps "reference") -> W [out, in], or a vector [out], in any float dtype, on
+            the device that computes. All but the base are taken out of the dictionary once Δ is there.
+        rows: role -> [n] rows that belong together: Δ is zero in the others, and they take no part in any number. None:
+            all rows, each with that of the same number.
+        rank: ceiling of the rank.
+        energy: captured energy to reach with the smallest rank that does; None: the rank is the ceiling.
+        seed: of the randomized SVD.
+        labels: role -> what an error calls the tensor.
+
+    Returns:
+        U, S, Vh (bf16, fp32, bf16) of a matrix or the whole `delta` (fp32) of a vector, on the CPU, and the statistics.
+        No tensors where Δ is zero.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values.
+    """
+    base = tensors["base"]
+    shape = base.shape
+    delta, stats = _subtract(tensors, rows, labels)
+    stats = {"shape": list(shape), **stats} | ({} if rows is None else {"rows": len(delta)})
+    if stats["delta_norm"] == 0:
+        return {}, stats
+    if len(shape) == 1:
+        return {"delta": _spread(delta[:, 0].cpu(), rows, shape[0])}, {**stats, "energy": 1.0}
+
+    U, S, Vh, captured = truncated_svd(delta, rank, seed=seed)
+    if energy is not None:
+        shares = S.cpu().double().square().cumsum(0) / stats["delta_norm"] ** 2
+        k = min(int((shares < energy).sum()) + 1, len(S))
+        U, S, Vh, captured = U[:, :k], S[:k], Vh[:k], min(1.0, float(shares[k - 1]))
+    U, Vh = U.bfloat16(), Vh.bfloat16()
+    # u_iᵀ W v_i of the factors as stored: whoever checks it has no others.
+    u, v = U[:, :FINGERPRINT].float(), Vh[:FINGERPRINT].float()
+    fingerprint = sum((u[block] * (parts["base"] @ v.T)).sum(0) for block, parts in _blocks({"base": base}, rows))
+    stats |= {"rank": len(S), "energy": captured, "fingerprint": fingerprint.tolist()}
+    return {"U": _spread(U.cpu(), rows, shape[0]), "S": S.cpu().contiguous(), "Vh": Vh.cpu().contiguous()}, stats
+
+
+def _subtract(
+    tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None, labels: dict[str, str]
+) -> tuple[torch.Tensor, dict]:
+    """Δ [n, in] in fp32, and its norm, the base's and the cosine of expert and base."""
+    base = tensors["base"]
+    n, width = len(base) if rows is None else len(rows["base"]), math.prod(base.shape[1:])
+    delta = torch.empty(n, width, device=base.device)
+    # Of each row in fp32, together in fp64: one fp32 sum over 10⁷ entries is off by 1e-4.
+    norms = {role: torch.empty(n, device=base.device) for role in (*tensors, "delta")}
+    inner = torch.empty(n, device=base.device)
+    for block, parts in _blocks(tensors, rows):
+        torch.sub(parts["expert"], parts.get("reference", parts["base"]), out=delta[block])
+        for role, part in (*parts.items(), ("delta", delta[block])):
+            norms[role][block] = torch.linalg.vector_norm(part, dim=1)
+        inner[block] = parts["expert"].mul_(parts["base"]).sum(1)
+    for role in [role for role in tensors if role != "base"]:
+        del tensors[role]
+    norm = {role: float(torch.linalg.vector_norm(each.cpu().double())) for role, each in norms.items()}
+    for role, label in labels.items():
+        if not math.isfinite(norm[role]):  # which costs nothing beyond the norm
+            raise ValueError(f"{label} holds NaN or infinite values")
+    product = float(inner.cpu().double().sum())
+    cosine = product / (norm["expert"] * norm["base"]) if product else 0.0
+    return delta, {"delta_norm": norm["delta"], "base_norm": norm["base"], "cosine": cosine}
+
+
+def _blocks(
+    tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None
+) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+    """Consecutive rows of all tensors in fp32, a vector as a column; each block overwrites the one before."""
+    first = next(iter(tensors))
+    n, width = len(tensors[first] if rows is None else rows[first]), math.prod(tensors[first].shape[1:])
+    device = tensors[first].device
+    step = max(1, BLOCK.get(device.type, LARGE_BLOCK) // width)
+    # Memory that is asked for anew in each block costs more than the arithmetic.
+    parts = {role: torch.empty(min(n, step), width, device=device) for role in tensors}
+    for start in range(0, n, step):
+        block = slice(start, min(n, start + step))
+        for role, tensor in tensors.items():
+            taken = tensor[block if rows is None else rows[role][block]]
+            parts[role] = parts[role][: len(taken)].copy_(taken.reshape(len(taken), -1))
+        yield block, parts
+
+
+def _spread(values: torch.Tensor, rows: dict[str, torch.Tensor] | None, n: int) -> torch.Tensor:
+    """The values at the base's rows, zero in the others."""
+    if rows is None:
+        return values.contiguous()
+    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows["base"], values)

@@ -1,0 +1,185 @@
+"""Model repositories on the hub: resolved to a commit, fetched file by file, and what was fetched freed again."""
+
+import contextlib
+import errno
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import (
+    HfFileSystem,
+    constants,
+    get_cached_repo_tree,
+    hf_hub_download,
+    parse_safetensors_file_metadata,
+    scan_cache_dir,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from .shards import Header, load_bin, read_dtype
+
+DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""What says what a repository is: small, and downloaded first."""
+
+BLOCK = 1 << 20  # bytes that are asked for at once where only a table of contents is read
+
+
+class Repository:
+    """A model repository at one commit. Its files come into the hub's cache when they are fetched.
+
+    Args:
+        name: hub id.
+        revision: branch, tag or commit.
+        record: JSON file in which to note the weights that this object brings into the cache, each before its download,
+            so that the next one that is given the same record knows them, even if this one was killed.
+
+    Attributes:
+        name, commit: id and the commit that the revision stands for.
+        folder: its snapshot in the cache.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: see `download`.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, record: Path | None = None):
+        self.name = name
+        self.folder = download(name, revision, DESCRIPTIONS)
+        self.commit = self.folder.name  # the cache names a snapshot's folder after its commit
+        self._record = record
+        known = record is not None and record.exists()
+        self._brought: set[str] = set(json.loads(record.read_text(encoding="utf-8"))) if known else set()
+
+    def files(self) -> set[str]:
+        """Names of its files; of those in the cache where it was never listed and there is no network."""
+        try:
+            return {file.path for file in get_cached_repo_tree(self.name, revision=self.commit)}
+        except CachedRepoTreeNotFoundError:
+            return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+
+    def header(self, file: str) -> Header:
+        """Shapes and dtypes of a weight file, of which only the table of contents is read."""
+        name = f"{file} of {self.name}"
+        with _explained(self.name, self.commit, file):
+            if file.endswith(".bin"):
+                with HfFileSystem().open(f"{self.name}/{file}", revision=self.commit, block_size=BLOCK) as remote:
+                    tensors = load_bin(remote, name, map_location="meta")
+                return {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+            infos = parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
+            return {key: (tuple(info.shape), read_dtype(info.dtype, name)) for key, info in infos.items()}
+
+    def fetch(self, file: str) -> Path:
+        """Where the file is in the cache; downloaded if it is not there."""
+        path = self.folder / file
+        if path.exists():
+            return path
+        with _explained(self.name, self.commit, file):
+            # Also cached: another revision's copy of the same bytes. And one that is noted already is ours, cached or
+            # not, because a build was killed while or after it came.
+            cached = hf_hub_download(self.name, file, revision=self.commit, dry_run=True).is_cached
+            ours = not cached and str(path) not in self._brought
+            if ours:
+                self._note(self._brought | {str(path)})
+            try:
+                return Path(hf_hub_download(self.name, file, revision=self.commit))
+            except Exception:
+                if ours:  # not brought after all; whoever fetches it now may keep it
+                    self._note(self._brought - {str(path)})
+                raise
+
+    def release(self, file: str) -> None:
+        """Take a file out of the cache if this object, or one with the same record, brought it; else do nothing."""
+        path = self.folder / file
+        if str(path) not in self._brought:
+            return
+        if path.exists():
+            # The client knows which bytes other revisions share, and where it keeps those that repositories share.
+            cache = scan_cache_dir(self.folder.parents[2])
+            entries = [f for repo in cache.repos for r in repo.revisions for f in r.files if f.file_path == path]
+            cache.delete_files(*entries).execute()
+            if path.exists():
+                warnings.warn(f"{path} could not be freed: the hub's cache around it is damaged", stacklevel=3)
+        self._note(self._brought - {str(path)})
+
+    def _note(self, brought: set[str]) -> None:
+        if self._record is not None:
+            partial = self._record.with_name(self._record.name + ".tmp")
+            partial.write_text(json.dumps(sorted(brought)), encoding="utf-8")
+            os.replace(partial, self._record)
+        self._brought = brought
+
+
+def split_revision(source: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Hub id and revision of `id` or `id@revision`. ValueError when a revision is given twice."""
+    repository, _, inline = source.partition("@")
+    if inline and revision:
+        raise ValueError(f"{source} names the revision {inline}, but revision={revision!r} was given as well")
+    return repository, inline or revision
+
+
+def download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Folder of a hub snapshot that holds `files` (patterns), from the cache where they are in it.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or no network and not everything in the cache.
+        PermissionError: the repository is gated.
+        OSError: the download broke off, or there is no space left.
+    """
+    with _explained(repository, revision, None):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+
+
+@contextlib.contextmanager
+def _explained(repository: str, revision: str | None, file: str | None) -> Iterator[None]:
+    """What the hub's client raises (its own, httpx's and the system's errors), as one sentence."""
+    at = f"{repository} at revision {revision}" if revision else repository
+    what = f"{file} of {at}" if file else at
+    try:
+        yield
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repository} is neither an existing path nor a hub id") from error
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{what} is truncated or no safetensors file on the hub") from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repository} is gated: accept its terms at {constants.ENDPOINT}/{repository}, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository} has no revision {revision} on the hub") from error
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(f"{at} lacks {file} on the hub") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise  # ours, on what a file holds
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+            raise FileNotFoundError(
+                f"{repository} is no local path, and on the hub it does not exist or needs a login: check the name, "
+                "or run `hf auth login`"
+            ) from error
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        if any(os.strerror(errno.ENOSPC) in str(cause) for cause in causes):
+            raise OSError(
+                f"no space left for {what} in {constants.HF_HUB_CACHE}: free some, set HF_HOME to another disk, or "
+                "build with --delete-shards"
+            ) from error
+        # What is not in the cache either: the client then says so at length, and what helps is the first cause.
+        absent = isinstance(error, LocalEntryNotFoundError)
+        reason = str(causes[-1] if absent else error).strip().split("\n")[0].rstrip(".")
+        kind = FileNotFoundError if absent or file is None else OSError
+        nowhere = "" if file else " is no local path and"
+        raise kind(f"{what}{nowhere} cannot be fetched from the hub: {reason}") from error

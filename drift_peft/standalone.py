@@ -1,0 +1,176 @@
+"""A standalone model folder whose named tensors are replaced, streaming.
+
+The model is never in memory: each shard is copied and the replaced tensors are overwritten in the copy, one at a time,
+so that everything else stays byte for byte what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from tqdm.auto import tqdm
+
+from .checkpoint import INDEX, SINGLE, Checkpoint, download
+from .output import partial_folder
+
+# What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
+STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+STANDALONE += ("additional_chat_templates/*.jinja",)
+NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training
+CONFIGS = {"model": "config.json", "adapter": "adapter_config.json"}  # by what a folder is known to be one
+BLOCK = 1 << 20  # elements that are computed and written at once: they fit the cache
+
+
+@contextlib.contextmanager
+def replaced_when_complete(
+    output: Path, overwrite: bool, sources: Collection[str | Path], kind: str = "model"
+) -> Iterator[Path]:
+    """`<output>.partial/` to work in, renamed to the output at the end, or gone if anything failed.
+
+    Args:
+        overwrite: replace an existing folder, if it is one of this kind or empty.
+        sources: what is read meanwhile, and so must not lie in the output.
+        kind: "model" (a folder with config.json) or "adapter" (with adapter_config.json).
+
+    Raises:
+        FileExistsError: the output exists and may not be overwritten, is of another kind, or holds one of the sources.
+        FileNotFoundError, OSError: there is no place for it, or it cannot be written.
+    """
+    output = output.resolve()
+    if output.exists():
+        if not overwrite:
+            raise FileExistsError(f"output {output} exists: name another folder, or pass overwrite=True (--overwrite)")
+        if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIGS[kind]).is_file()):
+            raise FileExistsError(f"output {output} exists and is no {kind} folder, so it is not overwritten")
+        for source in sources:
+            if Path(source).exists() and Path(source).resolve().is_relative_to(output):
+                raise FileExistsError(f"output {output} holds {source}, which is merged: name another folder")
+    old = output.with_name(output.name + ".replaced")
+    with partial_folder(output) as partial:
+        yield partial
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(output, old)
+        try:
+            os.replace(partial, output)
+        except OSError:
+            if old.exists():
+                os.replace(old, output)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    replaced: Collection[str],
+    blocks: Callable[[str, torch.Tensor], Iterator[torch.Tensor]],
+    progress: bool = True,
+) -> float:
+    """Write the checkpoint with everything beside its weights into an empty folder, some of its tensors replaced.
+
+    Args:
+        checkpoint: the model to copy; shards, names, and all other tensors stay as they are.
+        folder: `<output>.partial/`, as `replaced_when_complete` gives it.
+        replaced: raw keys of the tensors to replace.
+        blocks: takes a raw key and the tensor as stored, W [rows, ...]; yields what replaces it in fp32, as consecutive
+            blocks of rows (see `block_rows`). Each is cast once to the dtype of W.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        ‖W' − W‖/‖W‖ (Frobenius) over all replaced tensors, as stored; 0 if nothing changed.
+
+    Raises:
+        ValueError: a replaced tensor is not finite, or the model is not stored as safetensors.
+        OSError: the folder could not be written.
+    """
+    if others := [file.name for file in checkpoint.files if file.suffix != ".safetensors"]:
+        raise ValueError(
+            f"{checkpoint.source} holds {others[0]}, and tensors are overwritten in copies of safetensors files only: "
+            "load it and save_pretrained it, then give that folder"
+        )
+    companions = _companions(checkpoint)
+    try:
+        change = _write_shards(checkpoint, folder, replaced, blocks, progress)
+        for file in companions:
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint.folder / file, folder / file)
+    except OSError as error:
+        if error.errno is None:  # of a source, and it says so itself
+            raise
+        raise OSError(f"output {folder.with_suffix('')} could not be written: {error.strerror}") from error
+    return change
+
+
+def block_rows(W: torch.Tensor) -> int:
+    """How many rows of W [rows, ...] a block has, so that memory stays small whatever the tensor's size."""
+    return max(1, BLOCK // max(1, W[:1].numel()))
+
+
+@torch.no_grad()
+def _write_shards(
+    checkpoint: Checkpoint, folder: Path, replaced: Collection[str], blocks: Callable, progress: bool
+) -> float:
+    change = norm = 0.0  # squares
+    done = 0
+    with tqdm(total=len(replaced), desc="merging", unit="weight", disable=not progress) as bar:
+        for file in checkpoint.files:
+            shutil.copyfile(checkpoint.fetch(file), folder / file.name)
+            with open(folder / file.name, "r+b") as shard:
+                offsets = _tensor_offsets(shard)
+                for raw in (raw for raw in replaced if checkpoint.keys[raw] == file):
+                    bar.set_postfix_str(raw)
+                    shard.seek(offsets[raw])
+                    W = checkpoint.tensor(raw)
+                    squares = _write_tensor(shard, raw, W, blocks(raw, W))
+                    change, norm, done = change + squares[0], norm + squares[1], done + 1
+                    bar.update()
+    if done != len(replaced):
+        raise ValueError(f"only {done} of {len(replaced)} tensors were replaced in {checkpoint.source}")
+    return math.sqrt(change / norm) if change else 0.0
+
+
+def _write_tensor(shard: BinaryIO, raw: str, W: torch.Tensor, blocks: Iterator[torch.Tensor]) -> tuple[float, float]:
+    """Write W' where the file stands, a block of rows at a time. Returns ‖W' − W‖² and ‖W‖²."""
+    change = norm = 0.0
+    row = 0
+    for block in blocks:
+        before = W[row : row + len(block)].float()
+        row += len(block)
+        after = block.to(W.dtype)
+        shard.write(after.flatten().view(torch.uint8).numpy())
+        change += torch.linalg.vector_norm(after.float() - before).item() ** 2
+        norm += torch.linalg.vector_norm(before).item() ** 2
+    if row != len(W):
+        raise ValueError(f"{raw} has {len(W)} rows, and {row} were merged")
+    if not math.isfinite(change):
+        raise ValueError(f"{raw} is not finite after the merge: NaN, Inf or an overflow of {W.dtype}")
+    return change, norm
+
+
+def _tensor_offsets(shard: BinaryIO) -> dict[str, int]:
+    """Where in the file each tensor's bytes start. The safetensors format: the header's length as a little-endian
+    64-bit number, the header as JSON, and the tensors, whose `data_offsets` count from the header's end."""
+    start = int.from_bytes(shard.read(8), "little")
+    header = json.loads(shard.read(start))
+    return {name: 8 + start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _companions(checkpoint: Checkpoint) -> list[Path]:
+    """Files beside the weights that make the folder stand alone, relative to it. config.json comes last: without it
+    no leftover passes for a model."""
+    folder = checkpoint.folder
+    if checkpoint.revision:
+        folder = download(checkpoint.source, checkpoint.revision, STANDALONE)
+    files = {file for pattern in STANDALONE for file in folder.glob(pattern) if file.is_file()}
+    sharded = checkpoint.files[0].name != SINGLE  # else an index is of other files
+    files = {f for f in files if (sharded and f.name == INDEX) or not any(map(f.match, NOT_COPIED))}
+    return sorted((file.relative_to(folder) for file in files), key=lambda file: (file.name == "config.json", file))

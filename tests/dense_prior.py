@@ -26,6 +26,7 @@ def dense_prior(path, weights, rank=8, base="org/vlm", expert="org/expert", **he
             continue
         k = rank[name] if isinstance(rank, dict) else rank
         U, S, Vh = (factor.contiguous() for factor in truncated(delta, k))
+        U[~delta.any(dim=1)] = 0  # exactly, as rows without a counterpart are
         U, S, Vh = U.bfloat16(), S.float(), Vh.bfloat16()
         tensors |= {f"{name}.U": U, f"{name}.S": S, f"{name}.Vh": Vh}
         fingerprint = [(U[:, i].double() @ W @ Vh[i].double()).item() for i in range(min(8, len(S)))]

@@ -435,13 +435,13 @@ def peak(layers, output):
             highest.append(anonymous())
     watcher = threading.Thread(target=watch)
     watcher.start()
-    build_prior(f"expert{layers}", f"vlm{layers}", output, rank=4, progress=False)
+    build_prior(f"expert{layers}", f"vlm{layers}", output, rank=4, modules="mlp", progress=False)
     done.set()
     watcher.join()
     return max(highest)
 
 peak(2, "first")  # with what is allocated once
-print(peak(2, "a"), peak(8, "b"))
+print(peak(2, "a"), peak(7, "b"))
 """
 
 
@@ -449,7 +449,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux")
     size = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
-    for layers in (2, 8):
+    for layers in (2, 7):
         model = tiny_llm("llava", **size, head_dim=64, num_hidden_layers=layers)
         save_layout(model, tmp_path / f"vlm{layers}")
         for parameter in model.parameters():
@@ -458,4 +458,4 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     command, environment = [sys.executable, "-c", MEMORY], {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     few, many = map(float, run.stdout.split())
-    assert many - few < 30, f"{few} MB with 2 layers, {many} MB with 8, of which each has 13 MB of Δ"
+    assert many - few < 20, f"{few} MB with 2 layers, {many} MB with 7, of which each has 9 MB of Δ"

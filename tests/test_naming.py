@@ -110,6 +110,8 @@ def test_layer_order_counts():
     assert sorted(["layers.10.a", "layers.2.b", "norm.weight", "layers.2.a"], key=layer_order) == [
         "layers.2.a", "layers.2.b", "layers.10.a", "norm.weight",
     ]  # fmt: skip
+    experts = ["layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.0.up_proj.weight", "layers.0.mlp.gate.weight"]
+    assert sorted(experts, key=layer_order)[0] == "layers.0.mlp.gate.weight"  # both ways of naming experts compare
 
 
 def projections(model, family):

@@ -1,0 +1,52 @@
+"""benchmarks/: each runs in its smallest size, and measures what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+from known_pair import make_base, make_expert, read_delta, shapes, spectrum  # noqa: E402
+
+
+@pytest.mark.parametrize("decay", [1 / 2, 1 / 4])
+def test_the_pair_has_the_spectrum_that_it_claims(decay, tmp_path):
+    make_base(tmp_path / "base", layers=1, shrink=32)
+    make_expert(tmp_path / "expert", tmp_path / "base", decay, layers=1, shrink=32)
+    deltas = []
+    for module, shape in shapes(32).items():
+        deltas.append(read_delta(module, tmp_path / "expert", tmp_path / "base"))
+        assert deltas[-1].shape == shape
+        claimed = spectrum(shape, decay)
+        found = torch.linalg.svdvals(deltas[-1].double())
+        assert torch.allclose(found, claimed, rtol=0, atol=0.05 * float(claimed[0]))  # rounding to bf16
+        assert found.norm() == pytest.approx(claimed.norm(), rel=1e-3)
+    assert not torch.equal(deltas[0], deltas[3])  # q_proj and o_proj, of one shape
+
+
+def test_prior_build_in_its_smallest_size(tmp_path):
+    command = [sys.executable, FOLDER / "prior_build.py", "--shrink", "32", "--rank", "8", "--decay", "0.25"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    (row,) = result["rows"]
+    assert (result["layers"], result["extrapolated"], row["decay"]) == (1, True, 0.25)
+    assert 0.995 <= row["build"]["energy_of_best"] <= 1.0001
+    assert row["build"]["seconds_28_layers"] == pytest.approx(28 * row["build"]["seconds"], rel=1e-3)
+    assert [matrix["shape"] for matrix in row["matrices"]] == [[112, 592], [592, 112], [112, 112], [16, 112]]
+    for matrix in row["matrices"]:
+        assert 0.995 * matrix["best_energy"] <= matrix["energy"] <= matrix["best_energy"] * 1.0001
+        assert matrix["times_as_fast"] == pytest.approx(matrix["exact"]["seconds"] / matrix["seconds"], rel=1e-3)
+    if sys.platform == "linux":
+        assert 0.05 < row["build"]["peak_gb"] < 2
+    else:
+        assert row["build"]["peak_gb"] is None and "not measured" in done.stdout
+    assert "extrapolated from 1 layer" in done.stdout
+    assert not list(tmp_path.iterdir())

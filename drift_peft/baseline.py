@@ -108,7 +108,8 @@ def merge_baseline(
     """Merge a text-only expert into the language model of a VLM by one of `METHODS`; see the module's docstring.
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
-    stays byte for byte as it is. Works in `<output>.partial/`, renamed when complete and gone if anything fails.
+    stays byte for byte as it is. Works in `<output>.partial/`, renamed when complete and gone if anything fails. Memory
+    holds a few blocks of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
 
     Args:
         method: a key of `METHODS`.
@@ -135,8 +136,9 @@ def merge_baseline(
         OSError: a checkpoint is not found, or the output exists or cannot be written.
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
-    if wrong := [module for module in modules or () if module not in MODULES]:
-        raise ValueError(f"modules={wrong[0]!r} is not merged: choose from {', '.join(MODULES)}")
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules is not None and not (modules and set(modules) <= set(MODULES)):
+        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
     recipe = METHODS[method]
     given = [source for source in (expert, base, reference) if source is not None]
     with replaced_when_complete(Path(output), overwrite, sources=given) as folder:
@@ -194,7 +196,12 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
 
 
 def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:
-    """ValueError if a source is not finite, or if matrices of expert and base have nothing in common."""
+    """ValueError if a source is not in full precision or not finite, or expert and base have nothing in common."""
+    for role, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} is {tensor.dtype} in the {role} {sources[role].source}: name the full-precision one"
+            )
     W, squares, inner = tensors["base"], dict.fromkeys(tensors, 0.0), 0.0
     for start in range(0, len(W), block_rows(W)):
         blocks = {role: tensor[start : start + block_rows(W)].float() for role, tensor in tensors.items()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import run
@@ -246,6 +247,19 @@ def test_modules(trios, tmp_path):
         assert differ == {name for name in V if part in name and (module != "attn" or "self_attn" in name)}
 
 
+def test_an_expert_given_as_an_adapter(trio):
+    """On the base itself: Δ = s·B·A."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(trio / "base", dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(trio / "adapter")
+    merged = text_weights(merge(trio, expert=trio / "adapter", scale=0.5).output)
+    V, layer = text_weights(trio / "base"), model.get_base_model().model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(merged[Q], V[Q] + 0.5 * layer.get_delta_weight("default").detach())
+    assert {name for name in V if not torch.equal(V[name], merged[name])} == {Q, Q.replace("0", "1")}
+
+
 # Identities
 
 
@@ -366,6 +380,12 @@ def replace_expert(make):
     return change
 
 
+def eight_bits(folder):
+    for shard in (folder / "expert").glob("*.safetensors"):
+        held = {key: t.to(torch.float8_e4m3fn) if "q_proj" in key else t for key, t in load_file(shard).items()}
+        save_file(held, shard, metadata={"format": "pt"})
+
+
 def same(folder):
     shutil.rmtree(folder / "expert")
     shutil.copytree(folder / "base", folder / "expert")
@@ -381,7 +401,9 @@ REFUSED = {
     "infinite": ({"scale": math.inf}, None, "scale is one finite number"),
     "density": ({"method": "ties", "scale": 1, "density": 0}, None, "density must be above 0 and at most 1, got 0"),
     "no density": ({"density": 0.5}, None, "density=0.5 has no meaning for task_arithmetic, which keeps every entry"),
-    "module": ({"modules": ["head"]}, None, "modules='head' is not merged: choose from attn, mlp, norm, bias"),
+    "module": ({"modules": "head"}, None, r"modules=\['head'\] are not all merged: choose from attn, mlp, norm, bias"),
+    "no module": ({"modules": []}, None, r"modules=\[\] are not all merged"),
+    "eight bits": ({}, eight_bits, f"{Q} is torch.float8_e4m3fn in the expert .*: name the full-precision one"),
     "no layer": ({"method": "layer_swap"}, None, "skip_first=6 leaves none of the 2 layers of"),
     "other layer": ({"only_layers": [4]}, None, "only_layers names layer 4, but .* has the layers 0 to 1"),
     "zero": ({"scale": 0}, None, r"task_arithmetic with weights \(0,\) changes no weight of .*base: .*expert is the"),

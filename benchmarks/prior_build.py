@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -189,7 +189,7 @@ def tables(rows: list[dict], args: argparse.Namespace) -> list[Table]:
     return [passes, matrices]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--decay", type=float, nargs="+", default=[0.5, 0.25])
@@ -200,7 +200,7 @@ def main() -> None:
         "--keep", type=Path, metavar="DIR", help="new folder for the checkpoints, which are then not deleted"
     )
     parser.add_argument("--shrink", type=int, default=1, help="divide all widths; 32 is a test")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() if args.keep is None else contextlib.nullcontext(args.keep) as folder:
         base = Path(folder) / "base"
         make_base(base, args.layers, args.shrink)

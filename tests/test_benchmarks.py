@@ -1,9 +1,8 @@
 """benchmarks/: each runs in its smallest size, and measures what it says."""
 
 import json
-import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import prior_build  # noqa: E402
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum  # noqa: E402
 
 
@@ -25,17 +25,16 @@ def test_the_pair_has_the_spectrum_that_it_claims(decay, tmp_path):
         assert deltas[-1].shape == shape
         claimed = spectrum(shape, decay)
         found = torch.linalg.svdvals(deltas[-1].double())
-        assert torch.allclose(found, claimed, rtol=0, atol=0.05 * float(claimed[0]))  # rounding to bf16
-        assert found.norm() == pytest.approx(claimed.norm(), rel=1e-3)
+        assert torch.allclose(found, claimed, rtol=0, atol=0.02 * float(claimed[0]))  # rounding to bf16
+        assert float(found.norm()) == pytest.approx(float(claimed.norm()), rel=5e-3)
     assert not torch.equal(deltas[0], deltas[3])  # q_proj and o_proj, of one shape
 
 
-def test_prior_build_in_its_smallest_size(tmp_path):
-    command = [sys.executable, FOLDER / "prior_build.py", "--shrink", "32", "--rank", "8", "--decay", "0.25"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_prior_build_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prior_build.main(["--shrink", "32", "--rank", "8", "--decay", "0.25"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
     (row,) = result["rows"]
     assert (result["layers"], result["extrapolated"], row["decay"]) == (1, True, 0.25)
     assert 0.995 <= row["build"]["energy_of_best"] <= 1.0001
@@ -47,6 +46,6 @@ def test_prior_build_in_its_smallest_size(tmp_path):
     if sys.platform == "linux":
         assert 0.05 < row["build"]["peak_gb"] < 2
     else:
-        assert row["build"]["peak_gb"] is None and "not measured" in done.stdout
-    assert "extrapolated from 1 layer" in done.stdout
+        assert row["build"]["peak_gb"] is None and "not measured" in printed
+    assert "extrapolated from 1 layer" in printed
     assert not list(tmp_path.iterdir())

@@ -3,13 +3,14 @@
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+from . import step  # noqa: F401  its hooks of torch.optim are what guides
 from .baseline import merge_baseline
 from .build import build_prior
 from .config import DriftConfig
 from .merge import merge_adapter
 from .naming import language_model_targets
 from .prior import ReasoningPrior
-from .step import telemetry
+from .telemetry import telemetry
 from .tuner import DriftModel, guide
 
 __version__ = "0.1.0"

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 
+from .card import update_card
+from .settings import SPECTRA, check_settings, is_rank
+
 CONFIG_FILE = "drift_config.json"
 
-SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
-TARGETS = ("residual", "delta", "factors")
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
 STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
+# Variants of LoRA that act on the weight as W + s·B·A too: one on the tokens after an invocation, one with compressed
+# activations.
+PLAIN_CHAIN_RULE = ("alora_invocation_tokens", "velora_config")
 
 
 @dataclass
@@ -45,14 +48,37 @@ class DriftConfig(LoraConfig):
         default="adaptive",
         metadata={"help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead."},
     )
-    drift_target: Literal["residual", "delta", "factors"] = field(
-        default="residual", metadata={"help": "What the bias points to: Δ − sBA, Δ, or the SVD's own factors."}
+    drift_target: Literal["residual", "delta", "factors", "base"] = field(
+        default="residual",
+        metadata={"help": "What the bias points to: Δ − sBA, Δ, the SVD's own factors, or the base (sBA = 0)."},
     )
     drift_rank: int | None = field(
         default=None, metadata={"help": "Rank to which Δ is truncated; None: the adapter's own rank."}
     )
-    drift_norm: Literal["factor"] = field(
-        default="factor", metadata={"help": "Whose norm and cosine scale the bias: those of each LoRA factor."}
+    drift_norm: Literal["factor", "weight"] = field(
+        default="factor",
+        metadata={"help": "Whose norm and cosine scale the bias: each LoRA factor's, or the weight gradient's."},
+    )
+    drift_sketch: int | None = field(
+        default=64,
+        metadata={"help": "drift_norm='weight': columns of the sketch that ‖G‖ is taken from; None keeps G itself."},
+    )
+    drift_spectrum: str | float = field(
+        default="full",
+        metadata={"help": "Weight of Δ's singular directions: 'full' S, 'flat' all alike, or a power p for S^p."},
+    )
+    drift_modules: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "Where the bias acts: presets attn, mlp, bias, norm, head, embed or regular expressions."},
+    )
+    drift_alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression of weight names -> strength there."}
+    )
+    drift_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which the strength grows linearly from 0."}
+    )
+    drift_decay_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
     )
     prior_sha256: str | None = field(
         default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
@@ -66,6 +92,11 @@ class DriftConfig(LoraConfig):
         },
     )
 
+    # Known only while training, on the instance, and not stored.
+    repeated_steps: ClassVar[int] = 0  # steps taken twice on the same gradients
+    expert: ClassVar[str | None] = None  # of the prior
+    trained_on: ClassVar[str | None] = None  # name of the data set
+
     def __new__(cls, *args, **kwargs):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
@@ -76,25 +107,26 @@ class DriftConfig(LoraConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        start = self.init_lora_weights
+        self.init_lora_weights = True if start == "drift" else start  # PEFT refuses other starts beside lora_bias
         super().__post_init__()
+        self.init_lora_weights = start
         self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
+        holds = self.drift_target == "base" and self.prior is None
+        if holds and self.init_lora_weights == "drift":
+            self.init_lora_weights = True  # there is no Δ to start from
         self._check_lora()
         check_settings(self)
         if self.prior is not None and not isinstance(self.prior, str):
             raise ValueError(f"prior must be a path or a hub id, got {type(self.prior).__name__}.")
-        if self.prior is None and not self.inference_mode:
+        if self.prior is None and not self.inference_mode and not holds:
             raise ValueError(
                 "DriftConfig needs a prior to train: build one with build_prior(expert, base, output) and pass its "
                 "path, or use peft.LoraConfig for training without guidance."
             )
 
     def _check_lora(self) -> None:
-        if self.target_modules is None and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform needs target_modules to be named, such as ['q_proj', 'v_proj']: PEFT does not "
-                "apply it to the expression that target_modules=None stands for."
-            )
-        if not _is_rank(self.r):
+        if not is_rank(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
         if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
             raise ValueError(
@@ -103,11 +135,17 @@ class DriftConfig(LoraConfig):
             )
         variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
         refused = [v for v in [*variants, "use_qalora", "layer_replication"] if getattr(self, v, None)]
+        refused = [v for v in refused if v not in PLAIN_CHAIN_RULE]
         if refused:
             raise ValueError(
                 f"{refused[0]} changes how an adapter acts on the weight, so the guidance of plain LoRA would be "
                 f"wrong for it: leave out {' and '.join(refused)}."
             )
+
+    @property
+    def spectrum_power(self) -> float:
+        """p of S^p (see `guidance.spectrum`)."""
+        return SPECTRA.get(self.drift_spectrum, self.drift_spectrum)
 
     # On disk: what stock PEFT writes for LoRA, and our settings beside it.
 
@@ -128,6 +166,7 @@ class DriftConfig(LoraConfig):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+        update_card(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> DriftConfig:
@@ -170,54 +209,3 @@ class DriftConfig(LoraConfig):
 def _own_fields() -> set[str]:
     """Names of the fields that are ours, so that they go to drift_config.json."""
     return {f.name for f in fields(DriftConfig)} - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
-
-
-def check_settings(config: DriftConfig) -> None:
-    """Refuse a guidance setting that is out of range, by name and value, with the way out.
-
-    Raises:
-        ValueError: the value is unknown, out of range, or at odds with another setting.
-    """
-    alpha, rank = config.drift_alpha, config.drift_rank
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"drift_alpha must be a finite number ≥ 0, got {alpha!r}.")
-    if alpha < 0:
-        raise ValueError(
-            f"drift_alpha={alpha} is negative: a positive strength pulls toward the expert here, so where the paper "
-            f"writes α = {alpha} set drift_alpha={-alpha}."
-        )
-    _choose("drift_scale", config.drift_scale, SCALES)
-    if config.drift_target == "base":
-        raise ValueError("drift_target='base' is not available yet: use 'residual', 'delta' or 'factors'.")
-    _choose("drift_target", config.drift_target, TARGETS)
-    if config.drift_norm == "weight":
-        raise ValueError("drift_norm='weight' is not available yet: use drift_norm='factor'.")
-    _choose("drift_norm", config.drift_norm, ("factor",))
-    if rank is not None and not _is_rank(rank):
-        raise ValueError(f"drift_rank must be None or a whole number ≥ 1, got {rank!r}.")
-    if config.drift_scale == "decoupled" and config.drift_target != "factors":
-        raise ValueError(
-            f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
-            "meaning for it: set drift_target='factors'."
-        )
-    if config.drift_target == "factors" and rank is not None:
-        raise ValueError(
-            f"drift_rank={rank} has no meaning with drift_target='factors', which gives every row of lora_A its own "
-            "target: leave drift_rank=None."
-        )
-    if config.drift_target == "factors" and min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
-        raise ValueError(
-            "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
-            f"lora_alpha={config.lora_alpha} and alpha_pattern={config.alpha_pattern}."
-        )
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, known))}{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,12 +13,15 @@ from torch import nn
 from .config import DriftConfig
 from .naming import canonical_name, cross_attention_layers
 from .prior import ReasoningPrior
+from .settings import check_patterns_used
 
 # NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
 FINGERPRINT_TOLERANCE = 0.3
 
 
-def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int]) -> None:
+def check_fit(
+    model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
+) -> None:
     """Refuse a prior of another model, and report targets that have no Δ.
 
     Args:
@@ -25,10 +29,11 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
         prior: what shall steer it.
         drift: the settings of the guidance.
         targets: names of the modules that are (or will be) adapted -> their adapter's rank.
+        tensors: canonical names of the tensors that are (or will be) trained themselves.
 
     Raises:
         ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ;
-            or `factors` lacks a target for some row of lora_A.
+            `factors` lacks a target for some row of lora_A; or a setting speaks of weights that are not steered.
     """
     config = getattr(model, "config", None)
     skipped = cross_attention_layers(config) if config is not None else ()
@@ -43,9 +48,7 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
                 modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if name in targets:
             canonical = canonical_name(f"{name}.weight", skipped)
-            # LoRA on an embedding has factors of another layout, which guidance does not reach.
-            reached = canonical in prior and not isinstance(modules[canonical], nn.Embedding)
-            (steered if reached else unsteered).append((name, canonical))
+            (steered if canonical in prior else unsteered).append((name, canonical))
     missing = [name for name in prior if name not in modules]
     if missing:
         raise ValueError(
@@ -60,7 +63,8 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
                 f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
                 "here; build a prior for this base with build_prior."
             )
-    if not steered:
+    tensors = [name for name in tensors if name in prior]
+    if not steered and not tensors:
         example = f", such as {unsteered[0][0]}" if unsteered else ""
         raise ValueError(
             f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
@@ -73,6 +77,7 @@ def check_fit(model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targe
                     f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
                     f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
                 )
+    check_patterns_used(drift, [canonical for _, canonical in steered] + tensors)
     if unsteered:
         warnings.warn(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "

@@ -23,15 +23,26 @@ class Direction(NamedTuple):
     floor_A: Tensor  # […]  ‖D_A‖ up to here is rounding, and counts as no direction
     floor_B: Tensor  # […]
     share: Tensor | float  # […]  what the strength of gradnorm and adaptive is multiplied with: min(1, ‖X‖/‖Δ_r‖)
+    norm: Tensor | None = None  # […]  ‖X‖, where there is an X in weight space
 
 
-def _column(scalar: Tensor) -> Tensor:
+def column(scalar: Tensor) -> Tensor:
     return scalar[..., None, None]
 
 
-def _norm(matrix: Tensor) -> Tensor:
+def norm(matrix: Tensor) -> Tensor:
     """Frobenius norm over the last two dimensions, shape […]."""
     return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+
+
+def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tensor:
+    """What the strength is multiplied with before step number `step` (from 0): linear from 0 to 1 over `warmup` steps,
+    then, unless `decay` is None, linear to 0 over `decay` steps."""
+    up = step / warmup if warmup else 1.0
+    down = 1.0 if decay is None else 1 - (step - warmup) / decay
+    if isinstance(step, Tensor):
+        return torch.clamp(torch.minimum(torch.as_tensor(up), torch.as_tensor(down)), 0, 1)
+    return min(1.0, up, max(0.0, down))
 
 
 def gram_norm(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
@@ -41,8 +52,8 @@ def gram_norm(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
 
 def delta(A: Tensor, B: Tensor, s: Tensor, U: Tensor, S: Tensor, Vh: Tensor, delta_norm: Tensor) -> Direction:
     """The paper's constant direction X = Δ_r: D_A = s·Bᵀ·X, D_B = s·X·Aᵀ. `delta_norm` […] is ‖Δ_r‖."""
-    D_A = _column(s) * ((B.mT @ U) * S[..., None, :]) @ Vh
-    D_B = _column(s) * U @ (S[..., :, None] * (Vh @ A.mT))
+    D_A = column(s) * ((B.mT @ U) * S[..., None, :]) @ Vh
+    D_B = column(s) * U @ (S[..., :, None] * (Vh @ A.mT))
     return _with_floors(D_A, D_B, A, B, s, delta_norm, share=1.0)
 
 
@@ -63,27 +74,33 @@ def residual(
     left out, they are those of this adapter alone.
     """
     A_all = A if A_all is None else A_all
-    B_all = _column(s) * B if B_all is None else B_all
+    B_all = column(s) * B if B_all is None else B_all
     UtB, AVt = U.mT @ B_all, A_all @ Vh.mT  # […, k, R], […, R, k]
     BtB, AAt = B_all.mT @ B_all, A_all @ A_all.mT  # […, R, R]
     # ‖X‖² = ‖Δ_r‖² − 2·Σ_i S_i·[(UᵀB)(A Vhᵀ)]_ii + tr((BᵀB)(A Aᵀ)), with s inside B
     cross = (S * (UtB * AVt.mT).sum(-1)).sum(-1)
     X_norm = (delta_norm**2 - 2 * cross + (BtB * AAt).sum((-2, -1))).clamp_min(0).sqrt()
-    D_A = _column(s) * (((B.mT @ U) * S[..., None, :]) @ Vh - (B.mT @ B_all) @ A_all)
-    D_B = _column(s) * (U @ (S[..., :, None] * (Vh @ A.mT)) - B_all @ (A_all @ A.mT))
+    D_A = column(s) * (((B.mT @ U) * S[..., None, :]) @ Vh - (B.mT @ B_all) @ A_all)
+    D_B = column(s) * (U @ (S[..., :, None] * (Vh @ A.mT)) - B_all @ (A_all @ A.mT))
     share = torch.where(delta_norm > 0, X_norm / delta_norm, 0.0).clamp_max(1)
     return _with_floors(D_A, D_B, A, B, s, X_norm, share)
 
 
 def _with_floors(D_A: Tensor, D_B: Tensor, A: Tensor, B: Tensor, s: Tensor, X_norm: Tensor, share) -> Direction:
     rounding = 1e-6 * s * X_norm
-    return Direction(D_A, D_B, rounding * _norm(B), rounding * _norm(A), share)
+    return Direction(D_A, D_B, rounding * norm(B), rounding * norm(A), share, X_norm)
 
 
 def balanced_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The SVD's own factors, A* = √(S/s)·Vh and B* = U·√(S/s), for which s·B*·A* = Δ_r."""
     root = (S / s[..., None]).sqrt()
     return root[..., :, None] * Vh, U * root[..., None, :]
+
+
+def spectrum(S: Tensor, power: float) -> Tensor:
+    """S^p […, k] in place of S, scaled so that ‖Δ_r‖ stays: p = 1 is Δ_r itself, p = 0 weighs all directions alike."""
+    weighted = torch.where(S > 0, S**power, 0.0)
+    return weighted * (torch.linalg.vector_norm(S, dim=-1) / torch.linalg.vector_norm(weighted, dim=-1))[..., None]
 
 
 def start_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,31 +113,49 @@ START_NORM = 3**-0.5  # the row norm of PEFT's Kaiming start
 
 def factors(A: Tensor, B: Tensor, A_star: Tensor, B_star: Tensor) -> Direction:
     """Straight to given factors: D_A = A* − A, D_B = B* − B."""
-    return Direction(A_star - A, B_star - B, 1e-6 * _norm(A_star), 1e-6 * _norm(B_star), 1.0)
+    return Direction(A_star - A, B_star - B, 1e-6 * norm(A_star), 1e-6 * norm(B_star), 1.0)
 
 
-def bias(g: Tensor, D: Tensor, floor: Tensor, share: Tensor | float, alpha: float | Tensor, scale: str) -> Tensor:
-    """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g (eq. 3 and 4).
+def multiplier(
+    g_norm: Tensor,
+    D_norm: Tensor,
+    inner: Tensor,
+    floor: Tensor | float,
+    share: Tensor | float,
+    alpha: float | Tensor,
+    scale: str,
+) -> Tensor:
+    """c […] of g̃ = g − c·D, from ‖g‖, ‖D‖ and ⟨g, D⟩, each […] (eq. 3 and 4).
 
-        absolute    g − a·D
-        gradnorm    g − a·‖g‖·D/‖D‖
-        adaptive    g − a·(1 + cos(g, D))/2·‖g‖·D/‖D‖
+        absolute    c = a
+        gradnorm    c = a·‖g‖/‖D‖
+        adaptive    c = a·(1 + cos(g, D))/2·‖g‖/‖D‖
 
-    `alpha` a is a number or […]; 0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is.
+    0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is.
 
     Raises:
         ValueError: an unknown scale.
     """
     if scale == "absolute":
-        return g - (_column(alpha) if isinstance(alpha, Tensor) else alpha) * D
-    g_norm, D_norm = _norm(g), _norm(D)
+        return alpha * torch.ones_like(D_norm)
     if scale == "gradnorm":
         strength = alpha * share
     elif scale == "adaptive":
-        product = g_norm * D_norm
-        cosine = torch.where(product > 0, (g * D).sum((-2, -1)) / product, 0.0)
-        strength = alpha * share * (1 + cosine.clamp(-1, 1)) / 2
+        strength = alpha * share * (1 + cosine(g_norm, D_norm, inner)) / 2
     else:
         raise ValueError(f"Unknown scale {scale!r}.")
-    per_unit = torch.where(D_norm > floor, strength * g_norm / D_norm, 0.0)
-    return g - _column(per_unit) * D
+    return torch.where(D_norm > floor, strength * g_norm / D_norm, 0.0)
+
+
+def cosine(g_norm: Tensor, D_norm: Tensor, inner: Tensor) -> Tensor:
+    """⟨g, D⟩/(‖g‖·‖D‖) […] in [−1, 1]; 0/0 is 0."""
+    product = g_norm * D_norm
+    return torch.where(product > 0, inner / product, 0.0).clamp(-1, 1)
+
+
+def bias(
+    g: Tensor, D: Tensor, floor: Tensor | float, share: Tensor | float, alpha: float | Tensor, scale: str
+) -> Tensor:
+    """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g: g̃ = g − c·D with the
+    `multiplier` c of this g and D. `alpha` a is a number or […]."""
+    return g - column(multiplier(norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D

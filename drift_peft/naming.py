@@ -8,7 +8,7 @@ name is first reduced to what the text LLM itself would call it: `layers.N.REST`
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 _ATTENTION, _MLP = r"self_attn\.[qkvo]_proj", r"mlp\.(?:gate|up|down)_proj"
 
@@ -70,12 +70,13 @@ def cross_attention_layers(config) -> tuple[int, ...]:
     return tuple(getattr(config.get_text_config(), "cross_attention_layers", None) or ())
 
 
-def language_model_targets(model, names: Iterable[str] | None = None) -> str:
+def language_model_targets(model, names: Iterable[str] | None = None, layers: Container[int] | None = None) -> str:
     """Regular expression for PEFT's `target_modules` that hits exactly the language model's projections.
 
     Args:
         model: a transformers model, vision-language or text only, or a PEFT model around one.
         names: canonical weight names to keep, such as a prior's; all projections if None.
+        layers: indices of the layers to keep, as the model counts them; all if None.
 
     Raises:
         ValueError: no module would be hit.
@@ -94,17 +95,19 @@ def language_model_targets(model, names: Iterable[str] | None = None) -> str:
     for name, _ in decoder.named_modules():
         if match := re.fullmatch(rf"layers\.(\d+)\.({_ATTENTION}|{_MLP})", name):
             canonical = canonical_name(f"{name}.weight", cross)
-            if canonical is not None and (keep is None or canonical in keep):
+            wanted = (keep is None or canonical in keep) and (layers is None or int(match[1]) in layers)
+            if canonical is not None and wanted:
                 found[int(match[1])].append(match[2])
     if not found:
         of = "" if keep is None else f" among the {len(keep)} names given"
+        of += "" if layers is None else f" in its layers {layers}"
         raise ValueError(f"{type(base).__name__} has no attention or MLP projection in its language model{of}")
 
-    layers = defaultdict(list)  # equal sets of projections -> layer indices, so that the expression stays short
+    alike = defaultdict(list)  # equal sets of projections -> layer indices, so that the expression stays short
     for index, projections in sorted(found.items()):
-        layers[tuple(sorted(projections))].append(index)
+        alike[tuple(sorted(projections))].append(index)
     prefix = re.escape(prefix + "." if prefix else "") + r"layers\."
     return "|".join(
         rf"{prefix}({'|'.join(map(str, indices))})\.({'|'.join(map(re.escape, projections))})"
-        for projections, indices in layers.items()
+        for projections, indices in alike.items()
     )

@@ -106,6 +106,12 @@ def test_what_the_folder_says(pair):
         "drift_target": "delta",
         "drift_rank": None,
         "drift_norm": "factor",
+        "drift_sketch": 64,
+        "drift_spectrum": "full",
+        "drift_modules": None,
+        "drift_alpha_pattern": {},
+        "drift_warmup_steps": 0,
+        "drift_decay_steps": None,
         "drift_steps": 3,
         "init_lora_weights": "drift",
     }

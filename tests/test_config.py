@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from drift_peft import DriftConfig
 from drift_peft.config import CONFIG_FILE
@@ -26,33 +27,60 @@ REFUSED = [
     ({"drift_alpha": "1"}, r"drift_alpha must be a finite number ≥ 0, got '1'"),
     ({"drift_alpha": True}, r"drift_alpha must be a finite number ≥ 0, got True"),
     ({"drift_alpha": None}, r"drift_alpha must be a finite number ≥ 0, got None"),
-    # modes, and those of a later version
+    # modes
     ({"drift_scale": "gradnrm"}, r"drift_scale='gradnrm' is unknown.*'adaptive', .*; did you mean 'gradnorm'\?"),
     ({"drift_scale": "adaptiv"}, r"did you mean 'adaptive'\?"),
     ({"drift_scale": "zzz"}, r"drift_scale='zzz' is unknown: choose one of .*'decoupled'$"),
     ({"drift_scale": None}, r"drift_scale=None is unknown"),
     ({"drift_target": "Residual"}, r"drift_target='Residual' is unknown.*did you mean 'residual'\?"),
-    ({"drift_target": "base"}, r"drift_target='base' is not available yet: use 'residual', 'delta' or 'factors'"),
-    ({"drift_norm": "weight"}, r"drift_norm='weight' is not available yet: use drift_norm='factor'"),
+    ({"drift_target": "bse"}, r"drift_target='bse' is unknown.*'base'; did you mean 'base'\?"),
     ({"drift_norm": "factors"}, r"drift_norm='factors' is unknown.*did you mean 'factor'\?"),
+    # where and when
+    *[
+        ({"drift_modules": m}, r"drift_modules must be None, or name presets \(attn, .*got")
+        for m in ([], "", ["attn", 3])
+    ],
+    ({"drift_modules": ["attn", "q_(proj"]}, r"drift_modules holds 'q_\(proj', which is no regular expression"),
+    ({"drift_alpha_pattern": {"*": 1.0}}, r"drift_alpha_pattern holds '\*', which is no regular expression"),
+    ({"drift_alpha_pattern": {3: 1.0}}, r"drift_alpha_pattern holds 3, which is no regular expression"),
+    *[
+        ({"drift_alpha_pattern": {"q_proj": a}}, r"drift_alpha_pattern\['q_proj'\] must be a finite number ≥ 0, got")
+        for a in (-1, math.nan, math.inf, "1", True, None)
+    ],
+    *[({"drift_warmup_steps": n}, r"drift_warmup_steps must be a .* ≥ 0, got") for n in (-1, 2.5, "8", True, None)],
+    *[({"drift_decay_steps": n}, r"drift_decay_steps must be None or a .* ≥ 1, got") for n in (0, -4, 2.5, "8", True)],
+    (
+        {"drift_spectrum": "flt"},
+        r"drift_spectrum='flt' is unknown: choose one of 'full', 'flat'; did you mean 'flat'\?",
+    ),
+    *[
+        ({"drift_spectrum": p}, r"drift_spectrum must be .* a power between 0 and 4, got")
+        for p in (-1, 5, math.nan, None, True)
+    ],
     # ranks
     *[({"drift_rank": k}, rf"drift_rank must be None or a .* ≥ 1, got {k!r}") for k in (0, -4, 2.5, "8", True)],
     *[({"r": r}, rf"r must be a whole number ≥ 1, got {r!r}") for r in (0, -8, 2.5, "8", True, None)],
     # combinations
     ({"drift_scale": "decoupled"}, r"moves the factors.*drift_target='residual'.*set drift_target='factors'"),
-    ({"drift_scale": "decoupled", "drift_target": "delta"}, r"drift_target='delta' has no meaning"),
+    (
+        {"drift_scale": "decoupled", "drift_target": "delta"},
+        r"drift_target='delta' has no meaning.*'factors' or 'base'",
+    ),
+    ({"drift_target": "base"}, r"drift_scale='adaptive' has no meaning for it: set drift_scale='decoupled'"),
     ({**FACTORS, "drift_rank": 4}, r"drift_rank=4 has no meaning with drift_target='factors'.*leave drift_rank=None"),
     ({**FACTORS, "lora_alpha": 0}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=0"),
     ({**FACTORS, "lora_alpha": -8}, r"'factors' needs a positive LoRA scaling.* got lora_alpha=-8"),
     ({**FACTORS, "alpha_pattern": {"q_proj": 0}}, r"'factors' needs a positive .*alpha_pattern=\{'q_proj': 0\}"),
-    ({"layers_to_transform": [1]}, r"layers_to_transform needs target_modules to be named"),
     # the prior
     ({"prior": None}, r"DriftConfig needs a prior to train.*build_prior.*use peft\.LoraConfig for training without"),
     ({"prior": 7}, r"prior must be a path or a hub id, got int"),
     # what changes the chain rule or the base weight
     ({"use_dora": True}, r"use_dora changes how an adapter acts on the weight.*leave out use_dora"),
-    ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens changes how"),
     ({"use_qalora": True}, r"use_qalora changes how"),
+    ({"kasa_config": KasaConfig()}, r"kasa_config changes how"),
+    ({"monteclora_config": MontecloraConfig()}, r"monteclora_config changes how"),
+    ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"])}, r"use_bdlora changes how"),
+    ({"arrow_config": ArrowConfig()}, r"arrow_config changes how"),
     ({"layer_replication": [(0, 1)]}, r"layer_replication changes how"),
     ({"use_dora": True, "use_qalora": True}, r"leave out use_dora and use_qalora"),
     ({"init_lora_weights": "pissa"}, f"init_lora_weights='pissa' {CHANGES_W}"),
@@ -93,6 +121,15 @@ def test_unknown_key_without_a_near_one():
         {"drift_rank": 3, "r": 8},
         {"drift_target": "factors", "lora_alpha": 0.5},
         {"layers_to_transform": [1], "target_modules": {"q_proj"}},
+        {"layers_to_transform": [1]},
+        {"drift_modules": "attn", "drift_alpha_pattern": {"q_proj": 0, r"layers\.1\..*": 2.5}},
+        {"drift_modules": ["mlp", "bias", "norm", "head", "embed", r"self_attn\.[qk]_proj"]},
+        {"drift_warmup_steps": 10, "drift_decay_steps": 1},
+        {"drift_spectrum": 0},
+        {"drift_spectrum": 0.5},
+        {"prior": None, "drift_scale": "decoupled", "drift_target": "base", "init_lora_weights": True},
+        {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+        {"velora_config": VeloraConfig(), "lora_bias": True},
         {"init_lora_weights": True},
         {"init_lora_weights": False},
         {"init_lora_weights": "gaussian"},
@@ -113,13 +150,19 @@ def test_defaults():
         1.0, "adaptive", "residual", None, "factor",
     )  # fmt: skip
     assert made.init_lora_weights == "drift" and made.target_modules is None and made.drift_steps == 0
+    assert (made.drift_modules, made.drift_alpha_pattern, made.drift_spectrum) == (None, {}, "full")
+    assert (made.drift_warmup_steps, made.drift_decay_steps) == (0, None)
+    held = DriftConfig(drift_scale="decoupled", drift_target="base")
+    assert held.init_lora_weights is True  # without a prior there is no Δ to start from
 
 
 # On disk
 
 SETTINGS = {
     "prior": "some/prior@abc", "prior_sha256": "0f" * 32, "drift_alpha": 0.3, "drift_scale": "gradnorm",
-    "drift_target": "delta", "drift_rank": 5, "drift_steps": 17,
+    "drift_target": "delta", "drift_rank": 5, "drift_steps": 17, "drift_spectrum": 0.5,
+    "drift_modules": ["attn", "o_proj"], "drift_alpha_pattern": {"q_proj": 0.5},
+    "drift_warmup_steps": 3, "drift_decay_steps": 9,
 }  # fmt: skip
 LORA = {"r": 6, "lora_alpha": 12, "lora_dropout": 0.1, "use_rslora": True, "target_modules": ["q_proj"]}
 
@@ -135,7 +178,7 @@ def test_round_trip_is_plain_lora_and_a_file_beside_it(tmp_path):
     assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
 
     own = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert own == {**SETTINGS, "drift_norm": "factor", "init_lora_weights": "drift"}
+    assert own == {**SETTINGS, "drift_norm": "factor", "drift_sketch": 64, "init_lora_weights": "drift"}
     assert DriftConfig.from_pretrained(tmp_path) == made
     assert DriftConfig.from_pretrained(tmp_path.parent, subfolder=tmp_path.name) == made
 

@@ -1,13 +1,16 @@
 """A prior that does not belong to the model, or does not reach its targets, is refused or reported, by name."""
 
+import copy
+
 import pytest
 import torch
 from dense_prior import dense_prior
 from pairs import drift, load, train, untouched, wrap
 from peft import get_peft_model
 from tiny import tiny_llm, tiny_vlm
+from twin import make_whole_pair
 
-from drift_peft import DriftConfig, telemetry
+from drift_peft import DriftConfig, guide, telemetry
 from drift_peft.naming import canonical_name, module_kind
 
 
@@ -47,6 +50,23 @@ def test_prior_of_another_base(pairs):
     with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
         get_peft_model(model, drift(pairs("llama")))
     assert untouched(model)
+
+
+def test_prior_of_another_base_for_full_training(pairs):
+    with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
+        guide(tiny_llm("llava", seed=5), pairs("llama") / "prior.safetensors")
+
+
+def test_prior_with_vectors_of_another_model(tmp_path):
+    """Norms and biases have no fingerprint: their names and shapes must fit."""
+    pair = make_whole_pair(tmp_path)
+    missing = r"another model: 14 of its 35 weights, such as layers\.0\.mlp\.down_proj\.bias, are not in this one"
+    with pytest.raises(ValueError, match=missing):
+        guide(tiny_llm("llava", vocab_size=72), pair.prior)
+    wider = copy.deepcopy(pair.base)
+    wider.model.norm.weight = torch.nn.Parameter(torch.ones(96))
+    with pytest.raises(ValueError, match=r"another model: norm\.weight is \[64\] there and \[96\] here"):
+        guide(wider, pair.prior)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +111,7 @@ def test_vectors_head_and_embedding_fit_their_model(pairs, tmp_path, kind):
     model = wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), config)
     assert telemetry(train(model))["guided_steps"] == 3
     config = DriftConfig(prior=prior.path, r=4, target_modules=["q_proj", "embed_tokens"])
-    with pytest.warns(UserWarning, match=r"1 targeted modules have no Δ .*not steered: \S*embed_tokens\."):
-        wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), config)
+    assert "absorbed/embed" in telemetry(wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), config))
     saved = DriftConfig(prior=prior.path, r=4, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     wrap(load(pairs("qwen2_5_vl"), "qwen2_5_vl", kind), saved)
 

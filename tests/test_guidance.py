@@ -93,7 +93,8 @@ def test_any_number_of_batch_dimensions(scale, target):
     made = [random_layer(seed=i) for i in range(6)]
     layers, grads = zip(*made, strict=True)
     flat = bias(layers, grads, 0.7, scale, target)
-    D = guidance.Direction(*(t if isinstance(t, float) else t.unflatten(0, (2, 3)) for t in direction(layers, target)))
+    D = direction(layers, target)
+    D = guidance.Direction(*(t.unflatten(0, (2, 3)) if isinstance(t, torch.Tensor) else t for t in D))
     for name, g, expected in zip("AB", zip(*grads, strict=True), flat, strict=True):
         g = torch.stack(g).unflatten(0, (2, 3))
         floor = getattr(D, f"floor_{name}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pairs import drift, load, train, wrap
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 from drift_peft import ReasoningPrior, guide
 
@@ -45,14 +46,47 @@ def test_guide_again_replaces_the_settings(pairs):
     assert all(torch.equal(a, b) for a, b in pairs_of)
 
 
+def test_guide_again_keeps_what_training_started_from(pairs):
+    """W_0 of a bias that has moved since is still the base's."""
+    folder = pairs("qwen2_5_vl")
+    model = get_peft_model(load(folder, "qwen2_5_vl"), LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only"))
+    held = {"drift_scale": "decoupled", "drift_target": "base"}
+    guide(model, **held, drift_alpha=0.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad}
+    train(model)
+    moved = {n: (p - before[n]).norm() for n, p in model.named_parameters() if n in before}
+    assert moved and all(distance > 0 for distance in moved.values())
+    guide(model, **held, drift_alpha=1 / 1e-3)  # lr·a = 1: all the way back
+    train(model, 1)
+    for name, p in model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(p.detach(), before[name])
+
+
+VARIANTS = {
+    "DoraLinearVariant": {"use_dora": True},
+    "DoraEmbeddingVariant": {"use_dora": True, "target_modules": ["embed_tokens"]},
+    "KasaLinearVariant": {"kasa_config": KasaConfig()},
+    "MontecloraLinearVariant": {"monteclora_config": MontecloraConfig()},
+    "MiCALinearVariant": {"init_lora_weights": "mica"},
+    "BdLoraLinearVariant": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_with_another_chain_rule(pairs, variant):
+    folder = pairs("llama")
+    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **VARIANTS[variant]})
+    model = get_peft_model(load(folder, "llama"), lora)
+    with pytest.raises(ValueError, match=f"uses {variant}, whose chain rule is not plain LoRA's: train it without"):
+        guide(model, str(folder / "prior.safetensors"))
+
+
 def test_guide_refuses(pairs):
     folder = pairs("llama")
     prior = ReasoningPrior.load(folder / "prior.safetensors")
-    with pytest.raises(ValueError, match="has no LoRA layers on its language model"):
-        guide(load(folder, "llama"), prior)
-    dora = get_peft_model(load(folder, "llama"), LoraConfig(use_dora=True, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="uses DoraLinearVariant, whose chain rule is not plain LoRA's"):
-        guide(dora, prior)
+    with pytest.raises(ValueError, match="has no LoRA layers on its language model, and nothing of that is trainable"):
+        guide(load(folder, "llama").requires_grad_(False), prior)
     negative = get_peft_model(load(folder, "llama"), LoraConfig(lora_alpha=-4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"has the LoRA scaling -0\.5, but drift_target='factors' divides by it"):
         guide(negative, prior, drift_target="factors")
@@ -61,7 +95,25 @@ def test_guide_refuses(pairs):
         guide(own, prior)
     with pytest.raises(ValueError, match="has no adapter 'other'"):
         guide(copy.deepcopy(own), prior, "other")
-    with pytest.raises(ValueError, match="drift_scale='adaptiv' is unknown"):
-        guide(
-            get_peft_model(load(folder, "llama"), LoraConfig(target_modules=["q_proj"])), prior, drift_scale="adaptiv"
-        )
+    empty = load(folder, "llama").to("meta")
+    with pytest.raises(ValueError, match="on the meta device, without weights"):
+        guide(empty, prior)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "settings"),
+    [
+        (ValueError, "drift_scale='adaptiv' is unknown", {"drift_scale": "adaptiv"}),
+        (TypeError, "argument 'drift_alfa'; did you mean 'drift_alpha'", {"drift_alfa": 1.0}),
+        (TypeError, "takes the drift_… settings of DriftConfig, but got 'lora_alpha'", {"lora_alpha": 8}),
+        (TypeError, "takes the drift_… settings of DriftConfig, but got 'drift_steps'", {"drift_steps": 3}),
+        (TypeError, "takes the drift_… settings of DriftConfig, but got 'prior_sha256'", {"prior_sha256": "0f"}),
+        (ValueError, "drift_modules names 'norm', but nothing trainable", {"drift_modules": ["norm"]}),
+    ],
+)
+def test_guide_takes_the_settings_of_the_guidance_alone(pairs, error, message, settings):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(error, match=message):
+        guide(model, ReasoningPrior.load(folder / "prior.safetensors"), **settings)
+    assert not any(hasattr(module, "drift") for module in model.modules())

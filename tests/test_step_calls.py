@@ -10,7 +10,7 @@ from twin import (
     assert_same_update,
     backward,
     bias_by_oracle,
-    every_mode,
+    each_scale,
     pull_by_oracle,
     sgd,
     state,
@@ -219,7 +219,7 @@ def scaled_step(model, optimizer, scaler, unscale=False, ids=BATCH):
 
 
 @pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (False, False)])
-@every_mode
+@each_scale
 def test_loss_scaling_does_not_change_the_update(pair, scale, target, unscale, fused):
     model = steered(pair, scale, target, dtype=torch.float32)
     other, start = copy.deepcopy(model), state(model)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from pairs import FAMILIES, IDS, drift, load, train, wrap
+from pairs import FAMILIES, IDS, drift, load, train, untouched, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import Adafactor
@@ -129,7 +129,7 @@ def test_steering_rank_below_the_adapters(pairs):
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     V = prior["layers.0.self_attn.q_proj.weight"].Vh[:4].float()
     torch.testing.assert_close(layer.lora_A["default"].weight.data, V / 3**0.5)
-    assert len(layer.drift["default"].S) == 2
+    assert len(layer.drift["default"].prior["S"]) == 2
     with pytest.warns(UserWarning, match="drift_rank=64 is more than the prior holds for 14 weights"):
         get_peft_model(load(folder, "llama"), drift(folder, drift_rank=64))
 
@@ -144,13 +144,38 @@ def test_all_linear(pairs):
 
 def test_layers_to_transform(pairs, tmp_path):
     folder = pairs("llama")
-    with pytest.raises(ValueError, match="layers_to_transform needs target_modules to be named"):
-        drift(folder, layers_to_transform=[0])
-    model = get_peft_model(load(folder, "llama"), drift(folder, layers_to_transform=[0], target_modules=["q_proj"]))
-    adapted = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    assert len(adapted) == 1 and "layers.0." in adapted[0]
-    train(model).save_pretrained(tmp_path)
-    assert DriftConfig.from_pretrained(tmp_path).layers_to_transform == [0]
+    for targets, count in ((["q_proj"], 1), (None, 7)):
+        model = get_peft_model(load(folder, "llama"), drift(folder, layers_to_transform=[1], target_modules=targets))
+        adapted = [n for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        assert len(adapted) == count and all("layers.1." in name for name in adapted)
+        train(model).save_pretrained(tmp_path)
+        config = DriftConfig.from_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
+        assert [n for n, m in loaded.named_modules() if isinstance(m, LoraLayer)] == adapted
+    with pytest.raises(ValueError, match=r"no attention or MLP projection .* in its layers \[2\]"):
+        get_peft_model(load(folder, "llama"), drift(folder, layers_to_transform=[2]))
+
+
+@pytest.mark.parametrize(
+    ("passed", "adapter"), [("the model", "default"), ("the model", "another"), ("its base", "default")]
+)
+def test_a_model_that_is_wrapped_already(pairs, passed, adapter):
+    """It is refused, with the way out, and the first adapter stays steered."""
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), drift(folder))
+    inner = model if passed == "the model" else model.get_base_model()
+    with pytest.raises(ValueError, match=r"wrapped already .*model\.add_adapter\(name, config\), .*model\.unload\(\)"):
+        get_peft_model(inner, drift(folder), adapter_name=adapter)
+    assert telemetry(train(model))["guided_steps"] == 3
+    get_peft_model(model.unload(), drift(folder))
+
+
+def test_a_model_without_weights(pairs):
+    folder = pairs("llama")
+    model = load(folder, "llama").to("meta")
+    with pytest.raises(ValueError, match="The model is on the meta device, without weights: load them "):
+        get_peft_model(model, drift(folder))
+    assert untouched(model)
 
 
 def test_one_config_for_several_models(pairs, tmp_path):

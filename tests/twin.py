@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
+from conftest import Pair
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from reference import Layer, norm
+from reference import Layer, Whole, norm, spectrum
+from tiny import tiny_llm
 
 from drift_peft import DriftConfig
+from drift_peft.prior import FORMAT, partial_output, write_prior
 
 ALPHA = {"absolute": 0.3, "gradnorm": 0.8, "adaptive": 0.8, "decoupled": 4.0}
 MODES = [(scale, target) for scale in list(ALPHA)[:3] for target in ("residual", "delta", "factors")]
@@ -18,6 +21,10 @@ three_modes = pytest.mark.parametrize(
     ("scale", "target"), [("absolute", "factors"), ("gradnorm", "residual"), ("decoupled", "factors")]
 )
 every_mode = pytest.mark.parametrize(("scale", "target"), MODES)
+each_scale = pytest.mark.parametrize(
+    ("scale", "target"),
+    [("absolute", "residual"), ("gradnorm", "delta"), ("adaptive", "residual"), ("decoupled", "factors")],
+)
 BATCH = torch.randint(7, 64, (8, 10), generator=torch.Generator().manual_seed(0))
 
 
@@ -28,6 +35,43 @@ def randomized(model, seed=0, dtype=torch.float64):
         if "lora_" in name:
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
     return model.to(dtype).train()
+
+
+def make_whole_pair(folder, **changes):
+    """A tiny Llama with biases and a prior of rank 8 for every tensor of it, norms and biases as they are."""
+    settings = {"attention_bias": True, "mlp_bias": True, "vocab_size": 72, **changes}
+    base = tiny_llm("llava", **settings)
+    generator = torch.Generator().manual_seed(3)
+    tensors, weights = {}, {}
+    for W in base.parameters():
+        if W.dim() == 1:
+            W.data += 0.1 * torch.randn(W.shape, generator=generator)  # biases are 0 and norms 1 in a new model
+    for name, W in base.named_parameters(remove_duplicate=False):
+        name, W = canonical(name), W.detach()
+        delta = 0.3 * W.std() * torch.randn(W.shape, generator=generator)
+        stats = {"shape": list(W.shape), "delta_norm": norm(delta), "base_norm": norm(W), "cosine": 0.9, "energy": 1.0}
+        if W.dim() == 1:
+            tensors[f"{name}.delta"] = delta
+        else:
+            U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+            parts = {"U": U[:, :8].bfloat16(), "S": S[:8].clone(), "Vh": Vh[:8].bfloat16()}
+            tensors |= {f"{name}.{key}": part.contiguous() for key, part in parts.items()}
+            fingerprint = ((parts["U"].float().T @ W) * parts["Vh"].float()).sum(-1).tolist()
+            stats |= {"rank": 8, "fingerprint": fingerprint}
+        weights[name] = stats
+    metadata = {
+        "format": FORMAT,
+        "expert": {},
+        "base": {},
+        "reference": None,
+        "rank": 8,
+        "dtype": "bfloat16",
+        "seed": 0,
+    }
+    metadata |= {"modules": ["attn", "mlp", "norm", "bias", "head", "embed"], "not_steered": [], "weights": weights}
+    with partial_output(folder / "prior.safetensors") as partial:
+        write_prior(partial, folder / "prior.safetensors", tensors, metadata)
+    return Pair(folder, base, {})
 
 
 def steered(pair, scale="adaptive", target="residual", dtype=torch.float64, prior=None, **settings):
@@ -44,42 +88,67 @@ def twin_of(pair, model):
     return twin.train()
 
 
-def oracle_layers(model, prior, rank=None, adapter="default"):
+def canonical(name):
+    """As the text LLM names it, whatever PEFT has wrapped around it."""
+    name = re.sub(r"^.*?(?=(?:layers|embed_tokens|norm|lm_head)\.)", "", name)
+    return name.replace("base_layer.", "").replace("modules_to_save.default.", "")
+
+
+def oracle_layers(model, prior, rank=None, adapter="default", power=1.0):
     """(LoRA layer, its oracle) for all layers with a Δ."""
     for name, module in model.named_modules():
-        name = re.sub(r"^.*?(?=layers\.)", "", name) + ".weight"
-        if isinstance(module, LoraLayer) and adapter in module.lora_A and name in prior:
-            A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        name = canonical(f"{name}.weight")
+        if isinstance(module, LoraLayer) and adapter in module.r and name in prior:
             others = [
-                (module.lora_A[o].weight, module.lora_B[o].weight, module.scaling[o])
+                (*factors(module, o), module.scaling[o])
                 for o in module.active_adapters
-                if o != adapter and o in module.lora_A
+                if o != adapter and o in module.r
             ]
-            w = prior[name]
-            yield module, Layer(A, B, module.scaling[adapter], w.U, w.S, w.Vh, rank=rank, others=others)
+            w, embedding = prior[name], adapter in module.lora_embedding_A
+            A, B = factors(module, adapter)
+            yield module, Layer(A, B, module.scaling[adapter], w.U, w.S, w.Vh, rank, others, power, embedding)
 
 
-def bias_by_oracle(model, prior, scale, target, only=None, adapter="default", rank=None):
+def factors(layer, adapter="default"):
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def oracles(model, prior, start=None, adapter="default", rank=None, power=1.0):
+    """(canonical name, parameters, oracle) of everything with a Δ; `start` holds W_0 of tensors trained themselves."""
+    for layer, oracle in oracle_layers(model, prior, rank, adapter, power):
+        name = next(n for n, m in model.named_modules() if m is layer)
+        yield canonical(f"{name}.weight"), factors(layer, adapter), oracle
+    for name, p in model.named_parameters():
+        if start is not None and name in start and "lora_" not in name and canonical(name) in prior:
+            w = prior[canonical(name)]
+            delta = w.delta if hasattr(w, "delta") else w.U[:, :rank].double() * spectrum(w.S[:rank], power)
+            delta = delta if hasattr(w, "delta") else delta @ w.Vh[:rank].double()
+            yield canonical(name), (p,), Whole(p, start[name], delta)
+
+
+def bias_by_oracle(model, prior, scale, target, only=None, alpha=None, **which):
+    """`alpha`: canonical name -> strength, for those that are not all alike."""
     if scale == "decoupled":
         return
     biased = []
-    for module, layer in oracle_layers(model, prior, rank, adapter):
-        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in (A, B)]
-        biased += zip((A, B), layer.biased(*grads, ALPHA[scale], scale, target), strict=True)
+    for name, parameters, oracle in oracles(model, prior, **which):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        a = alpha(name) if alpha else ALPHA[scale]
+        biased += zip(parameters, oracle.biased(*grads, a, scale, target), strict=True)
     for p, g in biased:
         if p.grad is not None and (only is None or any(p is q for q in only)):
             p.grad.copy_(g)
 
 
-def pull_by_oracle(model, prior, scale, optimizer, rank=None):
+def pull_by_oracle(model, prior, scale, optimizer, target="factors", alpha=None, **which):
     if scale != "decoupled":
         return
-    for module, layer in oracle_layers(model, prior, rank):
+    for name, parameters, oracle in oracles(model, prior, **which):
         for group in optimizer.param_groups:
-            pulled = layer.pulled(float(group["lr"]), ALPHA[scale])
-            factors = module.lora_A["default"].weight, module.lora_B["default"].weight
-            for p, value in zip(factors, pulled, strict=True):
+            pulled = oracle.pulled(float(group["lr"]), alpha(name) if alpha else ALPHA[scale], target)
+            for p, value in zip(parameters, pulled, strict=True):
                 if p.grad is not None and any(p is q for q in group["params"]):
                     p.data.copy_(value)
 
@@ -105,13 +174,15 @@ def train(model, optimizer, steps=2, backward=backward):
         optimizer.step()
 
 
-def train_by_oracle(twin, optimizer, prior, scale, target, steps=2, backward=backward, rank=None):
-    for _ in range(steps):
+def train_by_oracle(twin, optimizer, prior, scale, target, steps=2, backward=backward, alpha=None, **which):
+    """`alpha`: (canonical name, step) -> strength. `which` goes to `oracles`."""
+    for step in range(steps):
+        strength = alpha and (lambda name, step=step: alpha(name, step))
         optimizer.zero_grad()
         backward(twin)
-        bias_by_oracle(twin, prior, scale, target, rank=rank)
+        bias_by_oracle(twin, prior, scale, target, alpha=strength, **which)
         optimizer.step()
-        pull_by_oracle(twin, prior, scale, optimizer, rank)
+        pull_by_oracle(twin, prior, scale, optimizer, target, strength, **which)
 
 
 def state(model):
@@ -127,15 +198,22 @@ def assert_same_update(model, expected, start, tolerance=1e-6):
         assert off <= tolerance * moved, f"{name} moved by {moved:.3g} and is off by {off:.3g}"
 
 
-def assert_guided_like_oracle(pair, make_optimizer, scale="adaptive", target="residual", tolerance=1e-6, **options):
-    """Train a steered model and its twin the same way; and see that plain LoRA would have gone elsewhere."""
+def assert_guided_like_oracle(
+    pair, make_optimizer, scale="adaptive", target="residual", tolerance=1e-6, model=None, oracle=None, **options
+):
+    """Train a steered model and its twin the same way; and see that plain LoRA would have gone elsewhere.
+
+    `oracle` has what `train_by_oracle` has to know of the settings; the further `options` that are not `steps` and
+    `backward` are settings.
+    """
     settings = {key: options.pop(key) for key in set(options) - {"steps", "backward"}}
-    model = steered(pair, scale, target, **settings)
+    model = steered(pair, scale, target, **settings) if model is None else model
     twin, plain, start = twin_of(pair, model), twin_of(pair, model), state(model)
     train(model, make_optimizer(model), **options)
     train(plain, make_optimizer(plain), **options)
-    options["rank"] = settings.get("drift_rank")
-    train_by_oracle(twin, make_optimizer(twin), pair.prior, scale, target, **options)
+    which = {"rank": settings.get("drift_rank"), "start": start, **(oracle or {})}
+    train_by_oracle(twin, make_optimizer(twin), pair.prior, scale, target, **options, **which)
     assert_same_update(model, twin, start, tolerance)
     with pytest.raises(AssertionError):
         assert_same_update(plain, twin, start, 0.05)
+    return model

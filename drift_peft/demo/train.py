@@ -25,7 +25,7 @@ from ..checkpoint import Checkpoint
 from ..config import DriftConfig
 from ..naming import language_model_targets
 from ..prior import ReasoningPrior
-from ..step import telemetry
+from ..telemetry import telemetry
 from ..tuner import keep_4bit_differentiable
 from .evaluate import encode
 from .world import Sample

@@ -1,0 +1,280 @@
+"""One step's guidance: the gradients of everything steered are biased, a batched call for all that has one shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import TensorWeakRef
+
+from . import guidance
+from .capture import weight_gradient
+from .sharding import Storage, values
+from .steered import BATCH_ELEMENTS, Stack, Steered, SteeredAdapter, lora_factor
+
+TORCH = Storage()
+
+
+@torch.no_grad()
+def bias_gradients(
+    steered: Iterable[Steered],
+    parameters: Container[int],
+    loss_scale: Tensor | float | None = None,
+    storage: Storage = TORCH,
+) -> None:
+    """Bias the gradients of these in place (METHOD: DRIFT eq. 3 and 4, on LoRA pulled back onto the factors).
+
+    Only parameters whose id() is in `parameters` are touched; they have a gradient. `loss_scale` is the factor a
+    GradScaler has left in the gradients of a fused optimizer; only `absolute` needs it, the other scales follow the
+    gradient's own norm. `storage` is where the optimizer finds its gradients.
+    """
+    guided = [s for s in steered if s.alpha and s.config.drift_scale != "decoupled"]
+    repeated = {}
+    for batch in _batches(guided, parameters, storage):
+        if batch.biased_already():
+            repeated[id(batch.config)] = batch.config
+        else:
+            batch.bias_gradients(loss_scale)
+        del batch  # before the next one is made
+    for config in repeated.values():
+        if not config.repeated_steps:
+            warnings.warn(
+                "optimizer.step() was called twice on the same gradients: they are biased toward the expert once, and "
+                "not again.",
+                stacklevel=2,
+            )
+        config.repeated_steps += 1
+
+
+@torch.no_grad()
+def pull_parameters(
+    steered: Iterable[Steered],
+    lr: dict[int, float | Tensor | None],
+    applied: Tensor | float = 1.0,
+    storage: Storage = TORCH,
+) -> None:
+    """The `decoupled` scale, after the optimizer's update: p ← p + lr·a·(p* − p).
+
+    `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update.
+    """
+    for batch in _batches((s for s in steered if s.alpha and s.config.drift_scale == "decoupled"), lr, storage):
+        batch.pull_parameters(lr, applied)
+        del batch
+
+
+def _batches(steered: Iterable[Steered], parameters: Container[int], storage: Storage) -> Iterator[Batch]:
+    groups: dict[tuple, list[Steered]] = {}
+    for s in steered:
+        trained = tuple(factor for factor in s.factors if id(s.parameter(factor)) in parameters)
+        prior = tuple((key, t.shape) for key, t in s.prior.items())
+        key = trained, type(s), id(s.config), s.alpha, prior, s.batch_key()
+        groups.setdefault(key, []).append(s)
+    for key, members in groups.items():
+        size = members[0].batch_size(members)
+        for i in range(0, len(members), size):
+            yield (AdapterBatch if key[1] is SteeredAdapter else TensorBatch)(members[i : i + size], key[0], storage)
+
+
+class Batch:
+    """What L things of one shape have in common: settings, strength, the stacked prior, and `trained`, the names of
+    those of their parameters that the optimizer updates."""
+
+    def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
+        self.members, self.config, self.trained, self.storage = members, members[0].config, trained, storage
+        first = members[0].parameter(members[0].factors[0])
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.stack = Stack.of(members, first.device)
+        steps = self.config.drift_steps, self.config.drift_warmup_steps, self.config.drift_decay_steps
+        self.alpha = members[0].alpha * guidance.schedule(*steps)
+
+    def parameters(self, factor: str) -> list[torch.nn.Parameter]:
+        return [m.parameter(factor) for m in self.members]
+
+    def strength(self, loss_scale: Tensor | float | None) -> Tensor | float:
+        scaled = self.config.drift_scale == "absolute" and loss_scale is not None
+        return self.alpha * loss_scale if scaled else self.alpha
+
+    def biased_already(self) -> bool:
+        """Has nothing touched these gradients since they were biased? Then a second `step()` uses them again."""
+        gradient = self.members[0].parameter(self.trained[0]).grad
+        if gradient is None or self.stack.biased is None:
+            return False
+        biased, version = self.stack.biased
+        return biased() is gradient and version == gradient._version
+
+    def remember(self, cosines: list[Tensor], ratios: list[Tensor]) -> None:
+        """For telemetry, and for `biased_already`."""
+        gradient = self.members[0].parameter(self.trained[0]).grad
+        if gradient is not None:  # else DeepSpeed keeps it, and discards it after its step
+            self.stack.biased = TensorWeakRef(gradient), gradient._version
+        self.stack.cosine = torch.stack(cosines).mean(0)
+        self.stack.ratio = torch.stack(ratios).mean(0)
+
+    def rates(self, factor: str, lr: dict[int, float | Tensor | None]) -> Tensor | float:
+        """lr [L, 1, 1] of the parameters' own groups, or the number that they share."""
+        rates = [lr[id(p)] for p in self.parameters(factor)]
+        if None in rates:
+            raise RuntimeError(
+                "drift_scale='decoupled' moves by the learning rate, and this optimizer's parameter groups "
+                "name none ('lr'): give it one, or use another drift_scale."
+            )
+        if all(rate is rates[0] for rate in rates):
+            return rates[0]
+        return torch.stack([torch.as_tensor(r, device=self.stack.device) for r in rates])[:, None, None]
+
+
+class AdapterBatch(Batch):
+    """The factors of L adapters as stacks in at least fp32: A [L, r, in], B [L, out, r], s [L]."""
+
+    def __init__(self, members: list[SteeredAdapter], trained: tuple[str, ...], storage: Storage):
+        super().__init__(members, trained, storage)
+        self.A, self.B = (values(self.parameters(factor)).to(self.dtype) for factor in "AB")
+        self.s = self.stack.scaling(members, self.dtype)
+        self.prior = [self.stack.prior[key].to(self.dtype) for key in ("U", "S", "Vh") if key in self.stack.prior]
+
+    def direction(self) -> guidance.Direction:
+        args = self.A, self.B, self.s, *self.prior
+        if self.config.drift_target == "factors":
+            return guidance.factors(self.A, self.B, *guidance.balanced_targets(*self.prior, self.s))
+        delta_norm = self.stack.norm.to(self.dtype)
+        if self.config.drift_target == "delta":
+            return guidance.delta(*args, delta_norm)
+        return guidance.residual(*args, delta_norm, *self._all_adapters())
+
+    def bias_gradients(self, loss_scale: Tensor | float | None) -> None:
+        direction = self.direction()
+        g = {factor: self.storage.gradients(self.parameters(factor)).to(self.dtype) for factor in self.trained}
+        measure = self._of_weight if self.config.drift_norm == "weight" else self._of_factors
+        measured = measure(direction, g)
+        cosines, ratios = [], []
+        for factor, (g_norm, D_norm, inner, floor) in measured.items():
+            c = guidance.multiplier(
+                g_norm, D_norm, inner, floor, direction.share, self.strength(loss_scale), self.config.drift_scale
+            )
+            biased = g[factor] - guidance.column(c) * getattr(direction, factor)
+            self.storage.set_gradients(self.parameters(factor), biased)
+            cosines.append(guidance.cosine(g_norm, D_norm, inner))
+            ratios.append(torch.where(g_norm > 0, c * D_norm / g_norm, 0.0))
+        self.remember(cosines, ratios)
+
+    def _of_factors(self, direction: guidance.Direction, g: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """‖g‖, ‖D‖, ⟨g, D⟩ and the floor of ‖D‖, each [L], of each factor itself."""
+        measured = {}
+        for factor, gradient in g.items():
+            D = getattr(direction, factor)
+            inner = (gradient * D).sum((-2, -1))
+            floor = getattr(direction, f"floor_{factor}")
+            measured[factor] = guidance.norm(gradient), guidance.norm(D), inner, floor
+        return measured
+
+    def _of_weight(self, direction: guidance.Direction, g: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+        """‖G‖, ‖X‖, ⟨G, X⟩ and the floor of ‖X‖ of the weight gradient, the same for both factors."""
+        if "B" not in g:
+            raise RuntimeError("drift_norm='weight' needs lora_B to be trained: use drift_norm='factor'.")
+        if isinstance(self.members[0].parameter("B").data, DTensor):
+            raise RuntimeError("drift_norm='weight' is not available under FSDP: use drift_norm='factor', or DDP.")
+        G_norm, inner = weight_gradient([m.capture for m in self.members], g["B"], self.A.shape[-2], self.s)
+        if self.config.drift_target == "residual":  # ⟨G, s·B·A⟩ = ⟨s·G·Aᵀ, B⟩ = ⟨g_B, B⟩
+            if self.members[0].others:
+                raise RuntimeError(
+                    "drift_norm='weight' with drift_target='residual' is not available while several adapters are "
+                    "active: use drift_target='delta' or drift_norm='factor'."
+                )
+            inner = inner - (g["B"] * self.B).sum((-2, -1))
+        floor = 1e-6 * self.stack.norm.to(self.dtype)
+        return {factor: (G_norm, direction.norm, inner, floor) for factor in g}
+
+    def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
+        if self.config.drift_target == "base":  # B* = 0, and A is left alone
+            targets = {"B": torch.zeros_like(self.B)}
+        else:
+            targets = dict(zip("AB", guidance.start_targets(*self.prior, self.s), strict=True))
+        for factor in self.trained:
+            if factor in targets:
+                parameters = self.parameters(factor)
+                value = self.storage.weights(parameters).to(self.dtype)
+                move = self.alpha * applied * self.rates(factor, lr) * (targets[factor] - value)
+                self.storage.set_weights(parameters, value + move)
+
+    def _all_adapters(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """A_all [L, R, in] and B_all [L, out, R] with the scaling in it, where further adapters are active."""
+        if not self.members[0].others:
+            return ()
+        A, B = [self.A], [self.s[:, None, None] * self.B]
+        for i in range(len(self.members[0].others)):
+            layers = [(m.module, m.others[i]) for m in self.members]
+            scaling = torch.tensor([layer.scaling[a] for layer, a in layers], device=self.stack.device)
+            A.append(values([lora_factor(layer, "A", a) for layer, a in layers]).to(self.dtype))
+            others_B = values([lora_factor(layer, "B", a) for layer, a in layers]).to(self.dtype)
+            B.append(scaling.to(self.dtype)[:, None, None] * others_B)
+        return torch.cat(A, 1), torch.cat(B, 2)
+
+
+class TensorBatch(Batch):
+    """L tensors that are trained themselves, as [L, m, n]; vectors have m = 1.
+
+    D = Δ_r for the target `delta`, else X = Δ_r − (W − W_0): for these, what is missing and the way to the target are
+    the same. Large ones go through in blocks of rows.
+    """
+
+    def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
+        super().__init__(members, trained, storage)
+        self.W = self._matrices(values(self.parameters("W")))
+        self.prior = {
+            key: self._matrices(value) if key in ("delta", "W0") else value for key, value in self.stack.prior.items()
+        }
+
+    @staticmethod
+    def _matrices(stack: Tensor) -> Tensor:
+        """[L, m, n], m = 1 for vectors."""
+        return stack[:, None] if stack.dim() == 2 else stack
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and D [L, rows, n] of them."""
+        L, m, n = self.W.shape
+        step = max(1, BATCH_ELEMENTS // (L * n))
+        for start in range(0, m, step):
+            rows = slice(start, start + step)
+            yield rows, self.direction(rows)
+
+    def direction(self, rows: slice) -> Tensor:
+        D = self.delta(rows)
+        if self.config.drift_target == "delta":
+            return D
+        return D - (self.W[:, rows].to(self.dtype) - self.prior["W0"][:, rows].to(self.dtype))
+
+    def delta(self, rows: slice) -> Tensor | float:
+        """Δ_r of these rows; 0 for `drift_target="base"`, which goes back to where training began."""
+        if self.config.drift_target == "base":
+            return 0.0
+        if "delta" in self.prior:
+            return self.prior["delta"].to(self.dtype)
+        U, S, Vh = (self.prior[key].to(self.dtype) for key in ("U", "S", "Vh"))
+        return (U[:, rows] * S[:, None, :]) @ Vh
+
+    def bias_gradients(self, loss_scale: Tensor | float | None) -> None:
+        parameters = self.parameters("W")
+        g = self.storage.gradients(parameters)
+        matrices = self._matrices(g)  # a view: what is written to it is in g
+        squares = torch.zeros(3, len(g), device=g.device, dtype=self.dtype)
+        for rows, D in self.blocks():
+            part = matrices[:, rows].to(self.dtype)
+            squares += torch.stack([(part * part).sum((1, 2)), (D * D).sum((1, 2)), (part * D).sum((1, 2))])
+        g_norm, D_norm, inner = squares[0].sqrt(), squares[1].sqrt(), squares[2]
+        share = (D_norm / self.stack.norm).clamp_max(1) if self.config.drift_target == "residual" else 1.0
+        c = guidance.multiplier(g_norm, D_norm, inner, 0.0, share, self.strength(loss_scale), self.config.drift_scale)
+        for rows, D in self.blocks():
+            matrices[:, rows] = (matrices[:, rows].to(self.dtype) - guidance.column(c) * D).to(g.dtype)
+        self.storage.set_gradients(parameters, g)
+        self.remember([guidance.cosine(g_norm, D_norm, inner)], [torch.where(g_norm > 0, c * D_norm / g_norm, 0.0)])
+
+    def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
+        parameters = self.parameters("W")
+        moved = self.storage.weights(parameters)
+        matrices, rate = self._matrices(moved), self.alpha * applied * self.rates("W", lr)
+        for rows, D in self.blocks():
+            matrices[:, rows] = (matrices[:, rows].to(self.dtype) + rate * D).to(moved.dtype)
+        self.storage.set_weights(parameters, moved)

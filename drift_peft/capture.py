@@ -1,0 +1,141 @@
+"""Norm and inner products of the weight gradient G that LoRA never forms, for `drift_norm="weight"`.
+
+With x_t [in] what enters lora_A and y'_t [out] the gradient of the layer's output, G = Σ_t y'_t x_tᵀ over the tokens of
+all micro-batches and processes. Whatever is linear in G can be summed as it comes, without G [out, in] itself:
+
+    s·G·Ω [out, m]    ‖G·Ω‖ estimates ‖G‖; Ω [in, m] has independent normal entries of variance 1/m, so the relative
+                      standard deviation of ‖G·Ω‖² is √(2/m)·‖GᵀG‖_F/‖G‖_F² ≤ √(2/m), reached where G has rank 1
+    s·G·Aᵀ [out, r]   the gradient of lora_B as this backward pass makes it. Its ratio to the gradient that the step
+                      finds brings the sums to the step's gradient, after unscaling, averaging and clipping
+    s·⟨G, Δ_r⟩        = Σ_t (s·y'_tᵀ U) diag(S) (Vh x_t), exact
+
+The tap is an autograd function around what lora_B returns, so that under gradient checkpointing x_t is kept or
+recomputed as every other activation is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .steered import SteeredAdapter
+
+
+class Capture:
+    """The sums of one adapter over the backward passes of one optimizer step.
+
+    Attributes:
+        sums: [out, m + r] in fp32, s·G·[Ω | Aᵀ]; with `drift_sketch=None` Ω is the identity and m = in.
+        inner: [] in fp32, s·⟨G, Δ_r⟩.
+        stale: the sums belong to a step that is over.
+    """
+
+    def __init__(self, steered: SteeredAdapter):
+        self.steered = steered
+        self.x: Tensor | None = None
+        self.sums: Tensor | None = None
+        self.inner: Tensor | None = None
+        self.stale = True
+        self.task = -1
+        self.handles: list = []
+
+    def attach(self) -> None:
+        """Begin to listen: the forward pass of the adapter goes through the tap."""
+        layer, adapter = self.steered.module, self.steered.adapter
+        self.handles = [
+            layer.lora_A[adapter].register_forward_pre_hook(self.see_input),
+            layer.lora_B[adapter].register_forward_hook(self.see_output),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def __getstate__(self):  # a copy starts its own sums
+        return {**self.__dict__, "x": None, "sums": None, "inner": None, "stale": True}
+
+    def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x = args[0] if torch.is_grad_enabled() else None
+
+    def see_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x, self.x = self.x, None
+        return _Tap.apply(output, x, self) if x is not None and output.requires_grad else None
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor, x: Tensor) -> None:
+        """Add the tokens of one backward pass: gradient […, out] = s·y', x […, in]."""
+        steered = self.steered
+        B = steered.parameter("B")
+        Y, X = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1]).to(gradient.dtype)
+        # Gradients that are gone were discarded: by a step, by zero_grad, or by a GradScaler that skipped the step. Two
+        # forward passes under one backward pass come with no gradient both, but belong together.
+        task = torch._C._current_graph_task_id()
+        if self.sums is None or self.stale or (B.grad is None and task != self.task):
+            width = (steered.config.drift_sketch or X.shape[-1]) + len(steered.parameter("A"))
+            self.sums = torch.zeros(Y.shape[-1], width, device=Y.device)
+            self.inner = torch.zeros((), device=Y.device)
+        elif B.grad is not None:  # zeroed in place counts as discarded too; asked on the device, without waiting
+            kept = (B.grad != 0).any()
+            self.sums, self.inner = self.sums * kept, self.inner * kept
+        self.stale, self.task = False, task
+        A = steered.parameter("A").to(X.dtype)
+        width = steered.config.drift_sketch
+        sketched = X if width is None else X @ _omega(X.shape[-1], width, X.device, X.dtype)
+        self.sums += Y.mT @ torch.cat([sketched, X @ A.mT], -1)
+        U, S, Vh = (steered.prior[key].to(X.device, X.dtype) for key in ("U", "S", "Vh"))
+        self.inner += ((Y @ U) * S * (X @ Vh.mT)).sum()
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on lora_B's output that hands its gradient and lora_A's input to a Capture."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, capture: Capture) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.capture = capture
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.capture.add(gradient, *ctx.saved_tensors)
+        return gradient, None, None
+
+
+@functools.lru_cache
+def _omega(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Ω [rows, columns], the same in all processes and steps."""
+    generator = torch.Generator().manual_seed(rows)
+    return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(device, dtype)
+
+
+def weight_gradient(captures: list[Capture], g_B: Tensor, A_rows: int, s: Tensor) -> tuple[Tensor, Tensor]:
+    """‖G‖ and ⟨G, Δ_r⟩, both [L], of L adapters' weight gradients as the step finds them.
+
+    Args:
+        g_B: [L, out, r], the gradient of lora_B at the step.
+        A_rows: r.
+        s: [L], the LoRA scaling.
+
+    Raises:
+        RuntimeError: a layer's backward pass was not seen.
+    """
+    for capture in captures:
+        if capture.stale:
+            raise RuntimeError(
+                f"drift_norm='weight' saw no backward pass through the adapter of {capture.steered.name}, though it "
+                "has a gradient: use drift_norm='factor' with this training loop."
+            )
+    sums = torch.stack([capture.sums for capture in captures])
+    inner = torch.stack([capture.inner for capture in captures])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for total in (sums, inner):
+            torch.distributed.all_reduce(total)
+    sketch, seen = sums[..., :-A_rows], sums[..., -A_rows:].to(g_B.dtype)  # s·G·Ω and s·G·Aᵀ
+    seen_square = seen.square().sum((-2, -1))
+    ratio = torch.where(seen_square > 0, (g_B * seen).sum((-2, -1)) / seen_square, 0.0)
+    G_norm = ratio.abs() * torch.linalg.vector_norm(sketch, dim=(-2, -1)).to(g_B.dtype) / s.abs()
+    return G_norm, ratio * inner.to(g_B.dtype) / s

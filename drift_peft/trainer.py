@@ -1,0 +1,35 @@
+"""The guidance in the logs of transformers' Trainer, and of what is built on it (TRL, LLaMA-Factory)."""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+from .steered import steered_of
+from .telemetry import telemetry
+
+
+class DriftCallback(TrainerCallback):
+    """Adds `telemetry` as `drift/…` to the training logs, and so to TensorBoard, wandb and `trainer_state.json`.
+
+    It registers itself with every Trainer that is made after a model was steered; models that are not are left alone.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        info = getattr(getattr(train_dataloader, "dataset", None), "info", None)
+        name = getattr(info, "dataset_name", None)
+        for config in {id(s.config): s.config for s in steered_of(model)}.values():
+            config.trained_on = name or config.trained_on
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if "loss" in logs and steered_of(model):
+            numbers = {f"drift/{name}": value for name, value in telemetry(model).items()}
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
+
+
+def register_callback() -> None:
+    """Give DriftCallback to every Trainer from now on, ahead of the callbacks that report its logs."""
+    from transformers import trainer  # takes a second to import, so only where something is steered
+
+    if not any(getattr(c, "__name__", "") == DriftCallback.__name__ for c in trainer.DEFAULT_CALLBACKS):
+        trainer.DEFAULT_CALLBACKS.append(DriftCallback)

@@ -90,6 +90,11 @@ def storage_of(engine: Any) -> Storage | None:
             "Guidance does not reach the gradients that DeepSpeed's torch_autocast scales in fp16: use bfloat16 there, "
             "or DeepSpeed's own fp16."
         )
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        raise RuntimeError(
+            "Under zero_optimization.round_robin_gradients DeepSpeed does not say which part of a gradient a process "
+            "has: set it to false."
+        )
     return ZeroStorage() if engine.zero_optimization() else Bit16Storage()
 
 

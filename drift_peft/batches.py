@@ -174,8 +174,10 @@ class AdapterBatch(Batch):
         """‖G‖, ‖X‖, ⟨G, X⟩ and the floor of ‖X‖ of the weight gradient, the same for both factors."""
         if "B" not in g:
             raise RuntimeError("drift_norm='weight' needs lora_B to be trained: use drift_norm='factor'.")
-        if isinstance(self.members[0].parameter("B").data, DTensor):
-            raise RuntimeError("drift_norm='weight' is not available under FSDP: use drift_norm='factor', or DDP.")
+        if isinstance(self.members[0].parameter("B").data, DTensor) or self.storage is not TORCH:
+            raise RuntimeError(
+                "drift_norm='weight' is not available under FSDP and DeepSpeed: use drift_norm='factor', or DDP."
+            )
         G_norm, inner = weight_gradient([m.capture for m in self.members], g["B"], self.A.shape[-2], self.s)
         if self.config.drift_target == "residual":  # ⟨G, s·B·A⟩ = ⟨s·G·Aᵀ, B⟩ = ⟨g_B, B⟩
             if self.members[0].others:

@@ -58,9 +58,12 @@ class Capture:
     def __getstate__(self):  # a copy starts its own sums
         return {**self.__dict__, "x": None, "sums": None, "inner": None, "stale": True}
 
+    # What a compiled model would trace into its graph happens in Python here, at every pass.
+    @torch.compiler.disable
     def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.x = args[0] if torch.is_grad_enabled() else None
 
+    @torch.compiler.disable
     def see_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         x, self.x = self.x, None
         return _Tap.apply(output, x, self) if x is not None and output.requires_grad else None

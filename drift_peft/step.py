@@ -64,6 +64,8 @@ def _enclosing_steps() -> list[torch.optim.Optimizer]:
 def _guide(
     steered: list[Steered], groups: dict[int, dict], all_groups: list[dict], loss_scale, storage: Storage = TORCH
 ) -> None:
+    if steered and any(group.get("maximize") for group in groups.values()):
+        raise RuntimeError("An optimizer with maximize=True moves against the guidance: negate the loss instead.")
     # Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config that starts at 0,
     # or at 1 (distributed checkpoints take a step with zero gradients first), and with them the place in warm-up.
     for s in steered:

@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import bitsandbytes
 import pytest
 import torch
 from conftest import Pair
@@ -30,7 +29,7 @@ from twin import (
 import drift_peft.steered
 from drift_peft import telemetry
 
-# Modes and optimizers
+# Modes
 
 
 @every_mode
@@ -66,32 +65,6 @@ def test_adapter_rank_above_the_priors(pair, scale, target):
 def test_ranks_and_scalings_that_differ_between_layers(pair, scale, target):
     patterns = {"rank_pattern": {"q_proj": 2, "up_proj": 7}, "alpha_pattern": {"layers.1.mlp.down_proj": 1}}
     assert_guided_like_oracle(pair, sgd, scale, target, use_rslora=True, **patterns)
-
-
-def learning_rates(model):
-    """LoRA+: a higher learning rate for B."""
-    groups = {key: [p for n, p in model.named_parameters() if key in n] for key in ("lora_A", "lora_B")}
-    return torch.optim.SGD([{"params": groups["lora_A"]}, {"params": groups["lora_B"], "lr": 0.08}], lr=0.02)
-
-
-OPTIMIZERS = {
-    "momentum": lambda m: torch.optim.SGD(trainable(m), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "adamw": lambda m: torch.optim.AdamW(trainable(m), lr=0.02),
-    "foreach": lambda m: torch.optim.AdamW(trainable(m), lr=0.02, foreach=True),
-    "fused": lambda m: torch.optim.AdamW(trainable(m), lr=0.02, fused=True),
-    "lr tensor": lambda m: torch.optim.AdamW(trainable(m), lr=torch.tensor(0.02)),
-    "lr groups": learning_rates,
-    "lr each": lambda m: torch.optim.SGD([{"params": p, "lr": 0.02 + i / 1000} for i, p in enumerate(trainable(m))]),
-    "adafactor": lambda m: torch.optim.Adafactor(trainable(m), lr=0.02),
-    "8 bit": lambda m: bitsandbytes.optim.AdamW8bit(trainable(m), lr=0.02, min_8bit_size=1),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
-def test_optimizers(pair, scale, target, optimizer):
-    options = {"dtype": torch.float32, "tolerance": 2e-2} if optimizer == "8 bit" else {}
-    assert_guided_like_oracle(pair, OPTIMIZERS[optimizer], scale, target, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,13 +1,16 @@
-"""Plain LoRA adapters as `save_pretrained` writes them, read without loading a model: what W + s·B·A adds to which
-weight of a checkpoint, and an expert that is given as an adapter on a base.
+"""LoRA adapters as `save_pretrained` writes them, read without loading a model: what they make of which tensor of a
+checkpoint, and an expert that is given as an adapter on a base.
 
-Names go through `canonical_name`, because an adapter carries the in-memory names of the transformers version that
-trained it, and a checkpoint those of the one that wrote it.
+An adapter carries the in-memory names of the transformers version that trained it, and a checkpoint those of the one
+that wrote it. Names of the language model go through `canonical_name`; all others, such as those of the vision tower,
+through the renaming that transformers does itself when it loads the checkpoint.
 """
 
 import math
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,11 +18,14 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .checkpoint import Checkpoint
 from .hub import Repository, download, split_revision
 from .naming import canonical_name, cross_attention_layers
 from .shards import load_bin
+from .update import LowRank, Rows, Update, Whole
 
 CONFIG = "adapter_config.json"
 FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
@@ -28,18 +34,8 @@ STARTS = (True, False, "gaussian", "eva", "orthogonal")
 IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
 
 
-@dataclass(frozen=True)
-class Update:
-    """s·B·A for one weight W [out, in]: A [r, in], B [out, r] as stored, memory-mapped."""
-
-    module: str
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-
-
 class AdaptedCheckpoint(Checkpoint):
-    """The model that a LoRA adapter makes of its base: `tensor` gives W + s·B·A in fp32 where the adapter has factors.
+    """The model that a LoRA adapter makes of its base: `tensor` gives W' in fp32 where the adapter has changed W.
 
     Args:
         adapter: folder, hub id or `id@revision`. The base is what its adapter_config.json names.
@@ -52,7 +48,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     Raises:
         FileNotFoundError: the adapter or its base is not there.
-        ValueError: the adapter is more than W + s·B·A, or does not fit its base.
+        ValueError: the adapter has a part that cannot be merged, or does not fit its base.
     """
 
     def __init__(
@@ -95,8 +91,7 @@ class AdaptedCheckpoint(Checkpoint):
         W = super().tensor(raw)
         if raw not in self._updates:
             return W
-        update = self._updates[raw]
-        return torch.addmm(W.float(), update.B.float(), update.A.float(), alpha=update.scaling)
+        return torch.cat([*self._updates[raw].blocks(W)])
 
 
 def open_expert(
@@ -125,24 +120,23 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
 
     Raises:
         FileNotFoundError: the folder lacks the adapter's weights.
-        ValueError: the adapter has a part that plain addition cannot express, by name; or not each of its modules finds
-            one weight of its shape: all that do not are listed.
+        ValueError: the adapter has a part that cannot be merged, by name; or not each of its modules finds one tensor
+            of its shape: all that do not are listed.
     """
-    return _match(checkpoint, _read_updates(folder, checkpoint), source)
+    return _match(checkpoint, _read_updates(folder), source)
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    """The adapter's config; what is more than W + s·B·A is refused by name."""
+    """The adapter's config; what cannot be merged is refused by name."""
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
     if type(config) is not LoraConfig:
-        raise ValueError(f"adapter {folder} is {config.peft_type.value}, not plain LoRA; {IN_MEMORY}")
-    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant")]
-    others = ["use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"]
-    used = [name for name in [*variants, *others, "layer_replication"] if getattr(config, name, None)]
-    used += ["bias"] if config.bias != "none" else []
+        raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name != "use_dora"]
+    others = ["use_qalora", "target_parameters", "layer_replication"]
+    used = [name for name in [*variants, *others] if getattr(config, name, None)]
     used += ["init_lora_weights"] if config.init_lora_weights not in STARTS else []
     if used:
         values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
@@ -150,38 +144,84 @@ def _read_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _read_updates(folder: Path, checkpoint: Checkpoint) -> dict[str, list[Update]]:
-    """Canonical weight name -> updates."""
+PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias"
+    r"|token_adapter\.trainable_tokens_delta|base_layer\.(?:weight|bias))"
+)
+
+
+def _read_updates(folder: Path) -> dict[str, list[Update]]:
+    """In-memory name of a tensor, as the adapter has it -> its updates."""
     config = _read_config(folder)
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in _adapter_tensors(folder).items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            raise ValueError(f"adapter {folder} holds {key}, which is no factor of plain LoRA; {IN_MEMORY}")
-        factors.setdefault(match[1], {})[match[2]] = tensor
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     updates: dict[str, list[Update]] = {}
-    skipped = cross_attention_layers(checkpoint.config)
-    for module, pair in factors.items():
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"adapter {folder} holds only lora_{''.join(pair)} of {module}: save the adapter again")
-        name = canonical_name(f"{module}.weight", skipped)
-        if name is None or not name.startswith("layers."):
-            # lm_head among them: it may be tied to the embedding, which would then change too.
-            raise ValueError(f"adapter {folder} adapts {module}, which is in no layer of the text model; {IN_MEMORY}")
-        # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
-        r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-        shapes = [list(pair[factor].shape) for factor in "AB"]
-        if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != r or shapes[1][1] != r:
-            raise ValueError(
-                f"adapter {folder} says r={r} for {module}, but its lora_A is {shapes[0]} and its lora_B {shapes[1]}: "
-                "its adapter_config.json belongs to other weights, or they were saved sharded"
-            )
-        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        updates.setdefault(name, []).append(Update(module, pair["A"], pair["B"], scaling))
+    for key, tensor in _adapter_tensors(folder).items():
+        name = key.removeprefix("base_model.model.")
+        module, _, attribute = name.rpartition(".")
+        if match := PART.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["part"]] = tensor
+        elif "lora_" not in name and (config.modules_to_save or (config.bias != "none" and attribute == "bias")):
+            updates[name] = [Whole(module, tensor)]
+        else:
+            raise ValueError(f"adapter {folder} holds {key}, which is no part of LoRA; {IN_MEMORY}")
+    for module, parts in modules.items():
+        for attribute, update in _module_updates(folder, config, module, parts).items():
+            updates.setdefault(f"{module}.{attribute}", []).append(update)
     if not updates:
         raise ValueError(f"adapter {folder} holds no weights: it was saved from a model that is not wrapped")
     return updates
+
+
+def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[str, torch.Tensor]) -> dict[str, Update]:
+    """Of the module's weight and bias."""
+    updates: dict[str, Update] = {}
+    start = parts.pop("base_layer.weight", None)
+    if (values := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
+        updates["weight"] = Rows(module, torch.tensor(_token_rows(config, module)), values)
+    if (bias := parts.pop("base_layer.bias", None)) is not None:
+        updates["bias"] = Whole(module, bias)
+    if not parts:
+        return updates
+
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = [f"lora_embedding_{factor}" if embedding else f"lora_{factor}.weight" for factor in "AB"]
+    if missing := [name for name in names if name not in parts]:
+        held = " and ".join(sorted(parts))
+        raise ValueError(
+            f"adapter {folder} holds only {held} of {module}, without {missing[0]}: save the adapter again"
+        )
+    A, B = (parts.pop(name) for name in names)
+    # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    if A.dim() == B.dim() > 2:
+        raise ValueError(f"adapter {folder} adapts {module}, which is a convolution; {IN_MEMORY}")
+    if (A.dim(), B.dim()) != (2, 2) or A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(
+            f"adapter {folder} says r={r} for {module}, but its lora_A is {list(A.shape)} and its lora_B "
+            f"{list(B.shape)}: its {CONFIG} belongs to other weights, or they were saved sharded"
+        )
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    magnitude = parts.pop("lora_magnitude_vector", None)
+    if embedding and magnitude is not None:
+        raise ValueError(f"adapter {folder} uses DoRA on the embedding {module}; {IN_MEMORY}")
+    if embedding:  # W [rows, width] + s·(B·A)ᵀ
+        A, B = B.mT, A.mT
+    if "weight" in updates or ("lora_B.bias" in parts and "bias" in updates):
+        raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")
+    updates["weight"] = LowRank(module, A, B, scaling, magnitude, start)
+    if "lora_B.bias" in parts:
+        updates["bias"] = Whole(module, scaling * parts["lora_B.bias"].float(), added=True)
+    return updates
+
+
+def _token_rows(config: LoraConfig, module: str) -> list[int]:
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):  # by the end of the module's name
+        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
+    if indices is None:
+        raise ValueError(f"trainable_token_indices of the adapter's {CONFIG} does not name the rows of {module}")
+    return indices
 
 
 def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -197,23 +237,66 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str) -> dict[str, Update]:
-    """Raw key of the base -> its update. Every adapter module finds one weight of its shape, or all that do not are
-    listed."""
+    """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
     problems, updates = [], {}
-    for name, (update, *more) in adapter.items():
-        raw = checkpoint.language_model.get(name)
-        wanted = (update.B.shape[0], update.A.shape[1])
-        if more:
-            problems.append(f"{update.module} and {more[0].module} are the same weight {name}")
-        elif raw is None:
-            problems.append(f"the base has no {name}")
-        elif checkpoint.shape(raw) != wanted:
-            problems.append(f"{raw} is {list(checkpoint.shape(raw))} in the base and {list(wanted)} in the adapter")
-        elif not (dtype := checkpoint.dtype(raw)).is_floating_point or dtype.itemsize < 2:
-            problems.append(f"{raw} is {dtype} in the base: name the full-precision one")
-        else:
-            updates[raw] = update
+    find = _finder(checkpoint)
+    tied = any(getattr(c, "tie_word_embeddings", False) for c in (checkpoint.config, checkpoint.text_config))
+    for name, found in adapter.items():
+        for update in found:
+            canonical, raw = find(name)
+            if tied and canonical in TIED and not isinstance(update, Rows):
+                problems.append(f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained")
+            elif raw is None:
+                problems.append(f"the base has no {canonical or name}")
+            elif raw in updates:
+                problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
+            elif wanted := update.misfit(checkpoint.shape(raw)):
+                shape = list(checkpoint.shape(raw))
+                problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
+            elif not (dtype := checkpoint.dtype(raw)).is_floating_point or dtype.itemsize < 2:
+                problems.append(f"{raw} is {dtype} in the base: name the full-precision one")
+            else:
+                updates[raw] = update
+                if (
+                    tied
+                    and (head := checkpoint.language_model.get("lm_head.weight"))
+                    and canonical == "embed_tokens.weight"
+                ):
+                    updates[head] = update  # some checkpoints hold both
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed}")
     return updates
+
+
+TIED = {"embed_tokens.weight": "the head", "lm_head.weight": "the embedding"}
+
+
+def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
+    """Name of a tensor in an adapter -> its canonical name, if it is the language model's, and its raw key."""
+    skipped = cross_attention_layers(checkpoint.config)
+
+    @cache
+    def names() -> dict[str, str]:
+        return _in_memory_names(checkpoint)  # only for adapters that reach beyond the language model
+
+    def find(name: str) -> tuple[str | None, str | None]:
+        canonical = canonical_name(name, skipped)
+        return canonical, checkpoint.language_model.get(canonical) if canonical else names().get(name)
+
+    return find
+
+
+def _in_memory_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """What this version of transformers calls a tensor in memory -> its raw key, of those that it loads as they are."""
+    with torch.device("meta"):
+        model = checkpoint.auto_class.from_config(checkpoint.config)
+    transforms, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    names = {}
+    for raw in checkpoint.keys:
+        name, converted = rename_source_key(raw, renamings, converters, model.base_model_prefix, state)
+        if converted is None and name in state:
+            names[name] = raw
+    return names

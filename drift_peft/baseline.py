@@ -39,7 +39,8 @@ from .build import LEAST_COSINE
 from .checkpoint import Checkpoint
 from .match import match_weights
 from .naming import module_kind
-from .standalone import block_rows, replaced_when_complete, write_model
+from .standalone import replaced_when_complete, write_model
+from .update import block_rows
 
 MODULES = ("attn", "mlp", "norm", "bias")
 

@@ -1,24 +1,22 @@
 """A LoRA adapter and its full-precision base on disk -> a standalone checkpoint on disk.
 
 The model is never in memory: each shard is copied and the changed tensors are overwritten in the copy, one at a time,
-so that everything else stays byte for byte what it was. Names go through `canonical_name`, because an adapter carries
-the in-memory names of the transformers version that trained it, and a checkpoint those of the one that wrote it.
+so that everything else stays byte for byte what it was.
 """
 
 import gc
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from .adapter import Update, adapter_folder, adapter_updates
+from .adapter import adapter_folder, adapter_updates
 from .checkpoint import Checkpoint
-from .standalone import block_rows, replaced_when_complete, write_model
+from .standalone import replaced_when_complete, write_model
+from .update import LowRank, Update
 
 VERIFY_TOKENS = 32
 
@@ -51,11 +49,12 @@ def merge_adapter(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MergeReport:
-    """Merge a plain LoRA adapter (ours or stock PEFT's) into its full-precision base: W' = W + s·B·A.
+    """Merge a LoRA adapter (ours or stock PEFT's) into its full-precision base: W' = W + s·B·A.
 
-    The sum is taken in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an adapter
-    stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too. Works in
-    `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
+    DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
+    merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
+    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too.
+    Works in `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
 
     Args:
         base: folder or hub id (`id@revision`) of the model in full precision, whatever it was quantized to in training.
@@ -68,8 +67,8 @@ def merge_adapter(
 
     Raises:
         FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
-        ValueError: the base is no full-precision model; the adapter has a part that plain addition cannot merge, or
-            that does not fit the base; nothing changed; a merged weight is not finite; or the verification failed.
+        ValueError: the base is no full-precision model; the adapter has a part that cannot be merged, or that does not
+            fit the base; nothing changed; a merged weight is not finite; or the verification failed.
     """
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
@@ -77,22 +76,14 @@ def merge_adapter(
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
         checkpoint = Checkpoint(base)
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
-        change = write_model(checkpoint, folder, updates, partial(_merged, updates), progress)
+        change = write_model(checkpoint, folder, updates, lambda raw, W: updates[raw].blocks(W), progress)
         if change == 0:
-            zero = not any(update.B.any() for update in updates.values())
+            zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
             why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
         logits_error = _verify(checkpoint, folder_of_adapter, folder, updates) if verify else None
-    return MergeReport(Path(output), len(updates), len(checkpoint.keys), change, logits_error)
-
-
-def _merged(updates: dict[str, Update], raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
-    """W' = W + s·B·A of the base's tensor `raw` in fp32, a block of rows at a time."""
-    update = updates[raw]
-    A, B = update.A.float(), update.B.float()
-    rows = block_rows(W)
-    for W_block, B_block in zip(W.split(rows), B.split(rows), strict=True):  # [rows, in], [rows, r]
-        yield torch.addmm(W_block.float(), B_block, A, alpha=update.scaling)
+    modules = {update.module for update in updates.values()}
+    return MergeReport(Path(output), len(modules), len(checkpoint.keys), change, logits_error)
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LI
 STANDALONE += ("additional_chat_templates/*.jinja",)
 NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training
 CONFIGS = {"model": "config.json", "adapter": "adapter_config.json"}  # by what a folder is known to be one
-BLOCK = 1 << 20  # elements that are computed and written at once: they fit the cache
 
 
 @contextlib.contextmanager
@@ -82,7 +81,7 @@ def write_model(
         folder: `<output>.partial/`, as `replaced_when_complete` gives it.
         replaced: raw keys of the tensors to replace.
         blocks: takes a raw key and the tensor as stored, W [rows, ...]; yields what replaces it in fp32, as consecutive
-            blocks of rows (see `block_rows`). Each is cast once to the dtype of W.
+            blocks of rows (see update.py). Each is cast once to the dtype of W.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -108,11 +107,6 @@ def write_model(
             raise
         raise OSError(f"output {folder.with_suffix('')} could not be written: {error.strerror}") from error
     return change
-
-
-def block_rows(W: torch.Tensor) -> int:
-    """How many rows of W [rows, ...] a block has, so that memory stays small whatever the tensor's size."""
-    return max(1, BLOCK // max(1, W[:1].numel()))
 
 
 @torch.no_grad()

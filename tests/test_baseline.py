@@ -17,7 +17,7 @@ from test_cli import run
 from tiny import SELF_LAYERS, save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import drift_peft.standalone
+import drift_peft.update
 from drift_peft import merge_baseline
 from drift_peft.baseline import METHODS, _merge
 from drift_peft.naming import canonical_name
@@ -123,7 +123,7 @@ def error(found, expected):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_formula(trios, tmp_path, monkeypatch, family, method):
-    monkeypatch.setattr(drift_peft.standalone, "BLOCK", 3000)  # several blocks of rows a weight
+    monkeypatch.setattr(drift_peft.update, "BLOCK", 3000)  # several blocks of rows a weight
     folder, cross = trios[family], CROSS.get(family, ())
     skipped = {"skip_first": 1} if method == "layer_swap" else {}
     report = merge(folder, method, tmp_path / "merged", reference=folder / "reference", **skipped)
@@ -295,7 +295,7 @@ def test_merge_of_one_weight(method, shape, weights, density, count, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     V, E, R = (torch.randn(shape, generator=generator) for _ in range(3))
     weights, recipe = weights[:count], METHODS[method]
-    with patch.object(drift_peft.standalone, "BLOCK", data.draw(st.sampled_from([1, 20, 10**6]))):
+    with patch.object(drift_peft.update, "BLOCK", data.draw(st.sampled_from([1, 20, 10**6]))):
         sources = {"base": V, "expert": E, "reference": R}
         density = None if recipe.density is None else density
         blocks = list(_merge(recipe.merge, sources, weights, density, "0 name"))
@@ -311,7 +311,7 @@ def test_blocks_of_rows_make_no_difference(method, monkeypatch):
     sources = {role: torch.randn(12, 30, generator=generator) for role in ("base", "expert", "reference")}
     arguments = METHODS[method].merge, sources, (0.7, 0.4), 0.3 if method == "ties" else None, "0"
     (whole,) = _merge(*arguments)
-    monkeypatch.setattr(drift_peft.standalone, "BLOCK", 70)
+    monkeypatch.setattr(drift_peft.update, "BLOCK", 70)
     blocks = list(_merge(*arguments))
     assert [len(block) for block in blocks] == [2] * 6 and torch.equal(torch.cat(blocks), whole)
 

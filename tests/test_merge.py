@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 import drift_peft.merge
 from drift_peft import DriftConfig, build_prior, language_model_targets, merge_adapter
 from drift_peft.naming import PROJECTION, canonical_name
+from drift_peft.update import LowRank
 
 IDS = torch.arange(7, 27).reshape(2, 10)
 LAYOUTS = {"hub": "5GB", "memory": "5GB", "sharded": "20KB"}  # layout -> largest shard
@@ -208,12 +209,8 @@ def test_verify_of_a_checkpoint_without_a_head(tmp_path):
 
 
 def test_verify_finds_a_wrong_merge(pair, monkeypatch):
-    merged = drift_peft.merge._merged
-
-    def doubled(updates, raw, W):
-        return merged({raw: replace(updates[raw], scaling=2 * updates[raw].scaling)}, raw, W)
-
-    monkeypatch.setattr(drift_peft.merge, "_merged", doubled)
+    block = LowRank.block
+    monkeypatch.setattr(LowRank, "block", lambda self, *args: block(replace(self, scaling=2 * self.scaling), *args))
     with pytest.raises(
         ValueError, match=r"logits are \d.* off those of base \+ adapter, and rounding to torch.float32"
     ):
@@ -264,15 +261,9 @@ def lora(**settings):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 REFUSED = {
-    "dora": (lora(use_dora=True), "uses use_dora=True, which is more than W .*merge_and_unload"),
-    "bias": (lora(bias="lora_only"), "uses bias='lora_only'"),
-    "head saved": (lora(modules_to_save=["lm_head"]), r"uses modules_to_save=\['lm_head'\]"),
-    "tokens": (lora(trainable_token_indices=[3, 4]), r"uses trainable_token_indices=\[3, 4\]"),
-    "embedding": (lora(target_modules=["embed_tokens"]), "embed_tokens.lora_embedding_A, which is no factor of plain"),
-    "head": (lora(target_modules=["lm_head"]), "adapts lm_head, which is in no layer of the text model"),
     "pissa": (lambda p: edit_config(p / "adapter", init_lora_weights="pissa"), "uses init_lora_weights='pissa'"),
-    "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not plain LoRA"),
-    "vision": (rename_module("model.layers", "vision_tower.layers"), "in no layer of the text model"),
+    "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not LoRA"),
+    "vision": (rename_module("model.layers", "vision_tower.layers"), r"the base has no vision_tower\.layers\.0"),
     "no such layer": (rename_module("layers.1", "layers.7"), r"the base has no layers\.7\..*; and 2 more"),
     "claimed twice": (
         lambda p: edit_weights(
@@ -283,7 +274,7 @@ REFUSED = {
     ),
     "half a pair": (
         lambda p: edit_weights(p / "adapter", lambda t: t.pop(Q.format("B"))),
-        "holds only lora_A of model",
+        "holds only lora_A.weight of model.*, without lora_B.weight",
     ),
     "other rank": (lambda p: edit_config(p / "adapter", r=8), r"says r=8 for .* but its lora_A is \[4, \d+\] and"),
     "sharded": (
@@ -386,13 +377,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when):
             raise full
         return copy(source, target)
 
-    def merged(updates, raw, W, original=drift_peft.merge._merged):
-        if when == "writing a tensor" and "layers.1" in raw:
+    def block(self, W, rows, original=LowRank.block):
+        if when == "writing a tensor" and "layers.1" in self.module:
             raise full
-        return original(updates, raw, W)
+        return original(self, W, rows)
 
     monkeypatch.setattr(shutil, "copyfile", copyfile)
-    monkeypatch.setattr(drift_peft.merge, "_merged", merged)
+    monkeypatch.setattr(LowRank, "block", block)
     with pytest.raises(OSError, match=r"output .*merged could not be written: No space left on device"):
         merge(tmp_path, overwrite=True)
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
@@ -409,14 +400,14 @@ def test_a_killed_merge_leaves_nothing_that_looks_complete(pair, monkeypatch, wh
             raise Killed
         return copy(source, target)
 
-    def merged(*args, original=drift_peft.merge._merged):
+    def block(*args, original=LowRank.block):
         if when == "writing a tensor":
             raise Killed
         return original(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", copyfile)
-        patch.setattr(drift_peft.merge, "_merged", merged)
+        patch.setattr(LowRank, "block", block)
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process does not tidy up
         with pytest.raises(Killed):
             merge(pair)

@@ -1,19 +1,25 @@
 # make demo    watch DRIFT work, in about three minutes on two CPU cores
 # make test    the whole test suite
+# make test-distributed   DeepSpeed, on three processes
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEEPSPEED := $(VENV)/deepspeed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-distributed lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
 
+# A file's tests stay together: they share what was costly to make. One thread each, since there is a process per core.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-distributed: $(DEEPSPEED)/.installed
+	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,6 +29,14 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Beside the environment: transformers behaves differently where it finds DeepSpeed. Its setup.py imports torch, and
+# would compile kernels for a GPU.
+$(DEEPSPEED)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt \
+		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 clean:

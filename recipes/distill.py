@@ -1,0 +1,260 @@
+r"""Make a set of chains of thought from any vision-language model: ask it, keep what is well-formed, correct and new.
+
+    python recipes/distill.py russwang/ThinkLite-VL-hard-11k -o chains.parquet
+    python recipes/distill.py questions.jsonl --server http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Thinking \
+        -o chains.parquet
+
+The pipeline of appendix E of the paper (arXiv 2510.15050): it starts from the 11,000 questions of
+ThinkLite-VL-Hard-11K (image, problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought
+for each, removes those that are not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one;
+about 4,000 remain. The paper matches answers with ThinkLite's code; here it is answers.py, and what is said twice is
+removed too. Its prompt is a picture (figure 4), whose text could not be read: the default below is what ThinkLite's own
+evaluation adds to a question. How it samples is not said: the default takes the likeliest token each time.
+
+The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
+written to `<output>.journal.jsonl` as it comes; the same command asks only for what is not there. The result holds the
+questions as they were, without the prompt, and the teacher's answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+from answers import extract_boxed, is_correct, well_formed
+from data import FEATURES, load_messages, refuse_output, write_parquet
+from journal import Journal
+from layouts import last_answer
+from rich.console import Console
+from rich.table import Table
+from teachers import Local, Server, TeacherError, Unanswered
+from tqdm import tqdm
+
+TEACHER = "russwang/ThinkLite-VL-7B"
+PROMPT = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
+    r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
+)
+HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
+
+
+@dataclass
+class Question:
+    key: str  # hash of its normalised text and of its images' pixels
+    index: int  # in the data set
+    text: str
+    gold: str
+
+
+@dataclass
+class Funnel:
+    """How many are left after each step, and why the others are not."""
+
+    left: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, Counter] = field(default_factory=dict)
+
+    def step(self, name: str, left: int, lost: Counter) -> None:
+        self.left[name], self.lost[name] = left, +lost
+
+    def table(self, title: str) -> Table:
+        table = Table("step", "left", "lost", title=title)
+        for name, left in self.left.items():
+            lost = "; ".join(f"{number} {reason}" for reason, number in self.lost[name].most_common())
+            table.add_row(name, str(left), lost)
+        return table
+
+
+def distill(source: str, output: Path, settings: dict, make_teacher: Callable, limit: int | None, **loading) -> Funnel:
+    """Ask for every question of the source that has no answer yet, and write what passes the filters.
+
+    Args:
+        settings: what the answers depend on, with the `prompt` that is added to a question; the journal remembers it.
+        make_teacher: returns one of teachers.py.
+        limit: only so many questions.
+        loading: for `load_messages`.
+
+    Raises:
+        ValueError: the source cannot be read, or the journal is of other settings.
+        TeacherError: the teacher cannot be asked any more. What it has answered is in the journal.
+    """
+    funnel = Funnel()
+    with Journal(journal_path(output), settings) as journal:
+        dataset, dropped = load_messages(source, **loading)
+        funnel.step("samples", len(dataset), dropped)
+        distinct = [*find_questions(dataset).values()]
+        questions = distinct[:limit]
+        repeated, beyond = len(dataset) - len(distinct), len(distinct) - len(questions)
+        funnel.step("asked", len(questions), Counter({"like another": repeated, "beyond --limit": beyond}))
+        open_questions = [question for question in questions if question.key not in journal.answers]
+        unanswered = Counter()
+        if open_questions:
+            unanswered = ask(open_questions, dataset, make_teacher(), journal, settings["prompt"])
+        funnel.step("answered", len(questions) - unanswered.total(), unanswered)
+        kept = keep(questions, journal.answers, funnel)
+    if kept:
+        write_parquet(_with_answers(dataset, kept), output)
+    return funnel
+
+
+def journal_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.journal.jsonl")
+
+
+def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:
+    """Key -> question; of those with the same text and images, the first."""
+    questions: dict[str, Question] = {}
+    for index, sample in enumerate(tqdm(dataset, desc="reading questions", disable=None)):
+        parts = [part for message in sample["messages"][:-1] for part in message["content"]]
+        text = " ".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
+        digest = hashlib.sha256(" ".join(text.casefold().split()).encode())
+        for image in sample["images"]:
+            digest.update(f"{image.size}".encode() + image.tobytes())
+        answer = last_answer(sample["messages"])
+        question = Question(digest.hexdigest(), index, text, extract_boxed(answer) or answer)
+        questions.setdefault(question.key, question)
+    return questions
+
+
+def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: str) -> Counter:
+    """Have each answer in the journal. Returns reason -> questions that have none: another run asks for them again."""
+    unanswered, in_a_row = Counter(), 0
+
+    def answer(chunk: list[Question]) -> None:
+        samples = [dataset[question.index] for question in chunk]
+        conversations = [(_with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
+        for question, said in zip(chunk, teacher(conversations), strict=True):
+            journal.add(question.key, said)
+
+    chunks = [questions[i : i + teacher.batch_size] for i in range(0, len(questions), teacher.batch_size)]
+    pool = ThreadPoolExecutor(teacher.concurrency)
+    try:
+        asked = {pool.submit(answer, chunk): chunk for chunk in chunks}
+        for done in tqdm(as_completed(asked), total=len(asked), desc="asking", disable=None):
+            try:
+                done.result()
+                in_a_row = 0
+            except Unanswered as error:
+                unanswered[str(error)] += len(asked[done])
+                in_a_row += 1
+                if in_a_row == HOPELESS:
+                    raise TeacherError(f"{HOPELESS} questions in a row got no answer, the last one: {error}") from error
+    finally:
+        teacher.stop()
+        pool.shutdown(cancel_futures=True)
+    return unanswered
+
+
+def keep(questions: list[Question], answers: dict[str, dict], funnel: Funnel) -> dict[int, str]:
+    """Index in the data set -> answer, of what is well-formed, correct and not said before."""
+    formed, malformed = [], Counter()
+    for question in questions:
+        if question.key not in answers:
+            continue
+        answer = answers[question.key]
+        text = _opened(answer["response"])
+        if well_formed(text):
+            formed.append((question, text))
+        else:
+            malformed["cut at --max-tokens" if answer.get("finish_reason") == "length" else "of another form"] += 1
+    funnel.step("well-formed", len(formed), malformed)
+    progress = tqdm(formed, desc="matching answers", disable=None)
+    correct = [(q, text) for q, text in progress if is_correct(text, q.gold, question=q.text)]
+    funnel.step("correct", len(correct), Counter({"of another answer": len(formed) - len(correct)}))
+    unique: dict[str, tuple[int, str]] = {}
+    for question, text in correct:
+        unique.setdefault(" ".join(text.casefold().split()), (question.index, text))
+    funnel.step("unique", len(unique), Counter({"of the same words as another": len(correct) - len(unique)}))
+    return dict(unique.values())
+
+
+def _opened(text: str) -> str:
+    """Chat templates of reasoning models open the thinking themselves, so that it is not in what the model writes."""
+    if "</think>" in text and "<think>" not in text:
+        return f"<think>\n{text.strip()}"
+    return text.strip()
+
+
+def _with_prompt(messages: list[dict], prompt: str) -> list[dict]:
+    *before, last = messages
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": f" {prompt}"}]}]
+
+
+def _with_answers(dataset: datasets.Dataset, answers: dict[int, str]) -> datasets.Dataset:
+    kept = dataset.select(answers)
+    messages = [
+        [*turns[:-1], {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        for turns, text in zip(kept["messages"], answers.values(), strict=True)
+    ]
+    kept = kept.remove_columns("messages").add_column("messages", messages, feature=FEATURES["messages"])
+    return kept.select_columns(list(FEATURES))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("source", help="questions with known answers: whatever data.py reads")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as chains.parquet")
+    parser.add_argument("--split", default="train", help="of a hub id or a folder")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
+    parser.add_argument("--model", default=TEACHER, help=f"folder, hub id, or its name at the server ({TEACHER})")
+    parser.add_argument("--server", help="ask there, such as http://localhost:8000/v1, instead of loading the model")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
+    parser.add_argument("--concurrency", type=int, default=16, help="questions at the server at the same time (16)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that the server may be silent (600)")
+    parser.add_argument("--retries", type=int, default=6, help="further tries where the server fails (6)")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time without a server (8)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer (4096)")
+    parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that has no journal")
+    parser.add_argument("--json", action="store_true", help="print the funnel as JSON")
+    args = parser.parse_args(arguments)
+    journal = journal_path(args.output)
+    answering = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    settings = {"model": args.model, "prompt": args.prompt, **answering}
+    try:
+        refuse_output(args.output, args.overwrite or journal.exists())
+        if args.server:
+            how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
+            teacher = partial(Server, args.server, args.model, concurrency=args.concurrency, **how, **answering)
+        else:
+            teacher = partial(Local, args.model, batch_size=args.batch_size, **answering)
+        loading = {"split": args.split, "images": args.images}
+        funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)
+    except (ValueError, OSError, TeacherError) as error:
+        kept = f"; the answers so far are in {journal}: run the same again to go on" if journal.exists() else ""
+        parser.exit(1, f"distill.py: error: {error}{kept if isinstance(error, TeacherError) else ''}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"distill.py: stopped; the answers so far are in {journal}: run the same again to go on\n")
+    if args.json:
+        lost = {step: dict(reasons) for step, reasons in funnel.lost.items() if reasons}
+        print(json.dumps({"source": args.source, "output": str(args.output), "left": funnel.left, "lost": lost}))
+    else:
+        Console().print(funnel.table(f"{args.source} -> {args.output}"))
+    if funnel.lost["answered"]:
+        print(
+            f"{funnel.lost['answered'].total()} questions have no answer: run the same again to ask them",
+            file=sys.stderr,
+        )
+    if not funnel.left["unique"]:
+        parser.exit(1, f"distill.py: error: no answer is left, so {args.output} was not written\n")
+
+
+def _read_key(name: str | None) -> str | None:
+    if name and not os.environ.get(name):
+        raise ValueError(f"--api-key-env {name}: there is no such environment variable, or it is empty")
+    return os.environ[name] if name else None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,93 @@
+"""What an interrupted run has already paid for: a file of one JSON line each, on the disk before the next is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class Journal:
+    """Answers by question, of which those of an earlier run of the same settings are there already.
+
+    A last line that was torn when a run was killed is dropped. One process at a time writes; its threads may share it.
+
+    Args:
+        settings: name -> value of whatever makes an answer another one; the first line of the file.
+
+    Raises:
+        ValueError: the file is of other settings or damaged, or another process is writing.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, settings
+        self.answers: dict[str, dict] = {}
+        self._file = None
+        self._lock, self._process = threading.Lock(), FileLock(f"{path}.lock")
+        try:
+            self._process.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"another run is writing {path}: wait for it, or name another output") from error
+        try:
+            self._read()
+        except BaseException:
+            self._release()
+            raise
+
+    def add(self, question: str, answer: dict) -> None:
+        """Write an answer; the file is made with the first."""
+        with self._lock:
+            if self._file is None:
+                self._file = open(self.path, "ab")
+                if not self._file.tell():
+                    self._write(self.settings)
+            self._write({"question": question, **answer})
+            self.answers[question] = answer
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._release()
+
+    def _release(self) -> None:
+        with contextlib.suppress(OSError):  # Windows keeps open files
+            os.unlink(self._process.lock_file)  # while it is held: who takes it now makes another
+        self._process.release()
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} of {self.path} is damaged ({error}): delete that line") from error
+        if lines:
+            _refuse_others(self.path, lines[0], json.loads(json.dumps(self.settings)))
+        for answer in lines[1:]:
+            self.answers.setdefault(answer.pop("question"), answer)
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+
+
+def _refuse_others(path: Path, before: dict, now: dict) -> None:
+    differing = [
+        f"{key} ({before.get(key)}, now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} holds answers of other settings: {', '.join(differing)}: take these, or name another output"
+        )

@@ -1,0 +1,194 @@
+"""Who is asked: a server that speaks OpenAI's protocol (vLLM, llama.cpp, a provider), or a model in this process."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import threading
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+import httpx2
+
+LONGEST_WAIT = 600.0  # seconds between two tries, whatever the server asks for
+FATAL = {401: "refuses the key: see --api-key-env", 403: "refuses the key: see --api-key-env"}
+FATAL[404] = "does not know this model or path: see --model and --server"
+
+
+class Unanswered(Exception):
+    """One question got no answer; others may."""
+
+
+class TeacherError(RuntimeError):
+    """No question will get an answer. One sentence."""
+
+
+class Server:
+    """Asks a server, again and again where it fails: after 1 s, 2 s, 4 s, …, or when the server says.
+
+    Args:
+        url: such as http://localhost:8000/v1.
+        key: for the header Authorization; shown and stored nowhere.
+        timeout: seconds without a byte of the answer.
+        retries: further tries after one that failed.
+        concurrency: questions asked at the same time.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self, url: str, model: str, *, key: str | None, timeout: float, retries: int, concurrency: int,
+        temperature: float, max_tokens: int,
+    ):  # fmt: skip
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
+            raise TeacherError("--server takes an address such as http://localhost:8000/v1, without a password")
+        self.url = url.rstrip("/") + ("" if parts.path.rstrip("/") else "/v1") + "/chat/completions"
+        self.request = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        self.retries, self.concurrency, self.stopped = retries, concurrency, threading.Event()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=concurrency)
+        self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+
+    def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
+        """The answer to one conversation of messages and images: its `response` and `finish_reason`.
+
+        Raises:
+            Unanswered, TeacherError
+        """
+        (conversation,) = conversations
+        body = {**self.request, "messages": _to_openai(*conversation)}
+        for attempt in range(self.retries + 1):
+            try:
+                response = self.client.post(self.url, json=body)
+            except httpx2.TransportError as error:  # timeouts, refused and broken connections
+                trouble, wait, response = f"{type(error).__name__} ({error})", None, None
+                unreachable = isinstance(error, httpx2.ConnectError)
+            else:
+                unreachable = False
+                if response.status_code in FATAL:
+                    raise TeacherError(f"the server {self.url} {FATAL[response.status_code]} ({_message(response)})")
+                if response.is_success:
+                    try:
+                        return [_read_answer(response)]
+                    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                        trouble, wait = f"an answer that is no completion ({type(error).__name__}: {error})", None
+                elif response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
+                    trouble, wait = f"status {response.status_code} ({_message(response)})", _retry_after(response)
+                else:
+                    raise Unanswered(f"status {response.status_code} ({_message(response)})")
+            if attempt < self.retries and self.stopped.wait(
+                2**attempt * random.uniform(0.5, 1) if wait is None else wait
+            ):
+                raise Unanswered("the run was stopped")
+        if unreachable:
+            raise TeacherError(f"the server {self.url} cannot be reached: {trouble}")
+        raise Unanswered(f"{trouble}, {self.retries + 1} times")
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+class Local:
+    """A vision-language model of transformers, in this process; on the GPU if there is one."""
+
+    concurrency = 1
+
+    def __init__(self, model: str, *, batch_size: int, temperature: float, max_tokens: int):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        name, _, revision = model.partition("@")
+        options = {"revision": revision} if revision else {}
+        try:
+            self.processor = AutoProcessor.from_pretrained(name, **options)
+            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self.batch_size = batch_size
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.options = {"max_new_tokens": max_tokens, **sampling}
+
+    def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
+        import torch
+        from trl.data_utils import prepare_multimodal_messages
+
+        inputs = self.processor.apply_chat_template(
+            [prepare_multimodal_messages(messages, images=images) for messages, images in conversations],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, **self.options)[:, inputs["input_ids"].shape[1] :]
+        end = self.model.generation_config.eos_token_id
+        finished = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens)).any(1).tolist()
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        reasons = ["stop" if done else "length" for done in finished]
+        return [{"response": text, "finish_reason": why} for text, why in zip(texts, reasons, strict=True)]
+
+    def stop(self) -> None:
+        """A batch is not interrupted."""
+
+
+def _to_openai(messages: list[dict], images: list) -> list[dict]:
+    images = iter(images)
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "text", "text": part["text"]}
+                if part["type"] == "text"
+                else {"type": "image_url", "image_url": {"url": _data_address(next(images))}}
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _data_address(image) -> str:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _read_answer(response: httpx2.Response) -> dict:
+    """Of a choice, its text. Servers that split the thinking off have it in a field of its own."""
+    choice = json.loads(response.content)["choices"][0]
+    message = choice["message"]
+    text = message.get("content") or ""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if not isinstance(text, str) or not (text or thought):
+        raise ValueError("it has no text")
+    if thought:
+        text = f"<think>\n{thought.strip()}\n</think>\n\n{text.strip()}"
+    return {"response": text, "finish_reason": choice.get("finish_reason")}
+
+
+def _message(response: httpx2.Response) -> str:
+    """What the server says about an error, shortened."""
+    try:
+        said = json.loads(response.content)
+        said = said.get("error", said)
+        said = said.get("message", said) if isinstance(said, dict) else said
+    except (ValueError, AttributeError):
+        said = response.text
+    return " ".join(str(said).split())[:200]
+
+
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds of the header Retry-After, which may be a date."""
+    header = response.headers.get("Retry-After", "")
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(timezone.utc)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), LONGEST_WAIT)

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -140,14 +141,14 @@ def computed_sizes() -> dict[str, float]:
     return {part: size / 1e9 for part, size in counts.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cap", type=float, default=24, help="GB that the process may take")
     parser.add_argument("--image", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--smallest", action="store_true", help="narrow layers, to see that the script works")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     console = Console(width=100)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,12 +20,12 @@ from drift_peft.demo.evaluate import MEASURES
 SPECTRA = {"flat": "flat", "p = 0.5": 0.5, "full": "full", "p = 2": 2.0}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--size", type=int, default=300, help="samples per exam")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     METHODS.update({name: Method(name, trained=True, drift={"drift_spectrum": p}) for name, p in SPECTRA.items()})
     rates = dict.fromkeys(SPECTRA, learning_rates()["drift"])
     results = study(range(args.seeds), methods=list(SPECTRA), rates=rates, steps=args.steps, size=args.size)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +199,7 @@ def measure_published(layers: int, tokens: int, steps: int, device: torch.device
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--published", action="store_true", help="also full fine-tuning with Δ on the CPU (57 GB GPU)")
     parser.add_argument("--smallest", action="store_true", help="narrow layers, to see that the script works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     rows = measure_7b(args.layers, args.tokens, args.steps, device, args.smallest)
     rows += measure_digits(args.steps) if args.digits else []

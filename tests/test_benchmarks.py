@@ -11,7 +11,10 @@ import torch
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import fits_24gb  # noqa: E402
 import prior_build  # noqa: E402
+import spectrum as spectra  # noqa: E402
+import step_overhead  # noqa: E402
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum  # noqa: E402
 
 
@@ -49,3 +52,37 @@ def test_prior_build_in_its_smallest_size(tmp_path, monkeypatch, capsys):
         assert row["build"]["peak_gb"] is None and "not measured" in printed
     assert "extrapolated from 1 layer" in printed
     assert not list(tmp_path.iterdir())
+
+
+def ran(benchmark, capsys, *arguments):
+    """What it printed, and its last line's JSON."""
+    benchmark.main(list(map(str, arguments)))
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+def test_step_overhead_in_its_smallest_size(capsys):
+    sizes = "--smallest", "--tokens", 64, 128, "--steps", 2, "--published", "--digits", "--device", "cpu"
+    printed, result = ran(step_overhead, capsys, *sizes)
+    assert [(row["norm"], row["tokens"]) for row in result["rows"][:3]] == [
+        ("factor", 64),
+        ("factor", 128),
+        ("weight", 64),
+    ]
+    assert "demo" in result["rows"][3]["model"]
+    for row in result["rows"]:
+        assert row["ratio"] > 0 and row["drift_s"] > 0 and row["lora_peak_gb"] is None
+    assert result["published"]["published_s"] > 0 and "not measured: no CUDA device" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what it does without a GPU")
+def test_fits_24gb_in_its_smallest_size(capsys):
+    printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
+    assert result["guided_steps"] == 2 and "no CUDA device" in printed
+    assert result["computed_28_layers_gb"]["language model, NF4"] == pytest.approx(3.36, abs=0.02)
+
+
+def test_spectrum_in_its_smallest_size(capsys):
+    _, result = ran(spectra, capsys, "--seeds", 1, "--steps", 1, "--size", 2)
+    assert list(result["scores"]) == ["flat", "p = 0.5", "full", "p = 2"]
+    assert all(0 <= score <= 1 for scores in result["scores"].values() for score in scores.values())

@@ -1,0 +1,226 @@
+r"""Ask a model the questions of a local file and mark its boxed answers, in total and by category.
+
+    python recipes/evaluate.py --model merged/ --data test.jsonl -o results.json
+    python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --data test.jsonl -o results.json
+
+The data is what data.py reads: questions with images, and the known answer as the last turn, boxed or alone. Answers
+are greedy. Each is in `<output>.journal.jsonl` as soon as its batch is done; the same command asks only for what is not
+there. Results of several models on the same data are compared by score.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from answers import extract_boxed
+from data import load_messages
+from distill import PROMPT, journal_path
+from journal import Journal
+from layouts import last_answer
+from outputs import write_result
+from rich.console import Console
+from rich.table import Table
+from scoring import mark, scorer
+from sources import find_files, read_file, samples
+from teachers import Local, TeacherError
+from tqdm import tqdm
+
+CATEGORY = "category"  # key of a sample
+
+
+@dataclass
+class Question:
+    index: int  # of the sample, among all of the data
+    text: str
+    gold: str
+    category: str
+
+
+def check(model: str, adapter: Path | None, data: str, output: Path) -> None:
+    """Refuse before anything is loaded what would fail later."""
+    if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
+        raise ValueError(
+            f"{model} is an adapter, not a model: merge it (drift-peft merge --base BASE --adapter {model} -o merged), "
+            f"or pass --model BASE --adapter {model}"
+        )
+    if adapter and not (adapter / "adapter_config.json").exists():
+        raise ValueError(f"--adapter {adapter} is no adapter: it has no adapter_config.json")
+    if not Path(data).exists():
+        raise ValueError(f"there is no data {data}")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"output {output} cannot be written: name a file in a folder that exists")
+    if output.exists() and not journal_path(output).exists():
+        raise ValueError(f"output {output} exists, and has no journal to go on from: name another file")
+
+
+def stamp(folder: str | Path | None) -> str | None:
+    """Another one when a local folder's files have changed: answers of an earlier model must not be taken for its."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    files = ((path.name, path.stat()) for path in sorted(Path(folder).iterdir()))
+    told = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]:
+    """The questions of a data set, and a SHA-256 over all that is asked and known."""
+    questions, digest = [], hashlib.sha256()
+    for index, (sample, category) in enumerate(zip(dataset, categories, strict=True)):
+        answer = last_answer(sample["messages"])
+        gold = extract_boxed(answer) or answer.rpartition("</think>")[2].strip()
+        if not gold:
+            raise ValueError(f"sample {index + 1} has no known answer: nothing is boxed, or said after its thinking")
+        parts = [part for turn in sample["messages"][:-1] for part in turn["content"]]
+        text = "".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
+        digest.update(json.dumps([text, gold, category]).encode())
+        for image in sample["images"]:
+            digest.update(f"{image.size}".encode() + image.tobytes())
+        questions.append(Question(index, text, gold, category))
+    return questions, digest.hexdigest()
+
+
+def read_categories(data: str, split: str, key: str | None) -> list[str]:
+    """What each sample has under a key; "all" if it is not asked for by name, and not there."""
+    values = []
+    for file in find_files(data, split, None, False)[0]:
+        rows = read_file(file, streaming=False)
+        if file.endswith(".parquet"):  # whose images are not to be read for this
+            found = (key or CATEGORY) in rows.column_names
+            values += rows.with_format(None)[key or CATEGORY] if found else [None] * len(rows)
+            continue
+        for _, sample in samples(rows[:], range(len(rows)), file):
+            sample = json.loads(sample) if isinstance(sample, str) else sample
+            values.append(sample.get(key or CATEGORY))
+    if key and all(value is None for value in values):
+        raise ValueError(f"no sample of {data} has the category {key}")
+    return ["all" if value is None else str(value) for value in values]
+
+
+def ask(questions: list[Question], dataset, model: Local, journal: Journal, prompt: str) -> None:
+    """Have each answer in the journal."""
+    open_questions = [question for question in questions if str(question.index) not in journal.answers]
+    batches = [open_questions[i : i + model.batch_size] for i in range(0, len(open_questions), model.batch_size)]
+    with tqdm(total=len(questions), initial=len(questions) - len(open_questions), desc="asking", disable=None) as bar:
+        for batch in batches:
+            conversations = []
+            for question in batch:
+                sample = dataset[question.index]
+                *before, last = sample["messages"][:-1]
+                added = [{"type": "text", "text": f" {prompt}"}] if prompt else []
+                conversations.append(([*before, {**last, "content": [*last["content"], *added]}], sample["images"]))
+            for question, said in zip(batch, model(conversations), strict=True):
+                journal.add(str(question.index), said)
+            bar.update(len(batch))
+
+
+def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
+    """What is known about each sample in the end."""
+    marked = []
+    for question in tqdm(questions, desc="marking", disable=None):
+        answer = said[str(question.index)]
+        correct, unfinished = mark(answer["response"], question.gold, question.text)
+        unfinished |= answer["finish_reason"] == "length" and not correct
+        fields = {"index": question.index, "category": question.category, "question": question.text}
+        marked.append({**fields, "gold": question.gold, **answer, "correct": correct, "unfinished": unfinished})
+    return marked
+
+
+def summarize(marked: list[dict]) -> dict:
+    """Number of samples, accuracy in percent, and number of unfinished answers; in total and by category."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for sample in marked:
+        groups[sample["category"]].append(sample)
+
+    def count(group: list[dict]) -> dict:
+        right = sum(sample["correct"] for sample in group)
+        numbers = {"samples": len(group), "correct": right, "accuracy": round(100 * right / len(group), 2)}
+        return numbers | {"unfinished": sum(sample["unfinished"] for sample in group)}
+
+    return {"total": count(marked), "categories": {name: count(group) for name, group in sorted(groups.items())}}
+
+
+def results_table(result: dict) -> Table:
+    shown = ("samples", "correct", "accuracy", "unfinished")
+    table = Table("category", *shown, title=f"{result['model']}, {result['data']}")
+    categories = result["categories"] if len(result["categories"]) > 1 else {}
+    for name, numbers in {**categories, "total": result["total"]}.items():
+        table.add_row(name, *(str(numbers[key]) for key in shown))
+    return table
+
+
+def load_model(model: str, adapter: Path | None, batch_size: int, max_new_tokens: int) -> Local:
+    local = Local(model, batch_size=batch_size, temperature=0.0, max_tokens=max_new_tokens)
+    if adapter:
+        from peft import PeftModel
+
+        local.model = PeftModel.from_pretrained(local.model, adapter)
+    return local
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """All of a run; its result is also written.
+
+    Raises:
+        ValueError: BadSample included; OSError, TeacherError.
+    """
+    check(args.model, args.adapter, args.data, args.output)
+    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail")
+    questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
+    asking = {"model": args.model, "model_files": stamp(args.model)}
+    asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
+    asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+    with Journal(journal_path(args.output), asking) as journal:
+        if len(journal.answers) < len(questions):
+            model = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+            try:
+                ask(questions, dataset, model, journal, args.prompt)
+            except torch.OutOfMemoryError as error:
+                raise TeacherError(
+                    f"a batch of {args.batch_size} does not fit into memory: take a smaller --batch_size; what is "
+                    f"answered is in {journal.path}"
+                ) from error
+        marked = mark_all(questions, journal.answers)
+    result = {**asking, "data": args.data, "scorer": scorer(), **summarize(marked), "samples": marked}
+    write_result(result, args.output)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="merged folder, any vision-language model's, or a hub id")
+    parser.add_argument("--adapter", type=Path, help="adapter folder to put on the model without merging")
+    parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, or a folder of these")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as results.json")
+    parser.add_argument("--split", default="test", help="of a folder (test)")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by ({CATEGORY})")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time (8)")
+    parser.add_argument("--max_new_tokens", type=int, default=16384, help="longest answer (16384)")
+    parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")
+    args = parser.parse_args(arguments)
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        parser.error("--batch_size and --max_new_tokens are at least 1")
+    try:
+        result = evaluate(args)
+    except (ValueError, OSError, TeacherError) as error:
+        parser.exit(1, f"evaluate.py: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"evaluate.py: stopped; run the same again to go on from {journal_path(args.output)}\n")
+    if args.json:
+        print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
+    else:
+        Console().print(results_table(result))
+    if result["total"]["unfinished"]:
+        print(f"note: {result['total']['unfinished']} answers are unfinished: see --max_new_tokens", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Score the answers of base, SFT and DRIFT by one rule, with confidence intervals, beside the published numbers.
+
+    python recipes/score.py --base outputs/base --sft outputs/sft --drift outputs/drift -o scores.json
+
+Each is a folder that VLMEvalKit or lmms-eval wrote, or a result of evaluate.py; how to make them: EVALUATION.md. All
+have to hold the same samples. The intervals are of the differences, by a bootstrap over samples that are drawn for all
+models together (over problems in WeMath, whose score is of whole problems).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from outputs import BENCHMARKS, Answer, read_outputs, write_result
+from rich.console import Console
+from rich.table import Table
+from scoring import mark, scorer
+from tqdm import tqdm
+
+RESAMPLES, SEED, CHUNK = 10_000, 0, 250
+PUBLISHED = json.loads(Path(__file__).with_name("eval").joinpath("published.json").read_text("utf-8"))
+REASONING = ["MathVista", "MathVision", "MathVerse", "WeMath strict", "WeMath loose", "LogicVista"]  # of table 2
+AVERAGE = "Avg."
+ALIKE = "run the same tool with the same settings on both"
+UNSURE = {"HallusionBench": "the paper does not say which of its accuracies it publishes; ours is per question"}
+
+
+def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, list[Answer]]:
+    """The answers of each model in the order of the first one's.
+
+    Raises:
+        ValueError: they are not of the same samples; it names the first that differs.
+    """
+    (first, wanted), *others = models.items()
+    ordered = {first: wanted}
+    for name, answers in others:
+        found = {answer.id: answer for answer in answers}
+        for answer in wanted:
+            other = found.pop(answer.id, None)
+            if other is None:
+                raise ValueError(f"{benchmark}: sample {answer.id} of {first} is not in {name}: {ALIKE}")
+            for what in ("question", "gold", "step"):
+                one, two = getattr(answer, what), getattr(other, what)
+                if one != two:
+                    told = f"{str(one)[:60]!r} in {first}, {str(two)[:60]!r} in {name}"
+                    raise ValueError(f"{benchmark}: sample {answer.id} has another {what}: {told}: {ALIKE}")
+            ordered.setdefault(name, []).append(other)
+        if found:
+            raise ValueError(f"{benchmark}: sample {next(iter(found))} of {name} is not in {first}: {ALIKE}")
+    return ordered
+
+
+def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], list[bool]]:
+    """Which are correct, and which are unfinished."""
+    progress = tqdm(answers, desc=name, disable=None)
+    correct, unfinished = zip(*(mark(given.response, given.gold, given.question) for given in progress), strict=True)
+    return [*correct], [*unfinished]
+
+
+def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[str, np.ndarray]:
+    """Column of the table -> score of each unit that a bootstrap may draw: a sample, or a problem of WeMath.
+
+    WeMath (arXiv 2407.01284; both tools compute it alike) asks the steps of a problem one by one, and all at once. A
+    problem counts 1 if the whole is right and its steps are (strict: all of them; loose: one), 0.5 if all steps are
+    right and the whole is not.
+    """
+    if answers[0].step is None:
+        return {benchmark: np.array(correct, float)}
+    problems: dict[str, dict[str, bool]] = defaultdict(dict)
+    for answer, right in zip(answers, correct, strict=True):
+        problem, step = answer.step
+        problems[f"{problem} of {step.partition('_')[0]}"][step] = right
+    strict, loose = [], []
+    for problem, marks in problems.items():
+        whole = [right for step, right in marks.items() if step.endswith("_multi")]
+        steps = [right for step, right in marks.items() if not step.endswith("_multi")]
+        if len(whole) != 1 or not all(step.startswith(f"{len(steps)}steps_") for step in marks):
+            raise ValueError(f"{benchmark}: problem {problem} lacks one of its steps: run all of the benchmark")
+        strict.append(float(all(steps)) if whole[0] else 0.5 * all(steps))
+        loose.append(float(any(steps)) if whole[0] else 0.5 * all(steps))
+    return {f"{benchmark} strict": np.array(strict), f"{benchmark} loose": np.array(loose)}
+
+
+def resample(differences: np.ndarray, seed) -> np.ndarray:
+    """Means over units drawn with replacement, of a table [units, columns]: [RESAMPLES, columns]."""
+    generator, number = np.random.default_rng(seed), len(differences)
+    chunks = (generator.integers(number, size=(CHUNK, number)) for _ in range(RESAMPLES // CHUNK))
+    return np.concatenate([differences[drawn].mean(1) for drawn in chunks])
+
+
+def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
+    """What is written with -o: for each column its scores, differences with intervals, and how many are unfinished.
+
+    Args:
+        models: name -> benchmark -> answers; the last one is compared with each before it.
+
+    Raises:
+        ValueError: they do not hold the same samples of the same benchmarks.
+    """
+    (first, found), *others = models.items()
+    for name, benchmarks in others:
+        for benchmark in found.keys() ^ benchmarks.keys():
+            have, lack = (first, name) if benchmark in found else (name, first)
+            raise ValueError(f"there is {benchmark} of {have}, and none of {lack}: {ALIKE}")
+    *before, last = models
+    columns: dict[str, dict] = {}
+    means: dict[str, dict[str, float]] = {name: {} for name in models}  # model -> column -> accuracy
+    draws: dict[str, dict[str, np.ndarray]] = {name: {} for name in before}  # model -> column -> resampled differences
+    for number, benchmark in enumerate(sorted(found, key=[*BENCHMARKS, *found].index)):
+        answers = same_samples({name: benchmarks[benchmark] for name, benchmarks in models.items()}, benchmark)
+        marked = {name: mark_all(given, f"{benchmark}, {name}") for name, given in answers.items()}
+        scores = {name: units(answers[name], right, benchmark) for name, (right, _) in marked.items()}
+        unfinished = {name: sum(cut) for name, (_, cut) in marked.items()}
+        for column, values in scores[last].items():
+            columns[column] = {"samples": len(answers[last]), "units": len(values), "unfinished": unfinished}
+            for name in models:
+                means[name][column] = scores[name][column].mean()
+        for name in before:
+            differences = np.stack([scores[last][column] - scores[name][column] for column in scores[last]], 1)
+            draws[name] |= zip(scores[last], resample(differences, [SEED, number]).T, strict=True)
+    if columns.keys() >= set(REASONING):
+        columns[AVERAGE] = {}
+        for numbers in (*means.values(), *draws.values()):
+            numbers[AVERAGE] = np.mean([numbers[column] for column in REASONING], axis=0)
+    for column, numbers in columns.items():
+        numbers["scores"] = {name: _percent(means[name][column]) for name in models}
+        numbers["differences"] = {
+            f"{last} - {name}": {
+                "difference": _percent(means[last][column] - means[name][column]),
+                "interval": [_percent(bound) for bound in np.quantile(draws[name][column], [0.025, 0.975])],
+            }
+            for name in before
+        }
+    bootstrap = {"resamples": RESAMPLES, "seed": SEED, "level": 0.95}
+    return {"models": list(models), "scorer": scorer(), "bootstrap": bootstrap, "columns": columns}
+
+
+def _percent(share: float) -> float:
+    return round(100 * float(share), 2)
+
+
+def paper_table(result: dict) -> Table:
+    """The layout of the paper's tables 2 and 3, its numbers below ours."""
+    columns = result["columns"]
+    table = Table("", *columns, title="accuracy in %, by rule")
+    for name in result["models"]:
+        table.add_row(name, *(f"{column['scores'][name]:.1f}" for column in columns.values()))
+    table.add_section()
+    for name, numbers in published(columns).items():
+        if name in result["models"]:
+            table.add_row(f"{name}, published", *(_number(numbers.get(column)) for column in columns))
+    return table
+
+
+def published(columns) -> dict[str, dict[str, float]]:
+    """Model -> column -> what the paper says; its average is that of table 2, over all six columns."""
+    found = {}
+    for name in ("base", "SFT", "DRIFT"):
+        numbers = PUBLISHED[name]
+        average = {AVERAGE: round(sum(numbers[column] for column in REASONING) / len(REASONING), 1)}
+        found[name] = {column: value for column, value in (numbers | average).items() if column in columns}
+    return found
+
+
+def interval_table(result: dict) -> Table:
+    *before, last = result["models"]
+    pairs = [f"{last} - {name}" for name in before]
+    table = Table("", "samples", "unfinished", *(f"{pair} [95 %]" for pair in pairs), title="differences, paired")
+    for name, column in result["columns"].items():
+        cut = (
+            " / ".join(str(column["unfinished"][model]) for model in result["models"]) if "unfinished" in column else ""
+        )
+        found = (column["differences"][pair] for pair in pairs)
+        told = (
+            "{difference:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]".format(**difference) for difference in found
+        )
+        table.add_row(name, str(column.get("samples", "")), cut, *told)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def notes(result: dict) -> list[str]:
+    """What a reader of the tables has to know."""
+    cut = [
+        f"{name} ({number} of {column['samples']} of {model})"
+        for name, column in result["columns"].items()
+        for model, number in column.get("unfinished", {}).items()
+        if number > 0.01 * column["samples"]
+    ]
+    said = [f"{name}: {reason}" for name, reason in UNSURE.items() if name in result["columns"]]
+    if cut:
+        said.append(f"answers without an end count as wrong, in {', '.join(cut)}: allow more new tokens")
+    return said
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", type=Path, required=True, help="answers of the untrained model: folder or file")
+    parser.add_argument("--sft", type=Path, help="of the model trained without a prior")
+    parser.add_argument("--drift", type=Path, required=True, help="of the model trained with one")
+    parser.add_argument("-o", "--output", type=Path, help="file to write the numbers to, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    args = parser.parse_args(arguments)
+    places = {"base": args.base, "SFT": args.sft, "DRIFT": args.drift}
+    try:
+        if args.output and not args.output.parent.is_dir():
+            raise ValueError(f"output {args.output} cannot be written: there is no folder {args.output.parent}")
+        models = {name: read_outputs(place) for name, place in places.items() if place}
+        result = score(models)
+        result |= {"inputs": {name: str(places[name]) for name in models}}
+        result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
+        if args.output:
+            write_result(result, args.output)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"score.py: error: {error}\n")
+    if args.json:
+        print(json.dumps(result))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=160)
+        for table in (paper_table(result), interval_table(result)):
+            console.print(table)
+    for sentence in notes(result):
+        print(f"note: {sentence}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

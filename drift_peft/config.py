@@ -84,6 +84,13 @@ class DriftConfig(LoraConfig):
         default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
     )
     drift_steps: int = field(default=0, metadata={"help": "Guided optimizer steps so far; counted while training."})
+    quantization: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' quantization_config of the base in training, {} if it was in full precision; filled "
+            "in when the model is wrapped."
+        },
+    )
     init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
         default="drift",
         metadata={

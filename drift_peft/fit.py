@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
-from torch import nn
+from torch import Tensor, nn
 
 from .config import DriftConfig
 from .naming import canonical_name, cross_attention_layers
 from .prior import ReasoningPrior
 from .settings import check_patterns_used
+from .sharding import shape, whole
 
 # NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
 FINGERPRINT_TOLERANCE = 0.3
@@ -44,7 +44,7 @@ def check_fit(
             continue
         for parameter in ("weight", "bias"):
             canonical = canonical_name(f"{name}.{parameter}", skipped)
-            if canonical in prior and getattr(module, parameter, None) is not None:
+            if canonical in prior and _has(module, parameter):
                 modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if name in targets:
             canonical = canonical_name(f"{name}.weight", skipped)
@@ -84,25 +84,32 @@ def check_fit(
             f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
             stacklevel=2,
         )
-    _check_fingerprint(modules, prior)
+    _check_fingerprint(model, modules, prior)
+
+
+def _has(module: nn.Module, parameter: str) -> bool:
+    """Not every quantized layer calls what it holds `weight`."""
+    return getattr(module, parameter, None) is not None or (parameter == "weight" and hasattr(module, "in_features"))
 
 
 def _shape(module: nn.Module, canonical: str) -> list[int]:
     """Shape of a module's weight or bias; of a weight that is packed in 4 bit, the shape it stands for."""
     if canonical.endswith(".weight") and hasattr(module, "out_features"):
         return [module.out_features, module.in_features]
-    return list(getattr(module, canonical.rpartition(".")[2]).shape)
+    return list(shape(getattr(module, canonical.rpartition(".")[2])))
 
 
 @torch.no_grad()
-def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
+def _check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
     """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
     difference = stored_square = 0.0
     for name, U, Vh, stored in prior.probes():
-        if modules[name].weight.device.type == "meta":  # nothing to compare before the weights are loaded
+        tensors = [*modules[name].parameters(), *modules[name].buffers()]
+        if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
             continue
-        W = dequantize_module_weight(modules[name]).float()
-        found = ((U.to(W).mT @ W) * Vh.to(W)).sum(-1).cpu()
+        with whole(tensors):
+            WV = _products(modules[name], Vh.to(tensors[0].device), getattr(model, "dtype", torch.float32))
+        found = (U.to(WV).mT * WV).sum(-1).cpu()
         difference += (found - stored).square().sum().item()
         stored_square += stored.square().sum().item()
     if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
@@ -111,3 +118,15 @@ def _check_fingerprint(modules: dict[str, nn.Module], prior: ReasoningPrior) -> 
             f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
             "build a prior for this base with build_prior."
         )
+
+
+def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:
+    """(W·v_i)ᵀ [k, out] in fp32 for the rows v_i of Vh [k, in]: of a linear layer as its own forward pass computes
+    them, so that it does not matter how W is stored. `dtype` is what quantized layers are given in this model.
+    """
+    weight = getattr(module, "weight", None)
+    if not hasattr(module, "in_features"):
+        return Vh.to(weight).float() @ weight.float().mT
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
+    *outputs, bias = module(torch.cat([Vh, torch.zeros_like(Vh[:1])]).to(dtype)).float()
+    return torch.stack(outputs) - bias

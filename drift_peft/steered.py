@@ -246,10 +246,12 @@ class Stack:
 
 
 def steered_of(model: nn.Module) -> list[Steered]:
-    """Everything of a model that is steered, in module order; of LoRA layers the active adapters."""
+    """Everything of a model that is steered, in module order; of adapters the active ones."""
     # vars: PEFT's wrapper of a module to save passes on its copy's attributes, and that copy comes by itself.
     found = [s for module in model.modules() for s in vars(module).get("drift", {}).values() if s.present]
-    return [s for s in found if not isinstance(s, SteeredAdapter) or s.adapter in s.module.active_adapters]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    idle = {adapter for layer in layers for adapter in layer.r if adapter not in layer.active_adapters}
+    return [s for s in found if s.adapter not in idle]
 
 
 def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:
@@ -269,17 +271,21 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
                     yield canonical, layer, a
 
 
-def trainable_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-    """(canonical name, module, attribute, start) of the language model's trainable tensors that are no adapter's.
+def trainable_tensors(
+    model: nn.Module, adapter: str | None = None
+) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+    """(canonical name, module, attribute, start) of the language model's trainable tensors that are no LoRA factors.
 
-    `start` is what the tensor was before training where the model keeps it (modules_to_save), else None.
+    `start` is what the tensor was before training where the model keeps it (modules_to_save), else None. Of modules to
+    save these are the copies of `adapter`, active or not; of every active adapter if None.
     """
     skipped = _cross_attention(model)
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            for copied in module.modules_to_save.values():
+            for owner, copied in module.modules_to_save.items():
                 for attribute, parameter in copied.named_parameters(recurse=False):
-                    if parameter.requires_grad and (canonical := canonical_name(f"{name}.{attribute}", skipped)):
+                    trains = parameter.requires_grad if adapter is None else owner == adapter
+                    if trains and (canonical := canonical_name(f"{name}.{attribute}", skipped)):
                         yield canonical, copied, attribute, getattr(module.original_module, attribute).detach()
         elif ".modules_to_save." not in name and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attribute, parameter in module.named_parameters(recurse=False):

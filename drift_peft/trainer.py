@@ -17,6 +17,8 @@ class DriftCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         info = getattr(getattr(train_dataloader, "dataset", None), "info", None)
         name = getattr(info, "dataset_name", None)
+        if name == getattr(info, "builder_name", None):  # "json", "imagefolder", …: the format of somebody's own files
+            name = None
         for config in {id(s.config): s.config for s in steered_of(model)}.values():
             config.trained_on = name or config.trained_on
 

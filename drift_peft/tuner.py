@@ -13,14 +13,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from . import guidance
 from .config import DriftConfig
+from .dequantized import quantization_of
 from .fit import check_fit
 from .naming import canonical_name, language_model_targets, module_kind
 from .prior import ReasoningPrior
 from .settings import check_patterns_used, is_guided
+from .sharding import values
 from .steered import SteeredAdapter, SteeredTensor, lora_layers, steered_of, trainable_tensors
 from .trainer import register_callback
 
@@ -42,7 +44,7 @@ class DriftModel(LoraModel):
         trains = isinstance(config, DriftConfig) and not config.inference_mode
         if trains:  # before anything is forgotten: what is refused stays as it is
             _refuse_unready(model, adapter_name, kwargs.get("low_cpu_mem_usage", False))
-        _forget(model, adapter_name)  # one of this name may have been deleted, past this class even
+        _forget(model.modules(), adapter_name)  # one of this name may have been deleted, past this class even
         if not isinstance(config, DriftConfig):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not trains:
@@ -52,6 +54,7 @@ class DriftModel(LoraModel):
 
         # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
         config = self.peft_config[adapter_name] = copy.copy(config)
+        config.quantization = quantization_of(model)
         prior = None if config.prior is None else _open_prior(config)
         keep_4bit_differentiable(model)
         if config.target_modules is None:
@@ -66,7 +69,8 @@ class DriftModel(LoraModel):
             targets = known.intersection(canonical_name(f"{name}.weight") for name in names)
             check_patterns_used(config, sorted(targets) + _tensors(config, known))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        adapters = _steer(model, list(lora_layers(model, adapter_name)), prior, config, adapter_name)
+        tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
+        adapters = _steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
         if config.init_lora_weights == "drift":
             _start(adapters, prior)
 
@@ -87,14 +91,16 @@ class DriftModel(LoraModel):
             self.peft_config.update(configs)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        modules = list(self.model.modules())  # LoRA layers are replaced; biases and modules to save stay in the model
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for adapter_name in self.peft_config:  # biases and modules to save stay in the model
-            _forget(model, adapter_name)
+        for adapter_name in self.peft_config:
+            _forget(modules, adapter_name)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
+        modules = list(self.model.modules())  # copies of modules to save are removed
         super().delete_adapter(adapter_name)
-        _forget(self.model, adapter_name)
+        _forget(modules, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
@@ -166,17 +172,17 @@ def guide(
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
     }
-    tensors = [name for name, _, _, _ in trainable_tensors(model)]
+    tensors = list(trainable_tensors(model))
     if not layers and not tensors:
         raise ValueError(
             "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     if prior is not None:
-        check_fit(model, prior, config, targets, tensors)
+        check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
     else:
-        check_patterns_used(config, [name for name, _, _ in layers] + tensors)
-    _steer(model, layers, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
+        check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
+    _steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
     return model
 
 
@@ -213,9 +219,9 @@ def _refuse_meta(model: nn.Module) -> None:
         )
 
 
-def _forget(model: nn.Module, adapter: str) -> None:
+def _forget(modules: Iterable[nn.Module], adapter: str) -> None:
     """Whatever steered an adapter of this name does not steer the next one."""
-    for module in model.modules():
+    for module in modules:
         for steered in [s for s in getattr(module, "drift", {}).values() if s.adapter == adapter]:
             steered.release()
 
@@ -237,8 +243,15 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
             "DriftConfig.from_pretrained(folder, prior=…)."
         )
     config.prior_sha256 = prior.sha256
-    config.expert = (prior.metadata.get("expert") or {}).get("id")
+    config.expert = " and ".join(dict.fromkeys(_experts(prior.metadata))) or None
     return prior
+
+
+def _experts(header: dict) -> list[str]:
+    """The ids of the experts that a prior, or what it was combined from, was made from."""
+    if header.get("expert"):
+        return [header["expert"]["id"]]
+    return [expert for parent in header.get("parents", ()) for expert in _experts(parent)]
 
 
 def _rank(config: DriftConfig, module_name: str) -> int:
@@ -258,8 +271,8 @@ def _tensors(config: DriftConfig, names: Iterable[str]) -> list[str]:
 
 
 def _steer(
-    model: nn.Module,
     layers: list[tuple[str, LoraLayer, str]],
+    trained: list[tuple[str, nn.Module, str, Tensor | None]],
     prior: ReasoningPrior | None,
     config: DriftConfig,
     adapter_name: str,
@@ -277,16 +290,16 @@ def _steer(
     ]
     keeps_start = config.drift_target != "delta"
     tensors, seen = [], set()
-    for name, module, attribute, start in trainable_tensors(model):
+    for name, module, attribute, start in trained:
         parameter = getattr(module, attribute)
         if guided(name) and id(parameter) not in seen:  # of tied weights, the first one's Δ
             seen.add(id(parameter))
             if keeps_start and start is None:  # after an earlier call it is no longer what the tensor holds
                 earlier = getattr(module, "drift", {}).get(attribute)
                 held = {} if earlier is None else earlier.prior
-                start = held.get("W0", parameter).detach().clone()
+                start = held.get("W0", values([parameter])[0].clone())
             weight = None if prior is None else prior[name]
-            W0 = start if keeps_start else None
+            W0 = values([start])[0] if keeps_start else None
             tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, weight, W0))
     lower = [s.name for s in adapters if config.drift_rank and s.prior and len(s.prior["S"]) < config.drift_rank]
     if lower:

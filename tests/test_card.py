@@ -1,0 +1,138 @@
+"""The model card of an adapter: it fills itself in, and leaves alone what somebody wrote."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from pairs import drift, load, train
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from drift_peft import DriftConfig, ReasoningPrior
+
+SECTION = "<!-- drift_peft: "
+
+
+@pytest.fixture
+def folder(pairs):
+    return pairs("llama")
+
+
+def saved(folder, output, **settings):
+    model = get_peft_model(load(folder, "llama"), drift(folder, **settings))
+    train(model).save_pretrained(output)
+    return ModelCard.load(output / "README.md")
+
+
+def rows(card):
+    return dict(re.findall(r"^\| (.+?) \| (.*) \|$", card.text, re.M))
+
+
+def test_it_says_what_the_adapter_is(folder, tmp_path):
+    card = saved(folder, tmp_path, use_rslora=True, drift_alpha=0.3, drift_modules="q_proj|k_proj", drift_spectrum=0)
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    assert rows(card) == {
+        "base": str(folder / "base"),
+        "expert": str(folder / "expert"),
+        "prior": f"{folder / 'prior.safetensors'} (SHA-256 {prior.sha256[:16]})",
+        "training data": "not recorded",
+        "LoRA": "r = 4, alpha = 8, rank-stabilized",
+        "guidance": r"adaptive toward residual, strength 0.3, spectrum = 0, modules = q_proj\|k_proj",
+        "guided optimizer steps": "3",
+    }
+    assert f"# LoRA adapter for {folder / 'base'}, steered toward {folder / 'expert'}\n" in card.text
+    assert "the gradient of the adapter was biased toward what" in card.text
+    assert "[More Information Needed]" not in card.text and "- PEFT " in card.text
+    assert card.data.tags == sorted({"drift-peft", "lora", *card.data.tags}) and card.data.library_name == "peft"
+
+
+def test_its_code_runs(folder, tmp_path):
+    card = saved(folder, tmp_path)
+    (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    names = {"vlm": load(folder, "llama")}
+    exec(python.replace("path/or/hub-id", str(tmp_path)), names)
+    assert isinstance(names["model"], PeftModel)
+    (command,) = re.findall(r"```\n(drift-peft merge .*)\n```", card.text)
+    assert command == f"drift-peft merge --base {folder / 'base'} --adapter path/or/hub-id -o merged --verify"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expert", "method"),
+    [
+        ({"drift_target": "factors"}, True, "after each optimizer step the adapter went a part of the way to what"),
+        ({"drift_target": "base"}, True, "after each optimizer step the adapter was drawn back"),
+        ({"drift_target": "base", "prior": None}, False, "after each optimizer step the adapter was drawn back"),
+    ],
+)
+def test_it_says_what_the_guidance_did(folder, tmp_path, settings, expert, method):
+    settings = {"prior": folder / "prior.safetensors", "drift_scale": "decoupled", **settings}
+    model = get_peft_model(load(folder, "llama"), DriftConfig(r=4, **settings))
+    train(model).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert method in card.text
+    assert rows(card)["expert"] == (str(folder / "expert") if expert else "not recorded")
+    assert rows(card)["prior"].startswith(str(folder) if expert else "none")
+    assert ("steered toward" in card.text) == (settings["drift_target"] == "factors")
+
+
+def test_a_combined_prior_names_all_its_experts(folder, tmp_path):
+    prior, other = (ReasoningPrior.load(folder / "prior.safetensors") for _ in range(2))
+    other.metadata["expert"] = {"id": "org/coder", "revision": None}
+    once = ReasoningPrior.combine({prior: 0.6, other: 0.2}, tmp_path / "once")
+    ReasoningPrior.combine({once: 1, prior: 0.2}, tmp_path / "twice")
+    get_peft_model(load(folder, "llama"), DriftConfig(prior=tmp_path / "twice", r=4)).save_pretrained(tmp_path / "a")
+    assert rows(ModelCard.load(tmp_path / "a" / "README.md"))["expert"] == f"{folder / 'expert'} and org/coder"
+
+
+def test_every_save_writes_the_section_anew_and_once(folder, tmp_path):
+    model = get_peft_model(load(folder, "llama"), drift(folder))
+    texts = []
+    for steps in (0, 0, 2):
+        train(model, steps).save_pretrained(tmp_path)
+        texts.append((tmp_path / "README.md").read_text())
+        assert not list(tmp_path.glob("*.tmp"))
+    assert texts[0] == texts[1] == texts[2].replace("steps | 2 |", "steps | 0 |")
+    assert texts[0].count(SECTION) == texts[0].count("# LoRA adapter") == texts[0].count("### Framework versions") == 1
+
+
+def test_what_somebody_wrote_stays(folder, tmp_path):
+    """Around our section, in a card without one, and in a template that somebody has begun to fill in."""
+    model = get_peft_model(load(folder, "llama"), drift(folder))
+    readme = tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(readme)
+    card.data["license"] = "mit"
+    card.text = f"\nMine, before.\n{card.text}\nMine, after: \\1 and {{expert}}."
+    card.save(readme)
+    for steps in (1, 2):
+        train(model, 1).save_pretrained(tmp_path)
+        again = ModelCard.load(readme)
+        assert again.data.license == "mit" and "drift-peft" in again.data.tags
+        assert again.text == card.text.replace("steps | 0 |", f"steps | {steps} |")
+
+    readme.write_text("---\nlicense: mit\n---\n# My adapter\n\nMore on it.\n")
+    model.save_pretrained(tmp_path)
+    again = readme.read_text()
+    assert again.count(SECTION) == 1 and "# My adapter\n\nMore on it.\n" in again and "license: mit" in again
+
+    readme.unlink()
+    get_peft_model(load(folder, "llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    begun = readme.read_text().replace("Model Card for Model ID", "Model Card for my adapter")
+    readme.write_text(begun)
+    model.save_pretrained(tmp_path)
+    again = ModelCard.load(readme).text
+    assert again.count(SECTION) == 1 and again.endswith(ModelCard(begun).text.lstrip())
+
+
+def test_a_folder_without_a_card_gets_none(folder, tmp_path):
+    drift(folder).save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "drift_config.json"}
+
+
+def test_what_goes_on_keeps_what_is_known(folder, tmp_path):
+    """An adapter that is loaded to train on knows its prior's expert again."""
+    saved(folder, tmp_path)
+    config = DriftConfig.from_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
+    train(model, 2).save_pretrained(tmp_path)
+    found = rows(ModelCard.load(tmp_path / "README.md"))
+    assert found["expert"] == str(folder / "expert") and found["guided optimizer steps"] == "5"

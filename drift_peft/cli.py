@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +21,11 @@ from .checkpoint import Checkpoint
 from .match import describe
 from .merge import merge_adapter
 from .page import write_report
+from .preflight import cards_table, preflight_summary, preflight_table
 from .prior import ReasoningPrior
 from .report import prior_table, targets_summary, targets_table
 from .summary import prior_summary
+from .verify import verification_table
 
 DESCRIPTION = "Priors of text-only reasoning models for vision-language models; adapters merged into their base."
 
@@ -127,7 +130,12 @@ def parser() -> Parser:
     merge.add_argument("--base", required=True, help="full-precision model: folder, hub id or id@revision")
     merge.add_argument("--adapter", required=True, help="adapter folder or hub id, DRIFT or plain LoRA")
     merge.add_argument("-o", "--output", required=True, help="folder to write")
-    merge.add_argument("--verify", action="store_true", help="load both and compare their logits before finishing")
+    merge.add_argument(
+        "--onto", type=str, default="base", help="base, or dequantized: the 4-bit base's numbers, as it was trained on"
+    )
+    merge.add_argument(
+        "--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     merge.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -160,6 +168,13 @@ def parser() -> Parser:
     demo.add_argument("--out", help="keep everything in this folder: prior, adapter, merged model, results, pictures")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, start and training")
 
+    preflight = Parser(description="Estimate what training takes on the GPU, from a recipe and its base's config.json.")
+    preflight.add_argument("recipe", help="YAML of recipes/sft_vlm.py")
+    preflight.add_argument(
+        "--set", type=str, nargs="+", default=[], help="settings that win over it: key=value, such as max_tokens=2048"
+    )
+    preflight.add_argument("--json", action="store_true", help="print as JSON")
+
     prior = Parser(description="Build, inspect, combine and share reasoning priors.")
     main = Parser(prog="drift-peft", description=DESCRIPTION, version=__version__)
     commands = main.add_subcommands(dest="command")
@@ -168,6 +183,7 @@ def parser() -> Parser:
     commands.add_subcommand("merge", merge, help="adapter + full-precision base -> standalone model")
     commands.add_subcommand("merge-baseline", baseline, help="expert + VLM -> VLM without training, to compare with")
     commands.add_subcommand("demo", demo, help="the whole way on a small embedded world")
+    commands.add_subcommand("preflight", preflight, help="will training fit the GPU?")
     verbs = prior.add_subcommands(dest="verb")
     verbs.add_subcommand("build", build, help="two checkpoints -> prior file")
     verbs.add_subcommand("inspect", inspect, help="what a prior holds")
@@ -268,14 +284,21 @@ def _targets(args: Namespace) -> None:
 
 
 def _merge(args: Namespace) -> None:
-    report = merge_adapter(args.base, args.adapter, args.output, verify=args.verify, overwrite=args.overwrite)
+    settings = args.as_dict()
+    as_json = settings.pop("json")
+    report = merge_adapter(**settings)
     table = Table(show_header=False, title=f"merged into {report.output}")
     table.add_row("adapter modules merged", str(report.modules))
     table.add_row("tensors written", str(report.tensors))
     table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    if report.trained_on is not None:
+        table.add_row("the base in training", report.trained_on)
     verified = "not verified (--verify)" if report.logits_error is None else f"{report.logits_error:.2e}"
     table.add_row("logits against base + adapter, relative error", verified)
-    _print(asdict(report), table, args.json)
+    _print(asdict(report), table, as_json)
+    if report.verification is not None and not as_json:
+        Console().print(verification_table(report.verification))
+        Console().print(report.verification.verdict, markup=False, emoji=False, highlight=False)
 
 
 def _merge_baseline(args: Namespace) -> None:
@@ -300,6 +323,24 @@ def _demo(args: Namespace) -> None:
     run(out=args.out, seed=args.seed)
 
 
+def _preflight(args: Namespace) -> None:
+    summary = preflight_summary(args.recipe, dict(_setting(text) for text in args.set))
+    _print(summary, preflight_table(summary), args.json)
+    if not args.json:
+        Console().print(cards_table(summary))
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """max_tokens=2048 -> the key and its value, read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text} names no value: write key=value, such as max_tokens=2048")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text} is no YAML: {' '.join(str(error).split())}") from error
+
+
 COMMANDS: dict[tuple[str, ...], Callable[[Namespace], None]] = {
     ("prior", "build"): _build,
     ("prior", "inspect"): _inspect,
@@ -311,6 +352,7 @@ COMMANDS: dict[tuple[str, ...], Callable[[Namespace], None]] = {
     ("merge",): _merge,
     ("merge-baseline",): _merge_baseline,
     ("demo",): _demo,
+    ("preflight",): _preflight,
 }
 
 

@@ -1,0 +1,198 @@
+"""What a training step's activations take: the model's own decoder runs on tensors that have a shape and no memory.
+
+What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
+architecture. Layers are alike, so two steps, through one layer and through two, give a step through all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.bnb import Linear4bit
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers.trainer_pt_utils import LabelSmoother
+
+PHASES = "forward pass", "loss", "backward pass"
+TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
+
+
+@dataclass(frozen=True)
+class Step:
+    """What activations depend on, beside the model: samples, tokens of each, and how it is trained."""
+
+    batch: int
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+    r: int = 16
+    lora_dropout: float = 0.0
+    checkpointing: bool = True
+    label_smoothing: float = 0.0
+    think_tokens: bool = False
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are alive, and the most there were in each phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.phase = 0, PHASES[0]
+        self.peaks = dict.fromkeys(PHASES, 0)
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._see(args, kwargs, made_here=False)
+        out = func(*args, **(kwargs or {}))
+        self._see(out, made_here=True)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
+        return out
+
+    def _see(self, *values, made_here: bool) -> None:
+        for tensor in tree_iter(values):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known[storage._cdata] = storage.nbytes() if made_here else 0
+                self.bytes += self._known[storage._cdata]
+                weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, storage: int) -> None:
+        self.bytes -= self._known.pop(storage)
+
+
+class FourBit(nn.Linear):
+    """As bitsandbytes' Linear4bit in memory: its weight is in 16 bit while it is multiplied, and no input is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FourBit.apply(x.to(self.weight.dtype), self.weight.shape, self.bias).to(x.dtype)
+
+
+class _FourBit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shape: torch.Size, bias: Tensor | None) -> Tensor:
+        ctx.shape = shape
+        return linear(x, x.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """As TRL's ChunkedLogProbFunction in memory: a tile of logits, and gradients summed in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        _tile(hidden)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _) -> tuple[Tensor | None, ...]:
+        hidden, _ = ctx.saved_tensors
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        sums = [torch.zeros_like(t, dtype=torch.float32) if needed else None for t, needed in wanted]
+        _tile(hidden)
+        return tuple(None if total is None else total.to(hidden.dtype) for total in sums)
+
+
+def _tile(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(min(len(hidden), TILE[0]), TILE[1])
+
+
+def step_peaks(decoder: nn.Module, names: list[str], head: torch.Size, step: Step) -> dict[str, tuple]:
+    """Phase of a step -> bytes at its peak: what all layers keep for the backward pass, and all else.
+
+    Args:
+        decoder: the language model on the meta device.
+        names: its modules that are in 4 bits and adapted.
+        head: shape of the weight that makes logits of its output.
+    """
+    depth = len(decoder.layers)
+    one, two = (_run(decoder, names, head, step, layers) for layers in (1, 2))
+    per_layer = {phase: two[phase] - one[phase] for phase in PHASES}
+    return {phase: (depth * per_layer[phase], one[phase] - per_layer[phase]) for phase in PHASES}
+
+
+def _run(decoder: nn.Module, names: list[str], head: torch.Size, step: Step, layers: int) -> dict[str, int]:
+    decoder = _adapted(decoder, names, step, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder.to_empty(device="cpu")
+        for parameter in decoder.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches, and counted with the adapter
+        return take(step, decoder, torch.empty(head, dtype=step.dtype))
+
+
+def take(step: Step, decoder: nn.Module, weight: Tensor) -> dict[str, int]:
+    """A step's forward pass, loss and backward pass. Returns phase -> bytes at its peak, without what was there before.
+
+    Args:
+        decoder: the language model, as it is trained.
+        weight: what makes logits of its output.
+    """
+    mixed = step.dtype != torch.float32
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", mixed)  # where PEFT looks, whatever the device, before it casts to fp32
+    try:
+        with Live() as live:
+            with torch.autocast("cpu", step.dtype, enabled=mixed):
+                hidden = _forward(step, decoder, weight.shape[1])
+                live.phase = "loss"
+                scored = hidden.detach().requires_grad_()
+                loss = _loss(step, scored, weight)
+            loss.backward()
+            gradient = scored.grad
+            del loss, scored
+            live.phase = "backward pass"
+            hidden.backward(gradient)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    return live.peaks
+
+
+def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
+    shape = step.batch, step.tokens
+    embedded = torch.zeros(*shape, width, dtype=step.dtype).requires_grad_(step.checkpointing)
+    # A single sample needs no mask; with several, the shorter ones are padded.
+    mask = None if step.batch == 1 else torch.ones(step.batch, 1, step.tokens, step.tokens, dtype=torch.bool)
+    inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": torch.zeros(shape, dtype=torch.long)}
+    return decoder(**inputs, use_cache=False).last_hidden_state
+
+
+def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
+    if step.think_tokens:  # PEFT's copy of the head, with its trained rows
+        weight = weight.clone().requires_grad_()
+    if not step.label_smoothing:
+        return _ChunkedLoss.apply(hidden.flatten(0, 1).clone(), weight)
+    logits = linear(hidden, weight).float()  # accelerate hands them to the loss in fp32
+    labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
+    return LabelSmoother(step.label_smoothing)({"logits": logits}, labels, shift_labels=True)
+
+
+def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: int) -> nn.Module:
+    """A copy with so many layers, as it is trained: in 16 bit and frozen, with LoRA in fp32 on its projections."""
+    decoder = copy.copy(decoder)
+    decoder._modules = {**decoder._modules, "layers": decoder.layers[:layers]}
+    decoder = copy.deepcopy(decoder).to(step.dtype).requires_grad_(False)
+    lora = LoraConfig(r=step.r, lora_dropout=step.lora_dropout)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if int(name.split(".")[1]) < layers:
+            old = decoder.get_submodule(name)
+            new = FourBit(old.in_features, old.out_features, old.bias is not None, "meta", step.dtype)
+            layer = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.float()  # PEFT gives them the dtype of a weight that is not packed
+            setattr(decoder.get_submodule(parent), child, layer)
+    if step.checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions
+            decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return decoder.train()

@@ -278,7 +278,7 @@ def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | N
 
     @cache
     def names() -> dict[str, str]:
-        return _in_memory_names(checkpoint)  # only for adapters that reach beyond the language model
+        return in_memory_names(checkpoint)  # only for adapters that reach beyond the language model
 
     def find(name: str) -> tuple[str | None, str | None]:
         canonical = canonical_name(name, skipped)
@@ -287,7 +287,7 @@ def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | N
     return find
 
 
-def _in_memory_names(checkpoint: Checkpoint) -> dict[str, str]:
+def in_memory_names(checkpoint: Checkpoint) -> dict[str, str]:
     """What this version of transformers calls a tensor in memory -> its raw key, of those that it loads as they are."""
     with torch.device("meta"):
         model = checkpoint.auto_class.from_config(checkpoint.config)

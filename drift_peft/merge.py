@@ -4,21 +4,18 @@ The model is never in memory: each shard is copied and the changed tensors are o
 so that everything else stays byte for byte what it was.
 """
 
-import gc
-import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from peft import PeftModel
+from typing import Literal
 
 from .adapter import adapter_folder, adapter_updates
 from .checkpoint import Checkpoint
+from .config import CONFIG_FILE
+from .dequantized import DequantizedCheckpoint, quantization_in_training
+from .hub import download, split_revision
 from .standalone import replaced_when_complete, write_model
 from .update import LowRank, Update
-
-VERIFY_TOKENS = 32
+from .verify import ONTO, Verification, verify_merge
 
 
 @dataclass(frozen=True)
@@ -29,15 +26,23 @@ class MergeReport:
         output: the merged folder.
         modules: adapter modules that were merged, which are all that the adapter has.
         tensors: tensors in the merged folder.
-        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; with onto="dequantized", W is
+            what the 4-bit base computes with.
+        onto: "base" or "dequantized".
+        trained_on: how the base was quantized in training, and whether that is recorded or assumed; None where it was
+            not asked for.
         logits_error: ‖logits of the merged folder − logits of base + adapter‖/‖the latter‖; None without verify.
+        verification: the ways to serve the adapter, compared with what was trained; None without verify.
     """
 
     output: Path
     modules: int
     tensors: int
     relative_change: float
+    onto: str
+    trained_on: str | None
     logits_error: float | None
+    verification: Verification | None
 
 
 def merge_adapter(
@@ -45,6 +50,7 @@ def merge_adapter(
     adapter: str | Path,
     output: str | Path,
     *,
+    onto: Literal["base", "dequantized"] = "base",
     verify: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -60,80 +66,55 @@ def merge_adapter(
         base: folder or hub id (`id@revision`) of the model in full precision, whatever it was quantized to in training.
         adapter: folder or hub id of the adapter.
         output: folder to write.
-        verify: also compare the logits of base + adapter (by PEFT) with those of the merged folder, in fp32 on the
-            CPU. This loads the whole model, twice in turn.
+        onto: "dequantized" adds the adapter to what the base was in training, dequantize(quantize(W)), for each weight
+            that was in 4 bits there: exactly the trained function, with the noise of the quantization. How it was
+            quantized comes from drift_config.json; without that, NF4 with double quantization of the language model's
+            projections is assumed.
+        verify: also compare the logits of base + adapter (by PEFT) with those of the merged folder and of other ways to
+            serve the adapter, in fp32 on the CPU. This loads the whole model, twice in turn.
         overwrite: replace an existing model folder, once the new one is complete.
         progress: show a progress bar on stderr.
 
     Raises:
         FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
         ValueError: the base is no full-precision model; the adapter has a part that cannot be merged, or that does not
-            fit the base; nothing changed; a merged weight is not finite; or the verification failed.
+            fit the base; it was not trained on a 4-bit base, where that is asked for; nothing changed; a merged weight
+            is not finite; or the verification failed.
     """
+    if onto not in ONTO:
+        raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
         checkpoint = Checkpoint(base)
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
-        change = write_model(checkpoint, folder, updates, lambda raw, W: updates[raw].blocks(W), progress)
+        trained = None
+        if verify or onto == "dequantized":
+            if not Path(adapter).exists():
+                download(*split_revision(str(adapter)), (CONFIG_FILE,))
+            trained = quantization_in_training(folder_of_adapter, checkpoint)
+        start, written = checkpoint, updates
+        if onto == "dequantized":
+            if trained.config is None:
+                raise ValueError(f"adapter {adapter} was trained on a full-precision base: merge it onto that")
+            start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
+            written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
+        change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
         if change == 0:
             zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
             why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
-        logits_error = _verify(checkpoint, folder_of_adapter, folder, updates) if verify else None
-    modules = {update.module for update in updates.values()}
-    return MergeReport(Path(output), len(modules), len(checkpoint.keys), change, logits_error)
-
-
-@torch.no_grad()
-def _verify(checkpoint: Checkpoint, adapter: Path, merged: Path, updates: dict[str, Update]) -> float:
-    """Relative error of the merged folder's logits against those of base + adapter by PEFT, in fp32 on the CPU.
-
-    Each weight was rounded once, by at most u = eps/2 of itself. The roundings of n weights are independent, so their
-    sum stays within √n·u of the logits; the floor is what fp32 makes of another order of summation. And rounding to
-    the nearest moves no weight farther than the adapter did, so the base alone must be off by more.
-    """
-    base = _load(checkpoint, checkpoint.folder)
-    try:
-        with warnings.catch_warnings():  # PEFT only warns when a name finds no weight
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
-    except (ValueError, RuntimeError, UserWarning) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"PEFT cannot load {adapter} onto its base to verify the merge: {reason}") from error
-    settings = checkpoint.config.to_dict().items()
-    special = [value for key, value in settings if key.endswith(("_token_id", "_token_index"))]  # images have no text
-    plain = [i for i in range(checkpoint.text_config.vocab_size) if i not in special]
-    tokens = torch.tensor([plain[:: max(1, len(plain) // VERIFY_TOKENS)][:VERIFY_TOKENS]])
-    expected = adapted(input_ids=tokens).logits
-    with adapted.disable_adapter():
-        without = adapted(input_ids=tokens).logits
-    del base, adapted
-    gc.collect()
-    found = _load(checkpoint, merged)(input_ids=tokens).logits
-    gc.collect()  # Windows cannot rename a folder with a mapped file
-    error, effect = (((other - expected).norm() / expected.norm()).item() for other in (found, without))
-    dtype = max((checkpoint.dtype(raw) for raw in updates), key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = min(effect, max(1e-4, math.sqrt(len(updates)) * torch.finfo(dtype).eps / 2))
-    if not error <= tolerance:
-        raise ValueError(
-            f"the merged model's logits are {error:.2%} off those of base + adapter, and rounding to {dtype} explains "
-            f"at most {tolerance:.2%}: the merge into {checkpoint.source} went wrong"
-        )
-    if error > effect / 2:
-        warnings.warn(
-            f"Rounding to {dtype} undoes much of this adapter: the merged model's logits are {error:.2%} off those of "
-            f"base + adapter, and those of the base alone {effect:.2%}. Serve it unmerged, or train it further.",
-            stacklevel=3,
-        )
-    return error
-
-
-def _load(checkpoint: Checkpoint, folder: Path) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a checkpoint without a head gets a random one, the same for both
-        model, info = checkpoint.auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if lost := sorted(key for key in info["missing_keys"] if "lm_head" not in key):
-        raise ValueError(f"transformers does not find {lost[0]} in {folder}, so the merge cannot be verified with it")
-    return model.eval()
+        verification = None
+        if verify:
+            verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)
+    return MergeReport(
+        Path(output),
+        modules=len({update.module for update in updates.values()}),
+        tensors=len(checkpoint.keys),
+        relative_change=change,
+        onto=onto,
+        trained_on=trained and trained.words,
+        logits_error=verification and verification.logits_error,
+        verification=verification,
+    )

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import fits_24gb  # noqa: E402
+import merge  # noqa: E402
 import prior_build  # noqa: E402
 import spectrum as spectra  # noqa: E402
 import step_overhead  # noqa: E402
@@ -86,3 +87,15 @@ def test_spectrum_in_its_smallest_size(capsys):
     _, result = ran(spectra, capsys, "--seeds", 1, "--steps", 1, "--size", 2)
     assert list(result["scores"]) == ["flat", "p = 0.5", "full", "p = 2"]
     assert all(0 <= score <= 1 for scores in result["scores"].values() for score in scores.values())
+
+
+def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    merge.main(["--smallest", "--no-memory"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["smallest"] and list(result["rows"]) == list(merge.PASSES)[:-1]
+    floor = result["rows"]["read, write and sync"]["seconds"]
+    for row in result["rows"].values():
+        assert row["times_the_floor"] == pytest.approx(row["seconds"] / floor, rel=1e-3)
+        assert row["peak_gb"] is None if sys.platform != "linux" else 0.05 < row["peak_gb"] < 2
+    assert not list(tmp_path.iterdir())

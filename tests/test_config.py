@@ -178,7 +178,13 @@ def test_round_trip_is_plain_lora_and_a_file_beside_it(tmp_path):
     assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
 
     own = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert own == {**SETTINGS, "drift_norm": "factor", "drift_sketch": 64, "init_lora_weights": "drift"}
+    assert own == {
+        **SETTINGS,
+        "drift_norm": "factor",
+        "drift_sketch": 64,
+        "init_lora_weights": "drift",
+        "quantization": None,
+    }
     assert DriftConfig.from_pretrained(tmp_path) == made
     assert DriftConfig.from_pretrained(tmp_path.parent, subfolder=tmp_path.name) == made
 

@@ -98,6 +98,7 @@ def compare(model, inputs: dict[str, torch.Tensor], steps: int) -> dict:
 def guidance_alone(model, device: torch.device, repeats: int = 20) -> float:
     """Seconds of the bias itself, gradients given."""
     steered = steered_of(model)
+    listen(steered, True)
     factors = [s.parameter(factor) for s in steered for factor in s.factors]
     ids, seconds = {id(p) for p in factors}, []
     for _ in range(repeats):

@@ -4,17 +4,18 @@ The model is never in memory: each shard is copied and the changed tensors are o
 so that everything else stays byte for byte what it was.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from .adapter import adapter_folder, adapter_updates
-from .checkpoint import Checkpoint
+from .checkpoint import TOKENIZER, Checkpoint
 from .config import CONFIG_FILE
 from .dequantized import DequantizedCheckpoint, quantization_in_training
 from .hub import download, split_revision
 from .standalone import replaced_when_complete, write_model
-from .update import LowRank, Update
+from .update import LowRank, Rows, Update
 from .verify import ONTO, Verification, verify_merge
 
 
@@ -59,7 +60,8 @@ def merge_adapter(
 
     DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
     merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
-    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too.
+    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too
+    (where tokens were trained, the adapter's tokenizer, if it has one).
     Works in `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
 
     Args:
@@ -105,6 +107,8 @@ def merge_adapter(
             zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
             why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
+        if any(isinstance(update, Rows) for update in updates.values()):
+            _take_tokenizer(adapter, folder_of_adapter, folder)
         verification = None
         if verify:
             verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)
@@ -118,3 +122,11 @@ def merge_adapter(
         logits_error=verification and verification.logits_error,
         verification=verification,
     )
+
+
+def _take_tokenizer(adapter: str | Path, folder_of_adapter: Path, folder: Path) -> None:
+    """The adapter's, if it has one: the base's need not know the tokens that were trained."""
+    if not Path(adapter).exists():
+        download(*split_revision(str(adapter)), TOKENIZER)
+    for file in {file for pattern in TOKENIZER for file in folder_of_adapter.glob(pattern)}:
+        shutil.copyfile(file, folder / file.name)

@@ -178,8 +178,6 @@ def main(argv: list[str] | None = None) -> Trainer:
     if run.merge:
         with in_one_sentence(ValueError, OSError):
             record["merge"] = asdict(merge_adapter(run.base, output, merged, verify=True))
-            if run.think_tokens:  # which the base's tokenizer, now in the merged folder, need not know
-                trainer.processing_class.tokenizer.save_pretrained(merged)
             write_json(record, output / "run.json")
     print(f"The adapter is in {output}" + (f", and the merged model in {merged}." if run.merge else "."))
     return trainer

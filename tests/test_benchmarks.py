@@ -83,9 +83,10 @@ def test_fits_24gb_in_its_smallest_size(capsys):
     assert result["computed_28_layers_gb"]["language model, NF4"] == pytest.approx(3.36, abs=0.02)
 
 
-def test_spectrum_in_its_smallest_size(capsys):
+def test_spectrum_in_its_smallest_size(capsys, monkeypatch):
+    monkeypatch.setattr(spectra, "SPECTRA", {"flat": "flat", "p = 2": 2.0})
     _, result = ran(spectra, capsys, "--seeds", 1, "--steps", 1, "--size", 2)
-    assert list(result["scores"]) == ["flat", "p = 0.5", "full", "p = 2"]
+    assert list(result["scores"]) == ["flat", "p = 2"]
     assert all(0 <= score <= 1 for scores in result["scores"].values() for score in scores.values())
 
 

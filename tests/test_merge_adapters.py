@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_merge import edit_weights, load, merge
-from tiny import edit_tensors, save_layout, tiny_llm, tiny_vlm
+from tiny import edit_tensors, save_layout, save_tokenizer, tiny_llm, tiny_vlm
 
 from drift_peft import language_model_targets
 from drift_peft.adapter import open_expert
+from drift_peft.checkpoint import Checkpoint
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 TEXT = {
@@ -77,6 +78,17 @@ def test_adapters_on_the_vision_tower(tmp_path, family, layout):
     expected = trained(tmp_path / "adapter", tiny_vlm(family), **VISION[family])
     merge(tmp_path)
     assert_same_model(load(tmp_path / "merged", family), expected.merge_and_unload())
+
+
+def test_trained_tokens_bring_their_tokenizer(tmp_path):
+    save_layout(tiny_llm("llava"), tmp_path / "base")
+    save_tokenizer(tmp_path / "base", {"a": 0, "b": 1})
+    trained(tmp_path / "adapter", tiny_llm("llava"), target_modules=["q_proj"], trainable_token_indices=[60])
+    merge(tmp_path)
+    assert Checkpoint(tmp_path / "merged").vocabulary() == {"a": 0, "b": 1}
+    save_tokenizer(tmp_path / "adapter", {"a": 0, "b": 1, "<think>": 60})
+    merge(tmp_path, overwrite=True)
+    assert Checkpoint(tmp_path / "merged").vocabulary()["<think>"] == 60
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])

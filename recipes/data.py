@@ -3,10 +3,10 @@
     python recipes/data.py ChaoHuangCS/DRIFT-TL-Distill-4K -o train.parquet
     python recipes/data.py chains.jsonl --images pictures --boxed -o train.parquet
 
-The published set of the paper (arXiv 2510.15050, appendix E: about 4,000 verified chains of thought) has, by its card
-and by the reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes
-them to start outside of the set (../DRIFT-TL-Distill-4K/…). Its rows could not be looked at here, so what a sample
-holds is read off its own keys (layouts.py), and the table says which layout was found.
+The published set of the paper (arXiv 2510.15050: about 4,000 verified chains of thought) has, by its card and by the
+reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes them to start
+outside of the set (../DRIFT-TL-Distill-4K/…). Its rows could not be looked at here, so what a sample holds is read off
+its own keys (layouts.py), and the table says which layout was found.
 
 Result: the columns `messages` and `images`, which TRL's SFTTrainer and DataCollatorForVisionLanguageModeling take as
 they are: a list of {"role", "content": [{"type": "image" or "text", "text"}]}, and as many RGB images as there are

@@ -4,12 +4,12 @@ r"""Make a set of chains of thought from any vision-language model: ask it, keep
     python recipes/distill.py questions.jsonl --server http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Thinking \
         -o chains.parquet
 
-The pipeline of appendix E of the paper (arXiv 2510.15050): it starts from the 11,000 questions of
-ThinkLite-VL-Hard-11K (image, problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought
-for each, removes those that are not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one;
-about 4,000 remain. The paper matches answers with ThinkLite's code; here it is answers.py, and what is said twice is
-removed too. Its prompt is a picture (figure 4), whose text could not be read: the default below is what ThinkLite's own
-evaluation adds to a question. How it samples is not said: the default takes the likeliest token each time.
+The pipeline of the paper (arXiv 2510.15050): it starts from the 11,000 questions of ThinkLite-VL-Hard-11K (image,
+problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought for each, removes those that are
+not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one; about 4,000 remain. The paper
+matches answers with ThinkLite's code; here it is answers.py, and what is said twice is removed too. Its prompt is a
+picture (figure 4), whose text could not be read: the default below is what ThinkLite's own evaluation adds to a
+question. How it samples is not said: the default takes the likeliest token each time.
 
 The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
 written to `<output>.journal.jsonl` as it comes; the same command asks only for what is not there. The result holds the

@@ -149,6 +149,10 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # With gradient checkpointing, transformers lets the output of every embedding require gradients: the tower's too,
+    # which is frozen, and whose activations would be kept, computed again and differentiated for nothing.
+    tower = trainer.model.get_base_model().get_encoder("image")
+    tower.forward = torch.no_grad()(tower.forward)
     return trainer, record
 
 

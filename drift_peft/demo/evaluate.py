@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def encode(processor, samples: list[Sample], answered: bool = True):
         answer = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~answer, -100)
     if "pixel_values" not in batch:
-        batch.pop("mm_token_type_ids")  # text-only models do not know it
+        batch.pop("mm_token_type_ids", None)  # text-only models do not know it
     return batch
 
 
@@ -58,9 +59,12 @@ def accuracy(samples: list[Sample], texts: list[str]) -> float:
     return sum(map(is_right, samples, texts)) / len(samples)
 
 
-def exams(split: str, seed: int, size: int) -> dict[str, list[Sample]]:
-    """``size`` samples each: reasoning over images as trained and longer, perception by task, reasoning over text."""
-    digits, rng = Digits(split), np.random.default_rng([seed, 2])
+def exams(split: str, seed: int, size: int, source: Callable[[str], Digits] = Digits) -> dict[str, list[Sample]]:
+    """``size`` samples each: reasoning over images as trained and longer, perception by task, reasoning over text.
+
+    ``source(split)`` gives the digits of the images.
+    """
+    digits, rng = source(split), np.random.default_rng([seed, 2])
     perception = {task: make_samples(size, [task], rng, digits) for task in PERCEPTION}
     return {
         "2-3 operations": make_samples(size, ["solve"], rng, digits, operations=(2, 3)),

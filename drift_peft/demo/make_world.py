@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import trange
 from transformers import (
+    AutoModelForCausalLM,
     PaddleOCRVLProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -56,8 +59,24 @@ CHAT_TEMPLATE = (
 TEXT_TASKS = [*PERCEPTION, "at", "sum", "sum"]  # "at" is the hardest to learn
 
 
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's tokenizer with a small vocabulary: one token per symbol."""
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(VOCABULARY)},
+        merges=[],
+        unk_token=None,
+        eos_token=SPECIAL["eos_token"],
+        pad_token=SPECIAL["pad_token"],
+        extra_special_tokens={name: token for name, token in SPECIAL.items() if name not in ("eos_token", "pad_token")},
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.add_tokens([token for token in VOCABULARY if len(token) > 1 and token not in SPECIAL.values()])
+    return tokenizer
+
+
 def make_processor() -> PaddleOCRVLProcessor:
-    """Qwen2-VL's image processor, for one channel and patches of 6x6, and Qwen2's tokenizer, with a small vocabulary.
+    """Qwen2-VL's image processor, for one channel and patches of 6x6, and the tokenizer.
 
     The processor class is the one in transformers that does what Qwen2.5-VL's does for images, and has no video
     processor (which needs torchvision).
@@ -72,34 +91,29 @@ def make_processor() -> PaddleOCRVLProcessor:
         temporal_patch_size=1,
         size={"shortest_edge": CELL * CELL, "longest_edge": CELL * CELL * LONGEST},
     )
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(VOCABULARY)},
-        merges=[],
-        unk_token=None,
-        eos_token=SPECIAL["eos_token"],
-        pad_token=SPECIAL["pad_token"],
-        extra_special_tokens={name: token for name, token in SPECIAL.items() if name not in ("eos_token", "pad_token")},
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
-    tokenizer.add_tokens([token for token in VOCABULARY if len(token) > 1 and token not in SPECIAL.values()])
-    return PaddleOCRVLProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return PaddleOCRVLProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
-def text_settings() -> dict:
-    """The language model, the same in all three checkpoints."""
+def text_settings(**sizes: int) -> dict:
+    """The language model, the same in all three checkpoints, in these sizes."""
     return dict(
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        **sizes,
         max_position_embeddings=128,
         bos_token_id=None,
         eos_token_id=VOCABULARY.index(SPECIAL["eos_token"]),
         pad_token_id=VOCABULARY.index(SPECIAL["pad_token"]),
     )
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+
+
+def make_text_model() -> Qwen2ForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    return Qwen2ForCausalLM(Qwen2Config(**text_settings(**SIZES), rope_parameters=rope))
 
 
 def with_vision(base: Qwen2ForCausalLM) -> Qwen2_5_VLForConditionalGeneration:
@@ -108,7 +122,7 @@ def with_vision(base: Qwen2ForCausalLM) -> Qwen2_5_VLForConditionalGeneration:
     # sections neighbours cannot be told apart, so nearly all of them go to the width.
     rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [1, 1, 14]}
     config = Qwen2_5_VLConfig(
-        text_config=text_settings() | {"rope_parameters": rope},
+        text_config=text_settings(**SIZES) | {"rope_parameters": rope},
         vision_config=dict(
             depth=2,
             hidden_size=64,
@@ -162,42 +176,72 @@ def save(model, processor, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def make_base(folder: Path, steps: int = 1200) -> None:
+@dataclass(frozen=True)
+class Family:
+    """What kind of models a world is made of: the functions that make them, and the seed of all its training."""
+
+    seed: int
+    text_model: Callable  # () -> the ancestor, untrained
+    processor: Callable  # () -> the VLM's processor
+    with_vision: Callable  # ancestor -> VLM with a new vision tower in `model.visual` or `model.vision_tower`
+    tower: Callable  # VLM -> its vision modules
+    features: Callable  # (VLM, batch) -> what the language model gets for the images, one row per cell
+    digits: Callable  # split -> where images come from
+    shown: Callable  # symbols of an image -> the tokens that its cells show
+
+
+QWEN = Family(
+    SEED,
+    make_text_model,
+    make_processor,
+    with_vision,
+    tower=lambda vlm: [vlm.model.visual],
+    features=lambda vlm, batch: torch.cat(
+        vlm.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+    ),
+    digits=Digits,
+    shown=list,
+)
+
+
+def make_base(folder: Path, family: Family = QWEN, steps: int = 1200) -> None:
     """The ancestor: perception tasks on text, and sums of one operation.
 
     It has to know every symbol, ``=`` and ``;`` too: embeddings and head are frozen afterwards.
     """
-    rng = np.random.default_rng(SEED)
-    rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
-    base = Qwen2ForCausalLM(Qwen2Config(**text_settings(), rope_parameters=rope))
-    processor = make_processor()
+    torch.manual_seed(family.seed)
+    rng, base, processor = np.random.default_rng(family.seed), family.text_model(), family.processor()
     train(base, processor, lambda n: make_samples(n, TEXT_TASKS, rng), steps, 2e-3, "base")
     save(base, processor.tokenizer, folder)
 
 
-def make_reasoner(base: Path, folder: Path, steps: int = 400) -> None:
-    """The base, trained on chains of 1 to 5 operations in text."""
-    rng = np.random.default_rng(SEED + 1)
-    reasoner = Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32)
+def make_reasoner(
+    base: Path, folder: Path, family: Family = QWEN, steps: int = 400, rate: float = 5e-4, draw: Callable = make_samples
+) -> None:
+    """The base, trained on chains of 1 to 5 operations in text; ``draw(n, tasks, rng)`` gives them."""
+    torch.manual_seed(family.seed)
+    rng, processor = np.random.default_rng(family.seed + 1), family.processor()
+    reasoner = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     freeze(reasoner.get_input_embeddings(), reasoner.lm_head)
-    processor = make_processor()
-    train(reasoner, processor, lambda n: make_samples(n, ["solve"], rng), steps, 5e-4, "reasoner")
+    train(reasoner, processor, lambda n: draw(n, ["solve"], rng), steps, rate, folder.name)
     save(reasoner, processor.tokenizer, folder)
 
 
-def make_vlm(base: Path, folder: Path, alignment_steps: int = 600, steps: int = 700) -> None:
+def make_vlm(base: Path, folder: Path, family: Family = QWEN, alignment_steps: int = 600, steps: int = 700) -> None:
     """The base with a vision tower: the tower alone first, then all but embeddings and head, on perception and text."""
-    rng, digits, processor = np.random.default_rng(SEED + 2), Digits("train"), make_processor()
-    vlm = with_vision(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32))
+    torch.manual_seed(family.seed)
+    rng, digits, processor = np.random.default_rng(family.seed + 2), family.digits("train"), family.processor()
+    vlm = family.with_vision(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     freeze(vlm)
-    vlm.model.visual.requires_grad_(True)
+    for module in family.tower(vlm):
+        module.requires_grad_(True)
     embeddings = vlm.get_input_embeddings()
 
     def to_embeddings(samples):
         """Teach the vision tower to say a symbol as the language model's own embedding of it."""
-        batch = encode(processor, samples, answered=False)
-        seen = torch.cat(vlm.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output)
-        ids = processor.tokenizer("".join(s.symbols for s in samples), return_tensors="pt")["input_ids"][0]
+        seen = family.features(vlm, encode(processor, samples, answered=False))
+        shown = [token for sample in samples for token in family.shown(sample.symbols)]
+        ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids(shown))
         return F.mse_loss(seen, embeddings(ids)) / embeddings.weight.var()
 
     rows = partial(make_samples, tasks=["read"], rng=rng, digits=digits)
@@ -226,7 +270,6 @@ def main() -> None:
         "vlm": lambda: make_vlm(base, arguments.out / "vlm"),
     }
     for model in arguments.models:
-        torch.manual_seed(SEED)
         make[model]()
 
 

@@ -1,0 +1,73 @@
+"""Finished runs, one JSON line each, so that the study can be stopped at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from drift_peft import __version__
+
+from .worlds import WORLDS
+
+
+def key_of(run: dict) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+@cache
+def fingerprint(world: str) -> str:
+    """Of the world's checkpoints: results of other ones must not stand beside each other."""
+    files = [folder / "model.safetensors" for folder in (WORLDS[world].vlm, WORLDS[world].expert)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+class Ledger:
+    """The finished runs of a JSONL file: run -> result.
+
+    Args:
+        file: read if it is there; each finished run is appended.
+
+    Raises:
+        ValueError: a run belongs to other checkpoints than those that are here, or a line is damaged.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.results = file, {}
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # the study was killed while it wrote
+            file.write_text("".join(lines[:-1]), encoding="utf-8")
+            lines.pop()
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                run, result, world = entry["run"], entry["result"], entry["checkpoints"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"line {number} of {file} is no finished run: remove it ({error})") from error
+            if world != fingerprint(run["world"]):
+                raise ValueError(
+                    f"line {number} of {file} was measured on other checkpoints of the world {run['world']!r} than "
+                    "those that are here: restore them, or give --out another folder"
+                )
+            self.results[key_of(run)] = result
+
+    def __contains__(self, run: dict) -> bool:
+        return key_of(run) in self.results
+
+    def __getitem__(self, run: dict) -> dict:
+        return self.results[key_of(run)]
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(json.loads, self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def add(self, run: dict, result: dict) -> None:
+        self.results[key_of(run)] = result
+        entry = {"run": run, "result": result, "checkpoints": fingerprint(run["world"]), "version": __version__}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, sort_keys=True) + "\n")

@@ -1,0 +1,148 @@
+"""Everything that is compared, as a table: what a user could do with the VLM and the expert, and the controls.
+
+Each method is tuned on validation digits over as many candidates as any other (CANDIDATES), in every world: those
+that train plain LoRA or all weights over learning rates, those with a strength of their own over rates x strengths,
+merges over their scales, weights and densities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import product
+
+CANDIDATES = 9
+LORA_RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
+FULL_RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3)
+STEERED_RATES = (2e-3, 5e-3, 1e-2)
+
+
+def grid(**axes: Iterable) -> tuple[dict, ...]:
+    """All combinations of the values of these settings."""
+    return tuple(dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make the model that is examined.
+
+    Attributes:
+        title: the row's name.
+        trains: "lora" or "full", or None where nothing is trained.
+        merge: method of `merge_baseline`, or "export" for the prior as a LoRA adapter; where nothing is trained.
+        start: `init_lora_weights` of a plain LoraConfig.
+        drift: settings of DriftConfig (of `guide` with trains="full"); None trains without guidance.
+        prior: which prior steers: "plain", "hierarchical", "negated", "random", "wrong", "weak".
+        four_bit: trained on NF4, then merged into the full-precision base.
+        settings: fixed for this method; `merged` is λ of the Δ that is added to the base before anything else.
+        grid: the candidates; none where there is nothing to choose.
+        like: whose chosen candidate a control takes, instead of choosing one of its own.
+    """
+
+    title: str
+    trains: str | None = "lora"
+    merge: str | None = None
+    start: str | bool = True
+    drift: dict | None = None
+    prior: str = "plain"
+    four_bit: bool = False
+    settings: dict = field(default_factory=dict)
+    grid: tuple[dict, ...] = ()
+    like: str | None = None
+
+
+ADAPTIVE = {"drift_scale": "adaptive", "drift_target": "residual"}
+DECOUPLED = {"drift_scale": "decoupled", "drift_target": "factors"}
+HOLD = {"drift_scale": "decoupled", "drift_target": "base", "drift_alpha": 30.0}
+DENSITIES = grid(weights=[(1.6, 0.2), (1.0, 0.5), (1.0, 1.0)], density=[0.2, 0.5, 0.8])
+LAYERS = ([0], [1], [2], [3], [0, 1], [1, 2], [2, 3], [0, 1, 2], [1, 2, 3])
+ALPHAS = {"adaptive": (0.3, 1.0, 3.0), "gradnorm": (0.3, 1.0, 3.0), "absolute": (0.01, 0.1, 1.0)}
+
+TRAINING_FREE = {
+    "vlm": Method("VLM as it is", trains=None),
+    "task-arithmetic": Method(
+        "task arithmetic",
+        None,
+        "task_arithmetic",
+        grid=grid(scale=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
+    ),
+    "ties": Method("TIES", None, "ties", grid=DENSITIES),
+    "dare-linear": Method("DARE, linear", None, "dare_linear", grid=DENSITIES),
+    "dare-ties": Method("DARE, TIES", None, "dare_ties", grid=DENSITIES),
+    "layer-swap": Method("layers swapped", None, "task_arithmetic", grid=grid(scale=[1.0], only_layers=LAYERS)),
+    "swap": Method("the whole reasoner swapped in", None, "task_arithmetic", settings={"scale": 1.0}),
+    "export": Method(
+        "the prior as a LoRA adapter", None, "export", grid=grid(scale=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
+    ),
+}
+
+TRAINING = {
+    "lora": Method("LoRA", grid=grid(rate=LORA_RATES)),
+    "pissa": Method("LoRA, PiSSA start", start="pissa", grid=grid(rate=LORA_RATES)),
+    "eva": Method("LoRA, EVA start", start="eva", grid=grid(rate=LORA_RATES)),
+    "lora-ga": Method("LoRA, LoRA-GA start", start="lora_ga", grid=grid(rate=LORA_RATES)),
+    "start": Method("LoRA, DRIFT's start, no bias", drift={"drift_alpha": 0.0}, grid=grid(rate=LORA_RATES)),
+    "full": Method("full fine-tuning", "full", grid=grid(rate=FULL_RATES)),
+    "merge-lora": Method("merged, then LoRA", grid=grid(rate=[1e-3, 3e-3, 1e-2], merged=[0.5, 0.8, 1.0])),
+    "full-drift": Method(
+        "full DRIFT, as published",
+        "full",
+        drift={"drift_scale": "adaptive", "drift_target": "delta"},
+        grid=grid(rate=[1e-4, 3e-4, 1e-3], drift_alpha=[0.3, 1.0, 3.0]),
+    ),
+    "drift": Method("DRIFT", drift=ADAPTIVE, grid=grid(rate=STEERED_RATES, drift_alpha=ALPHAS["adaptive"])),
+    "decoupled": Method(
+        "DRIFT, decoupled", drift=DECOUPLED, grid=grid(rate=[1e-3, 3e-3, 1e-2], drift_alpha=[10.0, 30.0, 100.0])
+    ),
+    "hold": Method("merged, then held LoRA", drift=HOLD, grid=grid(rate=STEERED_RATES, merged=[0.8, 0.9, 1.0])),
+}
+
+# Every other scale, target and norm of DRIFT with LoRA. A constant direction, and one of fixed length, drive the
+# adapter on for as long as there are steps, so they get lower rates.
+VARIANTS = {
+    f"{scale}-{target}": Method(
+        f"DRIFT, {scale}, {target}",
+        drift={"drift_scale": scale, "drift_target": target},
+        grid=grid(rate=(5e-4, 1e-3, 3e-3) if target == "delta" else STEERED_RATES, drift_alpha=ALPHAS[scale]),
+    )
+    for scale, target in product(("adaptive", "gradnorm", "absolute"), ("residual", "delta", "factors"))
+    if (scale, target) != ("adaptive", "residual")
+} | {
+    f"weight-{target}": Method(
+        f"DRIFT, adaptive, {target}, the weight's norm",
+        drift={"drift_scale": "adaptive", "drift_target": target, "drift_norm": "weight"},
+        grid=grid(rate=(5e-4, 1e-3, 3e-3) if target == "delta" else STEERED_RATES, drift_alpha=ALPHAS["adaptive"]),
+    )
+    for target in ("residual", "delta")
+}
+
+NF4 = {
+    f"{key}-nf4": Method(
+        f"{TRAINING[key].title}, on NF4",
+        drift=TRAINING[key].drift,
+        four_bit=True,
+        like=key,
+    )
+    for key in ("lora", "merge-lora", "drift", "decoupled", "hold")
+}
+
+PRIORS = {  # variants of Δ, as priors for the two ways to steer
+    "hierarchical": "Δ from the base",
+    "negated": "−Δ",
+    "random": "Δ's singular values, random vectors",
+    "wrong": "Δ of a wrong expert",
+    "weak": "Δ of a weaker expert",
+}
+CONTROLS = {
+    f"{key}-{prior}": Method(f"{TRAINING[key].title}: {what}", drift=TRAINING[key].drift, prior=prior, like=key)
+    for key, (prior, what) in product(("drift", "decoupled"), PRIORS.items())
+} | {
+    "pull-to-zero": Method(
+        "LoRA pulled to zero",
+        drift={"drift_scale": "decoupled", "drift_target": "base"},
+        like="decoupled",
+    )
+}
+
+METHODS = TRAINING_FREE | TRAINING | VARIANTS | NF4 | CONTROLS
+assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

@@ -1,15 +1,18 @@
 """What a training step's activations take: the model's own decoder runs on tensors that have a shape and no memory.
 
 What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
-architecture. Layers are alike, so two steps, through one layer and through two, give a step through all of them.
+architecture. Layers of one kind are alike, so steps through one and through two of each kind give a step through all of
+them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 import weakref
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from peft import LoraConfig
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from transformers.trainer_pt_utils import LabelSmoother
 
 PHASES = "forward pass", "loss", "backward pass"
+MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
 TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
 
 
@@ -113,21 +117,50 @@ def step_peaks(decoder: nn.Module, names: list[str], head: torch.Size, step: Ste
         decoder: the language model on the meta device.
         names: its modules that are in 4 bits and adapted.
         head: shape of the weight that makes logits of its output.
+
+    Raises:
+        ValueError: it cannot be run without its weights.
     """
-    depth = len(decoder.layers)
-    one, two = (_run(decoder, names, head, step, layers) for layers in (1, 2))
-    per_layer = {phase: two[phase] - one[phase] for phase in PHASES}
-    return {phase: (depth * per_layer[phase], one[phase] - per_layer[phase]) for phase in PHASES}
+    run = cache(partial(_run, decoder, names, head, step))
+    found = kinds(decoder)
+    firsts = [layers[0] for layers in found]
+    peaks = {}
+    for phase in PHASES:
+        per_layer = [run((i, i))[phase] - run((i,))[phase] for i in firsts]
+        kept = sum(len(layers) * size for layers, size in zip(found, per_layer, strict=True))
+        # What is there beside it is largest at work on the last layer of some kind, when all others have kept theirs.
+        orders = [(*(other for other in firsts if other != i), i) for i in firsts]
+        peaks[phase] = kept, max(run(order)[phase] for order in orders) - sum(per_layer)
+    return peaks
 
 
-def _run(decoder: nn.Module, names: list[str], head: torch.Size, step: Step, layers: int) -> dict[str, int]:
+def kinds(decoder: nn.Module) -> list[list[int]]:
+    """The layers by kind: those of one class, with parameters of the same shapes and the same sort of attention."""
+    attention = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+    found: dict[tuple, list[int]] = {}
+    for i, layer in enumerate(decoder.layers):
+        shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
+        found.setdefault((type(layer), attention[i], shapes), []).append(i)
+    return [*found.values()]
+
+
+def _run(decoder: nn.Module, names: list[str], head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
     decoder = _adapted(decoder, names, step, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        decoder.to_empty(device="cpu")
-        for parameter in decoder.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches, and counted with the adapter
-        return take(step, decoder, torch.empty(head, dtype=step.dtype))
+    log = logging.getLogger(FakeTensorMode.__module__)
+    log.disabled = True  # what goes wrong is told below
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            decoder.to_empty(device="cpu")
+            for parameter in decoder.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches; counted with the adapter
+            return take(step, decoder, torch.empty(head, dtype=step.dtype))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        named = " and ".join(sorted({type(layer).__name__ for layer in decoder.layers}))
+        raise ValueError(f"what {named} takes cannot be counted without its weights ({reason}): {MEASURE}") from error
+    finally:
+        log.disabled = False
 
 
 def take(step: Step, decoder: nn.Module, weight: Tensor) -> dict[str, int]:
@@ -159,7 +192,8 @@ def take(step: Step, decoder: nn.Module, weight: Tensor) -> dict[str, int]:
 
 def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
     shape = step.batch, step.tokens
-    embedded = torch.zeros(*shape, width, dtype=step.dtype).requires_grad_(step.checkpointing)
+    # As the input of all layers but the first; that one's has gradients too with checkpointing alone.
+    embedded = torch.zeros(*shape, width, dtype=step.dtype).requires_grad_()
     # A single sample needs no mask; with several, the shorter ones are padded.
     mask = None if step.batch == 1 else torch.ones(step.batch, 1, step.tokens, step.tokens, dtype=torch.bool)
     inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": torch.zeros(shape, dtype=torch.long)}
@@ -176,21 +210,25 @@ def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
     return LabelSmoother(step.label_smoothing)({"logits": logits}, labels, shift_labels=True)
 
 
-def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: int) -> nn.Module:
-    """A copy with so many layers, as it is trained: in 16 bit and frozen, with LoRA in fp32 on its projections."""
+def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int, ...]) -> nn.Module:
+    """A copy with these layers alone, as it is trained: in 16 bit and frozen, with LoRA in fp32 on its projections."""
     decoder = copy.copy(decoder)
-    decoder._modules = {**decoder._modules, "layers": decoder.layers[:layers]}
+    chosen = nn.ModuleList(copy.deepcopy(decoder.layers[i]) for i in layers)  # copies, so that one may come twice
+    decoder._modules = {**decoder._modules, "layers": chosen}
     decoder = copy.deepcopy(decoder).to(step.dtype).requires_grad_(False)
+    if attention := getattr(decoder.config, "layer_types", None):
+        decoder.config.layer_types = [attention[i] for i in layers]
     lora = LoraConfig(r=step.r, lora_dropout=step.lora_dropout)
     for name in names:
-        parent, _, child = name.rpartition(".")
-        if int(name.split(".")[1]) < layers:
-            old = decoder.get_submodule(name)
+        _, index, path = name.split(".", 2)
+        parent, _, child = path.rpartition(".")
+        for layer in [layer for i, layer in zip(layers, decoder.layers, strict=True) if i == int(index)]:
+            old = layer.get_submodule(path)
             new = FourBit(old.in_features, old.out_features, old.bias is not None, "meta", step.dtype)
-            layer = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
-            for factor in (layer.lora_A, layer.lora_B):
+            new = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
+            for factor in (new.lora_A, new.lora_B):
                 factor.float()  # PEFT gives them the dtype of a weight that is not packed
-            setattr(decoder.get_submodule(parent), child, layer)
+            setattr(layer.get_submodule(parent), child, new)
     if step.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions

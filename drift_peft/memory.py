@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -17,11 +17,9 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForImageTextToText,
     PretrainedConfig,
-    PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .dry_run import Step, step_peaks
+from .dry_run import MEASURE, Step, step_peaks
 from .naming import canonical_name, cross_attention_layers, language_model_targets
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
@@ -57,6 +55,7 @@ class Settings:
     drift_sketch: int | None = 64
     drift_modules: str | list | None = None
     max_tokens: int = 4096
+    images_per_sample: int = 1
     processor_kwargs: dict | None = None
     think_tokens: bool = False
     per_device_train_batch_size: int = 8
@@ -67,7 +66,7 @@ class Settings:
     fp16: bool = False
 
     def __post_init__(self):
-        for name in ("r", "prior_rank", "max_tokens", "per_device_train_batch_size"):
+        for name in ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
@@ -123,13 +122,18 @@ class Memory:
         name: what to call it.
 
     Raises:
-        ValueError: it is no vision-language model that transformers knows.
+        ValueError: it is no vision-language model that transformers knows, or one with layers of cross-attention.
     """
 
     def __init__(self, config: PretrainedConfig, name: str):
         self.config = config
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or not hasattr(config, "vision_config"):
             raise ValueError(f"{name} is no vision-language model that transformers knows")
+        if cross := cross_attention_layers(config):
+            raise ValueError(
+                f"{name} sees its images in {len(cross)} layers of cross-attention, and what these keep is not counted "
+                f"here: {MEASURE}"
+            )
         with torch.device("meta"):
             self.model = AutoModelForImageTextToText.from_config(config)
         targets = re.compile(language_model_targets(self.model))
@@ -143,7 +147,12 @@ class Memory:
             else:
                 part = "vision tower and the rest"
             self.weights[part] += parameter.numel()
-        self.step_peaks = lru_cache(self._run_dry)
+        decoder = self.model.get_decoder()
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder) + "."
+        names = [name.removeprefix(prefix) for name in self.projections]
+        self.step_peaks = lru_cache(
+            partial(step_peaks, decoder, names, self.model.get_output_embeddings().weight.shape)
+        )
 
     def estimate(self, settings: Settings) -> Estimate:
         size, weights = settings.dtype.itemsize, self.weights
@@ -158,25 +167,17 @@ class Memory:
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
             **self._steering(settings),
         }
-        block, kept = self._tower(settings)
         moments = {
             f"{phase} of the language model": {
-                "vision tower's activations": kept,
                 "activations kept in all layers": layers,
                 "other activations at that moment": rest,
             }
             for phase, (layers, rest) in self.step_peaks(settings.step).items()
         }
-        moments["pass of the vision tower"] = {"vision tower's activations": kept + block}
+        moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
         moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
         return Estimate(settings, {**always, **parts, "CUDA context": CONTEXT}, moment)
-
-    def _run_dry(self, step: Step) -> dict[str, tuple]:
-        decoder = self.model.get_decoder()
-        prefix = next(name for name, module in self.model.named_modules() if module is decoder) + "."
-        names = [name.removeprefix(prefix) for name in self.projections]
-        return step_peaks(decoder, names, self.model.get_output_embeddings().weight.shape, step)
 
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""
@@ -200,33 +201,26 @@ class Memory:
         k = min(settings.drift_rank or settings.r, settings.prior_rank)
         return 4 * batch * (out + inner) * (5 * settings.r + k)
 
-    def _tower(self, settings: Settings) -> tuple[float, float]:
-        """Bytes of the vision tower's activations: of one block while it runs, and kept for the backward pass.
-
-        With gradient checkpointing, transformers lets the tower's input require gradients where it finds the tower's
-        embeddings, as it does the language model's. Then the inputs of all its blocks are kept.
-        """
+    def tower(self, settings: Settings) -> float:
+        """Bytes of the vision tower's activations, which runs without autograd: those of one block, and the outputs of
+        all of them where the model asks for an inner one's."""
         tower = self.model.get_encoder("image")
         blocks = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
         widths = [(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear)]
+        outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") else 0
         number = patches(self.config, settings) * settings.per_device_train_batch_size
-        block = settings.dtype.itemsize * number * sum(map(sum, widths))
-        if not (settings.gradient_checkpointing and input_requires_grad(tower)):
-            return block, 0
-        checkpointed = isinstance(blocks[0], GradientCheckpointingLayer)
-        kept = settings.dtype.itemsize * number * widths[0][0] if checkpointed else block
-        return 2 * block, len(blocks) * kept
+        return settings.dtype.itemsize * number * (sum(map(sum, widths)) + outputs)
 
 
 def patches(config: PretrainedConfig, settings: Settings) -> int:
-    """Into how many patches a sample's image is cut: by the recipe's processor_kwargs, else as its processor may."""
+    """Into how many patches a sample's images are cut: by the recipe's processor_kwargs, else as its processor may."""
     vision, kwargs = config.vision_config, settings.processor_kwargs or {}
     longest = (kwargs.get("size") or {}).get("longest_edge")
     merge = getattr(vision, "spatial_merge_size", 1)
     if merge > 1 or not hasattr(vision, "image_size"):  # Qwen: as many as there are pixels, and as tokens allow
         most = settings.max_tokens * merge**2
         pixels = kwargs.get("max_pixels") or longest
-        return min(pixels // vision.patch_size**2, most) if pixels else most
+        return min(settings.images_per_sample * (pixels // vision.patch_size**2), most) if pixels else most
     side, patch = _side(vision.image_size), _side(vision.patch_size)
     tiles = getattr(vision, "max_num_tiles", 1)
     if grid := getattr(config, "image_grid_pinpoints", None):  # LLaVA-NeXT: tiles, and the whole
@@ -237,20 +231,8 @@ def patches(config: PretrainedConfig, settings: Settings) -> int:
         tiles = 1 + kwargs.get("max_patches", 12) if kwargs.get("crop_to_patches", True) else 1
     elif config.model_type == "idefics2":
         tiles = 5 if kwargs.get("do_image_splitting", True) else 1
-    return tiles * (side // patch) ** 2
+    return settings.images_per_sample * tiles * (side // patch) ** 2
 
 
 def _side(size: int | list | tuple) -> int:
     return size if isinstance(size, int) else size[0]
-
-
-def input_requires_grad(tower: nn.Module) -> bool:
-    """Does transformers' enable_input_require_grads reach into this tower?"""
-    for module in tower.modules():
-        if isinstance(module, PreTrainedModel):
-            try:
-                if isinstance(module.get_input_embeddings(), nn.Module):
-                    return True
-            except NotImplementedError:
-                pass
-    return False

@@ -155,9 +155,10 @@ def estimate_summary(memory: Memory, settings: Settings) -> dict:
 def preflight_table(summary: dict) -> Table:
     """The parts of the estimate."""
     settings = summary["settings"]
+    images = settings["images_per_sample"]
     caption = (
         f"at its peak, the {summary['moment']}: {settings['per_device_train_batch_size']} x {settings['max_tokens']} "
-        f"tokens, each with one image of {summary['patches']} patches"
+        f"tokens, each with {images} image{'s' * (images > 1)} of {summary['patches']} patches"
     )
     table = Table("part", "GB", title=Text(f"training {summary['base']}"), caption=Text(caption))
     table.columns[1].justify = "right"

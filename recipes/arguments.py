@@ -27,6 +27,7 @@ class RunArguments:
     on_bad: Literal["drop", "fail"] = field(default="drop", metadata={"help": "samples that cannot be used"})
     max_tokens: int = field(default=4096, metadata={"help": "longest sample, with its images' tokens; none is cut"})
     on_long: Literal["drop", "fail"] = field(default="drop", metadata={"help": "longer samples"})
+    images_per_sample: int = field(default=1, metadata={"help": "most that one has; only preflight asks"})
     processor_kwargs: dict | str | None = field(default=None, metadata={"help": "settings of the processor, as YAML"})
     think_tokens: bool = field(default=False, metadata={"help": "train <think> and </think> as tokens of their own"})
     merge: bool = field(default=False, metadata={"help": "merge into the full-precision base in the end, verified"})

@@ -12,16 +12,17 @@ import transformers as tf
 import yaml
 from hub import Hub
 from peft import LoraConfig, get_peft_model
+from published import BASES
 from test_cli import run
-from tiny import FAMILIES, save_layout, tiny_llm
+from tiny import FAMILIES, MIXED, save_layout, tiny_llm
 from trl import SFTConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from drift_peft import DriftConfig, language_model_targets
 from drift_peft import dry_run as dry
-from drift_peft.memory import CONTEXT, STATE, Memory, Settings, input_requires_grad, patches
-from drift_peft.preflight import USABLE, advise, cards_table
+from drift_peft.memory import CONTEXT, STATE, Memory, Settings, patches
+from drift_peft.preflight import CARDS, USABLE, advise, cards_table, fits, read_settings
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "recipes")]
@@ -78,11 +79,11 @@ def test_the_weights_of_the_main_pair():
     assert other / 1e9 == pytest.approx(computed["other weights, bf16"], rel=1e-3)
 
 
-def four_layers(folder):
+def four_layers(family, layer_types, folder):
     """A tiny model with its projections in NF4 and LoRA in fp32, as the recipes load and wrap it."""
-    config = TINY()
+    config = (FAMILIES | MIXED)[family][0]()
     config.text_config.num_hidden_layers = 4
-    config.text_config.layer_types = ["full_attention"] * 4
+    config.text_config.layer_types = layer_types
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -91,7 +92,7 @@ def four_layers(folder):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["visual", "lm_head"],
+            llm_int8_skip_modules=["visual", "vision_tower", "multi_modal_projector", "linear_attn", "lm_head"],
         )
         model = tf.AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.bfloat16, quantization_config=bits, device_map="cpu"
@@ -100,9 +101,21 @@ def four_layers(folder):
     return config, model
 
 
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_activations_are_those_of_a_real_step(checkpointing, tmp_path):
-    config, model = four_layers(tmp_path)
+@pytest.mark.parametrize(
+    "family, layer_types",
+    [
+        ("qwen2_5_vl", [FULL] * 4),
+        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL]),
+        ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR]),
+        ("qwen3_5", [FULL, LINEAR, FULL, FULL]),
+    ],
+)
+def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing, tmp_path):
+    config, model = four_layers(family, layer_types, tmp_path)
     step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -131,20 +144,14 @@ def test_what_training_takes_follows_the_settings(memory):
     assert 0 < attention["steering factors, 16 bits"] < lean.parts["steering factors, 16 bits"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_whether_the_vision_tower_is_traced_is_asked_of_transformers(family):
-    with torch.device("meta"):
-        model = FAMILIES[family][1](FAMILIES[family][0]())
-    model.enable_input_require_grads()
-    tower = model.get_encoder("image")
-    assert input_requires_grad(tower) == any(module._forward_hooks for module in tower.modules())
-
-
 @pytest.mark.parametrize(
     "config, kwargs, number",
     [
         (qwen2_5_vl_7b(), {"max_pixels": 512 * 512}, 512 * 512 // 14**2),
         (qwen2_5_vl_7b(), None, 512 * 4),  # as many as there are tokens
+        (qwen2_5_vl_7b(), {"max_pixels": 64 * 64, "images": 3}, 3 * (64 * 64 // 14**2)),
+        (qwen2_5_vl_7b(), {"max_pixels": 512 * 512, "images": 3}, 512 * 4),
+        (tf.LlavaNextConfig(), {"images": 2}, 2 * 5 * 24 * 24),
         (tf.LlavaNextConfig(), None, 5 * 24 * 24),
         (tf.Gemma3Config(vision_config={"image_size": 896, "patch_size": 14}), None, 64 * 64),
         (tf.SmolVLMConfig(vision_config={"image_size": 384, "patch_size": 14}), None, 17 * 27 * 27),
@@ -158,8 +165,54 @@ def test_whether_the_vision_tower_is_traced_is_asked_of_transformers(family):
         (tf.MllamaConfig(vision_config={"image_size": 560, "patch_size": 14}), None, 4 * 40 * 40),
     ],
 )
-def test_patches_of_an_image(config, kwargs, number):
-    assert patches(config, settings(processor_kwargs=kwargs)) == number
+def test_patches_of_a_sample(config, kwargs, number):
+    kwargs = dict(kwargs or {})
+    images = kwargs.pop("images", 1)
+    assert patches(config, settings(processor_kwargs=kwargs, images_per_sample=images)) == number
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "idefics2", "qwen2_5_vl", "qwen3_vl"])
+def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family):
+    config, cls, _ = FAMILIES[family]
+    config = config()
+    if qwen := hasattr(config.vision_config, "depth"):
+        config.vision_config.depth = 4
+    else:
+        config.vision_config.num_hidden_layers = 4
+    model = cls(config)
+    pixels = torch.ones(16 * 16, 3 * 2 * 16) if qwen else torch.ones(16, 3, 16, 16)  # 16 images of 16 patches
+    inputs = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 16)} if qwen else {}
+    with torch.no_grad(), dry.Live() as live:
+        model.get_image_features(pixel_values=pixels[None] if family == "idefics2" else pixels, **inputs)
+    kwargs = {"max_pixels": 256, "do_image_splitting": False}
+    wanted = settings(images_per_sample=16, max_tokens=4096, bf16=False, processor_kwargs=kwargs)
+    memory = Memory(config, "tiny")
+    assert patches(config, wanted) == 16 * 16
+    assert 0.8 <= memory.tower(wanted) / live.peaks["forward pass"] <= 2
+    one = replace(wanted, images_per_sample=1)
+    assert memory.tower(wanted) == 16 * memory.tower(one)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "recipes").glob("*.yaml"))])
+def test_what_a_recipe_says_it_takes_is_the_estimate_at_the_published_size(name):
+    recipe = read_settings(ROOT / "recipes" / f"{name}.yaml")
+    config, weights = BASES[recipe.base]
+    memory = Memory(config(), recipe.base)
+    assert sum(memory.weights.values()) / 1e9 == pytest.approx(weights, abs=0.006)
+    estimate = memory.estimate(recipe)
+    smallest = next(card for card in CARDS if fits(estimate, card))
+    head = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8").partition("\nbase:")[0]
+    assert f"about {estimate.bytes / 1e9:.1f} GB, so a card of {smallest} GB; estimated by drift-peft preflight" in head
+
+
+def test_what_cannot_be_counted_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^tiny sees its images in 2 layers of cross-attention.*: train a few steps"):
+        Memory(FAMILIES["mllama"][0](), "tiny")
+    config = TINY()
+    rope = config.text_config.rope_parameters
+    config.text_config.rope_parameters = {**rope, "mrope_section": [4, 2, 1]}  # of 8: no step can be run
+    with pytest.raises(ValueError, match=r"^what Qwen2_5_VLDecoderLayer takes cannot be counted .*: train a few steps"):
+        Memory(config, "tiny").estimate(settings())
 
 
 def card(estimate):
@@ -214,9 +267,14 @@ def test_the_command(recipe, capsys):
     assert status == 0 and summary["settings"]["max_tokens"] == 256 and summary["settings"]["bf16"] is True
     assert summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
     assert [(c["gb"], c["fits"]) for c in summary["cards"]] == [(8, True), (12, True), (16, True), (24, True)]
+    several = json.loads(run(capsys, "preflight", recipe, "--set", "images_per_sample=4", "--json")[1])
+    assert several["patches"] == 4 * summary["patches"] and several["settings"]["images_per_sample"] == 4
+    assert "each with 4 images of 64 patches" in " ".join(
+        run(capsys, "preflight", recipe, "--set", "images_per_sample=4")[1].split()
+    )
     status, out, _ = run(capsys, "preflight", recipe)
     out = " ".join(out.split())
-    assert status == 0 and "CUDA context" in out and "1 x 128 tokens, each with one image of 16 patches" in out
+    assert status == 0 and "CUDA context" in out and "1 x 128 tokens, each with 1 image of 16 patches" in out
     assert "24 GB" in out and "fits, with" in out and "94% of a card" in out
 
 
@@ -235,6 +293,7 @@ def test_nothing_but_the_config_is_downloaded(recipe, capsys, tmp_path, monkeypa
         (["max_token=5"], "max_token does not decide what memory a recipe takes; did you mean max_tokens?"),
         (["max_tokens"], "--set max_tokens names no value: write key=value"),
         (["max_tokens=many"], "max_tokens takes a whole number of at least 1, got 'many'"),
+        (["images_per_sample=0"], "images_per_sample takes a whole number of at least 1, got 0"),
         (["optim=adamm"], "what optim adamm keeps is not known here"),
         (["processor_kwargs=5"], "processor_kwargs takes settings of the processor, got 5"),
         (["base=no/where"], "no/where"),

@@ -22,13 +22,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from digits_study.collect import collect  # noqa: E402
 from digits_study.ledger import Ledger  # noqa: E402
-from digits_study.plan import stages  # noqa: E402
-from digits_study.run import make_priors, perform  # noqa: E402
+from digits_study.plan import FULL, QUICK, SMALLEST, Plan  # noqa: E402
+from digits_study.priors import make_priors  # noqa: E402
+from digits_study.report import write  # noqa: E402
+from digits_study.run import perform  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 
-def execute(ledger: Ledger, plan, priors: Path, processes: int, deadline: float | None) -> bool:
+def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: float | None) -> bool:
     """Carry out what is missing, each run in a process of its own. False if time was up before the end."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -36,7 +39,7 @@ def execute(ledger: Ledger, plan, priors: Path, processes: int, deadline: float 
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         context.set_forkserver_preload(["digits_study.run"])
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-        for title, stage in plan:
+        for title, stage in plan.stages():
             runs = [run for run in unique(stage(ledger)) if run not in ledger]
             for world in {run["world"] for run in runs}:
                 make_priors(priors, world)
@@ -63,14 +66,27 @@ def unique(runs: list[dict]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of runs and report")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", const=QUICK, dest="plan", help="a few methods on one world")
+    size.add_argument("--smallest", action="store_const", const=SMALLEST, dest="plan", help="shows that it works")
+    parser.add_argument("--out", type=Path, help="folder of runs and report; benchmarks/results, or runs/digits")
     parser.add_argument("--priors", type=Path, default=Path("runs/digits-priors"), help="folder that keeps the priors")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
+    parser.add_argument("--report", action="store_true", help="run nothing, and write the report")
     given = parser.parse_args(arguments)
+    plan = given.plan or FULL
+    out = given.out or (HERE / "results" if plan is FULL else Path("runs/digits"))
+    page = HERE / "RESULTS.md" if out == HERE / "results" else out / "RESULTS.md"
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    ledger = Ledger(given.out / "digits.jsonl")
-    execute(ledger, stages(), given.priors, given.processes, deadline)
+    ledger = Ledger(out / "digits.jsonl")
+    if not given.report:
+        execute(ledger, plan, given.priors, given.processes, deadline)
+    results = collect(ledger, plan)
+    (out / "digits.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(results, out, page)
+    print(f"{page}, {out}/digits.json and the pictures beside it show {results['runs']} runs.")
+    print(json.dumps({"runs": results["runs"], "missing": results["known_missing"], "hours": results["hours"]}))
 
 
 if __name__ == "__main__":

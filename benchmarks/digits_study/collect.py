@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from drift_peft.demo.evaluate import MEASURES
 
-from .intervals import differs, interval
+from .intervals import interval
 from .ledger import Ledger
 from .methods import METHODS
-from .plan import SWEEPS, choose, has_prior, stages, test_runs, tuning_runs, validation
-from .run import DEFAULTS, scores
+from .plan import SWEEPS, Change, Plan
+from .run import scores
 from .worlds import WORLDS
 
-Change = Callable[[dict], dict] | None
+DUELS = (  # (first, second, what their difference answers)
+    ("drift", "lora", "Is DRIFT better than LoRA?"),
+    ("decoupled", "lora", "And decoupled?"),
+    ("drift", "start", "Is it more than the start?"),
+    ("drift", "merge-lora", "Better than merging, then LoRA?"),
+    ("decoupled", "merge-lora", ""),
+    ("hold", "merge-lora", "Does the hold help there?"),
+    ("decoupled", "drift", "Outside the gradient or in it?"),
+    ("drift", "full", "Better than full fine-tuning?"),
+    ("drift", "full-drift", "Better than DRIFT as published?"),
+    ("full-drift", "full", "What the published way gains:"),
+    ("drift", "drift-random", "Is it Δ, or any pull?"),
+    ("decoupled", "decoupled-random", ""),
+    ("drift", "drift-negated", ""),
+    ("drift", "drift-wrong", "Does the expert matter?"),
+    ("decoupled", "decoupled-wrong", ""),
+    ("decoupled", "pull-to-zero", "More than a pull to zero?"),
+    ("drift", "drift-hierarchical", "Δ from the VLM or from the base?"),
+    ("drift", "drift-weak", "A weaker expert?"),
+    ("drift", "drift-nf4", "What 4 bit costs:"),
+    ("lora", "lora-nf4", ""),
+)
+
+LEADERS = ("drift", "decoupled")  # whose rivals are listed: DRIFT inside the adapter
 RIVAL = "lora"  # what a user would do without us: every row is compared with it, seed by seed
 
 
-def answers(ledger: Ledger, runs: list[dict]) -> dict[str, np.ndarray] | None:
-    """Exam -> answers [seeds, samples]; None unless every run is there."""
+def answers(ledger: Ledger, runs: list[dict], size: int) -> np.ndarray | None:
+    """Right answers [exams, seeds, samples], exams in the order of MEASURES; None unless every run is there."""
     if not runs or not all(run in ledger for run in runs):
         return None
-    marks = [scores(ledger[run], run["settings"].get("size", DEFAULTS["size"])) for run in runs]
-    return {name: np.stack([mark[name] for mark in marks]) for name in MEASURES}
+    marks = [scores(ledger[run], size) for run in runs]
+    return np.stack([[mark[name] for mark in marks] for name in MEASURES])
 
 
-def row(ledger: Ledger, world: str, method: str, change: Change = None, rival: Change = None) -> dict | None:
+def row(
+    ledger: Ledger, plan: Plan, world: str, method: str, change: Change = None, rival: Change = None
+) -> dict | None:
     """A method's numbers over all seeds, with `rival`'s change made to LoRA beside it; None if a run is missing."""
-    runs = test_runs(ledger, world, method, change)
-    mine, theirs = answers(ledger, runs), answers(ledger, test_runs(ledger, world, RIVAL, rival))
+    runs = plan.test_runs(ledger, world, method, change)
+    mine = answers(ledger, runs, plan.size)
+    theirs = answers(ledger, plan.test_runs(ledger, world, RIVAL, rival), plan.size)
     if mine is None:
         return None
-    together = np.stack([mine[name] for name in MEASURES])
     result = {
         "settings": runs[0]["settings"],
-        "edge": at_the_edge(ledger, world, method),
-        "scores": {name: interval(mine[name][None]) for name in MEASURES} | {"mean": interval(together)},
+        "edge": at_the_edge(METHODS[method].grid, plan.choose(ledger, world, method)),
+        "scores": by_exam(mine),
     }
     if theirs is not None and method != RIVAL:
-        result["against LoRA"] = {name: differs(mine[name][None], theirs[name][None]) for name in MEASURES}
-        result["against LoRA"]["mean"] = differs(together, np.stack([theirs[name] for name in MEASURES]))
+        result["against LoRA"] = by_exam(mine - theirs)
     results = [ledger[run] for run in runs]
     for key in ("cosine", "absorbed", "step_seconds", "peak_mb"):
         if all(r.get(key) is not None for r in results):
@@ -51,48 +73,77 @@ def row(ledger: Ledger, world: str, method: str, change: Change = None, rival: C
     return result
 
 
-def at_the_edge(ledger: Ledger, world: str, method: str) -> list[str]:
+def by_exam(answers: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Mean and interval of each exam and of their mean, of answers or paired differences [exams, seeds, samples]."""
+    return {name: interval(answers[i, None]) for i, name in enumerate(MEASURES)} | {"mean": interval(answers)}
+
+
+def at_the_edge(grid: tuple[dict, ...], best: dict) -> list[str]:
     """Settings whose chosen value is the smallest or largest candidate: a better one may lie beyond."""
-    grid, best, found = METHODS[method].grid, choose(ledger, world, method), []
-    for key in grid[0] if grid and best else ():
+    found = []
+    for key in grid[0] if grid else ():
         values = sorted({candidate[key] for candidate in grid if isinstance(candidate[key], (int, float))})
-        if len(values) > 2 and best[key] in (values[0], values[-1]):
+        if len(values) > 2 and best.get(key) in (values[0], values[-1]):
             found.append(key)
     return found
 
 
-def collect(ledger: Ledger) -> dict:
+def collect(ledger: Ledger, plan: Plan) -> dict:
     """Everything that the report shows."""
-    planned = {str(run): run for _, stage in stages() for run in stage(ledger)}
-    result = {
+    planned = [run for _, stage in plan.stages() for run in stage(ledger)]
+    candidates = [candidate for method in METHODS.values() for candidate in method.grid]
+    return {
         "runs": len(ledger),
-        "known_missing": sum(run not in ledger for run in planned.values()),
+        "known_missing": len({str(run) for run in planned if run not in ledger}),
         "hours": round(sum(ledger[run]["seconds"] for run in ledger) / 3600, 2),
+        "seeds": plan.seeds,
+        "size": plan.size,
         "titles": {key: method.title for key, method in METHODS.items()},
-        "worlds": {},
+        "candidates": {str(c): ", ".join(f"{k} {v}" for k, v in c.items()) for c in candidates},
+        "worlds": {world: collect_world(ledger, plan, world) for world in plan.worlds},
     }
-    for world in WORLDS:
-        rows = {m: row(ledger, world, m) for m in METHODS if has_prior(world, m)}
-        sweeps = {}
-        for name, sweep in SWEEPS.items():
+
+
+def collect_world(ledger: Ledger, plan: Plan, world: str) -> dict:
+    methods = [m for m in METHODS if plan.has(world, m)]
+    rows = {m: row(ledger, plan, world, m) for m in methods}
+    done = {m: answers(ledger, plan.test_runs(ledger, world, m), plan.size) for m in methods if rows[m]}
+    sweeps = {}
+    for name in plan.sweeps:
+        sweep, sweeps[name] = SWEEPS[name], {}
+        for method in filter(methods.__contains__, sweep.methods):
             # data and steps change LoRA too: there the rival is LoRA under the same change
-            shared = "lora" in sweep.methods
-            sweeps[name] = {
-                method: {
-                    label: found
-                    for label, change in sweep.values.items()
-                    if (found := row(ledger, world, method, change, change if shared else None))
-                }
-                for method in sweep.methods
+            shared = RIVAL in sweep.methods
+            values = {
+                label: row(ledger, plan, world, method, change, change if shared else None)
+                for label, change in sweep.values.items()
             }
-        result["worlds"][world] = {
-            "title": WORLDS[world].title,
-            "rows": {m: found for m, found in rows.items() if found},
-            "tuning": {
-                m: {str(run["settings"]): round(validation(ledger, run), 4) for run in tuning_runs(world, m)}
-                for m in METHODS
-                if METHODS[m].grid and choose(ledger, world, m) is not None
-            },
-            "sweeps": {n: {m: v for m, v in s.items() if v} for n, s in sweeps.items() if any(s.values())},
-        }
-    return result
+            sweeps[name][method] = {label: found for label, found in values.items() if found}
+    tuned = [m for m in methods if METHODS[m].grid and plan.choose(ledger, world, m) is not None]
+    return {
+        "title": WORLDS[world].title,
+        "rows": {m: found for m, found in rows.items() if found},
+        "duels": {f"{a} {b}": interval(done[a] - done[b]) for a, b, _ in DUELS if a in done and b in done},
+        "leads": {m: {k: interval(done[k] - done[m]) for k in done if k != m} for m in LEADERS if m in done},
+        "tuning": {
+            m: {
+                str(candidate): round(plan.validation(ledger, run), 4)
+                for candidate, run in zip(METHODS[m].grid, plan.tuning_runs(world, m), strict=True)
+            }
+            for m in tuned
+        },
+        "merging": {m: by_scale(ledger, plan, world, m) for m in ("task-arithmetic", "export") if m in tuned},
+        "sweeps": {
+            name: {m: v for m, v in found.items() if v} for name, found in sweeps.items() if any(found.values())
+        },
+    }
+
+
+def by_scale(ledger: Ledger, plan: Plan, world: str, method: str) -> dict[str, tuple[float, float]]:
+    """λ -> mean of the exams over images, and of that over text, on validation digits."""
+    found = {}
+    for candidate, run in zip(METHODS[method].grid, plan.tuning_runs(world, method), strict=True):
+        right = {name: float(answers.mean()) for name, answers in scores(ledger[run], plan.tuning_size).items()}
+        text = right.pop("text reasoning")
+        found[f"{candidate['scale']:g}"] = (round(sum(right.values()) / len(right), 4), round(text, 4))
+    return found

@@ -83,9 +83,11 @@ def draw_sweep(results: dict, name: str, file: Path) -> bool:
     return True
 
 
-def draw_losses(results: dict, file: Path) -> None:
-    """Training loss by tenths of the training, for the methods that are followed."""
+def draw_losses(results: dict, file: Path) -> bool:
+    """Training loss by tenths of the training, for the methods that are followed. False if nothing was trained."""
     worlds = {k: w for k, w in results["worlds"].items() if any("loss" in row for row in w["rows"].values())}
+    if not worlds:
+        return False
     figure = Figure(figsize=(5 * len(worlds), 3.6), layout="constrained")
     panels = figure.subplots(1, len(worlds), squeeze=False)[0]
     for axes, world in zip(panels, worlds.values(), strict=True):
@@ -99,3 +101,4 @@ def draw_losses(results: dict, file: Path) -> None:
     panels[0].set_ylabel("training loss")
     panels[-1].legend(fontsize=7)
     figure.savefig(file, dpi=90)
+    return True

@@ -25,11 +25,6 @@ def resampled(answers: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def interval(answers: np.ndarray) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % interval, of answers [exams, seeds, samples]."""
+    """Mean, and the ends of its 95 % interval, of answers or paired differences [exams, seeds, samples]."""
     low, high = np.quantile(resampled(answers), [0.025, 0.975])
     return float(answers.mean()), float(low), float(high)
-
-
-def differs(answers: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
-    """The same for answers − others, paired by exam, seed and sample."""
-    return interval(answers - others)

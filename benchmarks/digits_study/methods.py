@@ -78,9 +78,6 @@ TRAINING_FREE = {
 
 TRAINING = {
     "lora": Method("LoRA", grid=grid(rate=LORA_RATES)),
-    "pissa": Method("LoRA, PiSSA start", start="pissa", grid=grid(rate=LORA_RATES)),
-    "eva": Method("LoRA, EVA start", start="eva", grid=grid(rate=LORA_RATES)),
-    "lora-ga": Method("LoRA, LoRA-GA start", start="lora_ga", grid=grid(rate=LORA_RATES)),
     "start": Method("LoRA, DRIFT's start, no bias", drift={"drift_alpha": 0.0}, grid=grid(rate=LORA_RATES)),
     "full": Method("full fine-tuning", "full", grid=grid(rate=FULL_RATES)),
     "merge-lora": Method("merged, then LoRA", grid=grid(rate=[1e-3, 3e-3, 1e-2], merged=[0.5, 0.8, 1.0])),
@@ -95,6 +92,12 @@ TRAINING = {
         "DRIFT, decoupled", drift=DECOUPLED, grid=grid(rate=[1e-3, 3e-3, 1e-2], drift_alpha=[10.0, 30.0, 100.0])
     ),
     "hold": Method("merged, then held LoRA", drift=HOLD, grid=grid(rate=STEERED_RATES, merged=[0.8, 0.9, 1.0])),
+}
+
+STARTS = {  # PEFT's other starts of an adapter
+    "pissa": Method("LoRA, PiSSA start", start="pissa", grid=grid(rate=LORA_RATES)),
+    "eva": Method("LoRA, EVA start", start="eva", grid=grid(rate=LORA_RATES)),
+    "lora-ga": Method("LoRA, LoRA-GA start", start="lora_ga", grid=grid(rate=LORA_RATES)),
 }
 
 # Every other scale, target and norm of DRIFT with LoRA. A constant direction, and one of fixed length, drive the
@@ -144,5 +147,5 @@ CONTROLS = {
     )
 }
 
-METHODS = TRAINING_FREE | TRAINING | VARIANTS | NF4 | CONTROLS
+METHODS = TRAINING_FREE | TRAINING | STARTS | VARIANTS | NF4 | CONTROLS
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drift_peft.demo.evaluate import MEASURES
 
 from .ledger import Ledger
-from .methods import CONTROLS, METHODS, NF4, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import CONTROLS, METHODS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
 from .run import DEFAULTS, scores
 from .worlds import WORLDS
 
-SEEDS = range(5)
-TUNING_SEED, TUNING_SIZE = 100, 150
+Change = Callable[[dict], dict] | None  # the method's settings -> what differs
+TUNING_SEED = 100
 STEERED = ("lora", "merge-lora", "drift", "decoupled", "hold")
 
 
@@ -83,85 +83,112 @@ SWEEPS = {
 }
 
 
-def tuning_runs(world: str, method: str) -> list[dict]:
-    return [
-        {
-            "world": world,
-            "method": method,
-            "seed": TUNING_SEED,
-            "split": "validation",
-            "settings": candidate | {"size": TUNING_SIZE},
-        }
-        for candidate in METHODS[method].grid
-    ]
+@dataclass(frozen=True)
+class Plan:
+    """The whole study, or a part of it in smaller sizes.
 
+    Attributes:
+        worlds, methods, sweeps: keys of what is run.
+        seeds: how many, from 0; tuning has one of its own.
+        tuning_size: samples per exam on validation digits.
+        changes: settings of every run, to make it smaller.
+    """
 
-def choose(ledger: Ledger, world: str, method: str) -> dict | None:
-    """The candidate with the best mean of the four exams on validation digits; None as long as one is missing."""
-    if METHODS[method].like is not None:
-        return choose(ledger, world, METHODS[method].like)
-    runs = tuning_runs(world, method)
-    if not runs:
-        return {}
-    if not all(run in ledger for run in runs):
-        return None
-    best = max(runs, key=lambda run: validation(ledger, run))
-    return {key: value for key, value in best["settings"].items() if key != "size"}
+    worlds: tuple[str, ...] = tuple(WORLDS)
+    methods: tuple[str, ...] = tuple(METHODS)
+    sweeps: tuple[str, ...] = tuple(SWEEPS)
+    seeds: int = 5
+    tuning_size: int = 150
+    changes: dict = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """Samples per exam on test digits."""
+        return self.changes.get("size", DEFAULTS["size"])
 
-def validation(ledger: Ledger, run: dict) -> float:
-    right = scores(ledger[run], TUNING_SIZE)
-    return sum(right[name].mean() for name in MEASURES) / len(MEASURES)
+    def tuning_runs(self, world: str, method: str) -> list[dict]:
+        common = {"world": world, "method": method, "seed": TUNING_SEED, "split": "validation"}
+        changes = self.changes | {"size": self.tuning_size}
+        return [common | {"settings": candidate | changes} for candidate in METHODS[method].grid]
 
+    def choose(self, ledger: Ledger, world: str, method: str) -> dict | None:
+        """The candidate with the best mean of the four exams on validation digits; None as long as one is missing."""
+        if METHODS[method].like is not None:
+            return self.choose(ledger, world, METHODS[method].like)
+        runs = self.tuning_runs(world, method)
+        if not all(run in ledger for run in runs):
+            return None
+        candidates = zip(METHODS[method].grid, runs, strict=True)
+        return max(candidates, key=lambda pair: self.validation(ledger, pair[1]))[0] if runs else {}
 
-def test_runs(ledger: Ledger, world: str, method: str, change: Callable[[dict], dict] | None = None) -> list[dict]:
-    """The runs of a row, a seed each; none as long as the method is not tuned."""
-    settings = choose(ledger, world, method)
-    if settings is None:
-        return []
-    known = METHODS[method].settings | (METHODS[method].drift or {}) | settings
-    settings = settings | (change(known) if change else {})
-    plain = DEFAULTS | METHODS[method].settings
-    settings = {key: value for key, value in settings.items() if key not in plain or plain[key] != value}
-    return [{"world": world, "method": method, "seed": seed, "split": "test", "settings": settings} for seed in SEEDS]
+    def validation(self, ledger: Ledger, run: dict) -> float:
+        """Mean of the four exams."""
+        right = scores(ledger[run], self.tuning_size)
+        return sum(right[name].mean() for name in MEASURES) / len(MEASURES)
 
+    def test_runs(self, ledger: Ledger, world: str, method: str, change: Change = None) -> list[dict]:
+        """The runs of a row, one for each seed; none as long as the method is not tuned."""
+        best = self.choose(ledger, world, method)
+        if best is None:
+            return []
+        fixed = METHODS[method].settings | (METHODS[method].drift or {})
+        settings = best | self.changes | (change(fixed | best) if change else {})
+        plain = DEFAULTS | fixed  # left out, so that one run serves several tables
+        settings = {key: value for key, value in settings.items() if key not in plain or plain[key] != value}
+        common = {"world": world, "method": method, "split": "test", "settings": settings}
+        return [common | {"seed": seed} for seed in range(self.seeds)]
 
-def has_prior(world: str, method: str) -> bool:
-    prior = METHODS[method].prior
-    return prior not in ("wrong", "weak") or getattr(WORLDS[world], prior) is not None
+    def has(self, world: str, method: str) -> bool:
+        """Is this method planned in this world, and the expert there that its prior is made from?"""
+        prior = METHODS[method].prior
+        there = prior not in ("wrong", "weak") or getattr(WORLDS[world], prior) is not None
+        return world in self.worlds and method in self.methods and there
 
+    def stages(self) -> Iterator[tuple[str, Callable[[Ledger], list[dict]]]]:
+        """(title, ledger -> runs), in order: what later ones are depends on what earlier ones have found."""
 
-def stages() -> Iterator[tuple[str, Callable[[Ledger], list[dict]]]]:
-    """(title, ledger -> runs), in order: what later ones are depends on what earlier ones have found."""
+        def tuning(world, methods):
+            present = [m for m in methods if self.has(world, m)]
+            return f"{world}: tuning", lambda _: [run for m in present for run in self.tuning_runs(world, m)]
 
-    def tuning(world, methods):
-        return f"{world}: tuning", lambda _: [run for m in methods for run in tuning_runs(world, m)]
+        def seeds(title, world, methods):
+            present = [m for m in methods if self.has(world, m)]
+            return f"{world}: {title}", lambda ledger: [r for m in present for r in self.test_runs(ledger, world, m)]
 
-    def seeds(title, world, methods):
-        present = [m for m in methods if has_prior(world, m)]
-        return f"{world}: {title}", lambda ledger: [run for m in present for run in test_runs(ledger, world, m)]
-
-    def sweep(name, world):
-        def runs(ledger):
+        def sweep(name, world):
+            present = [m for m in SWEEPS[name].methods if self.has(world, m)]
             values = SWEEPS[name].values.values()
-            return [run for m in SWEEPS[name].methods for v in values for run in test_runs(ledger, world, m, v)]
+            return (
+                f"{world}: {name}",
+                lambda ledger: [run for m in present for v in values for run in self.test_runs(ledger, world, m, v)],
+            )
 
-        return f"{world}: {name}", runs
+        def compared(title, world, methods):
+            yield tuning(world, methods)
+            yield seeds(title, world, methods)
 
-    first = TRAINING_FREE | TRAINING
-    for world in WORLDS:
-        yield tuning(world, first)
-        yield seeds("methods", world, first)
-    for world in WORLDS:
-        yield sweep("steps", world)
-        yield sweep("strength", world)
-        yield seeds("controls", world, CONTROLS)
-        yield seeds("NF4", world, NF4)
-    for world in WORLDS:
-        yield sweep("merged", world)
-        yield sweep("rank", world)
-        yield tuning(world, VARIANTS)
-        yield seeds("variants", world, VARIANTS)
-    for name in ("samples", "noise", "modules", "ranks", "schedule"):
-        for world in WORLDS:
-            yield sweep(name, world)
+        for world in self.worlds:
+            yield from compared("methods", world, TRAINING_FREE | TRAINING)
+        for world in self.worlds:
+            yield seeds("controls", world, CONTROLS)
+            yield from (sweep(name, world) for name in ("strength", "steps") if name in self.sweeps)
+            yield seeds("NF4", world, NF4)
+        for world in self.worlds:
+            yield from (sweep(name, world) for name in ("merged", "rank") if name in self.sweeps)
+            yield from compared("starts", world, STARTS)
+            yield from compared("variants", world, VARIANTS)
+        for name in ("samples", "noise", "modules", "ranks", "schedule"):
+            yield from (sweep(name, world) for world in self.worlds if name in self.sweeps)
+
+
+FULL = Plan()
+SMALL = ("vlm", "swap", "lora", "merge-lora", "drift", "decoupled", "hold")
+QUICK = Plan(("qwen",), SMALL, (), seeds=2, tuning_size=100, changes={"steps": 50, "size": 100})
+SMALLEST = Plan(
+    ("qwen",),
+    ("vlm", "lora", "drift"),
+    ("strength",),
+    seeds=2,
+    tuning_size=2,
+    changes={"steps": 1, "samples": 4, "size": 2},
+)

@@ -16,7 +16,7 @@ from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, language_model_targets, merge_adapter
+from drift_peft import DriftConfig, ReasoningPrior, guide, language_model_targets, merge_adapter
 from drift_peft.baseline import merge_baseline
 from drift_peft.checkpoint import Checkpoint
 from drift_peft.demo.compare import quiet
@@ -24,13 +24,11 @@ from drift_peft.demo.evaluate import ask, encode, exams, is_right
 from drift_peft.demo.train import load, task_arithmetic
 from drift_peft.demo.world import PERCEPTION, Sample, make_samples
 from drift_peft.naming import canonical_name, module_kind
-from drift_peft.prior import partial_output, write_prior
 from drift_peft.tuner import keep_4bit_differentiable
 
 from .methods import METHODS, Method
 from .worlds import WORLDS, World
 
-FULL_RANK = 256  # of the priors: no matrix here has more
 BATCH = 16
 DEFAULTS = {"r": 8, "steps": 150, "samples": 200, "noise": 0.0, "merged": 0.0, "size": 300}
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
@@ -148,7 +146,7 @@ def train(model, processor, samples: list[Sample], settings: dict, seed: int, me
 
 
 def training_samples(world: World, settings: dict, seed: int) -> list[Sample]:
-    """Images of two and three operations; fewer samples are the first of more. A share `noise` of the chains is wrong."""
+    """Images of two and three operations; fewer samples are the first of more; the share `noise` has wrong chains."""
     digits = world.digits("train")
     drawn = make_samples(400, ["solve"], np.random.default_rng([seed, 1]), digits, operations=(2, 3))
     rng = np.random.default_rng([seed, 3])
@@ -180,48 +178,6 @@ def merged(world: World, method: Method, settings: dict, seed: int, prior: Path,
         method.merge, world.expert, world.vlm, home / "merged", reference, seed=seed, progress=False, **given
     )
     return load(home / "merged")
-
-
-# Priors
-
-
-def make_priors(folder: Path, key: str) -> None:
-    """Build every prior of a world that is not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    world = WORLDS[key]
-    experts = {"plain": world.expert, "hierarchical": world.expert, "wrong": world.wrong, "weak": world.weak}
-    with quiet():
-        for name, expert in experts.items():
-            output = folder / f"{key}-{name}.safetensors"
-            if expert is not None and not output.exists():
-                reference = world.base if name == "hierarchical" else None
-                modules = ("attn", "mlp", "norm")
-                build_prior(expert, world.vlm, output, FULL_RANK, reference=reference, modules=modules, progress=False)
-        plain = ReasoningPrior.load(folder / f"{key}-plain.safetensors")
-        if not (output := folder / f"{key}-negated.safetensors").exists():
-            ReasoningPrior.combine({plain: -1.0}, output)
-        if not (output := folder / f"{key}-random.safetensors").exists():
-            randomize(plain, world, output)
-
-
-def randomize(prior: ReasoningPrior, world: World, output: Path) -> None:
-    """A prior with the same singular values and random singular vectors; norms get a random direction."""
-    generator, vlm = torch.Generator().manual_seed(0), Checkpoint(world.vlm)
-    tensors, weights = {}, {}
-    for name in prior:
-        weights[name], held = dict(prior.metadata["weights"][name]), prior.tensors(name)
-        if "delta" in held:
-            noise = torch.randn(held["delta"].shape, generator=generator)
-            held = {"delta": (noise * (held["delta"].float().norm() / noise.norm())).to(held["delta"].dtype)}
-        else:
-            (m, k), n = held["U"].shape, held["Vh"].shape[1]
-            U, V = (torch.linalg.qr(torch.randn(size, k, generator=generator)).Q.bfloat16() for size in (m, n))
-            W = vlm.tensor(vlm.language_model[name]).float()
-            weights[name]["fingerprint"] = ((U[:, :8].float().T @ W) * V[:, :8].float().T).sum(-1).tolist()
-            held = {"U": U.contiguous(), "S": held["S"], "Vh": V.T.contiguous()}
-        tensors |= {f"{name}.{key}": value for key, value in held.items()}
-    with partial_output(output) as folder:
-        write_prior(folder, output, tensors, {**prior.metadata, "weights": weights})
 
 
 # Measuring

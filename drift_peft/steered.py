@@ -143,11 +143,16 @@ class SteeredAdapter(Steered):
         return [a for a in layer.active_adapters if a != self.adapter and a in layer.r]
 
     def batch_key(self) -> tuple:
-        A, B = self.parameter("A"), self.parameter("B")
-        if len(shape(A)) != 2 or shape(A)[0] != self.module.r[self.adapter]:
+        A, B, r = self.parameter("A"), self.parameter("B"), self.module.r[self.adapter]
+        if len(shape(A)) != 2:
             raise RuntimeError(
                 f"The adapter of {self.name} is flattened: guidance under FSDP1 is not available; use fully_shard "
                 "(FSDP2), DDP or one GPU."
+            )
+        if shape(A)[0] != r:
+            raise RuntimeError(
+                f"The adapter of {self.name} has rank {r} but {shape(A)[0]} rows: prepare_model_for_compiled_hotswap "
+                f"pads it; call that after training, or with target_rank={r}."
             )
         others = tuple(layout(lora_factor(self.module, factor, a)) for a in self.others for factor in "AB")
         return layout(A), layout(B), others

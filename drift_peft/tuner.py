@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import sys
 import warnings
 from collections.abc import Iterable
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, mixed_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
@@ -184,6 +185,24 @@ def guide(
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     _steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
     return model
+
+
+def _unmixed(check):
+    """PEFT's models of mixed adapter types make their layers past DriftModel, so nothing there would be guided."""
+
+    @functools.wraps(check)
+    def wrapper(config):
+        if isinstance(config, DriftConfig):
+            raise ValueError(
+                "DriftConfig is not guided beside other adapter types (mixed=True): leave out mixed=True, or use "
+                "peft.LoraConfig for an adapter without guidance."
+            )
+        return check(config)
+
+    return wrapper
+
+
+mixed_model._check_config_compatible = _unmixed(mixed_model._check_config_compatible)  # what PEFT asks first
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from pairs import FAMILIES, IDS, drift, load, train, untouched, wrap
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from transformers import Adafactor
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
@@ -168,6 +169,35 @@ def test_a_model_that_is_wrapped_already(pairs, passed, adapter):
         get_peft_model(inner, drift(folder), adapter_name=adapter)
     assert telemetry(train(model))["guided_steps"] == 3
     get_peft_model(model.unload(), drift(folder))
+
+
+def test_adapters_of_mixed_types_are_refused(pairs):
+    """Where PEFT would train them as plain LoRA, before anything is changed, and other types still mix."""
+    folder = pairs("llama")
+    model = load(folder, "llama")
+    for start in ("drift", True):
+        with pytest.raises(ValueError, match=r"^DriftConfig is not guided .*mixed=True\): leave out mixed=True"):
+            get_peft_model(model, drift(folder, init_lora_weights=start), mixed=True)
+    assert untouched(model) and all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    mixed = get_peft_model(model, LoHaConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ValueError, match=r"^DriftConfig is not guided"):
+        mixed.add_adapter("second", drift(folder))
+    mixed.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    assert set(mixed.peft_config) == {"default", "second"}
+
+
+def test_an_adapter_prepared_for_hotswapping(pairs):
+    """With its rank as it was, it trains on; with padded ranks it is refused by what padded it."""
+    folder = pairs("llama")
+    model, same, padded = (get_peft_model(load(folder, "llama"), drift(folder)) for _ in range(3))
+    prepare_model_for_compiled_hotswap(same, target_rank=4)
+    assert telemetry(train(same)) == telemetry(train(model))
+    prepare_model_for_compiled_hotswap(padded, target_rank=8)
+    with pytest.raises(
+        RuntimeError, match=r"^The adapter of layers\.0.* has rank 4 but 8 rows: prepare_model_for_comp"
+    ):
+        train(padded)
 
 
 def test_a_model_without_weights(pairs):

@@ -15,7 +15,7 @@ from transformers.utils import PushToHubMixin
 if TYPE_CHECKING:
     from .config import DriftConfig
 
-START, END = "<!-- drift_peft: this section is written anew at every save -->", "<!-- /drift_peft -->"
+START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
 PUSHED = "This is the model card of a 🤗 transformers model"  # in the empty card of transformers' push_to_hub
 BEYOND = "what {expert} has beyond the language model of {base}"
 METHODS = {  # what the guidance did
@@ -28,7 +28,7 @@ SHOWN += ("warmup_steps", "decay_steps")
 
 SECTION = """\
 {start}
-# LoRA adapter for {base}{toward}
+# LoRA adapter {name}for {base}{toward}
 
 Trained with [DRIFT](https://arxiv.org/abs/2510.15050): {method}. The adapter itself is plain LoRA.
 
@@ -49,32 +49,34 @@ With PEFT alone:
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(vlm, "{adapter}")  # vlm is {base}
+model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
 ```
 
 As a model of its own, in the base's precision:
 
 ```
-drift-peft merge --base {base} --adapter {adapter} -o merged --verify
+drift-peft merge --base {base} --adapter {folder} -o merged --verify
 ```
 {end}
 """
 
 
 def update_card(folder: Path, config: DriftConfig) -> None:
-    """Fill in the README.md that PEFT has written into an adapter's folder.
+    """Fill in the README.md that PEFT has written into an adapter's folder, or above it if the adapter has a name.
 
     The template that PEFT starts from is replaced where nobody has filled in anything; of every other card only the
     section between our two markers is. Its metadata stays, with the tag `drift-peft` added. A folder without a card
     gets none.
     """
-    path = folder / "README.md"
+    path, name = folder / "README.md", None
     if not path.is_file():
-        return
+        path, name = folder.parent / "README.md", folder.name
+        if not path.is_file() or ModelCard.load(path).data.library_name != "peft":
+            return
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.tags or []), "drift-peft", "lora"})
-    section = _section(config)
-    marked = re.compile(re.escape(START) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
+    section = _section(config, name)
+    marked = re.compile(re.escape(_start(name)) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
     if marked.search(card.text):
         card.text = marked.sub(lambda _: section, card.text)
     else:
@@ -85,28 +87,48 @@ def update_card(folder: Path, config: DriftConfig) -> None:
     os.replace(temporary, path)
 
 
+def _kept(write):
+    """Trainer's push_to_hub puts a card of its own in place of ours, and has PEFT add to that: here ours comes back."""
+
+    @functools.wraps(write)
+    def wrapper(model: PeftModel, output_dir: str):
+        from .config import CONFIG_FILE, DriftConfig  # which imports this module
+
+        write(model, output_dir)
+        for name, config in model.peft_config.items():
+            folder = Path(output_dir, "" if name == "default" else name)
+            if isinstance(config, DriftConfig) and (folder / CONFIG_FILE).is_file():
+                update_card(folder, config)
+
+    return wrapper
+
+
 def _filled_in(upload):
     """`push_to_hub` puts the card of the repository, or an empty one, in place of what was saved: fill in that one."""
 
     @functools.wraps(upload)
     def wrapper(model: PeftModel, working_dir: str, *args, **kwargs):
-        from .config import DriftConfig  # which imports this module
+        from .config import DriftConfig
 
-        config, card = model.peft_config.get("default"), Path(working_dir, "README.md")
-        if isinstance(config, DriftConfig):
+        card = Path(working_dir, "README.md")
+        if any(isinstance(config, DriftConfig) for config in model.peft_config.values()):
             if PUSHED in card.read_text(encoding="utf-8"):
                 card.unlink()
             model.create_or_update_model_card(working_dir)
-            update_card(Path(working_dir), config)
         return upload(model, working_dir, *args, **kwargs)
 
     return wrapper
 
 
+PeftModel.create_or_update_model_card = _kept(PeftModel.create_or_update_model_card)
 PeftModel._upload_modified_files = _filled_in(PushToHubMixin._upload_modified_files)
 
 
-def _section(config: DriftConfig) -> str:
+def _start(name: str | None) -> str:
+    return START.format(name=f", adapter {name}" if name else "")
+
+
+def _section(config: DriftConfig, name: str | None) -> str:
     settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
     defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
     told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
@@ -116,8 +138,9 @@ def _section(config: DriftConfig) -> str:
     expert = config.expert or "a text-only reasoning model"
     method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
     return SECTION.format(
-        start=START,
+        start=_start(name),
         end=END,
+        name=f"{name} " if name else "",
         toward="" if config.drift_target == "base" else f", steered toward {expert}",
         method=method.format(base=base, expert=expert),
         base=base,
@@ -130,4 +153,6 @@ def _section(config: DriftConfig) -> str:
         guidance=", ".join(guidance).replace("|", "\\|"),
         steps=int(config.drift_steps),
         adapter="path/or/hub-id",
+        subfolder=f', subfolder="{name}"' if name else "",
+        folder=f"path/{name}" if name else "path/or/hub-id",
     )

@@ -123,6 +123,31 @@ def test_what_somebody_wrote_stays(folder, tmp_path):
     assert again.count(SECTION) == 1 and again.endswith(ModelCard(begun).text.lstrip())
 
 
+def test_an_adapter_with_a_name_has_a_section_in_the_card_above_its_folder(folder, tmp_path):
+    model = get_peft_model(load(folder, "llama"), drift(folder), adapter_name="reasoning")
+    train(model).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert rows(card)["guided optimizer steps"] == "3" and "[More Information Needed]" not in card.text
+    assert f"# LoRA adapter reasoning for {folder / 'base'}, steered" in card.text
+    (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    names = {"vlm": load(folder, "llama")}
+    exec(python.replace("path/or/hub-id", str(tmp_path)), names)
+    assert isinstance(names["model"], PeftModel) and "--adapter path/reasoning -o" in card.text
+
+    model.add_adapter("default", drift(folder, drift_alpha=0.3))
+    for steps in (1, 2):
+        train(model, 1).save_pretrained(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert text.count(SECTION[:-2]) == 2 and text.count("# LoRA adapter") == 2
+        assert f"steps | {3 + steps} |" in text and "steps | 0 |" in text and "strength 0.3" in text
+
+
+def test_a_card_above_that_is_no_adapters_stays(folder, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    drift(folder).save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+
+
 def test_a_folder_without_a_card_gets_none(folder, tmp_path):
     drift(folder).save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "drift_config.json"}

@@ -9,7 +9,7 @@ from drift_peft.demo.evaluate import MEASURES
 from .intervals import interval
 from .ledger import Ledger
 from .methods import METHODS
-from .plan import SWEEPS, Change, Plan
+from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores
 from .worlds import WORLDS
 
@@ -48,22 +48,39 @@ def answers(ledger: Ledger, runs: list[dict], size: int) -> np.ndarray | None:
     return np.stack([[mark[name] for mark in marks] for name in MEASURES])
 
 
+def mean_over(criterion: str, answers: np.ndarray) -> tuple[float, float, float]:
+    """Mean and interval over the criterion's exams of answers or paired differences [exams, seeds, samples]."""
+    return interval(answers[[i for i, name in enumerate(MEASURES) if name in CRITERIA[criterion]]])
+
+
+def summary(answers: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Mean and interval of each exam and each criterion."""
+    exams = {name: interval(answers[i, None]) for i, name in enumerate(MEASURES)}
+    return exams | {criterion: mean_over(criterion, answers) for criterion in CRITERIA}
+
+
 def row(
-    ledger: Ledger, plan: Plan, world: str, method: str, change: Change = None, rival: Change = None
+    ledger: Ledger,
+    plan: Plan,
+    world: str,
+    method: str,
+    criterion: str = "images",
+    change: Change = None,
+    rival: Change = None,
 ) -> dict | None:
     """A method's numbers over all seeds, with `rival`'s change made to LoRA beside it; None if a run is missing."""
-    runs = plan.test_runs(ledger, world, method, change)
+    runs = plan.test_runs(ledger, world, method, change, criterion)
     mine = answers(ledger, runs, plan.size)
-    theirs = answers(ledger, plan.test_runs(ledger, world, RIVAL, rival), plan.size)
+    theirs = answers(ledger, plan.test_runs(ledger, world, RIVAL, rival, criterion), plan.size)
     if mine is None:
         return None
     result = {
         "settings": runs[0]["settings"],
-        "edge": at_the_edge(METHODS[method].grid, plan.choose(ledger, world, method)),
-        "scores": by_exam(mine),
+        "edge": at_the_edge(METHODS[method].grid, plan.choose(ledger, world, method, criterion)),
+        "scores": summary(mine),
     }
     if theirs is not None and method != RIVAL:
-        result["against LoRA"] = by_exam(mine - theirs)
+        result["against LoRA"] = summary(mine - theirs)
     results = [ledger[run] for run in runs]
     for key in ("cosine", "absorbed", "step_seconds", "peak_mb"):
         if all(r.get(key) is not None for r in results):
@@ -71,11 +88,6 @@ def row(
     if all("loss" in r for r in results):
         result["loss"] = np.round(np.mean([r["loss"] for r in results], axis=0), 4).tolist()
     return result
-
-
-def by_exam(answers: np.ndarray) -> dict[str, tuple[float, float, float]]:
-    """Mean and interval of each exam and of their mean, of answers or paired differences [exams, seeds, samples]."""
-    return {name: interval(answers[i, None]) for i, name in enumerate(MEASURES)} | {"mean": interval(answers)}
 
 
 def at_the_edge(grid: tuple[dict, ...], best: dict) -> list[str]:
@@ -106,37 +118,53 @@ def collect(ledger: Ledger, plan: Plan) -> dict:
 
 def collect_world(ledger: Ledger, plan: Plan, world: str) -> dict:
     methods = [m for m in METHODS if plan.has(world, m)]
-    rows = {m: row(ledger, plan, world, m) for m in methods}
-    done = {m: answers(ledger, plan.test_runs(ledger, world, m), plan.size) for m in methods if rows[m]}
-    sweeps = {}
-    for name in plan.sweeps:
-        sweep, sweeps[name] = SWEEPS[name], {}
-        for method in filter(methods.__contains__, sweep.methods):
-            # data and steps change LoRA too: there the rival is LoRA under the same change
-            shared = RIVAL in sweep.methods
-            values = {
-                label: row(ledger, plan, world, method, change, change if shared else None)
-                for label, change in sweep.values.items()
-            }
-            sweeps[name][method] = {label: found for label, found in values.items() if found}
     tuned = [m for m in methods if METHODS[m].grid and plan.choose(ledger, world, m) is not None]
     return {
         "title": WORLDS[world].title,
-        "rows": {m: found for m, found in rows.items() if found},
-        "duels": {f"{a} {b}": interval(done[a] - done[b]) for a, b, _ in DUELS if a in done and b in done},
-        "leads": {m: {k: interval(done[k] - done[m]) for k in done if k != m} for m in LEADERS if m in done},
+        "chosen by": {criterion: compare(ledger, plan, world, methods, criterion) for criterion in CRITERIA},
         "tuning": {
             m: {
-                str(candidate): round(plan.validation(ledger, run), 4)
+                str(candidate): {c: round(plan.validation(ledger, run, c), 4) for c in CRITERIA}
                 for candidate, run in zip(METHODS[m].grid, plan.tuning_runs(world, m), strict=True)
             }
             for m in tuned
         },
         "merging": {m: by_scale(ledger, plan, world, m) for m in ("task-arithmetic", "export") if m in tuned},
-        "sweeps": {
-            name: {m: v for m, v in found.items() if v} for name, found in sweeps.items() if any(found.values())
-        },
+        "sweeps": sweep(ledger, plan, world, methods),
     }
+
+
+def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterion: str) -> dict:
+    """Rows, duels and the leaders' rivals, all with settings chosen by this criterion and compared by it."""
+    rows = {m: found for m in methods if (found := row(ledger, plan, world, m, criterion))}
+    done = {m: answers(ledger, plan.test_runs(ledger, world, m, criterion=criterion), plan.size) for m in rows}
+
+    def difference(a: str, b: str) -> tuple[float, float, float]:
+        return mean_over(criterion, done[a] - done[b])
+
+    return {
+        "rows": rows,
+        "duels": {f"{a} {b}": difference(a, b) for a, b, _ in DUELS if a in done and b in done},
+        "leads": {m: {k: difference(k, m) for k in done if k != m} for m in LEADERS if m in done},
+    }
+
+
+def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:
+    """Sweep -> method -> value -> row; what has not been run is left out."""
+    result = {}
+    for name in plan.sweeps:
+        found = {}
+        for method in filter(methods.__contains__, SWEEPS[name].methods):
+            # data and steps change LoRA too: there the rival is LoRA under the same change
+            shared = RIVAL in SWEEPS[name].methods
+            values = {
+                label: row(ledger, plan, world, method, change=change, rival=change if shared else None)
+                for label, change in SWEEPS[name].values.items()
+            }
+            found[method] = {label: value for label, value in values.items() if value}
+        if any(found.values()):
+            result[name] = {method: values for method, values in found.items() if values}
+    return result
 
 
 def by_scale(ledger: Ledger, plan: Plan, world: str, method: str) -> dict[str, tuple[float, float]]:

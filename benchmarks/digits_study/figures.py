@@ -25,11 +25,11 @@ REASONING, PERCEPTION = "2-3 operations", "perception"
 
 def draw_frontier(results: dict, file: Path) -> None:
     """Reasoning over images against perception, a point with 95 % intervals for each method; the frontier is drawn."""
-    worlds = {key: world for key, world in results["worlds"].items() if world["rows"]}
+    worlds = {key: world for key, world in results["worlds"].items() if rows_of(world)}
     figure = Figure(figsize=(7 * len(worlds), 6.5), layout="constrained")
     for axes, world in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds.values(), strict=True):
         points = {}
-        for key, row in world["rows"].items():
+        for key, row in rows_of(world).items():
             if key in CONTROLS or key in NF4:
                 continue
             (x, *xs), (y, *ys) = ([100 * v for v in row["scores"][name]] for name in (PERCEPTION, REASONING))
@@ -50,6 +50,11 @@ def draw_frontier(results: dict, file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def rows_of(world: dict) -> dict:
+    """The rows whose settings were chosen by the exams over images."""
+    return world["chosen by"]["images"]["rows"]
+
+
 def frontier(points) -> list[tuple[float, float]]:
     """The points that no other one beats in both, from left to right."""
     points = set(points)
@@ -62,7 +67,7 @@ def draw_sweep(results: dict, name: str, file: Path) -> bool:
     worlds = {k: w for k, w in results["worlds"].items() if name in w["sweeps"]}
     if not worlds:
         return False
-    exams = ("2-3 operations", "perception", "text reasoning", "mean")
+    exams = ("2-3 operations", "perception", "text reasoning", "images")
     figure = Figure(figsize=(4.2 * len(exams), 3.4 * len(worlds)), layout="constrained")
     panels = figure.subplots(len(worlds), len(exams), squeeze=False)
     for line, world in zip(panels, worlds.values(), strict=True):
@@ -85,15 +90,15 @@ def draw_sweep(results: dict, name: str, file: Path) -> bool:
 
 def draw_losses(results: dict, file: Path) -> bool:
     """Training loss by tenths of the training, for the methods that are followed. False if nothing was trained."""
-    worlds = {k: w for k, w in results["worlds"].items() if any("loss" in row for row in w["rows"].values())}
+    worlds = {k: w for k, w in results["worlds"].items() if any("loss" in row for row in rows_of(w).values())}
     if not worlds:
         return False
     figure = Figure(figsize=(5 * len(worlds), 3.6), layout="constrained")
     panels = figure.subplots(1, len(worlds), squeeze=False)[0]
     for axes, world in zip(panels, worlds.values(), strict=True):
         for key, colour in COLOURS.items():
-            if "loss" in world["rows"].get(key, {}):
-                loss = world["rows"][key]["loss"]
+            if "loss" in rows_of(world).get(key, {}):
+                loss = rows_of(world)[key]["loss"]
                 axes.plot(range(1, len(loss) + 1), loss, color=colour, label=results["titles"][key])
         axes.set_yscale("log")
         axes.set_title(world["title"])

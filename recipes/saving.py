@@ -14,7 +14,14 @@ SAVING = (OSError, RuntimeError, SafetensorError)  # what a full disk raises: to
 
 
 class Trainer(SFTTrainer):
-    """TRL's. A checkpoint that cannot be written leaves nothing half-written, and its adapter is kept nevertheless."""
+    """TRL's. A checkpoint that cannot be written leaves nothing half-written, and its adapter is kept nevertheless.
+
+    The adapter's model card stays, where TRL's `push_to_hub` puts one of its own in its place.
+    """
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        self.model.create_or_update_model_card(self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
         try:

@@ -293,3 +293,15 @@ def test_the_card_names_the_data(pairs, tmp_path, named):
     run.save_model(tmp_path / "saved")
     told = "sums" if named else "not recorded"
     assert f"| training data | {told} |" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_the_card_that_trainer_pushes_has_ours_in_it(pairs, tmp_path):
+    """Trainer.push_to_hub saves into output_dir, and then writes a card of its own there."""
+    run = trainer(get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama"))), tmp_path)
+    run.train()
+    for _ in range(2):
+        run.save_model(_internal_call=True)
+        run.create_model_card(model_name="mine")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.text.count("<!-- drift_peft: ") == 1 and "| guided optimizer steps | 3 |" in card.text
+        assert "## Training procedure" in card.text and {"drift-peft", "lora"} <= set(card.data.tags)

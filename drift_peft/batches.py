@@ -87,7 +87,7 @@ class Batch:
         first = members[0].parameter(members[0].factors[0])
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.stack = Stack.of(members, first.device)
-        steps = self.config.drift_steps, self.config.drift_warmup_steps, self.config.drift_decay_steps
+        steps = self.config.iteration, self.config.drift_warmup_steps, self.config.drift_decay_steps
         self.alpha = members[0].alpha * guidance.schedule(*steps)
 
     def parameters(self, factor: str) -> list[torch.nn.Parameter]:

@@ -101,6 +101,8 @@ class DriftConfig(LoraConfig):
 
     # Known only while training, on the instance, and not stored.
     repeated_steps: ClassVar[int] = 0  # steps taken twice on the same gradients
+    iteration: ClassVar[Any] = 0  # guided steps before this iteration, in which several optimizers may step
+    stepped: ClassVar[frozenset] = frozenset()  # what they have trained in it so far
     expert: ClassVar[str | None] = None  # of the prior
     trained_on: ClassVar[str | None] = None  # name of the data set
 

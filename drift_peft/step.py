@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
+from .config import DriftConfig
 from .sharding import Storage
 from .steered import STEERED, Steered, SteeredAdapter
 
@@ -61,6 +62,18 @@ def _enclosing_steps() -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+def _by_config(
+    steered: list[Steered], groups: dict[int, dict], all_groups: list[dict]
+) -> list[tuple[DriftConfig, frozenset]]:
+    """What one optimizer trains of each configuration: (weight, adapter, factor), and the optimizer itself."""
+    found: dict[int, tuple[DriftConfig, set]] = {}
+    for s in steered:
+        if s.alpha:
+            parts = {(s.name, s.adapter, factor) for factor in s.factors if id(s.parameter(factor)) in groups}
+            found.setdefault(id(s.config), (s.config, {id(all_groups)}))[1].update(parts)
+    return [(config, frozenset(parts)) for config, parts in found.values()]
+
+
 def _guide(
     steered: list[Steered], groups: dict[int, dict], all_groups: list[dict], loss_scale, storage: Storage = TORCH
 ) -> None:
@@ -72,6 +85,11 @@ def _guide(
         restored = all_groups[0].get(f"drift_steps.{s.adapter}", 0)
         if isinstance(s.config.drift_steps, int) and s.config.drift_steps < restored:  # a tensor after loss scaling
             s.config.drift_steps = restored
+    for config, parts in _by_config(steered, groups, all_groups):
+        if config.stepped and config.stepped.isdisjoint(parts):  # another optimizer's share of the same iteration
+            config.stepped |= parts
+        else:
+            config.stepped, config.iteration = parts, config.drift_steps
     bias_gradients(steered, groups, loss_scale, storage)
 
 
@@ -83,8 +101,10 @@ def _finish(
         if isinstance(s, SteeredAdapter) and s.capture is not None:
             s.capture.stale = True
     pull_parameters(steered, {p: group.get("lr") for p, group in groups.items()}, applied, storage)
+    for config, parts in _by_config(steered, groups, all_groups):
+        if config.stepped == parts:  # the first optimizer of an iteration counts it
+            config.drift_steps = config.drift_steps + applied
     for s in {id(s.config): s for s in steered if s.alpha}.values():
-        s.config.drift_steps = s.config.drift_steps + applied
         for group in all_groups:
             group[f"drift_steps.{s.adapter}"] = s.config.drift_steps
 

@@ -1,11 +1,13 @@
 """Every way to call an optimizer: closures, steps within steps, failures, several optimizers, loss scaling."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from twin import (
+    ALPHA,
     BATCH,
     assert_same_update,
     backward,
@@ -157,7 +159,8 @@ def test_a_step_that_failed_does_not_disturb_the_next(pair, where):
 @pytest.mark.parametrize("split", ["layers.0", "lora_A"])
 @pytest.mark.parametrize(("scale", "target"), [("gradnorm", "residual"), ("decoupled", "factors")])
 def test_two_optimizers_with_a_part_of_the_parameters_each(pair, scale, target, split):
-    model = steered(pair, scale, target)
+    """An iteration counts once, and both have its place in warm-up."""
+    model = steered(pair, scale, target, drift_warmup_steps=2)
     twin, start = twin_of(pair, model), state(model)
 
     def halves(m):
@@ -165,20 +168,23 @@ def test_two_optimizers_with_a_part_of_the_parameters_each(pair, scale, target, 
         return [torch.optim.SGD([p for n, p in named if (split in n) == one], lr=0.05) for one in (True, False)]
 
     both = halves(model)
-    for _ in range(2):
+    for _ in range(3):
         backward(model)
         for optimizer in both:
             optimizer.step()
         model.zero_grad()
     both = halves(twin)
-    for _ in range(2):
+    for i in range(3):
         backward(twin)
+        strength = partial(lambda share, name: share * ALPHA[scale], min(1, i / 2))
         for optimizer in both:
-            bias_by_oracle(twin, pair.prior, scale, target, only=optimizer.param_groups[0]["params"])
+            parameters = optimizer.param_groups[0]["params"]
+            bias_by_oracle(twin, pair.prior, scale, target, only=parameters, alpha=strength)
             optimizer.step()
-            pull_by_oracle(twin, pair.prior, scale, optimizer)
+            pull_by_oracle(twin, pair.prior, scale, optimizer, alpha=strength)
         twin.zero_grad()
     assert_same_update(model, twin, start)
+    assert telemetry(model)["guided_steps"] == 3
 
 
 def test_one_optimizer_for_two_models_with_settings_of_their_own(pair):

@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     ledger = Ledger(out / "digits.jsonl")
     if not given.report:
         execute(ledger, plan, given.priors, given.processes, deadline)
+    out.mkdir(parents=True, exist_ok=True)
     results = collect(ledger, plan)
     (out / "digits.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write(results, out, page)

@@ -249,7 +249,8 @@ def test_the_smallest_study_from_runs_to_report(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == 0
     digits.main(arguments)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["missing"] == 0 and last["runs"] == 2 * CANDIDATES + 2 * (1 + 1 + 1 + 3)
+    # tuning, a row for each method (two where the criteria choose differently), three more strengths
+    assert last["missing"] == 0 and 0 <= last["runs"] - 2 * CANDIDATES - 2 * (3 + 3) <= 2 * 2
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "## Qwen2.5-VL + Qwen2" in page and "Strength, times the chosen one" in page
     before = (tmp_path / "out" / "digits.jsonl").read_bytes()

@@ -124,12 +124,24 @@ def _write_shards(
                     bar.set_postfix_str(raw)
                     shard.seek(offsets[raw])
                     W = checkpoint.tensor(raw)
-                    squares = _write_tensor(shard, raw, W, blocks(raw, W))
+                    with _one_thread():
+                        squares = _write_tensor(shard, raw, W, blocks(raw, W))
                     change, norm, done = change + squares[0], norm + squares[1], done + 1
                     bar.update()
     if done != len(replaced):
         raise ValueError(f"only {done} of {len(replaced)} tensors were replaced in {checkpoint.source}")
     return math.sqrt(change / norm) if change else 0.0
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block takes less time than several threads wait for one another, which on a busy machine is most of a merge."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_tensor(shard: BinaryIO, raw: str, W: torch.Tensor, blocks: Iterator[torch.Tensor]) -> tuple[float, float]:

@@ -13,46 +13,49 @@ from safetensors.torch import load_file
 from test_merge import load, logits, merge, save_adapter
 from tiny_vlm import save_pair
 
+FAMILIES = ("qwen2_5_vl", "llava_next")
 LAYERS, BLOCKS = 2, 1
 PARTS = ("weight", "bias")
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_next"])
-def merged(request, tmp_path_factory):
-    """A merged folder with processor, and the logits that it has here."""
-    folder = tmp_path_factory.mktemp(request.param)
-    save_pair(folder, request.param)
-    save_adapter(folder / "adapter", request.param)
-    merge(folder)
-    torch.save(logits(load(folder / "merged", request.param)), folder / "logits.pt")
-    return folder
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """Family -> a merged folder with processor, and the logits that it has here."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in folders.items():
+        save_pair(folder, family)
+        save_adapter(folder / "adapter", family)
+        merge(folder)
+        torch.save(logits(load(folder / "merged", family)), folder / "logits.pt")
+    return folders
 
 
-def test_plain_transformers_loads_it(merged):
+def test_plain_transformers_loads_it(merged, tmp_path):
+    """In one process for all families: most of its time goes into importing torch and transformers."""
     script = """
         import sys
         import torch
         from PIL import Image
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        folder = sys.argv[1]
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder + "/merged", dtype=torch.float32, output_loading_info=True
-        )
-        assert not any(info.values()), info
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(7, 27).reshape(2, 10)).logits
-        assert torch.equal(logits, torch.load(folder + "/logits.pt")), "other logits"
-        processor = AutoProcessor.from_pretrained(folder + "/merged")
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many ?"}]}
-        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=[[Image.new("RGB", (16, 16))]], return_tensors="pt")
-        answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
-        assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+        for folder in sys.argv[1:]:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder + "/merged", dtype=torch.float32, output_loading_info=True
+            )
+            assert not any(info.values()), info
+            with torch.no_grad():
+                logits = model(input_ids=torch.arange(7, 27).reshape(2, 10)).logits
+            assert torch.equal(logits, torch.load(folder + "/logits.pt")), "other logits"
+            processor = AutoProcessor.from_pretrained(folder + "/merged")
+            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many ?"}]}
+            prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
+            inputs = processor(text=[prompt], images=[[Image.new("RGB", (16, 16))]], return_tensors="pt")
+            answer = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+            assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
         assert "drift_peft" not in sys.modules
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(merged)]
-    result = subprocess.run(command, cwd=merged, capture_output=True, text=True)
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, merged.values())]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -71,24 +74,23 @@ def names_of_qwen2_5_vl():
     return {*norms, *text}, set(vision)
 
 
-def merged_names(tmp_path):
-    save_pair(tmp_path, "qwen2_5_vl")
-    save_adapter(tmp_path / "adapter", "qwen2_5_vl")
-    return set(load_file(merge(tmp_path).output / "model.safetensors"))
+@pytest.fixture(scope="module")
+def merged_names(merged):
+    return set(load_file(merged["qwen2_5_vl"] / "merged" / "model.safetensors"))
 
 
-def test_the_names_are_those_of_the_hub(tmp_path):
+def test_the_names_are_those_of_the_hub(merged_names):
     text, vision = names_of_qwen2_5_vl()
-    assert merged_names(tmp_path) == text | vision
+    assert merged_names == text | vision
 
 
-def test_llama_cpp_knows_every_tensor(tmp_path):
+def test_llama_cpp_knows_every_tensor(merged_names):
     """By the table of names in the package gguf, from which llama.cpp's convert_hf_to_gguf.py takes them."""
     gguf = pytest.importorskip("gguf")
     tables = {
         "visual.": gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 3),  # the merger's mlp counts up to 2
         "": gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2VL, LAYERS),
     }
-    for name in merged_names(tmp_path):
+    for name in merged_names:
         table = next(table for start, table in tables.items() if name.startswith(start))
         assert table.get_name(name, try_suffixes=(".weight", ".bias")), name

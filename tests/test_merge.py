@@ -65,9 +65,9 @@ def merge(tmp_path, **options):
     return merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False, **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
+    folder = tmp_path_factory.mktemp("stock")
     save_base(folder / "base")
     save_adapter(folder / "adapter")
     return folder
@@ -352,6 +352,23 @@ def test_overwrite_replaces_a_model_and_nothing_else(pair):
         merge_adapter(pair / "base", pair / "adapter", pair / "photos", overwrite=True, progress=False)
     with pytest.raises(FileNotFoundError, match="cannot be written: there is no folder"):
         merge_adapter(pair / "base", pair / "adapter", pair / "missing" / "merged", progress=False)
+
+
+def test_a_merge_computes_with_one_thread_and_leaves_their_number(pair, monkeypatch):
+    seen = []
+
+    def block(*args, original=LowRank.block):
+        seen.append(torch.get_num_threads())
+        return original(*args)
+
+    monkeypatch.setattr(LowRank, "block", block)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge(pair)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_unwritable_output_is_refused_before_work(pair, monkeypatch):

@@ -1,11 +1,11 @@
 """What a merge is compared with: the numbers of a 4-bit base, what was trained on it, and the other ways to serve."""
 
 import json
-import shutil
 import warnings
 from importlib.metadata import entry_points
 
 import pytest
+import test_merge
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from hub import Hub
@@ -25,6 +25,7 @@ from drift_peft.verify import Row, _prompts, _verdict_four_bit, _verdict_full
 
 pytestmark = pytest.mark.filterwarnings("ignore:Switched off bitsandbytes")
 (entry,) = entry_points(group="console_scripts", name="drift-peft")
+template, pair = test_merge.template, test_merge.pair  # fixtures
 
 
 def four_bit(**settings):
@@ -259,19 +260,6 @@ REFUSED = {
     "unknown": (lambda p: None, {"onto": "bsae"}, "onto must be one of base, dequantized, got 'bsae'"),
     "untrained": (lora(std=0), {"onto": "dequantized"}, "changes no weight of .* lora_B are zero"),
 }
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stock")
-    save_base(folder / "base")
-    save_adapter(folder / "adapter")
-    return folder
-
-
-@pytest.fixture
-def pair(template, tmp_path):
-    return shutil.copytree(template, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.parametrize("case", REFUSED)

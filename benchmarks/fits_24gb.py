@@ -82,7 +82,6 @@ def run(layers: int, tokens: int, image: int, steps: int, device: torch.device, 
         warnings.filterwarnings("ignore", message="Switched off bitsandbytes")
         model = get_peft_model(model, DriftConfig(prior=prior, r=16, lora_alpha=32, task_type="CAUSAL_LM"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
     model.train()
     adapter = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW8bit(adapter, lr=1e-4) if cuda else torch.optim.AdamW(adapter, lr=1e-4)

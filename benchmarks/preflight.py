@@ -39,7 +39,6 @@ def measured(config, tokens: list[int], image: int, device: torch.device) -> lis
         model = get_peft_model(model, DriftConfig(prior=prior, r=16, lora_alpha=32, task_type="CAUSAL_LM"))
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
     model.train()
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     peaks = []

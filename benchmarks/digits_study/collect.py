@@ -152,7 +152,7 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
 def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:
     """Sweep -> method -> value -> row; what has not been run is left out."""
     result = {}
-    for name in plan.sweeps:
+    for name in filter(lambda name: plan.sweeps_in(world, name), plan.sweeps):
         found = {}
         for method in filter(methods.__contains__, SWEEPS[name].methods):
             # data and steps change LoRA too: there the rival is LoRA under the same change

@@ -14,6 +14,7 @@ from .worlds import WORLDS
 
 # By what a method's settings are chosen on validation digits. The paper's benchmarks are all over images.
 CRITERIA = {"images": ("2-3 operations", "4-5 operations", "perception"), "all": tuple(MEASURES)}
+VARIED = ("qwen", "far")  # where all variants of DRIFT are compared: the five hours do not suffice for more
 Change = Callable[[dict], dict] | None  # the method's settings -> what differs
 TUNING_SEED = 100
 STEERED = ("lora", "merge-lora", "drift", "decoupled", "hold")
@@ -27,15 +28,17 @@ class Sweep:
         title: what is varied.
         methods: keys of METHODS.
         values: label -> settings, given the method's chosen ones.
+        worlds: where; the five hours do not suffice for everything everywhere.
     """
 
     title: str
     methods: tuple[str, ...]
     values: dict[str, Callable[[dict], dict]]
+    worlds: tuple[str, ...] = ("qwen", "far")
 
     @classmethod
-    def of(cls, title: str, setting: str, values, methods: tuple[str, ...] = STEERED) -> Sweep:
-        return cls(title, methods, {str(v): lambda _, v=v: {setting: v} for v in values})
+    def of(cls, title: str, setting: str, values, methods: tuple[str, ...] = STEERED, worlds=("qwen", "far")) -> Sweep:
+        return cls(title, methods, {str(v): lambda _, v=v: {setting: v} for v in values}, worlds)
 
 
 def times(factor: float) -> Callable[[dict], dict]:
@@ -47,11 +50,14 @@ def ranks(adapter: int, prior: int) -> Callable[[dict], dict]:
 
 
 SWEEPS = {
-    "steps": Sweep.of("Optimizer steps", "steps", [25, 50, 100, 150, 300], (*STEERED, "full", "full-drift")),
+    "steps": Sweep.of(
+        "Optimizer steps", "steps", [25, 50, 100, 150, 300], (*STEERED, "full", "full-drift"), tuple(WORLDS)
+    ),
     "strength": Sweep(
         "Strength, times the chosen one",
         ("drift", "decoupled", "hold"),
         {f"×{f:g}": times(f) for f in (0.1, 0.3, 1, 3)},
+        tuple(WORLDS),
     ),
     "merged": Sweep.of("λ of the Δ merged beforehand", "merged", [0.7, 0.8, 0.9, 1.0, 1.1], ("merge-lora", "hold")),
     "samples": Sweep.of("Training samples", "samples", [25, 50, 100, 200, 400]),
@@ -66,11 +72,13 @@ SWEEPS = {
             "MLP": lambda _: {"drift_modules": ["mlp"]},
             "attention, MLP, norms": lambda _: {"drift_modules": ["attn", "mlp", "norm"]},
         },
+        ("qwen",),
     ),
     "ranks": Sweep(
         "Rank of the adapter, rank of Δ",
         ("drift",),
         {f"{r}, {k}": ranks(r, k) for r in (2, 8) for k in (1, 2, 4, 8, 16, 64)},
+        ("qwen",),
     ),
     "schedule": Sweep(
         "Schedule of the strength",
@@ -81,6 +89,7 @@ SWEEPS = {
             "down to 0 over 150 steps": lambda _: {"drift_decay_steps": 150},
             "down to 0 over 50 steps": lambda _: {"drift_decay_steps": 50},
         },
+        ("qwen",),
     ),
 }
 
@@ -145,9 +154,14 @@ class Plan:
 
     def has(self, world: str, method: str) -> bool:
         """Is this method planned in this world, and the expert there that its prior is made from?"""
+        if method in VARIANTS and world not in VARIED:
+            return False
         prior = METHODS[method].prior
         there = prior not in ("wrong", "weak") or getattr(WORLDS[world], prior) is not None
         return world in self.worlds and method in self.methods and there
+
+    def sweeps_in(self, world: str, name: str) -> bool:
+        return name in self.sweeps and world in SWEEPS[name].worlds
 
     def stages(self) -> Iterator[tuple[str, Callable[[Ledger], list[dict]]]]:
         """(title, ledger -> runs), in order: what later ones are depends on what earlier ones have found."""
@@ -171,23 +185,25 @@ class Plan:
                 lambda ledger: [run for m in present for v in values for run in self.test_runs(ledger, world, m, v)],
             )
 
-        def compared(title, world, methods):
-            yield tuning(world, methods)
-            for criterion in CRITERIA:
-                yield seeds(f"{title}, chosen by {criterion}", world, methods, criterion)
-
         for world in self.worlds:
-            yield from compared("methods", world, TRAINING_FREE | TRAINING)
+            yield tuning(world, TRAINING_FREE | TRAINING)
+            for criterion in CRITERIA:
+                yield seeds(f"methods, chosen by {criterion}", world, TRAINING_FREE | TRAINING, criterion)
         for world in self.worlds:
             yield seeds("controls", world, CONTROLS)
-            yield from (sweep(name, world) for name in ("strength", "steps") if name in self.sweeps)
-            yield seeds("NF4", world, NF4)
+            if self.sweeps_in(world, "strength"):
+                yield sweep("strength", world)
         for world in self.worlds:
-            yield from (sweep(name, world) for name in ("merged", "rank") if name in self.sweeps)
-            yield from compared("starts", world, STARTS)
-            yield from compared("variants", world, VARIANTS)
+            yield seeds("NF4", world, NF4)
+            if self.sweeps_in(world, "steps"):
+                yield sweep("steps", world)
+        for world in self.worlds:
+            yield from (sweep(name, world) for name in ("merged", "rank") if self.sweeps_in(world, name))
+            for title, methods in (("starts", STARTS), ("variants", VARIANTS)):
+                yield tuning(world, methods)
+                yield seeds(title, world, methods)
         for name in ("samples", "noise", "modules", "ranks", "schedule"):
-            yield from (sweep(name, world) for world in self.worlds if name in self.sweeps)
+            yield from (sweep(name, world) for world in self.worlds if self.sweeps_in(world, name))
 
 
 FULL = Plan()

@@ -210,17 +210,19 @@ def common_settings(results: dict, worlds: dict) -> list[str]:
     """For each method the one candidate that does best over all worlds, and what it costs against the best of each."""
     complete = [world["tuning"] for world in worlds.values() if world["tuning"]]
     lines = [
-        f"On validation digits, over {len(complete)} worlds: the candidate with the best mean over the worlds, and by "
-        "how much it falls short of the best candidate of a world at worst. A default is such a candidate.\n",
-        "| | by `images` | mean | shortfall | by `all` | mean | shortfall |",
-        "|---|---|---|---|---|---|---|",
+        "On validation digits, where two or more worlds have been tuned: the candidate with the best mean over "
+        "the worlds, and by how much it falls short of the best candidate of a world at worst. A default is such "
+        "a candidate.\n",
+        "| | worlds | by `images` | mean | shortfall | by `all` | mean | shortfall |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method in TRAINING | STARTS | VARIANTS:
-        if not complete or not all(method in tuning for tuning in complete):
+        grids_of = [tuning[method] for tuning in complete if method in tuning]
+        if len(grids_of) < 2:
             continue
-        cells = []
+        cells = [str(len(grids_of))]
         for criterion in CRITERIA:
-            grids = [{c: found[criterion] for c, found in tuning[method].items()} for tuning in complete]
+            grids = [{c: found[criterion] for c, found in grid.items()} for grid in grids_of]
             means = {c: sum(grid[c] for grid in grids) / len(grids) for c in grids[0]}
             best = max(means, key=means.get)
             short = max(max(grid.values()) - grid[best] for grid in grids)

@@ -162,8 +162,9 @@ def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:
                 for label, change in SWEEPS[name].values.items()
             }
             found[method] = {label: value for label, value in values.items() if value}
-        if any(found.values()):
-            result[name] = {method: values for method, values in found.items() if values}
+        found = {method: values for method, values in found.items() if len(values) > 1}  # one alone varies nothing
+        if found:
+            result[name] = found
     return result
 
 

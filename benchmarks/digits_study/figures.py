@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .methods import CONTROLS, NF4, TRAINING_FREE, VARIANTS
+from .methods import CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
 from .plan import SWEEPS
 
 COLOURS = {  # of what is followed through all figures
@@ -19,14 +19,21 @@ COLOURS = {  # of what is followed through all figures
     "drift": "tab:red",
     "decoupled": "tab:purple",
     "hold": "tab:green",
+    "start": "tab:brown",
 }
+GREYS = (  # what stays in the background
+    (TRAINING_FREE, "merges without training", "darkgray"),
+    (STARTS, "LoRA with PEFT's other starts", "tab:pink"),
+    (VARIANTS, "DRIFT's other scales and targets", "mistyrose"),
+)
 REASONING, PERCEPTION = "2-3 operations", "perception"
 
 
 def draw_frontier(results: dict, file: Path) -> None:
     """Reasoning over images against perception, a point with 95 % intervals for each method; the frontier is drawn."""
     worlds = {key: world for key, world in results["worlds"].items() if rows_of(world)}
-    figure = Figure(figsize=(7 * len(worlds), 6.5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(worlds) + 2.5, 5.5), layout="constrained")
+    handles = {}
     for axes, world in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds.values(), strict=True):
         points = {}
         for key, row in rows_of(world).items():
@@ -34,25 +41,19 @@ def draw_frontier(results: dict, file: Path) -> None:
                 continue
             (x, *xs), (y, *ys) = ([100 * v for v in row["scores"][name]] for name in (PERCEPTION, REASONING))
             points[key] = (x, y)
-            colour = COLOURS.get(key, "silver" if key in VARIANTS else "darkgray")
+            title, colour = results["titles"][key], COLOURS.get(key)
+            if colour is None:
+                title, colour = next(group for keys, *group in GREYS if key in keys)
             bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
-            axes.errorbar(x, y, **bars, fmt="o", ms=6 if key in COLOURS else 4, color=colour, elinewidth=1)
-            if key in COLOURS or key not in TRAINING_FREE | VARIANTS:
-                title = results["titles"][key]
-                axes.annotate(title, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
-        best = frontier(points.values())
-        axes.plot(*zip(*best, strict=True), color="gray", linestyle=":", zorder=0)
+            handles[title] = axes.errorbar(x, y, **bars, fmt="o", ms=6 if key in COLOURS else 4, color=colour, lw=1)
+        axes.plot(*zip(*frontier(points.values()), strict=True), color="gray", linestyle=":", zorder=0)
         axes.set_title(world["title"])
         axes.set_xlabel("perception, % right")
         axes.set_ylabel("reasoning over images (2-3 operations), % right")
         axes.set_xlim(-3, 103)
         axes.set_ylim(-3, 103)
-    figure.savefig(file, dpi=110)
-
-
-def rows_of(world: dict) -> dict:
-    """The rows whose settings were chosen by the exams over images."""
-    return world["chosen by"]["images"]["rows"]
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    figure.savefig(file, dpi=100)
 
 
 def frontier(points) -> list[tuple[float, float]]:
@@ -60,6 +61,11 @@ def frontier(points) -> list[tuple[float, float]]:
     points = set(points)
     kept = [(x, y) for x, y in points if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)]
     return sorted(kept)
+
+
+def rows_of(world: dict) -> dict:
+    """The rows whose settings were chosen by the exams over images."""
+    return world["chosen by"]["images"]["rows"]
 
 
 def draw_sweep(results: dict, name: str, file: Path) -> bool:

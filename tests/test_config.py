@@ -147,7 +147,7 @@ def test_accepted_as_given(settings):
 def test_defaults():
     made = config()
     assert (made.drift_alpha, made.drift_scale, made.drift_target, made.drift_rank, made.drift_norm) == (
-        1.0, "adaptive", "residual", None, "factor",
+        0.3, "adaptive", "residual", None, "factor",
     )  # fmt: skip
     assert made.init_lora_weights == "drift" and made.target_modules is None and made.drift_steps == 0
     assert (made.drift_modules, made.drift_alpha_pattern, made.drift_spectrum) == (None, {}, "full")

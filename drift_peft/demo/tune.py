@@ -1,10 +1,12 @@
-"""Choose every method's learning rate on validation digits: ``python -m drift_peft.demo.tune`` writes tuning.json.
+"""Choose learning rates on validation digits: ``python -m drift_peft.demo.tune [METHOD …]`` writes tuning.json.
 
 All methods that train get the same grid, the same seeds and the same criterion: the mean of the table's four measures.
+Naming methods renews their part of the file alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from .compare import METHODS, TUNING, run
@@ -12,12 +14,13 @@ from .evaluate import MEASURES
 
 GRID = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 SEEDS = (100,)  # not those of the README's table
+TRAINED = [key for key, method in METHODS.items() if method.trained]
 
 
-def tune() -> dict:
-    """Run the grid and write it, with the best rate by method, to tuning.json."""
-    keys = [key for key, method in METHODS.items() if method.trained]
-    scores = {key: {} for key in keys}
+def tune(keys: list[str]) -> dict:
+    """Run the grid for these methods and write it, with the best rate by method, to tuning.json."""
+    known = json.loads(TUNING.read_text(encoding="utf-8"))["validation"] if set(keys) != set(TRAINED) else {}
+    scores = {key: {} if key in keys else known[key] for key in TRAINED}
     for rate in GRID:
         rates = dict.fromkeys(keys, rate)
         runs = [run(None, seed, keys, split="validation", rates=rates, size=200, show=False) for seed in SEEDS]
@@ -32,4 +35,6 @@ def tune() -> dict:
 
 
 if __name__ == "__main__":
-    tune()
+    parser = argparse.ArgumentParser(prog="python -m drift_peft.demo.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", default=TRAINED, metavar="METHOD")
+    tune(parser.parse_args().methods)

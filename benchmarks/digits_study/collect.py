@@ -20,6 +20,7 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift", "merge-lora", "Better than merging, then LoRA?"),
     ("decoupled", "merge-lora", ""),
     ("hold", "merge-lora", "Does the hold help there?"),
+    ("hold", "drift", "Held near a merged base, or steered inside the adapter?"),
     ("decoupled", "drift", "Outside the gradient or in it?"),
     ("drift", "full", "Better than full fine-tuning?"),
     ("drift", "full-drift", "Better than DRIFT as published?"),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from drift_peft.demo.evaluate import MEASURES
 
-from .collect import DUELS
 from .figures import draw_frontier, draw_losses, draw_sweep
 from .methods import CONTROLS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
 from .plan import CRITERIA, SWEEPS
+from .words import percent, plain_words, signed
 
 HEADS = {**MEASURES, "images": "`images`", "all": "`all`"}
 GROUPS = {
@@ -19,8 +19,6 @@ GROUPS = {
     "On a 4-bit base, settings as above": NF4,
     "Controls, settings as above": CONTROLS,
 }
-OURS = ("drift", "decoupled", "hold", "full-drift", *VARIANTS)
-WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 
 
 def write(results: dict, folder: Path, page: Path) -> None:
@@ -81,66 +79,6 @@ ABOUT = {
     "far": "The same VLM with an expert trained much longer and further from the base: merging is broken.",
     "llava": "Another ancestor, architecture and seed: a square CLIP image and a Llama.",
 }
-
-
-# In plain words
-
-
-def plain_words(results: dict, worlds: dict) -> list[str]:
-    if not worlds:
-        return ["Nothing has been run yet.\n"]
-    lines = []
-    for criterion in CRITERIA:
-        lines += [
-            f"\n### Chosen and compared by `{criterion}`\n",
-            "What beats DRIFT inside the adapter (the better of ",
-        ]
-        lines[-1] += "`drift` and `decoupled`):\n"
-        lines += [f"- `{key}`: {beaten_by(results, world, criterion)}" for key, world in worlds.items()]
-        lines += ["\nAgainst plain LoRA, points and 95 % interval:\n"]
-        for key, world in worlds.items():
-            for method in ("drift", "decoupled", "hold"):
-                if against := world["chosen by"][criterion]["rows"].get(method, {}).get("against LoRA"):
-                    lines.append(f"- `{key}`, {results['titles'][method]}: {gains(against, criterion)}")
-        lines += ["\nPair by pair, the first less the second:\n", *duels(results, worlds, criterion)]
-    return lines
-
-
-def beaten_by(results: dict, world: dict, criterion: str) -> str:
-    rows, leads = (world["chosen by"][criterion][key] for key in ("rows", "leads"))
-    mine = [key for key in ("drift", "decoupled") if key in rows]
-    if not mine:
-        return "not run yet."
-    best = max(mine, key=lambda key: rows[key]["scores"][criterion][0])
-    name = f"{results['titles'][best]} ({percent(rows[best]['scores'][criterion])})"
-    clear, unclear = [], []
-    for key, lead in leads[best].items():
-        if key not in (*mine, *VARIANTS, *CONTROLS, *NF4) and lead[0] > 0:
-            (clear if lead[1] > 0 else unclear).append((lead[0], f"{results['titles'][key]} by {signed(lead)}"))
-    said = [text for _, text in sorted(clear, reverse=True)]
-    close = [text for _, text in sorted(unclear, reverse=True)]
-    verb = "beats" if len(said) == 1 else "beat"
-    sentence = f"{'; '.join(said)} {verb} {name}." if said else f"nothing clearly beats {name}."
-    return sentence + (f" Ahead within the noise: {'; '.join(close)}." if close else "")
-
-
-def gains(against: dict, criterion: str) -> str:
-    parts = [f"`{criterion}` {signed(against[criterion])}"]
-    for name in MEASURES:
-        _, low, high = against[name]
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-        parts.append(f"{WORDS.get(name, name)} {signed(against[name])} ({verdict})")
-    return "; ".join(parts) + "."
-
-
-def duels(results: dict, worlds: dict, criterion: str) -> list[str]:
-    lines = ["| | " + " | ".join(f"`{key}`" for key in worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
-    for first, second, question in DUELS:
-        found = [world["chosen by"][criterion]["duels"].get(f"{first} {second}") for world in worlds.values()]
-        if any(found):
-            titles = f"{question} {results['titles'][first]} − {results['titles'][second]}".strip()
-            lines.append(f"| {titles} | " + " | ".join(signed(f) if f else "" for f in found) + " |")
-    return lines
 
 
 # Tables
@@ -229,14 +167,6 @@ def common_settings(results: dict, worlds: dict) -> list[str]:
             cells += [results["candidates"][best], f"{100 * means[best]:.1f}", f"{100 * short:.1f}"]
         lines.append(f"| {results['titles'][method]} | {' | '.join(cells)} |")
     return lines
-
-
-def percent(found: list[float]) -> str:
-    return f"{100 * found[0]:.0f} ± {50 * (found[2] - found[1]):.0f}"
-
-
-def signed(found: list[float]) -> str:
-    return f"{100 * found[0]:+.1f} [{100 * found[1]:+.1f}, {100 * found[2]:+.1f}]"
 
 
 def settings(row: dict) -> str:

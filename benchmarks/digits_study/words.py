@@ -1,0 +1,136 @@
+"""The study's answer in plain words, generated from its numbers: where rivals win comes first."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from drift_peft.demo.evaluate import MEASURES
+
+from .collect import DUELS
+from .methods import CONTROLS, NF4, VARIANTS
+from .plan import CRITERIA
+
+WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
+
+
+def plain_words(results: dict, worlds: dict) -> list[str]:
+    if not worlds:
+        return ["Nothing has been run yet.\n"]
+    lines = answer(results, worlds)
+    for criterion in CRITERIA:
+        lines += [
+            f"\n### Chosen and compared by `{criterion}`\n",
+            "What beats DRIFT inside the adapter (the better of ",
+        ]
+        lines[-1] += "`drift` and `decoupled`):\n"
+        lines += [f"- `{key}`: {beaten_by(results, world, criterion)}" for key, world in worlds.items()]
+        lines += ["\nAgainst plain LoRA, points and 95 % interval:\n"]
+        for key, world in worlds.items():
+            for method in ("drift", "decoupled", "hold"):
+                if against := world["chosen by"][criterion]["rows"].get(method, {}).get("against LoRA"):
+                    lines.append(f"- `{key}`, {results['titles'][method]}: {gains(against, criterion)}")
+        lines += ["\nPair by pair, the first less the second:\n", *duels(results, worlds, criterion)]
+    return lines
+
+
+def answer(results: dict, worlds: dict) -> list[str]:
+    """The page in a few sentences: first where a simple rival wins, then what DRIFT gives, costs and rests on."""
+    wins, close = [], []
+    for criterion, (key, world) in product(CRITERIA, worlds.items()):
+        if (found := rivals(world, criterion)) is not None:
+            _, clear, unclear = found
+            wins += [f"{results['titles'][m]} by {signed(d)} (`{criterion}`, `{key}`)" for m, d in clear if m != "hold"]
+            close += [f"{results['titles'][m]} (`{criterion}`, `{key}`)" for m, _ in unclear if m != "hold"]
+    kept = [
+        f"`{key}` perception {signed(against['perception'])}, text {signed(against['text reasoning'])}"
+        for key, world in worlds.items()
+        if (against := world["chosen by"]["images"]["rows"].get("drift", {}).get("against LoRA"))
+    ]
+    lines = [
+        "- **A simple rival wins**: "
+        + ("; ".join(wins) if wins else "nowhere so far")
+        + ". **One is as good** (ahead of DRIFT "
+        "inside the noise): " + ("; ".join(close) if close else "nowhere so far") + ".",
+        "- **Our own other way**, merging Δ into the base and holding the adapter near it, against DRIFT inside: "
+        + across(worlds, "hold", "drift")
+        + ". It buys reasoning in text with perception.",
+        "- **DRIFT against LoRA** on the same data: " + across(worlds, "drift", "lora") + ".",
+        "- **What it costs or keeps** beside the trained task, against LoRA, by `images`: " + "; ".join(kept) + ".",
+        "- **The start alone**, LoRA from DRIFT's start without the bias, gives a part of it; the bias adds: "
+        + across(worlds, "drift", "start")
+        + ".",
+        "- **Against full fine-tuning**: "
+        + across(worlds, "drift", "full")
+        + "; **against DRIFT as published**, with all "
+        "weights: " + across(worlds, "drift", "full-drift") + ".",
+    ]
+    for other, question in (("drift-random", "random directions instead of Δ's"), ("drift-wrong", "a wrong expert")):
+        if any(f"drift {other}" in world["duels"] for w in worlds.values() for world in w["chosen by"].values()):
+            lines.append(
+                f"- **Is it Δ?** DRIFT against the same pull with {question}: {across(worlds, 'drift', other)}."
+            )
+    return [*lines, ""]
+
+
+def across(worlds: dict, first: str, second: str) -> str:
+    """The difference of two methods in every world, by each criterion."""
+    parts = []
+    for criterion in CRITERIA:
+        pairs = {key: world["chosen by"][criterion]["duels"].get(f"{first} {second}") for key, world in worlds.items()}
+        found = [f"`{key}` {signed(pair)}" for key, pair in pairs.items() if pair]
+        parts += [f"by `{criterion}` " + ", ".join(found)] if found else []
+    return "; ".join(parts) or "not run yet"
+
+
+def rivals(world: dict, criterion: str) -> tuple[str, list, list] | None:
+    """The better way inside the adapter, and what is ahead of it: (method, difference), clearly and within noise."""
+    rows, leads = (world["chosen by"][criterion][key] for key in ("rows", "leads"))
+    mine = [key for key in ("drift", "decoupled") if key in rows]
+    if not mine:
+        return None
+    best = max(mine, key=lambda key: rows[key]["scores"][criterion][0])
+    ahead = [
+        (key, lead)
+        for key, lead in sorted(leads[best].items(), key=lambda pair: -pair[1][0])
+        if lead[0] > 0 and key not in (*mine, *VARIANTS, *CONTROLS, *NF4)
+    ]
+    return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0]
+
+
+def beaten_by(results: dict, world: dict, criterion: str) -> str:
+    if (found := rivals(world, criterion)) is None:
+        return "not run yet."
+    best, clear, unclear = found
+    scores = world["chosen by"][criterion]["rows"][best]["scores"]
+    name = f"{results['titles'][best]} ({percent(scores[criterion])})"
+    said, close = ([f"{results['titles'][key]} by {signed(lead)}" for key, lead in part] for part in (clear, unclear))
+    verb = "beats" if len(said) == 1 else "beat"
+    sentence = f"{'; '.join(said)} {verb} {name}." if said else f"nothing clearly beats {name}."
+    return sentence + (f" Ahead within the noise: {'; '.join(close)}." if close else "")
+
+
+def gains(against: dict, criterion: str) -> str:
+    parts = [f"`{criterion}` {signed(against[criterion])}"]
+    for name in MEASURES:
+        _, low, high = against[name]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+        parts.append(f"{WORDS.get(name, name)} {signed(against[name])} ({verdict})")
+    return "; ".join(parts) + "."
+
+
+def duels(results: dict, worlds: dict, criterion: str) -> list[str]:
+    lines = ["| | " + " | ".join(f"`{key}`" for key in worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
+    for first, second, question in DUELS:
+        found = [world["chosen by"][criterion]["duels"].get(f"{first} {second}") for world in worlds.values()]
+        if any(found):
+            titles = f"{question} {results['titles'][first]} − {results['titles'][second]}".strip()
+            lines.append(f"| {titles} | " + " | ".join(signed(f) if f else "" for f in found) + " |")
+    return lines
+
+
+def percent(found: list[float]) -> str:
+    return f"{100 * found[0]:.0f} ± {50 * (found[2] - found[1]):.0f}"
+
+
+def signed(found: list[float]) -> str:
+    return f"{100 * found[0]:+.1f} [{100 * found[1]:+.1f}, {100 * found[2]:+.1f}]"

@@ -38,7 +38,8 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
     if "forkserver" in methods:  # imports once, for all runs; the server does not inherit sys.path
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         context.set_forkserver_preload(["digits_study.run"])
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+    fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
+    with ProcessPoolExecutor(processes, context, **fresh) as pool:
         for title, stage in plan.stages():
             runs = [run for run in unique(stage(ledger)) if run not in ledger]
             for world in {run["world"] for run in runs}:

@@ -41,7 +41,7 @@ class DriftConfig(LoraConfig):
         default=None, metadata={"help": "Prior file, or hub id (`id@revision`); None only with inference_mode=True."}
     )
     drift_alpha: float = field(
-        default=0.3,  # best in all worlds of benchmarks/RESULTS.md; it belongs to the adaptive scale
+        default=0.3,  # of the adaptive scale: benchmarks/RESULTS.md, chosen by the exams over images
         metadata={"help": "Strength a ≥ 0 of the pull toward the expert; 0 is plain LoRA. The paper's α is −a."},
     )
     drift_scale: Literal["adaptive", "gradnorm", "absolute", "decoupled"] = field(

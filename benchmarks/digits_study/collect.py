@@ -14,12 +14,14 @@ from .run import scores
 from .worlds import WORLDS
 
 DUELS = (  # (first, second, what their difference answers)
+    ("drift", "vlm", "What training changes in all:"),
+    ("lora", "vlm", ""),
     ("drift", "lora", "Is DRIFT better than LoRA?"),
     ("decoupled", "lora", "And decoupled?"),
     ("drift", "start", "Is it more than the start?"),
     ("drift", "merge-lora", "Better than merging, then LoRA?"),
     ("decoupled", "merge-lora", ""),
-    ("hold", "merge-lora", "Does the hold help there?"),
+    ("hold", "merge-lora", "Held, or left free (each with its own λ)?"),
     ("hold", "drift", "Held near a merged base, or steered inside the adapter?"),
     ("decoupled", "drift", "Outside the gradient or in it?"),
     ("drift", "full", "Better than full fine-tuning?"),
@@ -31,13 +33,16 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift", "drift-wrong", "Does the expert matter?"),
     ("decoupled", "decoupled-wrong", ""),
     ("decoupled", "pull-to-zero", "More than a pull to zero?"),
-    ("drift", "drift-hierarchical", "Δ from the VLM or from the base?"),
+    ("drift-hierarchical", "drift", "Δ from the ancestor, or from the VLM?"),
+    ("decoupled-hierarchical", "decoupled", ""),
+    ("drift-ancestor", "merge-lora-ancestor", "Both with Δ from the ancestor, each tuned:"),
+    ("merge-lora-ancestor", "merge-lora", ""),
     ("drift", "drift-weak", "A weaker expert?"),
     ("drift", "drift-nf4", "What 4 bit costs:"),
     ("lora", "lora-nf4", ""),
 )
 
-LEADERS = ("drift", "decoupled")  # whose rivals are listed: DRIFT inside the adapter
+LEADERS = ("drift", "decoupled", "drift-ancestor")  # whose rivals are listed: DRIFT inside the adapter
 RIVAL = "lora"  # what a user would do without us: every row is compared with it, seed by seed
 
 
@@ -83,12 +88,17 @@ def row(
     if theirs is not None and method != RIVAL:
         result["against LoRA"] = summary(mine - theirs)
     results = [ledger[run] for run in runs]
-    for key in ("cosine", "absorbed", "step_seconds", "peak_mb"):
+    # Of times and memory the smallest: what else ran on the machine can only add.
+    for key, best in (("cosine", np.median), ("absorbed", np.median), ("step_seconds", min), ("peak_mb", min)):
         if all(r.get(key) is not None for r in results):
-            result[key] = round(float(np.median([r[key] for r in results])), 4)
+            result[key] = round(float(best([r[key] for r in results])), 4)
     if all("loss" in r for r in results):
         result["loss"] = np.round(np.mean([r["loss"] for r in results], axis=0), 4).tolist()
     return result
+
+
+def best_validation(ledger: Ledger, plan: Plan, world: str, method: str, criterion: str) -> float:
+    return max(plan.validation(ledger, run, criterion) for run in plan.tuning_runs(world, method))
 
 
 def at_the_edge(grid: tuple[dict, ...], best: dict) -> list[str]:
@@ -140,13 +150,17 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
     rows = {m: found for m in methods if (found := row(ledger, plan, world, m, criterion))}
     done = {m: answers(ledger, plan.test_runs(ledger, world, m, criterion=criterion), plan.size) for m in rows}
 
+    leaders = [m for m in LEADERS if m in rows]
+    leader = max(leaders, key=lambda m: best_validation(ledger, plan, world, m, criterion), default=None)
+
     def difference(a: str, b: str) -> tuple[float, float, float]:
         return mean_over(criterion, done[a] - done[b])
 
     return {
         "rows": rows,
         "duels": {f"{a} {b}": difference(a, b) for a, b, _ in DUELS if a in done and b in done},
-        "leads": {m: {k: difference(k, m) for k in done if k != m} for m in LEADERS if m in done},
+        "leader": leader,
+        "leads": {k: difference(k, leader) for k in done if k != leader} if leader else {},
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .methods import CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
+from .methods import ANCESTOR, CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
 from .plan import SWEEPS
 
 COLOURS = {  # of what is followed through all figures
@@ -21,7 +21,8 @@ COLOURS = {  # of what is followed through all figures
     "hold": "tab:green",
     "start": "tab:brown",
 }
-GREYS = (  # what stays in the background
+GREYS = (
+    (ANCESTOR, "Δ from the ancestor", "gold"),  # what stays in the background
     (TRAINING_FREE, "merges without training", "darkgray"),
     (STARTS, "LoRA with PEFT's other starts", "tab:pink"),
     (VARIANTS, "DRIFT's other scales and targets", "mistyrose"),

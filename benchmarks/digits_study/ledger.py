@@ -20,7 +20,9 @@ def key_of(run: dict) -> str:
 @cache
 def fingerprint(world: str) -> str:
     """Of the world's checkpoints: results of other ones must not stand beside each other."""
-    files = [folder / "model.safetensors" for folder in (WORLDS[world].vlm, WORLDS[world].expert)]
+    made_of = WORLDS[world]
+    folders = [made_of.base, made_of.vlm, made_of.expert, made_of.wrong, made_of.weak]
+    files = [folder / "model.safetensors" for folder in folders if folder is not None]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ merges over their scales, weights and densities.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 CANDIDATES = 9
@@ -32,7 +32,8 @@ class Method:
         merge: method of `merge_baseline`, or "export" for the prior as a LoRA adapter; where nothing is trained.
         start: `init_lora_weights` of a plain LoraConfig.
         drift: settings of DriftConfig (of `guide` with trains="full"); None trains without guidance.
-        prior: which prior steers: "plain", "hierarchical", "negated", "random", "wrong", "weak".
+        prior: which prior steers: "plain", "hierarchical", "negated", "random", "wrong", "weak"; with "hierarchical",
+            what is merged beforehand is Δ from the ancestor too.
         four_bit: trained on NF4, then merged into the full-precision base.
         settings: fixed for this method; `merged` is λ of the Δ that is added to the base before anything else.
         grid: the candidates; none where there is nothing to choose.
@@ -80,7 +81,7 @@ TRAINING = {
     "lora": Method("LoRA", grid=grid(rate=LORA_RATES)),
     "start": Method("LoRA, DRIFT's start, no bias", drift={"drift_alpha": 0.0}, grid=grid(rate=LORA_RATES)),
     "full": Method("full fine-tuning", "full", grid=grid(rate=FULL_RATES)),
-    "merge-lora": Method("merged, then LoRA", grid=grid(rate=[1e-3, 3e-3, 1e-2], merged=[0.5, 0.8, 1.0])),
+    "merge-lora": Method("merged, then LoRA", grid=grid(rate=[1e-3, 3e-3, 1e-2], merged=[0.2, 0.5, 1.0])),
     "full-drift": Method(
         "full DRIFT, as published",
         "full",
@@ -92,6 +93,11 @@ TRAINING = {
         "DRIFT, decoupled", drift=DECOUPLED, grid=grid(rate=[1e-3, 3e-3, 1e-2], drift_alpha=[10.0, 30.0, 100.0])
     ),
     "hold": Method("merged, then held LoRA", drift=HOLD, grid=grid(rate=STEERED_RATES, merged=[0.8, 0.9, 1.0])),
+}
+
+ANCESTOR = {  # the two ways that are best inside and outside the adapter, with Δ from the common ancestor
+    f"{key}-ancestor": replace(TRAINING[key], title=f"{TRAINING[key].title}, Δ from the ancestor", prior="hierarchical")
+    for key in ("drift", "merge-lora")
 }
 
 STARTS = {  # PEFT's other starts of an adapter
@@ -147,5 +153,5 @@ CONTROLS = {
     )
 }
 
-METHODS = TRAINING_FREE | TRAINING | STARTS | VARIANTS | NF4 | CONTROLS
+METHODS = TRAINING_FREE | TRAINING | ANCESTOR | STARTS | VARIANTS | NF4 | CONTROLS
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

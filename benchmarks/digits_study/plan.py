@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from drift_peft.demo.evaluate import MEASURES
 
 from .ledger import Ledger
-from .methods import CONTROLS, METHODS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import ANCESTOR, CONTROLS, METHODS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
 from .run import DEFAULTS, scores
 from .worlds import WORLDS
 
@@ -60,7 +60,7 @@ SWEEPS = {
         tuple(WORLDS),
     ),
     "merged": Sweep.of("λ of the Δ merged beforehand", "merged", [0.7, 0.8, 0.9, 1.0, 1.1], ("merge-lora", "hold")),
-    "samples": Sweep.of("Training samples", "samples", [25, 50, 100, 200, 400]),
+    "samples": Sweep.of("Training samples", "samples", [25, 50, 100, 200, 400], worlds=("qwen",)),
     "rank": Sweep.of("Rank of the adapter", "r", [1, 2, 4, 8, 16]),
     "noise": Sweep.of("Share of wrong chains of thought in the data", "noise", [0.0, 0.25]),
     "modules": Sweep(
@@ -185,10 +185,16 @@ class Plan:
                 lambda ledger: [run for m in present for v in values for run in self.test_runs(ledger, world, m, v)],
             )
 
+        def compared(title, world, methods):
+            yield tuning(world, methods)
+            yield seeds(title, world, methods)
+
         for world in self.worlds:
             yield tuning(world, TRAINING_FREE | TRAINING)
             for criterion in CRITERIA:
                 yield seeds(f"methods, chosen by {criterion}", world, TRAINING_FREE | TRAINING, criterion)
+        for world in self.worlds:
+            yield from compared("ancestor", world, ANCESTOR)
         for world in self.worlds:
             yield seeds("controls", world, CONTROLS)
             if self.sweeps_in(world, "strength"):
@@ -199,9 +205,8 @@ class Plan:
                 yield sweep("steps", world)
         for world in self.worlds:
             yield from (sweep(name, world) for name in ("merged", "rank") if self.sweeps_in(world, name))
-            for title, methods in (("starts", STARTS), ("variants", VARIANTS)):
-                yield tuning(world, methods)
-                yield seeds(title, world, methods)
+            yield from compared("starts", world, STARTS)
+            yield from compared("variants", world, VARIANTS)
         for name in ("samples", "noise", "modules", "ranks", "schedule"):
             yield from (sweep(name, world) for world in self.worlds if self.sweeps_in(world, name))
 

@@ -71,7 +71,11 @@ def trained(world: World, method: Method, settings: dict, seed: int, prior: Path
     folder = world.vlm
     if settings["merged"]:
         folder = home / "base"
-        task_arithmetic(world.vlm, world.expert, settings["merged"], folder)
+        if method.prior == "hierarchical":
+            given = {"reference": world.base, "scale": settings["merged"], "progress": False}
+            merge_baseline("task_arithmetic", world.expert, world.vlm, folder, **given)
+        else:
+            task_arithmetic(world.vlm, world.expert, settings["merged"], folder)
     model, processor = load(folder, four_bit=method.four_bit)
     samples = training_samples(world, settings, seed)
     drift = None if method.drift is None else method.drift | chosen(settings, "drift_")

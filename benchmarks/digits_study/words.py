@@ -6,10 +6,11 @@ from itertools import product
 
 from drift_peft.demo.evaluate import MEASURES
 
-from .collect import DUELS
+from .collect import DUELS, LEADERS
 from .methods import CONTROLS, NF4, VARIANTS
 from .plan import CRITERIA
 
+NOT_RUN = "not run yet"
 WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 
 
@@ -20,9 +21,8 @@ def plain_words(results: dict, worlds: dict) -> list[str]:
     for criterion in CRITERIA:
         lines += [
             f"\n### Chosen and compared by `{criterion}`\n",
-            "What beats DRIFT inside the adapter (the better of ",
+            "What beats DRIFT inside the adapter (the best of `drift`, `decoupled` and `drift-ancestor`):\n",
         ]
-        lines[-1] += "`drift` and `decoupled`):\n"
         lines += [f"- `{key}`: {beaten_by(results, world, criterion)}" for key, world in worlds.items()]
         lines += ["\nAgainst plain LoRA, points and 95 % interval:\n"]
         for key, world in worlds.items():
@@ -49,21 +49,31 @@ def answer(results: dict, worlds: dict) -> list[str]:
     lines = [
         "- **A simple rival wins**: "
         + ("; ".join(wins) if wins else "nowhere so far")
-        + ". **One is as good** (ahead of DRIFT "
-        "inside the noise): " + ("; ".join(close) if close else "nowhere so far") + ".",
+        + ". **One is as good** (its interval holds 0): "
+        + ("; ".join(close) if close else "nowhere so far")
+        + ".",
         "- **Our own other way**, merging Δ into the base and holding the adapter near it, against DRIFT inside: "
         + across(worlds, "hold", "drift")
-        + ". It buys reasoning in text with perception.",
+        + ".",
+        "- **Against the VLM as it is**, DRIFT: "
+        + across(worlds, "drift", "vlm")
+        + "; LoRA: "
+        + across(worlds, "lora", "vlm")
+        + ".",
         "- **DRIFT against LoRA** on the same data: " + across(worlds, "drift", "lora") + ".",
         "- **What it costs or keeps** beside the trained task, against LoRA, by `images`: " + "; ".join(kept) + ".",
-        "- **The start alone**, LoRA from DRIFT's start without the bias, gives a part of it; the bias adds: "
-        + across(worlds, "drift", "start")
-        + ".",
+        "- **What the bias adds** to LoRA from DRIFT's start without it: " + across(worlds, "drift", "start") + ".",
         "- **Against full fine-tuning**: "
         + across(worlds, "drift", "full")
-        + "; **against DRIFT as published**, with all "
-        "weights: " + across(worlds, "drift", "full-drift") + ".",
+        + "; **against DRIFT as published**, with all weights: "
+        + across(worlds, "drift", "full-drift")
+        + ".",
     ]
+    if (found := across(worlds, "drift-hierarchical", "drift")) != NOT_RUN:
+        lines.append(
+            "- **Δ from the common ancestor** (`reference=`, the paper's table 10) in place of Δ from the VLM, which "
+            f"also takes back what the VLM had learned; with the settings of the latter: {found}."
+        )
     for other, question in (("drift-random", "random directions instead of Δ's"), ("drift-wrong", "a wrong expert")):
         if any(f"drift {other}" in world["duels"] for w in worlds.values() for world in w["chosen by"].values()):
             lines.append(
@@ -79,22 +89,20 @@ def across(worlds: dict, first: str, second: str) -> str:
         pairs = {key: world["chosen by"][criterion]["duels"].get(f"{first} {second}") for key, world in worlds.items()}
         found = [f"`{key}` {signed(pair)}" for key, pair in pairs.items() if pair]
         parts += [f"by `{criterion}` " + ", ".join(found)] if found else []
-    return "; ".join(parts) or "not run yet"
+    return "; ".join(parts) or NOT_RUN
 
 
 def rivals(world: dict, criterion: str) -> tuple[str, list, list] | None:
-    """The better way inside the adapter, and what is ahead of it: (method, difference), clearly and within noise."""
-    rows, leads = (world["chosen by"][criterion][key] for key in ("rows", "leads"))
-    mine = [key for key in ("drift", "decoupled") if key in rows]
-    if not mine:
+    """DRIFT inside the adapter at its best (by validation); rivals as (method, difference), clearly ahead and level."""
+    best, leads = (world["chosen by"][criterion][key] for key in ("leader", "leads"))
+    if best is None:
         return None
-    best = max(mine, key=lambda key: rows[key]["scores"][criterion][0])
     ahead = [
         (key, lead)
-        for key, lead in sorted(leads[best].items(), key=lambda pair: -pair[1][0])
-        if lead[0] > 0 and key not in (*mine, *VARIANTS, *CONTROLS, *NF4)
+        for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0])
+        if key not in (*LEADERS, *VARIANTS, *CONTROLS, *NF4)
     ]
-    return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0]
+    return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0 <= pair[1][2]]
 
 
 def beaten_by(results: dict, world: dict, criterion: str) -> str:
@@ -106,7 +114,7 @@ def beaten_by(results: dict, world: dict, criterion: str) -> str:
     said, close = ([f"{results['titles'][key]} by {signed(lead)}" for key, lead in part] for part in (clear, unclear))
     verb = "beats" if len(said) == 1 else "beat"
     sentence = f"{'; '.join(said)} {verb} {name}." if said else f"nothing clearly beats {name}."
-    return sentence + (f" Ahead within the noise: {'; '.join(close)}." if close else "")
+    return sentence + (f" Level with it: {'; '.join(close)}." if close else "")
 
 
 def gains(against: dict, criterion: str) -> str:

@@ -36,7 +36,8 @@ NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_compute_dtype=torch.float32,
-    llm_int8_skip_modules=["model.visual", "lm_head"],  # the vision tower with its projector stays as it is
+    # The vision tower with its projector stays as it is: Qwen2.5-VL's, and LLaVA's.
+    llm_int8_skip_modules=["model.visual", "model.vision_tower", "model.multi_modal_projector", "lm_head"],
 )
 
 

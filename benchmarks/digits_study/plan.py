@@ -59,7 +59,9 @@ SWEEPS = {
         {f"×{f:g}": times(f) for f in (0.1, 0.3, 1, 3)},
         tuple(WORLDS),
     ),
-    "merged": Sweep.of("λ of the Δ merged beforehand", "merged", [0.7, 0.8, 0.9, 1.0, 1.1], ("merge-lora", "hold")),
+    "merged": Sweep.of(
+        "λ of the Δ merged beforehand", "merged", [0.2, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1], ("merge-lora", "hold")
+    ),
     "samples": Sweep.of("Training samples", "samples", [25, 50, 100, 200, 400], worlds=("qwen",)),
     "rank": Sweep.of("Rank of the adapter", "r", [1, 2, 4, 8, 16]),
     "noise": Sweep.of("Share of wrong chains of thought in the data", "noise", [0.0, 0.25]),

@@ -80,7 +80,7 @@ def introduction(results: dict) -> str:
 
 ABOUT = {
     "qwen": "The demo's: the VLM reads digits and has never calculated from an image; the expert calculates in text.",
-    "far": "The same VLM with an expert trained much longer and further from the base: merging is broken.",
+    "far": "The same VLM with an expert trained much longer and further from the base: merging without training fails.",
     "llava": "Another ancestor, architecture and seed: a square CLIP image and a Llama.",
 }
 

@@ -132,8 +132,9 @@ def test_the_ledger_goes_on_after_a_kill_and_refuses_other_checkpoints(tmp_path,
     for run in runs:
         ledger.add(run, {"seconds": 1.0})
     file.write_text(file.read_text()[:-10])
+    torn = file.read_bytes()
     again = Ledger(file)
-    assert runs[0] in again and runs[1] not in again
+    assert runs[0] in again and runs[1] not in again and file.read_bytes() == torn
     again.add(runs[1], {"seconds": 2.0})
     assert Ledger(file)[runs[1]] == {"seconds": 2.0}
     monkeypatch.setattr(ledgers, "fingerprint", lambda world: "another")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .methods import ANCESTOR, CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
+from .methods import CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
 from .plan import SWEEPS
 
 COLOURS = {  # of what is followed through all figures
@@ -20,9 +20,10 @@ COLOURS = {  # of what is followed through all figures
     "decoupled": "tab:purple",
     "hold": "tab:green",
     "start": "tab:brown",
+    "drift-ancestor": "hotpink",
+    "merge-lora-ancestor": "gold",
 }
-GREYS = (
-    (ANCESTOR, "Δ from the ancestor", "gold"),  # what stays in the background
+GREYS = (  # what stays in the background
     (TRAINING_FREE, "merges without training", "darkgray"),
     (STARTS, "LoRA with PEFT's other starts", "tab:pink"),
     (VARIANTS, "DRIFT's other scales and targets", "mistyrose"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -39,9 +40,10 @@ class Ledger:
     def __init__(self, file: Path):
         self.file, self.results = file, {}
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # the study was killed while it wrote
-            file.write_text("".join(lines[:-1]), encoding="utf-8")
+        self.torn = bool(lines) and not lines[-1].endswith("\n")  # killed while it wrote
+        if self.torn:
             lines.pop()
+        self.whole = len("".join(lines).encode())
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
@@ -71,5 +73,8 @@ class Ledger:
         self.results[key_of(run)] = result
         entry = {"run": run, "result": result, "checkpoints": fingerprint(run["world"]), "version": __version__}
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        if self.torn:  # only now: who reads a running study's file changes nothing
+            os.truncate(self.file, self.whole)
+            self.torn = False
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry, sort_keys=True) + "\n")

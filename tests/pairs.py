@@ -31,6 +31,8 @@ def load(folder, family, kind="fp32"):
 
 
 def drift(folder, **settings):
+    """At full strength unless it is named: a few steps shall show."""
+    settings = {"drift_alpha": 1.0, **settings}
     return DriftConfig(prior=folder / "prior.safetensors", r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
 
 

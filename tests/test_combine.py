@@ -247,7 +247,7 @@ def combined(pairs, tmp_path_factory):
 def test_a_combined_prior_steers_its_base(pairs, combined, family, kind):
     prior = combined(family)
     assert {name for name, *_ in prior.probes()} == set(prior) and not any(w.fingerprint for w in prior.values())
-    model = wrap(load(pairs(family), family, kind), DriftConfig(prior=prior.path, r=4))
+    model = wrap(load(pairs(family), family, kind), DriftConfig(prior=prior.path, r=4, drift_alpha=1.0))
     assert telemetry(train(model))["alignment"] > 0.2
 
 

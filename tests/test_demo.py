@@ -153,7 +153,7 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert json.loads((tmp_path / "demo/results.json").read_text()) == result
     assert list(result["scores"]) == methods
     assert set(result["history"]) == {"lora", "drift", "decoupled"}
-    assert result["history"]["drift"][0]["alignment"] > 0.3 > abs(result["history"]["lora"][0]["alignment"])
+    assert result["history"]["drift"][0]["alignment"] > 0.2 > abs(result["history"]["lora"][0]["alignment"])
     for file in ("prior.safetensors", "results.png", "samples.png", "drift/adapter/drift_config.json"):
         assert (tmp_path / "demo" / file).stat().st_size > 0
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "demo/drift/merged").state_dict()

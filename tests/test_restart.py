@@ -271,7 +271,7 @@ def test_an_unreadable_weight_keeps_the_others(pair, capsys):
     assert len(ReasoningPrior.load(pair / "p.safetensors")) == 7 * LAYERS
 
 
-def test_interrupted_on_the_command_line(pair, monkeypatch, capsys):
+def test_interrupted_on_the_command_line(pair, monkeypatch, capsys, request):
     """Ctrl-C: one sentence, status 130, and the same command goes on."""
     keep = module._keep
 
@@ -281,6 +281,8 @@ def test_interrupted_on_the_command_line(pair, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, "_keep", interrupted)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     command = ["prior", "build", "--expert", f"{pair / 'expert'}", "--base", f"{pair / 'vlm'}", "--rank", "8"]
     command += ["-o", f"{pair / 'p.safetensors'}"]
     assert main(command) == 130

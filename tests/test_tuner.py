@@ -114,7 +114,7 @@ def test_inference_never_opens_the_prior(pairs, tmp_path):
 
 def test_adapter_rank_above_the_priors(pairs):
     folder = pairs("llama")
-    config = DriftConfig(prior=folder / "prior.safetensors", r=12, lora_alpha=24)
+    config = DriftConfig(prior=folder / "prior.safetensors", r=12, lora_alpha=24, drift_alpha=1.0)
     with pytest.warns(UserWarning, match="On 14 layers the prior's rank is below the adapter's"):
         model = get_peft_model(load(folder, "llama"), config)
     assert telemetry(train(model))["alignment"] > 0.2

@@ -13,7 +13,7 @@ from drift_peft import ReasoningPrior, guide
 
 def test_guide_equals_drift_config(pairs):
     folder = pairs("llama")
-    steered = wrap(load(folder, "llama"), drift(folder, lora_dropout=0.0))
+    steered = wrap(load(folder, "llama"), drift(folder, drift_alpha=0.3))  # the default of both
     plain = get_peft_model(
         load(folder, "llama"),
         LoraConfig(r=4, lora_alpha=8, target_modules=steered.peft_config["default"].target_modules),

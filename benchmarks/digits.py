@@ -3,7 +3,7 @@
     python benchmarks/digits.py                 what has not been run yet, then the report: hours on two cores
     python benchmarks/digits.py --minutes 60    stop after an hour; the same command goes on later
     python benchmarks/digits.py --report        the report alone, of what has been run
-    python benchmarks/digits.py --quick         a few methods on one world, in under five minutes
+    python benchmarks/digits.py --quick         a few methods on one world, in small sizes
 
 Finished runs are lines of ``<out>/digits.jsonl``; the report is ``<out>/digits.json``, pictures, and RESULTS.md.
 """
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from digits_study.collect import collect  # noqa: E402
-from digits_study.ledger import Ledger  # noqa: E402
+from digits_study.ledger import Ledger, fingerprint  # noqa: E402
 from digits_study.plan import FULL, QUICK, SMALLEST, Plan  # noqa: E402
 from digits_study.priors import make_priors  # noqa: E402
 from digits_study.report import write  # noqa: E402
@@ -31,8 +31,8 @@ from digits_study.run import perform  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 
-def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: float | None) -> bool:
-    """Carry out what is missing, each run in a process of its own. False if time was up before the end."""
+def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: float | None) -> None:
+    """Carry out what is missing, each run in a process of its own, until the deadline."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # imports once, for all runs; the server does not inherit sys.path
@@ -43,13 +43,13 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
         for title, stage in plan.stages():
             runs = [run for run in unique(stage(ledger)) if run not in ledger]
             for world in {run["world"] for run in runs}:
-                make_priors(priors, world)
+                make_priors(priors / fingerprint(world), world)
             waiting, bar = iter(runs), tqdm(total=len(runs), desc=title, unit="run")
             running = {}
             while True:
                 late = deadline is not None and time.monotonic() > deadline
                 while not late and len(running) < processes and (run := next(waiting, None)) is not None:
-                    running[pool.submit(perform, run, priors)] = run
+                    running[pool.submit(perform, run, priors / fingerprint(run["world"]))] = run
                 if not running:
                     break
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -57,8 +57,7 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
                     bar.update()
             bar.close()
             if late:
-                return False
-    return True
+                return
 
 
 def unique(runs: list[dict]) -> list[dict]:

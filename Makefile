@@ -1,5 +1,6 @@
 # make demo    watch DRIFT work, in about three minutes on two CPU cores
 # make test    the whole test suite
+# make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-distributed lint clean
+.PHONY: demo test test-cuda test-distributed lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -18,6 +19,9 @@ demo: $(INSTALLED)
 # In the order of their names: by default, files of few tests would come last, and those are the slow ones.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-cuda: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_cuda.py
 
 test-distributed: $(DEEPSPEED)/.installed
 	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed

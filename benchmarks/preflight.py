@@ -30,8 +30,8 @@ from drift_peft import DriftConfig
 from drift_peft.memory import Memory, Settings
 
 
-def measured(config, tokens: list[int], image: int, device: torch.device) -> list[float]:
-    """GB at the peak of training with so many tokens."""
+def measured(config, tokens: list[int], image: int, device: torch.device) -> tuple[list[float], float, float]:
+    """GB at the peak of training with so many tokens, between steps, and of the CUDA context."""
     model = random_nf4(config, device)
     prior = random_prior(model, rank=64)
     with warnings.catch_warnings():
@@ -54,7 +54,9 @@ def measured(config, tokens: list[int], image: int, device: torch.device) -> lis
             optimizer.step()
             optimizer.zero_grad()
         peaks.append(torch.cuda.max_memory_allocated(device) / 1e9)
-    return peaks
+    free, total = torch.cuda.mem_get_info(device)
+    context = (total - free - torch.cuda.memory_reserved(device)) / 1e9  # of all processes on this device
+    return peaks, torch.cuda.memory_allocated(device) / 1e9, context
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,13 +71,19 @@ def main(argv: list[str] | None = None) -> None:
     pixels = {"max_pixels": args.image**2}
     lean = Settings("", r=16, per_device_train_batch_size=1, optim="paged_adamw_8bit", processor_kwargs=pixels)
     apart = "CUDA context", f"optimizer ({lean.optim})"
+    at_work = "its gradients, 32 bits", "activations kept in all layers", "other activations at that moment"
     rows = []
     for tokens in args.tokens:
         now = memory.estimate(Settings(**{**vars(lean), "max_tokens": tokens}))
         allocated = sum(size for part, size in now.parts.items() if part not in apart) / 1e9
         rows.append({"tokens": tokens, "total_gb": now.bytes / 1e9, "estimated_gb": allocated, "moment": now.moment})
+    rest = {
+        "estimated_gb": sum(size for part, size in now.parts.items() if part not in (*apart, *at_work)) / 1e9,
+        "estimated_context_gb": now.parts["CUDA context"] / 1e9,
+    }
     if device.type == "cuda":
-        for row, peak in zip(rows, measured(config, args.tokens, args.image, device), strict=True):
+        peaks, rest["measured_gb"], rest["measured_context_gb"] = measured(config, args.tokens, args.image, device)
+        for row, peak in zip(rows, peaks, strict=True):
             row |= {"measured_gb": peak, "error": row["estimated_gb"] / peak - 1}
     table = Table("tokens", "estimated GB", "measured GB", "error", title=f"training's peak, {device_name(device)}")
     for row in rows:
@@ -83,11 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         table.add_row(str(row["tokens"]), f"{row['estimated_gb']:.2f}", *found)
     console = Console(width=100)
     console.print(table)
-    if device.type != "cuda":
+    if device.type == "cuda":
+        console.print(
+            f"between steps: estimated {rest['estimated_gb']:.2f} GB, measured {rest['measured_gb']:.2f} GB; CUDA "
+            f"context: estimated {rest['estimated_context_gb']:.2f} GB, measured {rest['measured_context_gb']:.2f} GB"
+        )
+    else:
         console.print("not measured: no CUDA device")
-    print(
-        json.dumps({"benchmark": "preflight", "device": device_name(device), "smallest": args.smallest, "rows": rows})
-    )
+    result = {"benchmark": "preflight", "device": device_name(device), "smallest": args.smallest, "rows": rows}
+    print(json.dumps({**result, "between_steps": rest}))
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ def tables(rows: list[dict], args: argparse.Namespace) -> list[Table]:
     layers, threads = f"{args.layers} layer{'s' * (args.layers > 1)}", torch.get_num_threads()
     how = "measured" if args.layers == WHOLE else f"extrapolated from {layers}"
     widths = "the widths of the 7B pair" + (f" / {args.shrink}" if args.shrink > 1 else "")
-    passes = Table(title=f"{layers} at {widths}, rank {args.rank}, {threads} threads")
+    gpu = f", {torch.cuda.get_device_name()} for build_prior" if torch.cuda.is_available() else ""
+    passes = Table(title=f"{layers} at {widths}, rank {args.rank}, {threads} threads{gpu}")
     for column in ("σ_i", "pass", "s per layer", f"s for {WHOLE} layers,\n{how}", "peak memory", "energy / best"):
         passes.add_column(column, justify="left" if column in ("σ_i", "pass") else "right")
     matrices = Table(title="one matrix of each shape")

@@ -176,7 +176,7 @@ def measure_published(layers: int, tokens: int, steps: int, device: torch.device
         trained = module_kind(canonical_name(name) or "") in ("attn", "mlp")
         parameter.requires_grad_(trained)
         if trained:
-            hooked.append((parameter, torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.002))
+            hooked.append((parameter, (torch.randn_like(parameter) * 0.002).detach().cpu()))
     optimizer = torch.optim.AdamW([p for p, _ in hooked], lr=1e-6)
     ids = torch.randint(100, (1, tokens), device=device)
 

@@ -84,14 +84,13 @@ class Batch:
 
     def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
         self.members, self.config, self.trained, self.storage = members, members[0].config, trained, storage
-        first = members[0].parameter(members[0].factors[0])
+        # Looked up once a step: hundreds of adapters make these lookups a good part of what guidance costs on a GPU.
+        self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
+        first = self.parameters[members[0].factors[0]][0]
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.stack = Stack.of(members, first.device)
         steps = self.config.iteration, self.config.drift_warmup_steps, self.config.drift_decay_steps
         self.alpha = members[0].alpha * guidance.schedule(*steps)
-
-    def parameters(self, factor: str) -> list[torch.nn.Parameter]:
-        return [m.parameter(factor) for m in self.members]
 
     def strength(self, loss_scale: Tensor | float | None) -> Tensor | float:
         scaled = self.config.drift_scale == "absolute" and loss_scale is not None
@@ -99,7 +98,7 @@ class Batch:
 
     def biased_already(self) -> bool:
         """Has nothing touched these gradients since they were biased? Then a second `step()` uses them again."""
-        gradient = self.members[0].parameter(self.trained[0]).grad
+        gradient = self.parameters[self.trained[0]][0].grad
         if gradient is None or self.stack.biased is None:
             return False
         biased, version = self.stack.biased
@@ -107,7 +106,7 @@ class Batch:
 
     def remember(self, cosines: list[Tensor], ratios: list[Tensor]) -> None:
         """For telemetry, and for `biased_already`."""
-        gradient = self.members[0].parameter(self.trained[0]).grad
+        gradient = self.parameters[self.trained[0]][0].grad
         if gradient is not None:  # else DeepSpeed keeps it, and discards it after its step
             self.stack.biased = TensorWeakRef(gradient), gradient._version
         self.stack.cosine = torch.stack(cosines).mean(0)
@@ -115,7 +114,7 @@ class Batch:
 
     def rates(self, factor: str, lr: dict[int, float | Tensor | None]) -> Tensor | float:
         """lr [L, 1, 1] of the parameters' own groups, or the number that they share."""
-        rates = [lr[id(p)] for p in self.parameters(factor)]
+        rates = [lr[id(p)] for p in self.parameters[factor]]
         if None in rates:
             raise RuntimeError(
                 "drift_scale='decoupled' moves by the learning rate, and this optimizer's parameter groups "
@@ -131,7 +130,7 @@ class AdapterBatch(Batch):
 
     def __init__(self, members: list[SteeredAdapter], trained: tuple[str, ...], storage: Storage):
         super().__init__(members, trained, storage)
-        self.A, self.B = (values(self.parameters(factor)).to(self.dtype) for factor in "AB")
+        self.A, self.B = (values(self.parameters[factor]).to(self.dtype) for factor in "AB")
         self.s = self.stack.scaling(members, self.dtype)
         self.prior = [self.stack.prior[key].to(self.dtype) for key in ("U", "S", "Vh") if key in self.stack.prior]
 
@@ -146,7 +145,7 @@ class AdapterBatch(Batch):
 
     def bias_gradients(self, loss_scale: Tensor | float | None) -> None:
         direction = self.direction()
-        g = {factor: self.storage.gradients(self.parameters(factor)).to(self.dtype) for factor in self.trained}
+        g = {factor: self.storage.gradients(self.parameters[factor]).to(self.dtype) for factor in self.trained}
         measure = self._of_weight if self.config.drift_norm == "weight" else self._of_factors
         measured = measure(direction, g)
         cosines, ratios = [], []
@@ -155,7 +154,7 @@ class AdapterBatch(Batch):
                 g_norm, D_norm, inner, floor, direction.share, self.strength(loss_scale), self.config.drift_scale
             )
             biased = g[factor] - guidance.column(c) * getattr(direction, factor)
-            self.storage.set_gradients(self.parameters(factor), biased)
+            self.storage.set_gradients(self.parameters[factor], biased)
             cosines.append(guidance.cosine(g_norm, D_norm, inner))
             ratios.append(torch.where(g_norm > 0, c * D_norm / g_norm, 0.0))
         self.remember(cosines, ratios)
@@ -174,7 +173,7 @@ class AdapterBatch(Batch):
         """‖G‖, ‖X‖, ⟨G, X⟩ and the floor of ‖X‖ of the weight gradient, the same for both factors."""
         if "B" not in g:
             raise RuntimeError("drift_norm='weight' needs lora_B to be trained: use drift_norm='factor'.")
-        if isinstance(self.members[0].parameter("B").data, DTensor) or self.storage is not TORCH:
+        if isinstance(self.parameters["B"][0].data, DTensor) or self.storage is not TORCH:
             raise RuntimeError(
                 "drift_norm='weight' is not available under FSDP and DeepSpeed: use drift_norm='factor', or DDP."
             )
@@ -196,7 +195,7 @@ class AdapterBatch(Batch):
             targets = dict(zip("AB", guidance.start_targets(*self.prior, self.s), strict=True))
         for factor in self.trained:
             if factor in targets:
-                parameters = self.parameters(factor)
+                parameters = self.parameters[factor]
                 value = self.storage.weights(parameters).to(self.dtype)
                 move = self.alpha * applied * self.rates(factor, lr) * (targets[factor] - value)
                 self.storage.set_weights(parameters, value + move)
@@ -224,7 +223,7 @@ class TensorBatch(Batch):
 
     def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
         super().__init__(members, trained, storage)
-        self.W = self._matrices(values(self.parameters("W")))
+        self.W = self._matrices(values(self.parameters["W"]))
         self.prior = {
             key: self._matrices(value) if key in ("delta", "W0") else value for key, value in self.stack.prior.items()
         }
@@ -258,7 +257,7 @@ class TensorBatch(Batch):
         return (U[:, rows] * S[:, None, :]) @ Vh
 
     def bias_gradients(self, loss_scale: Tensor | float | None) -> None:
-        parameters = self.parameters("W")
+        parameters = self.parameters["W"]
         g = self.storage.gradients(parameters)
         matrices = self._matrices(g)  # a view: what is written to it is in g
         squares = torch.zeros(3, len(g), device=g.device, dtype=self.dtype)
@@ -274,7 +273,7 @@ class TensorBatch(Batch):
         self.remember([guidance.cosine(g_norm, D_norm, inner)], [torch.where(g_norm > 0, c * D_norm / g_norm, 0.0)])
 
     def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
-        parameters = self.parameters("W")
+        parameters = self.parameters["W"]
         moved = self.storage.weights(parameters)
         matrices, rate = self._matrices(moved), self.alpha * applied * self.rates("W", lr)
         for rows, D in self.blocks():

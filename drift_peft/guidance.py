@@ -70,18 +70,20 @@ def residual(
 ) -> Direction:
     """What is still missing, X = Δ_r − Σ s·B·A over all active adapters.
 
-    A_all […, R, in] and B_all […, out, R] are the stacked factors of every active adapter, the scaling within B_all;
-    left out, they are those of this adapter alone.
+    A_all […, R, in] and B_all […, out, R] are the stacked factors of every active adapter, this one's first, with the
+    scaling within B_all; left out, they are those of this adapter alone.
     """
+    r = A.shape[-2]
     A_all = A if A_all is None else A_all
     B_all = column(s) * B if B_all is None else B_all
+    # Sums over in and out, of which little comes out, take most of the time: each is computed once.
     UtB, AVt = U.mT @ B_all, A_all @ Vh.mT  # […, k, R], […, R, k]
     BtB, AAt = B_all.mT @ B_all, A_all @ A_all.mT  # […, R, R]
     # ‖X‖² = ‖Δ_r‖² − 2·Σ_i S_i·[(UᵀB)(A Vhᵀ)]_ii + tr((BᵀB)(A Aᵀ)), with s inside B
     cross = (S * (UtB * AVt.mT).sum(-1)).sum(-1)
     X_norm = (delta_norm**2 - 2 * cross + (BtB * AAt).sum((-2, -1))).clamp_min(0).sqrt()
-    D_A = column(s) * (((B.mT @ U) * S[..., None, :]) @ Vh - (B.mT @ B_all) @ A_all)
-    D_B = column(s) * (U @ (S[..., :, None] * (Vh @ A.mT)) - B_all @ (A_all @ A.mT))
+    D_A = (UtB[..., :r].mT * S[..., None, :]) @ Vh - BtB[..., :r, :] @ A_all  # s·Bᵀ·X
+    D_B = column(s) * (U @ (S[..., :, None] * AVt[..., :r, :].mT) - B_all @ AAt[..., :r])  # s·X·Aᵀ
     share = torch.where(delta_norm > 0, X_norm / delta_norm, 0.0).clamp_max(1)
     return _with_floors(D_A, D_B, A, B, s, X_norm, share)
 

@@ -24,9 +24,9 @@ from .naming import canonical_name, cross_attention_layers, language_model_targe
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
 
-# The CUDA context, with cuBLAS' workspace and kernels in use. It is no tensor and differs by card and driver: 0.7 GB
-# when all kernels were loaded at once (discuss.pytorch.org/t/73021), less since CUDA 11.7, which loads those in use.
-CONTEXT = 0.5e9
+# The CUDA context with the kernels in use, and what PyTorch's allocator holds beside our tensors, such as cuBLAS'
+# workspaces. Cards and drivers differ: 1.05 and 0.19 GB on an H200 (driver 580; benchmarks/results/preflight.txt).
+CONTEXT = 1.2e9
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
 _8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
 STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number

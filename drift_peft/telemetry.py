@@ -51,7 +51,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
     device = found[0].parameter(found[0].factors[0]).device
     sums: dict[str, Tensor] = {}
     for s in found:
-        row = torch.stack([*_position(s), *_last_step(s)]).to(device)
+        row = torch.stack([*_position(s), *_last_step(s)]).to(device)  # layers may lie on several devices
         for kind in ("", f"/{module_kind(s.name)}"):
             sums[kind] = sums[kind] + row if kind in sums else row
     for kind, row in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True):
@@ -89,7 +89,7 @@ def _position(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
 def _last_step(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine, ratio and 1 of the last guided step; zeros before it."""
     if s.stack is None or s.stack.cosine is None:
-        zero = torch.zeros(())
+        zero = torch.zeros((), device=s.parameter(s.factors[0]).device)
         return zero, zero, zero
     i = [member() for member in s.stack.members].index(s)
     cosine, ratio = s.stack.cosine[i].float(), s.stack.ratio[i].float()

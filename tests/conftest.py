@@ -1,8 +1,13 @@
 """What several test files share: tiny pairs of base and expert with their priors, one of them with a known Δ."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+# Before torch looks for one: all tests but those of test_cuda.py put their inputs on the CPU, and models in 4 bits go
+# to a GPU by themselves. `make test-cuda` lets them see it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch

@@ -1,14 +1,19 @@
 """The same on a GPU: 4-bit training, fused optimizers under a GradScaler, and no synchronization within the step."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
+from test_recipes import FAMILY, RECIPES, SIZES, SMALL, flags, sft_vlm
 from tiny import save_layout, tiny_expert, tiny_vlm
+from tiny_vlm import save_pair, save_pictures
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from drift_peft import DriftConfig, build_prior, telemetry
+from drift_peft import DriftConfig, build_prior, merge_adapter, telemetry
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (make test-cuda)")
 IDS = torch.arange(7, 27).reshape(2, 10)
 SKIP = ["lm_head", "model.visual"]
 MODES = [("adaptive", "residual"), ("gradnorm", "delta"), ("absolute", "factors"), ("decoupled", "factors")]
@@ -25,9 +30,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def steered(folder, device, scale="adaptive", target="residual", **options):
+def steered(folder, device, scale="adaptive", target="residual", alpha=None, **options):
     model = AutoModelForImageTextToText.from_pretrained(folder / "vlm", dtype=torch.float32, **options)
     settings = {"drift_scale": scale, "drift_target": target, "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    settings |= {} if alpha is None else {"drift_alpha": alpha}
     return get_peft_model(model.to(device), DriftConfig(prior=folder / "prior.safetensors", **settings)).train()
 
 
@@ -102,11 +108,17 @@ def test_fused_optimizer_under_a_grad_scaler(folder, scale, target):
     assert telemetry(scaled)["guided_steps"] == 2
 
 
+@pytest.mark.parametrize("scale, target", MODES)
+def test_telemetry_before_the_first_step(folder, scale, target):
+    model = steered(folder, "cuda", scale, target)
+    assert telemetry(model)["guided_steps"] == 0 and telemetry(model)["absorbed"] == 0
+
+
 def test_4bit_training_and_merge(folder, tmp_path):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=SKIP
     )
-    model = steered(folder, "cuda", quantization_config=quantization, device_map={"": 0})
+    model = steered(folder, "cuda", alpha=1.0, quantization_config=quantization, device_map={"": 0})
     ids = IDS.cuda()
     optimizer = torch.optim.AdamW(adapter(model), lr=1e-3)
     for _ in range(10):
@@ -134,3 +146,23 @@ def test_optimizers_of_bitsandbytes(folder):
             optimizer.step()
             optimizer.zero_grad()
         assert telemetry(model)["guided_steps"] == 3 and telemetry(model)["alignment"] > 0
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.filterwarnings("ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_recipe_trains_and_its_adapter_merges(name, tmp_path):
+    for folder in ("pair", "pictures"):
+        (tmp_path / folder).mkdir()
+    made, data = save_pair(tmp_path / "pair", FAMILY[name]), save_pictures(tmp_path / "pictures")
+    paths = {"base": made / "base", "expert": made / "expert", "prior": tmp_path / "prior.safetensors", "data": data}
+    settings = {**paths, "output_dir": tmp_path / "run", **SMALL, **SIZES.get(name, {})}
+    trainer = sft_vlm.main(["--config", str(RECIPES / f"{name}.yaml"), *flags(**settings)])
+    assert trainer.model.device.type == "cuda"
+    results = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["results"]
+    assert results["guided_steps"] == results["steps"] == 2 and results["peak_gpu_gb"] > 0
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert sum(bool(weight.any()) for key, weight in weights.items() if ".lora_B" in key) == 14
+    merge_adapter(made / "base", tmp_path / "run", tmp_path / "merged", progress=False)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", device_map={"": 0})
+    assert merged(input_ids=IDS.cuda() % 40 + 7).logits.isfinite().all()

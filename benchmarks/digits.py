@@ -45,17 +45,24 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
             for world in {run["world"] for run in runs}:
                 make_priors(priors / fingerprint(world), world)
             waiting, bar = iter(runs), tqdm(total=len(runs), desc=title, unit="run")
-            running = {}
+            running, failed = {}, {}
             while True:
                 late = deadline is not None and time.monotonic() > deadline
-                while not late and len(running) < processes and (run := next(waiting, None)) is not None:
+                stop = late or failed
+                while not stop and len(running) < processes and (run := next(waiting, None)) is not None:
                     running[pool.submit(perform, run, priors / fingerprint(run["world"]))] = run
                 if not running:
                     break
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    ledger.add(running.pop(done), done.result())
+                    run = running.pop(done)
+                    if (error := done.exception()) is not None:
+                        failed[json.dumps(run)] = error
+                        continue
+                    ledger.add(run, done.result())
                     bar.update()
             bar.close()
+            for run, error in failed.items():
+                raise RuntimeError(f"this run failed, and the others are kept: {run}") from error
             if late:
                 return
 

@@ -140,6 +140,12 @@ def test_the_ledger_goes_on_after_a_kill_and_refuses_other_checkpoints(tmp_path,
     monkeypatch.setattr(ledgers, "fingerprint", lambda world: "another")
     with pytest.raises(ValueError, match=r"line 1 of .*other checkpoints of the world 'qwen'"):
         Ledger(file)
+    monkeypatch.undo()
+    monkeypatch.setitem(METHODS, "vlm", replace(METHODS["vlm"], settings={"merged": 0.5}))
+    ledgers.definition.cache_clear()
+    with pytest.raises(ValueError, match=r"line 1 of .*when the method 'vlm' was something else"):
+        Ledger(file)
+    ledgers.definition.cache_clear()
 
 
 def test_the_report_says_what_wins(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 from drift_peft.demo.evaluate import MEASURES
 
 from .intervals import interval
-from .ledger import Ledger
+from .ledger import Ledger, key_of
 from .methods import METHODS
 from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores
@@ -113,12 +113,14 @@ def at_the_edge(grid: tuple[dict, ...], best: dict) -> list[str]:
 
 def collect(ledger: Ledger, plan: Plan) -> dict:
     """Everything that the report shows."""
-    planned = [run for _, stage in plan.stages() for run in stage(ledger)]
+    planned = {key_of(run): run for _, stage in plan.stages() for run in stage(ledger)}
+    done = [run for run in planned.values() if run in ledger]
     candidates = [candidate for method in METHODS.values() for candidate in method.grid]
     return {
-        "runs": len(ledger),
-        "known_missing": len({str(run) for run in planned if run not in ledger}),
-        "hours": round(sum(ledger[run]["seconds"] for run in ledger) / 3600, 2),
+        "runs": len(done),
+        "known_missing": len(planned) - len(done),
+        "not_shown": len(ledger) - len(done),
+        "hours": round(sum(ledger[run]["seconds"] for run in done) / 3600, 2),
         "seeds": plan.seeds,
         "size": plan.size,
         "titles": {key: method.title for key, method in METHODS.items()},

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from drift_peft import __version__
 
+from .methods import METHODS
+from .run import DEFAULTS
 from .worlds import WORLDS
 
 
@@ -27,6 +29,13 @@ def fingerprint(world: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+@cache
+def definition(method: str) -> str:
+    """Of what a method is beside a run's settings: results of another one must not stand beside it either."""
+    fixed = {key: value for key, value in vars(METHODS[method]).items() if key not in ("title", "grid", "like")}
+    return hashlib.sha256(json.dumps([fixed, DEFAULTS], sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Ledger:
     """The finished runs of a JSONL file: run -> result.
 
@@ -34,7 +43,8 @@ class Ledger:
         file: read if it is there; each finished run is appended.
 
     Raises:
-        ValueError: a run belongs to other checkpoints than those that are here, or a line is damaged.
+        ValueError: a run belongs to other checkpoints than those that are here, or to another definition of its
+            method, or a line is damaged.
     """
 
     def __init__(self, file: Path):
@@ -47,13 +57,18 @@ class Ledger:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
-                run, result, world = entry["run"], entry["result"], entry["checkpoints"]
+                run, result, world, method = (entry[key] for key in ("run", "result", "checkpoints", "method"))
             except (ValueError, KeyError) as error:
                 raise ValueError(f"line {number} of {file} is no finished run: remove it ({error})") from error
             if world != fingerprint(run["world"]):
                 raise ValueError(
                     f"line {number} of {file} was measured on other checkpoints of the world {run['world']!r} than "
                     "those that are here: restore them, or give --out another folder"
+                )
+            if method != definition(run["method"]):
+                raise ValueError(
+                    f"line {number} of {file} was measured when the method {run['method']!r} was something else: "
+                    "remove that method's lines, or give --out another folder"
                 )
             self.results[key_of(run)] = result
 
@@ -71,7 +86,8 @@ class Ledger:
 
     def add(self, run: dict, result: dict) -> None:
         self.results[key_of(run)] = result
-        entry = {"run": run, "result": result, "checkpoints": fingerprint(run["world"]), "version": __version__}
+        made_of = {"checkpoints": fingerprint(run["world"]), "method": definition(run["method"])}
+        entry = {"run": run, "result": result, **made_of, "version": __version__}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.torn:  # only now: who reads a running study's file changes nothing
             os.truncate(self.file, self.whole)

@@ -56,6 +56,8 @@ def write(results: dict, folder: Path, page: Path) -> None:
 def introduction(results: dict) -> str:
     missing = results["known_missing"]
     state = f"{missing} more are planned and not run yet, and what rests on them is missing here" if missing else "all"
+    if others := results["not_shown"]:
+        state += f"; {others} of the file belong to earlier plans and are not shown"
     return (
         "# What DRIFT with LoRA is worth\n\n"
         "Written by `python benchmarks/digits.py` from `results/digits.jsonl`; not edited by hand. "

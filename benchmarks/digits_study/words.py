@@ -11,6 +11,7 @@ from .methods import CONTROLS, NF4, VARIANTS
 from .plan import CRITERIA
 
 NOT_RUN = "not run yet"
+PULL = "pull-to-zero"  # a control that is also what a user may do: plain regularization
 WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 
 
@@ -79,6 +80,11 @@ def answer(results: dict, worlds: dict) -> list[str]:
             lines.append(
                 f"- **Is it Δ?** DRIFT against the same pull with {question}: {across(worlds, 'drift', other)}."
             )
+    if (found := across(worlds, "decoupled", PULL)) != NOT_RUN:
+        lines.append(
+            f"- **Is it more than regularization?** DRIFT, decoupled, against the same pull to zero: {found}; "
+            f"with random directions: {across(worlds, 'decoupled', 'decoupled-random')}."
+        )
     return [*lines, ""]
 
 
@@ -100,7 +106,7 @@ def rivals(world: dict, criterion: str) -> tuple[str, list, list] | None:
     ahead = [
         (key, lead)
         for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0])
-        if key not in (*LEADERS, *VARIANTS, *CONTROLS, *NF4)
+        if key not in {*LEADERS, *VARIANTS, *NF4, *CONTROLS} - {PULL}
     ]
     return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0 <= pair[1][2]]
 

@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 # A file's tests stay together: they share what was costly to make. One thread each, since there is a process per core.
 # In the order of their names: by default, files of few tests would come last, and those are the slow ones.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-cuda: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_cuda.py

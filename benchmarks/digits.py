@@ -61,8 +61,8 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
                     ledger.add(run, done.result())
                     bar.update()
             bar.close()
-            for run, error in failed.items():
-                raise RuntimeError(f"this run failed, and the others are kept: {run}") from error
+            if failed:
+                raise RuntimeError(f"failed: {'; '.join(failed)}; the others are kept") from next(iter(failed.values()))
             if late:
                 return
 

@@ -4,7 +4,7 @@ python benchmarks/preflight.py [--tokens 1024 4096] [--image 512] [--smallest]
 
 The real configuration with random weights, trained as recipes/sft_vlm.py trains: NF4, r=16 in fp32, autocast to bf16,
 gradient checkpointing, TRL's chunked loss, paged 8-bit AdamW. Measured is the peak of PyTorch's allocator, so the CUDA
-context and the paged state of the optimizer are no part of the estimate here. Without CUDA nothing is measured.
+context and the optimizer's state, which is paged, are no part of the estimate here. Without CUDA nothing is measured.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ from models import device_name, qwen2_5_vl_7b, random_nf4, random_prior
 
 from drift_peft import DriftConfig
 from drift_peft.memory import Memory, Settings
+
+MOMENTARY = (  # parts that are there at some moment of a step alone
+    "activations kept in all layers",
+    "other activations at that moment",
+    "vision tower's activations",
+    "guidance, 32 bits",
+)
 
 
 def measured(config, tokens: list[int], image: int, device: torch.device) -> tuple[list[float], float, float]:
@@ -71,14 +78,14 @@ def main(argv: list[str] | None = None) -> None:
     pixels = {"max_pixels": args.image**2}
     lean = Settings("", r=16, per_device_train_batch_size=1, optim="paged_adamw_8bit", processor_kwargs=pixels)
     apart = "CUDA context", f"optimizer ({lean.optim})"
-    at_work = "its gradients, 32 bits", "activations kept in all layers", "other activations at that moment"
+    at_rest = memory.estimate(lean).parts.keys() - {*apart, "its gradients, 32 bits"} - {*MOMENTARY}
     rows = []
     for tokens in args.tokens:
         now = memory.estimate(Settings(**{**vars(lean), "max_tokens": tokens}))
         allocated = sum(size for part, size in now.parts.items() if part not in apart) / 1e9
         rows.append({"tokens": tokens, "total_gb": now.bytes / 1e9, "estimated_gb": allocated, "moment": now.moment})
     rest = {
-        "estimated_gb": sum(size for part, size in now.parts.items() if part not in (*apart, *at_work)) / 1e9,
+        "estimated_gb": sum(size for part, size in now.parts.items() if part in at_rest) / 1e9,
         "estimated_context_gb": now.parts["CUDA context"] / 1e9,
     }
     if device.type == "cuda":

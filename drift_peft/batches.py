@@ -84,7 +84,7 @@ class Batch:
 
     def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
         self.members, self.config, self.trained, self.storage = members, members[0].config, trained, storage
-        # Looked up once a step: hundreds of adapters make these lookups a good part of what guidance costs on a GPU.
+        # Looked up once for all that follows: with hundreds of adapters this is a good part of the time on a GPU.
         self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
         first = self.parameters[members[0].factors[0]][0]
         self.dtype = torch.promote_types(first.dtype, torch.float32)

@@ -24,9 +24,9 @@ from .naming import canonical_name, cross_attention_layers, language_model_targe
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
 
-# The CUDA context with the kernels in use, and what PyTorch's allocator holds beside our tensors, such as cuBLAS'
-# workspaces. Cards and drivers differ: 1.05 and 0.19 GB on an H200 (driver 580; benchmarks/results/preflight.txt).
-CONTEXT = 1.2e9
+# No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
+CONTEXT = 1.05e9  # with the kernels in use
+WORKSPACES = 0.2e9  # what PyTorch's allocator holds beside what is counted here
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
 _8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
 STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number
@@ -177,7 +177,8 @@ class Memory:
         moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
         moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-        return Estimate(settings, {**always, **parts, "CUDA context": CONTEXT}, moment)
+        outside = {"workspaces of cuBLAS and the like": WORKSPACES, "CUDA context": CONTEXT}
+        return Estimate(settings, {**always, **parts, **outside}, moment)
 
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""

@@ -87,10 +87,11 @@ def _position(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _last_step(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, ratio and 1 of the last guided step; zeros before it."""
+    """Cosine, ratio and 1 of the last guided step, where the parameters are now; zeros before it."""
+    device = s.parameter(s.factors[0]).device
     if s.stack is None or s.stack.cosine is None:
-        zero = torch.zeros((), device=s.parameter(s.factors[0]).device)
+        zero = torch.zeros((), device=device)
         return zero, zero, zero
     i = [member() for member in s.stack.members].index(s)
-    cosine, ratio = s.stack.cosine[i].float(), s.stack.ratio[i].float()
+    cosine, ratio = (numbers[i].to(device, torch.float32) for numbers in (s.stack.cosine, s.stack.ratio))
     return cosine, ratio, torch.ones_like(cosine)

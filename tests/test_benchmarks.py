@@ -76,7 +76,6 @@ def test_step_overhead_in_its_smallest_size(capsys):
     assert result["published"]["published_s"] > 0 and "not measured: no CUDA device" in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what it does without a GPU")
 def test_fits_24gb_in_its_smallest_size(capsys):
     printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
     assert result["guided_steps"] == 2 and "no CUDA device" in printed

@@ -10,6 +10,8 @@ from test_recipes import FAMILY, RECIPES, SIZES, SMALL, flags, sft_vlm
 from tiny import save_layout, tiny_expert, tiny_vlm
 from tiny_vlm import save_pair, save_pictures
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from twin import BATCH, assert_same_update, backward, sgd, state, train, train_by_oracle, twin_of
+from twin import steered as steered_llm
 
 from drift_peft import DriftConfig, build_prior, merge_adapter, telemetry
 
@@ -112,6 +114,19 @@ def test_fused_optimizer_under_a_grad_scaler(folder, scale, target):
 def test_telemetry_before_the_first_step(folder, scale, target):
     model = steered(folder, "cuda", scale, target)
     assert telemetry(model)["guided_steps"] == 0 and telemetry(model)["absorbed"] == 0
+
+
+def test_after_a_change_of_device(pair):
+    model = steered_llm(pair)
+    twin = twin_of(pair, model)
+    for device in ("cpu", "cuda", "cpu"):
+        start = state(model)
+        model.to(device)
+        train(model, sgd(model), backward=lambda m, device=device: backward(m, BATCH.to(device)))
+        model.to("cpu")
+        assert telemetry(model)["gradient_cosine"] != 0  # of a step on the other device
+        train_by_oracle(twin, sgd(twin), pair.prior, "adaptive", "residual")
+        assert_same_update(model, twin, start, 1e-4)
 
 
 def test_4bit_training_and_merge(folder, tmp_path):

@@ -65,10 +65,10 @@ class Ledger:
                     f"line {number} of {file} was measured on other checkpoints of the world {run['world']!r} than "
                     "those that are here: restore them, or give --out another folder"
                 )
-            if method != definition(run["method"]):
+            if run["method"] not in METHODS or method != definition(run["method"]):
                 raise ValueError(
-                    f"line {number} of {file} was measured when the method {run['method']!r} was something else: "
-                    "remove that method's lines, or give --out another folder"
+                    f"line {number} of {file} was measured when the method {run['method']!r} was something else, or "
+                    "still there: remove that method's lines, or give --out another folder"
                 )
             self.results[key_of(run)] = result
 

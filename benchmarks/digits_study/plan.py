@@ -1,4 +1,4 @@
-"""Which runs make the study, in the order in which they are done: tuning, seeds, then one setting after the other."""
+"""Which runs make the study, in the order in which they are done: what matters most comes first."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from .worlds import WORLDS
 
 # By what a method's settings are chosen on validation digits. The paper's benchmarks are all over images.
 CRITERIA = {"images": ("2-3 operations", "4-5 operations", "perception"), "all": tuple(MEASURES)}
-ONCE = ("qwen",)  # where DRIFT's other variants and PEFT's other starts are compared: it is to take five hours
+ONCE = ("qwen",)  # the world of DRIFT's other variants and PEFT's other starts: the study is to take five hours at most
 Change = Callable[[dict], dict] | None  # the method's settings -> what differs
 TUNING_SEED = 100
-STEERED = ("lora", "merge-lora", "drift", "decoupled", "hold")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Sweep:
     worlds: tuple[str, ...] = ("qwen", "far")
 
     @classmethod
-    def of(cls, title: str, setting: str, values, methods: tuple[str, ...] = STEERED, worlds=("qwen", "far")) -> Sweep:
+    def of(cls, title: str, setting: str, values, methods: tuple[str, ...], worlds=("qwen", "far")) -> Sweep:
         return cls(title, methods, {str(v): lambda _, v=v: {setting: v} for v in values}, worlds)
 
 
@@ -72,7 +71,12 @@ SWEEPS = {
         "Training samples", "samples", [25, 50, 100, 200, 400], ("lora", "merge-lora", "drift"), ("qwen",)
     ),
     "rank": Sweep.of("Rank of the adapter", "r", [1, 2, 4, 8, 16], ("lora", "merge-lora", "drift"), ("qwen",)),
-    "noise": Sweep.of("Share of wrong chains of thought in the data", "noise", [0.0, 0.25]),
+    "noise": Sweep.of(
+        "Share of wrong chains of thought in the data",
+        "noise",
+        [0.0, 0.25],
+        ("lora", "merge-lora", "drift", "decoupled", "hold"),
+    ),
     "modules": Sweep(
         "Where the bias acts (the paper's table 4)",
         ("drift", "decoupled"),
@@ -205,7 +209,8 @@ class Plan:
             yield from (sweep(name, world) for name in ("strength", "rate") if self.sweeps_in(world, name))
         for world in self.worlds:
             yield seeds("NF4", world, NF4)
-            yield from (sweep(name, world) for name in ("merged",) if self.sweeps_in(world, name))
+            if self.sweeps_in(world, "merged"):
+                yield sweep("merged", world)
         for world in self.worlds:
             yield from compared("variants", world, VARIANTS)
             yield from (sweep(n, world) for n in ("modules", "schedule", "ranks") if self.sweeps_in(world, n))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from drift_peft.demo.evaluate import MEASURES
 
+from .defaults import recommendation
 from .figures import draw_frontier, draw_losses, draw_sweep
 from .methods import ANCESTOR, CONTROLS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
 from .plan import CRITERIA, SWEEPS
@@ -31,6 +32,7 @@ def write(results: dict, folder: Path, page: Path) -> None:
     worlds = {key: world for key, world in results["worlds"].items() if world["chosen by"]["images"]["rows"]}
     parts = [introduction(results), "## In plain words\n", *plain_words(results, worlds)]
     if worlds:
+        parts += recommendation(results, worlds)
         draw_frontier(results, folder / "digits_frontier.png")
         parts += [
             "\n## Reasoning against perception\n",

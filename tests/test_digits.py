@@ -150,8 +150,8 @@ def test_the_ledger_goes_on_after_a_kill_and_refuses_other_checkpoints(tmp_path,
 
 def test_the_report_says_what_wins(tmp_path):
     ledger = Ledger(tmp_path / "digits.jsonl")
-    plan = replace(FULL, worlds=("qwen", "llava"), methods=("vlm", "lora", "merge-lora", "drift"), sweeps=("steps", "rate"))
     shares = {"vlm": 0.2, "lora": 0.4, "merge-lora": 0.7, "drift": 0.6}
+    plan = replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=("steps", "rate"))
     filled(ledger, plan, lambda run: shares[run["method"]])
     results = collect(ledger, plan)
     write(results, tmp_path, tmp_path / "RESULTS.md")
@@ -161,7 +161,8 @@ def test_the_report_says_what_wins(tmp_path):
     assert "| Is DRIFT better than LoRA? DRIFT − LoRA | +" in page
     assert results["known_missing"] == 0 and "(all)" in page
     assert re.search(r"Learning rate, times the chosen one: `qwen` ×0.5 6\d ± \d, \*\*×1 6\d ± \d\*\*", page)
-    assert {file.name for file in tmp_path.glob("*.png")} == {f"digits_{name}.png" for name in ("frontier", "rate", "steps")}
+    pictures = {file.name for file in tmp_path.glob("*.png")}
+    assert pictures == {f"digits_{name}.png" for name in ("frontier", "rate", "steps")}
     assert all(f"]({file.name})" in page.replace("./", "") for file in tmp_path.glob("*.png"))
 
 

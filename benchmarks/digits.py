@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import torch  # noqa: E402
 from digits_study.collect import collect  # noqa: E402
 from digits_study.ledger import Ledger, fingerprint  # noqa: E402
 from digits_study.plan import FULL, QUICK, SMALLEST, Plan  # noqa: E402
@@ -39,7 +40,8 @@ def execute(ledger: Ledger, plan: Plan, priors: Path, processes: int, deadline: 
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         context.set_forkserver_preload(["digits_study.run"])
     fresh = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
-    with ProcessPoolExecutor(processes, context, **fresh) as pool:
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}  # there is a process for each core
+    with ProcessPoolExecutor(processes, context, **fresh, **one_thread) as pool:
         for title, stage in plan.stages():
             runs = [run for run in unique(stage(ledger)) if run not in ledger]
             for world in {run["world"] for run in runs}:

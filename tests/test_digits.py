@@ -157,7 +157,9 @@ def test_the_report_says_what_wins(tmp_path):
     write(results, tmp_path, tmp_path / "RESULTS.md")
     page = (tmp_path / "RESULTS.md").read_text()
     assert re.search(r"`qwen`: merged, then LoRA by \+\d+\.\d \[\+.*\] beats DRIFT \(\d\d ± \d\)", page)
-    assert page.index("**A simple rival wins**: merged, then LoRA by +") < page.index("**DRIFT against LoRA**")
+    assert page.index(
+        "**A simple rival wins** over the best of DRIFT inside the adapter: merged, then LoRA by +"
+    ) < page.index("**DRIFT against LoRA**")
     assert "| Is DRIFT better than LoRA? DRIFT − LoRA | +" in page
     assert results["known_missing"] == 0 and "(all)" in page
     assert re.search(r"Learning rate, times the chosen one: `qwen` ×0.5 \d+ ± \d+, \*\*×1 \d+ ± \d+\*\*", page)

@@ -48,10 +48,15 @@ def answer(results: dict, worlds: dict) -> list[str]:
         if (against := world["chosen by"]["images"]["rows"].get("drift", {}).get("against LoRA"))
     ]
     lines = [
-        "- **A simple rival wins**: "
+        "- **A simple rival wins** over the best of DRIFT inside the adapter: "
         + ("; ".join(wins) if wins else "nowhere so far")
         + ". **One is as good** (its interval holds 0): "
         + ("; ".join(close) if close else "nowhere so far")
+        + ".",
+        "- **Against merging a part of Δ and then training LoRA**, DRIFT with the same Δ: "
+        + across(worlds, "drift", "merge-lora")
+        + "; both with Δ from the common ancestor: "
+        + across(worlds, "drift-ancestor", "merge-lora-ancestor")
         + ".",
         "- **Our own other way**, merging Δ into the base and holding the adapter near it, against DRIFT inside: "
         + across(worlds, "hold", "drift")

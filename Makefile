@@ -1,4 +1,4 @@
-# make demo    watch DRIFT work, in about three minutes on two CPU cores
+# make demo    watch DRIFT work, in a minute and a half on two CPU cores
 # make test    the whole test suite
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes

@@ -24,7 +24,7 @@ test-cuda: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_cuda.py
 
 test-distributed: $(DEEPSPEED)/.installed
-	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
+	PYTHONPATH=$(abspath $(DEEPSPEED)) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -162,6 +162,12 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
 
 
+def test_tuning_refuses_what_does_not_train():
+    command = [sys.executable, "-m", "drift_peft.demo.tune", "vlm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing to tune for vlm: name some of lora" in done.stderr
+
+
 def test_every_method_that_trains_was_tuned_on_the_same_grid():
     tuning = json.loads((CHECKPOINTS.parent / "tuning.json").read_text())
     assert set(tuning["validation"]) == {key for key, method in METHODS.items() if method.trained}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 from drift_peft.demo.evaluate import MEASURES
@@ -47,6 +48,7 @@ def answer(results: dict, worlds: dict) -> list[str]:
         for key, world in worlds.items()
         if (against := world["chosen by"]["images"]["rows"].get("drift", {}).get("against LoRA"))
     ]
+    than = partial(across, worlds)
     lines = [
         "- **A simple rival wins** over the best of DRIFT inside the adapter: "
         + ("; ".join(wins) if wins else "nowhere so far")
@@ -54,26 +56,16 @@ def answer(results: dict, worlds: dict) -> list[str]:
         + ("; ".join(close) if close else "nowhere so far")
         + ".",
         "- **Against merging a part of Δ and then training LoRA**, DRIFT with the same Δ: "
-        + across(worlds, "drift", "merge-lora")
-        + "; both with Δ from the common ancestor: "
-        + across(worlds, "drift-ancestor", "merge-lora-ancestor")
-        + ".",
+        f"{than('drift', 'merge-lora')}; both with Δ from the common ancestor: "
+        f"{than('drift-ancestor', 'merge-lora-ancestor')}.",
         "- **Our own other way**, merging Δ into the base and holding the adapter near it, against DRIFT inside: "
-        + across(worlds, "hold", "drift")
-        + ".",
-        "- **Against the VLM as it is**, DRIFT: "
-        + across(worlds, "drift", "vlm")
-        + "; LoRA: "
-        + across(worlds, "lora", "vlm")
-        + ".",
-        "- **DRIFT against LoRA** on the same data: " + across(worlds, "drift", "lora") + ".",
+        f"{than('hold', 'drift')}.",
+        f"- **Against the VLM as it is**, DRIFT: {than('drift', 'vlm')}; LoRA: {than('lora', 'vlm')}.",
+        f"- **DRIFT against LoRA** on the same data: {than('drift', 'lora')}.",
         "- **What it costs or keeps** beside the trained task, against LoRA, by `images`: " + "; ".join(kept) + ".",
-        "- **What the bias adds** to LoRA from DRIFT's start without it: " + across(worlds, "drift", "start") + ".",
-        "- **Against full fine-tuning**: "
-        + across(worlds, "drift", "full")
-        + "; **against DRIFT as published**, with all weights: "
-        + across(worlds, "drift", "full-drift")
-        + ".",
+        f"- **What the bias adds** to LoRA from DRIFT's start without it: {than('drift', 'start')}.",
+        f"- **Against full fine-tuning**: {than('drift', 'full')}; **against DRIFT as published**, with all weights: "
+        f"{than('drift', 'full-drift')}.",
     ]
     if (found := across(worlds, "drift-hierarchical", "drift")) != NOT_RUN:
         lines.append(

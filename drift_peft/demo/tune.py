@@ -37,4 +37,7 @@ def tune(keys: list[str]) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m drift_peft.demo.tune", description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", default=TRAINED, metavar="METHOD")
-    tune(parser.parse_args().methods)
+    keys = parser.parse_args().methods
+    if unknown := set(keys) - set(TRAINED):
+        parser.error(f"nothing to tune for {', '.join(sorted(unknown))}: name some of {', '.join(TRAINED)}")
+    tune(keys)

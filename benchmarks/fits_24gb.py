@@ -31,8 +31,8 @@ from models import device_name, qwen2_5_vl_7b, random_nf4, random_prior, synchro
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from drift_peft import DriftConfig, telemetry
-from drift_peft.naming import canonical_name, module_kind
-from drift_peft.steered import steered_of
+from drift_peft.checkpoints import canonical_name, module_kind
+from drift_peft.tuner.steered import steered_of
 
 
 def batch(config, tokens: int, image: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -41,8 +41,8 @@ from step_overhead import listen, quiet
 from transformers import Qwen2_5_VLConfig
 
 from drift_peft import ReasoningPrior, build_prior, guide, language_model_targets, merge_adapter
-from drift_peft.steered import steered_of
-from drift_peft.svd import OVERSAMPLING
+from drift_peft.prior.svd import OVERSAMPLING
+from drift_peft.tuner.steered import steered_of
 
 FIGURE = Path(__file__).parent / "results" / "growth.png"
 KRYLOV = 4  # blocks that the SVD of a large Δ keeps, beside Δ itself, which is whole in fp32

@@ -14,8 +14,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from drift_peft.naming import canonical_name, module_kind
-from drift_peft.prior import FORMAT, write_prior
+from drift_peft.checkpoints import canonical_name, module_kind
+from drift_peft.prior.prior import FORMAT, write_prior
 
 
 def device_name(device: torch.device) -> str:

@@ -27,7 +27,7 @@ from fits_24gb import batch
 from models import device_name, qwen2_5_vl_7b, random_nf4, random_prior
 
 from drift_peft import DriftConfig
-from drift_peft.memory import Memory, Settings
+from drift_peft.preflight import Memory, Settings
 
 MOMENTARY = (  # parts that are there at some moment of a step alone
     "activations kept in all layers",

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum
 
 from drift_peft import ReasoningPrior, build_prior
-from drift_peft.svd import frobenius_norm, truncated_svd
+from drift_peft.prior.svd import frobenius_norm, truncated_svd
 
 WHOLE = 28  # layers of the 7B pair
 

@@ -33,9 +33,9 @@ from models import device_name, qwen2_5_vl_7b, random_nf4, random_prior, synchro
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from drift_peft import DriftConfig, build_prior, guide, language_model_targets
-from drift_peft.batches import bias_gradients
-from drift_peft.naming import canonical_name, module_kind
-from drift_peft.steered import steered_of
+from drift_peft.checkpoints import canonical_name, module_kind
+from drift_peft.tuner.batches import bias_gradients
+from drift_peft.tuner.steered import steered_of
 
 
 def timed_step(model, optimizer, inputs: dict[str, torch.Tensor]) -> float:

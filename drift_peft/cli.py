@@ -15,17 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .baseline import METHODS, merge_baseline
-from .build import DEFAULT_MODULES, MODULES, build_prior
-from .checkpoint import Checkpoint
-from .match import describe
-from .merge import merge_adapter
-from .page import write_report
+from .checkpoints import MODULES, Checkpoint, describe
+from .merge import METHODS, merge_adapter, merge_baseline, verification_table
 from .preflight import cards_table, preflight_summary, preflight_table
-from .prior import ReasoningPrior
-from .report import prior_table, targets_summary, targets_table
-from .summary import prior_summary
-from .verify import verification_table
+from .prior import DEFAULT_MODULES, ReasoningPrior, build_prior
+from .prior.report import prior_summary, prior_table, targets_summary, targets_table, write_report
 
 DESCRIPTION = "Priors of text-only reasoning models for vision-language models; adapters merged into their base."
 

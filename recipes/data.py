@@ -6,7 +6,7 @@
 The published set of the paper (arXiv 2510.15050: about 4,000 verified chains of thought) has, by its card and by the
 reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes them to start
 outside of the set (../DRIFT-TL-Distill-4K/…). Its rows could not be looked at here, so what a sample holds is read off
-its own keys (layouts.py), and the table says which layout was found.
+its own keys (parts/layouts.py), and the table says which layout was found.
 
 Result: the columns `messages` and `images`, which TRL's SFTTrainer and DataCollatorForVisionLanguageModeling take as
 they are: a list of {"role", "content": [{"type": "image" or "text", "text"}]}, and as many RGB images as there are
@@ -27,13 +27,13 @@ from typing import Literal
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from answers import extract_boxed
 from datasets.table import embed_table_storage, table_cast
-from images import read_image
-from layouts import BadSample, last_answer, read_sample
+from parts.answers import extract_boxed
+from parts.images import read_image
+from parts.layouts import BadSample, last_answer, read_sample
+from parts.sources import find_files, read_file, samples
 from rich.console import Console
 from rich.table import Table
-from sources import find_files, read_file, samples
 from tqdm import tqdm
 
 TEXT = datasets.Value("string")

@@ -7,8 +7,8 @@ r"""Make a set of chains of thought from any vision-language model: ask it, keep
 The pipeline of the paper (arXiv 2510.15050): it starts from the 11,000 questions of ThinkLite-VL-Hard-11K (image,
 problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought for each, removes those that are
 not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one; about 4,000 remain. The paper
-matches answers with ThinkLite's code; here it is answers.py, and what is said twice is removed too. Its prompt is a
-picture (figure 4), whose text could not be read: the default below is what ThinkLite's own evaluation adds to a
+matches answers with ThinkLite's code; here it is parts/answers.py, and what is said twice is removed too. Its prompt is
+a picture (figure 4), whose text could not be read: the default below is what ThinkLite's own evaluation adds to a
 question. How it samples is not said: the default takes the likeliest token each time.
 
 The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
@@ -31,13 +31,13 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-from answers import extract_boxed, is_correct, well_formed
 from data import FEATURES, load_messages, refuse_output, write_parquet
-from journal import Journal
-from layouts import last_answer
+from parts.answers import extract_boxed, is_correct, well_formed
+from parts.journal import Journal
+from parts.layouts import last_answer
+from parts.teachers import Local, Server, TeacherError, Unanswered
 from rich.console import Console
 from rich.table import Table
-from teachers import Local, Server, TeacherError, Unanswered
 from tqdm import tqdm
 
 TEACHER = "russwang/ThinkLite-VL-7B"
@@ -79,7 +79,7 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
 
     Args:
         settings: what the answers depend on, with the `prompt` that is added to a question; the journal remembers it.
-        make_teacher: returns one of teachers.py.
+        make_teacher: returns one of parts/teachers.py.
         limit: only so many questions.
         loading: for `load_messages`.
 

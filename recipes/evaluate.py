@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from answers import extract_boxed
 from data import load_messages
 from distill import PROMPT, journal_path
-from journal import Journal
-from layouts import last_answer
-from outputs import write_result
+from parts.answers import extract_boxed
+from parts.journal import Journal
+from parts.layouts import last_answer
+from parts.outputs import write_result
+from parts.scoring import mark, scorer
+from parts.sources import find_files, read_file, samples
+from parts.teachers import Local, TeacherError
 from rich.console import Console
 from rich.table import Table
-from scoring import mark, scorer
-from sources import find_files, read_file, samples
-from teachers import Local, TeacherError
 from tqdm import tqdm
 
 CATEGORY = "category"  # key of a sample

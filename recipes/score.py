@@ -16,10 +16,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from outputs import BENCHMARKS, Answer, read_outputs, write_result
+from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
+from parts.scoring import mark, scorer
 from rich.console import Console
 from rich.table import Table
-from scoring import mark, scorer
 from tqdm import tqdm
 
 RESAMPLES, SEED, CHUNK = 10_000, 0, 250

@@ -1,10 +1,11 @@
 """Fine-tune a vision-language model on chains of thought, steered toward a text-only reasoning expert, on one GPU.
 
-    python recipes/sft_vlm.py --config recipes/qwen2_5_vl_7b_r1.yaml [--any_flag value]
+    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml [--any_flag value]
 
 The base is loaded in NF4 with double quantization, everything but its language model's projections in 16 bit, and TRL's
 SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with its model card and processor,
-`telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model. The keys: arguments.py.
+`telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model. Its keys stand in
+parts/arguments.py.
 """
 
 import hashlib
@@ -20,17 +21,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from arguments import RunArguments, TrainArguments, parse
 from data import load_messages, within_length
 from datasets import Dataset, Features, Image, List
+from parts.arguments import RunArguments, TrainArguments, parse
+from parts.saving import Trainer, save_adapter, write_json
 from plot_run import plot_run
-from saving import Trainer, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from drift_peft import DriftConfig, ReasoningPrior, build_prior, language_model_targets, merge_adapter, telemetry
-from drift_peft.checkpoint import Checkpoint
-from drift_peft.hub import split_revision
+from drift_peft.checkpoints import Checkpoint, split_revision
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]

@@ -1,9 +1,7 @@
 """What several test files share: tiny pairs of base and expert with their priors, one of them with a known Δ."""
 
 import os
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 # Before torch looks for one: all tests but those of test_cuda.py put their inputs on the CPU, and models in 4 bits go
 # to a GPU by themselves. `make test-cuda` lets them see it.
@@ -11,30 +9,13 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
-from pairs import make_pair
+from pairs import Pair, make_pair
 from tiny import save_layout, tiny_llm
 
-from drift_peft import ReasoningPrior, build_prior
-from drift_peft.naming import PROJECTION
+from drift_peft import build_prior
+from drift_peft.checkpoints.naming import PROJECTION
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
-
-
-@dataclass
-class Pair:
-    """A tiny text Llama, what an expert has beyond it, and the prior made from both."""
-
-    folder: Path  # holds base/, expert/, prior.safetensors and attn.safetensors (the attention's Δ alone)
-    base: torch.nn.Module
-    delta: dict[str, torch.Tensor]  # canonical weight name -> Δ [out, in]
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "prior.safetensors"
-
-    @property
-    def prior(self) -> ReasoningPrior:
-        return ReasoningPrior.load(self.path)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Tiny base and expert of several families with their prior on disk, and the steps that tests of the tuner take."""
 
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -8,13 +10,30 @@ from peft.tuners.lora import LoraLayer
 from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from drift_peft import DriftConfig, build_prior
-from drift_peft.naming import PROJECTION, canonical_name
+from drift_peft import DriftConfig, ReasoningPrior, build_prior
+from drift_peft.checkpoints.naming import PROJECTION, canonical_name
 
 FAMILIES = ("qwen2_5_vl", "llava_next", "idefics2", "llama")
 IDS = torch.arange(7, 27).reshape(2, 10)
 TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector")
 SKIP = ["lm_head", *(f"model.{name}" for name in TOWERS)]
+
+
+@dataclass
+class Pair:
+    """A tiny text Llama, what an expert has beyond it, and the prior made from both."""
+
+    folder: Path  # holds base/, expert/, prior.safetensors and attn.safetensors (the attention's Δ alone)
+    base: torch.nn.Module
+    delta: dict[str, torch.Tensor]  # canonical weight name -> Δ [out, in]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "prior.safetensors"
+
+    @property
+    def prior(self) -> ReasoningPrior:
+        return ReasoningPrior.load(self.path)
 
 
 def load(folder, family, kind="fp32"):

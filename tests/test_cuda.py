@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from recipe_runs import CONFIGS, FAMILY, SIZES, SMALL, flags, sft_vlm
 from safetensors.torch import load_file
-from test_recipes import FAMILY, RECIPES, SIZES, SMALL, flags, sft_vlm
 from tiny import save_layout, tiny_expert, tiny_vlm
 from tiny_vlm import save_pair, save_pictures
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -171,7 +171,7 @@ def test_a_recipe_trains_and_its_adapter_merges(name, tmp_path):
     made, data = save_pair(tmp_path / "pair", FAMILY[name]), save_pictures(tmp_path / "pictures")
     paths = {"base": made / "base", "expert": made / "expert", "prior": tmp_path / "prior.safetensors", "data": data}
     settings = {**paths, "output_dir": tmp_path / "run", **SMALL, **SIZES.get(name, {})}
-    trainer = sft_vlm.main(["--config", str(RECIPES / f"{name}.yaml"), *flags(**settings)])
+    trainer = sft_vlm.main(["--config", str(CONFIGS / f"{name}.yaml"), *flags(**settings)])
     assert trainer.model.device.type == "cuda"
     results = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["results"]
     assert results["guided_steps"] == results["steps"] == 2 and results["peak_gpu_gb"] > 0

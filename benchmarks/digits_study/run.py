@@ -17,13 +17,12 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, language_model_targets, merge_adapter
-from drift_peft.baseline import merge_baseline
-from drift_peft.checkpoint import Checkpoint
+from drift_peft.checkpoints import Checkpoint, canonical_name, module_kind
 from drift_peft.demo.compare import quiet
 from drift_peft.demo.evaluate import ask, encode, exams, is_right
 from drift_peft.demo.train import load, task_arithmetic
 from drift_peft.demo.world import PERCEPTION, Sample, make_samples
-from drift_peft.naming import canonical_name, module_kind
+from drift_peft.merge import merge_baseline
 from drift_peft.tuner import keep_4bit_differentiable
 
 from .methods import METHODS, Method

@@ -21,8 +21,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..build import build_prior
 from ..merge import merge_adapter
+from ..prior import build_prior
 from .evaluate import MEASURES, ask, examine, exams, is_right
 from .train import STEPS, fine_tune, load, task_arithmetic
 from .world import Digits, make_samples

@@ -21,12 +21,9 @@ from transformers import (
     set_seed,
 )
 
-from ..checkpoint import Checkpoint
-from ..config import DriftConfig
-from ..naming import language_model_targets
+from ..checkpoints import Checkpoint, language_model_targets
 from ..prior import ReasoningPrior
-from ..telemetry import telemetry
-from ..tuner import keep_4bit_differentiable
+from ..tuner import DriftConfig, keep_4bit_differentiable, telemetry
 from .evaluate import encode
 from .world import Sample
 

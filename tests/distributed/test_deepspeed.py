@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from conftest import Pair
+from pairs import Pair
 from transformers import LlamaForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from twin import BATCH as EIGHT_ROWS

@@ -1,0 +1,303 @@
+"""LoRA adapters as `save_pretrained` writes them, read without loading a model: what they make of which tensor of a
+checkpoint, and an expert that is given as an adapter on a base.
+
+An adapter carries the in-memory names of the transformers version that trained it, and a checkpoint those of the one
+that wrote it. Names of the language model go through `canonical_name`; all others, such as those of the vision tower,
+through the renaming that transformers does itself when it loads the checkpoint.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from .checkpoint import Checkpoint
+from .hub import Repository, download, split_revision
+from .naming import canonical_name, cross_attention_layers
+from .shards import load_bin
+from .update import LowRank, Rows, Update, Whole
+
+CONFIG = "adapter_config.json"
+DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
+FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+# Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """The model that a LoRA adapter makes of its base: `tensor` gives W' in fp32 where the adapter has changed W.
+
+    Args:
+        adapter: folder, hub id or `id@revision`. The base is what its adapter_config.json names.
+        revision: branch, tag or commit of the adapter's repository.
+        dequantize, record: as for Checkpoint; of the base.
+
+    Attributes:
+        source, revision: of the adapter. All other attributes of Checkpoint are the base's.
+        base: `origin` of the base.
+
+    Raises:
+        FileNotFoundError: the adapter or its base is not there.
+        ValueError: the adapter has a part that cannot be merged, or does not fit its base.
+    """
+
+    def __init__(
+        self, adapter: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
+    ):
+        self._adapter, self._updates = adapter_folder(adapter, revision), {}
+        config = _read_config(self._adapter)
+        if not (base := config.base_model_name_or_path):
+            raise ValueError(f"adapter {adapter} does not say what it adapts: base_model_name_or_path in its {CONFIG}")
+        try:
+            super().__init__(base, None if Path(base).exists() else config.revision, dequantize, record)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"adapter {adapter} adapts {base}, which is not to be had: write the folder or hub id of that model "
+                f"into base_model_name_or_path of its {CONFIG} ({error})"
+            ) from error
+        self.base = super().origin
+        self._updates = adapter_updates(self._adapter, self, str(adapter))
+        if Path(adapter).exists():
+            self.source, self.revision = str(adapter), None
+        else:
+            self.source, self.revision = split_revision(str(adapter))[0], self._adapter.name
+
+    @property
+    def origin(self) -> dict:
+        """Where the weights come from, for a prior's header: the adapter, and `base`."""
+        return {**super().origin, "base": self.base}
+
+    @property
+    def identity(self) -> list:
+        if self.revision is not None:
+            return [*super().identity, self.source, self.revision]
+        stats = {name: (self._adapter / name).stat() for name in FILES if (self._adapter / name).exists()}
+        return [*super().identity, self.source, [[n, stat.st_size, stat.st_mtime_ns] for n, stat in stats.items()]]
+
+    def dtype(self, raw: str) -> torch.dtype:
+        return torch.float32 if raw in self._updates else super().dtype(raw)
+
+    def tensor(self, raw: str) -> torch.Tensor:
+        W = super().tensor(raw)
+        if raw not in self._updates:
+            return W
+        return torch.cat([*self._updates[raw].blocks(W)])
+
+
+def open_expert(
+    source: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
+) -> Checkpoint:
+    """A checkpoint, or the one that a LoRA adapter makes of its base; arguments as for Checkpoint."""
+    if Path(source).exists():
+        adapter = Path(source, CONFIG).is_file()
+    else:
+        repository = Repository(*split_revision(str(source), revision))
+        adapter = (repository.folder / CONFIG).is_file()
+        source, revision = repository.name, repository.commit
+    return (AdaptedCheckpoint if adapter else Checkpoint)(source, revision, dequantize, record)
+
+
+def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
+    folder = Path(adapter) if Path(adapter).exists() else download(*split_revision(str(adapter), revision), FILES)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"adapter {adapter} has no {CONFIG}: name what save_pretrained wrote")
+    return folder
+
+
+def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[str, Update]:
+    """Raw key of the checkpoint -> what the adapter adds to it.
+
+    Raises:
+        FileNotFoundError: the folder lacks the adapter's weights.
+        ValueError: the adapter has a part that cannot be merged, by name; or not each of its modules finds one tensor
+            of its shape: all that do not are listed.
+    """
+    return _match(checkpoint, _read_updates(folder), source)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    """The adapter's config; what cannot be merged is refused by name."""
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
+    if type(config) is not LoraConfig:
+        raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name != "use_dora"]
+    others = ["use_qalora", "target_parameters", "layer_replication"]
+    used = [name for name in [*variants, *others] if getattr(config, name, None)]
+    used += ["init_lora_weights"] if config.init_lora_weights not in STARTS else []
+    if used:
+        values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
+        raise ValueError(f"adapter {folder} uses {values}, which is more than W + s·B·A; {IN_MEMORY}")
+    return config
+
+
+PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias"
+    r"|token_adapter\.trainable_tokens_delta|base_layer\.(?:weight|bias))"
+)
+
+
+def _read_updates(folder: Path) -> dict[str, list[Update]]:
+    """In-memory name of a tensor, as the adapter has it -> its updates."""
+    config = _read_config(folder)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    updates: dict[str, list[Update]] = {}
+    for key, tensor in _adapter_tensors(folder).items():
+        name = key.removeprefix("base_model.model.")
+        module, _, attribute = name.rpartition(".")
+        if match := PART.fullmatch(name):
+            modules.setdefault(match["module"], {})[match["part"]] = tensor
+        elif "lora_" not in name and (config.modules_to_save or (config.bias != "none" and attribute == "bias")):
+            updates[name] = [Whole(module, tensor)]
+        else:
+            raise ValueError(f"adapter {folder} holds {key}, which is no part of LoRA; {IN_MEMORY}")
+    for module, parts in modules.items():
+        for attribute, update in _module_updates(folder, config, module, parts).items():
+            updates.setdefault(f"{module}.{attribute}", []).append(update)
+    if not updates:
+        raise ValueError(f"adapter {folder} holds no weights: it was saved from a model that is not wrapped")
+    return updates
+
+
+def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[str, torch.Tensor]) -> dict[str, Update]:
+    """Of the module's weight and bias."""
+    updates: dict[str, Update] = {}
+    start = parts.pop("base_layer.weight", None)
+    if (values := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
+        updates["weight"] = Rows(module, torch.tensor(_token_rows(config, module)), values)
+    if (bias := parts.pop("base_layer.bias", None)) is not None:
+        updates["bias"] = Whole(module, bias)
+    if not parts:
+        return updates
+
+    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+    names = [f"lora_embedding_{factor}" if embedding else f"lora_{factor}.weight" for factor in "AB"]
+    if missing := [name for name in names if name not in parts]:
+        held = " and ".join(sorted(parts))
+        raise ValueError(
+            f"adapter {folder} holds only {held} of {module}, without {missing[0]}: save the adapter again"
+        )
+    A, B = (parts.pop(name) for name in names)
+    # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    if A.dim() == B.dim() > 2:
+        raise ValueError(f"adapter {folder} adapts {module}, which is a convolution; {IN_MEMORY}")
+    if (A.dim(), B.dim()) != (2, 2) or A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(
+            f"adapter {folder} says r={r} for {module}, but its lora_A is {list(A.shape)} and its lora_B "
+            f"{list(B.shape)}: its {CONFIG} belongs to other weights, or they were saved sharded"
+        )
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    magnitude = parts.pop("lora_magnitude_vector", None)
+    if embedding and magnitude is not None:
+        raise ValueError(f"adapter {folder} uses DoRA on the embedding {module}; {IN_MEMORY}")
+    if embedding:  # W [rows, width] + s·(B·A)ᵀ
+        A, B = B.mT, A.mT
+    if "weight" in updates or ("lora_B.bias" in parts and "bias" in updates):
+        raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")
+    updates["weight"] = LowRank(module, A, B, scaling, magnitude, start)
+    if "lora_B.bias" in parts:
+        updates["bias"] = Whole(module, scaling * parts["lora_B.bias"].float(), added=True)
+    return updates
+
+
+def _token_rows(config: LoraConfig, module: str) -> list[int]:
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):  # by the end of the module's name
+        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
+    if indices is None:
+        raise ValueError(f"trainable_token_indices of the adapter's {CONFIG} does not name the rows of {module}")
+    return indices
+
+
+def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    safe, pickled = (folder / name for name in FILES[1:])
+    try:
+        if safe.is_file():
+            return load_file(safe)
+        if pickled.is_file():
+            return load_bin(pickled, str(pickled), map_location="cpu")
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"adapter {folder} is truncated or damaged ({error}): save or fetch it again") from error
+    raise FileNotFoundError(f"adapter {folder} holds neither {safe.name} nor {pickled.name}")
+
+
+def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str) -> dict[str, Update]:
+    """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
+    problems, updates = [], {}
+    find = _finder(checkpoint)
+    tied = any(getattr(c, "tie_word_embeddings", False) for c in (checkpoint.config, checkpoint.text_config))
+    for name, found in adapter.items():
+        for update in found:
+            canonical, raw = find(name)
+            if tied and canonical in TIED and not isinstance(update, Rows):
+                problems.append(f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained")
+            elif raw is None:
+                problems.append(f"the base has no {canonical or name}")
+            elif raw in updates:
+                problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
+            elif wanted := update.misfit(checkpoint.shape(raw)):
+                shape = list(checkpoint.shape(raw))
+                problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
+            elif not (dtype := checkpoint.dtype(raw)).is_floating_point or dtype.itemsize < 2:
+                problems.append(f"{raw} is {dtype} in the base: name the full-precision one")
+            else:
+                updates[raw] = update
+                if (
+                    tied
+                    and (head := checkpoint.language_model.get("lm_head.weight"))
+                    and canonical == "embed_tokens.weight"
+                ):
+                    updates[head] = update  # some checkpoints hold both
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed}")
+    return updates
+
+
+TIED = {"embed_tokens.weight": "the head", "lm_head.weight": "the embedding"}
+
+
+def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
+    """Name of a tensor in an adapter -> its canonical name, if it is the language model's, and its raw key."""
+    skipped = cross_attention_layers(checkpoint.config)
+
+    @cache
+    def names() -> dict[str, str]:
+        return in_memory_names(checkpoint)  # only for adapters that reach beyond the language model
+
+    def find(name: str) -> tuple[str | None, str | None]:
+        canonical = canonical_name(name, skipped)
+        return canonical, checkpoint.language_model.get(canonical) if canonical else names().get(name)
+
+    return find
+
+
+def in_memory_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """What this version of transformers calls a tensor in memory -> its raw key, of those that it loads as they are."""
+    with torch.device("meta"):
+        model = checkpoint.auto_class.from_config(checkpoint.config)
+    transforms, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
+    names = {}
+    for raw in checkpoint.keys:
+        name, converted = rename_source_key(raw, renamings, converters, model.base_model_prefix, state)
+        if converted is None and name in state:
+            names[name] = raw
+    return names

@@ -1,0 +1,141 @@
+"""A LoRA adapter and its full-precision base on disk -> a standalone checkpoint on disk.
+
+The model is never in memory: each shard is copied and the changed tensors are overwritten in the copy, one at a time,
+so that everything else stays byte for byte what it was.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..checkpoints import (
+    DRIFT_CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    DequantizedCheckpoint,
+    LowRank,
+    Rows,
+    Update,
+    adapter_folder,
+    adapter_updates,
+    download,
+    quantization_in_training,
+    replaced_when_complete,
+    split_revision,
+    write_model,
+)
+from .verify import ONTO, Verification, verify_merge
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge_adapter` did.
+
+    Attributes:
+        output: the merged folder.
+        modules: adapter modules that were merged, which are all that the adapter has.
+        tensors: tensors in the merged folder.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; with onto="dequantized", W is
+            what the 4-bit base computes with.
+        onto: "base" or "dequantized".
+        trained_on: how the base was quantized in training, and whether that is recorded or assumed; None where it was
+            not asked for.
+        logits_error: ‖logits of the merged folder − logits of base + adapter‖/‖the latter‖; None without verify.
+        verification: the ways to serve the adapter, compared with what was trained; None without verify.
+    """
+
+    output: Path
+    modules: int
+    tensors: int
+    relative_change: float
+    onto: str
+    trained_on: str | None
+    logits_error: float | None
+    verification: Verification | None
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    onto: Literal["base", "dequantized"] = "base",
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """Merge a LoRA adapter (ours or stock PEFT's) into its full-precision base: W' = W + s·B·A.
+
+    DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
+    merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
+    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too
+    (where tokens were trained, the adapter's tokenizer, if it has one).
+    Works in `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
+
+    Args:
+        base: folder or hub id (`id@revision`) of the model in full precision, whatever it was quantized to in training.
+        adapter: folder or hub id of the adapter.
+        output: folder to write.
+        onto: "dequantized" adds the adapter to what the base was in training, dequantize(quantize(W)), for each weight
+            that was in 4 bits there: exactly the trained function, with the noise of the quantization. How it was
+            quantized comes from drift_config.json; without that, NF4 with double quantization of the language model's
+            projections is assumed.
+        verify: also compare the logits of base + adapter (by PEFT) with those of the merged folder and of other ways to
+            serve the adapter, in fp32 on the CPU. This loads the whole model, twice in turn.
+        overwrite: replace an existing model folder, once the new one is complete.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
+        ValueError: the base is no full-precision model; the adapter has a part that cannot be merged, or that does not
+            fit the base; it was not trained on a 4-bit base, where that is asked for; nothing changed; a merged weight
+            is not finite; or the verification failed.
+    """
+    if onto not in ONTO:
+        raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
+    with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
+        folder_of_adapter = adapter_folder(adapter)
+        if Path(base, "adapter_config.json").is_file():
+            raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
+        checkpoint = Checkpoint(base)
+        updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
+        trained = None
+        if verify or onto == "dequantized":
+            if not Path(adapter).exists():
+                download(*split_revision(str(adapter)), (DRIFT_CONFIG,))
+            trained = quantization_in_training(folder_of_adapter, checkpoint)
+        start, written = checkpoint, updates
+        if onto == "dequantized":
+            if trained.config is None:
+                raise ValueError(f"adapter {adapter} was trained on a full-precision base: merge it onto that")
+            start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
+            written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
+        change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
+        if change == 0:
+            zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
+            why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
+            raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
+        if any(isinstance(update, Rows) for update in updates.values()):
+            _take_tokenizer(adapter, folder_of_adapter, folder)
+        verification = None
+        if verify:
+            verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)
+    return MergeReport(
+        Path(output),
+        modules=len({update.module for update in updates.values()}),
+        tensors=len(checkpoint.keys),
+        relative_change=change,
+        onto=onto,
+        trained_on=trained and trained.words,
+        logits_error=verification and verification.logits_error,
+        verification=verification,
+    )
+
+
+def _take_tokenizer(adapter: str | Path, folder_of_adapter: Path, folder: Path) -> None:
+    """The adapter's, if it has one: the base's need not know the tokens that were trained."""
+    if not Path(adapter).exists():
+        download(*split_revision(str(adapter)), TOKENIZER)
+    for file in {file for pattern in TOKENIZER for file in folder_of_adapter.glob(pattern)}:
+        shutil.copyfile(file, folder / file.name)

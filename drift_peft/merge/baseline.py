@@ -1,0 +1,256 @@
+"""Parameter-space baselines: a text expert merged into a VLM's language model without training, streaming.
+
+The rivals in table 2 of DRIFT (arXiv 2510.15050v2), with the hyper-parameters of its table 9. These are "sourced from
+BR2V" (arXiv 2505.05464), whose published code says what they multiply. One weight at a time, in fp32:
+
+    τ_vlm = W_vlm − W_reference     τ_expert = W_expert − W_reference      reference: the ancestor of both
+    W' = W_reference + merge([τ_vlm, τ_expert], weights, density)          by default
+    W' = W_vlm + merge([Δ], [λ], density)                                  with a scale λ; Δ as in a prior:
+                                                                           W_expert − W_vlm, or τ_expert
+
+    method           weights   density  merge
+    task_arithmetic  0.9, 0.1           Σ w·τ                                                      (arXiv 2212.04089)
+    ties             1.6, 0.2  0.2      trim each τ to its largest entries; per entry, elect the   (arXiv 2306.01708)
+                                        sign of Στ and average the w·τ that have it
+    dare_linear      1.6, 0.2  0.2      Σ w·τ·m/density, where m keeps entries at random           (arXiv 2311.03099)
+    dare_ties        1.6, 0.2  0.2      dare's random choice, then the election of ties
+    layer_swap       0.9, 0.1           task_arithmetic from layer 6 on                            (arXiv 2410.01335)
+
+Table 9 writes (λ = 1.6, α = 0.2) and names no density: 0.2 is the default of BR2V's code. Its k = 5 is the last layer
+that BR2V's code leaves as it is, so layers 0 to 5. That code merges all but embedding and head, and so do we. Layer
+swapping as first published transplants whole layers: `scale=1` with `only_layers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmetic, ties
+
+from ..checkpoints import (
+    Checkpoint,
+    block_rows,
+    match_weights,
+    module_kind,
+    open_expert,
+    replaced_when_complete,
+    write_model,
+)
+from ..prior import LEAST_COSINE
+
+MODULES = ("attn", "mlp", "norm", "bias")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge function of PEFT and its defaults: weights of the VLM and the expert, density, layers left alone."""
+
+    merge: Callable[..., torch.Tensor]
+    weights: tuple[float, float]
+    density: float | None = None
+    skip_first: int = 0
+
+
+METHODS = {
+    "task_arithmetic": Method(task_arithmetic, (0.9, 0.1)),
+    "ties": Method(ties, (1.6, 0.2), density=0.2),
+    "dare_linear": Method(dare_linear, (1.6, 0.2), density=0.2),
+    "dare_ties": Method(dare_ties, (1.6, 0.2), density=0.2),
+    "layer_swap": Method(task_arithmetic, (0.9, 0.1), skip_first=6),
+}
+
+
+@dataclass(frozen=True)
+class BaselineReport:
+    """What `merge_baseline` did.
+
+    Attributes:
+        output: the merged folder.
+        method: as asked for.
+        weights: of the task vectors: those of the VLM and of the expert, or of Δ alone.
+        density: share of the entries that were kept; None where none are dropped.
+        merged: weights of the language model that were merged.
+        tensors: tensors in the merged folder.
+        without_counterpart: patterns of weights that were not merged because the expert has none -> how many.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored.
+    """
+
+    output: Path
+    method: str
+    weights: tuple[float, ...]
+    density: float | None
+    merged: int
+    tensors: int
+    without_counterpart: dict[str, int]
+    relative_change: float
+
+
+def merge_baseline(
+    method: str,
+    expert: str | Path,
+    base: str | Path,
+    output: str | Path,
+    reference: str | Path | None = None,
+    weights: Sequence[float] | None = None,
+    scale: float | None = None,
+    density: float | None = None,
+    modules: Sequence[str] | None = None,
+    only_layers: Sequence[int] | None = None,
+    skip_first: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> BaselineReport:
+    """Merge a text-only expert into the language model of a VLM by one of `METHODS`; see the module's docstring.
+
+    Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
+    stays byte for byte as it is. Works in `<output>.partial/`, renamed when complete and gone if anything fails. Memory
+    holds a few blocks of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
+
+    Args:
+        method: a key of `METHODS`.
+        expert: text LLM that reasons, or a LoRA adapter that makes one of its base; folder, hub id or `id@revision`, as
+            all checkpoints here.
+        base: the VLM, in full precision.
+        output: folder to write.
+        reference: the text LLM that both were trained from. Needed unless a scale is given or the weights of
+            task_arithmetic or layer_swap add up to 1, when it cancels out.
+        weights: of τ_vlm and τ_expert; table 9 if None.
+        scale: λ of W_vlm + λ·Δ, instead of weights. With one task vector, ties only trims and dare_ties is dare_linear.
+        density: share of the entries of a task vector that is kept, in (0, 1].
+        modules: of "attn", "mlp", "norm", "bias"; all that the base has if None.
+        only_layers, skip_first: which layers, as the text LLM counts them; the final norm is in none and always merged.
+        seed: of the random choice. Same inputs, seed and library versions give the same bytes.
+        force: merge even where a weight of the expert has nothing in common with the base's.
+        overwrite: replace an existing model folder, once the new one is complete.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: an argument is out of range or has no meaning for the method, a checkpoint is no full-precision
+            model, weights do not match or are not finite, the expert has nothing in common with the base (see `force`),
+            or nothing changed.
+        OSError: a checkpoint is not found, or the output exists or cannot be written.
+    """
+    weights, density = _check_numbers(method, reference, weights, scale, density)
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules is not None and not (modules and set(modules) <= set(MODULES)):
+        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
+    recipe = METHODS[method]
+    given = [source for source in (expert, base, reference) if source is not None]
+    with replaced_when_complete(Path(output), overwrite, sources=given) as folder:
+        sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
+        if reference is not None:
+            sources["reference"] = Checkpoint(reference)
+        checkpoint = sources["base"]
+        if modules is None:
+            present = set(map(module_kind, checkpoint.claims))
+            modules = [module for module in MODULES if module in present]
+        if skip_first is None:
+            skip_first = recipe.skip_first if only_layers is None else 0
+        match = match_weights(sources, modules, only_layers, skip_first)
+        names = {keys["base"]: name for name, keys in match.keys.items()}
+
+        def blocks(raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
+            tensors = {role: sources[role].tensor(key) for role, key in match.keys[names[raw]].items()}
+            _check_tensors(names[raw], tensors, sources, force)
+            return _merge(recipe.merge, tensors, weights, density, f"{seed} {names[raw]}")
+
+        change = write_model(checkpoint, folder, names, blocks, progress)
+        if change == 0:
+            raise ValueError(
+                f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "
+                "all is lost in rounding to the base's dtype"
+            )
+    return BaselineReport(
+        Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
+    )
+
+
+def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[float, ...], float | None]:
+    """Weights of the task vectors, one for Δ alone or two for the VLM's and the expert's, and the density."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: choose from {', '.join(METHODS)}")
+    recipe = METHODS[method]
+    if density is not None and recipe.density is None:
+        raise ValueError(f"density={density} has no meaning for {method}, which keeps every entry")
+    density = recipe.density if density is None else density
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+    if scale is not None and weights is not None:
+        raise ValueError(f"scale={scale} stands for one task vector and weights={tuple(weights)} for two: give one")
+    weights = (scale,) if scale is not None else tuple(recipe.weights if weights is None else weights)
+    if len(weights) != 2 - (scale is not None) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"scale is one finite number and weights are two, the VLM's and the expert's; got {weights}")
+    if scale is None and reference is None:
+        if recipe.merge is not task_arithmetic or not math.isclose(sum(weights), 1):
+            raise ValueError(
+                f"{method} with weights {weights} needs the model that base and expert were trained from: name it as "
+                "reference (--reference), or give a scale (--scale) for base + scale·Δ"
+            )
+        weights = weights[1:]  # the reference cancels out: W_vlm + w_expert·Δ
+    return weights, density
+
+
+def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:
+    """ValueError if a source is not in full precision or not finite, or expert and base have nothing in common."""
+    for role, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} is {tensor.dtype} in the {role} {sources[role].source}: name the full-precision one"
+            )
+    W, squares, inner = tensors["base"], dict.fromkeys(tensors, 0.0), 0.0
+    for start in range(0, len(W), block_rows(W)):
+        blocks = {role: tensor[start : start + block_rows(W)].float() for role, tensor in tensors.items()}
+        for role, block in blocks.items():
+            squares[role] += torch.linalg.vector_norm(block).item() ** 2
+        inner += torch.linalg.vecdot(blocks["expert"], blocks["base"]).sum().item()
+    for role, square in squares.items():
+        if not math.isfinite(square):
+            raise ValueError(f"{name} of the {role} {sources[role].source} holds NaN or infinite values")
+    product = math.sqrt(squares["expert"] * squares["base"])
+    if W.dim() == 2 and abs(inner) < LEAST_COSINE * product and not force:
+        raise ValueError(
+            f"{name} of {sources['expert'].source} has cosine {inner / product:.3f} with that of "
+            f"{sources['base'].source}: no common ancestor, or shifted layers; force=True (--force) merges nevertheless"
+        )
+
+
+def _merge(
+    merge: Callable[..., torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    weights: tuple[float, ...],
+    density: float | None,
+    seed: str,
+) -> Iterator[torch.Tensor]:
+    """W' of one weight in fp32, a block of rows at a time."""
+    W = tensors["base"]
+    origin = tensors.get("reference", W)
+    anchor = W if len(weights) == 1 else origin
+    ends = [tensors["expert"]] if len(weights) == 1 else [W, tensors["expert"]]  # of the task vectors
+    trim = merge is ties  # the one step that needs the whole weight at once; the election then drops no more
+    with _as_peft_does(seed):
+        vectors = [prune(end.float() - origin.float(), density, "magnitude") for end in ends] if trim else []
+    settings = () if density is None else (1.0 if trim else density,)
+    for start in range(0, len(W), block_rows(W)):
+        rows = slice(start, start + block_rows(W))
+        taus = [v[rows] for v in vectors] if trim else [end[rows].float() - origin[rows].float() for end in ends]
+        with _as_peft_does(f"{seed} {start}"):
+            merged = merge(taus, torch.tensor(weights), *settings)
+        yield anchor[rows].float() + merged
+
+
+@contextlib.contextmanager
+def _as_peft_does(seed: str) -> Iterator[None]:
+    """PEFT's functions draw from torch's global generator, and warn of a density of 1."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+        warnings.filterwarnings("ignore", message="The density .* no pruning")
+        yield

@@ -1,0 +1,191 @@
+"""Will a recipe fit the card? An estimate from the recipe and its base's config.json, and what to change if not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, PretrainedConfig
+
+from ..checkpoints import download, split_revision
+from .memory import Estimate, Memory, Settings, optimizer_state, patches
+
+CARDS = 8, 12, 16, 24  # GB
+USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
+FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
+
+
+def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
+    """The settings of a recipe; `changes` win over the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no recipe, or a value is none that training takes.
+    """
+    try:
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance((content | (changes or {})).get("base"), str):
+        raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
+    known = [setting.name for setting in fields(Settings)]
+    for key in set(changes or {}) - set(known):
+        near = difflib.get_close_matches(key, known, n=1)
+        way_out = f"did you mean {near[0]}?" if near else f"what decides it is {', '.join(known)}"
+        raise ValueError(f"{key} does not decide what memory a recipe takes; {way_out}")
+    content |= changes or {}
+    return Settings(**{name: content[name] for name in known if name in content})
+
+
+def read_config(base: str) -> PretrainedConfig:
+    """The config of a model, of which nothing else is downloaded.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such model, or no config.json in it.
+        ValueError: it cannot be read, or is quantized.
+    """
+    folder = Path(base) if Path(base).exists() else download(*split_revision(base), ("config.json",))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{base} has no config.json: give the folder that save_pretrained wrote, or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers cannot read the config.json of {base}: {reason}") from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{base} is quantized: give the full-precision model, which is quantized when it is loaded")
+    return config
+
+
+def fits(estimate: Estimate, card: float) -> bool:
+    return estimate.bytes <= USABLE * card * 1e9
+
+
+def advise(memory: Memory, now: Estimate, card: float) -> dict:
+    """The one change after which least is taken, what that is, and whether it fits; alone, and with all others.
+
+    max_tokens is lowered no further than needed.
+    """
+    settings = now.settings
+    fewest = min(FEWEST_TOKENS, settings.max_tokens)
+    changes = dict(_changes(settings))
+    tried = {name: memory.estimate(replace(settings, **{name: value})) for name, value in changes.items()}
+    if fewest < settings.max_tokens:
+        tried["max_tokens"] = _fewer_tokens(memory, now, fewest, USABLE * card * 1e9)
+    if not tried:
+        return {"setting": None, "fits_with_all": False}
+    best = min(tried, key=lambda name: tried[name].bytes)
+    together = memory.estimate(replace(settings, **changes, max_tokens=fewest))
+    return {
+        "setting": best,
+        "value": getattr(tried[best].settings, best),
+        "total_gb": tried[best].bytes / 1e9,
+        "fits": fits(tried[best], card),
+        "all": {**changes, "max_tokens": fewest},
+        "fits_with_all": fits(together, card),
+    }
+
+
+def _changes(settings: Settings) -> Iterator[tuple[str, object]]:
+    """Settings that take less, and the value that takes least."""
+    if not settings.gradient_checkpointing:
+        yield "gradient_checkpointing", True
+    if settings.per_device_train_batch_size > 1:
+        yield "per_device_train_batch_size", 1
+    if settings.label_smoothing_factor:
+        yield "label_smoothing_factor", 0.0
+    if settings.think_tokens:
+        yield "think_tokens", False
+    if settings.drift_norm == "weight":
+        yield "drift_norm", "factor"
+    if optimizer_state(settings) > optimizer_state(replace(settings, optim="paged_adamw_8bit")):
+        yield "optim", "paged_adamw_8bit"
+    if settings.r > FEWEST_RANKS:
+        yield "r", FEWEST_RANKS
+    kwargs = settings.processor_kwargs or {}
+    if kwargs.get("max_pixels", 0) > FEWEST_PIXELS:
+        yield "processor_kwargs", {**kwargs, "max_pixels": FEWEST_PIXELS}
+
+
+def _fewer_tokens(memory: Memory, now: Estimate, fewest: int, limit: float) -> Estimate:
+    """What fits with as many tokens as there can be, in steps of 256; else with the fewest."""
+    least = memory.estimate(replace(now.settings, max_tokens=fewest))
+    found = now if least.bytes <= limit else least
+    while found.bytes > limit and found is not least:  # memory is nearly linear in the tokens
+        share = (limit - least.bytes) / (found.bytes - least.bytes)
+        tokens = fewest + int(share * (found.settings.max_tokens - fewest)) // 256 * 256
+        found = memory.estimate(replace(now.settings, max_tokens=tokens))
+    return found
+
+
+def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:
+    """The estimate for a recipe, and what each card needs changed. Nothing but the base's config.json is downloaded.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such recipe or base, or the hub does not give it.
+        ValueError: a setting is wrong, or the base is no full-precision vision-language model.
+    """
+    settings = read_settings(recipe, changes)
+    return estimate_summary(Memory(read_config(settings.base), settings.base), settings)
+
+
+def estimate_summary(memory: Memory, settings: Settings) -> dict:
+    now = memory.estimate(settings)
+    cards = []
+    for card in CARDS:
+        verdict = {"gb": card, "usable_gb": USABLE * card, "fits": fits(now, card)}
+        cards.append(verdict | ({} if fits(now, card) else {"advice": advise(memory, now, card)}))
+    return {
+        "base": now.settings.base,
+        "settings": {key: value for key, value in asdict(now.settings).items() if key != "base"},
+        "patches": patches(memory.config, settings),
+        "moment": now.moment,
+        "parts_gb": {part: size / 1e9 for part, size in now.parts.items()},
+        "total_gb": now.bytes / 1e9,
+        "cards": cards,
+    }
+
+
+def preflight_table(summary: dict) -> Table:
+    """The parts of the estimate."""
+    settings = summary["settings"]
+    images = settings["images_per_sample"]
+    caption = (
+        f"at its peak, the {summary['moment']}: {settings['per_device_train_batch_size']} x {settings['max_tokens']} "
+        f"tokens, each with {images} image{'s' * (images > 1)} of {summary['patches']} patches"
+    )
+    table = Table("part", "GB", title=Text(f"training {summary['base']}"), caption=Text(caption))
+    table.columns[1].justify = "right"
+    for part, size in summary["parts_gb"].items():
+        if size:
+            table.add_row(Text(part), f"{size:.2f}")
+    table.add_section()
+    table.add_row("all", f"{summary['total_gb']:.2f}")
+    return table
+
+
+def cards_table(summary: dict) -> Table:
+    """Which cards it fits, and what to change for the others."""
+    table = Table("card", "usable", "verdict", caption=f"usable: {USABLE:.0%} of a card")
+    for card in summary["cards"]:
+        table.add_row(f"{card['gb']} GB", f"{card['usable_gb']:.1f} GB", Text(_verdict(card, summary["total_gb"])))
+    return table
+
+
+def _verdict(card: dict, total: float) -> str:
+    if card["fits"]:
+        return f"fits, with {card['usable_gb'] - total:.1f} GB to spare"
+    advice = card["advice"]
+    if not advice["fits_with_all"]:
+        return "fits no card of this size at any of these settings"
+    change = f"{advice['setting']}: {advice['value']}"
+    if advice["fits"]:
+        return f"does not fit; with {change} it does ({advice['total_gb']:.1f} GB)"
+    every = ", ".join(f"{name}: {value}" for name, value in advice["all"].items())
+    return f"does not fit; {change} helps most ({advice['total_gb']:.1f} GB), and enough is only {every}"

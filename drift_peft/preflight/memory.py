@@ -1,0 +1,238 @@
+"""What training takes on the GPU: weights, what is trained, what steers it, and activations.
+
+Weights are counted on a model without memory, activations by a step on tensors without memory (dry_run.py). What is not
+alive at the same time is not added up: the estimate is the largest of the moments of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
+
+from ..checkpoints import canonical_name, cross_attention_layers, language_model_targets
+from ..tuner import BATCH_ELEMENTS, is_guided
+from .dry_run import MEASURE, Step, step_peaks
+
+# No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
+CONTEXT = 1.05e9  # with the kernels in use
+WORKSPACES = 0.2e9  # what PyTorch's allocator holds beside what is counted here
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
+_8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
+STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_32bit", "schedule_free_adamw"), 8),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), 2 * _8_BIT),
+    **dict.fromkeys(("lion_32bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "adagrad", "schedule_free_sgd"), 4),
+    **dict.fromkeys(("lion_8bit", "rmsprop_bnb_8bit"), _8_BIT),
+    "ademamix_32bit": 12,
+    "ademamix": 12,
+    "ademamix_8bit": 3 * _8_BIT,
+    "adafactor": 0,  # see optimizer_state
+    "sgd": 0,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of a recipe that decide what memory it takes; defaults as in recipes/parts/arguments.py."""
+
+    base: str
+    r: int = 8
+    lora_dropout: float = 0.0
+    prior_rank: int = 64
+    drift_rank: int | None = None
+    drift_norm: str = "factor"
+    drift_sketch: int | None = 64
+    drift_modules: str | list | None = None
+    max_tokens: int = 4096
+    images_per_sample: int = 1
+    processor_kwargs: dict | None = None
+    think_tokens: bool = False
+    per_device_train_batch_size: int = 8
+    gradient_checkpointing: bool = True
+    label_smoothing_factor: float = 0.0
+    optim: str = "adamw_torch_fused"
+    bf16: bool | None = None
+    fp16: bool = False
+
+    def __post_init__(self):
+        for name in ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
+        if not isinstance(self.processor_kwargs, dict | None):
+            raise ValueError(f"processor_kwargs takes settings of the processor, got {self.processor_kwargs!r}")
+        if self.optim.removeprefix("paged_") not in STATE:
+            known = ", ".join(STATE)
+            raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {known}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.fp16:
+            return torch.float16
+        return torch.float32 if self.bf16 is False else torch.bfloat16
+
+    @property
+    def step(self) -> Step:
+        return Step(
+            batch=self.per_device_train_batch_size,
+            tokens=self.max_tokens,
+            dtype=self.dtype,
+            r=self.r,
+            lora_dropout=self.lora_dropout,
+            checkpointing=self.gradient_checkpointing,
+            label_smoothing=self.label_smoothing_factor,
+            think_tokens=self.think_tokens,
+        )
+
+
+def optimizer_state(settings: Settings) -> float:
+    """Bytes that the optimizer keeps for each trained number. Adafactor: 32 bits for each row and column."""
+    return 4 / settings.r if settings.optim == "adafactor" else STATE[settings.optim.removeprefix("paged_")]
+
+
+@dataclass
+class Estimate:
+    """Bytes by part at the moment of a step that takes most."""
+
+    settings: Settings
+    parts: dict[str, float]
+    moment: str
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+class Memory:
+    """What training a vision-language model takes, under any settings.
+
+    Args:
+        config: its transformers config.
+        name: what to call it.
+
+    Raises:
+        ValueError: it is no vision-language model that transformers knows, or one with layers of cross-attention.
+    """
+
+    def __init__(self, config: PretrainedConfig, name: str):
+        self.config = config
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or not hasattr(config, "vision_config"):
+            raise ValueError(f"{name} is no vision-language model that transformers knows")
+        if cross := cross_attention_layers(config):
+            raise ValueError(
+                f"{name} sees its images in {len(cross)} layers of cross-attention, and what these keep is not counted "
+                f"here: {MEASURE}"
+            )
+        with torch.device("meta"):
+            self.model = AutoModelForImageTextToText.from_config(config)
+        targets = re.compile(language_model_targets(self.model))
+        self.projections = {name: m for name, m in self.model.named_modules() if targets.fullmatch(name)}
+        self.weights = {"in 4 bits": 0, "embedding and head": 0, "vision tower and the rest": 0}
+        for name, parameter in self.model.named_parameters():
+            if name.removesuffix(".weight") in self.projections:
+                part = "in 4 bits"
+            elif canonical_name(name) in ("embed_tokens.weight", "lm_head.weight"):
+                part = "embedding and head"
+            else:
+                part = "vision tower and the rest"
+            self.weights[part] += parameter.numel()
+        decoder = self.model.get_decoder()
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder) + "."
+        names = [name.removeprefix(prefix) for name in self.projections]
+        self.step_peaks = lru_cache(
+            partial(step_peaks, decoder, names, self.model.get_output_embeddings().weight.shape)
+        )
+
+    def estimate(self, settings: Settings) -> Estimate:
+        size, weights = settings.dtype.itemsize, self.weights
+        shapes = [(m.out_features, m.in_features) for m in self.projections.values()]
+        trained = settings.r * sum(out + inner for out, inner in shapes)
+        always = {
+            "language model's projections, 4 bits": NF4 * weights["in 4 bits"],
+            "embedding and head": size * weights["embedding and head"],
+            "vision tower and the rest": size * weights["vision tower and the rest"],
+            "adapter, 32 bits": 4 * trained,
+            "its gradients, 32 bits": 4 * trained,
+            f"optimizer ({settings.optim})": trained * optimizer_state(settings),
+            **self._steering(settings),
+        }
+        moments = {
+            f"{phase} of the language model": {
+                "activations kept in all layers": layers,
+                "other activations at that moment": rest,
+            }
+            for phase, (layers, rest) in self.step_peaks(settings.step).items()
+        }
+        moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
+        moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
+        moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
+        outside = {"workspaces of cuBLAS and the like": WORKSPACES, "CUDA context": CONTEXT}
+        return Estimate(settings, {**always, **parts, **outside}, moment)
+
+    def _steering(self, settings: Settings) -> dict[str, float]:
+        """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""
+        k = min(settings.drift_rank or settings.r, settings.prior_rank)
+        cross = cross_attention_layers(self.config)
+        names = ((canonical_name(f"{name}.weight", cross), m) for name, m in self.projections.items())
+        steered = [(m.out_features, m.in_features) for name, m in names if is_guided(settings, name)]
+        parts = {"steering factors, 16 bits": 2 * k * sum(out + inner for out, inner in steered)}
+        if settings.drift_norm == "weight":
+            columns = settings.drift_sketch
+            sums = sum(out * ((columns or inner) + settings.r) for out, inner in steered)
+            parts["sums of drift_norm='weight', 32 bits"] = 4 * sums
+        return parts
+
+    def _guidance(self, settings: Settings) -> float:
+        """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients
+        and one more while they are computed; and the factors of the prior."""
+        out, inner = max((m.out_features, m.in_features) for m in self.projections.values())
+        layers = len({name.split(".layers.")[-1].split(".")[0] for name in self.projections})
+        batch = min(layers, max(1, BATCH_ELEMENTS // (out * settings.r)))
+        k = min(settings.drift_rank or settings.r, settings.prior_rank)
+        return 4 * batch * (out + inner) * (5 * settings.r + k)
+
+    def tower(self, settings: Settings) -> float:
+        """Bytes of the vision tower's activations, which runs without autograd: those of one block, and the outputs of
+        all of them where the model asks for an inner one's."""
+        tower = self.model.get_encoder("image")
+        blocks = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+        widths = [(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear)]
+        outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") else 0
+        number = patches(self.config, settings) * settings.per_device_train_batch_size
+        return settings.dtype.itemsize * number * (sum(map(sum, widths)) + outputs)
+
+
+def patches(config: PretrainedConfig, settings: Settings) -> int:
+    """Into how many patches a sample's images are cut: by the recipe's processor_kwargs, else as its processor may."""
+    vision, kwargs = config.vision_config, settings.processor_kwargs or {}
+    longest = (kwargs.get("size") or {}).get("longest_edge")
+    merge = getattr(vision, "spatial_merge_size", 1)
+    if merge > 1 or not hasattr(vision, "image_size"):  # Qwen: as many as there are pixels, and as tokens allow
+        most = settings.max_tokens * merge**2
+        pixels = kwargs.get("max_pixels") or longest
+        return min(settings.images_per_sample * (pixels // vision.patch_size**2), most) if pixels else most
+    side, patch = _side(vision.image_size), _side(vision.patch_size)
+    tiles = getattr(vision, "max_num_tiles", 1)
+    if grid := getattr(config, "image_grid_pinpoints", None):  # LLaVA-NeXT: tiles, and the whole
+        tiles = 1 + max(height * width for height, width in grid) // side**2
+    elif config.model_type in ("idefics3", "smolvlm"):  # likewise; 4 x 4 of them if the recipe does not say
+        tiles = 1 + math.ceil((longest or 4 * side) / side) ** 2
+    elif config.model_type == "internvl":
+        tiles = 1 + kwargs.get("max_patches", 12) if kwargs.get("crop_to_patches", True) else 1
+    elif config.model_type == "idefics2":
+        tiles = 5 if kwargs.get("do_image_splitting", True) else 1
+    return settings.images_per_sample * tiles * (side // patch) ** 2
+
+
+def _side(size: int | list | tuple) -> int:
+    return size if isinstance(size, int) else size[0]

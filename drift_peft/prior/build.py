@@ -1,0 +1,282 @@
+"""Two checkpoints -> prior file, one weight at a time, resumable.
+
+Δ = W_expert − W_base (DRIFT, arXiv 2510.15050, equation 2), or W_expert − W_reference where the expert was trained from
+another model (table 10). Names, shapes and configurations are checked for all weights before the first one is read.
+Only one Δ exists at any time, and while it is decomposed another thread reads the next weight. Each result goes to disk
+at once, so that an interrupted build loses one weight at most.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from ..checkpoints import (
+    MODULES,
+    UNFINISHED,
+    Checkpoint,
+    Match,
+    describe,
+    layer_order,
+    match_weights,
+    open_expert,
+    partial_path,
+    refuse_output,
+    resumable_folder,
+    write_tensors,
+)
+from .delta import take_delta
+from .prior import FORMAT, ReasoningPrior, write_prior
+
+DEFAULT_MODULES = ("attn", "mlp")
+RANK, MAX_RANK = 64, 256
+LEAST_COSINE = 0.1  # matrices of one ancestor have a cosine near 1; unrelated or shifted ones near 0
+STATISTICS = "statistics"  # metadata key of a finished weight
+PAGE = 4096  # bytes
+
+
+def build_prior(
+    expert: str | Path,
+    base: str | Path,
+    output: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    reference: str | Path | None = None,
+    modules: Sequence[str] = DEFAULT_MODULES,
+    only_layers: Sequence[int] | None = None,
+    skip_first: int = 0,
+    dequantize: bool = False,
+    delete_shards: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    force: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ReasoningPrior:
+    """Take Δ between a text-only expert and the language model of a VLM, and write it as a low-rank prior.
+
+    A build that was interrupted or killed leaves `<output>.partial/`. The same call goes on from there and ends in the
+    same bytes as an uninterrupted one; a call with other settings is refused until that folder is gone.
+
+    Args:
+        expert: text LLM that reasons, or a LoRA adapter on one; folder, hub id or `id@revision`, as all models here.
+        base: the VLM, in full precision.
+        output: file to write, such as prior.safetensors.
+        rank: ceiling of the rank, at least 1, 64 if not given; each weight gets k = min(rank, out, in).
+        energy: instead of a rank, the captured energy ΣS²/‖Δ‖² to reach, between 0 and 1: each weight gets the smallest
+            rank that does.
+        max_rank: ceiling of the rank with `energy`, 256 if not given.
+        reference: the model that the expert was trained from, if that is not the base (hierarchical prior).
+        modules: which weights: "attn", "mlp" (projections, low-rank), "norm", "bias" (vectors, kept whole; a bias only
+            where all models have it), "head", "embed" (low-rank; only the rows of tokens that all tokenizers have, the
+            others are zero).
+        only_layers: these layers alone, in the text model's count.
+        skip_first: not the first so many layers.
+        dequantize: accept models that are 4-bit on disk, at the precision that is left.
+        delete_shards: free each shard of the expert that this build has downloaded as soon as it is used up.
+        seed: of the randomized SVD. Same inputs, seed, device and thread count give the same bytes.
+        device: where the arithmetic runs; a GPU if there is one.
+        force: build even where a matrix of the expert has nothing in common with the base's.
+        overwrite: replace an existing output, and throw away what an interrupted build with other settings has left.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: an argument is out of range, a model cannot be used as it is, weights do not match or are not
+            finite, the expert has nothing in common with the base (see `force`), or the two are the same model.
+        OSError: a checkpoint is not found, the output exists or cannot be written, or holds another build's work.
+    """
+    settings = _check_ranks(rank, energy, max_rank)
+    settings |= {"modules": _check_modules(modules), "only_layers": _check_layers(only_layers, skip_first)}
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    settings |= {"skip_first": skip_first, "seed": seed}
+    device = _check_device(device)
+    output = Path(output)
+    refuse_output(output, overwrite, example="prior.safetensors")
+
+    # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
+    record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
+    sources = {"expert": open_expert(expert, dequantize=dequantize, record=record)}
+    sources["base"] = Checkpoint(base, dequantize=dequantize)
+    if reference is not None:
+        sources["reference"] = open_expert(reference, dequantize=dequantize)
+    match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
+    _warn(sources, match)
+
+    inputs = {role: source.origin for role, source in sources.items()}
+    inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
+    machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "format": FORMAT}
+    everything = {**inputs, **settings, "dequantize": dequantize, **machine}
+    with resumable_folder(output, everything, afresh=overwrite) as folder:
+        files = {name: folder / f"{name}.safetensors" for name in match.keys}
+        _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
+        weights = {name: _finished(file) for name, file in files.items()}
+        steered = {name: stats for name, stats in weights.items() if stats["delta_norm"] > 0}
+        if steered:
+            metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
+            metadata |= {role: source.origin for role, source in sources.items()}
+            metadata |= {"without_counterpart": match.without_counterpart, "weights": steered}
+            metadata["not_steered"] = [name for name in weights if name not in steered]
+            # No variable for the mapped tensors: Windows deletes no file that is still mapped.
+            write_prior(folder, output, {k: t for n in steered for k, t in load_file(files[n]).items()}, metadata)
+    if not steered:
+        models = f"{expert} and {reference or base}"
+        raise ValueError(f"Δ is zero in all {len(weights)} weights: {models} are the same model")
+    return ReasoningPrior.load(output)
+
+
+def _check_ranks(rank: int | None, energy: float | None, max_rank: int | None) -> dict:
+    """As the header says it: `rank` is the ceiling in any case."""
+    for name, value in (("rank", rank), ("max_rank", max_rank)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if energy is None:
+        if max_rank is not None:
+            raise ValueError(f"max_rank={max_rank} goes with energy: without it, rank is the ceiling")
+        return {"rank": rank or RANK, "energy": None, "max_rank": None}
+    if rank is not None:
+        raise ValueError(f"give rank={rank} or energy={energy}, not both: with energy, max_rank is the ceiling")
+    if not isinstance(energy, float) or not 0 < energy < 1:
+        raise ValueError(f"energy must be a number between 0 and 1, got {energy!r}")
+    return {"rank": max_rank or MAX_RANK, "energy": energy, "max_rank": max_rank or MAX_RANK}
+
+
+def _check_modules(modules: Sequence[str]) -> list[str]:
+    """The presets in a fixed order."""
+    modules = (modules,) if isinstance(modules, str) else tuple(modules)
+    if unknown := [module for module in modules if module not in MODULES]:
+        raise ValueError(f"modules={unknown[0]!r} is unknown: choose from {', '.join(MODULES)}")
+    if not modules:
+        raise ValueError(f"modules is empty: choose from {', '.join(MODULES)}")
+    return [module for module in MODULES if module in modules]
+
+
+def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[int] | None:
+    """The layers in order; whether the base has them is not known yet."""
+    for name, values in (("only_layers", () if only_layers is None else only_layers), ("skip_first", [skip_first])):
+        if wrong := [value for value in values if not isinstance(value, int) or value < 0]:
+            raise ValueError(f"{name} takes whole numbers from 0 on, got {wrong[0]!r}")
+    if only_layers is not None and not len(only_layers):
+        raise ValueError("only_layers is empty: leave it out for all layers")
+    return None if only_layers is None else sorted(set(only_layers))
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} is not available: {str(error).splitlines()[0]}") from error
+
+
+def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
+    if match.without_counterpart:
+        unsteered = describe(match.without_counterpart)
+        warnings.warn(f"not steered, without a counterpart or a preset that names them: {unsteered}", stacklevel=3)
+    ours = _rope_theta(sources["base"].text_config)
+    for role, source in sources.items():
+        # Δ of q and k then also carries the change of the rotary base, which no low rank can tell apart.
+        if (theirs := _rope_theta(source.text_config)) != ours:
+            warnings.warn(
+                f"rope theta is {theirs} in the {role} and {ours} in the base: Δ of q_proj and k_proj carries this too",
+                stacklevel=3,
+            )
+
+
+def _rope_theta(config):
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in parameters:
+        return parameters["rope_theta"]
+    nested = {kind: p["rope_theta"] for kind, p in parameters.items() if isinstance(p, dict) and "rope_theta" in p}
+    return nested or getattr(config, "rope_theta", None)
+
+
+def _take_deltas(
+    sources: dict[str, Checkpoint],
+    match: Match,
+    files: dict[str, Path],
+    settings: dict,
+    device: torch.device,
+    force: bool,
+    delete_shards: bool,
+    progress: bool,
+) -> None:
+    """Write Δ of each weight that is not done yet into its file, while another thread reads the next weight."""
+
+    def shards(name: str) -> list[str]:
+        return [str(sources[role].keys[match.keys[name][role]]) for role in ("expert", "base")]
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        with lock:
+            tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
+            return {role: _page_in(tensor, device) for role, tensor in tensors.items()}
+
+    def free_used_up() -> None:
+        with lock:
+            for file in sources["expert"].files if delete_shards else ():
+                if not left[str(file)]:
+                    sources["expert"].release(file)
+
+    names = [name for name, file in files.items() if _finished(file) is None]
+    names.sort(key=lambda name: [*shards(name), *layer_order(name)])  # so that each shard is opened once
+    left = Counter(shards(name)[0] for name in names)
+    lock = threading.Lock()  # a checkpoint serves one thread at a time
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+    bar = tqdm(names, "prior", len(files), unit="weight", initial=len(files) - len(names), disable=not progress)
+    try:
+        free_used_up()  # what an interrupted build had brought
+        ahead = [reader.submit(read, name) for name in names[:1]]
+        for index, name in enumerate(bar):
+            bar.set_postfix_str(name)
+            tensors = ahead.pop().result()
+            ahead += [reader.submit(read, following) for following in names[index + 1 : index + 2]]
+            labels = {role: f"{key} of {sources[role].source}" for role, key in match.keys[name].items()}
+            # Each weight has a seed of its own, so that it does not depend on which other weights are selected.
+            seed = int.from_bytes(hashlib.sha256(f"{settings['seed']} {name}".encode()).digest()[:7], "big")
+            rows = match.rows_of(name, tensors)
+            factors, stats = take_delta(tensors, rows, settings["rank"], settings["energy"], seed, labels)
+            if "rank" in stats and abs(stats["cosine"]) < LEAST_COSINE and not force:
+                raise ValueError(
+                    f"{name} of {sources['expert'].source} has cosine {stats['cosine']:.3f} with that of "
+                    f"{sources['base'].source}: no common ancestor, or shifted layers; force=True (--force) builds the "
+                    "prior nevertheless"
+                )
+            _keep(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
+            left[shard := shards(name)[0]] -= 1
+            if not left[shard]:
+                free_used_up()
+    finally:
+        bar.close()
+        reader.shutdown(wait=False, cancel_futures=True)
+
+
+def _page_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring a memory-mapped tensor into memory, or to the device, before it is needed."""
+    if device.type == "cpu":
+        tensor.flatten().view(torch.uint8)[::PAGE].sum()
+    return tensor.to(device)
+
+
+def _keep(file: Path, tensors: dict[str, torch.Tensor], stats: dict) -> None:
+    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
+    write_tensors(unfinished, tensors, {STATISTICS: json.dumps(stats)})
+    os.replace(unfinished, file)
+
+
+def _finished(file: Path) -> dict | None:
+    """Statistics of a weight that is done; None if it is not, or its file did not survive a crash of the machine."""
+    try:
+        with safe_open(file, framework="pt") as weight:
+            return json.loads(weight.metadata()[STATISTICS])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return None

@@ -1,0 +1,100 @@
+"""The page of a prior: one HTML file that carries its style, script and numbers, and loads nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html import escape
+from pathlib import Path
+
+from ...checkpoints import partial_folder, refuse_output
+from .plot import draw_prior
+from .tables import prior_notes, prior_title
+
+TEMPLATE = Path(__file__).with_name("page.html")
+_COLUMNS = ("relative_norm", "cosine", "energy", "rank", "delta_norm", "shape")
+
+
+def write_report(
+    summary: dict, plot: str | Path | None = None, html: str | Path | None = None, overwrite: bool = False
+) -> None:
+    """Write the figure of a prior (PNG, SVG or PDF, by its suffix), its page, or both.
+
+    Raises:
+        ImportError: the figure needs matplotlib, which is missing.
+        ValueError: the figure's suffix is no format, or the page's is not .html.
+        FileExistsError, IsADirectoryError, FileNotFoundError, OSError: an output could not be written.
+    """
+    outputs = {Path(path): example for path, example in ((plot, "prior.png"), (html, "prior.html")) if path is not None}
+    for output, example in outputs.items():
+        refuse_output(output, overwrite, example)
+    contents = {}
+    if plot is not None:
+        contents[Path(plot)] = draw_prior(summary, Path(plot).suffix[1:].lower() or "png")
+    if html is not None:
+        if Path(html).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"the page {html} needs a name that ends in .html")
+        contents[Path(html)] = render_page(summary).encode()
+    for output, content in contents.items():
+        with partial_folder(output) as folder:
+            try:
+                (folder / output.name).write_bytes(content)
+                os.replace(folder / output.name, output)
+            except OSError as error:
+                raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+
+
+def render_page(summary: dict) -> str:
+    """`prior_summary` as an HTML page: the verdict, plots, what each rank holds, a sortable table of the weights."""
+    verdict, total = summary["verdict"], summary["total"]
+    heading = [f"<span>{part}</span>" for part in escape(prior_title(summary)).replace(" − ", "\n−&nbsp;").split("\n")]
+    tiles = {
+        "mean cosine of expert and base": f"{verdict['mean_cosine']:.3f}" if verdict["level"] else "–",
+        "relative norm ‖Δ‖/‖W‖": f"{total['relative_norm']:.3f}" if total["relative_norm"] else "–",
+        f"captured energy at rank {summary['rank']}": f"{total['energy']:.1%}",
+        "weights steered": str(total["weights"]),
+    }
+    fields = {
+        "title": escape(prior_title(summary)),
+        "heading": " ".join(heading),
+        "facts": escape(f"for {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"),
+        "level": verdict["level"] or "unknown",
+        "verdict": verdict["title"],
+        **{key: escape(verdict[key]) for key in ("distance", "merging", "rank", "basis")},
+        "tiles": "".join(f'<div class="card"><b>{value}</b>{name}</div>' for name, value in tiles.items()),
+        "ranks": _rank_rows(summary),
+        "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in prior_notes(summary)),
+        "data": _data(summary),
+    }
+    # One pass, so that a name that looks like a field stays a name.
+    return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _rank_rows(summary: dict) -> str:
+    groups = {kind["modules"]: kind["energy_by_rank"] for kind in summary["kinds"] if kind["energy_by_rank"]}
+    if len(groups) != 1:
+        groups["all"] = summary["total"]["energy_by_rank"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("rank", *groups))
+    rows = [f"<thead><tr>{head}</tr></thead><tbody>"]
+    for rank in summary["total"]["energy_by_rank"]:
+        cells = "".join(
+            f'<td style="--share: {energy[rank]:.1%}">{energy[rank]:.1%}</td>' for energy in groups.values()
+        )
+        rows.append(f"<tr><td>{rank}</td>{cells}</tr>")
+    return "\n".join([*rows, "</tbody>"])
+
+
+def _data(summary: dict) -> str:
+    """What the script draws from, as JSON that cannot end its script element."""
+    data = {
+        "rank": summary["rank"],
+        "close": summary["verdict"]["close_from"],
+        "far": summary["verdict"]["far_below"],
+        "kinds": [kind["modules"] for kind in summary["kinds"]],
+        "rows": summary["rows"],
+        "projections": summary["projections"],
+        "spectra": summary["spectra"],
+        "weights": [[name, *(w.get(key) for key in _COLUMNS)] for name, w in summary["weights"].items()],
+    }
+    return json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")

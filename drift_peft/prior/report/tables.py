@@ -1,0 +1,106 @@
+"""What a prior holds and what a model's targets are, as rich tables."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ...checkpoints import Checkpoint, canonical_name, cross_attention_layers, describe, language_model_targets
+from ..combine import formula
+from ..prior import ReasoningPrior
+
+
+def prior_table(summary: dict) -> Table:
+    """`prior_summary` as a table, a line per layer and module kind."""
+    ranks = [k for k in summary["total"]["energy_by_rank"] if k < summary["rank"]][-3:]
+    caption = "captured energy at rank k; cosine of expert and base: mean and lowest"
+    headers = "layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest", *(f"k={k}" for k in ranks)
+    # As Text, since brackets and colons in a folder's name are no markup.
+    title, caption = Text(prior_title(summary)), Text("\n".join([caption, *prior_notes(summary)]))
+    table = Table(*headers, f"k={summary['rank']}", title=title, caption=caption, collapse_padding=True)
+    for column in table.columns:
+        column.justify = "right"
+    for row in [*summary["rows"], {"layer": "all", "modules": "", **summary["total"]}]:
+        if row["layer"] == "all":
+            table.add_section()
+        numbers = (row[key] for key in ("relative_norm", "mean_cosine", "cosine"))
+        energies = *(row["energy_by_rank"].get(k) for k in ranks), row["energy"]
+        table.add_row(
+            "–" if row["layer"] is None else str(row["layer"]),
+            row["modules"],
+            str(row["weights"]),
+            *("–" if x is None else f"{x:.3f}" for x in numbers),
+            *("–" if x is None else f"{x:.1%}" for x in energies),
+        )
+    return table
+
+
+def prior_title(summary: dict) -> str:
+    """What Δ is: expert − base, with their ids and revisions."""
+    return f"Δ = {formula(summary)}"
+
+
+def prior_notes(summary: dict) -> list[str]:
+    """What else is to be known about a prior, a sentence each."""
+    notes = []
+    ranks = {w["rank"] for w in summary["weights"].values() if "rank" in w}
+    if len(ranks) > 1:
+        notes.append(f"The ranks of the weights run from {min(ranks)} to {max(ranks)}.")
+    for name, stats in summary["weights"].items():
+        if "rows" in stats:
+            notes.append(f"{stats['rows']} of the {stats['shape'][0]} rows of {name} have a counterpart.")
+    if names := summary["not_steered"]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        notes.append(f"Δ is zero in {', '.join(names[:3])}{more}: not steered.")
+    if missing := summary.get("without_counterpart"):
+        notes.append(f"Not steered for want of a counterpart: {describe(missing)}.")
+    return notes
+
+
+def targets_summary(checkpoint: Checkpoint, prior: ReasoningPrior | None = None) -> dict:
+    """What `target_modules=None` adapts and steers on this model, from its config alone: no weight is loaded.
+
+    Per module type (q_proj, …): how many modules are adapted, how many of them have a Δ in the prior (None without a
+    prior), and how many modules of the same name outside the language model are left alone.
+
+    Raises:
+        ValueError: the model has no such module, or none that the prior covers.
+    """
+    with torch.device("meta"):
+        model: nn.Module = checkpoint.auto_class.from_config(checkpoint.config)
+    skipped = cross_attention_layers(checkpoint.config)
+    targets = language_model_targets(model)
+    if prior is not None:
+        language_model_targets(model, prior)  # raises when the prior covers none of them
+    rows: dict[str, dict] = {}
+    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [name for name in modules if re.fullmatch(targets, name)]
+    for name in adapted:
+        kind = name.rpartition(".")[2]
+        row = rows.setdefault(kind, {"module": kind, "adapted": 0, "steered": None if prior is None else 0, "left": 0})
+        row["adapted"] += 1
+        if prior is not None:
+            row["steered"] += canonical_name(f"{name}.weight", skipped) in prior
+    for name in set(modules) - set(adapted):
+        if (kind := name.rpartition(".")[2]) in rows:
+            rows[kind]["left"] += 1
+    return {
+        "model": checkpoint.source,
+        "class": type(model).__name__,
+        "target_modules": targets,
+        "rows": [*rows.values()],
+    }
+
+
+def targets_table(summary: dict) -> Table:
+    """`targets_summary` as a table."""
+    title = f"LoRA targets of {summary['model']} ({summary['class']})"
+    table = Table("module", "adapted", "steered", "left alone elsewhere", title=Text(title))
+    for row in summary["rows"]:
+        steered = "no prior given" if row["steered"] is None else str(row["steered"])
+        table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))
+    return table

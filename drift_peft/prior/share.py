@@ -1,0 +1,279 @@
+"""A prior for others: a hub repository with its model card, or a plain LoRA adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig
+
+from ..checkpoints import (
+    PROJECTION,
+    Checkpoint,
+    canonical_name,
+    cross_attention_layers,
+    language_model_targets,
+    module_kind,
+    replaced_when_complete,
+    write_tensors,
+)
+from .combine import formula
+
+if TYPE_CHECKING:
+    from .prior import ReasoningPrior
+
+FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository
+NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
+
+CARD = """\
+---
+{data}
+---
+
+# Reasoning prior for {base}
+
+Δ = {formula} of the language model's weights, as truncated SVDs of rank {rank} at most:
+what a text-only reasoning model has beyond the language model of {base}. It steers LoRA fine-tuning of {base} toward
+that reasoning (DRIFT, [arXiv 2510.15050](https://arxiv.org/abs/2510.15050)).
+
+## What it holds
+
+| modules | weights | captured energy | ‖Δ‖/‖W‖ | lowest cosine |
+|---|---|---|---|---|
+{table}
+
+Captured energy is ΣS²/‖Δ‖²; the cosine is that of a weight in both models. SHA-256 of the file: `{sha256}`.
+
+## Use
+
+```python
+from peft import get_peft_model
+from drift_peft import DriftConfig, ReasoningPrior
+
+prior = ReasoningPrior.load("{source}")  # to look inside; a DriftConfig needs the name alone
+model = get_peft_model(vlm, DriftConfig(prior="{source}", r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+```
+
+where `vlm` is {base}, in full precision or 4 bit. It was made with
+
+```python
+{recipe}
+```
+
+## Licences
+
+The weights here are differences of other models' weights. Their cards give these licences:
+
+{licences}
+"""
+
+
+# The hub
+
+
+def push(
+    prior: ReasoningPrior,
+    repo_id: str,
+    private: bool | None,
+    token: str | None,
+    commit_message: str | None,
+    revision: str | None,
+) -> str:
+    """`ReasoningPrior.push_to_hub`."""
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, repo_id, token)).encode()}
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=commit_message or "Upload a reasoning prior",
+            revision=revision,
+        )
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"{prior.source} could not be uploaded to {repo_id}: {reason}") from error
+    return commit.commit_url
+
+
+def model_card(prior: ReasoningPrior, repo_id: str | None = None, token: str | None = None) -> ModelCard:
+    """What a prior is, how to use it, and the licences of the models it was made from, as their own cards give them.
+
+    Args:
+        repo_id: where the prior will be found; without it the card says prior.safetensors.
+        token: for the cards of private or gated models.
+    """
+    header = prior.metadata
+    origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
+    licences = {key: _license(origin, token) for key, origin in origins.items()}
+    models = [id for _, id, _ in origins if re.fullmatch(r"[\w.-]+/[\w.-]+", id) and not Path(id).exists()]
+    data = ModelCardData(
+        base_model=list(dict.fromkeys(models)) or None,
+        tags=["drift-peft", "peft"],
+        **_common_license([*licences.values()]),
+    )
+    content = CARD.format(
+        data=data.to_yaml(),
+        base=header["base"]["id"],
+        formula=formula(header),
+        rank=prior.rank,
+        table=_table(header["weights"]),
+        sha256=prior.sha256,
+        source=repo_id or FILE_NAME,
+        recipe=_recipe(header),
+        licences="\n".join(f"- {role} {id}: {_license_name(found)}" for (role, id, _), found in licences.items()),
+    )
+    return ModelCard(content)
+
+
+def _origins(header: dict) -> list[tuple[str, dict]]:
+    """(role, id and revision) of the models that a prior was made from."""
+    own = [(role, header[role]) for role in ("base", "expert", "reference") if header.get(role)]
+    adapted = [(f"{role}'s base", origin["base"]) for role, origin in own if "base" in origin]  # the expert is a LoRA
+    return own + adapted + [origin for parent in header.get("parents", ()) for origin in _origins(parent)]
+
+
+def _license(origin: dict, token: str | None) -> dict | None:
+    """What a model's card says of its licence: nothing is {}, and None that the card could not be read."""
+    folder = Path(origin["id"])
+    try:
+        if folder.exists():
+            card = folder / "README.md"
+            found = metadata_load(card) if card.is_file() else None
+        else:
+            found = metadata_load(hf_hub_download(origin["id"], "README.md", revision=origin["revision"], token=token))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
+            return {}
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})", stacklevel=4)
+        return None
+    return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
+
+
+def _license_name(found: dict | None) -> str:
+    if found is None:
+        return NOT_READ
+    return str(found.get("license_name") or found.get("license") or NOT_STATED)
+
+
+def _common_license(licences: list[dict | None]) -> dict:
+    """The card's own licence fields: the parents' where they agree, "other" with all their names where they do not."""
+    if not any(licences):
+        return {}
+    if all(found == licences[0] for found in licences):
+        return licences[0]
+    names = (_license_name(found).lower() if found else "unstated" for found in licences)
+    return {
+        "license": "other",
+        "license_name": "-and-".join(dict.fromkeys(re.sub(r"[^a-z0-9.]+", "-", n) for n in names)),
+    }
+
+
+def _table(weights: dict[str, dict]) -> str:
+    """Rows of the card's table: a module kind's weights taken together, and all."""
+    kinds = defaultdict(list)
+    for name, stats in weights.items():
+        kinds[module_kind(name)].append(stats)
+    rows = []
+    for kind, group in [*sorted(kinds.items()), ("all", [*weights.values()])]:
+        delta, base = (math.fsum(stats[key] ** 2 for stats in group) for key in ("delta_norm", "base_norm"))
+        energy = math.fsum(stats["energy"] * stats["delta_norm"] ** 2 for stats in group) / delta
+        relative = f"{math.sqrt(delta / base):.3f}" if base else "–"  # all biases of a base may be zero
+        cosine = min(stats["cosine"] for stats in group)
+        rows.append(f"| {kind} | {len(group)} | {energy:.1%} | {relative} | {cosine:.3f} |")
+    return "\n".join(rows)
+
+
+def _recipe(header: dict) -> str:
+    """The call that makes such a prior again."""
+    if "parents" in header:
+        parts = (f"    (ReasoningPrior.load(…), {p['weight']:g}),  # sha256 {p['sha256']}" for p in header["parents"])
+        return "\n".join(["ReasoningPrior.combine([", *parts, f'], "{FILE_NAME}", rank={header["rank"]})'])
+    roles = [role for role in ("expert", "base", "reference") if header[role]]
+    given = {role: "@".join(filter(None, (header[role]["id"], header[role]["revision"]))) for role in roles}
+    ranks = ("energy", "max_rank") if header.get("energy") else ("rank",)
+    settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
+    given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
+    return "\n".join(["build_prior(", *(f"    {key}={json.dumps(value)}," for key, value in given.items()), ")"])
+
+
+# Stock PEFT
+
+
+@torch.no_grad()
+def export_lora(
+    prior: ReasoningPrior, scale: float, output: str | Path, base: str | Path | None, overwrite: bool
+) -> Path:
+    """`ReasoningPrior.as_lora`."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
+    with replaced_when_complete(Path(output), overwrite, sources=(prior.path,), kind="adapter") as folder:
+        source, revision = (base, None) if base else (prior.metadata["base"][key] for key in ("id", "revision"))
+        try:
+            checkpoint = Checkpoint(source, revision, dequantize=True)  # only its config is read, so 4 bit will do
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
+        targets, modules = _in_memory(prior, checkpoint)
+        tensors, ranks = {}, {}
+        for name, module in modules.items():
+            weight = prior[name]
+            root = (abs(scale) * weight.S).sqrt()
+            # B·A = scale·U diag(S) Vh
+            tensors[f"base_model.model.{module}.lora_A.weight"] = root[:, None] * weight.Vh.float()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = math.copysign(1, scale) * weight.U.float() * root
+            ranks[module] = len(weight.S)
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+        (r, _), *_ = Counter(ranks.values()).most_common(1)
+        pattern = {module: rank for module, rank in ranks.items() if rank != r}
+        LoraConfig(
+            base_model_name_or_path=str(source),
+            revision=revision,
+            task_type="CAUSAL_LM",
+            r=r,
+            lora_alpha=r,
+            rank_pattern=pattern,
+            alpha_pattern=pattern,
+            target_modules=targets,
+            inference_mode=True,
+        ).save_pretrained(folder)
+    if left := len(prior) - len(modules):
+        warnings.warn(
+            f"{left} of the prior's {len(prior)} weights are norms, biases, head or embedding: a LoRA adapter of "
+            f"projections cannot hold them, so {output} leaves them out.",
+            stacklevel=3,
+        )
+    return Path(output)
+
+
+def _in_memory(prior: ReasoningPrior, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+    """Regular expression of the LoRA targets, and projection of the prior -> its module's name in the loaded base."""
+    projections = [name for name in prior if PROJECTION.fullmatch(name)]
+    if not projections:
+        raise ValueError(f"{prior.source} holds no attention or MLP projection, so there is nothing for a LoRA adapter")
+    with torch.device("meta"):
+        model = checkpoint.auto_class.from_config(checkpoint.config)
+    skipped = cross_attention_layers(checkpoint.config)
+    targets = language_model_targets(model, projections)
+    modules = {canonical_name(f"{n}.weight", skipped): n for n, _ in model.named_modules() if re.fullmatch(targets, n)}
+    for name in projections:
+        there = prior.metadata["weights"][name]["shape"]
+        here = list(model.get_submodule(modules[name]).weight.shape) if name in modules else "not there"
+        if here != there:
+            raise ValueError(
+                f"{prior.source} was built for another model than {checkpoint.source}: {name} is {there} in the prior "
+                f"and {here} in the model"
+            )
+    return targets, modules

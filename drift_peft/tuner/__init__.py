@@ -1,0 +1,41 @@
+"""LoRA steered by a prior, in PEFT's own terms: what is steered, when in the step, and what is done to it there.
+
+config     DriftConfig(LoraConfig), and how it is stored
+settings   the guidance's settings: what is allowed, and which weight they speak of
+card       the model card of an adapter
+guidance   the method as pure functions on tensors
+sharding   parameters and gradients as whole stacks, wherever their parts live
+capture    the weight gradient that LoRA never forms: its norm and inner products
+steered    what is steered: adapters and other trainable tensors, each with its part of the prior
+batches    one step's guidance, a batched call for all that has one shape
+deepspeed  DeepSpeed's engine: where it keeps what it trains
+step       when guidance runs: the optimizer hooks
+telemetry  where training stands against the prior
+trainer    the same in Trainer's logs
+fit        does this prior belong to this model?
+model      DriftModel(LoraModel) and guide: what is steered, the adapter's start, saving
+"""
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+from . import step  # noqa: F401  its hooks of torch.optim are what guides
+from .config import DriftConfig
+from .model import DriftModel, guide, keep_4bit_differentiable
+from .settings import is_guided
+from .steered import BATCH_ELEMENTS
+from .telemetry import telemetry
+
+__all__ = [
+    "BATCH_ELEMENTS",
+    "DriftConfig",
+    "DriftModel",
+    "guide",
+    "is_guided",
+    "keep_4bit_differentiable",
+    "telemetry",
+]
+
+# To PEFT, DRIFT is LoRA, so that all that PEFT does for LoRA (adapters side by side, hot-swapping, weight conversions)
+# works for it. A plain LoraConfig makes what it always made: DriftModel adds something to a DriftConfig only.
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = DriftModel

@@ -1,0 +1,160 @@
+"""The model card of an adapter, filled in: what it was trained from, toward what and how, and how others use it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from transformers.utils import PushToHubMixin
+
+from ..checkpoints import DRIFT_CONFIG
+
+if TYPE_CHECKING:
+    from .config import DriftConfig
+
+START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
+PUSHED = "This is the model card of a 🤗 transformers model"  # in the empty card of transformers' push_to_hub
+BEYOND = "what {expert} has beyond the language model of {base}"
+METHODS = {  # what the guidance did
+    "gradient": f"at each optimizer step the gradient of the adapter was biased toward {BEYOND}",
+    "factors": f"after each optimizer step the adapter went a part of the way to {BEYOND}",
+    "base": "after each optimizer step the adapter was drawn back, which holds the model near {base}",
+}
+SHOWN = ("alpha", "scale", "target", "rank", "norm", "spectrum", "modules", "alpha_pattern")
+SHOWN += ("warmup_steps", "decay_steps")
+
+SECTION = """\
+{start}
+# LoRA adapter {name}for {base}{toward}
+
+Trained with [DRIFT](https://arxiv.org/abs/2510.15050): {method}. The adapter itself is plain LoRA.
+
+| | |
+|---|---|
+| base | {base} |
+| expert | {expert} |
+| prior | {prior} |
+| training data | {data} |
+| LoRA | r = {r}, alpha = {lora_alpha}{rslora} |
+| guidance | {guidance} |
+| guided optimizer steps | {steps} |
+
+## Use
+
+With PEFT alone:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
+```
+
+As a model of its own, in the base's precision:
+
+```
+drift-peft merge --base {base} --adapter {folder} -o merged --verify
+```
+{end}
+"""
+
+
+def update_card(folder: Path, config: DriftConfig) -> None:
+    """Fill in the README.md that PEFT has written into an adapter's folder, or above it if the adapter has a name.
+
+    The template that PEFT starts from is replaced where nobody has filled in anything; of every other card only the
+    section between our two markers is. Its metadata stays, with the tag `drift-peft` added. A folder without a card
+    gets none.
+    """
+    path, name = folder / "README.md", None
+    if not path.is_file():
+        path, name = folder.parent / "README.md", folder.name
+        if not path.is_file() or ModelCard.load(path).data.library_name != "peft":
+            return
+    card = ModelCard.load(path)
+    card.data["tags"] = sorted({*(card.data.tags or []), "drift-peft", "lora"})
+    section = _section(config, name)
+    marked = re.compile(re.escape(_start(name)) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
+    if marked.search(card.text):
+        card.text = marked.sub(lambda _: section, card.text)
+    else:
+        template = ModelCard.from_template(ModelCardData()).text
+        card.text = f"{section}\n{card.text.removeprefix(template).lstrip()}"
+    temporary = path.with_suffix(".tmp")
+    card.save(temporary)
+    os.replace(temporary, path)
+
+
+def _kept(write):
+    """Trainer's push_to_hub puts a card of its own in place of ours, and has PEFT add to that: here ours comes back."""
+
+    @functools.wraps(write)
+    def wrapper(model: PeftModel, output_dir: str):
+        from .config import DriftConfig  # which imports this module
+
+        write(model, output_dir)
+        for name, config in model.peft_config.items():
+            folder = Path(output_dir, "" if name == "default" else name)
+            if isinstance(config, DriftConfig) and (folder / DRIFT_CONFIG).is_file():
+                update_card(folder, config)
+
+    return wrapper
+
+
+def _filled_in(upload):
+    """`push_to_hub` puts the card of the repository, or an empty one, in place of what was saved: fill in that one."""
+
+    @functools.wraps(upload)
+    def wrapper(model: PeftModel, working_dir: str, *args, **kwargs):
+        from .config import DriftConfig
+
+        card = Path(working_dir, "README.md")
+        if any(isinstance(config, DriftConfig) for config in model.peft_config.values()):
+            if PUSHED in card.read_text(encoding="utf-8"):
+                card.unlink()
+            model.create_or_update_model_card(working_dir)
+        return upload(model, working_dir, *args, **kwargs)
+
+    return wrapper
+
+
+PeftModel.create_or_update_model_card = _kept(PeftModel.create_or_update_model_card)
+PeftModel._upload_modified_files = _filled_in(PushToHubMixin._upload_modified_files)
+
+
+def _start(name: str | None) -> str:
+    return START.format(name=f", adapter {name}" if name else "")
+
+
+def _section(config: DriftConfig, name: str | None) -> str:
+    settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
+    defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
+    told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
+    guidance = [f"{settings['scale']} toward {settings['target']}, strength {settings['alpha']}"]
+    guidance += [text for text in told if text.split(" = ")[0] not in ("scale", "target", "alpha")]
+    base = config.base_model_name_or_path or "its base model"
+    expert = config.expert or "a text-only reasoning model"
+    method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
+    return SECTION.format(
+        start=_start(name),
+        end=END,
+        name=f"{name} " if name else "",
+        toward="" if config.drift_target == "base" else f", steered toward {expert}",
+        method=method.format(base=base, expert=expert),
+        base=base,
+        expert=config.expert or "not recorded",
+        prior=f"{config.prior} (SHA-256 {(config.prior_sha256 or 'not recorded')[:16]})" if config.prior else "none",
+        data=config.trained_on or "not recorded",
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        rslora=", rank-stabilized" if config.use_rslora else "",
+        guidance=", ".join(guidance).replace("|", "\\|"),
+        steps=int(config.drift_steps),
+        adapter="path/or/hub-id",
+        subfolder=f', subfolder="{name}"' if name else "",
+        folder=f"path/{name}" if name else "path/or/hub-id",
+    )

@@ -1,0 +1,219 @@
+"""DriftConfig: LoRA's own configuration plus what the guidance needs, and how both are stored on disk."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig
+
+from ..checkpoints import DRIFT_CONFIG
+from .card import update_card
+from .settings import SPECTRA, check_settings, is_rank
+
+# Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
+STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
+# Variants of LoRA that act on the weight as W + s·B·A too: one on the tokens after an invocation, one with compressed
+# activations.
+PLAIN_CHAIN_RULE = ("alora_invocation_tokens", "velora_config")
+
+
+@dataclass
+class DriftConfig(LoraConfig):
+    """LoRA whose gradients are biased toward a reasoning prior (DRIFT, arXiv 2510.15050, equations 3 and 4).
+
+    All of `LoraConfig`'s fields keep their meaning. `target_modules=None` means exactly the language model's
+    projections that the prior covers. On disk the adapter is plain LoRA; the fields below go to `drift_config.json`.
+
+    Raises:
+        TypeError: an unknown field (the nearest known one is named).
+        ValueError: a value out of range, a LoRA variant with another chain rule, or no prior to train with.
+    """
+
+    prior: str | None = field(
+        default=None, metadata={"help": "Prior file, or hub id (`id@revision`); None only with inference_mode=True."}
+    )
+    drift_alpha: float = field(
+        default=0.3,  # of the adaptive scale: benchmarks/RESULTS.md, chosen by the exams over images
+        metadata={"help": "Strength a ≥ 0 of the pull toward the expert; 0 is plain LoRA. The paper's α is −a."},
+    )
+    drift_scale: Literal["adaptive", "gradnorm", "absolute", "decoupled"] = field(
+        default="adaptive",
+        metadata={"help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead."},
+    )
+    drift_target: Literal["residual", "delta", "factors", "base"] = field(
+        default="residual",
+        metadata={"help": "What the bias points to: Δ − sBA, Δ, the SVD's own factors, or the base (sBA = 0)."},
+    )
+    drift_rank: int | None = field(
+        default=None, metadata={"help": "Rank to which Δ is truncated; None: the adapter's own rank."}
+    )
+    drift_norm: Literal["factor", "weight"] = field(
+        default="factor",
+        metadata={"help": "Whose norm and cosine scale the bias: each LoRA factor's, or the weight gradient's."},
+    )
+    drift_sketch: int | None = field(
+        default=64,
+        metadata={"help": "drift_norm='weight': columns of the sketch that ‖G‖ is taken from; None keeps G itself."},
+    )
+    drift_spectrum: str | float = field(
+        default="full",
+        metadata={"help": "Weight of Δ's singular directions: 'full' S, 'flat' all alike, or a power p for S^p."},
+    )
+    drift_modules: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "Where the bias acts: presets attn, mlp, bias, norm, head, embed or regular expressions."},
+    )
+    drift_alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression of weight names -> strength there."}
+    )
+    drift_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which the strength grows linearly from 0."}
+    )
+    drift_decay_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
+    )
+    prior_sha256: str | None = field(
+        default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
+    )
+    drift_steps: int = field(default=0, metadata={"help": "Guided optimizer steps so far; counted while training."})
+    quantization: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "transformers' quantization_config of the base in training, {} if it was in full precision; filled "
+            "in when the model is wrapped."
+        },
+    )
+    init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
+        default="drift",
+        metadata={
+            "help": "'drift': lora_A starts in the top right singular vectors of Δ and lora_B at 0; or PEFT's own.",
+            "lora_variants": LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"],
+        },
+    )
+
+    # Known only while training, on the instance, and not stored.
+    repeated_steps: ClassVar[int] = 0  # steps taken twice on the same gradients
+    iteration: ClassVar[Any] = 0  # guided steps before this iteration, in which several optimizers may step
+    stepped: ClassVar[frozenset] = frozenset()  # what they have trained in it so far
+    expert: ClassVar[str | None] = None  # of the prior
+    trained_on: ClassVar[str | None] = None  # name of the data set
+
+    def __new__(cls, *args, **kwargs):
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument '{name}'{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        start = self.init_lora_weights
+        self.init_lora_weights = True if start == "drift" else start  # PEFT refuses other starts beside lora_bias
+        super().__post_init__()
+        self.init_lora_weights = start
+        self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
+        holds = self.drift_target == "base" and self.prior is None
+        if holds and self.init_lora_weights == "drift":
+            self.init_lora_weights = True  # there is no Δ to start from
+        self._check_lora()
+        check_settings(self)
+        if self.prior is not None and not isinstance(self.prior, str):
+            raise ValueError(f"prior must be a path or a hub id, got {type(self.prior).__name__}.")
+        if self.prior is None and not self.inference_mode and not holds:
+            raise ValueError(
+                "DriftConfig needs a prior to train: build one with build_prior(expert, base, output) and pass its "
+                "path, or use peft.LoraConfig for training without guidance."
+            )
+
+    def _check_lora(self) -> None:
+        if not is_rank(self.r):
+            raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
+        if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "
+                f"{', '.join(map(repr, STARTS))}; starts that change the base weight also change Δ."
+            )
+        variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+        refused = [v for v in [*variants, "use_qalora", "layer_replication"] if getattr(self, v, None)]
+        refused = [v for v in refused if v not in PLAIN_CHAIN_RULE]
+        if refused:
+            raise ValueError(
+                f"{refused[0]} changes how an adapter acts on the weight, so the guidance of plain LoRA would be "
+                f"wrong for it: leave out {' and '.join(refused)}."
+            )
+
+    @property
+    def spectrum_power(self) -> float:
+        """p of S^p (see `guidance.spectrum`)."""
+        return SPECTRA.get(self.drift_spectrum, self.drift_spectrum)
+
+    # On disk: what stock PEFT writes for LoRA, and our settings beside it.
+
+    def to_lora(self) -> LoraConfig:
+        """The same adapter as stock PEFT knows it; `init_lora_weights` is True where the start is ours."""
+        lora = {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
+        lora["init_lora_weights"] = True if self.init_lora_weights == "drift" else self.init_lora_weights
+        return LoraConfig(**lora)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "drift_steps": int(self.drift_steps)}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write `adapter_config.json` (plain LoRA) and `drift_config.json` (the settings, the prior, guided steps)."""
+        self.to_lora().save_pretrained(save_directory, **kwargs)
+        own = {name: value for name, value in self.to_dict().items() if name in _own_fields()}
+        path = Path(save_directory, DRIFT_CONFIG)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        update_card(Path(save_directory), self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> DriftConfig:
+        """Read an adapter's settings back, for more training: `PeftModel.from_pretrained(base, dir, config=…,
+        is_trainable=True)`.
+
+        Fields given by name replace the stored ones, such as `drift_alpha=0.3`, or `prior=` for a file that has moved.
+        Other keywords (`revision`, `token`, …) go to the hub.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: the folder or hub repository has no `drift_config.json`, or it holds unknown settings.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        hub, _, _ = PeftConfig._split_kwargs(kwargs)
+        given = {name: value for name, value in kwargs.items() if name not in hub}
+        lora = LoraConfig.from_pretrained(source, subfolder=subfolder, **hub)
+        path = Path(source, subfolder or "", DRIFT_CONFIG)
+        if not path.is_file():
+            try:
+                path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise ValueError(
+                    f"'{source}' has no {DRIFT_CONFIG}, so it was not trained with DriftConfig: load it as plain LoRA "
+                    "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
+                ) from error
+        try:
+            own = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid JSON, so it may be truncated: {error}") from error
+        unknown = sorted(set(own) - _own_fields())
+        if unknown:
+            raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
+        if "prior" in given:
+            own["prior_sha256"] = None  # the new file is accepted as it is
+        shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
+        return cls(**{**shared, **own, **given})
+
+
+def _own_fields() -> set[str]:
+    """Names of the fields that are ours, so that they go to drift_config.json."""
+    return {f.name for f in fields(DriftConfig)} - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}

@@ -1,0 +1,132 @@
+"""Does this prior belong to this model, and what of it does it steer? Answered before anything is touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..checkpoints import canonical_name, cross_attention_layers
+from ..prior import ReasoningPrior
+from .config import DriftConfig
+from .settings import check_patterns_used
+from .sharding import shape, whole
+
+# NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
+FINGERPRINT_TOLERANCE = 0.3
+
+
+def check_fit(
+    model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
+) -> None:
+    """Refuse a prior of another model, and report targets that have no Δ.
+
+    Args:
+        model: the model, adapted already or not; its base weights may be quantized.
+        prior: what shall steer it.
+        drift: the settings of the guidance.
+        targets: names of the modules that are (or will be) adapted -> their adapter's rank.
+        tensors: canonical names of the tensors that are (or will be) trained themselves.
+
+    Raises:
+        ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ;
+            `factors` lacks a target for some row of lora_A; or a setting speaks of weights that are not steered.
+    """
+    config = getattr(model, "config", None)
+    skipped = cross_attention_layers(config) if config is not None else ()
+    modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it
+    steered, unsteered = [], []
+    for name, module in model.named_modules():
+        if ".base_layer" in name:
+            continue
+        for parameter in ("weight", "bias"):
+            canonical = canonical_name(f"{name}.{parameter}", skipped)
+            if canonical in prior and _has(module, parameter):
+                modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if name in targets:
+            canonical = canonical_name(f"{name}.weight", skipped)
+            (steered if canonical in prior else unsteered).append((name, canonical))
+    missing = [name for name in prior if name not in modules]
+    if missing:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
+            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
+        )
+    for canonical, module in modules.items():
+        here = _shape(module, canonical)
+        there = prior.metadata["weights"][canonical]["shape"]
+        if here != there:
+            raise ValueError(
+                f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
+                "here; build a prior for this base with build_prior."
+            )
+    tensors = [name for name in tensors if name in prior]
+    if not steered and not tensors:
+        example = f", such as {unsteered[0][0]}" if unsteered else ""
+        raise ValueError(
+            f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
+            "would be steered: leave target_modules=None to adapt exactly what the prior covers."
+        )
+    if drift.drift_target == "factors":
+        for name, canonical in steered:
+            if (rank := len(prior[canonical].S)) < targets[name]:
+                raise ValueError(
+                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
+                    f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
+                )
+    check_patterns_used(drift, [canonical for _, canonical in steered] + tensors)
+    if unsteered:
+        warnings.warn(
+            f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
+            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
+            stacklevel=2,
+        )
+    _check_fingerprint(model, modules, prior)
+
+
+def _has(module: nn.Module, parameter: str) -> bool:
+    """Not every quantized layer calls what it holds `weight`."""
+    return getattr(module, parameter, None) is not None or (parameter == "weight" and hasattr(module, "in_features"))
+
+
+def _shape(module: nn.Module, canonical: str) -> list[int]:
+    """Shape of a module's weight or bias; of a weight that is packed in 4 bit, the shape it stands for."""
+    if canonical.endswith(".weight") and hasattr(module, "out_features"):
+        return [module.out_features, module.in_features]
+    return list(shape(getattr(module, canonical.rpartition(".")[2])))
+
+
+@torch.no_grad()
+def _check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
+    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
+    difference = stored_square = 0.0
+    for name, U, Vh, stored in prior.probes():
+        tensors = [*modules[name].parameters(), *modules[name].buffers()]
+        if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
+            continue
+        with whole(tensors):
+            WV = _products(modules[name], Vh.to(tensors[0].device), getattr(model, "dtype", torch.float32))
+        found = (U.to(WV).mT * WV).sum(-1).cpu()
+        difference += (found - stored).square().sum().item()
+        stored_square += stored.square().sum().item()
+    if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+            f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
+            "build a prior for this base with build_prior."
+        )
+
+
+def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:
+    """(W·v_i)ᵀ [k, out] in fp32 for the rows v_i of Vh [k, in]: of a linear layer as its own forward pass computes
+    them, so that it does not matter how W is stored. `dtype` is what quantized layers are given in this model.
+    """
+    weight = getattr(module, "weight", None)
+    if not hasattr(module, "in_features"):
+        return Vh.to(weight).float() @ weight.float().mT
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
+    *outputs, bias = module(torch.cat([Vh, torch.zeros_like(Vh[:1])]).to(dtype)).float()
+    return torch.stack(outputs) - bias

@@ -1,0 +1,156 @@
+"""The guidance's own settings: what values they may have, and what they say about a weight."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints import module_kind
+
+if TYPE_CHECKING:
+    from .config import DriftConfig
+
+SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
+TARGETS = ("residual", "delta", "factors", "base")
+NORMS = ("factor", "weight")
+SPECTRA = {"full": 1.0, "flat": 0.0}
+PRESETS = ("attn", "mlp", "bias", "norm", "head", "embed")
+
+
+def check_settings(config: DriftConfig) -> None:
+    """Refuse a guidance setting that is out of range, by name and value, with the way out.
+
+    Raises:
+        ValueError: the value is unknown, out of range, or at odds with another setting.
+    """
+    alpha, rank = config.drift_alpha, config.drift_rank
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"drift_alpha must be a finite number ≥ 0, got {alpha!r}.")
+    if alpha < 0:
+        raise ValueError(
+            f"drift_alpha={alpha} is negative: a positive strength pulls toward the expert here, so where the paper "
+            f"writes α = {alpha} set drift_alpha={-alpha}."
+        )
+    _choose("drift_scale", config.drift_scale, SCALES)
+    _choose("drift_target", config.drift_target, TARGETS)
+    _choose("drift_norm", config.drift_norm, NORMS)
+    if config.drift_sketch is not None and not is_rank(config.drift_sketch):
+        raise ValueError(f"drift_sketch must be None or a whole number ≥ 1, got {config.drift_sketch!r}.")
+    if rank is not None and not is_rank(rank):
+        raise ValueError(f"drift_rank must be None or a whole number ≥ 1, got {rank!r}.")
+    if config.drift_scale == "decoupled" and config.drift_target not in ("factors", "base"):
+        raise ValueError(
+            f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
+            "meaning for it: set drift_target='factors' or 'base'."
+        )
+    if config.drift_target == "base" and config.drift_scale != "decoupled":
+        raise ValueError(
+            f"drift_target='base' holds the adapter near the base after each step, so drift_scale="
+            f"{config.drift_scale!r} has no meaning for it: set drift_scale='decoupled'."
+        )
+    if config.drift_norm == "weight" and config.drift_target not in ("residual", "delta"):
+        raise ValueError(
+            f"drift_norm='weight' compares the weight gradient with a direction in weight space, which drift_target="
+            f"{config.drift_target!r} does not have: set drift_target='residual' or 'delta', or drift_norm='factor'."
+        )
+    _check_spectrum(config.drift_spectrum)
+    _check_schedule(config)
+    _check_patterns(config)
+    if config.drift_target == "factors" and rank is not None:
+        raise ValueError(
+            f"drift_rank={rank} has no meaning with drift_target='factors', which gives every row of lora_A its own "
+            "target: leave drift_rank=None."
+        )
+    if config.drift_target == "factors" and min([config.lora_alpha, *config.alpha_pattern.values()]) <= 0:
+        raise ValueError(
+            "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
+            f"lora_alpha={config.lora_alpha} and alpha_pattern={config.alpha_pattern}."
+        )
+
+
+def drift_alpha_of(config: DriftConfig, name: str) -> float:
+    """The strength a for a canonical weight name: that of the first pattern that matches it, else drift_alpha."""
+    return next((a for key, a in config.drift_alpha_pattern.items() if _matches(key, name)), config.drift_alpha)
+
+
+def is_guided(config: DriftConfig, name: str) -> bool:
+    """Does `drift_modules` select this canonical weight name?"""
+    if config.drift_modules is None:
+        return True
+    wanted = [config.drift_modules] if isinstance(config.drift_modules, str) else config.drift_modules
+    return any(module_kind(name) == key if key in PRESETS else _matches(key, name) for key in wanted)
+
+
+def check_patterns_used(config: DriftConfig, names: Iterable[str]) -> None:
+    """Refuse a setting for weights that are not there: nothing that was configured is skipped.
+
+    Raises:
+        ValueError: a pattern of drift_alpha_pattern, or a part of drift_modules, matches none of these names.
+    """
+    names = list(names)
+    wanted = config.drift_modules or []
+    for key in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(module_kind(name) == key if key in PRESETS else _matches(key, name) for name in names):
+            raise ValueError(
+                f"drift_modules names {key!r}, but nothing trainable with a Δ in the prior matches it: prior and "
+                f"adapter have {', '.join(sorted({str(module_kind(name)) for name in names})) or 'nothing'} in common."
+            )
+    for key in config.drift_alpha_pattern:
+        if not any(_matches(key, name) for name in names):
+            raise ValueError(
+                f"drift_alpha_pattern names {key!r}, but nothing that is steered matches it, such as "
+                f"{names[0] if names else 'nothing at all'}."
+            )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As PEFT's rank_pattern: the expression matches the name, or its end after a dot; `.weight` is left out."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name.removesuffix(".weight")) is not None
+
+
+def _check_spectrum(spectrum: Any) -> None:
+    if isinstance(spectrum, str):
+        _choose("drift_spectrum", spectrum, tuple(SPECTRA))
+    elif isinstance(spectrum, bool) or not isinstance(spectrum, (int, float)) or not 0 <= spectrum <= 4:
+        raise ValueError(f"drift_spectrum must be 'full', 'flat' or a power between 0 and 4, got {spectrum!r}.")
+
+
+def _check_schedule(config: DriftConfig) -> None:
+    warmup, decay = config.drift_warmup_steps, config.drift_decay_steps
+    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+        raise ValueError(f"drift_warmup_steps must be a whole number ≥ 0, got {warmup!r}.")
+    if decay is not None and not is_rank(decay):
+        raise ValueError(f"drift_decay_steps must be None or a whole number ≥ 1, got {decay!r}.")
+
+
+def _check_patterns(config: DriftConfig) -> None:
+    modules = config.drift_modules
+    listed = [modules] if isinstance(modules, str) else modules
+    if listed is not None and (not listed or not all(isinstance(key, str) and key for key in listed)):
+        raise ValueError(
+            f"drift_modules must be None, or name presets ({', '.join(PRESETS)}) or regular expressions, got "
+            f"{modules!r}."
+        )
+    for name, keys in (("drift_modules", listed or []), ("drift_alpha_pattern", config.drift_alpha_pattern)):
+        for key in keys:
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{name} holds {key!r}, which is no regular expression: {error}.") from error
+    for key, alpha in config.drift_alpha_pattern.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
+            raise ValueError(f"drift_alpha_pattern[{key!r}] must be a finite number ≥ 0, got {alpha!r}.")
+
+
+def is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, known))}{hint}")

@@ -1,0 +1,304 @@
+"""What is steered: LoRA adapters and other trainable tensors, each with its part of the prior; and in what batches.
+
+What steers a module lives on the module itself (`module.drift[key]`), outside any state dict, so it follows the module
+through copies, pickling and whatever wraps the model. All layers of one shape go through one batched call: their part
+of the prior is stacked once, on the device of their parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from ..checkpoints import canonical_name, cross_attention_layers, module_kind
+from ..prior import PriorVector, PriorWeight
+from . import guidance
+from .capture import Capture
+from .config import DriftConfig
+from .settings import drift_alpha_of
+from .sharding import gather, layout, shape
+
+# Everything steered in this process, in the order of wrapping, which is the same on all ranks. The entries belong to
+# their modules; reloading this module keeps them.
+STEERED: weakref.WeakKeyDictionary[Steered, None] = globals().get("STEERED") or weakref.WeakKeyDictionary()
+
+BATCH_ELEMENTS = 2**24  # of one batch at most: bounds a step's transient memory to some hundred MB
+
+
+class Steered:
+    """Trainable parameters of one module that a part of the prior pulls.
+
+    Attributes:
+        name: canonical name of the weight that they are, or adapt.
+        adapter: the adapter that they belong to.
+        config: the settings; `alpha` is the strength here, before warm-up and decay.
+        prior: U [out, k] and Vh [k, in] in the prior's dtype and S [k] in fp32, or delta [n]; and for tensors that are
+            trained themselves W0, what they started from. Empty for `drift_target="base"` without a prior.
+    """
+
+    factors: tuple[str, ...]  # names of the parameters
+
+    def __init__(self, module: nn.Module, adapter: str, name: str, config: DriftConfig, prior: dict[str, Tensor]):
+        self._module = weakref.ref(module)
+        self.adapter, self.name, self.config, self.prior = adapter, name, config, prior
+        self.alpha = drift_alpha_of(config, name)
+        self.stack: Stack | None = None
+
+    def register(self) -> None:
+        """Steer from the next step on, in place of whatever steered these parameters before."""
+        drift = self.module.__dict__.setdefault("drift", {})
+        if self.key in drift:
+            drift[self.key].release()
+        drift[self.key] = self
+        STEERED[self] = None
+
+    def release(self) -> None:
+        """Steer no more."""
+        del self.module.drift[self.key]
+        STEERED.pop(self, None)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_module": self.module, "stack": None}
+
+    def __setstate__(self, state):  # a copied or unpickled module is steered like the one it came from
+        self.__dict__.update(state, _module=weakref.ref(state["_module"]))
+        STEERED[self] = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module()
+
+    @property
+    def key(self) -> str:
+        """What stands for these parameters in `module.drift`."""
+        return self.adapter
+
+    @property
+    def present(self) -> bool:
+        """Neither freed nor deleted from its module since."""
+        raise NotImplementedError
+
+    def parameter(self, factor: str) -> nn.Parameter:
+        raise NotImplementedError
+
+
+class SteeredAdapter(Steered):
+    """One adapter of one LoRA layer: W + s·B·A with A [r, in], B [out, r].
+
+    LoRA on an embedding W [rows, width] adds s·(B·A)ᵀ, so it is steered by Δᵀ.
+    """
+
+    factors = ("A", "B")
+
+    def __init__(self, layer: LoraLayer, adapter: str, name: str, config: DriftConfig, weight: PriorWeight | None):
+        prior = {}
+        if weight is not None:
+            k = config.drift_rank or layer.r[adapter]
+            U, S, Vh = weight.U[:, :k], weight.S[:k].float(), weight.Vh[:k]
+            if adapter in layer.lora_embedding_A:
+                U, Vh = Vh.mT.contiguous(), U.mT.contiguous()
+            prior = {"U": U.clone(), "S": guidance.spectrum(S, config.spectrum_power), "Vh": Vh.clone()}
+        super().__init__(layer, adapter, name, config, prior)
+        self.capture: Capture | None = None
+
+    def register(self) -> None:
+        super().register()
+        if self.config.drift_norm == "weight" and self.alpha:
+            if self.adapter in self.module.lora_embedding_A:
+                raise ValueError(
+                    f"drift_norm='weight' is not available for LoRA on an embedding, such as {self.name}: use "
+                    "drift_norm='factor', or leave it out of drift_modules."
+                )
+            self.capture = Capture(self)
+            self.capture.attach()
+
+    def release(self) -> None:
+        super().release()
+        if self.capture is not None:
+            self.capture.remove()
+
+    @property
+    def present(self) -> bool:
+        layer = self.module
+        return layer is not None and (self.adapter in layer.lora_A or self.adapter in layer.lora_embedding_A)
+
+    def parameter(self, factor: str) -> nn.Parameter:
+        return lora_factor(self.module, factor, self.adapter)
+
+    @property
+    def scaling(self) -> float:
+        return self.module.scaling[self.adapter]
+
+    @property
+    def others(self) -> list[str]:
+        """The other adapters that act on this layer now."""
+        layer = self.module
+        return [a for a in layer.active_adapters if a != self.adapter and a in layer.r]
+
+    def batch_key(self) -> tuple:
+        A, B, r = self.parameter("A"), self.parameter("B"), self.module.r[self.adapter]
+        if len(shape(A)) != 2:
+            raise RuntimeError(
+                f"The adapter of {self.name} is flattened: guidance under FSDP1 is not available; use fully_shard "
+                "(FSDP2), DDP or one GPU."
+            )
+        if shape(A)[0] != r:
+            raise RuntimeError(
+                f"The adapter of {self.name} has rank {r} but {shape(A)[0]} rows: prepare_model_for_compiled_hotswap "
+                f"pads it; call that after training, or with target_rank={r}."
+            )
+        others = tuple(layout(lora_factor(self.module, factor, a)) for a in self.others for factor in "AB")
+        return layout(A), layout(B), others
+
+    @staticmethod
+    def batch_size(members: list[Steered]) -> int:
+        return max(1, BATCH_ELEMENTS // shape(members[0].parameter("B")).numel())
+
+
+class SteeredTensor(Steered):
+    """One tensor that is trained itself: a bias, a norm, a head saved with the adapter, or a fully trained weight."""
+
+    factors = ("W",)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        adapter: str,
+        attribute: str,
+        name: str,
+        config: DriftConfig,
+        weight: PriorWeight | PriorVector | None,
+        W0: Tensor | None,
+    ):
+        prior = {} if W0 is None else {"W0": W0}
+        if isinstance(weight, PriorWeight):
+            k = config.drift_rank
+            S = guidance.spectrum(weight.S[:k].float(), config.spectrum_power)
+            prior |= {"U": weight.U[:, :k].clone(), "S": S.clone(), "Vh": weight.Vh[:k].clone()}
+        elif weight is not None:
+            prior |= {"delta": weight.delta.clone()}
+        super().__init__(module, adapter, name, config, prior)
+        self.attribute = attribute
+
+    @property
+    def key(self) -> str:
+        return self.attribute
+
+    @property
+    def present(self) -> bool:
+        return self.module is not None
+
+    def parameter(self, factor: str) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    def batch_key(self) -> tuple:
+        return (layout(self.parameter("W")),)
+
+    @staticmethod
+    def batch_size(members: list[Steered]) -> int:
+        return max(1, BATCH_ELEMENTS // shape(members[0].parameter("W")).numel())
+
+
+class Stack:
+    """The prior of L things of one shape, stacked on their parameters' device.
+
+    `prior` holds U [L, out, k], S [L, k], Vh [L, k, in] or delta [L, n], and W0 [L, …]; `norm` [L] is ‖Δ_r‖. What the
+    last step saw stands here for telemetry: `cosine` and `ratio` [L].
+    """
+
+    def __init__(self, batch: list[Steered], device: torch.device):
+        self.members = [weakref.ref(s) for s in batch]
+        self.device = device
+        self.prior = {key: gather([s.prior[key].to(device) for s in batch]) for key in batch[0].prior}
+        for i, steered in enumerate(batch):  # views from now on: the prior is in memory once
+            steered.prior, steered.stack = {key: stacked[i] for key, stacked in self.prior.items()}, self
+        self.norm: Tensor | None = None
+        if "U" in self.prior:
+            U, S, Vh = (self.prior[key].float() for key in ("U", "S", "Vh"))
+            self.norm = guidance.gram_norm(U, S, Vh)
+        elif "delta" in self.prior:
+            self.norm = torch.linalg.vector_norm(self.prior["delta"].float(), dim=-1)
+        self.cosine: Tensor | None = None
+        self.ratio: Tensor | None = None
+        self.biased: tuple[TensorWeakRef, int] | None = None
+        self.scalings: list[float] = []
+        self.s: Tensor | None = None
+
+    def scaling(self, batch: list[SteeredAdapter], dtype: torch.dtype) -> Tensor:
+        """s [L]; copied to the device, and waited for, only when a scaling has changed."""
+        scalings = [s.scaling for s in batch]
+        if self.s is None or self.s.dtype != dtype or scalings != self.scalings:
+            self.scalings, self.s = scalings, torch.tensor(scalings, device=self.device, dtype=dtype)
+        return self.s
+
+    @classmethod
+    def of(cls, batch: list[Steered], device: torch.device) -> Stack:
+        stack = batch[0].stack
+        same = stack is not None and stack.device == device and len(stack.members) == len(batch)
+        if same and all(member() is steered for member, steered in zip(stack.members, batch, strict=True)):
+            return stack
+        return cls(batch, device)
+
+
+# What there is to steer in a model
+
+
+def steered_of(model: nn.Module) -> list[Steered]:
+    """Everything of a model that is steered, in module order; of adapters the active ones."""
+    # vars: PEFT's wrapper of a module to save passes on its copy's attributes, and that copy comes by itself.
+    found = [s for module in model.modules() for s in vars(module).get("drift", {}).values() if s.present]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    idle = {adapter for layer in layers for adapter in layer.r if adapter not in layer.active_adapters}
+    return [s for s in found if s.adapter not in idle]
+
+
+def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:
+    """lora_A [r, in] or lora_B [out, r] of an adapter, on a linear layer or an embedding."""
+    if adapter in layer.lora_embedding_A:
+        return getattr(layer, f"lora_embedding_{factor}")[adapter]
+    return getattr(layer, f"lora_{factor}")[adapter].weight
+
+
+def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
+    """(canonical weight name, layer, adapter) of every LoRA layer on a language-model weight, in module order."""
+    skipped = _cross_attention(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (canonical := canonical_name(f"{name}.weight", skipped)):
+            for a in layer.active_adapters if adapter is None else [adapter]:
+                if a in layer.lora_A or a in layer.lora_embedding_A:
+                    yield canonical, layer, a
+
+
+def trainable_tensors(
+    model: nn.Module, adapter: str | None = None
+) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
+    """(canonical name, module, attribute, start) of the language model's trainable tensors that are no LoRA factors.
+
+    `start` is what the tensor was before training where the model keeps it (modules_to_save), else None. Of modules to
+    save these are the copies of `adapter`, active or not; of every active adapter if None.
+    """
+    skipped = _cross_attention(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for owner, copied in module.modules_to_save.items():
+                for attribute, parameter in copied.named_parameters(recurse=False):
+                    trains = parameter.requires_grad if adapter is None else owner == adapter
+                    if trains and (canonical := canonical_name(f"{name}.{attribute}", skipped)):
+                        yield canonical, copied, attribute, getattr(module.original_module, attribute).detach()
+        elif ".modules_to_save." not in name and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for attribute, parameter in module.named_parameters(recurse=False):
+                canonical = canonical_name(f"{name}.{attribute}", skipped)
+                if parameter.requires_grad and canonical and module_kind(canonical):
+                    yield canonical, module, attribute, None
+
+
+def _cross_attention(model: nn.Module) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    return cross_attention_layers(config) if config is not None else ()

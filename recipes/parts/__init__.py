@@ -1,0 +1,13 @@
+"""What the recipes' scripts share.
+
+arguments  what can be set in a recipe: the keys of the YAMLs in configs/
+saving     checkpoints and adapters of a run, as they are written
+sources    files, folders and hub data sets, as samples
+layouts    a sample of any layout -> messages and images
+images     pictures, wherever they lie
+teachers   who writes chains of thought: a model in this process, or a server
+journal    answers on disk as they come
+answers    what counts as the right answer
+scoring    the frozen scorer: the final answer of a response, and whether it is right
+outputs    results of VLMEvalKit, lmms-eval and evaluate.py, read and written
+"""

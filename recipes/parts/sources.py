@@ -1,0 +1,103 @@
+"""Where samples come from: files, folders and hub data sets, read as rows by datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from huggingface_hub import snapshot_download
+
+from .images import Root
+
+FILES = (".json", ".jsonl", ".parquet")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def find_files(source: str, split: str, images: str | Path | None, streaming: bool) -> tuple[list[str], Root]:
+    """The files of a source's split, and where its images are. ValueError if there are none."""
+    path = Path(source)
+    if path.is_dir():
+        files, root = _split_files(source, split), Root(source, path.resolve().name)
+    elif path.exists() or path.suffix in FILES:
+        if path.suffix not in FILES or not path.exists():
+            raise ValueError(f"{source} is no file to be read: take one of {', '.join(FILES)}, a folder, or a hub id")
+        files, root = [source], Root(str(path.parent), path.resolve().parent.name)
+    else:
+        files = _split_files(source, split)
+        folder, name, commit = re.match(r"(hf://datasets/([^/]+/[^/]+)@([^/]+))/", files[0]).groups()
+        if images is None and not streaming:
+            patterns = [f"*{suffix}" for suffix in (*PICTURES, *map(str.upper, PICTURES))]
+            with _explained(source):
+                folder = snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=patterns)
+        root = Root(folder, name.partition("/")[2])
+    if images is None:
+        return files, root
+    if not Path(images).is_dir():
+        raise ValueError(f"images {images} is no folder")
+    return files, Root(str(images), root.name)
+
+
+def read_file(file: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    """A file's rows in arrow format; of JSON, its text: the reader of datasets makes 1.5 of an answer "1.50" where a
+    column mixes types, and loses the whole file to one torn line."""
+    if file.endswith(".parquet"):
+        kind, options = "parquet", {}
+    else:
+        by = "line" if file.endswith(".jsonl") else "document"
+        features = datasets.Features({"text": datasets.Value("string")})
+        kind, options = "text", {"sample_by": by, "encoding": "utf-8-sig", "features": features}
+    with _explained(file):
+        rows = datasets.load_dataset(kind, data_files=file, split="train", streaming=streaming, **options)
+    return rows.with_format("arrow")
+
+
+def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[int, dict | str]]:
+    """Number, from 1, and content of the samples in some rows of a file; a line of JSON as its text, if it has some."""
+    if file.endswith(".parquet"):
+        rows = table.to_pylist()
+    elif file.endswith(".jsonl"):
+        rows = table["text"].to_pylist()
+    else:
+        (text,) = table["text"].to_pylist()
+        rows = _read_document(text, file)
+        indices = range(len(rows))
+    yield from ((i + 1, row) for i, row in zip(indices, rows, strict=True) if not isinstance(row, str) or row.strip())
+
+
+def _read_document(text: str, file: str) -> list[dict | str]:
+    """A list of samples, one sample, or one in each line."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if text.lstrip().startswith("["):
+            raise ValueError(f"{file} is no valid JSON: {error}") from error
+        return text.split("\n")
+    return content if isinstance(content, list) else [content]
+
+
+def _split_files(source: str, split: str) -> list[str]:
+    """A split by the rules of datasets: what the repository's card says, else the names of its files."""
+    name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
+    with _explained(source):
+        found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
+    if split not in found:
+        raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, found)) or 'none'}")
+    files = [file for file in found[split] if Path(file).suffix in FILES]
+    if not files:
+        raise ValueError(f"{source} has for {split} no file of the kinds {', '.join(FILES)}: convert it to one of them")
+    return files
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """What datasets, pyarrow, the hub's client and the file system raise, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{source} cannot be read: {reason[0]}") from error

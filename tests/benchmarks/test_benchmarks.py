@@ -1,0 +1,101 @@
+"""benchmarks/: each runs in its smallest size, and measures what it says."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import fits_24gb
+import merge
+import prior_build
+import pytest
+import spectrum as spectra
+import step_overhead
+import torch
+from known_pair import make_base, make_expert, read_delta, shapes, spectrum
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("decay", [1 / 2, 1 / 4])
+def test_the_pair_has_the_spectrum_that_it_claims(decay, tmp_path):
+    make_base(tmp_path / "base", layers=1, shrink=32)
+    make_expert(tmp_path / "expert", tmp_path / "base", decay, layers=1, shrink=32)
+    deltas = []
+    for module, shape in shapes(32).items():
+        deltas.append(read_delta(module, tmp_path / "expert", tmp_path / "base"))
+        assert deltas[-1].shape == shape
+        claimed = spectrum(shape, decay)
+        found = torch.linalg.svdvals(deltas[-1].double())
+        assert torch.allclose(found, claimed, rtol=0, atol=0.02 * float(claimed[0]))  # rounding to bf16
+        assert float(found.norm()) == pytest.approx(float(claimed.norm()), rel=5e-3)
+    assert not torch.equal(deltas[0], deltas[3])  # q_proj and o_proj, of one shape
+
+
+def test_prior_build_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prior_build.main(["--shrink", "32", "--rank", "8", "--decay", "0.25"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    (row,) = result["rows"]
+    assert (result["layers"], result["extrapolated"], row["decay"]) == (1, True, 0.25)
+    assert 0.995 <= row["build"]["energy_of_best"] <= 1.0001
+    assert row["build"]["seconds_28_layers"] == pytest.approx(28 * row["build"]["seconds"], rel=1e-3)
+    assert [matrix["shape"] for matrix in row["matrices"]] == [[112, 592], [592, 112], [112, 112], [16, 112]]
+    for matrix in row["matrices"]:
+        assert 0.995 * matrix["best_energy"] <= matrix["energy"] <= matrix["best_energy"] * 1.0001
+        assert matrix["times_as_fast"] == pytest.approx(matrix["exact"]["seconds"] / matrix["seconds"], rel=1e-3)
+    if sys.platform == "linux":
+        assert 0.05 < row["build"]["peak_gb"] < 2
+    else:
+        assert row["build"]["peak_gb"] is None and "not measured" in printed
+    assert "extrapolated from 1 layer" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def ran(benchmark, capsys, *arguments):
+    """What it printed, and its last line's JSON."""
+    benchmark.main(list(map(str, arguments)))
+    printed = capsys.readouterr().out
+    return printed, json.loads(printed.splitlines()[-1])
+
+
+def test_step_overhead_in_its_smallest_size(capsys):
+    sizes = "--smallest", "--tokens", 64, 128, "--steps", 2, "--published", "--digits", "--device", "cpu"
+    printed, result = ran(step_overhead, capsys, *sizes)
+    assert [(row["norm"], row["tokens"]) for row in result["rows"][:3]] == [
+        ("factor", 64),
+        ("factor", 128),
+        ("weight", 64),
+    ]
+    assert "demo" in result["rows"][3]["model"]
+    for row in result["rows"]:
+        assert row["ratio"] > 0 and row["drift_s"] > 0 and row["lora_peak_gb"] is None
+    assert result["published"]["published_s"] > 0 and "not measured: no CUDA device" in printed
+
+
+def test_fits_24gb_in_its_smallest_size(capsys):
+    printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
+    assert result["guided_steps"] == 2 and "no CUDA device" in printed
+    assert result["computed_28_layers_gb"]["language model, NF4"] == pytest.approx(3.36, abs=0.02)
+
+
+def test_spectrum_in_its_smallest_size(capsys, monkeypatch):
+    monkeypatch.setattr(spectra, "SPECTRA", {"flat": "flat", "p = 2": 2.0})
+    for name in spectra.SPECTRA:  # gone again afterwards: the demo's own tests look at all methods
+        monkeypatch.setitem(spectra.METHODS, name, None)
+    _, result = ran(spectra, capsys, "--seeds", 1, "--steps", 1, "--size", 2)
+    assert list(result["scores"]) == ["flat", "p = 2"]
+    assert all(0 <= score <= 1 for scores in result["scores"].values() for score in scores.values())
+
+
+def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    merge.main(["--smallest", "--no-memory"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["smallest"] and list(result["rows"]) == list(merge.PASSES)[:-1]
+    floor = result["rows"]["read, write and sync"]["seconds"]
+    for row in result["rows"].values():
+        assert row["times_the_floor"] == pytest.approx(row["seconds"] / floor, rel=1e-3)
+        assert row["peak_gb"] is None if sys.platform != "linux" else 0.05 < row["peak_gb"] < 2
+    assert not list(tmp_path.iterdir())

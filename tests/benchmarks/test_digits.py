@@ -1,0 +1,269 @@
+"""benchmarks/digits.py: the study measures what it says, can be stopped at any run, and shows what it found."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import digits
+import numpy as np
+import pytest
+import torch
+from digits_study import ledger as ledgers
+from digits_study.collect import at_the_edge, collect
+from digits_study.figures import frontier
+from digits_study.intervals import interval
+from digits_study.ledger import Ledger
+from digits_study.methods import CANDIDATES, METHODS
+from digits_study.plan import FULL, SMALLEST, SWEEPS
+from digits_study.priors import make_priors
+from digits_study.report import write
+from digits_study.run import DEFAULTS, movement, perform, scores, training_samples, unmarked
+from digits_study.worlds import CELL, SIDE, WORLDS, FoldedDigits, llava_processor, mirrored
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drift_peft import ReasoningPrior
+from drift_peft.demo.evaluate import encode
+from drift_peft.demo.train import load
+from drift_peft.demo.world import Digits, make_samples
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+SMALL = {"steps": 2, "samples": 8, "size": 4}
+
+
+@pytest.fixture(scope="module")
+def priors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("priors")
+    make_priors(folder, "qwen")
+    return folder
+
+
+def run_of(method, world="qwen", seed=0, **settings):
+    best = METHODS[METHODS[method].like or method].grid
+    settings = (best[0] if best else {}) | SMALL | settings
+    return {"world": world, "method": method, "seed": seed, "split": "validation", "settings": settings}
+
+
+def filled(ledger, plan, right):
+    """Every run of the plan, with the share right(run) of right answers in each exam."""
+    rng = np.random.default_rng(0)
+    for _, stage in plan.stages():
+        for run in stage(ledger):
+            size = run["settings"].get("size", DEFAULTS["size"])
+            names = ("2-3 operations", "4-5 operations", "read", "at", "count", "text reasoning")
+            answers = {n: np.packbits(rng.random(size) < right(run)).tobytes().hex() for n in names}
+            ledger.add(run, {"answers": answers, "seconds": 1.0, "cosine": 0.5, "absorbed": 0.5})
+    return ledger
+
+
+def test_an_interval_is_students_over_the_seeds():
+    shares = np.array([0.3, 0.4, 0.5, 0.6, 0.7])
+    answers = np.repeat((np.arange(10) < 10 * shares[:, None] - 1e-9)[None], 2, axis=0).astype(float)  # two exams alike
+    middle, low, high = interval(answers)
+    assert middle == pytest.approx(0.5) and middle - low == pytest.approx(high - middle)
+    assert high - middle == pytest.approx(2.776 * shares.std(ddof=1) / np.sqrt(5), rel=1e-3)
+
+
+def test_an_interval_covers_what_it_says():
+    rng = np.random.default_rng(0)
+    means = 0.5 + 0.1 * rng.standard_normal((400, 5))
+    trials = [interval((rng.random((1, 5, 100)) < m[:, None]).astype(float)) for m in means]
+    assert 0.92 <= np.mean([low <= 0.5 <= high for _, low, high in trials]) <= 0.98
+
+
+def test_pairing_takes_away_what_two_methods_share():
+    rng = np.random.default_rng(0)
+    hard = rng.random((1, 5, 300)) < rng.random((1, 5, 300))
+    better = hard | (rng.random((1, 5, 300)) < 0.05)
+    _, low, high = interval(better.astype(float) - hard)
+    assert low > 0 and high - low < 0.7 * np.diff(interval(better.astype(float))[1:])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_marks_survive_their_packing(right):
+    text = np.packbits(right).tobytes().hex()
+    assert unmarked(text, len(right)).tolist() == list(map(float, right))
+
+
+def test_perception_is_the_mean_of_its_tasks():
+    answers = {"2-3 operations": "80", "4-5 operations": "00", "read": "80", "at": "80", "count": "00"}
+    found = scores({"answers": {**answers, "text reasoning": "00"}}, 1)
+    assert found["perception"].tolist() == [pytest.approx(2 / 3)] and found["2-3 operations"].tolist() == [1]
+
+
+def test_every_method_has_as_many_candidates():
+    assert {len(m.grid) for m in METHODS.values() if m.grid} == {CANDIDATES}
+    assert all(m.like in METHODS for m in METHODS.values() if m.like)
+    for method in METHODS.values():
+        assert len({json.dumps(candidate) for candidate in method.grid}) == len(method.grid)
+
+
+def test_the_best_candidate_is_chosen_and_named_at_the_edge(tmp_path):
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    best = METHODS["drift"].grid[5]
+    assert FULL.choose(ledger, "qwen", "drift") is None and FULL.test_runs(ledger, "qwen", "drift") == []
+    plan = replace(FULL, worlds=("qwen",), methods=("drift", "lora"), sweeps=())
+    filled(ledger, plan, lambda run: 0.9 if best.items() <= run["settings"].items() else 0.5)
+    assert plan.choose(ledger, "qwen", "drift") == best == plan.choose(ledger, "qwen", "drift-nf4")
+    assert at_the_edge(METHODS["drift"].grid, best) == ["drift_alpha"]
+    assert {run["settings"]["rate"] for run in plan.test_runs(ledger, "qwen", "drift")} == {best["rate"]}
+
+
+def test_sweeps_share_the_runs_of_the_tables(tmp_path):
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    plan = replace(FULL, worlds=("qwen",), methods=("lora", "drift", "hold"), sweeps=("steps", "strength"))
+    filled(ledger, plan, lambda run: 0.5)
+    table = plan.test_runs(ledger, "qwen", "hold")
+    assert table == plan.test_runs(ledger, "qwen", "hold", SWEEPS["strength"].values["×1"])
+    assert table == plan.test_runs(ledger, "qwen", "hold", SWEEPS["steps"].values["150"])
+    weaker = plan.test_runs(ledger, "qwen", "hold", SWEEPS["strength"].values["×0.1"])
+    assert [run["settings"]["drift_alpha"] for run in weaker] == [3.0] * 5
+
+
+def test_the_ledger_goes_on_after_a_kill_and_refuses_other_checkpoints(tmp_path, monkeypatch):
+    file = tmp_path / "digits.jsonl"
+    runs = [run_of("vlm", seed=seed) for seed in (0, 1)]
+    ledger = Ledger(file)
+    for run in runs:
+        ledger.add(run, {"seconds": 1.0})
+    file.write_text(file.read_text()[:-10])
+    torn = file.read_bytes()
+    again = Ledger(file)
+    assert runs[0] in again and runs[1] not in again and file.read_bytes() == torn
+    again.add(runs[1], {"seconds": 2.0})
+    assert Ledger(file)[runs[1]] == {"seconds": 2.0}
+    monkeypatch.setattr(ledgers, "fingerprint", lambda world: "another")
+    with pytest.raises(ValueError, match=r"line 1 of .*other checkpoints of the world 'qwen'"):
+        Ledger(file)
+    monkeypatch.undo()
+    monkeypatch.setitem(METHODS, "vlm", replace(METHODS["vlm"], settings={"merged": 0.5}))
+    ledgers.definition.cache_clear()
+    with pytest.raises(ValueError, match=r"line 1 of .*when the method 'vlm' was something else"):
+        Ledger(file)
+    ledgers.definition.cache_clear()
+
+
+def test_the_report_says_what_wins(tmp_path):
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    shares = {"vlm": 0.2, "lora": 0.4, "merge-lora": 0.7, "drift": 0.6}
+    plan = replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=("steps", "rate"))
+    filled(ledger, plan, lambda run: shares[run["method"]])
+    results = collect(ledger, plan)
+    write(results, tmp_path, tmp_path / "RESULTS.md")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert re.search(r"`qwen`: merged, then LoRA by \+\d+\.\d \[\+.*\] beats DRIFT \(\d\d ± \d\)", page)
+    assert page.index(
+        "**A simple rival wins** over the best of DRIFT inside the adapter: merged, then LoRA by +"
+    ) < page.index("**DRIFT against LoRA**")
+    assert "| Is DRIFT better than LoRA? DRIFT − LoRA | +" in page
+    assert results["known_missing"] == 0 and "(all)" in page
+    assert re.search(r"Learning rate, times the chosen one: `qwen` ×0.5 \d+ ± \d+, \*\*×1 \d+ ± \d+\*\*", page)
+    pictures = {file.name for file in tmp_path.glob("*.png")}
+    assert pictures == {f"digits_{name}.png" for name in ("frontier", "rate", "steps")}
+    assert all(f"]({file.name})" in page.replace("./", "") for file in tmp_path.glob("*.png"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
+def test_nothing_beats_the_frontier(points):
+    best = frontier(points)
+    assert best == sorted(best) and [y for _, y in best] == sorted((y for _, y in best), reverse=True)
+    for x, y in points:
+        assert any(a >= x and b >= y for a, b in best)
+
+
+@pytest.mark.parametrize("method", ["ties", "export", "lora", "pissa", "eva", "lora-ga", "full-drift", "hold-nf4"])
+def test_methods_change_the_language_model(method, priors):
+    result = perform(run_of(method), priors)
+    assert result["absorbed"] != 0 and all(len(text) == 2 for text in result["answers"].values())
+    if METHODS[method].trains:
+        assert len(result["loss"]) == 2 and result["step_seconds"] > 0
+
+
+def test_a_run_depends_on_nothing_but_its_settings(priors):
+    one, two = (perform(run_of("drift"), priors) for _ in range(2))
+    assert [one[key] for key in ("answers", "loss", "cosine", "absorbed")] == [
+        two[key] for key in ("answers", "loss", "cosine", "absorbed")
+    ]
+
+
+def test_controls_pull_elsewhere(priors):
+    cosines = {m: perform(run_of(m, steps=8), priors)["cosine"] for m in ("drift", "drift-negated", "drift-random")}
+    assert cosines["drift"] > 0.2 and cosines["drift-negated"] < -0.1 and abs(cosines["drift-random"]) < 0.1
+
+
+def test_movement_of_the_swapped_model_is_delta(priors):
+    result = perform(run_of("swap"), priors)
+    assert result["cosine"] == pytest.approx(1, abs=1e-3) and result["absorbed"] == pytest.approx(1, abs=1e-2)
+    assert movement(load(WORLDS["qwen"].vlm)[0], WORLDS["qwen"]) == {"cosine": 0.0, "absorbed": 0.0}
+
+
+def test_the_random_prior_has_the_singular_values_of_delta(priors):
+    plain, random = (ReasoningPrior.load(priors / f"qwen-{name}.safetensors") for name in ("plain", "random"))
+    name = "layers.1.mlp.up_proj.weight"
+    assert torch.equal(plain[name].S, random[name].S)
+    assert abs((plain[name].U.float() * random[name].U.float()).sum(0)).mean() < 0.3
+
+
+def test_noise_makes_a_share_of_the_chains_wrong():
+    clean, noisy = (training_samples(WORLDS["qwen"], DEFAULTS | {"noise": noise}, 0) for noise in (0.0, 0.25))
+    changed = [a for a, b in zip(clean, noisy, strict=True) if a.answer != b.answer]
+    assert 40 <= len(changed) <= 50 and [a.symbols for a in clean] == [b.symbols for b in noisy]
+    fewer = training_samples(WORLDS["qwen"], DEFAULTS | {"samples": 50}, 0)
+    assert [s.symbols for s in fewer] == [s.symbols for s in clean[:50]]
+
+
+def test_a_folded_image_holds_the_row():
+    rows, squares = Digits("train"), FoldedDigits("train")
+    row = np.asarray(rows.draw("1+2-3+4", np.random.default_rng(0)))
+    square = np.asarray(squares.draw("1+2-3+4", np.random.default_rng(0)))
+    assert square.shape == (SIDE * CELL, SIDE * CELL)
+    for i in range(7):
+        y, x = CELL * (i // SIDE), CELL * (i % SIDE)
+        assert np.array_equal(square[y : y + CELL, x : x + CELL], row[:, CELL * i : CELL * (i + 1)])
+    assert not square[CELL * 2 :].any()
+
+
+def test_llavas_processor_gives_a_token_to_each_cell():
+    processor = llava_processor()
+    batch = encode(processor, make_samples(2, ["read"], np.random.default_rng(0), FoldedDigits("train")))
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [SIDE * SIDE] * 2
+
+
+def test_mirrored_chains_reason_about_something_else():
+    for sample in mirrored(20, ["solve"], np.random.default_rng(0)):
+        steps = sample.answer.removeprefix("<think>").split("</think>")[0].split(";")
+        for step in steps:
+            left, right = step.split("=")
+            assert (int(left[0]) - int(left[1:])) % 10 == int(right)
+
+
+def test_the_worlds_are_what_they_are_called():
+    answers = {}
+    for key in ("llava", "far"):
+        for method, settings in (("vlm", {}), ("task-arithmetic", {"scale": 0.5}), ("swap", {})):
+            result = perform(run_of(method, key, size=40) | {"settings": settings | {"size": 40}}, Path("unused"))
+            answers[key, method] = {name: float(x.mean()) for name, x in scores(result, 40).items()}
+    for key in ("llava", "far"):
+        assert answers[key, "vlm"]["perception"] > 0.8 > 0.3 > answers[key, "vlm"]["2-3 operations"]
+        assert answers[key, "swap"]["text reasoning"] > 0.7
+    images = ("2-3 operations", "4-5 operations", "perception")
+    means = {m: sum(answers["far", m][name] for name in images) for m in ("vlm", "task-arithmetic", "swap")}
+    assert max(means["task-arithmetic"], means["swap"]) < 0.7 * means["vlm"]  # merging is broken
+
+
+def test_the_smallest_study_from_runs_to_report(tmp_path, capsys):
+    arguments = ["--smallest", "--out", str(tmp_path / "out"), "--priors", str(tmp_path / "priors"), "--processes", "2"]
+    digits.main([*arguments, "--minutes", "0"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == 0
+    digits.main(arguments)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # tuning, a row for each method (two where the criteria choose differently), three more strengths
+    assert last["missing"] == 0 and 0 <= last["runs"] - 2 * CANDIDATES - 2 * (3 + 3) <= 2 * 2
+    page = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "## Qwen2.5-VL + Qwen2" in page and "Strength, times the chosen one" in page
+    before = (tmp_path / "out" / "digits.jsonl").read_bytes()
+    digits.main(arguments)
+    assert (tmp_path / "out" / "digits.jsonl").read_bytes() == before
+    assert SMALLEST.seeds == 2

@@ -1,0 +1,197 @@
+"""lora.py: an expert given as a LoRA adapter on a base is the model that PEFT makes of the two."""
+
+import json
+import os
+
+import pytest
+import torch
+from hub import Hub
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_checkpoint import save_four_bit, save_tokenizer, to_bin
+from tiny import rename_keys, save_layout, tiny_llm
+from transformers import AutoModelForCausalLM
+
+from drift_peft import merge_adapter
+from drift_peft.checkpoints.checkpoint import Checkpoint
+from drift_peft.checkpoints.lora import AdaptedCheckpoint, open_expert
+
+TARGETS = r".*layers\..*(q_proj|down_proj)"
+ADAPTED = [f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")]
+
+
+def save_adapter(folder, base, **settings):
+    """A stock LoRA adapter on the model of a folder, with a random B."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings})
+    torch.manual_seed(2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A folder with a `base` in several shards and an `adapter` that names it."""
+    save_layout(tiny_llm("llava"), tmp_path / "base", max_shard_size="20KB")
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+SETTINGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 6}, "alpha_pattern": {"q_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_expert_is_base_plus_adapter(pair, case):
+    save_adapter(pair / "adapter", pair / "base", **SETTINGS[case])
+    base = AutoModelForCausalLM.from_pretrained(pair / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, pair / "adapter").merge_and_unload()
+    expert, alone = open_expert(pair / "adapter"), Checkpoint(pair / "base")
+    assert isinstance(expert, AdaptedCheckpoint)
+    assert expert.claims == alone.claims and expert.keys == alone.keys and expert.files == alone.files
+    for raw in expert.keys:
+        found = expert.tensor(raw)
+        assert expert.shape(raw) == found.shape and expert.dtype(raw) == found.dtype
+        torch.testing.assert_close(found, merged.get_parameter(raw), rtol=1e-5, atol=1e-7)
+        assert torch.equal(found, alone.tensor(raw)) == (raw not in ADAPTED)
+
+
+def test_the_sum_is_taken_in_fp32(tmp_path):
+    base = save_layout(tiny_llm("llava").bfloat16(), tmp_path / "base")
+    expert = open_expert(save_adapter(tmp_path / "adapter", base))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for raw in ADAPTED:
+        name = f"base_model.model.{raw.removesuffix('.weight')}.lora_"
+        A, B = (weights[f"{name}{factor}.weight"].double() for factor in "AB")
+        exact = Checkpoint(base).tensor(raw).double() + 2 * B @ A
+        assert expert.dtype(raw) == expert.tensor(raw).dtype == torch.float32
+        torch.testing.assert_close(expert.tensor(raw).double(), exact, rtol=1e-6, atol=1e-8)
+    assert expert.tensor("lm_head.weight").dtype == expert.dtype("lm_head.weight") == torch.bfloat16
+
+
+def test_it_says_where_it_comes_from(pair):
+    expert = open_expert(pair / "adapter")
+    assert (expert.source, expert.revision) == (str(pair / "adapter"), None)
+    base = {"id": str(pair / "base"), "revision": None}
+    assert expert.origin == {"id": str(pair / "adapter"), "revision": None, "base": base}
+    before = expert.identity
+    assert before == open_expert(pair / "adapter").identity != Checkpoint(pair / "base").identity
+    os.utime(pair / "adapter" / "adapter_model.safetensors", ns=(1, 1))
+    assert open_expert(pair / "adapter").identity != before
+    assert save_tokenizer(pair / "base", "<unk>", "a") == expert.vocabulary()
+
+
+def test_a_model_is_opened_as_it_is(pair):
+    opened = open_expert(pair / "base")
+    assert type(opened) is Checkpoint and opened.origin == {"id": str(pair / "base"), "revision": None}
+
+
+def test_adapter_and_base_on_the_hub(pair, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, pair / "cache")
+        of_base = hub.add("org/base", pair / "base", "v1")
+        edit_config(pair / "adapter", base_model_name_or_path="org/base", revision="v1")
+        of_adapter = hub.add("org/adapter", pair / "adapter")
+        expert = open_expert("org/adapter@main")
+        assert (expert.source, expert.revision) == ("org/adapter", of_adapter)
+        assert expert.origin["base"] == {"id": "org/base", "revision": of_base}
+        assert not [file for file in hub.fetched("org/base") if "-of-" in file]
+        edit_config(pair / "adapter", base_model_name_or_path=str(pair / "base"))
+        assert torch.equal(expert.tensor(ADAPTED[0]), open_expert(pair / "adapter").tensor(ADAPTED[0]))
+        assert [file for file in hub.fetched("org/base") if "-of-" in file] == [expert.keys[ADAPTED[0]].name]
+        assert type(open_expert("org/base", revision="v1")) is Checkpoint
+
+
+def test_a_four_bit_base(pair):
+    save_four_bit(pair / "base")
+    with pytest.raises(ValueError, match=r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize"):
+        open_expert(pair / "adapter")
+    expert, base = (
+        opener(p, dequantize=True) for opener, p in ((open_expert, pair / "adapter"), (Checkpoint, pair / "base"))
+    )
+    weights = load_file(pair / "adapter" / "adapter_model.safetensors")
+    A, B = (weights[f"base_model.model.{ADAPTED[1].removesuffix('.weight')}.lora_{factor}.weight"] for factor in "AB")
+    torch.testing.assert_close(expert.tensor(ADAPTED[1]), base.tensor(ADAPTED[1]) + 2 * B @ A)
+
+
+def rename(old, new):
+    return lambda p: rename_keys(p / "adapter", lambda key: key.replace(old, new))
+
+
+def retrain(**settings):
+    return lambda p: save_adapter(p / "adapter", p / "base", **settings)
+
+
+def malicious(p):
+    (p / "adapter" / "adapter_model.safetensors").unlink()
+
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {p / 'pwned'}",)
+
+    torch.save({"a": Malicious()}, p / "adapter" / "adapter_model.bin")
+
+
+def chained(p):
+    (p / "base" / "adapter_config.json").write_text((p / "adapter" / "adapter_config.json").read_text())
+
+
+REFUSED = {
+    "moved base": (
+        lambda p: edit_config(p / "adapter", base_model_name_or_path="/nowhere/base"),
+        r"adapter \S+ adapts /nowhere/base, which is not to be had: write .* into base_model_name_or_path of its "
+        r"adapter_config.json \(/nowhere/base is neither an existing path nor a hub id\)",
+    ),
+    "no base": (
+        lambda p: edit_config(p / "adapter", base_model_name_or_path=None),
+        "does not say what it adapts: base_model_name_or_path in its adapter_config.json",
+    ),
+    "chained": (chained, "base is an adapter, not a model"),
+    "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not LoRA"),
+    "damaged config": (
+        lambda p: (p / "adapter" / "adapter_config.json").write_text("{"),
+        "PEFT cannot read the adapter_config.json of adapter",
+    ),
+    "no weights": (
+        lambda p: (p / "adapter" / "adapter_model.safetensors").unlink(),
+        "holds neither adapter_model.safe",
+    ),
+    "other model": (rename("layers.1", "layers.7"), r"does not fit the base .*base: the base has no layers.7"),
+    "malicious": (malicious, r"adapter_model.bin calls \w+\.system, and code of a weight file is not run"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(pair, case):
+    spoil, message = REFUSED[case]
+    spoil(pair)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_expert(pair / "adapter")
+    assert "\n" not in str(caught.value) and not (pair / "pwned").exists()
+
+
+def test_a_base_in_bin_format(pair):
+    """It can be read, but a merge overwrites tensors where they stand in safetensors files."""
+    expected = open_expert(pair / "adapter").tensor(ADAPTED[0])
+    to_bin(pair / "base")
+    assert torch.equal(open_expert(pair / "adapter").tensor(ADAPTED[0]), expected)
+    with pytest.raises(ValueError, match=r"base holds pytorch_model-00001-of-\S+.bin, and tensors are overwritten in"):
+        merge_adapter(pair / "base", pair / "adapter", pair / "merged", progress=False)
+    assert {path.name for path in pair.iterdir()} == {"base", "adapter"}
+
+
+def test_an_empty_adapter_file(pair):
+    save_file({}, pair / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds no weights: it was saved from a model that is not wrapped"):
+        open_expert(pair / "adapter")

@@ -1,0 +1,186 @@
+"""The command line through its entry point: results on stdout, one sentence on stderr, exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import entry, run
+from hub import Hub
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny import save_layout, tiny_expert, tiny_vlm
+
+from drift_peft import DriftConfig, ReasoningPrior, __version__
+
+BUILD = ("prior", "build", "--expert", "x", "--base", "y", "-o", "z")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    vlm = tiny_vlm("qwen2_5_vl")
+    expert, _ = tiny_expert("qwen2_5_vl", vlm)
+    save_layout(vlm, folder / "vlm")
+    save_layout(expert, folder / "expert")
+    build(folder, folder / "prior.safetensors")
+    model = get_peft_model(vlm, DriftConfig(prior=folder / "prior.safetensors", r=4, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    with pytest.warns(UserWarning, match="the guidance never ran"):
+        model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def build(folder, output, *flags):
+    where = "--expert", f"{folder / 'expert'}", "--base", f"{folder / 'vlm'}", "-o", str(output)
+    return entry.load()(["prior", "build", *where, "--rank", "8", *flags])
+
+
+def test_prior_build_and_inspect(folder, capsys, tmp_path):
+    capsys.readouterr()
+    assert build(folder, tmp_path / "p.safetensors", "--json") == 0
+    out, err = capsys.readouterr()
+    built = json.loads(out)
+    assert built["total"]["weights"] == 14 and "layers.1.self_attn.v_proj.weight" in err  # the progress bar
+    status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors", "--json")
+    inspected = json.loads(out)
+    prior = ReasoningPrior.load(tmp_path / "p.safetensors")
+    assert status == 0 and inspected["sha256"] == prior.sha256 == built["sha256"]
+    assert inspected["weights"].keys() == set(prior)
+    row = next(r for r in inspected["rows"] if (r["layer"], r["modules"]) == (1, "mlp"))
+    mlp = [prior[f"layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up", "down")]
+    delta, base = (sum(getattr(w, n) ** 2 for w in mlp) for n in ("delta_norm", "base_norm"))
+    assert row["relative_norm"] == pytest.approx((delta / base) ** 0.5)
+    assert row["energy"] == pytest.approx(sum(w.energy * w.delta_norm**2 for w in mlp) / delta)
+    assert row["cosine"] == min(w.cosine for w in mlp)
+    status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors")
+    assert status == 0 and "captured energy" in out and f"{row['energy']:.1%}" in out
+    status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors", "--rank", 2, "--json")
+    low = json.loads(out)
+    kept, whole = (sum((w.S[:k] ** 2).sum().item() for w in prior.values()) for k in (2, 8))
+    assert low["rank"] == 2 and low["total"]["energy"] < built["total"]["energy"]
+    assert low["total"]["energy"] / built["total"]["energy"] == pytest.approx(kept / whole, rel=1e-4)
+
+
+def test_prior_build_of_chosen_weights(folder, capsys, tmp_path):
+    where = "--expert", folder / "expert", "--base", folder / "vlm", "-o", tmp_path / "p.safetensors", "--overwrite"
+    chosen = "--modules", "attn", "norm", "bias", "--only-layers", "0-1", "--skip-first", 1
+    status, out, _ = run(capsys, "prior", "build", *where, *chosen, "--energy", 0.7, "--max-rank", 12, "--json")
+    built = json.loads(out)
+    assert status == 0 and built["modules"] == ["attn", "norm", "bias"] and built["not_steered"]
+    assert (built["only_layers"], built["skip_first"], built["energy"], built["max_rank"]) == ([0, 1], 1, 0.7, 12)
+    assert {name for name in built["weights"]} == {f"layers.1.self_attn.{p}_proj.weight" for p in "qkvo"}
+    status, out, _ = run(capsys, "prior", "build", *where, "--energy", 0.7, "--max-rank", 3, "--dequantize")
+    assert status == 0 and "14 of 14 weights are capped at rank 3, below 70.0%" in out
+
+
+def test_targets(folder, capsys):
+    status, out, _ = run(capsys, "targets", folder / "vlm", "--prior", folder / "prior.safetensors", "--json")
+    rows = {row["module"]: row for row in json.loads(out)["rows"]}
+    assert status == 0 and len(rows) == 7
+    assert rows["q_proj"] == {"module": "q_proj", "adapted": 2, "steered": 2, "left": 0}
+    assert rows["gate_proj"] == {"module": "gate_proj", "adapted": 2, "steered": 2, "left": 1}  # the vision tower's
+    status, out, _ = run(capsys, "targets", folder / "vlm")
+    assert status == 0 and "no prior given" in out and r"target_modules = r'model\.language_model\.layers" in out
+
+
+def test_merge(folder, capsys, tmp_path):
+    flags = "--base", folder / "vlm", "--adapter", folder / "adapter", "-o", tmp_path / "merged"
+    status, out, _ = run(capsys, "merge", *flags, "--verify", "--json")
+    report = json.loads(out)
+    assert status == 0 and report["modules"] == 14 and report["logits_error"] < 1e-5
+    assert (tmp_path / "merged" / "config.json").is_file()
+    status, _, err = run(capsys, "merge", *flags)
+    assert status == 1 and "exists: name another folder" in err
+    status, out, _ = run(capsys, "merge", *flags, "--overwrite")
+    assert status == 0 and "not verified (--verify)" in out
+
+
+def test_prior_combine_and_truncate(folder, capsys, tmp_path):
+    prior, low, total = folder / "prior.safetensors", tmp_path / "low.safetensors", tmp_path / "sum.safetensors"
+    status, out, _ = run(capsys, "prior", "truncate", prior, "--rank", 3, "-o", low)
+    assert status == 0 and "captured energy" in out and ReasoningPrior.load(low).rank == 3
+    status, out, _ = run(capsys, "prior", "combine", f"{prior}=0.7", f"{low}=-0.2", "-o", total, "--rank", 5, "--json")
+    combined = ReasoningPrior.load(total)
+    assert status == 0 and json.loads(out)["sha256"] == combined.sha256 and combined.rank == 5
+    assert [parent["weight"] for parent in json.loads(out)["parents"]] == [0.7, -0.2]
+    status, out, _ = run(capsys, "prior", "combine", f"{prior}=1", "-o", total, "--overwrite")
+    assert status == 0 and ReasoningPrior.load(total).rank == 8
+    status, _, err = run(capsys, "prior", "truncate", prior, "--rank", 3, "-o", low)
+    assert status == 1 and "low.safetensors exists: name another file" in err
+
+
+def test_prior_export(folder, capsys, tmp_path):
+    flags = "prior", "export", folder / "prior.safetensors", "-o", tmp_path / "lora", "--scale"
+    status, out, _ = run(capsys, *flags, "-0.5", "--json")
+    assert status == 0 and json.loads(out) == {"output": str(tmp_path / "lora"), "scale": -0.5}
+    model = PeftModel.from_pretrained(tiny_vlm("qwen2_5_vl"), tmp_path / "lora")
+    assert sum(isinstance(module, LoraLayer) for module in model.modules()) == 14
+    status, out, _ = run(capsys, *flags, 0.1, "--overwrite", "--base", folder / "vlm")
+    assert status == 0 and "PeftModel.from_pretrained" in out
+
+
+def test_prior_push(folder, capsys, tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        flags = "prior", "push", folder / "prior.safetensors", "user/prior"
+        status, out, _ = run(capsys, *flags, "--private", "--revision", "v1", "--message", "First", "--json")
+        assert status == 0 and json.loads(out)["sha256"] == ReasoningPrior.load("user/prior@v1").sha256
+        assert run(capsys, *flags)[0] == 0 and hub.files("user/prior").keys() >= {"prior.safetensors", "README.md"}
+        status, _, err = run(capsys, *flags[:-1], "nobody's prior")
+        assert status == 1 and "nobody's prior is no hub id: name it as user/repository" in err
+
+
+@pytest.mark.parametrize(
+    "argv, status, message",
+    [
+        (
+            ["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rnak", "3"],
+            2,
+            "--rnak; did you mean --rank?",
+        ),
+        (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "many"], 2, "whole number, got many"),
+        (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"], 1, "at least 1, got 0"),
+        (["prior", "build", "--base", "y", "-o", "z"], 2, "expert"),
+        ([*BUILD, "--energy", "most"], 2, "--energy takes a number, got most"),
+        ([*BUILD, "--energy", "90"], 1, "energy must be a number between 0 and 1, got 90.0"),
+        ([*BUILD, "--energy", "0.9", "--rank", "8"], 1, "give rank=8 or energy=0.9, not both"),
+        ([*BUILD, "--max-rank", "much"], 2, "--max-rank takes a whole number, got much"),
+        ([*BUILD, "--skip-first", "half"], 2, "--skip-first takes a whole number, got half"),
+        ([*BUILD, "--only-layers", "0", "few"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got few"),
+        ([*BUILD, "--only-layers", "27-8"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got 27-8"),
+        ([*BUILD, "--modules", "attention"], 1, "choose from attn, mlp, norm, bias, head, embed"),
+        (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
+        (["mrege"], 2, "unknown command mrege; did you mean merge?"),
+        (["prior"], 2, "a command is missing: one of build, inspect"),
+        (["prior", "inspect", "no.safetensors", "--rank", "few"], 2, "--rank takes a whole number, got few"),
+        (["prior", "inspect", "no.safetensors"], 1, "no.safetensors"),
+        (["prior", "combine", "a.safetensors", "-o", "z"], 1, "write prior=coefficient, such as a.safetensors=0.7"),
+        (["prior", "combine", "a=b=c", "-o", "z"], 1, "a=b=c names no coefficient"),
+        (["prior", "combine", "=1", "-o", "z"], 1, "=1 names no coefficient"),
+        (["prior", "combine", "no.safetensors=1", "-o", "z"], 1, "there is no file no.safetensors"),
+        (["prior", "truncate", "no.safetensors", "-o", "z"], 2, "rank"),
+        (["prior", "export", "no.safetensors", "-o", "z", "--scale", "much"], 2, "--scale takes a number, got much"),
+        (["prior", "push", "no.safetensors", "user/prior"], 1, "there is no file no.safetensors"),
+        (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
+        (["targets", "no/where"], 1, "no/where"),
+        ([], 2, "a command is missing: one of prior, targets, merge, merge-baseline, demo"),
+    ],
+)
+def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    got, out, err = run(capsys, *argv)
+    assert got == status and out == ""
+    assert err.count("\n") == 1 and err.startswith("drift-peft: error: ") and message in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "drift_peft.cli", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip().endswith(__version__)
+    result = subprocess.run([sys.executable, "-m", "drift_peft.cli", "targets", "x"], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("drift-peft: error: x ")

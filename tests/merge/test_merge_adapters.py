@@ -1,0 +1,175 @@
+"""merge_adapter with every kind of LoRA adapter: the folder is what PEFT's own merge in memory makes of the base."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_merge import edit_weights, load, merge
+from tiny import edit_tensors, save_layout, save_tokenizer, tiny_llm, tiny_vlm
+
+from drift_peft import language_model_targets
+from drift_peft.checkpoints.checkpoint import Checkpoint
+from drift_peft.checkpoints.lora import open_expert
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+TEXT = {
+    "rank and alpha patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 1}, "use_rslora": True},
+    "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}},
+    "biases of the adapted layers": {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]},
+    "all biases": {"bias": "all", "target_modules": ["q_proj"]},
+    "an adapter with a bias": {"lora_bias": True},
+    "head and norms saved": {"modules_to_save": ["lm_head", "norm", "input_layernorm"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [3, 60]},
+    "tokens of embedding and head": {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [9, 4, 63]}},
+    "embedding and head adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "embedding alone": {"target_modules": ["embed_tokens"]},
+    "dora, saved and biases": {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]},
+}
+VISION = {
+    "qwen2_5_vl": {"target_modules": ["q_proj", "qkv", "gate_proj"]},
+    "llava_next": {"target_modules": r".*(vision_tower|language_model).*(q_proj|fc1)", "modules_to_save": ["linear_1"]},
+    "idefics2": {"target_modules": ["q_proj", "out_proj"]},
+    "gemma3": {"target_modules": ["q_proj", "fc2"], "use_dora": True},
+    "qwen3_vl": {"target_modules": ["q_proj", "linear_fc1"], "bias": "lora_only"},
+}
+
+
+def trained(folder, model, **settings):
+    """A stock adapter with all that it trains moved. Returns the wrapped model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            factor = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * factor + 0.05 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def assert_same_model(found, expected):
+    found, expected = found.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_adapters_of_a_text_model(tmp_path, case):
+    def model():
+        return tiny_llm("llava", **BIASED)
+
+    save_layout(model(), tmp_path / "base", max_shard_size="20KB")
+    settings = {"target_modules": language_model_targets(model()), **TEXT[case]}
+    expected = trained(tmp_path / "adapter", model(), **settings)
+    report = merge(tmp_path, verify=True)
+    assert_same_model(load(tmp_path / "merged"), expected.merge_and_unload())
+    assert report.logits_error < 1e-5 and report.modules > 0
+
+
+@pytest.mark.parametrize("layout", ["hub", "memory"])
+@pytest.mark.parametrize("family", VISION)
+def test_adapters_on_the_vision_tower(tmp_path, family, layout):
+    save_layout(tiny_vlm(family), tmp_path / "base", layout)
+    expected = trained(tmp_path / "adapter", tiny_vlm(family), **VISION[family])
+    merge(tmp_path)
+    assert_same_model(load(tmp_path / "merged", family), expected.merge_and_unload())
+
+
+def test_trained_tokens_bring_their_tokenizer(tmp_path):
+    save_layout(tiny_llm("llava"), tmp_path / "base")
+    save_tokenizer(tmp_path / "base", {"a": 0, "b": 1})
+    trained(tmp_path / "adapter", tiny_llm("llava"), target_modules=["q_proj"], trainable_token_indices=[60])
+    merge(tmp_path)
+    assert Checkpoint(tmp_path / "merged").vocabulary() == {"a": 0, "b": 1}
+    save_tokenizer(tmp_path / "adapter", {"a": 0, "b": 1, "<think>": 60})
+    merge(tmp_path, overwrite=True)
+    assert Checkpoint(tmp_path / "merged").vocabulary()["<think>"] == 60
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_tokens_of_a_tied_head(tmp_path, stored_twice):
+    model = tiny_llm("llava", tie_word_embeddings=True)
+    save_layout(model, tmp_path / "base")
+    if stored_twice:
+        edit_tensors(tmp_path / "base", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 60]}
+    expected = trained(tmp_path / "adapter", model, **settings)
+    merge(tmp_path)
+    assert_same_model(load(tmp_path / "merged"), expected.merge_and_unload())
+
+
+def test_an_expert_that_is_any_adapter(tmp_path):
+    save_layout(tiny_llm("llava"), tmp_path / "base")
+    model = tiny_llm("llava")
+    model.name_or_path = str(tmp_path / "base")
+    expected = trained(tmp_path / "adapter", model, target_modules=["q_proj"], use_dora=True)
+    expert, expected = open_expert(tmp_path / "adapter"), expected.merge_and_unload().state_dict()
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        torch.testing.assert_close(expert.tensor(name), expected[name])
+
+
+def tied(**settings):
+    def change(p):
+        save_layout(tiny_llm("llava", tie_word_embeddings=True), p / "base")
+        trained(p / "adapter", tiny_llm("llava"), **{"target_modules": ["q_proj"], **settings})
+
+    return change
+
+
+def text(edit=None, **settings):
+    def change(p):
+        save_layout(tiny_llm("llava"), p / "base")
+        trained(p / "adapter", tiny_llm("llava"), **{"target_modules": ["q_proj"], **settings})
+        if edit is not None:
+            edit_weights(p / "adapter", edit)
+
+    return change
+
+
+def rows_beyond(p):
+    text(trainable_token_indices=[3])(p)
+    config = p / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "trainable_token_indices": [64]}))
+
+
+def convolution(p):
+    save_layout(tiny_vlm("qwen2_5_vl"), p / "base")
+    trained(p / "adapter", tiny_vlm("qwen2_vl"), target_modules=["q_proj", "patch_embed.proj"])
+
+
+REFUSED = {
+    "tied head": (tied(target_modules=["lm_head"]), "lm_head shares its weight with the embedding, and only one"),
+    "tied embedding": (tied(target_modules=["embed_tokens"]), "embed_tokens shares its weight with the head, and"),
+    "tied head saved": (tied(modules_to_save=["lm_head"]), "lm_head shares its weight with the embedding, and"),
+    "dora on an embedding": (
+        text(target_modules=["embed_tokens"], use_dora=True),
+        "uses DoRA on the embedding model.embed_tokens; merge it in memory",
+    ),
+    "a bias that the base lacks": (text(lora_bias=True), r"the base has no layers\.0\.self_attn\.q_proj\.bias"),
+    "rows beyond the vocabulary": (rows_beyond, r"embed_tokens.weight is \[64, 64\] in the base and \[65, 64\] in the"),
+    "a convolution": (convolution, "adapts model.visual.patch_embed.proj, which is a convolution; merge it in memory"),
+    "foreign tensor": (
+        text(edit=lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)})),
+        "holds base_model.model.model.norm.weight, which is no part of LoRA",
+    ),
+    "half of dora": (
+        text(edit=lambda t: [t.pop(key) for key in list(t) if "lora_A" in key or "lora_B" in key], use_dora=True),
+        "holds only lora_magnitude_vector of .*, without lora_A.weight: save the adapter again",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path, case):
+    prepare, message = REFUSED[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepare(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        merge(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "adapter"}

@@ -1,0 +1,274 @@
+"""combine and truncate: against dense float64, never dense themselves, and still recognizing their base."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from dense_prior import dense_prior, stored, truncated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs import load, train, untouched, wrap
+from peft import get_peft_model
+from tiny import tiny_llm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drift_peft import DriftConfig, ReasoningPrior, telemetry
+from drift_peft.prior.combine import formula
+
+Q, UP, NORM = "layers.0.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight"
+BF16 = 2**-8  # what rounding U and Vh to bf16 may cost, relative to the product
+
+
+def random_priors(folder, count, out, into, rank, seed=0):
+    """Priors of one base on two matrices and a vector; Δ of slowly decaying spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {Q: torch.randn(out, into, generator=generator), UP: torch.randn(into, out, generator=generator)}
+    base[NORM] = 1 + torch.randn(out, generator=generator)
+    priors = []
+    for index in range(count):
+        weights = {}
+        for name, W in base.items():
+            delta = torch.randn(W.shape, generator=generator, dtype=torch.float64)
+            if W.dim() == 2:
+                U, S, Vh = truncated(delta, min(W.shape))
+                delta = U @ torch.diag(torch.arange(1, len(S) + 1, dtype=torch.float64) ** -0.5) @ Vh
+            weights[name] = W, delta
+        priors.append(dense_prior(folder / f"{index}.safetensors", weights, rank, expert=f"org/expert{index}"))
+    return priors
+
+
+@st.composite
+def sums(draw):
+    count = draw(st.integers(1, 3))
+    coefficients = st.floats(-2, 2).filter(lambda c: abs(c) > 0.05)
+    return {
+        "coefficients": draw(st.lists(coefficients, min_size=count, max_size=count)),
+        "out": draw(st.integers(2, 24)),
+        "into": draw(st.integers(2, 24)),
+        "rank": draw(st.integers(1, 10)),
+        "to": draw(st.one_of(st.none(), st.integers(1, 30))),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(sums())
+def test_the_sum_is_the_best_approximation_of_the_dense_one(case):
+    c = case["coefficients"]
+    with tempfile.TemporaryDirectory() as folder:
+        parents = random_priors(Path(folder), len(c), case["out"], case["into"], case["rank"], case["seed"])
+        output = Path(folder, "sum.safetensors")
+        combined = ReasoningPrior.combine(zip(parents, c, strict=True), output, rank=case["to"])
+        rank = case["to"] or min(case["rank"], case["out"], case["into"])
+        assert list(combined) == list(parents[0]) and combined.metadata["rank"] == rank
+        for name, weight in combined.items():
+            exact = sum(x * stored(parent[name]) for x, parent in zip(c, parents, strict=True))
+            if name == NORM:
+                torch.testing.assert_close(weight.delta.double(), exact, rtol=1e-5, atol=1e-6)
+                assert weight.delta_norm == pytest.approx(exact.norm().item(), rel=1e-5)
+                continue
+            U, S, Vh = truncated(exact, rank)
+            optimum = (exact - U @ torch.diag(S) @ Vh).norm()
+            size = sum(abs(x) * parent[name].S[0].item() for x, parent in zip(c, parents, strict=True))
+            assert (stored(weight) - exact).norm() <= optimum + 2 * BF16 * exact.norm() + 1e-5 * size
+            torch.testing.assert_close(weight.S.double(), S[: len(weight.S)], rtol=1e-4, atol=1e-5 * size)
+            assert (S[len(weight.S) :] <= 2e-5 * size).all()  # cut only where it is rounding
+            residues = sum(
+                x**2 * (p[name].delta_norm ** 2 - p[name].S.double().square().sum().item())
+                for x, p in zip(c, parents, strict=True)
+            )
+            norm = math.sqrt(exact.square().sum().item() + max(0, residues))
+            assert weight.delta_norm == pytest.approx(norm, rel=1e-4)
+            assert weight.energy == pytest.approx(S.square().sum().item() / weight.delta_norm**2, rel=1e-3)
+            assert weight.base_norm == parents[0][name].base_norm
+            assert weight.cosine == min(parent[name].cosine for parent in parents)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(1, 12), st.integers(1, 14), st.integers(0, 99))
+def test_truncation_keeps_the_first_directions(out, into, rank, to, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        (prior,) = random_priors(Path(folder), 1, out, into, rank, seed)
+        low = prior.truncate(to, Path(folder, "low.safetensors"))
+        for name in (Q, UP):
+            k = min(to, rank, out, into)
+            assert low[name].S.tolist() == prior[name].S[:k].tolist()
+            assert torch.equal(low[name].U, prior[name].U[:, :k]) and torch.equal(low[name].Vh, prior[name].Vh[:k])
+            assert low[name].fingerprint == prior[name].fingerprint[: min(8, k)]
+            energy = low[name].S.double().square().sum().item() / prior[name].delta_norm ** 2
+            assert low[name].energy == pytest.approx(energy, rel=1e-6)
+        assert torch.equal(low[NORM].delta, prior[NORM].delta) and low.metadata["rank"] == min(to, rank)
+        if to >= rank:
+            assert low.path.read_bytes() == prior.path.read_bytes()
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_nothing_of_a_weights_size_is_formed(tmp_path):
+    parents = random_priors(tmp_path, 3, 200, 150, rank=4)
+    with Largest() as seen:
+        combined = ReasoningPrior.combine(dict.fromkeys(parents, 0.5), tmp_path / "sum")
+        combined.truncate(2, tmp_path / "low")
+    assert 0 < seen.numel <= 200 * 3 * 4
+
+
+def test_weights_that_a_parent_lacks_are_zero_there(tmp_path):
+    both, _ = random_priors(tmp_path, 2, 12, 9, rank=3)
+    only = dense_prior(
+        tmp_path / "q", {Q: (torch.randn(12, 9), torch.randn(12, 9))}, base="org/other", not_steered=[UP]
+    )
+    only.metadata["weights"][Q]["base_norm"] = both[Q].base_norm
+    combined = ReasoningPrior.combine([(both, 2), (only, -1)], tmp_path / "sum", rank=20)
+    torch.testing.assert_close(stored(combined[UP]), 2 * stored(both[UP]), rtol=0, atol=0.05)
+    torch.testing.assert_close(stored(combined[Q]), 2 * stored(both[Q]) - stored(only[Q]), rtol=0, atol=0.1)
+    torch.testing.assert_close(combined[NORM].delta, 2 * both[NORM].delta)
+    assert combined[UP].delta_norm == pytest.approx(2 * both[UP].delta_norm, rel=1e-2)
+    assert combined.metadata["not_steered"] == []
+
+
+def test_what_cancels_is_not_steered(tmp_path):
+    whole, _ = random_priors(tmp_path, 2, 12, 9, rank=3)
+    part = dense_prior(tmp_path / "part", {Q: (torch.ones(12, 9), torch.ones(12, 9))})
+    part.metadata["weights"][Q]["base_norm"] = whole[Q].base_norm
+    combined = ReasoningPrior.combine([(whole, 1), (part, 0.5), (part, -0.5), (whole, -1), (part, 3)], tmp_path / "sum")
+    assert list(combined) == [Q] and combined.metadata["not_steered"] == sorted([UP, NORM])
+    assert len(combined[Q].S) == 1  # the rest is rounding
+    with pytest.raises(ValueError, match="the sum is zero in every weight"):
+        ReasoningPrior.combine([(whole, 1), (whole, -1)], tmp_path / "none")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_rows_without_a_counterpart_stay_zero(tmp_path):
+    priors, generator = [], torch.Generator().manual_seed(0)
+    W = torch.randn(30, 16, generator=generator)
+    for index, rows in enumerate((range(3, 23), range(5, 25))):
+        delta = torch.zeros(30, 16)
+        delta[list(rows)] = torch.randn(20, 16, generator=generator)
+        priors.append(dense_prior(tmp_path / f"{index}", {"lm_head.weight": (W, delta)}, rank=16))
+        priors[-1].metadata["weights"]["lm_head.weight"]["rows"] = 20
+    combined = ReasoningPrior.combine(dict.fromkeys(priors, 1.0), tmp_path / "sum")
+    U = combined["lm_head.weight"].U
+    assert not U[:3].any() and not U[25:].any() and U[3:25].any(dim=1).all()
+    assert combined.metadata["weights"]["lm_head.weight"]["rows"] == 22
+
+
+def test_header_names_the_parents(tmp_path):
+    a, b, _ = random_priors(tmp_path, 3, 6, 5, rank=2)
+    low = a.truncate(1, tmp_path / "low")
+    combined = ReasoningPrior.combine({str(a.path): 0.7, b: -0.3}, tmp_path / "sum")
+    parents = combined.metadata["parents"]
+    assert [(p["weight"], p["sha256"]) for p in parents] == [(0.7, a.sha256), (-0.3, b.sha256)]
+    assert parents[0]["expert"] == a.metadata["expert"] and combined.metadata["base"] == a.metadata["base"]
+    assert combined.metadata["expert"] is None and "orthogonal" in combined.metadata["estimates"]["delta_norm"]
+    assert formula(low.metadata) == "org/expert0 − org/vlm"
+    assert formula(combined.metadata) == "0.7·(org/expert0 − org/vlm) -0.3·(org/expert1 − org/vlm)"
+    twice = ReasoningPrior.combine({combined: 2}, tmp_path / "twice")
+    assert formula(twice.metadata) == "2·(0.7·(org/expert0 − org/vlm) -0.3·(org/expert1 − org/vlm))"
+    again = ReasoningPrior.combine([(a, 0.7), (b, -0.3)], tmp_path / "again", rank=2)
+    assert again.path.read_bytes() == combined.path.read_bytes()
+    with pytest.raises(FileExistsError, match="again exists: name another file"):
+        ReasoningPrior.combine([(a, 0.7)], tmp_path / "again")
+    assert ReasoningPrior.combine([(again, 1)], tmp_path / "again", overwrite=True).rank == 2
+
+
+REFUSED = {
+    "nothing": ([], "there is nothing to combine"),
+    "infinite": ([("a", math.inf)], "the coefficient of .*0.safetensors must be a finite number, got inf"),
+    "no number": ([("a", "much")], "must be a finite number, got 'much'"),
+    "zeros": ([("a", 0), ("b", 0.0)], "all coefficients are 0"),
+    "norm": ([("a", 1), ("norm", 1)], r"different bases: ‖W‖ of layers.0.self_attn.q_proj.weight is \S+ in one and"),
+    "shape": (
+        [("a", 1), ("b", 1), ("shape", 1)],
+        r"different bases: .*q_proj.weight is \[6, 5\] in one and \[5, 6\] in",
+    ),
+    "name": ([("a", 1), ("name", 1)], "different bases, org/vlm and org/other, and have no matrix in common"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(tmp_path, case):
+    priors = dict(zip("ab", random_priors(tmp_path, 2, 6, 5, rank=2), strict=True))
+    W, delta = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.ones(6, 5)  # W is the base's own
+    for name, weights, base in (
+        ("norm", {Q: (W * 1.001, delta)}, "org/vlm"),
+        ("shape", {Q: (W.T, delta.T)}, "org/vlm"),
+        ("name", {"layers.7.mlp.up_proj.weight": (W, delta)}, "org/other"),
+    ):
+        priors[name] = dense_prior(tmp_path / name, weights, base=base)
+    parts, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        ReasoningPrior.combine([(priors[name], c) for name, c in parts], tmp_path / "sum")
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("sum*"))
+
+
+@pytest.mark.parametrize("rank", [0, True, 2.5])
+def test_a_rank_that_is_none(tmp_path, rank):
+    (prior,) = random_priors(tmp_path, 1, 6, 5, rank=2)
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got"):
+        prior.truncate(rank, tmp_path / "x")
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got"):
+        ReasoningPrior.combine({prior: 1}, tmp_path / "x", rank)
+
+
+# The base is recognized by the parents' directions
+
+
+@pytest.fixture(scope="module")
+def combined(pairs, tmp_path_factory):
+    """family -> a sum of two priors of different rank and modules, combined and truncated once more."""
+    folder = tmp_path_factory.mktemp("combined")
+
+    def make(family):
+        prior = ReasoningPrior.load(pairs(family) / "prior.safetensors")
+        low = prior.truncate(3, folder / f"{family}-low", overwrite=True)
+        once = ReasoningPrior.combine({prior: 0.9, low: 0.3}, folder / f"{family}-once", overwrite=True)
+        twice = ReasoningPrior.combine({once: 0.5, low: -0.1}, folder / f"{family}-twice", overwrite=True)
+        return twice.truncate(4, folder / f"{family}", overwrite=True)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llama"])
+def test_a_combined_prior_steers_its_base(pairs, combined, family, kind):
+    prior = combined(family)
+    assert {name for name, *_ in prior.probes()} == set(prior) and not any(w.fingerprint for w in prior.values())
+    model = wrap(load(pairs(family), family, kind), DriftConfig(prior=prior.path, r=4, drift_alpha=1.0))
+    assert telemetry(train(model))["alignment"] > 0.2
+
+
+def test_a_combined_prior_refuses_another_base(combined):
+    model = tiny_llm("llava", seed=5)
+    with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
+        get_peft_model(model, DriftConfig(prior=combined("llama").path, r=4))
+    assert untouched(model)
+
+
+def test_probes_are_chosen_by_name_alone(tmp_path):
+    names = [f"layers.{i}.mlp.{p}_proj.weight" for i in range(16) for p in ("up", "gate", "down")]
+    W = torch.randn(4, 3)
+    chosen = []
+    for index, some in enumerate((names, names[::-1], [*names, "lm_head.weight"])):
+        prior = dense_prior(tmp_path / f"{index}", {name: (W, W) for name in some})
+        chosen.append([name for name, *_ in prior.probes()])
+    assert chosen[0] == chosen[1] == chosen[2] and len(chosen[0]) == 16
+    assert len({name.split(".")[1] for name in chosen[0]}) > 6 and len({name.split(".")[3] for name in chosen[0]}) == 3
+    head = dense_prior(tmp_path / "head", {"lm_head.weight": (W, W), "norm.weight": (W[0], W[0])})
+    assert [name for name, *_ in head.probes()] == ["lm_head.weight"]
+    combined = ReasoningPrior.combine([(ReasoningPrior.load(tmp_path / "2"), 1), (head, 1)], tmp_path / "sum")
+    assert [name for name, *_ in combined.probes()] == chosen[0]
+    assert json.dumps(combined.metadata).count('"probe"') == 17

@@ -1,0 +1,104 @@
+"""delta.py: the numbers of one Δ against dense float64, whatever part of the rows takes part."""
+
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drift_peft.prior import delta as module
+from drift_peft.prior.delta import take_delta
+
+LABELS = {"expert": "q of there", "base": "q of here", "reference": "q of elsewhere"}
+
+
+def sources(shape, roles, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {role: torch.randn(shape, generator=generator).to(dtype) for role in roles}
+
+
+def take(tensors, rows=None, rank=64, energy=None):
+    labels = {role: LABELS[role] for role in tensors}
+    return take_delta(dict(tensors), rows, rank, energy, 0, labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(1, 100),
+    st.integers(0, 2**32),
+)
+def test_against_dense_float64(shape, has_reference, by_rows, dtype, block, seed):
+    roles = ("expert", "base", "reference")[: 2 + has_reference]
+    tensors = sources(shape, roles, dtype, seed)
+    rows = None
+    if by_rows:  # row numbers differ in every model, and so do the numbers of rows
+        generator = torch.Generator().manual_seed(seed)
+        n = int(torch.randint(1, shape[0] + 1, (), generator=generator))
+        more = {role: shape[0] + 3 * index for index, role in enumerate(roles)}
+        tensors = {role: sources([more[role], *shape[1:]], [role], dtype, seed + more[role])[role] for role in roles}
+        rows = {role: torch.randperm(more[role], generator=generator)[:n] for role in roles}
+    with patch.dict(module.BLOCK, cpu=block):
+        factors, stats = take(tensors, rows)
+
+    W = {role: (t if rows is None else t[rows[role]]).double() for role, t in tensors.items()}
+    delta = W["expert"] - W.get("reference", W["base"])
+    expected = torch.zeros(tensors["base"].shape, dtype=torch.float64)
+    expected[slice(None) if rows is None else rows["base"]] = delta
+    if len(shape) == 1:
+        assert factors.keys() == {"delta"} and factors["delta"].dtype == torch.float32
+        assert torch.allclose(factors["delta"].double(), expected, atol=1e-6)
+        assert stats["energy"] == 1.0 and "rank" not in stats
+    else:
+        U, S, Vh = (factors[key].double() for key in ("U", "S", "Vh"))
+        assert torch.allclose(U * S @ Vh, expected, atol=0.02 * float(delta.abs().max()) + 1e-6)
+        outside = torch.ones(len(expected), dtype=torch.bool)
+        outside[slice(None) if rows is None else rows["base"]] = False
+        assert not U[outside].any()
+        fingerprint = (U.T @ tensors["base"].double() @ Vh.T).diag()[:8]
+        assert stats["fingerprint"] == pytest.approx(fingerprint.tolist(), abs=1e-4)
+    assert stats["shape"] == list(tensors["base"].shape) and stats.get("rows") == (None if rows is None else len(delta))
+    assert stats["delta_norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+    assert stats["base_norm"] == pytest.approx(float(W["base"].norm()), rel=1e-5)
+    cosine = torch.cosine_similarity(W["expert"].flatten(), W["base"].flatten(), dim=0)
+    assert stats["cosine"] == pytest.approx(float(cosine), abs=1e-5)
+
+
+@given(st.floats(0.01, 0.99), st.integers(1, 32), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_energy_takes_the_smallest_rank_that_reaches_it(energy, max_rank, seed):
+    tensors = sources([24, 32], ["expert", "base"], torch.float32, seed)
+    factors, stats = take(tensors, rank=max_rank, energy=energy)
+    squares = torch.linalg.svdvals((tensors["expert"] - tensors["base"]).double()).square()
+    shares = squares.cumsum(0) / squares.sum()
+    wanted = 1 + int((shares < energy).sum())
+    k = stats["rank"]
+    assert k == min(wanted, max_rank, 24) or math.isclose(float(shares[k - 1]), energy, rel_tol=1e-5)
+    assert [len(factors["S"]), *factors["U"].shape, *factors["Vh"].shape] == [k, 24, k, k, 32]
+    assert stats["energy"] == pytest.approx(float(shares[k - 1]), abs=1e-5)
+    assert len(stats["fingerprint"]) == min(8, k)
+
+
+def test_no_factors_where_delta_is_zero():
+    tensors = sources([4, 5], ["base"], torch.bfloat16, 0)
+    factors, stats = take({"expert": tensors["base"], "base": tensors["base"]})
+    assert factors == {} and stats["delta_norm"] == 0 and stats["cosine"] == pytest.approx(1)
+    zero = torch.zeros(3)
+    assert take({"expert": zero, "base": zero})[1]["cosine"] == 0  # 0/0
+
+
+@pytest.mark.parametrize("role", ["expert", "base", "reference"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [[6], [6, 7]])
+def test_what_is_not_finite_is_named(role, value, shape):
+    tensors = sources(shape, LABELS, torch.bfloat16, 0)
+    tensors[role].view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"{LABELS[role]} holds NaN or infinite values"):
+        take(tensors)
+    rows = dict.fromkeys(LABELS, torch.tensor([4, 5]))
+    take(tensors, rows)  # not in the rows that take part

@@ -1,0 +1,379 @@
+"""An interrupted build: what is done is kept, and the same build ends in the bytes of one that was not interrupted."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub import Hub
+from tiny import edit_config, save_layout, tiny_llm
+
+from drift_peft.checkpoints import output as output_module
+from drift_peft.checkpoints.checkpoint import Checkpoint
+from drift_peft.cli import main
+from drift_peft.prior import build as module
+from drift_peft.prior.build import build_prior
+from drift_peft.prior.prior import ReasoningPrior
+
+LAYERS = 6  # of 7 weights
+KILLS = 24
+
+
+def save_pair(folder, layers=LAYERS):
+    model = tiny_llm("llava", num_hidden_layers=layers)
+    save_layout(model, folder / "vlm", max_shard_size="200KB")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    save_layout(model, folder / "expert", max_shard_size="150KB")
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return save_pair(tmp_path)
+
+
+def build(folder, **arguments):
+    sources = {"expert": folder / "expert", "base": folder / "vlm", "output": folder / "p.safetensors"}
+    return build_prior(**{**sources, "rank": 8, "progress": False, **arguments})
+
+
+def done(folder):
+    return sorted(file.name for file in (folder / "p.safetensors.partial").glob("*.safetensors"))
+
+
+def interrupt(monkeypatch, after, error=KeyboardInterrupt):
+    """The build ends in `error` once so many weights are done."""
+    keep, count = module._keep, iter(range(10**6))
+
+    def kept(*args):
+        if next(count) == after:
+            raise error
+        keep(*args)
+
+    monkeypatch.setattr(module, "_keep", kept)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment(pair, monkeypatch):
+    """SIGKILL at random moments, over several builds; each process forks from one that has imported everything."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["drift_peft.prior.build"])
+    output, partial = pair / "p.safetensors", pair / "p.safetensors.partial"
+
+    def start():
+        arguments = {"rank": 16, "progress": False}
+        process = context.Process(target=build_prior, args=(pair / "expert", pair / "vlm", output), kwargs=arguments)
+        process.start()
+        return process, time.monotonic()
+
+    for _ in range(2):  # the first one waits for the imports
+        output.unlink(missing_ok=True)
+        process, started = start()
+        process.join()
+        duration = time.monotonic() - started
+    uninterrupted = output.read_bytes()
+    output.unlink()
+
+    moments = random.Random(0)
+    kills = halfway = 0
+    while kills < KILLS or not output.exists():
+        if output.exists():  # a build is complete: the next one
+            assert output.read_bytes() == uninterrupted
+            output.unlink()
+            shutil.rmtree(partial, ignore_errors=True)  # killed between its last two steps
+        process, _ = start()
+        process.join(moments.uniform(0, duration) if kills < KILLS else None)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+        halfway += 0 < len(done(pair)) < 7 * LAYERS
+    assert output.read_bytes() == uninterrupted
+    assert halfway >= KILLS / 3, f"{halfway} of {kills} kills left something to go on with"
+
+
+def test_goes_on_with_what_is_missing(pair, monkeypatch):
+    expected = build(pair, output=pair / "q.safetensors").path.read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=10)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            build(pair)
+    assert len(done(pair)) == 10 and not (pair / "p.safetensors").exists()
+    assert caught.value.__notes__ == [
+        f"{pair / 'p.safetensors.partial'} keeps the 10 weights that are done: run the same again to go on from there"
+    ]
+    taken = []
+    monkeypatch.setattr(module, "take_delta", lambda *args, real=module.take_delta: taken.append(1) or real(*args))
+    assert build(pair).path.read_bytes() == expected
+    assert len(taken) == 7 * LAYERS - 10 and not (pair / "p.safetensors.partial").exists()
+
+
+def test_torn_files_are_not_trusted(pair, monkeypatch):
+    expected = build(pair, output=pair / "q.safetensors").path.read_bytes()
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=8)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    files = sorted((pair / "p.safetensors.partial").glob("*.safetensors"))
+    for file, length in zip(files, (0, 7, 100, -1), strict=False):  # a crash of the machine, not of the process
+        file.write_bytes(file.read_bytes()[:length])
+    files[4].write_bytes(bytes(len(files[4].read_bytes())))
+    (pair / "p.safetensors.partial" / f"{files[5].name}.tmp").write_bytes(b"half")
+    assert build(pair).path.read_bytes() == expected
+
+
+def test_nothing_is_left_where_nothing_was_done(pair, monkeypatch):
+    interrupt(monkeypatch, after=0, error=OSError("the network is down"))
+    with pytest.raises(OSError, match="the network is down"):
+        build(pair)
+    assert sorted(os.listdir(pair)) == ["expert", "vlm"]
+
+
+def touch(folder):
+    file = next((folder / "expert").glob("*00001*.safetensors"))
+    os.utime(file, ns=(1, 1))
+
+
+def other_config(folder):
+    edit_config(folder / "vlm", eos_token_id=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "named"),
+    [
+        (None, {"rank": 9}, r"rank \(8, now 9\)"),
+        (
+            None,
+            {"rank": None, "energy": 0.5},
+            r"rank \(8, now 256\), energy \(None, now 0.5\), max_rank \(None, now 256\)",
+        ),
+        (None, {"modules": ["attn"]}, r"modules \(\['attn', 'mlp'\], now \['attn'\]\)"),
+        (None, {"only_layers": [0]}, r"only_layers \(None, now \[0\]\)"),
+        (None, {"skip_first": 1}, r"skip_first \(0, now 1\)"),
+        (None, {"seed": 1}, r"seed \(0, now 1\)"),
+        (None, {"expert": "other"}, "expert, files of the expert"),
+        (None, {"reference": "other"}, "reference, files of the reference"),
+        (touch, {}, "files of the expert"),
+        (other_config, {}, "files of the base"),
+    ],
+)
+def test_other_settings_are_refused(change, arguments, named, pair, monkeypatch):
+    save_layout(tiny_llm("llava", seed=3, num_hidden_layers=LAYERS), pair / "other")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    left = done(pair)
+    if change:
+        change(pair)
+    arguments = {key: pair / value if value == "other" else value for key, value in arguments.items()}
+    message = (
+        rf"^\S+p.safetensors.partial holds an interrupted build that differs in {named}: take its settings or another"
+    )
+    with pytest.raises(FileExistsError, match=message) as caught:
+        build(pair, force=True, **arguments)
+    assert "\n" not in str(caught.value) and done(pair) == left
+    if not change:
+        build(pair)  # the old settings still go on
+        assert build(pair, force=True, overwrite=True, **arguments)
+
+
+def test_other_threads_are_refused(pair, monkeypatch):
+    """The last bits of a sum depend on how many threads share it."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    with pytest.raises(FileExistsError, match=r"differs in threads \(1, now 7\): "):
+        build(pair)
+
+
+def test_what_does_not_change_the_bytes_may_differ(pair, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    build(pair, force=True, delete_shards=True, modules=["mlp", "attn"])
+
+
+def test_overwrite_goes_on_with_the_same_settings_and_gives_up_others(pair, monkeypatch):
+    (pair / "p.safetensors").write_text("mine")
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"p.safetensors exists: .*overwrite=True"):
+        build(pair)
+    assert (pair / "p.safetensors").read_text() == "mine" and len(done(pair)) == 3
+    monkeypatch.undo()
+    interrupt(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair, overwrite=True)
+    assert len(done(pair)) == 4
+    monkeypatch.undo()
+    interrupt(monkeypatch, after=1)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair, overwrite=True, rank=5)
+    assert len(done(pair)) == 1
+
+
+def test_a_folder_without_settings_is_not_trusted(pair):
+    partial = pair / "p.safetensors.partial"
+    partial.mkdir()
+    (partial / "layers.0.mlp.up_proj.weight.safetensors").write_bytes(b"what is this")
+    build(pair)
+    assert not partial.exists()
+
+
+def test_full_disk(pair):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # each weight fits, the whole prior does not
+    try:
+        with pytest.raises(OSError, match=r"prior.safetensors could not be written: .*File too large"):
+            build(pair)
+        assert len(done(pair)) == 7 * LAYERS  # and nothing torn
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        with pytest.raises(OSError, match=r"q.safetensors cannot be written: File too large"):
+            build(pair, output=pair / "q.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(pair)) == ["expert", "p.safetensors.partial", "vlm"]
+    assert len(build(pair)) == 7 * LAYERS
+
+
+def test_an_unreadable_weight_keeps_the_others(pair, capsys):
+    """Through the command line: one sentence that names the tensor and says how to go on."""
+    source = Checkpoint(pair / "expert")
+    (key,) = source.claims["layers.5.mlp.up_proj.weight"]
+    shard, tensor = source.keys[key], source.tensor(key).numpy().tobytes()
+    # Damage that has no other traces: the file's size and time stay.
+    content, times = shard.read_bytes(), shard.stat()
+    where = content.index(tensor)
+    shard.write_bytes(content[:where] + b"\0\0\xc0\x7f" + content[where + 4 :])
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    where = ["--expert", f"{pair / 'expert'}", "--base", f"{pair / 'vlm'}", "-o", f"{pair / 'p.safetensors'}"]
+    assert main(["prior", "build", *where, "--rank", "8"]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("drift-peft: error: ")]
+    assert len(error) == 1 and f"{key} of {pair / 'expert'} holds NaN or infinite values; " in error[0]
+    assert error[0].endswith("weights that are done: run the same again to go on from there")
+    shard.write_bytes(content)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(["prior", "build", *where, "--rank", "8"]) == 0
+    assert len(ReasoningPrior.load(pair / "p.safetensors")) == 7 * LAYERS
+
+
+def test_interrupted_on_the_command_line(pair, monkeypatch, capsys, request):
+    """Ctrl-C: one sentence, status 130, and the same command goes on."""
+    keep = module._keep
+
+    def interrupted(file, *args):
+        keep(file, *args)
+        if len(done(pair)) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module, "_keep", interrupted)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
+    command = ["prior", "build", "--expert", f"{pair / 'expert'}", "--base", f"{pair / 'vlm'}", "--rank", "8"]
+    command += ["-o", f"{pair / 'p.safetensors'}"]
+    assert main(command) == 130
+    partial = pair / "p.safetensors.partial"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f"drift-peft: error: interrupted; {partial} keeps the 20 weights that are done: "
+        "run the same again to go on from there"
+    )
+    assert main(command) == 0 and not partial.exists()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def shards(names):
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def cached(folder):
+    return shards(file.name for file in (folder / "cache").rglob("snapshots/*/*"))
+
+
+def test_network_loss(pair, hub, monkeypatch):
+    hub.add("org/expert", pair / "expert")
+    expected = build(pair, expert="org/expert", output=pair / "q.safetensors").path.read_bytes()
+    shutil.rmtree(pair / "cache")
+    hub.forget()
+    third = shards(sorted(hub.files("org/expert")))[2]
+    keep = module._keep
+    monkeypatch.setattr(module, "_keep", lambda *args: (keep(*args), hub.cut(third, size=100)))
+    with pytest.raises(OSError, match=f"{third} of org/expert .*cannot be fetched") as caught:
+        build(pair, expert="org/expert")
+    assert "run the same again to go on" in caught.value.__notes__[0] and len(done(pair)) > 5
+    before = shards(hub.fetched("org/expert"))
+    monkeypatch.setattr(module, "_keep", keep)
+    hub.heal()
+    assert build(pair, expert="org/expert").path.read_bytes() == expected
+    fetched = shards(hub.fetched("org/expert"))
+    assert not set(before) & set(fetched[len(before) :]) - {third}  # what came is not fetched again
+
+
+def test_shards_are_freed_as_they_are_used_up(pair, hub, monkeypatch):
+    hub.add("org/expert", pair / "expert")
+    hub.add("org/base", pair / "vlm")
+    sources = {"expert": "org/expert", "base": "org/base"}
+    expected = build(pair, **sources, output=pair / "q.safetensors").path.read_bytes()
+    names = shards(sorted(hub.files("org/expert")))
+    assert len(names) > 4 and set(names) <= set(cached(pair))
+    shutil.rmtree(pair / "cache")
+    mine = Checkpoint("org/expert").fetch(Checkpoint("org/expert").files[1]).name  # in the cache before
+    at_once = []
+    keep = module._keep
+
+    def watched(*args):
+        at_once.append({*cached(pair)} & {*names} - {mine})
+        keep(*args)
+
+    monkeypatch.setattr(module, "_keep", watched)
+    interrupt(monkeypatch, after=15)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair, **sources, delete_shards=True)
+    left = {*cached(pair)} & {*names} - {mine}
+    assert left and len(done(pair)) == 15
+    monkeypatch.setattr(module, "_keep", watched)
+    hub.forget()
+    assert build(pair, **sources, delete_shards=True).path.read_bytes() == expected
+    assert {*cached(pair)} & {*names} == {mine}  # also what the interrupted build had brought
+    assert max(map(len, at_once)) <= 2  # the one in use and the one that is read ahead
+    fetched = shards(hub.fetched("org/expert"))
+    assert len(fetched) == len(set(fetched)) and not left & set(fetched)
+    assert {*cached(pair)} >= {*shards(hub.files("org/base"))}
+
+
+def test_settings_that_cannot_be_read_are_an_error(pair, monkeypatch):
+    """Work that is there but cannot be reached is not thrown away."""
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair)
+    read_text = Path.read_text
+
+    def broken(path, *args, **kwargs):
+        if path.name == output_module.SETTINGS:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", broken)
+    with pytest.raises(PermissionError):
+        build(pair)
+    assert len(done(pair)) == 3

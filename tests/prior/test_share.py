@@ -1,0 +1,304 @@
+"""A prior on the hub, with its model card, and as a LoRA adapter for stock PEFT."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from dense_prior import dense_prior, stored
+from hub import Hub
+from huggingface_hub import ModelCard
+from pairs import load
+from peft import PeftConfig, PeftModel
+from tiny import save_layout, tiny_llm, tiny_vlm
+
+from drift_peft import ReasoningPrior, merge_adapter
+from drift_peft.checkpoints.naming import PROJECTION, canonical_name, cross_attention_layers
+
+NAMES = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.1.mlp.up_proj.weight"]
+
+
+def random_prior(path, **header):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 5), (6,), (8, 5)]
+    weights = {n: [torch.randn(s, generator=generator) for _ in range(2)] for n, s in zip(NAMES, shapes, strict=True)}
+    return dense_prior(path, weights, rank=2, **header)
+
+
+# The model card
+
+
+def model_folder(folder, *lines):
+    folder.mkdir()
+    if lines:
+        (folder / "README.md").write_text("\n".join(["---", *lines, "---", "# A model"]))
+    return folder
+
+
+def test_card_of_a_prior(tmp_path):
+    expert = model_folder(tmp_path / "expert", "license: mit")
+    prior = random_prior(tmp_path / "p", base=model_folder(tmp_path / "vlm", "license: mit"), expert=expert)
+    card = prior.model_card("user/prior")
+    assert card.data.license == "mit" and card.data.license_name is None
+    assert card.data.tags == ["drift-peft", "peft"] and card.data.base_model is None  # local folders are no hub ids
+    assert 'prior="user/prior"' in card.text and f'base="{tmp_path / "vlm"}",' in card.text
+    assert f"- base {tmp_path / 'vlm'}: mit\n- expert {expert}: mit" in card.text and prior.sha256 in card.text
+    assert f"Δ = {expert} − {tmp_path / 'vlm'}" in card.text and "rank 2" in card.text
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", card.text, re.M))
+    q, bias, up = (prior[name] for name in NAMES)
+    for kind, weights in {"attn": [q], "bias": [bias], "mlp": [up], "all": [q, bias, up]}.items():
+        delta, base = (sum(getattr(w, norm) ** 2 for w in weights) for norm in ("delta_norm", "base_norm"))
+        kept = sum(stored(w).square().sum().item() for w in weights)
+        count, energy, relative, cosine = rows[kind].split(" | ")
+        assert int(count) == len(weights) and float(relative) == pytest.approx((delta / base) ** 0.5, abs=1e-3)
+        assert float(energy.rstrip("%")) / 100 == pytest.approx(kept / delta, abs=5e-3)
+        assert float(cosine) == pytest.approx(min(w.cosine for w in weights), abs=1e-3)
+    python = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    assert len(python) == 2
+    for code in python:
+        compile(code, "card", "exec")
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "base, expert, metadata, lines",
+    [
+        (["license: mit"], ["license: apache-2.0"], ("other", "mit-and-apache-2.0"), ["mit", "apache-2.0"]),
+        (
+            ["license: other", "license_name: llama3.2", "license_link: LICENSE"],
+            ["license: other", "license_name: Tongyi Qianwen"],
+            ("other", "llama3.2-and-tongyi-qianwen"),
+            ["llama3.2", "Tongyi Qianwen"],
+        ),
+        (
+            ["license: mit"],
+            ["language: en"],
+            ("other", "mit-and-unstated"),
+            ["mit", "not stated in its card"],
+        ),
+        ([], ["language: en"], (None, None), ["not stated in its card"] * 2),
+        (["license: other", "license_name: a"], ["license: other", "license_name: a"], ("other", "a"), ["a", "a"]),
+    ],
+)
+def test_licences(tmp_path, base, expert, metadata, lines):
+    folders = [model_folder(tmp_path / name, *given) for name, given in (("vlm", base), ("expert", expert))]
+    card = random_prior(tmp_path / "p", base=folders[0], expert=folders[1]).model_card()
+    assert (card.data.license, card.data.license_name) == metadata
+    assert re.findall(r"^- (?:base|expert) \S+: (.+)$", card.text, re.M) == lines
+
+
+def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
+    folders = {name: str(model_folder(tmp_path / name, f"license: {name}")) for name in ("vlm", "math", "code", "llm")}
+    math = random_prior(tmp_path / "m", base=folders["vlm"], expert=folders["math"])
+    reference = {"id": folders["llm"], "revision": None}
+    code = random_prior(tmp_path / "c", base=folders["vlm"], expert=folders["code"], reference=reference)
+    card = code.model_card()
+    assert f"reference {folders['llm']}: llm" in card.text and f"Δ = {folders['code']} − {folders['llm']}" in card.text
+    card = ReasoningPrior.combine({math: 0.7, code: -0.3}, tmp_path / "sum").model_card()
+    assert card.data.license_name == "vlm-and-math-and-code-and-llm"
+    assert f"Δ = 0.7·({folders['math']} − {folders['vlm']}) -0.3·({folders['code']} − {folders['llm']})" in card.text
+    assert f"0.7),  # sha256 {math.sha256}" in card.text
+    for python in re.findall(r"```python\n(.*?)```", card.text, re.S):
+        compile(python.replace("…", "'p'"), "card", "exec")
+    lora = {
+        "id": str(model_folder(tmp_path / "lora")),
+        "revision": None,
+        "base": {"id": folders["math"], "revision": None},
+    }
+    card = random_prior(tmp_path / "a", base=folders["vlm"], expert=lora, energy=0.9, max_rank=8).model_card()
+    assert f"- expert's base {folders['math']}: math" in card.text
+    assert "    energy=0.9,\n    max_rank=8,\n    modules=" in card.text and " rank=" not in card.text
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def test_push_and_load(tmp_path, hub):
+    commit = hub.add("org/vlm", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    hub.add("org/vlm", {"README.md": b"---\nlicense: mit\n---\n"})
+    hub.add("org/expert", {"config.json": b"{}"})
+    prior = random_prior(tmp_path / "p", base={"id": "org/vlm", "revision": commit})
+    url = prior.push_to_hub("user/prior", commit_message="First", token="hf_x")
+    files = hub.files("user/prior")
+    assert files["prior.safetensors"] == prior.path.read_bytes() and url.startswith(f"{hub.url}/user/prior/commit/")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == ["org/vlm", "org/expert"]
+    assert "- base org/vlm: apache-2.0\n- expert org/expert: not stated in its card" in card.text
+    assert 'ReasoningPrior.load("user/prior")' in card.text
+
+    low = prior.truncate(1, tmp_path / "low")
+    low.push_to_hub("user/prior", revision="rank1")
+    hub.forget()
+    assert ReasoningPrior.load("user/prior").sha256 == prior.sha256
+    assert ReasoningPrior.load("user/prior", revision="rank1").rank == 1
+    assert ReasoningPrior.load("user/prior@rank1").sha256 == low.sha256
+    assert hub.fetched("user/prior") == ["prior.safetensors"] * 2  # and nothing else
+
+
+def test_the_hub_says_no(tmp_path, hub):
+    prior = random_prior(tmp_path / "p")
+    hub.add("org/vlm", {"README.md": b"# A model"})
+    hub.fail("org/expert", status=403, code="GatedRepo")
+    with pytest.warns(UserWarning, match=r"licence of org/expert is not known: its card cannot be read \(.*"):
+        card = prior.model_card()
+    assert "- expert org/expert: its card could not be read" in card.text
+    hub.fail("api/repos/create", status=401)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(OSError, match=r"p could not be uploaded to user/prior: .*401"):
+            prior.push_to_hub("user/prior")
+        with pytest.raises(ValueError, match="no name at all is no hub id: name it as user/repository"):
+            prior.push_to_hub("no name at all")
+        hub.stop()
+        with pytest.raises(OSError, match=r"p could not be uploaded to user/prior: "):
+            prior.push_to_hub("user/prior")
+    for source in ("user/none", "user/none@v1"):
+        with pytest.raises(OSError, match=r"user/none.*") as caught:
+            ReasoningPrior.load(source)
+        assert "\n" not in str(caught.value)
+
+
+# The prior as a LoRA adapter
+
+
+def family_prior(folder, family, ranks=(4,), extras=False):
+    """Write a tiny `base`, and a prior of it whose projections have the given ranks in turn."""
+    model = tiny_llm("llava") if family == "llama" else tiny_vlm(family)
+    save_layout(model, folder / "base")
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for key, W in model.named_parameters():
+        name = canonical_name(key, cross_attention_layers(model.config)) or ""
+        if PROJECTION.fullmatch(name) or (extras and name.endswith(("norm.weight", "bias"))):
+            weights[name] = W, 0.05 * torch.randn(W.shape, generator=generator)
+    rank = {name: ranks[index % len(ranks)] for index, name in enumerate(weights)}
+    return dense_prior(folder / "p", weights, rank, base=folder / "base")
+
+
+@pytest.mark.parametrize("scale", [0.1, -1.5])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama", "llava_next", "idefics2", "llama"])
+def test_stock_peft_adds_scale_times_delta(tmp_path, family, scale):
+    prior = family_prior(tmp_path, family)
+    assert prior.as_lora(scale, tmp_path / "lora") == tmp_path / "lora"
+    base = load(tmp_path, family)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, tmp_path / "lora")
+    config = model.peft_config["default"]
+    assert type(config).__name__ == "LoraConfig" and config.base_model_name_or_path == str(tmp_path / "base")
+    assert {layer.scaling["default"] for layer in model.modules() if hasattr(layer, "lora_A")} == {1.0}
+    after = model.merge_and_unload().state_dict()
+    cross, added = cross_attention_layers(base.config), set()
+    for key, tensor in before.items():
+        name = canonical_name(key, cross)
+        if name in prior:
+            added.add(name)
+            tensor = tensor.double() + scale * stored(prior[name])
+        torch.testing.assert_close(after[key].double(), tensor.double(), rtol=0, atol=1e-6)
+    assert added == set(prior)
+
+
+def test_merge_adapter_takes_it(tmp_path):
+    prior = family_prior(tmp_path, "mllama", ranks=[3, 3, 1, 5])
+    prior.as_lora(0.5, tmp_path / "lora")
+    report = merge_adapter(tmp_path / "base", tmp_path / "lora", tmp_path / "merged", verify=True, progress=False)
+    assert report.modules == 14 and report.logits_error < 1e-4
+
+
+def test_ranks_that_differ(tmp_path):
+    prior = family_prior(tmp_path, "qwen2_5_vl", ranks=[3, 3, 1, 5])
+    prior.as_lora(1, tmp_path / "lora")
+    config = PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.r == 3 and set(config.rank_pattern.values()) == {1, 5} and config.rank_pattern == config.alpha_pattern
+    model = PeftModel.from_pretrained(load(tmp_path, "qwen2_5_vl"), tmp_path / "lora")
+    ranks = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            name = canonical_name(f"{name}.weight")
+            ranks[name] = layer.r["default"]
+            torch.testing.assert_close(
+                layer.get_delta_weight("default").double(), stored(prior[name]), rtol=0, atol=1e-6
+            )
+    assert ranks == {name: len(weight.S) for name, weight in prior.items()}
+
+
+def test_what_a_lora_adapter_cannot_hold(tmp_path):
+    prior = family_prior(tmp_path, "qwen2_5_vl", extras=True)
+    assert len(prior) == 14 + 5 + 6
+    with pytest.warns(
+        UserWarning, match=r"11 of the prior's 25 weights are norms, biases, head or embedding: .* leaves"
+    ):
+        prior.as_lora(1, tmp_path / "lora")
+    with pytest.warns(UserWarning, match="11 of the prior's 25"):
+        assert prior.as_lora(1, tmp_path / "lora", overwrite=True) == tmp_path / "lora"
+    vectors = dense_prior(tmp_path / "v", {"norm.weight": (torch.ones(64), torch.ones(64))}, base=tmp_path / "base")
+    with pytest.raises(
+        ValueError, match="v holds no attention or MLP projection, so there is nothing for a LoRA adapter"
+    ):
+        vectors.as_lora(1, tmp_path / "none")
+
+
+def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    prior.metadata["base"] = {"id": "org/vlm", "revision": hub.add("org/vlm", tmp_path / "base")}
+    prior.as_lora(1, tmp_path / "lora")
+    config = PeftConfig.from_pretrained(tmp_path / "lora")
+    assert (config.base_model_name_or_path, config.revision) == ("org/vlm", prior.metadata["base"]["revision"])
+    assert not [name for name in hub.fetched("org/vlm") if name.endswith(".safetensors")]
+
+
+def test_a_base_that_has_moved_or_is_another(tmp_path):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"base.*; name the place of the prior's base with base= \(--base\)"):
+        prior.as_lora(1, tmp_path / "lora")
+    prior.as_lora(1, tmp_path / "lora", base=tmp_path / "moved")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"].endswith(
+        "moved"
+    )
+    for changes, message in (
+        (
+            {"num_hidden_layers": 1},
+            r"another model than .*other: layers.1.\S+ is \[\d+, \d+\] in the prior and not there",
+        ),
+        ({"intermediate_size": 64}, r"mlp.\S+ is \[64, 128\] in the prior and \[64, 64\] in the model"),
+    ):
+        save_layout(tiny_llm("llava", **changes), tmp_path / "other")
+        with pytest.raises(ValueError, match=message):
+            prior.as_lora(1, tmp_path / "wrong", base=tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other"}
+
+
+@pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1"])
+def test_scales_that_are_none(tmp_path, scale):
+    prior = random_prior(tmp_path / "p")
+    with pytest.raises(ValueError, match="scale must be a finite number other than 0, got"):
+        prior.as_lora(scale, tmp_path / "lora")
+
+
+def test_nothing_but_an_adapter_is_overwritten(tmp_path):
+    prior = family_prior(tmp_path, "llama")
+    prior.as_lora(1, tmp_path / "lora")
+    (tmp_path / "lora" / "old").touch()
+    with pytest.raises(
+        FileExistsError, match=r"lora exists: name another folder, or pass overwrite=True \(--overwrite\)"
+    ):
+        prior.as_lora(1, tmp_path / "lora")
+    prior.as_lora(2, tmp_path / "lora", overwrite=True)
+    assert not (tmp_path / "lora" / "old").exists()
+    with pytest.raises(FileExistsError, match="base exists and is no adapter folder, so it is not overwritten"):
+        prior.as_lora(1, tmp_path / "base", overwrite=True)
+    (tmp_path / "lora" / "q").write_bytes((tmp_path / "p").read_bytes())
+    with pytest.raises(FileExistsError, match=r"holds .*q, which"):
+        ReasoningPrior.load(tmp_path / "lora" / "q").as_lora(1, tmp_path / "lora", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "base", "lora"}

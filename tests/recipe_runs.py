@@ -1,0 +1,59 @@
+"""Runs of recipes/sft_vlm.py on tiny pairs: the settings, and the fixtures that make pairs, data and runs."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sft_vlm
+from tiny_vlm import save_pair, save_pictures
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = RECIPES / "configs"
+
+FAMILY = {  # configuration -> family of its base
+    "qwen2_5_vl_7b_r1": "qwen2_5_vl",
+    "qwen2_5_vl_7b_math": "qwen2_5_vl",
+    "qwen2_vl_7b_math": "qwen2_vl",
+    "llava_next_llama3_8b_dart": "llava_next",
+    "idefics2_8b_metamath": "idefics2",
+    "qwen3_vl_4b_thinking": "qwen3_vl",
+    "qwen3_vl_8b_thinking": "qwen3_vl",
+    "internvl3_8b_r1": "internvl",
+    "gemma3_12b_gemmacoder": "gemma3",
+    "smolvlm2_2b_smoltulu": "smolvlm",
+}
+SMALL = {"prior_rank": 8, "r": 4, "lora_alpha": 8, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
+SIZES = {"smolvlm2_2b_smoltulu": {"processor_kwargs": "{size: {longest_edge: 16}}"}}
+FAST = {**SMALL, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """family -> folder with base, expert and, after the first run, prior.safetensors."""
+    return cache(lambda family, rows=40: save_pair(tmp_path_factory.mktemp(family), family, rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return save_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def flags(**settings):
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def train(pair, data, tmp_path, monkeypatch):
+    """Run the script on a tiny pair; what is given wins over what is set here. Returns the trainer and output_dir."""
+
+    def run(family="qwen2_5_vl", config=None, **settings):
+        if config is None:  # drawing takes longer than training
+            monkeypatch.setattr(sft_vlm, "plot_run", lambda history, output: None)
+        folder = pair(family)
+        paths = {"base": folder / "base", "expert": folder / "expert", "prior": folder / "prior.safetensors"}
+        settings = {**paths, "data": data, "output_dir": tmp_path / "run", "use_cpu": True, **settings}
+        start = ["--config", str(config)] if config else []
+        given = {name: value for name, value in settings.items() if value is not None}
+        return sft_vlm.main(start + flags(**given)), Path(settings["output_dir"])
+
+    return run

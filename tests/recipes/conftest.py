@@ -1,0 +1,3 @@
+"""Runs of the recipes, for every file of this folder."""
+
+from recipe_runs import data, pair, train  # noqa: F401

@@ -1,0 +1,224 @@
+"""recipes/evaluate.py: a small model that really reads pictures, and what cannot be evaluated."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+import torch
+from parts.outputs import read_outputs
+from parts.teachers import Local
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import drift_peft.demo
+from drift_peft.demo.world import Digits, make_samples
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+PATCHES = "visual.patch_embed.proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The demo's model, which reads rows of handwritten digits in grey, as the same function of pictures in colour."""
+    folder = tmp_path_factory.mktemp("demo") / "vlm"
+    shutil.copytree(Path(drift_peft.demo.__file__).parent / "checkpoints" / "vlm", folder)
+    weights = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
+    weights[PATCHES] = weights[PATCHES].repeat(1, 3, 1, 1, 1) / 3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for file, *changed in (
+        ("config.json", ('"in_channels": 1', '"in_channels": 3'), ('"bfloat16"', '"float32"')),
+        ("processor_config.json", ("      0.5\n", "      0.5, 0.5, 0.5\n")),
+    ):
+        text = (folder / file).read_text()
+        for old, new in changed:
+            assert old in text
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Seven rows to read and seven sums, of different lengths, with their answers."""
+    folder = tmp_path_factory.mktemp("data")
+    rng, digits, lines = np.random.default_rng(0), Digits("test"), []
+    for i, sample in enumerate(make_samples(7, ["sum"], rng, digits) + make_samples(7, ["read"], rng, digits)):
+        sample.image.save(folder / f"{i}.png")
+        line = {"problem": f"<image>{sample.question}", "answer": sample.answer, "image": f"{i}.png"}
+        lines.append(json.dumps({**line, "category": sample.task, "level": None}))
+    (folder / "test.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "test.jsonl"
+
+
+def run(model, data, output, *flags):
+    usual = ["--model", model, "--data", data, "-o", output, "--prompt", "", "--max_new_tokens", "24"]
+    evaluate.main([*map(str, usual), *flags])
+    return json.loads(Path(output).read_text())
+
+
+@pytest.fixture(scope="module")
+def result(model, data, tmp_path_factory):
+    """batch size -> what a run with it wrote; each runs once."""
+    folder = tmp_path_factory.mktemp("results")
+    return cache(lambda size: run(model, data, folder / f"{size}.json", "--batch_size", str(size)))
+
+
+def refusal(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*map(str, arguments)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 1 and error.startswith("evaluate.py: error: ")
+    return error
+
+
+def test_batches_answer_as_single_questions_do(result):
+    def said(size):
+        return [(sample["index"], sample["response"], sample["finish_reason"]) for sample in result(size)["samples"]]
+
+    assert said(1) == said(5) and len({len(response) for _, response, _ in said(5)}) > 3
+
+
+def test_the_result_counts_what_its_samples_say(result, data):
+    found, lines = result(5), [json.loads(line) for line in data.read_text().splitlines()]
+    samples = found["samples"]
+    for sample, line in zip(samples, lines, strict=True):
+        gold = line["answer"].partition(r"\boxed{")[2].rstrip("}") or line["answer"]
+        answer = sample["response"].partition(r"\boxed{")[2].rstrip("}") or sample["response"]
+        assert (sample["gold"], sample["correct"]) == (gold, answer == gold)
+        assert (sample["category"], sample["question"]) == (line["category"], line["problem"])
+        assert (sample["finish_reason"], sample["unfinished"]) == ("stop", False)
+    read, sums = found["categories"]["read"], found["categories"]["sum"]
+    assert read["samples"] == sums["samples"] == 7
+    assert read["correct"] >= 6 and 0 < sums["correct"] < 7  # it was trained to read; its sums are a transfer from text
+    assert found["total"]["correct"] == read["correct"] + sums["correct"] == sum(s["correct"] for s in samples)
+    assert found["total"]["accuracy"] == round(100 * found["total"]["correct"] / 14, 2)
+    assert found["scorer"]["rules"] >= 1 and found["max_new_tokens"] == 24
+
+
+def test_the_table_has_a_row_for_each_category(result, capsys):
+    evaluate.Console().print(evaluate.results_table(result(5)))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    shown = {**result(5)["categories"], "total": result(5)["total"]}
+    assert [*shown] == ["read", "sum", "total"]
+    for name, numbers in shown.items():
+        assert [name, *(str(numbers[key]) for key in ("samples", "correct", "accuracy", "unfinished"))] in rows
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_categories_come_from_any_kind_of_file(form, tmp_path):
+    rows, file = [{"question": "?", "level": level} for level in ("3", None, "1")], tmp_path / f"data.{form}"
+    if form == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    else:
+        lines = [json.dumps(row) for row in rows]
+        file.write_text("\n\n".join(lines) if form == "jsonl" else f"[{','.join(lines)}]")
+    assert evaluate.read_categories(str(file), "test", "level") == ["3", "all", "1"]
+    assert evaluate.read_categories(str(file), "test", None) == ["all"] * 3
+    with pytest.raises(ValueError, match=r"no sample of .* has the category subject"):
+        evaluate.read_categories(str(file), "test", "subject")
+
+
+def test_score_reads_the_result(result, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(result(5)))
+    ((name, answers),) = read_outputs(tmp_path / "r.json").items()
+    assert name == "test" and [answer.response for answer in answers] == [s["response"] for s in result(5)["samples"]]
+
+
+def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypatch, capsys):
+    asked, call = [], Local.__call__
+
+    def dying(self, conversations):
+        if len(asked) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        asked.extend(conversations)
+        return call(self, conversations)
+
+    monkeypatch.setattr(Local, "__call__", dying)
+    arguments = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
+    assert "a batch of 3 does not fit into memory: take a smaller --batch_size" in refusal(
+        capsys, *arguments, "--batch_size", "3"
+    )
+    assert len(asked) == 6 and not (tmp_path / "r.json").exists()
+    monkeypatch.setattr(Local, "__call__", lambda self, batch: asked.extend(batch) or call(self, batch))
+    found = run(model, data, tmp_path / "r.json", "--batch_size", "4")
+    assert len(asked) == 14 and found["samples"] == result(5)["samples"]
+    monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left to ask
+    assert run(model, data, tmp_path / "r.json") == found
+    assert "holds answers of other settings: max_new_tokens (24, now 8)" in refusal(capsys, *arguments[:-1], "8")
+
+
+def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
+    found = run(model, data, tmp_path / "r.json", "--max_new_tokens", "3", "--batch_size", "14")
+    assert all(sample["unfinished"] and not sample["correct"] for sample in found["samples"][:7])
+    assert found["categories"]["sum"]["unfinished"] == 7 <= found["total"]["unfinished"]
+    assert "answers are unfinished: see --max_new_tokens" in capsys.readouterr().err
+
+
+def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(model, data, result, tmp_path, capsys):
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=5.0)
+    lora.save_pretrained(tmp_path / "adapter")
+    found = run(model, data, tmp_path / "r.json", "--adapter", str(tmp_path / "adapter"), "--batch_size", "14")
+    assert found["adapter"] == str(tmp_path / "adapter")
+    assert [s["response"] for s in found["samples"]] != [s["response"] for s in result(5)["samples"]]
+    lora.save_pretrained(tmp_path / "adapter")
+    usual = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
+    assert "holds answers of other settings: adapter_files (" in refusal(
+        capsys, *usual, "--adapter", tmp_path / "adapter"
+    )
+
+
+@pytest.fixture
+def broken(model, data, tmp_path):
+    """name -> arguments of a run that cannot be."""
+    Image.new("RGB", (24, 12)).save(tmp_path / "here.png")
+    sets = {
+        "image": {"problem": "<image>read?", "answer": "5", "image": "gone.png"},
+        "answer": {"problem": "<image>read?", "image": "here.png"},
+        "thought": {"problem": "<image>read?", "answer": "<think>five</think>", "image": "here.png"},
+    }
+    for name, sample in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(sample) + "\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "old.json").write_text("{}")
+    usual = {"--model": model, "--data": data, "-o": tmp_path / "r.json"}
+    changes = {name: {"--data": tmp_path / f"{name}.jsonl"} for name in (*sets, "empty", "absent")}
+    changes |= {
+        "adapter": {"--model": tmp_path / "adapter"}, "no adapter": {"--adapter": model},
+        "no model": {"--model": tmp_path}, "old": {"-o": tmp_path / "old.json"},
+        "no folder": {"-o": tmp_path / "no" / "r.json"}, "category": {"--category": "level"},
+    }  # fmt: skip
+    return lambda name: [part for pair in (usual | changes[name]).items() for part in pair]
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("image", " names the image gone.png, which is not there"), ("answer", "has problem, image: name its turns"),
+    ("thought", "sample 1 has no known answer: nothing is boxed, or said after its thinking"),
+    ("empty", "empty.jsonl is left: it has none"), ("absent", "there is no data "),
+    ("adapter", "adapter is an adapter, not a model: merge it (drift-peft merge --base BASE --adapter "),
+    ("no adapter", "vlm is no adapter: it has no adapter_config.json"), ("no model", " cannot be loaded: "),
+    ("old", "old.json exists, and has no journal to go on from: name another file"),
+    ("no folder", "r.json cannot be written: name a file in a folder that exists"),
+    ("category", "has the category level"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_in_one_sentence(name, sentence, broken, tmp_path, capsys):
+    before = {path.name for path in tmp_path.iterdir()} - {"cache"}
+    assert sentence in refusal(capsys, *broken(name))
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == before

@@ -1,0 +1,327 @@
+"""recipes/: every configuration runs on a tiny pair of its real classes, and what goes wrong is one sentence."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import sft_vlm
+import torch
+import yaml
+from parts.arguments import parse
+from peft import PeftModel
+from PIL import Image
+from plot_run import plot_run
+from recipe_runs import CONFIGS, FAMILY, FAST, RECIPES, SIZES, SMALL
+from safetensors.torch import load_file
+from tiny import tiny_llm
+from tiny_vlm import PROCESSORS
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from drift_peft import ReasoningPrior
+from drift_peft.checkpoints.naming import PROJECTION, canonical_name
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_there_is_a_family_for_every_configuration():
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(FAMILY)
+    assert set(FAMILY.values()) == set(PROCESSORS)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_configuration_says_how_to_launch_it_what_it_needs_and_where_it_comes_from(name):
+    head = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\nbase:")[0]
+    assert f"python recipes/sft_vlm.py --config recipes/configs/{name}.yaml\n" in head
+    assert "# expected memory: " in head and "# source: " in head
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert settings["prior"] == f"priors/{name}.safetensors" and settings["output_dir"] == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(name, train, pair):
+    trainer, output = train(FAMILY[name], CONFIGS / f"{name}.yaml", **SMALL, **SIZES.get(name, {}))
+
+    # matched == expected > 0, and nothing else is quantized or adapted
+    expert = tiny_llm(FAMILY[name]).get_decoder()
+    expected = {name for name, _ in expert.named_parameters() if PROJECTION.fullmatch(name)}
+    assert len(expected) == 14 and set(ReasoningPrior.load(pair(FAMILY[name]) / "prior.safetensors")) == expected
+    four_bit = {
+        canonical_name(f"{n}.weight") for n, m in trainer.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)
+    }
+    adapted = {canonical_name(key.replace(".lora_B", "")) for key in weights(output) if ".lora_B" in key}
+    assert four_bit == adapted == expected
+    towers = [p for n, p in trainer.model.named_parameters() if canonical_name(n) is None and "lora_" not in n]
+    assert towers and {p.dtype for p in towers} == {torch.bfloat16}
+
+    moved = [key for key, weight in weights(output).items() if ".lora_B" in key and weight.any()]
+    assert len(moved) == 14
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert run["results"]["guided_steps"] == run["results"]["steps"] == 2
+    assert run["settings"]["drift_alpha"] == 0.2 and run["settings"]["learning_rate"] == 1e-4
+    assert run["data"]["samples"] == 8 and run["data"]["dropped"] == {}
+    assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
+    assert Image.open(output / "telemetry.png").width > 500
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"| expert | {pair(FAMILY[name]) / 'expert'} |" in card and "data.jsonl |" in card and "| 2 |" in card
+
+
+def test_the_loss_is_on_the_answer_and_images_keep_their_positions(train):
+    trainer, _ = train(**FAST)
+    batch = next(iter(trainer.get_train_dataloader()))
+    words = trainer.processing_class.tokenizer
+    answers = [words.decode(row[label != -100]) for row, label in zip(batch["input_ids"], batch["labels"], strict=True)]
+    assert all(re.fullmatch(r"(?:<unk>|<think>) \d \+ \d = \d (?:<unk>|</think>) \d ?</s>", text) for text in answers)
+    assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == 3)  # else rotary positions ignore images
+
+
+def test_the_merge_is_verified_and_stands_alone(train, pair):
+    _, output = train(**FAST, merge=True)
+    merged = Path(f"{output}-merged")
+    report = json.loads((output / "run.json").read_text(encoding="utf-8"))["merge"]
+    assert report["modules"] == 14 and report["logits_error"] < 1e-3
+    base = AutoModelForImageTextToText.from_pretrained(pair("qwen2_5_vl") / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, str(output)).eval()
+    alone = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32).eval()
+    tokens = torch.arange(7, 20)[None]
+    assert torch.allclose(alone(tokens).logits, adapted(tokens).logits, atol=1e-4)
+    assert AutoProcessor.from_pretrained(merged).chat_template
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(train, tmp_path, monkeypatch):
+    settings = {**FAST, "max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
+    train(**settings, output_dir=tmp_path / "whole")
+
+    step, calls = sft_vlm.Trainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if calls[-1] == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft_vlm.Trainer, "training_step", interrupted)
+        train(**settings)
+    trainer, output = train(**settings, resume_from_checkpoint="true")
+    assert trainer.state.global_step == 4
+    whole, resumed = weights(tmp_path / "whole"), weights(output)
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["results"]["guided_steps"] == 4
+
+
+@pytest.fixture
+def largest_file():
+    """Set the size that a file may have, or None; a write beyond it fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room_for_adapter", [True, False])
+def test_a_full_disk_costs_nothing_that_was_saved(room_for_adapter, train, tmp_path, monkeypatch, largest_file):
+    settings = {**FAST, "max_steps": 4, "save_steps": 2}
+    train(**settings, output_dir=tmp_path / "whole")
+    size = (tmp_path / "whole" / "adapter_model.safetensors").stat().st_size
+    step = sft_vlm.Trainer.training_step
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            largest_file(3 * size // 2 if room_for_adapter else size // 2)
+        return step(self, *args, **kwargs)
+
+    output = tmp_path / "run"
+    told = (
+        "checkpoint-4 could not be written .*adapter as of" if room_for_adapter else "the adapter could not be written"
+    )
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=rf"{told}.*--resume_from_checkpoint.*-2$"):
+        patch.setattr(sft_vlm.Trainer, "training_step", full)
+        train(**settings)
+    largest_file(None)
+    left = {path.name for path in output.iterdir()}
+    assert "checkpoint-2" in left and "checkpoint-4" not in left and not any("tmp" in name for name in left)
+    assert ("adapter_model.safetensors" in left) == room_for_adapter
+    whole = weights(tmp_path / "whole")
+    if room_for_adapter:
+        kept = weights(output)
+        assert all(torch.equal(whole[key], kept[key]) for key in whole)
+    train(**settings, resume_from_checkpoint=output / "checkpoint-2")
+    resumed = weights(output)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"drift_alhpa": 1}, "unknown key drift_alhpa; did you mean drift_alpha?"),
+        ({"lerning_rate": 1}, "unknown key lerning_rate; did you mean learning_rate?"),
+        ({"exprt": "x"}, "unknown key exprt; did you mean expert?"),
+        ({"zzzzzz": "x"}, "unknown key zzzzzz; see --help"),
+        ({"drift_scale": "adaptve"}, "drift_scale.*adaptve"),
+        ({"r": "many"}, "r.*invalid int value: 'many'"),
+        ({"drift_alpha": -1}, r"drift_alpha=-1(\.0)? is negative"),
+        ({"max_length": 512}, "max_length cuts samples.*max_tokens"),
+    ],
+)
+@pytest.mark.parametrize("where", ["flag", "file"])
+def test_a_wrong_setting_is_refused_by_name(settings, told, where, train, tmp_path):
+    config = None
+    if where == "file":
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match=rf"sft_vlm\.py: error: (?s:.)*{told}"):
+        train(config=config, **({} if config else settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_win_over_the_file_and_structured_settings_can_be_flags(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("{base: b, data: d, prior: p.safetensors, r: 8, drift_modules: [attn], drift_spectrum: 0.5}")
+    patterns = [
+        "--drift_alpha_pattern",
+        '{"layers.0.mlp.up_proj": 0}',
+        "--processor_kwargs",
+        "{size: {longest_edge: 8}}",
+    ]
+    run, drift, _ = parse(["--config", str(config), "--r", "2", "--use_cpu", *patterns])
+    assert (drift.r, drift.drift_modules, drift.drift_spectrum) == (2, ["attn"], 0.5)
+    assert drift.drift_alpha_pattern == {"layers.0.mlp.up_proj": 0}
+    assert run.processor_kwargs == {"size": {"longest_edge": 8}}
+
+
+def test_without_a_gpu_it_needs_to_be_told_so(train, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"there is no CUDA device.*--use_cpu"):
+        train(use_cpu=False)
+
+
+def test_what_would_fail_in_the_end_fails_before_anything_is_loaded(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "prepare", lambda *_: pytest.fail("something was loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "adapter_config.json").touch()
+    (tmp_path / "run-merged").mkdir()
+    for settings, told in (
+        ({"output_dir": tmp_path / "file"}, "file cannot be written: .*file is no folder"),
+        ({"output_dir": tmp_path / "earlier"}, "earlier holds an earlier run: add --resume_from_checkpoint true"),
+        ({"resume_from_checkpoint": "true"}, "no checkpoint"),
+        ({"resume_from_checkpoint": tmp_path / "gone"}, "no checkpoint .*gone"),
+        ({"merge": True}, "run-merged exists"),
+        ({"prior": tmp_path / "gone.safetensors", "expert": None}, "no prior .*gone.safetensors, and no expert"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            train(**settings)
+
+
+def test_bad_data_is_told_before_the_model_is_loaded(train, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "open_prior", lambda _: pytest.fail("the prior was opened"))
+    lines = data.read_text(encoding="utf-8").replace('"0.png"', '"gone.png"')
+    for file in data.parent.glob("*.png"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "bad.jsonl").write_text(lines)
+    for settings, told in (
+        ({"data": tmp_path / "gone.jsonl"}, "gone.jsonl"),
+        ({"data": tmp_path / "bad.jsonl", "on_bad": "fail"}, "gone.png"),
+        ({"max_tokens": 5, "on_long": "fail"}, "tokens"),
+        ({"max_tokens": 5}, "sample 1 .* tokens"),
+    ):
+        with pytest.raises(SystemExit, match=rf"sft_vlm\.py: error: .*{told}"):
+            train(**settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_is_dropped_is_counted(train, data, tmp_path):
+    lines = data.read_text(encoding="utf-8").replace('"0.png"', '"gone.png"')
+    lines = lines.replace("how many", "how " * 200 + "many", 2).replace("how " * 200, "", 1)
+    for file in data.parent.glob("*.png"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "bad.jsonl").write_text(lines)
+    _, output = train(**FAST, data=tmp_path / "bad.jsonl", max_tokens=100)
+    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert run["data"]["samples"] == 6
+    assert sum(run["data"]["dropped"].values()) == 2 and run["data"]["dropped"]["longer than 100 tokens"] == 1
+
+
+def test_the_fingerprint_is_that_of_the_data(data, tmp_path):
+    def sha256(folder):
+        return sft_vlm.describe(sft_vlm.load_messages(folder / "data.jsonl")[0])["sha256"]
+
+    for folder in ("same", "other"):
+        (tmp_path / folder).mkdir()
+        for file in data.parent.iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    Image.new("RGB", (16, 16)).save(tmp_path / "other" / "3.png")
+    assert sha256(data.parent) == sha256(tmp_path / "same") != sha256(tmp_path / "other")
+
+
+def test_a_stream_trains(train):
+    _, output = train(**FAST, streaming=True)
+    assert json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]["samples"] is None
+
+
+def test_a_prior_of_another_pair_is_refused(train, pair, tmp_path):
+    train(**FAST)  # builds it
+    prior = pair("qwen2_5_vl") / "prior.safetensors"
+    other = {"expert": pair("qwen2_vl") / "expert", "output_dir": tmp_path / "other"}
+    with pytest.raises(SystemExit, match=r"was built with the expert .*, not .*: change expert or prior"):
+        train(**FAST, **other)
+    with pytest.raises(SystemExit, match="was built for other base weights"):
+        train("qwen2_vl", **FAST, prior=prior, expert=None, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])  # its own head, and one tied to the embedding
+def test_think_tags_are_trained_as_tokens_within_the_vocabulary(family, train, pair):
+    trainer, output = train(family, **FAST, think_tokens=True, merge=True)
+    for folder in (output, f"{output}-merged"):
+        ids = AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert ids == [40, 41]
+    tied = "lm_head" not in json.loads((output / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert tied == (family == "gemma3")
+    before = trainer.model.get_input_embeddings().original_module.weight[ids].float()
+    trained = [weight for key, weight in weights(output).items() if "trainable_tokens" in key]
+    assert len(trained) == 2 - tied and all(weight.shape == before.shape for weight in trained)
+    assert all((weight != before).any(1).all() for weight in trained)
+    assert len(trainer.model.get_input_embeddings().weight) == 64  # not resized
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {40, 41} <= set(batch["input_ids"].flatten().tolist())
+
+
+def test_think_tags_that_have_no_room_are_refused(train, pair, tmp_path):
+    folder = pair("qwen2_5_vl", rows=63)
+    with pytest.raises(SystemExit, match="has no row left for <think> and </think> among its 64 embeddings"):
+        train(**FAST, think_tokens=True, base=folder / "base", prior=folder / "prior.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_be_drawn_again(tmp_path):
+    history = [
+        {"step": 1, "loss": 2.0, "drift/absorbed": 0.1, "drift/absorbed/attn": 0.2},
+        {"step": 1, "train_loss": 2},
+    ]
+    plot_run(history, tmp_path / "run.png")
+    (tmp_path / "run.json").write_text(json.dumps({"history": history}))
+    again = tmp_path / "again.png"
+    subprocess.run([sys.executable, RECIPES / "plot_run.py", tmp_path / "run.json", again], check=True)
+    assert again.read_bytes() == (tmp_path / "run.png").read_bytes()
+    plot_run([{"step": 1, "train_loss": 2}], tmp_path / "short.png")  # fewer steps than logging_steps
+    assert Image.open(tmp_path / "short.png").width == Image.open(again).width
+
+
+def test_the_command_ends_in_one_sentence(tmp_path):
+    command = [sys.executable, RECIPES / "sft_vlm.py", "--config", CONFIGS / "qwen2_5_vl_7b_r1.yaml", "--lr", "1e-4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("sft_vlm.py: error: unknown key lr")
+    assert not list(tmp_path.iterdir())

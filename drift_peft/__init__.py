@@ -1,19 +1,33 @@
-"""DRIFT for PEFT: LoRA adapters of a vision-language model, steered toward a text-only reasoning expert."""
+"""DRIFT for PEFT: LoRA adapters of a vision-language model, steered toward a text-only reasoning expert.
 
-from .checkpoints import language_model_targets
-from .merge import merge_adapter, merge_baseline
-from .prior import ReasoningPrior, build_prior
-from .tuner import DriftConfig, DriftModel, guide, telemetry
+Public names are loaded on first use (PEP 562), so that `import drift_peft` and the command line's help take no time.
+"""
+
+from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = [
-    "DriftConfig",
-    "DriftModel",
-    "ReasoningPrior",
-    "build_prior",
-    "guide",
-    "language_model_targets",
-    "merge_adapter",
-    "merge_baseline",
-    "telemetry",
-]
+
+_ROOMS = {  # public name -> the room that it comes from
+    "DriftConfig": "tuner",  # which registers the tuner with PEFT, and the hooks with torch.optim
+    "DriftModel": "tuner",
+    "ReasoningPrior": "prior",
+    "build_prior": "prior",
+    "guide": "tuner",
+    "language_model_targets": "checkpoints",
+    "merge_adapter": "merge",
+    "merge_baseline": "merge",
+    "telemetry": "tuner",
+}
+__all__ = [*_ROOMS]
+
+
+def __getattr__(name: str):
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from drift_peft.checkpoints import canonical_name, module_kind
-from drift_peft.prior.prior import FORMAT, write_prior
+from drift_peft.prior.file import FORMAT, write_prior
 
 
 def device_name(device: torch.device) -> str:

@@ -66,7 +66,7 @@ def listen(steered: list, guided: bool) -> None:
         if s.capture is not None:
             s.capture.remove()
             if guided:
-                s.capture.attach()
+                s.capture.attach(s.module, s.adapter)
 
 
 def compare(model, inputs: dict[str, torch.Tensor], steps: int) -> dict:

@@ -3,7 +3,7 @@
 import torch
 
 from drift_peft import ReasoningPrior
-from drift_peft.prior.prior import FORMAT, partial_output, write_prior
+from drift_peft.prior.file import FORMAT, partial_output, write_prior
 
 
 def dense_prior(path, weights, rank=8, base="org/vlm", expert="org/expert", **header):

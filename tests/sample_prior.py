@@ -5,7 +5,8 @@ import re
 
 import torch
 
-from drift_peft.prior.prior import FORMAT, ReasoningPrior, partial_output, write_prior
+from drift_peft import ReasoningPrior
+from drift_peft.prior.file import FORMAT, partial_output, write_prior
 
 HIDDEN, KV, INTERMEDIATE = 128, 96, 256
 PROJECTIONS = {  # -> shape, size of Δ beside the others'

@@ -12,7 +12,7 @@ from reference import Layer, Whole, norm, spectrum
 from tiny import tiny_llm
 
 from drift_peft import DriftConfig
-from drift_peft.prior.prior import FORMAT, partial_output, write_prior
+from drift_peft.prior.file import FORMAT, partial_output, write_prior
 
 ALPHA = {"absolute": 0.3, "gradnorm": 0.8, "adaptive": 0.8, "decoupled": 4.0}
 MODES = [(scale, target) for scale in list(ALPHA)[:3] for target in ("residual", "delta", "factors")]

@@ -9,7 +9,7 @@ import torch
 from drift_peft import ReasoningPrior, build_prior
 from drift_peft.checkpoints import Checkpoint
 from drift_peft.demo.compare import quiet
-from drift_peft.prior.prior import partial_output, write_prior
+from drift_peft.prior.file import partial_output, write_prior
 
 from .worlds import WORLDS, World
 

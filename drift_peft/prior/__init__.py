@@ -1,15 +1,17 @@
 """Δ = W_expert − W_vlm: taken from two checkpoints, kept in a file, combined, shared.
 
+file     the file of a prior, read and written
 svd      truncated SVD with its captured energy
 delta    Δ of one weight, measured and decomposed
-build    two checkpoints -> prior file, streaming, resumable
 combine  sums and truncations of priors
 share    model card, upload, the prior as a LoRA adapter
-prior    ReasoningPrior: the file format, load, save
+prior    ReasoningPrior: the file with all that can be done with it
+build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """
 
 from .build import DEFAULT_MODULES, LEAST_COSINE, build_prior
-from .prior import PriorVector, PriorWeight, ReasoningPrior
+from .file import PriorVector, PriorWeight
+from .prior import ReasoningPrior
 
 __all__ = ["DEFAULT_MODULES", "LEAST_COSINE", "PriorVector", "PriorWeight", "ReasoningPrior", "build_prior"]

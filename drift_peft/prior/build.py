@@ -36,7 +36,8 @@ from ..checkpoints import (
     write_tensors,
 )
 from .delta import take_delta
-from .prior import FORMAT, ReasoningPrior, write_prior
+from .file import FORMAT, write_prior
+from .prior import ReasoningPrior
 
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .prior import ReasoningPrior
+from .file import PriorFile
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
 ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
@@ -32,7 +30,7 @@ def check_rank(rank: int) -> int:
     return rank
 
 
-def truncated_weights(prior: ReasoningPrior, rank: int) -> Iterator[Weight]:
+def truncated_weights(prior: PriorFile, rank: int) -> Iterator[Weight]:
     """The weights of a prior with their first min(rank, k) singular directions; vectors stay as they are."""
     for name in prior:
         tensors, stats = prior.tensors(name), prior.metadata["weights"][name]
@@ -44,7 +42,7 @@ def truncated_weights(prior: ReasoningPrior, rank: int) -> Iterator[Weight]:
         yield name, tensors, stats
 
 
-def check_parents(parents: Sequence[tuple[ReasoningPrior, float]]) -> None:
+def check_parents(parents: Sequence[tuple[PriorFile, float]]) -> None:
     """ValueError unless these priors are of one base and the coefficients give a sum."""
     if not parents:
         raise ValueError("there is nothing to combine: name at least one prior with its coefficient")
@@ -58,7 +56,7 @@ def check_parents(parents: Sequence[tuple[ReasoningPrior, float]]) -> None:
             _check_same_base(other, prior)
 
 
-def _check_same_base(one: ReasoningPrior, other: ReasoningPrior) -> None:
+def _check_same_base(one: PriorFile, other: PriorFile) -> None:
     """The norms of all base weights in both tell two bases apart, whatever folder they lay in; names only where there
     is no matrix to compare."""
     differ = f"{one.source} and {other.source} are priors of different bases"
@@ -76,7 +74,7 @@ def _check_same_base(one: ReasoningPrior, other: ReasoningPrior) -> None:
         raise ValueError(f"{differ}, {ids}, and have no matrix in common that would show them to be the same")
 
 
-def combined_header(parents: Sequence[tuple[ReasoningPrior, float]], rank: int) -> dict:
+def combined_header(parents: Sequence[tuple[PriorFile, float]], rank: int) -> dict:
     """Header of the sum without its weights; `not_steered` names every weight that any parent speaks of."""
     names = {name for prior, _ in parents for name in (*prior, *prior.metadata["not_steered"])}
     inherited = ("expert", "reference", "parents")
@@ -100,7 +98,7 @@ def combined_header(parents: Sequence[tuple[ReasoningPrior, float]], rank: int) 
     }
 
 
-def combined_weights(parents: Sequence[tuple[ReasoningPrior, float]], rank: int) -> Iterator[Weight]:
+def combined_weights(parents: Sequence[tuple[PriorFile, float]], rank: int) -> Iterator[Weight]:
     """Σ c_j Δ_j of every weight for which it is not zero; a weight that a parent lacks is zero there.
 
     ‖Σ c_j Δ_j‖ is an estimate, since the parents hold only their captured parts: of these the sum is taken exactly, and

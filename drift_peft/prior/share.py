@@ -8,7 +8,6 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download, metadata_load
@@ -26,11 +25,8 @@ from ..checkpoints import (
     write_tensors,
 )
 from .combine import formula
+from .file import FILE_NAME, PriorFile
 
-if TYPE_CHECKING:
-    from .prior import ReasoningPrior
-
-FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
 
 CARD = """\
@@ -80,7 +76,7 @@ The weights here are differences of other models' weights. Their cards give thes
 
 
 def push(
-    prior: ReasoningPrior,
+    prior: PriorFile,
     repo_id: str,
     private: bool | None,
     token: str | None,
@@ -108,7 +104,7 @@ def push(
     return commit.commit_url
 
 
-def model_card(prior: ReasoningPrior, repo_id: str | None = None, token: str | None = None) -> ModelCard:
+def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None = None) -> ModelCard:
     """What a prior is, how to use it, and the licences of the models it was made from, as their own cards give them.
 
     Args:
@@ -214,9 +210,7 @@ def _recipe(header: dict) -> str:
 
 
 @torch.no_grad()
-def export_lora(
-    prior: ReasoningPrior, scale: float, output: str | Path, base: str | Path | None, overwrite: bool
-) -> Path:
+def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | Path | None, overwrite: bool) -> Path:
     """`ReasoningPrior.as_lora`."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
@@ -258,7 +252,7 @@ def export_lora(
     return Path(output)
 
 
-def _in_memory(prior: ReasoningPrior, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
+def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     """Regular expression of the LoRA targets, and projection of the prior -> its module's name in the loaded base."""
     projections = [name for name in prior if PROJECTION.fullmatch(name)]
     if not projections:

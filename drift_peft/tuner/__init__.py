@@ -1,8 +1,9 @@
 """LoRA steered by a prior, in PEFT's own terms: what is steered, when in the step, and what is done to it there.
 
-config     DriftConfig(LoraConfig), and how it is stored
 settings   the guidance's settings: what is allowed, and which weight they speak of
 card       the model card of an adapter
+config     DriftConfig: LoraConfig with these settings, and how it is stored
+push       the card in what is pushed to the hub
 guidance   the method as pure functions on tensors
 sharding   parameters and gradients as whole stacks, wherever their parts live
 capture    the weight gradient that LoRA never forms: its norm and inner products
@@ -13,15 +14,20 @@ step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior
 trainer    the same in Trainer's logs
 fit        does this prior belong to this model?
-model      DriftModel(LoraModel) and guide: what is steered, the adapter's start, saving
+four_bit   bitsandbytes on a CPU
+attach     what the settings guide is registered; the adapter's start
+model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
+guide      the same for models that were wrapped elsewhere, and for full fine-tuning
 """
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from . import step  # noqa: F401  its hooks of torch.optim are what guides
+from . import push, step  # noqa: F401  for what they hook into: PEFT's uploads, torch.optim's steps
 from .config import DriftConfig
-from .model import DriftModel, guide, keep_4bit_differentiable
+from .four_bit import keep_4bit_differentiable
+from .guide import guide
+from .model import DriftModel
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
 from .telemetry import telemetry

@@ -16,17 +16,21 @@ recomputed as every other activation is.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .steered import SteeredAdapter
 
 
 class Capture:
     """The sums of one adapter over the backward passes of one optimizer step.
+
+    Args:
+        name: canonical name of the weight.
+        factor: "A" or "B" -> lora_A [r, in] or lora_B [out, r] as it is now.
+        prior: U [out, k], S [k] and Vh [k, in], whatever stands there at a backward pass.
+        sketch: m, or None.
 
     Attributes:
         sums: [out, m + r] in fp32, s·G·[Ω | Aᵀ]; with `drift_sketch=None` Ω is the identity and m = in.
@@ -34,8 +38,8 @@ class Capture:
         stale: the sums belong to a step that is over.
     """
 
-    def __init__(self, steered: SteeredAdapter):
-        self.steered = steered
+    def __init__(self, name: str, factor: Callable[[str], nn.Parameter], prior: dict[str, Tensor], sketch: int | None):
+        self.name, self.factor, self.prior, self.sketch = name, factor, prior, sketch
         self.x: Tensor | None = None
         self.sums: Tensor | None = None
         self.inner: Tensor | None = None
@@ -43,9 +47,8 @@ class Capture:
         self.task = -1
         self.handles: list = []
 
-    def attach(self) -> None:
-        """Begin to listen: the forward pass of the adapter goes through the tap."""
-        layer, adapter = self.steered.module, self.steered.adapter
+    def attach(self, layer: LoraLayer, adapter: str) -> None:
+        """Begin to listen: the forward pass of the layer's adapter goes through the tap."""
         self.handles = [
             layer.lora_A[adapter].register_forward_pre_hook(self.see_input),
             layer.lora_B[adapter].register_forward_hook(self.see_output),
@@ -71,25 +74,22 @@ class Capture:
     @torch.no_grad()
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """Add the tokens of one backward pass: gradient […, out] = s·y', x […, in]."""
-        steered = self.steered
-        B = steered.parameter("B")
+        A, B = self.factor("A"), self.factor("B")
         Y, X = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1]).to(gradient.dtype)
         # Gradients that are gone were discarded: by a step, by zero_grad, or by a GradScaler that skipped the step. Two
         # forward passes under one backward pass come with no gradient both, but belong together.
         task = torch._C._current_graph_task_id()
         if self.sums is None or self.stale or (B.grad is None and task != self.task):
-            width = (steered.config.drift_sketch or X.shape[-1]) + len(steered.parameter("A"))
+            width = (self.sketch or X.shape[-1]) + len(A)
             self.sums = torch.zeros(Y.shape[-1], width, device=Y.device)
             self.inner = torch.zeros((), device=Y.device)
         elif B.grad is not None:  # zeroed in place counts as discarded too; asked on the device, without waiting
             kept = (B.grad != 0).any()
             self.sums, self.inner = self.sums * kept, self.inner * kept
         self.stale, self.task = False, task
-        A = steered.parameter("A").to(X.dtype)
-        width = steered.config.drift_sketch
-        sketched = X if width is None else X @ _omega(X.shape[-1], width, X.device, X.dtype)
-        self.sums += Y.mT @ torch.cat([sketched, X @ A.mT], -1)
-        U, S, Vh = (steered.prior[key].to(X.device, X.dtype) for key in ("U", "S", "Vh"))
+        sketched = X if self.sketch is None else X @ _omega(X.shape[-1], self.sketch, X.device, X.dtype)
+        self.sums += Y.mT @ torch.cat([sketched, X @ A.to(X.dtype).mT], -1)
+        U, S, Vh = (self.prior[key].to(X.device, X.dtype) for key in ("U", "S", "Vh"))
         self.inner += ((Y @ U) * S * (X @ Vh.mT)).sum()
 
 
@@ -129,7 +129,7 @@ def weight_gradient(captures: list[Capture], g_B: Tensor, A_rows: int, s: Tensor
     for capture in captures:
         if capture.stale:
             raise RuntimeError(
-                f"drift_norm='weight' saw no backward pass through the adapter of {capture.steered.name}, though it "
+                f"drift_norm='weight' saw no backward pass through the adapter of {capture.name}, though it "
                 "has a gradient: use drift_norm='factor' with this training loop."
             )
     sums = torch.stack([capture.sums for capture in captures])

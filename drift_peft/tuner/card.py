@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
-from transformers.utils import PushToHubMixin
 
-from ..checkpoints import DRIFT_CONFIG
-
-if TYPE_CHECKING:
-    from .config import DriftConfig
+from .settings import DriftSettings
 
 START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
-PUSHED = "This is the model card of a 🤗 transformers model"  # in the empty card of transformers' push_to_hub
 BEYOND = "what {expert} has beyond the language model of {base}"
 METHODS = {  # what the guidance did
     "gradient": f"at each optimizer step the gradient of the adapter was biased toward {BEYOND}",
@@ -63,7 +55,7 @@ drift-peft merge --base {base} --adapter {folder} -o merged --verify
 """
 
 
-def update_card(folder: Path, config: DriftConfig) -> None:
+def update_card(folder: Path, config: DriftSettings) -> None:
     """Fill in the README.md that PEFT has written into an adapter's folder, or above it if the adapter has a name.
 
     The template that PEFT starts from is replaced where nobody has filled in anything; of every other card only the
@@ -89,48 +81,11 @@ def update_card(folder: Path, config: DriftConfig) -> None:
     os.replace(temporary, path)
 
 
-def _kept(write):
-    """Trainer's push_to_hub puts a card of its own in place of ours, and has PEFT add to that: here ours comes back."""
-
-    @functools.wraps(write)
-    def wrapper(model: PeftModel, output_dir: str):
-        from .config import DriftConfig  # which imports this module
-
-        write(model, output_dir)
-        for name, config in model.peft_config.items():
-            folder = Path(output_dir, "" if name == "default" else name)
-            if isinstance(config, DriftConfig) and (folder / DRIFT_CONFIG).is_file():
-                update_card(folder, config)
-
-    return wrapper
-
-
-def _filled_in(upload):
-    """`push_to_hub` puts the card of the repository, or an empty one, in place of what was saved: fill in that one."""
-
-    @functools.wraps(upload)
-    def wrapper(model: PeftModel, working_dir: str, *args, **kwargs):
-        from .config import DriftConfig
-
-        card = Path(working_dir, "README.md")
-        if any(isinstance(config, DriftConfig) for config in model.peft_config.values()):
-            if PUSHED in card.read_text(encoding="utf-8"):
-                card.unlink()
-            model.create_or_update_model_card(working_dir)
-        return upload(model, working_dir, *args, **kwargs)
-
-    return wrapper
-
-
-PeftModel.create_or_update_model_card = _kept(PeftModel.create_or_update_model_card)
-PeftModel._upload_modified_files = _filled_in(PushToHubMixin._upload_modified_files)
-
-
 def _start(name: str | None) -> str:
     return START.format(name=f", adapter {name}" if name else "")
 
 
-def _section(config: DriftConfig, name: str | None) -> str:
+def _section(config: DriftSettings, name: str | None) -> str:
     settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
     defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
     told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]

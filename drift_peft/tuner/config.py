@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig
 
 from ..checkpoints import DRIFT_CONFIG
 from .card import update_card
-from .settings import SPECTRA, check_settings, is_rank
+from .settings import DriftSettings, check_settings, is_rank
 
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
 STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
@@ -25,71 +25,18 @@ PLAIN_CHAIN_RULE = ("alora_invocation_tokens", "velora_config")
 
 
 @dataclass
-class DriftConfig(LoraConfig):
+class DriftConfig(DriftSettings, LoraConfig):
     """LoRA whose gradients are biased toward a reasoning prior (DRIFT, arXiv 2510.15050, equations 3 and 4).
 
     All of `LoraConfig`'s fields keep their meaning. `target_modules=None` means exactly the language model's
-    projections that the prior covers. On disk the adapter is plain LoRA; the fields below go to `drift_config.json`.
+    projections that the prior covers. On disk the adapter is plain LoRA; the guidance's own fields, which stand in
+    `DriftSettings`, go to `drift_config.json`.
 
     Raises:
         TypeError: an unknown field (the nearest known one is named).
         ValueError: a value out of range, a LoRA variant with another chain rule, or no prior to train with.
     """
 
-    prior: str | None = field(
-        default=None, metadata={"help": "Prior file, or hub id (`id@revision`); None only with inference_mode=True."}
-    )
-    drift_alpha: float = field(
-        default=0.3,  # of the adaptive scale: benchmarks/RESULTS.md, chosen by the exams over images
-        metadata={"help": "Strength a ≥ 0 of the pull toward the expert; 0 is plain LoRA. The paper's α is −a."},
-    )
-    drift_scale: Literal["adaptive", "gradnorm", "absolute", "decoupled"] = field(
-        default="adaptive",
-        metadata={"help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead."},
-    )
-    drift_target: Literal["residual", "delta", "factors", "base"] = field(
-        default="residual",
-        metadata={"help": "What the bias points to: Δ − sBA, Δ, the SVD's own factors, or the base (sBA = 0)."},
-    )
-    drift_rank: int | None = field(
-        default=None, metadata={"help": "Rank to which Δ is truncated; None: the adapter's own rank."}
-    )
-    drift_norm: Literal["factor", "weight"] = field(
-        default="factor",
-        metadata={"help": "Whose norm and cosine scale the bias: each LoRA factor's, or the weight gradient's."},
-    )
-    drift_sketch: int | None = field(
-        default=64,
-        metadata={"help": "drift_norm='weight': columns of the sketch that ‖G‖ is taken from; None keeps G itself."},
-    )
-    drift_spectrum: str | float = field(
-        default="full",
-        metadata={"help": "Weight of Δ's singular directions: 'full' S, 'flat' all alike, or a power p for S^p."},
-    )
-    drift_modules: str | list[str] | None = field(
-        default=None,
-        metadata={"help": "Where the bias acts: presets attn, mlp, bias, norm, head, embed or regular expressions."},
-    )
-    drift_alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Regular expression of weight names -> strength there."}
-    )
-    drift_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which the strength grows linearly from 0."}
-    )
-    drift_decay_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
-    )
-    prior_sha256: str | None = field(
-        default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
-    )
-    drift_steps: int = field(default=0, metadata={"help": "Guided optimizer steps so far; counted while training."})
-    quantization: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "transformers' quantization_config of the base in training, {} if it was in full precision; filled "
-            "in when the model is wrapped."
-        },
-    )
     init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
         default="drift",
         metadata={
@@ -97,13 +44,6 @@ class DriftConfig(LoraConfig):
             "lora_variants": LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"],
         },
     )
-
-    # Known only while training, on the instance, and not stored.
-    repeated_steps: ClassVar[int] = 0  # steps taken twice on the same gradients
-    iteration: ClassVar[Any] = 0  # guided steps before this iteration, in which several optimizers may step
-    stepped: ClassVar[frozenset] = frozenset()  # what they have trained in it so far
-    expert: ClassVar[str | None] = None  # of the prior
-    trained_on: ClassVar[str | None] = None  # name of the data set
 
     def __new__(cls, *args, **kwargs):
         known = [f.name for f in fields(cls)]
@@ -149,11 +89,11 @@ class DriftConfig(LoraConfig):
                 f"{refused[0]} changes how an adapter acts on the weight, so the guidance of plain LoRA would be "
                 f"wrong for it: leave out {' and '.join(refused)}."
             )
-
-    @property
-    def spectrum_power(self) -> float:
-        """p of S^p (see `guidance.spectrum`)."""
-        return SPECTRA.get(self.drift_spectrum, self.drift_spectrum)
+        if self.drift_target == "factors" and min([self.lora_alpha, *self.alpha_pattern.values()]) <= 0:
+            raise ValueError(
+                "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
+                f"lora_alpha={self.lora_alpha} and alpha_pattern={self.alpha_pattern}."
+            )
 
     # On disk: what stock PEFT writes for LoRA, and our settings beside it.
 

@@ -1,32 +1,28 @@
-"""DriftModel: PEFT's LoraModel whose layers know the prior that steers them; `guide` for models wrapped elsewhere."""
+"""DriftModel: PEFT's LoraModel whose layers know the prior that steers them."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 
-import torch
 from peft import PeftModel, mixed_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoints import canonical_name, language_model_targets, module_kind, quantization_of
 from ..prior import ReasoningPrior
-from . import guidance
+from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
 from .fit import check_fit
-from .settings import check_patterns_used, is_guided
-from .sharding import values
-from .steered import SteeredAdapter, SteeredTensor, lora_layers, steered_of, trainable_tensors
-from .trainer import register_callback
+from .four_bit import keep_4bit_differentiable
+from .settings import check_patterns_used
+from .steered import lora_layers, steered_of, trainable_tensors
 
-PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 
 
@@ -70,9 +66,9 @@ class DriftModel(LoraModel):
             check_patterns_used(config, sorted(targets) + _tensors(config, known))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
-        adapters = _steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
+        adapters = steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
         if config.init_lora_weights == "drift":
-            _start(adapters, prior)
+            start_adapters(adapters, prior)
 
     def _create_and_replace(self, lora_config, *args, **kwargs) -> None:
         if isinstance(lora_config, DriftConfig) and lora_config.init_lora_weights == "drift":
@@ -127,65 +123,6 @@ class DriftModel(LoraModel):
         return weights
 
 
-def guide(
-    model: nn.Module, prior: ReasoningPrior | str | None = None, adapter_name: str | None = None, **settings
-) -> nn.Module:
-    """Steer a model that was wrapped elsewhere (PEFT, TRL, Unsloth, LLaMA-Factory), or that is trained in full.
-
-    Everything trainable that has a Δ in the prior is steered: the LoRA adapters, and tensors that are trained
-    themselves, such as all weights of a model without adapters (the paper's own setting). An adapter's start stays as
-    it is, and so does what it saves. Calling it again replaces the settings. Returns the model.
-
-    Tensors that are trained themselves are steered by what is still missing, Δ − (W − W_0), and so a copy of W_0 is
-    kept beside them; the paper's constant direction, drift_target="delta", needs none.
-
-    Args:
-        prior: what steers; None only with drift_target="base".
-        adapter_name: the LoRA adapter to steer; every active one if None.
-        settings: the `drift_…` fields of `DriftConfig`.
-
-    Raises:
-        TypeError: an unknown setting.
-        ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
-            chain rule, was wrapped with DriftConfig, or does not fit the prior; or a setting is out of range.
-    """
-    if prior is not None and not isinstance(prior, ReasoningPrior):
-        prior = ReasoningPrior.load(prior)
-    if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
-        raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
-    _refuse_meta(model)
-    layers = list(lora_layers(model, adapter_name))
-    if adapter_name is not None and not layers:
-        raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
-    config = DriftConfig(
-        prior=None if prior is None else prior.source,
-        prior_sha256=None if prior is None else prior.sha256,
-        r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
-        **settings,
-    )
-    for name, layer, adapter in layers:
-        _refuse_layer(model, name, layer, adapter, config)
-    keep_4bit_differentiable(model)
-    adapters = {adapter for _, _, adapter in layers}
-    targets = {
-        name: min(layer.r[a] for a in adapters.intersection(layer.r))
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
-    }
-    tensors = list(trainable_tensors(model))
-    if not layers and not tensors:
-        raise ValueError(
-            "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
-            "get_peft_model, or set requires_grad for what shall be trained in full."
-        )
-    if prior is not None:
-        check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
-    else:
-        check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
-    _steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
-    return model
-
-
 def _unmixed(check):
     """PEFT's models of mixed adapter types make their layers past DriftModel, so nothing there would be guided."""
 
@@ -204,20 +141,6 @@ def _unmixed(check):
 mixed_model._check_config_compatible = _unmixed(mixed_model._check_config_compatible)  # what PEFT asks first
 
 
-def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:
-    variant = type(layer.lora_variant.get(adapter)).__name__
-    if adapter in layer.lora_variant and variant not in PLAIN_VARIANTS:
-        raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
-    if config.drift_target == "factors" and layer.scaling[adapter] <= 0:
-        raise ValueError(
-            f"{name} has the LoRA scaling {layer.scaling[adapter]}, but drift_target='factors' divides by it: use "
-            "drift_target='residual'."
-        )
-    current = getattr(layer, "drift", {}).get(adapter)
-    if current is not None and current.config in getattr(model, "peft_config", {}).values():
-        raise ValueError(f"The adapter '{adapter}' is steered by its DriftConfig already: change the settings there.")
-
-
 def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> None:
     """Refuse a model that is wrapped already, or whose weights are not there yet."""
     if isinstance(model, PeftModel) or any(adapter in m.r for m in model.modules() if isinstance(m, LoraLayer)):
@@ -226,15 +149,7 @@ def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> 
             "config), or take the first one off with model.unload()."
         )
     if not low_cpu_mem_usage:
-        _refuse_meta(model)
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise ValueError(
-            "The model is on the meta device, without weights: load them first, so that the prior can be compared with "
-            "them and the adapter can start from it."
-        )
+        refuse_meta(model)
 
 
 def _forget(modules: Iterable[nn.Module], adapter: str) -> None:
@@ -286,94 +201,3 @@ def _tensors(config: DriftConfig, names: Iterable[str]) -> list[str]:
         if (module_kind(name) == "bias" and config.bias != "none")
         or any(re.fullmatch(pattern, name.removesuffix(".weight")) for pattern in saved)
     ]
-
-
-def _steer(
-    layers: list[tuple[str, LoraLayer, str]],
-    trained: list[tuple[str, nn.Module, str, Tensor | None]],
-    prior: ReasoningPrior | None,
-    config: DriftConfig,
-    adapter_name: str,
-) -> list[SteeredAdapter]:
-    """Register everything that the settings guide; without a prior, everything is held at the base. Returns the
-    adapters."""
-
-    def guided(name: str) -> bool:
-        return (prior is None or name in prior) and is_guided(config, name)
-
-    adapters = [
-        SteeredAdapter(layer, adapter, name, config, None if prior is None else prior[name])
-        for name, layer, adapter in layers
-        if guided(name)
-    ]
-    keeps_start = config.drift_target != "delta"
-    tensors, seen = [], set()
-    for name, module, attribute, start in trained:
-        parameter = getattr(module, attribute)
-        if guided(name) and id(parameter) not in seen:  # of tied weights, the first one's Δ
-            seen.add(id(parameter))
-            if keeps_start and start is None:  # after an earlier call it is no longer what the tensor holds
-                earlier = getattr(module, "drift", {}).get(attribute)
-                held = {} if earlier is None else earlier.prior
-                start = held.get("W0", values([parameter])[0].clone())
-            weight = None if prior is None else prior[name]
-            W0 = values([start])[0] if keeps_start else None
-            tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, weight, W0))
-    lower = [s.name for s in adapters if config.drift_rank and s.prior and len(s.prior["S"]) < config.drift_rank]
-    if lower:
-        warnings.warn(
-            f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
-            f"{lower[0]}: these are steered by all that it holds.",
-            stacklevel=3,
-        )
-    for s in [*adapters, *tensors]:
-        s.register()
-    register_callback()
-    return adapters
-
-
-@torch.no_grad()
-def _start(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None:
-    """The `drift` start: A = c·V_rᵀ, B = 0. The model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
-
-    c is the row norm of PEFT's own start. Rows beyond the prior's rank keep that start.
-    """
-    short = 0
-    for s in steered:
-        A, B = s.parameter("A"), s.parameter("B")
-        if A.device.type != "meta":  # low_cpu_mem_usage: the weights are loaded afterwards
-            weight = prior[s.name]
-            Vh = weight.U.mT if s.adapter in s.module.lora_embedding_A else weight.Vh
-            rows = min(len(A), len(Vh))
-            A[:rows] = (guidance.START_NORM * Vh[:rows].float()).to(A)
-            B[:, :rows] = 0
-            short += rows < len(A)
-    if short:
-        warnings.warn(
-            f"On {short} layers the prior's rank is below the adapter's: their remaining rows of lora_A start as "
-            "PEFT's do.",
-            stacklevel=2,
-        )
-
-
-def keep_4bit_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes 4-bit layers on a CPU trainable after an evaluation pass.
-
-    On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weight in its first forward pass in eval mode, for a kernel
-    without a gradient: from then on, training raises an error, or goes on with wrong gradients where the layer has no
-    bias. This switches that kernel off for the model's layers and unpacks what was packed before.
-    """
-    bnb = sys.modules.get("bitsandbytes")  # not imported: then the model has no layer of it
-    if bnb is None:
-        return
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and m.support_avx512bf16_for_cpu]
-    for layer in layers:
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            layer.state_dict()  # where bitsandbytes unpacks the weight, in place
-        layer.support_avx512bf16_for_cpu = False
-    if any(layer.weight.device.type == "cpu" for layer in layers):
-        warnings.warn(
-            f"Switched off bitsandbytes' AVX512-BF16 inference kernel on {len(layers)} 4-bit layers: it has no "
-            "gradient, and an evaluation pass would have made training wrong. Evaluation on this CPU is slower.",
-            stacklevel=2,
-        )

@@ -116,8 +116,8 @@ class SteeredAdapter(Steered):
                     f"drift_norm='weight' is not available for LoRA on an embedding, such as {self.name}: use "
                     "drift_norm='factor', or leave it out of drift_modules."
                 )
-            self.capture = Capture(self)
-            self.capture.attach()
+            self.capture = Capture(self.name, self.parameter, self.prior, self.config.drift_sketch)
+            self.capture.attach(self.module, self.adapter)
 
     def release(self) -> None:
         super().release()
@@ -218,7 +218,8 @@ class Stack:
         self.device = device
         self.prior = {key: gather([s.prior[key].to(device) for s in batch]) for key in batch[0].prior}
         for i, steered in enumerate(batch):  # views from now on: the prior is in memory once
-            steered.prior, steered.stack = {key: stacked[i] for key, stacked in self.prior.items()}, self
+            steered.prior.update({key: stacked[i] for key, stacked in self.prior.items()})
+            steered.stack = self
         self.norm: Tensor | None = None
         if "U" in self.prior:
             U, S, Vh = (self.prior[key].float() for key in ("U", "S", "Vh"))

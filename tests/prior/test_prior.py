@@ -1,4 +1,4 @@
-"""prior.py: the file, what reads it, and what happens when it cannot be written."""
+"""file.py: the file of a prior, what reads it, and what happens when it cannot be written."""
 
 import hashlib
 import json
@@ -9,17 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from drift_peft.prior import prior as prior_module
-from drift_peft.prior.prior import (
-    FILE_NAME,
-    FORMAT,
-    HEADER_KEY,
-    PriorVector,
-    PriorWeight,
-    ReasoningPrior,
-    partial_output,
-    write_prior,
-)
+from drift_peft import ReasoningPrior
+from drift_peft.prior import PriorVector, PriorWeight
+from drift_peft.prior import file as prior_module
+from drift_peft.prior.file import FILE_NAME, FORMAT, HEADER_KEY, partial_output, write_prior
 
 NAMES = ["layers.2.mlp.up_proj.weight", "layers.10.self_attn.q_proj.weight"]
 VECTOR = "layers.2.self_attn.q_proj.bias"

@@ -13,7 +13,7 @@ from transformers import Adafactor
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
 from drift_peft.checkpoints.naming import canonical_name
-from drift_peft.tuner.model import keep_4bit_differentiable
+from drift_peft.tuner import keep_4bit_differentiable
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])

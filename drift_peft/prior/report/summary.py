@@ -11,11 +11,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ...checkpoints import module_kind
-from ..prior import ReasoningPrior
+from ..file import PriorFile
 from .verdict import verdict
 
 
-def prior_summary(prior: ReasoningPrior, rank: int | None = None) -> dict:
+def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
     """The header of a prior with its statistics by layer, projection and kind of module.
 
     A group of weights has `relative_norm` ‖Δ‖/‖W_base‖ (None where the base is zero, as a bias may be) and captured

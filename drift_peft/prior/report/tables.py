@@ -11,7 +11,7 @@ from torch import nn
 
 from ...checkpoints import Checkpoint, canonical_name, cross_attention_layers, describe, language_model_targets
 from ..combine import formula
-from ..prior import ReasoningPrior
+from ..file import PriorFile
 
 
 def prior_table(summary: dict) -> Table:
@@ -61,7 +61,7 @@ def prior_notes(summary: dict) -> list[str]:
     return notes
 
 
-def targets_summary(checkpoint: Checkpoint, prior: ReasoningPrior | None = None) -> dict:
+def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> dict:
     """What `target_modules=None` adapts and steers on this model, from its config alone: no weight is loaded.
 
     Per module type (q_proj, …): how many modules are adapted, how many of them have a Δ in the prior (None without a

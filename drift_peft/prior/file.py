@@ -1,0 +1,231 @@
+"""The file of a prior: Δ of every steered weight as a truncated SVD, and of vectors whole, in one safetensors file.
+
+Keys are `<canonical name>.U`, `.S` and `.Vh` for matrices, `<canonical name>.delta` for vectors (norms, biases). The
+header holds one JSON string (several keys would be written in random order, and the same prior would not be the same
+bytes): format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is zero (`not_steered`), and
+the statistics of each weight (`weights`). A combined prior names its `parents` in place of an expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoints import download, layer_order, partial_folder, refuse_output, split_revision, write_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HEADER_KEY, FORMAT = "drift_prior", 1
+FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository
+PROBES = 16  # weights that are compared to recognize the base
+MEASURED = ("delta_norm", "base_norm", "cosine")  # what the header says of every weight, beside its energy
+
+
+@dataclass(frozen=True)
+class PriorWeight:
+    """Δ ≈ U diag(S) Vh of one weight W [out, in], and what was measured when it was taken.
+
+    Attributes:
+        U, S, Vh: bf16 [out, k], fp32 [k] in descending order, bf16 [k, in], on the CPU, memory-mapped.
+        delta_norm, base_norm: ‖Δ‖_F of the whole Δ, ‖W_base‖_F.
+        cosine: cos(W_expert, W_base).
+        energy: captured energy ΣS² / ‖Δ‖_F².
+        fingerprint: u_iᵀ W_base v_i for the first min(8, k) i, to recognize the base, quantized or not; empty in a
+            combined prior, which has probes instead (`ReasoningPrior.probes`).
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    delta_norm: float
+    base_norm: float
+    cosine: float
+    energy: float
+    fingerprint: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PriorVector:
+    """Δ of one vector (a norm's weight or a bias), whole, and what was measured when it was taken.
+
+    Attributes:
+        delta: fp32 [n], on the CPU, memory-mapped.
+        delta_norm, base_norm: ‖Δ‖, ‖w_base‖; the latter may be 0.
+        cosine: cos(w_expert, w_base).
+    """
+
+    delta: torch.Tensor
+    delta_norm: float
+    base_norm: float
+    cosine: float
+
+
+class PriorFile(Mapping[str, PriorWeight | PriorVector]):
+    """Canonical weight name -> PriorWeight, or PriorVector for a vector, read from the file on access.
+
+    Attributes:
+        path: the file.
+        source: path or hub id as given to `load`.
+        metadata: the header, as described at the top of this module.
+    """
+
+    def __init__(self, path: Path, source: str):
+        self.path, self.source = path, source
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{source} is no prior: it is truncated or no safetensors file ({error})") from error
+        header = (self._file.metadata() or {}).get(HEADER_KEY)
+        if header is None:
+            raise ValueError(f"{source} is a safetensors file but no prior: make one with `drift-peft prior build`")
+        try:
+            self.metadata = json.loads(header)
+            written = self.metadata["format"]
+            if written == FORMAT:
+                self._names = sorted(self.metadata["weights"], key=layer_order)
+                promised = {key: kind for name in self._names for key, kind in self._promised(name).items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source} is no prior: its header is damaged, so build or fetch it again") from error
+        if written != FORMAT:
+            raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
+        self._check_tensors(promised)
+
+    @classmethod
+    def load(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Open a prior: a file, a folder or hub repository that holds prior.safetensors, or `id@revision`.
+
+        Raises:
+            FileNotFoundError: there is no such path or repository, or no prior in it.
+            ValueError: the file is no prior, or a damaged one.
+        """
+        path = Path(source)
+        if not path.exists():
+            if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
+                raise FileNotFoundError(f"there is no file {source}")
+            repository, revision = split_revision(str(source), revision)
+            path = download(repository, revision, [FILE_NAME])
+        if path.is_dir():
+            path /= FILE_NAME
+            if not path.is_file():
+                raise FileNotFoundError(f"{source} holds no {FILE_NAME}")
+        return cls(path, str(source))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the file, as a hexadecimal string."""
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any weight."""
+        return max((stats.get("rank", 1) for stats in self.metadata["weights"].values()), default=1)
+
+    def __getitem__(self, name: str) -> PriorWeight | PriorVector:
+        tensors = self.tensors(name)
+        stats = self.metadata["weights"][name]
+        measured = {key: stats[key] for key in MEASURED}
+        if "delta" in tensors:
+            return PriorVector(tensors["delta"], **measured)
+        factors = {key: tensors[key] for key in ("U", "S", "Vh")}
+        return PriorWeight(**factors, **measured, energy=stats["energy"], fingerprint=tuple(stats["fingerprint"]))
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """All that the file holds of one weight, memory-mapped: last part of the key -> tensor. KeyError if nothing."""
+        if name not in self.metadata["weights"]:
+            near = difflib.get_close_matches(str(name), self, n=3)
+            why = "its Δ is zero" if name in self.metadata["not_steered"] else f"nearest: {', '.join(near) or 'none'}"
+            raise KeyError(f"{self.source} has no weight {name} ({why})")
+        return {key.rpartition(".")[2]: self._file.get_tensor(key) for key in self._promised(name)}
+
+    def probes(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What recognizes the base: (name, U [out, i], Vh [i, in], u_iᵀ·W_base·v_i [i]), i ≤ 8, of at most 16 weights.
+
+        They are the first singular directions of the weights' own Δ, or of a parent's in a combined prior. Names alone
+        decide which weights these are. The embedding and the head, twenty times as large as the others, are among them
+        only where there is nothing else.
+        """
+        stats = self.metadata["weights"]
+        names = [name for name in self if stats[name].get("probe") or stats[name].get("fingerprint")]
+        names = [name for name in names if name.startswith("layers.")] or names
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:PROBES]:
+            tensors, values = self.tensors(name), stats[name].get("probe") or stats[name]["fingerprint"]
+            U, Vh = (tensors.get(f"probe_{factor}", tensors[factor]) for factor in ("U", "Vh"))
+            yield name, U[:, : len(values)], Vh[: len(values)], torch.tensor(values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.metadata["weights"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    # A prior is its file, so it can be a key of `combine`; a Mapping would compare contents and have no hash.
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, {len(self)} weights, rank {self.rank})"
+
+    def _promised(self, name: str) -> dict[str, tuple[list[int], str]]:
+        """Key -> (shape, dtype) of each tensor that the header speaks of; a header that does not say raises."""
+        stats = self.metadata["weights"][name]
+        if not all(math.isfinite(stats[key]) for key in (*MEASURED, "energy")):
+            raise ValueError(f"the statistics of {name} are not finite")
+        if len(stats["shape"]) == 1:
+            return {f"{name}.delta": (stats["shape"], "F32")}
+        (rows, columns), rank, probes = stats["shape"], stats["rank"], len(stats.get("probe", ()))
+        if len(stats["fingerprint"]) > rank:
+            raise ValueError(f"the fingerprint of {name} is longer than its rank")
+        factors = {"U": ([rows, rank], "BF16"), "S": ([rank], "F32"), "Vh": ([rank, columns], "BF16")}
+        if probes:
+            factors |= {"probe_U": ([rows, probes], "BF16"), "probe_Vh": ([probes, columns], "BF16")}
+        return {f"{name}.{factor}": kind for factor, kind in factors.items()}
+
+    def _check_tensors(self, promised: dict[str, tuple[list[int], str]]) -> None:
+        """The file holds what its header promises, in shape and dtype. No tensor is read for that."""
+        slices = {key: self._file.get_slice(key) for key in self._file.keys()}
+        held = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+        for key in sorted(promised.keys() | held.keys()):
+            if promised.get(key) != held.get(key):
+                says, holds = ("{1} {0}".format(*of[key]) if key in of else "none" for of in (promised, held))
+                raise ValueError(
+                    f"{self.source} is damaged: for {key} its header promises {says} and the file holds {holds}, so "
+                    "build or fetch it again"
+                )
+
+
+@contextlib.contextmanager
+def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Folder `<output>.partial/` to work in. It is gone afterwards, whatever happened.
+
+    Raises:
+        FileExistsError, IsADirectoryError, FileNotFoundError, OSError: the output could not be written in the end.
+    """
+    refuse_output(Path(output), overwrite, example=FILE_NAME)
+    with partial_folder(Path(output)) as partial:
+        yield partial
+
+
+def write_prior(folder: Path, output: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """Write a prior inside the folder of `partial_output` and rename it when it is complete."""
+    header = {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
+    write_tensors(folder / FILE_NAME, tensors, header)
+    os.replace(folder / FILE_NAME, output)

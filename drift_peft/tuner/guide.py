@@ -1,0 +1,89 @@
+"""guide: a model that something else has wrapped, or that is trained in full, is steered."""
+
+from __future__ import annotations
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..prior import ReasoningPrior
+from .attach import refuse_meta, steer
+from .config import DriftConfig
+from .fit import check_fit
+from .four_bit import keep_4bit_differentiable
+from .settings import check_patterns_used
+from .steered import lora_layers, trainable_tensors
+
+PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
+
+
+def guide(
+    model: nn.Module, prior: ReasoningPrior | str | None = None, adapter_name: str | None = None, **settings
+) -> nn.Module:
+    """Steer a model that was wrapped elsewhere (PEFT, TRL, Unsloth, LLaMA-Factory), or that is trained in full.
+
+    Everything trainable that has a Δ in the prior is steered: the LoRA adapters, and tensors that are trained
+    themselves, such as all weights of a model without adapters (the paper's own setting). An adapter's start stays as
+    it is, and so does what it saves. Calling it again replaces the settings. Returns the model.
+
+    Tensors that are trained themselves are steered by what is still missing, Δ − (W − W_0), and so a copy of W_0 is
+    kept beside them; the paper's constant direction, drift_target="delta", needs none.
+
+    Args:
+        prior: what steers; None only with drift_target="base".
+        adapter_name: the LoRA adapter to steer; every active one if None.
+        settings: the `drift_…` fields of `DriftConfig`.
+
+    Raises:
+        TypeError: an unknown setting.
+        ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
+            chain rule, was wrapped with DriftConfig, or does not fit the prior; or a setting is out of range.
+    """
+    if prior is not None and not isinstance(prior, ReasoningPrior):
+        prior = ReasoningPrior.load(prior)
+    if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
+        raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
+    refuse_meta(model)
+    layers = list(lora_layers(model, adapter_name))
+    if adapter_name is not None and not layers:
+        raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
+    config = DriftConfig(
+        prior=None if prior is None else prior.source,
+        prior_sha256=None if prior is None else prior.sha256,
+        r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
+        **settings,
+    )
+    for name, layer, adapter in layers:
+        _refuse_layer(model, name, layer, adapter, config)
+    keep_4bit_differentiable(model)
+    adapters = {adapter for _, _, adapter in layers}
+    targets = {
+        name: min(layer.r[a] for a in adapters.intersection(layer.r))
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
+    }
+    tensors = list(trainable_tensors(model))
+    if not layers and not tensors:
+        raise ValueError(
+            "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
+            "get_peft_model, or set requires_grad for what shall be trained in full."
+        )
+    if prior is not None:
+        check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
+    else:
+        check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
+    steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
+    return model
+
+
+def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:
+    variant = type(layer.lora_variant.get(adapter)).__name__
+    if adapter in layer.lora_variant and variant not in PLAIN_VARIANTS:
+        raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
+    if config.drift_target == "factors" and layer.scaling[adapter] <= 0:
+        raise ValueError(
+            f"{name} has the LoRA scaling {layer.scaling[adapter]}, but drift_target='factors' divides by it: use "
+            "drift_target='residual'."
+        )
+    current = getattr(layer, "drift", {}).get(adapter)
+    if current is not None and current.config in getattr(model, "peft_config", {}).values():
+        raise ValueError(f"The adapter '{adapter}' is steered by its DriftConfig already: change the settings there.")

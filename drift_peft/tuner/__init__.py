@@ -9,6 +9,7 @@ sharding   parameters and gradients as whole stacks, wherever their parts live
 capture    the weight gradient that LoRA never forms: its norm and inner products
 steered    what is steered: adapters and other trainable tensors, each with its part of the prior
 batches    one step's guidance, a batched call for all that has one shape
+plan       what an optimizer guides, looked up once
 deepspeed  DeepSpeed's engine: where it keeps what it trains
 step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior

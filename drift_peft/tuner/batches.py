@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator
+import weakref
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,21 +20,17 @@ TORCH = Storage()
 
 
 @torch.no_grad()
-def bias_gradients(
-    steered: Iterable[Steered],
-    parameters: Container[int],
-    loss_scale: Tensor | float | None = None,
-    storage: Storage = TORCH,
-) -> None:
+def bias_gradients(groups: Iterable[Group], loss_scale: Tensor | float | None = None) -> None:
     """Bias the gradients of these in place (METHOD: DRIFT eq. 3 and 4, on LoRA pulled back onto the factors).
 
-    Only parameters whose id() is in `parameters` are touched; they have a gradient. `loss_scale` is the factor a
-    GradScaler has left in the gradients of a fused optimizer; only `absolute` needs it, the other scales follow the
-    gradient's own norm. `storage` is where the optimizer finds its gradients.
+    `loss_scale` is the factor a GradScaler has left in the gradients of a fused optimizer; only `absolute` needs it,
+    the other scales follow the gradient's own norm.
     """
-    guided = [s for s in steered if s.alpha and s.config.drift_scale != "decoupled"]
     repeated = {}
-    for batch in _batches(guided, parameters, storage):
+    for group in groups:
+        if group.config.drift_scale == "decoupled":
+            continue
+        batch = group.batch()
         if batch.biased_already():
             repeated[id(batch.config)] = batch.config
         else:
@@ -51,41 +48,60 @@ def bias_gradients(
 
 @torch.no_grad()
 def pull_parameters(
-    steered: Iterable[Steered],
-    lr: dict[int, float | Tensor | None],
-    applied: Tensor | float = 1.0,
-    storage: Storage = TORCH,
+    groups: Iterable[Group], lr: dict[int, float | Tensor | None], applied: Tensor | float = 1.0
 ) -> None:
     """The `decoupled` scale, after the optimizer's update: p ← p + lr·a·(p* − p).
 
     `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update.
     """
-    for batch in _batches((s for s in steered if s.alpha and s.config.drift_scale == "decoupled"), lr, storage):
-        batch.pull_parameters(lr, applied)
-        del batch
+    for group in groups:
+        if group.config.drift_scale == "decoupled":
+            group.batch().pull_parameters(lr, applied)
 
 
-def _batches(steered: Iterable[Steered], parameters: Container[int], storage: Storage) -> Iterator[Batch]:
+class Group:
+    """What goes through one batched call, looked up once for many steps.
+
+    Attributes:
+        trained: names of those of the parameters that the optimizer updates; they have a gradient.
+        storage: where the optimizer finds its gradients.
+        parameters: factor -> the parameters of all members.
+    """
+
+    def __init__(self, members: Sequence[Steered], trained: tuple[str, ...], storage: Storage):
+        self.config, self.trained, self.storage = members[0].config, trained, storage
+        self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
+        self._members = [weakref.ref(m) for m in members]  # which belong to their modules
+        self._batch = AdapterBatch if isinstance(members[0], SteeredAdapter) else TensorBatch
+
+    def batch(self) -> Batch:
+        """This step's numbers of it."""
+        return self._batch([member() for member in self._members], self)
+
+
+def groups_of(steered: Iterable[Steered], parameters: Container[int], storage: Storage = TORCH) -> list[Group]:
+    """What is guided of these, by what goes through one call; of parameters whose id() is in `parameters` alone."""
     groups: dict[tuple, list[Steered]] = {}
     for s in steered:
+        if not s.alpha:
+            continue
         trained = tuple(factor for factor in s.factors if id(s.parameter(factor)) in parameters)
         prior = tuple((key, t.shape) for key, t in s.prior.items())
         key = trained, type(s), id(s.config), s.alpha, prior, s.batch_key()
         groups.setdefault(key, []).append(s)
-    for key, members in groups.items():
+    found = []
+    for (trained, *_), members in groups.items():
         size = members[0].batch_size(members)
-        for i in range(0, len(members), size):
-            yield (AdapterBatch if key[1] is SteeredAdapter else TensorBatch)(members[i : i + size], key[0], storage)
+        found += [Group(members[i : i + size], trained, storage) for i in range(0, len(members), size)]
+    return found
 
 
 class Batch:
-    """What L things of one shape have in common: settings, strength, the stacked prior, and `trained`, the names of
-    those of their parameters that the optimizer updates."""
+    """What L things of one shape have in common at one step: settings, strength, the stacked prior."""
 
-    def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
-        self.members, self.config, self.trained, self.storage = members, members[0].config, trained, storage
-        # Looked up once for all that follows: with hundreds of adapters this is a good part of the time on a GPU.
-        self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
+    def __init__(self, members: list[Steered], group: Group):
+        self.members, self.config, self.trained, self.storage = members, group.config, group.trained, group.storage
+        self.parameters = group.parameters
         first = self.parameters[members[0].factors[0]][0]
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.stack = Stack.of(members, first.device)
@@ -104,13 +120,12 @@ class Batch:
         biased, version = self.stack.biased
         return biased() is gradient and version == gradient._version
 
-    def remember(self, cosines: list[Tensor], ratios: list[Tensor]) -> None:
-        """For telemetry, and for `biased_already`."""
+    def remember(self, *measured: Tensor) -> None:
+        """‖g‖, ‖D‖, ⟨g, D⟩ and c of g̃ = g − c·D, each [factors, L]. For telemetry, and for `biased_already`."""
         gradient = self.parameters[self.trained[0]][0].grad
         if gradient is not None:  # else DeepSpeed keeps it, and discards it after its step
             self.stack.biased = TensorWeakRef(gradient), gradient._version
-        self.stack.cosine = torch.stack(cosines).mean(0)
-        self.stack.ratio = torch.stack(ratios).mean(0)
+        self.stack.measured = measured
 
     def rates(self, factor: str, lr: dict[int, float | Tensor | None]) -> Tensor | float:
         """lr [L, 1, 1] of the parameters' own groups, or the number that they share."""
@@ -128,10 +143,10 @@ class Batch:
 class AdapterBatch(Batch):
     """The factors of L adapters as stacks in at least fp32: A [L, r, in], B [L, out, r], s [L]."""
 
-    def __init__(self, members: list[SteeredAdapter], trained: tuple[str, ...], storage: Storage):
-        super().__init__(members, trained, storage)
+    def __init__(self, members: list[SteeredAdapter], group: Group):
+        super().__init__(members, group)
         self.A, self.B = (values(self.parameters[factor]).to(self.dtype) for factor in "AB")
-        self.s = self.stack.scaling(members, self.dtype)
+        self.s = self.stack.scaling(self.dtype)
         self.prior = [self.stack.prior[key].to(self.dtype) for key in ("U", "S", "Vh") if key in self.stack.prior]
 
     def direction(self) -> guidance.Direction:
@@ -147,30 +162,26 @@ class AdapterBatch(Batch):
         direction = self.direction()
         g = {factor: self.storage.gradients(self.parameters[factor]).to(self.dtype) for factor in self.trained}
         measure = self._of_weight if self.config.drift_norm == "weight" else self._of_factors
-        measured = measure(direction, g)
-        cosines, ratios = [], []
-        for factor, (g_norm, D_norm, inner, floor) in measured.items():
-            c = guidance.multiplier(
-                g_norm, D_norm, inner, floor, direction.share, self.strength(loss_scale), self.config.drift_scale
-            )
-            biased = g[factor] - guidance.column(c) * getattr(direction, factor)
+        g_norm, D_norm, inner, floor = measure(direction, g)
+        strength = self.strength(loss_scale)
+        c = guidance.multiplier(g_norm, D_norm, inner, floor, direction.share, strength, self.config.drift_scale)
+        for factor, own in zip(g, c.unbind(), strict=True):
+            biased = g[factor] - guidance.column(own) * getattr(direction, factor)
             self.storage.set_gradients(self.parameters[factor], biased)
-            cosines.append(guidance.cosine(g_norm, D_norm, inner))
-            ratios.append(torch.where(g_norm > 0, c * D_norm / g_norm, 0.0))
-        self.remember(cosines, ratios)
+        self.remember(g_norm, D_norm, inner, c)
 
-    def _of_factors(self, direction: guidance.Direction, g: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-        """‖g‖, ‖D‖, ⟨g, D⟩ and the floor of ‖D‖, each [L], of each factor itself."""
-        measured = {}
+    def _of_factors(self, direction: guidance.Direction, g: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """‖g‖, ‖D‖, ⟨g, D⟩ and the floor of ‖D‖ of each factor itself, each [factors, L]."""
+        measured = []
         for factor, gradient in g.items():
             D = getattr(direction, factor)
             inner = (gradient * D).sum((-2, -1))
             floor = getattr(direction, f"floor_{factor}")
-            measured[factor] = guidance.norm(gradient), guidance.norm(D), inner, floor
-        return measured
+            measured.append((guidance.norm(gradient), guidance.norm(D), inner, floor))
+        return tuple(map(torch.stack, zip(*measured, strict=True)))
 
-    def _of_weight(self, direction: guidance.Direction, g: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-        """‖G‖, ‖X‖, ⟨G, X⟩ and the floor of ‖X‖ of the weight gradient, the same for both factors."""
+    def _of_weight(self, direction: guidance.Direction, g: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """‖G‖, ‖X‖, ⟨G, X⟩ and the floor of ‖X‖ of the weight gradient, the same for both factors: [factors, L]."""
         if "B" not in g:
             raise RuntimeError("drift_norm='weight' needs lora_B to be trained: use drift_norm='factor'.")
         if isinstance(self.parameters["B"][0].data, DTensor) or self.storage is not TORCH:
@@ -186,7 +197,7 @@ class AdapterBatch(Batch):
                 )
             inner = inner - (g["B"] * self.B).sum((-2, -1))
         floor = 1e-6 * self.stack.norm.to(self.dtype)
-        return {factor: (G_norm, direction.norm, inner, floor) for factor in g}
+        return tuple(measured.expand(len(g), -1) for measured in (G_norm, direction.norm, inner, floor))
 
     def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
         if self.config.drift_target == "base":  # B* = 0, and A is left alone
@@ -221,8 +232,8 @@ class TensorBatch(Batch):
     the same. Large ones go through in blocks of rows.
     """
 
-    def __init__(self, members: list[Steered], trained: tuple[str, ...], storage: Storage):
-        super().__init__(members, trained, storage)
+    def __init__(self, members: list[Steered], group: Group):
+        super().__init__(members, group)
         self.W = self._matrices(values(self.parameters["W"]))
         self.prior = {
             key: self._matrices(value) if key in ("delta", "W0") else value for key, value in self.stack.prior.items()
@@ -270,7 +281,7 @@ class TensorBatch(Batch):
         for rows, D in self.blocks():
             matrices[:, rows] = (matrices[:, rows].to(self.dtype) - guidance.column(c) * D).to(g.dtype)
         self.storage.set_gradients(parameters, g)
-        self.remember([guidance.cosine(g_norm, D_norm, inner)], [torch.where(g_norm > 0, c * D_norm / g_norm, 0.0)])
+        self.remember(g_norm[None], D_norm[None], inner[None], c[None])
 
     def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
         parameters = self.parameters["W"]

@@ -67,6 +67,11 @@ def _wrap(engine: type, guided_step: Callable[[Any, Callable[[], Any]], Any]) ->
     engine._take_model_step = take_model_step
 
 
+def imported() -> bool:
+    """Is there an engine of DeepSpeed in this process?"""
+    return ENGINE in sys.modules
+
+
 def reaches() -> bool:
     """Does guidance reach what DeepSpeed's engine trains?"""
     engine = getattr(sys.modules.get(ENGINE), "DeepSpeedEngine", None)

@@ -41,9 +41,10 @@ def whole(parameters: Sequence[Tensor]):
 
 def values(parameters: Sequence[Tensor]) -> Tensor:
     """[L, *shape] of L parameters of one layout, as the forward pass sees them. A single plain one is not copied."""
+    if not hasattr(parameters[0], "ds_id"):  # of DeepSpeed ZeRO 3
+        return gather(parameters)
     with whole(parameters):
-        stack = gather(parameters)
-        return stack.clone() if hasattr(parameters[0], "ds_id") else stack
+        return gather(parameters).clone()
 
 
 class Storage:
@@ -64,11 +65,12 @@ class Storage:
         scatter(stack, [p.grad for p in parameters])
 
 
+@torch.no_grad()
 def gather(tensors: Sequence[Tensor]) -> Tensor:
     """[L, *shape] of L tensors of one layout. A single plain tensor is not copied."""
     first = tensors[0].detach()
     if not isinstance(first, DTensor):
-        return first[None] if len(tensors) == 1 else torch.stack([t.detach() for t in tensors])
+        return first[None] if len(tensors) == 1 else torch.stack(tuple(tensors))
     local = torch.stack([t.detach().to_local() for t in tensors])
     shape = torch.Size((len(tensors), *first.shape))
     stride = torch.empty(shape, device="meta").stride()
@@ -78,6 +80,7 @@ def gather(tensors: Sequence[Tensor]) -> Tensor:
     return stacked.full_tensor()
 
 
+@torch.no_grad()
 def scatter(stack: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write [L, *shape] into the L tensors: each process its own part."""
     first = tensors[0].detach()
@@ -88,7 +91,7 @@ def scatter(stack: Tensor, tensors: Sequence[Tensor]) -> None:
         tensors = [t.detach().to_local() for t in tensors]
     elif len(tensors) == 1 and stack.data_ptr() == first.data_ptr():
         return  # written in place already
-    torch._foreach_copy_([t.detach() for t in tensors], list(stack.unbind()))
+    torch._foreach_copy_(tuple(tensors), stack.unbind())
 
 
 def _placements(tensor: DTensor) -> list:

@@ -7,6 +7,7 @@ of the prior is stacked once, on the device of their parameters.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -25,11 +26,45 @@ from .config import DriftConfig
 from .settings import drift_alpha_of
 from .sharding import gather, layout, shape
 
-# Everything steered in this process, in the order of wrapping, which is the same on all ranks. The entries belong to
-# their modules; reloading this module keeps them.
-STEERED: weakref.WeakKeyDictionary[Steered, None] = globals().get("STEERED") or weakref.WeakKeyDictionary()
-
 BATCH_ELEMENTS = 2**24  # of one batch at most: bounds a step's transient memory to some hundred MB
+
+
+class Registry:
+    """Everything steered in this process, in the order of wrapping, which is the same on all ranks.
+
+    The entries belong to their modules, and go with them. One thread may wrap a model while another one trains.
+
+    Attributes:
+        version: grows whenever something is added or taken out.
+    """
+
+    def __init__(self):
+        self.version = 0
+        self._entries: weakref.WeakKeyDictionary[Steered, None] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def add(self, steered: Steered) -> None:
+        with self._lock:
+            self._entries[steered] = None
+            self.version += 1
+
+    def discard(self, steered: Steered) -> None:
+        with self._lock:
+            self._entries.pop(steered, None)
+            self.version += 1
+
+    def all(self) -> list[Steered]:
+        with self._lock:
+            return list(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, steered: Steered) -> bool:
+        return steered in self._entries
+
+
+STEERED: Registry = globals().get("STEERED") or Registry()  # reloading this module keeps what is steered
 
 
 class Steered:
@@ -57,19 +92,19 @@ class Steered:
         if self.key in drift:
             drift[self.key].release()
         drift[self.key] = self
-        STEERED[self] = None
+        STEERED.add(self)
 
     def release(self) -> None:
         """Steer no more."""
         del self.module.drift[self.key]
-        STEERED.pop(self, None)
+        STEERED.discard(self)
 
     def __getstate__(self):
         return {**self.__dict__, "_module": self.module, "stack": None}
 
     def __setstate__(self, state):  # a copied or unpickled module is steered like the one it came from
         self.__dict__.update(state, _module=weakref.ref(state["_module"]))
-        STEERED[self] = None
+        STEERED.add(self)
 
     @property
     def module(self) -> nn.Module:
@@ -87,6 +122,10 @@ class Steered:
 
     def parameter(self, factor: str) -> nn.Parameter:
         raise NotImplementedError
+
+    def state(self) -> tuple:
+        """What decides about its batch, beside its parameters."""
+        return (self.alpha,)
 
 
 class SteeredAdapter(Steered):
@@ -141,6 +180,11 @@ class SteeredAdapter(Steered):
         """The other adapters that act on this layer now."""
         layer = self.module
         return [a for a in layer.active_adapters if a != self.adapter and a in layer.r]
+
+    def state(self) -> tuple:
+        layer = self.module
+        active = layer.active_adapter
+        return self.alpha, active if isinstance(active, str) else tuple(active), len(layer.r)
 
     def batch_key(self) -> tuple:
         A, B, r = self.parameter("A"), self.parameter("B"), self.module.r[self.adapter]
@@ -210,7 +254,7 @@ class Stack:
     """The prior of L things of one shape, stacked on their parameters' device.
 
     `prior` holds U [L, out, k], S [L, k], Vh [L, k, in] or delta [L, n], and W0 [L, …]; `norm` [L] is ‖Δ_r‖. What the
-    last step saw stands here for telemetry: `cosine` and `ratio` [L].
+    last step saw stands here for telemetry: `measured` is ‖g‖, ‖D‖, ⟨g, D⟩ and c of g̃ = g − c·D, each [factors, L].
     """
 
     def __init__(self, batch: list[Steered], device: torch.device):
@@ -226,15 +270,23 @@ class Stack:
             self.norm = guidance.gram_norm(U, S, Vh)
         elif "delta" in self.prior:
             self.norm = torch.linalg.vector_norm(self.prior["delta"].float(), dim=-1)
-        self.cosine: Tensor | None = None
-        self.ratio: Tensor | None = None
+        self.measured: tuple[Tensor, ...] | None = None
         self.biased: tuple[TensorWeakRef, int] | None = None
+        self._scaling = [(s.module.scaling, s.adapter) for s in batch if isinstance(s, SteeredAdapter)]
         self.scalings: list[float] = []
         self.s: Tensor | None = None
 
-    def scaling(self, batch: list[SteeredAdapter], dtype: torch.dtype) -> Tensor:
+    def last_step(self) -> tuple[Tensor, Tensor] | None:
+        """cos(g, D) and ‖g̃ − g‖/‖g‖, both [L], means over the factors; None before the first step."""
+        if self.measured is None:
+            return None
+        g_norm, D_norm, inner, c = self.measured
+        ratio = torch.where(g_norm > 0, c * D_norm / g_norm, 0.0)
+        return guidance.cosine(g_norm, D_norm, inner).mean(0), ratio.mean(0)
+
+    def scaling(self, dtype: torch.dtype) -> Tensor:
         """s [L]; copied to the device, and waited for, only when a scaling has changed."""
-        scalings = [s.scaling for s in batch]
+        scalings = [of_layer[adapter] for of_layer, adapter in self._scaling]
         if self.s is None or self.s.dtype != dtype or scalings != self.scalings:
             self.scalings, self.s = scalings, torch.tensor(scalings, device=self.device, dtype=dtype)
         return self.s

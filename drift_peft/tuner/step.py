@@ -8,43 +8,50 @@ after it. Where DeepSpeed's engine trains copies of the parameters, the same hap
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
-from .config import DriftConfig
+from .plan import Plan
 from .sharding import Storage
-from .steered import STEERED, Steered, SteeredAdapter
+from .steered import STEERED
+
+# What an optimizer, or DeepSpeed's engine, guides; see plan.py.
+_PLANS: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
 
 
-def _trained_by(
-    optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]
-) -> tuple[list[Steered], dict[int, dict]]:
-    """What to guide in this step, and id(parameter) -> its group for the parameters with a gradient.
-
-    Parameters of an enclosing step are left to it.
-    """
+def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
+    """id(parameter) -> its group, for the parameters with a gradient. Those of an enclosing step are left to it."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for outer in enclosing:
         for group in outer.param_groups:
             for p in group["params"]:
                 groups.pop(id(p), None)
-    for s in STEERED:
-        if s.present and deepspeed.trains(s.parameter(s.factors[0])) and not deepspeed.reaches():
-            raise RuntimeError(
-                "DeepSpeed ZeRO trains copies of the parameters, and guidance does not reach them in this version of "
-                "DeepSpeed: use 0.19, or train with DDP."
-            )
-    return _steered(groups), groups
+    return groups
 
 
-def _steered(parameters: Iterable[int]) -> list[Steered]:
-    """What is steered of the parameters with these id()s."""
-    return [s for s in STEERED if s.present and any(id(s.parameter(factor)) in parameters for factor in s.factors)]
+def _plan(optimizer: Any, groups: dict[int, dict], storage: Storage = TORCH) -> Plan:
+    """What is guided of these parameters, as it was found before if that still holds."""
+    plan = _PLANS.get(optimizer)
+    if plan is None or not plan.holds(groups.keys()):
+        plan = _PLANS[optimizer] = Plan(groups, storage)
+    return plan
+
+
+def _refuse_unreached() -> None:
+    if deepspeed.reaches() or not deepspeed.imported():
+        return
+    if any(s.present and deepspeed.trains(s.parameter(s.factors[0])) for s in STEERED.all()):
+        raise RuntimeError(
+            "DeepSpeed ZeRO trains copies of the parameters, and guidance does not reach them in this version of "
+            "DeepSpeed: use 0.19, or train with DDP."
+        )
 
 
 def _enclosing_steps() -> list[torch.optim.Optimizer]:
@@ -62,51 +69,34 @@ def _enclosing_steps() -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def _by_config(
-    steered: list[Steered], groups: dict[int, dict], all_groups: list[dict]
-) -> list[tuple[DriftConfig, frozenset]]:
-    """What one optimizer trains of each configuration: (weight, adapter, factor), and the optimizer itself."""
-    found: dict[int, tuple[DriftConfig, set]] = {}
-    for s in steered:
-        if s.alpha:
-            parts = {(s.name, s.adapter, factor) for factor in s.factors if id(s.parameter(factor)) in groups}
-            found.setdefault(id(s.config), (s.config, {id(all_groups)}))[1].update(parts)
-    return [(config, frozenset(parts)) for config, parts in found.values()]
-
-
-def _guide(
-    steered: list[Steered], groups: dict[int, dict], all_groups: list[dict], loss_scale, storage: Storage = TORCH
-) -> None:
-    if steered and any(group.get("maximize") for group in groups.values()):
+def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_scale: Tensor | float | None) -> None:
+    if plan.groups and any(group.get("maximize") for group in groups.values()):
         raise RuntimeError("An optimizer with maximize=True moves against the guidance: negate the loss instead.")
     # Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config that starts at 0,
     # or at 1 (distributed checkpoints take a step with zero gradients first), and with them the place in warm-up.
-    for s in steered:
-        restored = all_groups[0].get(f"drift_steps.{s.adapter}", 0)
-        if isinstance(s.config.drift_steps, int) and s.config.drift_steps < restored:  # a tensor after loss scaling
-            s.config.drift_steps = restored
-    for config, parts in _by_config(steered, groups, all_groups):
+    for config, adapter in plan.counted:
+        restored = all_groups[0].get(f"drift_steps.{adapter}", 0)
+        if isinstance(config.drift_steps, int) and config.drift_steps < restored:  # a tensor after loss scaling
+            config.drift_steps = restored
+    for config, parts in plan.parts:
+        parts = parts | {id(all_groups)}  # the optimizer itself
         if config.stepped and config.stepped.isdisjoint(parts):  # another optimizer's share of the same iteration
             config.stepped |= parts
         else:
             config.stepped, config.iteration = parts, config.drift_steps
-    bias_gradients(steered, groups, loss_scale, storage)
+    bias_gradients(plan.groups, loss_scale)
 
 
-def _finish(
-    steered: list[Steered], groups: dict[int, dict], all_groups: list[dict], applied, storage: Storage = TORCH
-) -> None:
+def _finish(plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied: Tensor | int) -> None:
     """After the step: `applied` is 0 where it was skipped."""
-    for s in steered:
-        if isinstance(s, SteeredAdapter) and s.capture is not None:
-            s.capture.stale = True
-    pull_parameters(steered, {p: group.get("lr") for p, group in groups.items()}, applied, storage)
-    for config, parts in _by_config(steered, groups, all_groups):
-        if config.stepped == parts:  # the first optimizer of an iteration counts it
+    plan.end_step()
+    pull_parameters(plan.groups, {p: group.get("lr") for p, group in groups.items()}, applied)
+    for config, parts in plan.parts:
+        if config.stepped == parts | {id(all_groups)}:  # the first optimizer of an iteration counts it
             config.drift_steps = config.drift_steps + applied
-    for s in {id(s.config): s for s in steered if s.alpha}.values():
+    for config, adapter in plan.counted:
         for group in all_groups:
-            group[f"drift_steps.{s.adapter}"] = s.config.drift_steps
+            group[f"drift_steps.{adapter}"] = config.drift_steps
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -116,13 +106,19 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     # A fused optimizer unscales within its kernel: its gradients still carry the GradScaler's factor here.
     loss_scale = getattr(optimizer, "grad_scale", None)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
+
+    def guide() -> None:
+        _refuse_unreached()
+        groups = _trained_by(optimizer, enclosing)
+        _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
+
     if closure is None:
-        _guide(*_trained_by(optimizer, enclosing), optimizer.param_groups, loss_scale)
+        guide()
         return None
 
     def guided_closure():  # the gradients of this step come into being only when the optimizer calls it
         loss = closure()
-        _guide(*_trained_by(optimizer, enclosing), optimizer.param_groups, loss_scale)
+        guide()
         return loss
 
     if len(args) > 1:
@@ -133,10 +129,12 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if not STEERED:
         return
-    steered, groups = _trained_by(optimizer, _enclosing_steps())
+    groups = _trained_by(optimizer, _enclosing_steps())
+    plan = _PLANS.get(optimizer)
+    if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
+        plan = _plan(optimizer, groups)
     found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
-    applied = 1 if found_inf is None else 1 - found_inf
-    _finish(steered, groups, optimizer.param_groups, applied)
+    _finish(plan, groups, optimizer.param_groups, 1 if found_inf is None else 1 - found_inf)
 
 
 def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
@@ -144,11 +142,11 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     storage = deepspeed.storage_of(engine) if STEERED else None
     if storage is None:
         return step()
-    groups = deepspeed.groups_of(engine)
-    steered, all_groups = _steered(groups), engine.optimizer.param_groups
-    _guide(steered, groups, all_groups, deepspeed.loss_scale_of(engine), storage)
+    groups, all_groups = deepspeed.groups_of(engine), engine.optimizer.param_groups
+    plan = _plan(engine, groups, storage)
+    _guide(plan, groups, all_groups, deepspeed.loss_scale_of(engine))
     result = step()
-    _finish(steered, groups, all_groups, int(engine.was_step_applied()), storage)
+    _finish(plan, groups, all_groups, int(engine.was_step_applied()))
     return result
 
 

@@ -10,7 +10,7 @@ from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
 from .sharding import values
-from .steered import Steered, SteeredAdapter, lora_layers, steered_of
+from .steered import Stack, Steered, SteeredAdapter, lora_layers, steered_of
 
 
 @torch.no_grad()
@@ -49,9 +49,10 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
         result["repeated_steps"] = repeated
 
     device = found[0].parameter(found[0].factors[0]).device
+    last_steps = {s.stack: s.stack.last_step() for s in found if s.stack is not None}
     sums: dict[str, Tensor] = {}
     for s in found:
-        row = torch.stack([*_position(s), *_last_step(s)]).to(device)  # layers may lie on several devices
+        row = torch.stack([*_position(s), *_last_step(s, last_steps)]).to(device)  # layers may lie on several devices
         for kind in ("", f"/{module_kind(s.name)}"):
             sums[kind] = sums[kind] + row if kind in sums else row
     for kind, row in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True):
@@ -86,12 +87,13 @@ def _position(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
     return inner, moved.square().sum(), guidance.gram_norm(U, S, Vh) ** 2
 
 
-def _last_step(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
+def _last_step(s: Steered, last_steps: dict[Stack, tuple | None]) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine, ratio and 1 of the last guided step, where the parameters are now; zeros before it."""
     device = s.parameter(s.factors[0]).device
-    if s.stack is None or s.stack.cosine is None:
+    seen = None if s.stack is None else last_steps[s.stack]
+    if seen is None:
         zero = torch.zeros((), device=device)
         return zero, zero, zero
     i = [member() for member in s.stack.members].index(s)
-    cosine, ratio = (numbers[i].to(device, torch.float32) for numbers in (s.stack.cosine, s.stack.ratio))
+    cosine, ratio = (numbers[i].to(device, torch.float32) for numbers in seen)
     return cosine, ratio, torch.ones_like(cosine)

@@ -74,6 +74,16 @@ def test_step_overhead_in_its_smallest_size(capsys):
     assert result["published"]["published_s"] > 0 and "not measured: no CUDA device" in printed
 
 
+def test_the_processors_time_of_tiny_adapters(capsys):
+    printed, result = ran(step_overhead, capsys, "--python", "--smallest", "--steps", 2)
+    (row,) = result["rows"]
+    assert row["adapters"] == 14 and row["before_ms"] > 0 and row["after_ms"] > 0 and "together" in printed
+    _, again = ran(step_overhead, capsys, "--python", "--smallest", "--steps", 2)
+    assert again["rows"][0]["updates"] == row["updates"]
+    _, longer = ran(step_overhead, capsys, "--python", "--smallest", "--steps", 3)
+    assert longer["rows"][0]["updates"] != row["updates"]
+
+
 def test_fits_24gb_in_its_smallest_size(capsys):
     printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
     assert result["guided_steps"] == 2 and "no CUDA device" in printed

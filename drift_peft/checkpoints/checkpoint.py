@@ -7,7 +7,6 @@ shards stay on the hub until one of their tensors is read.
 
 import json
 import re
-import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,6 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ..warn import warn
 from .hub import Repository, download, split_revision
 from .naming import canonical_name, cross_attention_layers
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
@@ -225,10 +225,9 @@ class Checkpoint:
             )
         single, index = layouts[0], f"{layouts[0]}.index.json"
         if index in layouts and set(self._read_index(index).values()) != {single}:
-            warnings.warn(
+            warn(
                 f"{self.source} holds {single} and, named in {index}, other files of weights: read is {single}, as "
-                "transformers does; delete what is out of date",
-                stacklevel=3,
+                "transformers does; delete what is out of date"
             )
         return single
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from ..warn import warn
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -110,7 +110,7 @@ class Repository:
             entries = [f for repo in cache.repos for r in repo.revisions for f in r.files if f.file_path == path]
             cache.delete_files(*entries).execute()
             if path.exists():
-                warnings.warn(f"{path} could not be freed: the hub's cache around it is damaged", stacklevel=3)
+                warn(f"{path} could not be freed: the hub's cache around it is damaged")
         self._note(self._brought - {str(path)})
 
     def _note(self, brought: set[str]) -> None:

@@ -87,9 +87,15 @@ def refuse_output(output: Path, overwrite: bool, example: str) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """`save_file` with one kind of error: OSError that names the file and the reason. Nothing torn is left."""
+    """`save_file` with one kind of error: OSError that names the file and the reason. Nothing torn is left.
+
+    The file's mode is what the umask makes of it; that of `save_file` is readable by its owner alone.
+    """
     try:
+        file.touch()
+        mode = file.stat().st_mode
         save_file(tensors, file, metadata=metadata)
+        file.chmod(mode)
     except (SafetensorError, OSError) as error:
         file.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error}") from error

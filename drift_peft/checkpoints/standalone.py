@@ -121,7 +121,7 @@ def _write_shards(
             with open(folder / file.name, "r+b") as shard:
                 offsets = _tensor_offsets(shard)
                 for raw in (raw for raw in replaced if checkpoint.keys[raw] == file):
-                    bar.set_postfix_str(raw)
+                    bar.set_postfix_str(raw, refresh=False)
                     shard.seek(offsets[raw])
                     W = checkpoint.tensor(raw)
                     with _one_thread():

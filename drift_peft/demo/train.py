@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from ..checkpoints import Checkpoint, language_model_targets
+from ..checkpoints import Checkpoint, language_model_targets, write_tensors
 from ..prior import ReasoningPrior
 from ..tuner import DriftConfig, keep_4bit_differentiable, telemetry
 from .evaluate import encode
@@ -131,4 +131,4 @@ def task_arithmetic(vlm: str | Path, expert: str | Path, strength: float, output
             if ours.keys[key] == file:
                 W, W_expert = tensors[key].float(), theirs.tensor(theirs.language_model[name]).float()
                 tensors[key] = torch.lerp(W, W_expert, strength).to(tensors[key].dtype)
-        save_file(tensors, Path(output, file.name), metadata={"format": "pt"})
+        write_tensors(Path(output, file.name), tensors, {"format": "pt"})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization, in_memory_names
+from ..warn import warn
 
 VERIFY_TOKENS = 32
 SIDE = 224  # pixels of the picture
@@ -148,7 +149,7 @@ def _check(checkpoint: Checkpoint, updates: dict[str, Update], error: float, eff
         f"Rounding to {dtype} undoes much of this adapter: the merged model's logits are {error:.2%} off those of "
         f"base + adapter, and those of the base alone {effect:.2%}. Serve it unmerged, or train it further."
     )
-    warnings.warn(lost, stacklevel=5)
+    warn(lost)
     return [lost]
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from ..checkpoints import (
     resumable_folder,
     write_tensors,
 )
+from ..warn import warn
 from .delta import take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
@@ -183,14 +183,13 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
     if match.without_counterpart:
         unsteered = describe(match.without_counterpart)
-        warnings.warn(f"not steered, without a counterpart or a preset that names them: {unsteered}", stacklevel=3)
+        warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
     ours = _rope_theta(sources["base"].text_config)
     for role, source in sources.items():
         # Δ of q and k then also carries the change of the rotary base, which no low rank can tell apart.
         if (theirs := _rope_theta(source.text_config)) != ours:
-            warnings.warn(
-                f"rope theta is {theirs} in the {role} and {ours} in the base: Δ of q_proj and k_proj carries this too",
-                stacklevel=3,
+            warn(
+                f"rope theta is {theirs} in the {role} and {ours} in the base: Δ of q_proj and k_proj carries this too"
             )
 
 
@@ -238,7 +237,7 @@ def _take_deltas(
         free_used_up()  # what an interrupted build had brought
         ahead = [reader.submit(read, name) for name in names[:1]]
         for index, name in enumerate(bar):
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)
             tensors = ahead.pop().result()
             ahead += [reader.submit(read, following) for following in names[index + 1 : index + 2]]
             labels = {role: f"{key} of {sources[role].source}" for role, key in match.keys[name].items()}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ..checkpoints import write_tensors
 from .combine import Weight, check_parents, check_rank, combined_header, combined_weights, truncated_weights
 from .file import FILE_NAME, PriorFile, partial_output, write_prior
+from .report import prior_html, prior_summary
 from .share import export_lora, model_card, push
 
 
@@ -110,6 +111,10 @@ class ReasoningPrior(PriorFile):
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
         """What `push_to_hub` writes as README.md; looks the parents' licences up in their cards."""
         return model_card(self, repo_id, token)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: how far apart the two models are, and what the prior holds."""
+        return prior_html(prior_summary(self))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the prior to another file, byte for byte the same. Raises what `partial_output` raises."""

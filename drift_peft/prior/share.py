@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ..checkpoints import (
     replaced_when_complete,
     write_tensors,
 )
+from ..warn import warn
 from .combine import formula
 from .file import FILE_NAME, PriorFile
 
@@ -154,7 +154,7 @@ def _license(origin: dict, token: str | None) -> dict | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
             return {}
         reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})", stacklevel=4)
+        warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})")
         return None
     return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
 
@@ -244,10 +244,9 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
             inference_mode=True,
         ).save_pretrained(folder)
     if left := len(prior) - len(modules):
-        warnings.warn(
+        warn(
             f"{left} of the prior's {len(prior)} weights are norms, biases, head or embedding: a LoRA adapter of "
-            f"projections cannot hold them, so {output} leaves them out.",
-            stacklevel=3,
+            f"projections cannot hold them, so {output} leaves them out."
         )
     return Path(output)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..prior import ReasoningPrior
+from ..warn import warn
 from . import guidance
 from .config import DriftConfig
 from .settings import is_guided
@@ -58,10 +57,9 @@ def steer(
             tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, weight, W0))
     lower = [s.name for s in adapters if config.drift_rank and s.prior and len(s.prior["S"]) < config.drift_rank]
     if lower:
-        warnings.warn(
+        warn(
             f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
-            f"{lower[0]}: these are steered by all that it holds.",
-            stacklevel=3,
+            f"{lower[0]}: these are steered by all that it holds."
         )
     for s in [*adapters, *tensors]:
         s.register()
@@ -86,8 +84,7 @@ def start_adapters(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None
             B[:, :rows] = 0
             short += rows < len(A)
     if short:
-        warnings.warn(
+        warn(
             f"On {short} layers the prior's rank is below the adapter's: their remaining rows of lora_A start as "
-            "PEFT's do.",
-            stacklevel=2,
+            "PEFT's do."
         )

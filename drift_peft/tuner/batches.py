@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import TensorWeakRef
 
+from ..warn import warn
 from . import guidance
 from .capture import weight_gradient
 from .sharding import Storage, values
@@ -38,10 +38,9 @@ def bias_gradients(groups: Iterable[Group], loss_scale: Tensor | float | None = 
         del batch  # before the next one is made
     for config in repeated.values():
         if not config.repeated_steps:
-            warnings.warn(
+            warn(
                 "optimizer.step() was called twice on the same gradients: they are biased toward the expert once, and "
-                "not again.",
-                stacklevel=2,
+                "not again."
             )
         config.repeated_steps += 1
 

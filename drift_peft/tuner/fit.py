@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import canonical_name, cross_attention_layers
 from ..prior import ReasoningPrior
+from ..warn import warn
 from .config import DriftConfig
 from .settings import check_patterns_used
 from .sharding import shape, whole
@@ -79,10 +79,9 @@ def check_fit(
                 )
     check_patterns_used(drift, [canonical for _, canonical in steered] + tensors)
     if unsteered:
-        warnings.warn(
+        warn(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
-            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}.",
-            stacklevel=2,
+            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
     _check_fingerprint(model, modules, prior)
 

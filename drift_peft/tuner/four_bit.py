@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 from torch import nn
+
+from ..warn import warn
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:
@@ -24,8 +25,7 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
             layer.state_dict()  # where bitsandbytes unpacks the weight, in place
         layer.support_avx512bf16_for_cpu = False
     if any(layer.weight.device.type == "cpu" for layer in layers):
-        warnings.warn(
+        warn(
             f"Switched off bitsandbytes' AVX512-BF16 inference kernel on {len(layers)} 4-bit layers: it has no "
-            "gradient, and an evaluation pass would have made training wrong. Evaluation on this CPU is slower.",
-            stacklevel=2,
+            "gradient, and an evaluation pass would have made training wrong. Evaluation on this CPU is slower."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import warnings
 from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model
@@ -16,12 +15,13 @@ from torch import nn
 
 from ..checkpoints import canonical_name, language_model_targets, module_kind, quantization_of
 from ..prior import ReasoningPrior
+from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
 from .fit import check_fit
 from .four_bit import keep_4bit_differentiable
 from .settings import check_patterns_used
-from .steered import lora_layers, steered_of, trainable_tensors
+from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 
@@ -115,10 +115,9 @@ class DriftModel(LoraModel):
         guided = [s for s in steered_of(model) if s.adapter == adapter_name and s.alpha]
         if starts_at_zero and guided and not any(int(s.config.drift_steps) for s in guided):
             if any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
-                warnings.warn(
+                warn(
                     f"The adapter '{adapter_name}' was trained, but the guidance never ran: its optimizer does not "
-                    "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA.",
-                    stacklevel=2,
+                    "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA."
                 )
         return weights
 
@@ -139,6 +138,27 @@ def _unmixed(check):
 
 
 mixed_model._check_config_compatible = _unmixed(mixed_model._check_config_compatible)  # what PEFT asks first
+
+
+def _with_steering(print_trainable):
+    """How many of the adapted modules are steered, beside PEFT's count of parameters."""
+
+    @functools.wraps(print_trainable)
+    def wrapper(model: PeftModel) -> None:
+        print_trainable(model)
+        steered = [s for s in steered_of(model) if s.alpha]
+        adapters = sum(isinstance(s, SteeredAdapter) for s in steered)
+        if steered:
+            adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
+            print(
+                f"steered modules: {adapters} of {adapted} adapted"
+                + (f" || steered tensors: {len(steered) - adapters}" if len(steered) > adapters else "")
+            )
+
+    return wrapper
+
+
+PeftModel.print_trainable_parameters = _with_steering(PeftModel.print_trainable_parameters)
 
 
 def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> None:

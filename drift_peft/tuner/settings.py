@@ -65,6 +65,9 @@ class DriftSettings:
     drift_decay_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
     )
+    drift_log_kinds: bool = field(
+        default=False, metadata={"help": "In Trainer's logs also the numbers of attn, mlp, … beside their totals."}
+    )
     prior_sha256: str | None = field(
         default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}
     )
@@ -126,6 +129,8 @@ def check_settings(config: DriftSettings) -> None:
             f"drift_norm='weight' compares the weight gradient with a direction in weight space, which drift_target="
             f"{config.drift_target!r} does not have: set drift_target='residual' or 'delta', or drift_norm='factor'."
         )
+    if not isinstance(config.drift_log_kinds, bool):
+        raise ValueError(f"drift_log_kinds must be True or False, got {config.drift_log_kinds!r}.")
     _check_spectrum(config.drift_spectrum)
     _check_schedule(config)
     _check_patterns(config)

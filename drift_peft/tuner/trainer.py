@@ -9,7 +9,8 @@ from .telemetry import telemetry
 
 
 class DriftCallback(TrainerCallback):
-    """Adds `telemetry` as `drift/…` to the training logs, and so to TensorBoard, wandb and `trainer_state.json`.
+    """Adds `telemetry` as `drift/…` to the training logs, and so to TensorBoard, wandb and `trainer_state.json`. Its
+    numbers per kind of module only with `drift_log_kinds=True`.
 
     It registers itself with every Trainer that is made after a model was steered; models that are not are left alone.
     """
@@ -23,8 +24,9 @@ class DriftCallback(TrainerCallback):
             config.trained_on = name or config.trained_on
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if "loss" in logs and steered_of(model):
-            numbers = {f"drift/{name}": value for name, value in telemetry(model).items()}
+        if "loss" in logs and (steered := steered_of(model)):
+            kinds = any(s.config.drift_log_kinds for s in steered)
+            numbers = {f"drift/{name}": value for name, value in telemetry(model).items() if kinds or "/" not in name}
             logs.update(numbers)
             state.log_history[-1].update(numbers)
 

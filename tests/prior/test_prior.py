@@ -117,6 +117,20 @@ def test_files_that_are_no_prior(tmp_path):
         ReasoningPrior.load(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_prior_is_readable_by_whom_the_umask_says(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "p.safetensors")
+        prior = ReasoningPrior.load(tmp_path / "p.safetensors")
+        prior.truncate(1, tmp_path / "low.safetensors")
+        prior.save(tmp_path / "copy.safetensors")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
 def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     for output, error, message in (

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from html import escape
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from drift_peft import ReasoningPrior, build_prior
 from drift_peft.demo.compare import EXPERT, VLM
 from drift_peft.prior.report.plot import draw_prior
 from drift_peft.prior.report.summary import prior_summary, projection
-from drift_peft.prior.report.tables import prior_notes, prior_table, prior_title
+from drift_peft.prior.report.tables import prior_notes, prior_rows, prior_table, prior_title
 from drift_peft.prior.report.verdict import BASIS, CLOSE, FAR, verdict
 
 LAYERS = 5
@@ -223,6 +224,17 @@ def test_names_are_no_markup(tmp_path):
     assert f"Δ = {names['expert']} − {names['base']}" in printed(prior_table(summary), width=200)
     with pytest.warns(UserWarning, match="missing from font"):  # matplotlib's font has no Chinese
         assert draw_prior(summary)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_notebook_shows_the_verdict_and_the_table(prior, tmp_path):
+    html, summary = prior._repr_html_(), prior_summary(prior)
+    for words in (summary["verdict"]["distance"], summary["verdict"]["merging"], prior_title(summary)):
+        assert escape(words) in html
+    rows = [row.split("<td>")[1:] for row in html.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]]
+    told = prior_rows(summary)[1]
+    assert [[cell.split("<")[0] for cell in row] for row in rows] == told and len(told) > LAYERS
+    named = sample_prior(tmp_path / "p.safetensors", 1, expert={"id": "<b>x</b>", "revision": None})
+    assert "<b>x</b>" not in named._repr_html_() and escape("<b>x</b>") in named._repr_html_()
 
 
 def test_figure(prior, tmp_path):

@@ -48,6 +48,7 @@ REFUSED = [
         for a in (-1, math.nan, math.inf, "1", True, None)
     ],
     *[({"drift_warmup_steps": n}, r"drift_warmup_steps must be a .* ≥ 0, got") for n in (-1, 2.5, "8", True, None)],
+    *[({"drift_log_kinds": kinds}, r"drift_log_kinds must be True or False, got") for kinds in (1, "yes", None)],
     *[({"drift_decay_steps": n}, r"drift_decay_steps must be None or a .* ≥ 1, got") for n in (0, -4, 2.5, "8", True)],
     (
         {"drift_spectrum": "flt"},
@@ -182,6 +183,7 @@ def test_round_trip_is_plain_lora_and_a_file_beside_it(tmp_path):
         **SETTINGS,
         "drift_norm": "factor",
         "drift_sketch": 64,
+        "drift_log_kinds": False,
         "init_lora_weights": "drift",
         "quantization": None,
     }

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from reference import Layer, norm, ratio
 from twin import (
     ALPHA,
@@ -146,6 +146,21 @@ def test_of_a_start_and_of_a_plain_model(pair):
 
 
 # What is said loudly
+
+
+def test_the_count_of_parameters_says_what_is_steered(pair, whole, capsys):
+    model = steered(pair, prior=str(pair.folder / "attn.safetensors"), target_modules=["q_proj", "up_proj"])
+    model.print_trainable_parameters()
+    counted, told = capsys.readouterr().out.splitlines()
+    assert counted.startswith("trainable params: ") and told == "steered modules: 2 of 4 adapted"
+    steered(whole, bias="lora_only").print_trainable_parameters()
+    assert capsys.readouterr().out.splitlines()[1] == "steered modules: 14 of 14 adapted || steered tensors: 14"
+    plain = get_peft_model(copy.deepcopy(pair.base), LoraConfig(target_modules=["q_proj"]))
+    plain.print_trainable_parameters()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    guide(plain, pair.prior)
+    plain.print_trainable_parameters()
+    assert capsys.readouterr().out.splitlines()[1] == "steered modules: 2 of 2 adapted"
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

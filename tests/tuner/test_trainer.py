@@ -115,7 +115,7 @@ def of_drift(logs):
 
 
 def test_the_numbers_reach_the_logs_and_who_reports_them(pairs, tmp_path, capsys):
-    model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama")))
+    model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama"), drift_log_kinds=True))
     report = Report()
     run = trainer(
         model, tmp_path, callbacks=[report], logging_steps=2, max_steps=4, save_strategy="steps", save_steps=4
@@ -131,6 +131,14 @@ def test_the_numbers_reach_the_logs_and_who_reports_them(pairs, tmp_path, capsys
     assert capsys.readouterr().out.count("'drift/bias_ratio/mlp'") == 2  # transformers' own PrinterCallback
     stored = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert [of_drift(logs) for logs in stored] == told[:2]
+
+
+def test_kinds_are_logged_on_request_alone(pairs, tmp_path):
+    model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama")))
+    run = trainer(model, tmp_path, logging_steps=2, max_steps=2)
+    run.train()
+    totals = {f"drift/{key}": value for key, value in telemetry(model).items() if "/" not in key}
+    assert of_drift(run.state.log_history[0]) == totals and "drift/absorbed" in totals
 
 
 def test_it_registers_itself_once(pairs, tmp_path):

@@ -9,6 +9,6 @@ page       its page; page.html is the template
 
 from .page import write_report
 from .summary import prior_summary
-from .tables import prior_table, targets_summary, targets_table
+from .tables import prior_html, prior_table, targets_summary, targets_table
 
-__all__ = ["prior_summary", "prior_table", "targets_summary", "targets_table", "write_report"]
+__all__ = ["prior_html", "prior_summary", "prior_table", "targets_summary", "targets_table", "write_report"]

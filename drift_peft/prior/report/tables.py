@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import escape
 
 import torch
 from rich.table import Table
@@ -13,30 +14,48 @@ from ...checkpoints import Checkpoint, canonical_name, cross_attention_layers, d
 from ..combine import formula
 from ..file import PriorFile
 
+CAPTION = "captured energy at rank k; cosine of expert and base: mean and lowest"
 
-def prior_table(summary: dict) -> Table:
-    """`prior_summary` as a table, a line per layer and module kind."""
+
+def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of `prior_summary`, a row per layer and module kind; the last one is over all of them."""
     ranks = [k for k in summary["total"]["energy_by_rank"] if k < summary["rank"]][-3:]
-    caption = "captured energy at rank k; cosine of expert and base: mean and lowest"
-    headers = "layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest", *(f"k={k}" for k in ranks)
-    # As Text, since brackets and colons in a folder's name are no markup.
-    title, caption = Text(prior_title(summary)), Text("\n".join([caption, *prior_notes(summary)]))
-    table = Table(*headers, f"k={summary['rank']}", title=title, caption=caption, collapse_padding=True)
-    for column in table.columns:
-        column.justify = "right"
+    heads = ["layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest"]
+    heads += [f"k={k}" for k in (*ranks, summary["rank"])]
+    rows = []
     for row in [*summary["rows"], {"layer": "all", "modules": "", **summary["total"]}]:
-        if row["layer"] == "all":
-            table.add_section()
         numbers = (row[key] for key in ("relative_norm", "mean_cosine", "cosine"))
         energies = *(row["energy_by_rank"].get(k) for k in ranks), row["energy"]
-        table.add_row(
-            "–" if row["layer"] is None else str(row["layer"]),
-            row["modules"],
-            str(row["weights"]),
-            *("–" if x is None else f"{x:.3f}" for x in numbers),
-            *("–" if x is None else f"{x:.1%}" for x in energies),
-        )
+        cells = ["–" if row["layer"] is None else str(row["layer"]), row["modules"], str(row["weights"])]
+        cells += ["–" if x is None else f"{x:.3f}" for x in numbers]
+        rows.append(cells + ["–" if x is None else f"{x:.1%}" for x in energies])
+    return heads, rows
+
+
+def prior_table(summary: dict) -> Table:
+    """`prior_summary` for the terminal."""
+    heads, rows = prior_rows(summary)
+    # As Text, since brackets and colons in a folder's name are no markup.
+    title, caption = Text(prior_title(summary)), Text("\n".join([CAPTION, *prior_notes(summary)]))
+    table = Table(*heads, title=title, caption=caption, collapse_padding=True)
+    for column in table.columns:
+        column.justify = "right"
+    for cells in rows[:-1]:
+        table.add_row(*cells)
+    table.add_section()
+    table.add_row(*rows[-1])
     return table
+
+
+def prior_html(summary: dict) -> str:
+    """`prior_summary` for a notebook: the verdict in words, and the table."""
+    heads, rows = prior_rows(summary)
+    words = " ".join(summary["verdict"][key] for key in ("distance", "merging", "rank"))
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (CAPTION, *prior_notes(summary)))
+    return f"<p><b>{escape(prior_title(summary))}</b><br>{escape(words)}</p>{table}{notes}"
 
 
 def prior_title(summary: dict) -> str:

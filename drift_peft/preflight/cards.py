@@ -25,11 +25,14 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
     """The settings of a recipe; `changes` win over the file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, OSError: there is no such file, or it cannot be read.
         ValueError: it is no recipe, or a value is none that training takes.
     """
     try:
         content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except OSError as error:
+        way_out = "name a YAML file such as recipes/configs/qwen2_5_vl_7b_r1.yaml"
+        raise type(error)(f"recipe {recipe} cannot be read: {error.strerror}; {way_out}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{recipe} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance((content | (changes or {})).get("base"), str):

@@ -15,6 +15,7 @@ from tiny import save_layout, tiny_expert, tiny_vlm
 from drift_peft import DriftConfig, ReasoningPrior, __version__
 
 BUILD = ("prior", "build", "--expert", "x", "--base", "y", "-o", "z")
+MERGE = ("--base", "x", "--adapter", "y", "-o", "z")
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,30 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         ([*BUILD, "--skip-first", "half"], 2, "--skip-first takes a whole number, got half"),
         ([*BUILD, "--only-layers", "0", "few"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got few"),
         ([*BUILD, "--only-layers", "27-8"], 1, "--only-layers takes numbers and ranges, such as 0 4 8-27, got 27-8"),
-        ([*BUILD, "--modules", "attention"], 1, "choose from attn, mlp, norm, bias, head, embed"),
+        ([*BUILD, "--modules", "attention"], 2, "choose from attn, mlp, norm, bias, head, embed"),
+        ([*BUILD, "--modules", "attn", "mpl"], 2, "unknown --modules mpl; did you mean mlp? (choose from attn, mlp, "),
+        (["merge", *MERGE, "--onto", "dequantised"], 2, "did you mean dequantized? (choose from base, dequantized)"),
+        (["merge", *MERGE, "--onto", "zero"], 2, "unknown --onto zero: choose from base, dequantized"),
+        (["merge-baseline", *MERGE[:2], "--method", "TIES"], 2, "unknown --method TIES; did you mean ties?"),
+        (["merge", "--bse", "x", "--adapter", "y"], 2, "unknown flag --bse; did you mean --base?"),
+        (["targets", "x", "--piror=y"], 2, "unknown flag --piror; did you mean --prior?"),
+        (["demo", "--sed", "1"], 2, "unknown flag --sed; did you mean --seed?"),
+        (["preflight", "x", "-json"], 2, "unknown flag -json; did you mean --json?"),
+        (["--json", "prior", "inspect", "x"], 2, "unknown flag --json; see drift-peft --help"),
+        (["prior", "--rank", "3", "inspect", "x"], 2, "unknown flag --rank; see drift-peft prior --help"),
+        (["prior", "inspect", "x", "y"], 2, "unexpected argument y; see drift-peft prior inspect --help"),
+        (["merge", "--base", "x"], 2, "the following arguments are required: --adapter, -o/--output"),
+        (
+            ["preflight", "nothere.yaml"],
+            1,
+            "recipe nothere.yaml cannot be read: No such file or directory; name a YAML",
+        ),
+        (["preflight", "."], 1, "recipe . cannot be read: Is a directory"),
+        ([*BUILD, "--max_rank", "much"], 2, "--max-rank takes a whole number, got much"),
         (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
         (["mrege"], 2, "unknown command mrege; did you mean merge?"),
+        (["mrege"], 2, "(choose from prior, targets, merge, merge-baseline, demo, preflight)"),
+        (["train"], 2, "unknown command train: choose from prior, targets, merge, merge-baseline, demo, preflight"),
         (["prior"], 2, "a command is missing: one of build, inspect"),
         (["prior", "inspect", "no.safetensors", "--rank", "few"], 2, "--rank takes a whole number, got few"),
         (["prior", "inspect", "no.safetensors"], 1, "no.safetensors"),
@@ -168,6 +190,7 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
         (["targets", "no/where"], 1, "no/where"),
         ([], 2, "a command is missing: one of prior, targets, merge, merge-baseline, demo"),
+        ([], 2, "merge-baseline, demo, preflight\n"),
     ],
 )
 def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkeypatch):
@@ -179,8 +202,22 @@ def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkey
     assert not any(tmp_path.iterdir())
 
 
-def test_as_a_program():
-    result = subprocess.run([sys.executable, "-m", "drift_peft.cli", "--version"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["drift_peft", "drift_peft.cli"])
+def test_as_a_program(module):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip().endswith(__version__)
-    result = subprocess.run([sys.executable, "-m", "drift_peft.cli", "targets", "x"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", module, "targets", "x"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("drift-peft: error: x ")
+
+
+@pytest.mark.parametrize(
+    "interrupt", ["signal.raise_signal(signal.SIGINT)", "exec('signal.raise_signal(signal.SIGINT)')"]
+)
+def test_interrupted_while_a_verb_imports(interrupt, tmp_path):
+    """Ctrl-C in the middle of `import torch`, also where that executes a string, as dataclasses do."""
+    handled = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
+    (tmp_path / "torch.py").write_text(f"import signal\n{handled}\n{interrupt}\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from drift_peft.cli import main; sys.exit(main())"
+    for verb in (["targets", "x"], ["prior", "inspect", "x"], [*BUILD], ["merge", *MERGE], ["preflight", "x"]):
+        result = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True)
+        assert (result.returncode, result.stdout, result.stderr) == (130, "", "drift-peft: error: interrupted\n")

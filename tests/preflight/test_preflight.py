@@ -265,6 +265,9 @@ def test_the_command(recipe, capsys):
     assert status == 0 and summary["settings"]["max_tokens"] == 256 and summary["settings"]["bf16"] is True
     assert summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
     assert [(c["gb"], c["fits"]) for c in summary["cards"]] == [(8, True), (12, True), (16, True), (24, True)]
+    both = "--set", "max_tokens=256", "--set", "bf16=true", "r=8", "--json"
+    settings = json.loads(run(capsys, "preflight", recipe, *both)[1])["settings"]
+    assert (settings["max_tokens"], settings["bf16"], settings["r"]) == (256, True, 8)
     several = json.loads(run(capsys, "preflight", recipe, "--set", "images_per_sample=4", "--json")[1])
     assert several["patches"] == 4 * summary["patches"] and several["settings"]["images_per_sample"] == 4
     assert "each with 4 images of 64 patches" in " ".join(
@@ -320,6 +323,10 @@ def test_a_file_that_is_no_recipe(capsys, tmp_path):
         status, _, err = run(capsys, "preflight", tmp_path / "recipe.yaml")
         assert status == 1 and message in err
     assert "No such file" in run(capsys, "preflight", tmp_path / "none.yaml")[2]
+    with pytest.raises(
+        FileNotFoundError, match=r"recipe none\.yaml cannot be read: .*; name a YAML file such as recipes/"
+    ):
+        read_settings("none.yaml")
 
 
 def test_the_benchmark_in_its_smallest_size(capsys):

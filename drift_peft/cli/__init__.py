@@ -1,0 +1,49 @@
+"""The command line. Results go to stdout, progress and errors to stderr; an error is one sentence, its status not 0.
+
+Help and refusals cost no import of torch: what a verb needs of the library is imported where it runs.
+
+    commands        all verbs, in the order of the help
+    parser          argparse, whose errors are one sentence with the nearest known name
+    layers          what --only-layers takes
+    show            a result as tables or as JSON
+    terminal        terminals that are not UTF-8: Δ, × and their like in signs that they have
+    prior           the verbs of priors
+    prior_build     two checkpoints -> prior file
+    prior_inspect   what a prior holds
+    prior_combine   weighted sum of priors
+    prior_truncate  the same prior at a lower rank
+    prior_export    the prior itself as a LoRA adapter
+    prior_push      upload to the hub, with a model card
+    targets         what would be adapted and steered
+    merge           adapter + full-precision base -> standalone model
+    merge_baseline  expert + VLM -> VLM without training
+    demo            the whole way on a small embedded world
+    preflight       will training fit the GPU?
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        from .commands import parser  # here, as all imports, so that Ctrl-C during one ends in the sentence below
+        from .terminal import read_utf8, spell_out
+
+        spell_out(sys.stdout, sys.stderr)
+        read_utf8()
+        options = vars(parser().parse_args(argv))
+        options.pop("run")(**options)
+    except (ValueError, OSError, KeyError, ImportError, KeyboardInterrupt) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or "interrupted"
+        print(f"drift-peft: error: {'; '.join([message, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+        if not isinstance(error, KeyboardInterrupt):
+            return 1
+        exec("")  # or Python ends by the signal, where it came while a string was executed, as dataclasses do on import
+        return 130
+    return 0

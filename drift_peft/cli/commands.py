@@ -1,0 +1,28 @@
+"""All verbs, in the order of the help."""
+
+from .. import __version__
+from . import demo, merge, merge_baseline, preflight, prior, targets
+from .parser import Parser
+
+VERBS = {
+    "prior": prior,
+    "targets": targets,
+    "merge": merge,
+    "merge-baseline": merge_baseline,
+    "demo": demo,
+    "preflight": preflight,
+}
+
+
+def parser() -> Parser:
+    """All verbs and their flags."""
+    main = Parser(
+        prog="drift-peft",
+        description="Priors of text-only reasoning models for vision-language models; adapters merged into their base.",
+        example="drift-peft demo",
+    )
+    main.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
+    )
+    main.add_verbs(VERBS)
+    return main

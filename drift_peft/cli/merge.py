@@ -1,0 +1,51 @@
+"""drift-peft merge: adapter + full-precision base -> standalone model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from .parser import Parser
+
+HELP = "adapter + full-precision base -> standalone model"
+DESCRIPTION = "Merge a LoRA adapter into its full-precision base, streaming, as a standalone folder."
+EXAMPLE = "drift-peft merge --base Qwen/Qwen2.5-VL-7B-Instruct --adapter adapter -o merged --verify"
+
+ONTO = "base", "dequantized"  # the library's own, which to import would take seconds; a test holds them equal
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--base", required=True, help="full-precision model: folder, hub id or id@revision")
+    add("--adapter", required=True, help="adapter folder or hub id, DRIFT or plain LoRA")
+    add("-o", "--output", required=True, help="folder to write")
+    add(
+        "--onto",
+        choices=ONTO,
+        default=ONTO[0],
+        help="base, or dequantized: the 4-bit base's numbers, as it was trained on (default: %(default)s)",
+    )
+    add("--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve")
+    add("--overwrite", action="store_true", help="replace an existing model folder")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(as_json: bool, **settings) -> None:
+    from rich.table import Table
+
+    from ..merge import merge_adapter, verification_table
+    from .show import show
+
+    report = merge_adapter(**settings)
+    table = Table(show_header=False, title=f"merged into {report.output}")
+    table.add_row("adapter modules merged", str(report.modules))
+    table.add_row("tensors written", str(report.tensors))
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    if report.trained_on is not None:
+        table.add_row("the base in training", report.trained_on)
+    verified = "not verified (--verify)" if report.logits_error is None else f"{report.logits_error:.2e}"
+    table.add_row("logits against base + adapter, relative error", verified)
+    parts = [table]
+    if report.verification is not None:
+        parts += [verification_table(report.verification), report.verification.verdict]
+    show(asdict(report), as_json, *parts)

@@ -1,0 +1,73 @@
+"""drift-peft merge-baseline: expert + VLM -> VLM without training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from .layers import layers
+from .parser import Parser
+
+HELP = "expert + VLM -> VLM without training, to compare with"
+DESCRIPTION = (
+    "Merge a text-only expert into a VLM without training: the baselines of the DRIFT paper's table 2. "
+    "Defaults are those of its table 9 (arXiv 2510.15050v2); the density and what its k counts, which the table "
+    "leaves open, are those of the code of BR2V (arXiv 2505.05464), its source."
+)
+EXAMPLE = r"""drift-peft merge-baseline --method ties --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
+  --base Qwen/Qwen2.5-VL-7B-Instruct --reference Qwen/Qwen2.5-7B -o merged"""
+
+# The library's own, which to import would take seconds. A test holds them, and the defaults in the help, equal.
+METHODS = "task_arithmetic", "ties", "dare_linear", "dare_ties", "layer_swap"
+MODULES = "attn", "mlp", "norm", "bias"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--method", required=True, choices=METHODS, metavar="METHOD", help="one of %(choices)s")
+    add("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")
+    add("--base", required=True, help="vision-language model, in full precision")
+    add("--reference", help="model that both were trained from; ties and dare need it, or a scale")
+    add("-o", "--output", required=True, help="folder to write")
+    add("--scale", type=float, help="merge base + scale·Δ: one task vector instead of two")
+    add(
+        "--weights",
+        type=float,
+        nargs=2,
+        metavar=("BASE", "EXPERT"),
+        help="of the task vectors of base and expert (default: 0.9 0.1; for ties and dare 1.6 0.2)",
+    )
+    add("--density", type=float, help="share of entries that ties and dare keep (default: 0.2)")
+    add(
+        "--modules",
+        nargs="+",
+        choices=MODULES,
+        metavar="KIND",
+        help="which weights: %(choices)s (default: all that there are)",
+    )
+    add("--only-layers", nargs="+", metavar="LAYERS", help="these layers alone, from 0 on, such as 0 4 8-27")
+    add("--skip-first", type=int, metavar="N", help="not the first so many layers (default: 6 for layer_swap, else 0)")
+    add("--seed", type=int, default=0, help="seed of what dare keeps (default: %(default)s)")
+    add("--force", action="store_true", help="merge even when the two models seem unrelated")
+    add("--overwrite", action="store_true", help="replace an existing model folder")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
+    numbers = layers(only_layers)
+    from rich.table import Table
+
+    from ..checkpoints import describe
+    from ..merge import merge_baseline
+    from .show import show
+
+    report = merge_baseline(only_layers=numbers, **settings)
+    table = Table(show_header=False, title=f"{report.method} merged into {report.output}")
+    table.add_row("weights of the task vectors", ", ".join(f"{weight:g}" for weight in report.weights))
+    table.add_row("density", "all entries" if report.density is None else f"{report.density:g}")
+    table.add_row("weights merged", str(report.merged))
+    if report.without_counterpart:
+        table.add_row("not merged, the expert has none", describe(report.without_counterpart))
+    table.add_row("tensors written", str(report.tensors))
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    show(asdict(report), as_json, table)

@@ -1,0 +1,96 @@
+"""The parser: argparse, whose errors are one sentence with the nearest known name."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from argparse import Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from itertools import takewhile
+from types import ModuleType
+from typing import NoReturn
+
+WIDTH = 80  # of descriptions; examples are broken by hand
+FLAG = re.compile(r"--?[a-zA-Z][\w-]*")  # a negative number is none
+KINDS = {int: "whole number", float: "number"}
+
+
+class Help(RawDescriptionHelpFormatter):  # which leaves the lines of an example as they are
+    """argparse's, which also says of each flag whether it must be given."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return f"{action.help} (required)" if action.required and action.option_strings else action.help
+
+
+class Parser(ArgumentParser):
+    """argparse's, except that verbs are modules, that the help ends in an example, and that errors are one sentence.
+
+    Flags are written with dashes, and read with underscores (--max_rank) as well.
+    """
+
+    def __init__(self, *, description: str, example: str, **settings) -> None:
+        super().__init__(
+            description=textwrap.fill(description, WIDTH),
+            epilog=f"example:\n{textwrap.indent(example, '  ')}",
+            formatter_class=Help,
+            **settings,
+        )
+        self.verbs: dict[str, ModuleType] = {}
+
+    def add_verbs(self, verbs: dict[str, ModuleType]) -> None:
+        """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE and a function that adds its flags."""
+        self.verbs = verbs
+        commands = self.add_subparsers(title="commands", metavar="COMMAND")
+        for name, verb in verbs.items():
+            verb.flags(commands.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION, example=verb.EXAMPLE))
+        # Not `required`, which argparse would speak of before an unknown flag.
+        self.set_defaults(run=lambda: self.error(f"a command is missing: one of {', '.join(verbs)}"))
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        """Leaves nothing over: what a verb does not know is refused here, where its flags are known."""
+        args = [re.sub("^--[a-z_]+", _dashed, arg) for arg in (sys.argv[1:] if args is None else args)]
+        if not {"-h", "--help"} & {*args}:
+            self._refuse_unknown(takewhile(lambda arg: arg != "--" and (arg[:1] == "-" or not self.verbs), args))
+        namespace, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unexpected argument {left[0]}; see {self.prog} --help")
+        return namespace, left
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"drift-peft: error: {message}\n")
+
+    def _refuse_unknown(self, args: Iterable[str]) -> None:
+        """Before argparse parses, which would speak of a missing --expert where --exprt was given."""
+        for arg in args:
+            flag = arg.partition("=")[0]
+            if FLAG.fullmatch(flag) and not self._get_option_tuples(flag):
+                near = _nearest(flag, self._option_string_actions, cutoff=0.7)  # the dashes of all are alike
+                self.error(f"unknown flag {flag}; {near or f'see {self.prog} --help'}")
+
+    def _get_value(self, action: Action, arg_string: str) -> object:
+        try:
+            return super()._get_value(action, arg_string)
+        except ArgumentError:
+            message = f"{action.option_strings[-1]} takes a {KINDS[action.type]}, got {arg_string}"
+            raise ArgumentError(None, message) from None
+
+    def _check_value(self, action: Action, value: str) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        message = f"unknown {action.option_strings[-1] if action.option_strings else 'command'} {value}"
+        choices = f"choose from {', '.join(action.choices)}"
+        near = _nearest(value, action.choices)
+        raise ArgumentError(None, f"{message}; {near} ({choices})" if near else f"{message}: {choices}")
+
+
+def _dashed(flag: re.Match) -> str:
+    return flag[0].replace("_", "-")
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    near = get_close_matches(name.lower(), known, 1, cutoff)
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,0 +1,46 @@
+"""drift-peft preflight: will training fit the GPU?"""
+
+from __future__ import annotations
+
+from .parser import Parser
+
+HELP = "will training fit the GPU?"
+DESCRIPTION = "Estimate what training takes on the GPU, from a recipe and its base's config.json."
+EXAMPLE = "drift-peft preflight recipes/configs/qwen2_5_vl_7b_r1.yaml --set max_tokens=2048 --set r=8"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="YAML of recipes/sft_vlm.py")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that win over it, such as max_tokens=2048",
+    )
+    add("--json", dest="as_json", action="store_true", help="print as JSON")
+
+
+def run(recipe: str, set: list[str], as_json: bool) -> None:
+    changes = dict(_setting(text) for text in set)
+    from ..preflight import cards_table, preflight_summary, preflight_table
+    from .show import show
+
+    summary = preflight_summary(recipe, changes)
+    show(summary, as_json, preflight_table(summary), cards_table(summary))
+
+
+def _setting(text: str) -> tuple[str, object]:
+    """max_tokens=2048 -> the key and its value, read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text} names no value: write key=value, such as max_tokens=2048")
+    import yaml
+
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text} is no YAML: {' '.join(str(error).split())}") from error

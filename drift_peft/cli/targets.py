@@ -1,0 +1,30 @@
+"""drift-peft targets: what would be adapted and steered."""
+
+from __future__ import annotations
+
+from .parser import Parser
+
+HELP = "what would be adapted and steered"
+DESCRIPTION = "Show what target_modules=None adapts and steers on a model, without loading it."
+EXAMPLE = "drift-peft targets Qwen/Qwen2.5-VL-7B-Instruct --prior prior.safetensors"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder, hub id or id@revision")
+    add("--prior", help="also count which of them have a Δ in this prior")
+    add("--json", dest="as_json", action="store_true", help="print as JSON")
+
+
+def run(model: str, prior: str | None, as_json: bool) -> None:
+    from ..checkpoints import Checkpoint
+    from ..prior import ReasoningPrior
+    from ..prior.report import targets_summary, targets_table
+    from .show import show
+
+    loaded = None if prior is None else ReasoningPrior.load(prior)
+    summary = targets_summary(Checkpoint(model), loaded)
+    show(summary, as_json, targets_table(summary))
+    if not as_json:  # in one line, whatever the terminal's width, to be copied
+        print(f"target_modules = r'{summary['target_modules']}'")

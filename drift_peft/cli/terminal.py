@@ -1,0 +1,51 @@
+"""Terminals that are not UTF-8: Δ, × and their like in signs that they have."""
+
+import codecs
+import contextlib
+import io
+import locale
+from typing import TextIO
+
+SPELLED = {
+    "Δ": "Delta",
+    "Σ": "Sum",
+    "α": "alpha",
+    "σ": "sigma",
+    "ᵢ": "_i",
+    "²": "^2",
+    "‖": "||",
+    "·": "*",
+    "×": "x",
+    "±": "+-",
+    "−": "-",
+    "–": "-",
+    "…": "...",
+    "→": "->",
+    "≥": ">=",
+    "≤": "<=",
+}
+
+
+def spell_out(*streams: TextIO) -> None:
+    """Make streams write what their encoding has no sign for in signs that it has, such as Delta for Δ."""
+    codecs.register_error("spell_out", _spelled)
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):  # what stands in for it in a notebook takes every sign
+            stream.reconfigure(errors="spell_out")
+
+
+def _spelled(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
+    sign = error.object[error.start]
+    if "\udc80" <= sign <= "\udcff":  # a byte of an argument that Python could not read goes out as it came in
+        return bytes([ord(sign) - 0xDC00]), error.start + 1
+    return SPELLED.get(sign, "?"), error.start + 1
+
+
+def read_utf8() -> None:
+    """Let libraries read their own files where the locale is ASCII, in whose encoding they would open them.
+
+    torch does, in what hqq imports of it, and so cannot be imported there.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "ascii":
+        with contextlib.suppress(locale.Error):  # there is no such locale
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")

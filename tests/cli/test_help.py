@@ -1,0 +1,120 @@
+"""Help and refusals: what they say is what the library does, and they cost no import of it."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from command import run
+
+import drift_peft.demo
+from drift_peft import build_prior, checkpoints, merge_adapter, merge_baseline
+from drift_peft.cli import commands, merge, prior_build
+from drift_peft.cli import merge_baseline as baseline_verb
+from drift_peft.cli.prior import VERBS
+from drift_peft.merge import METHODS, ONTO
+from drift_peft.merge import baseline as baselines
+from drift_peft.prior import build as builds
+
+PATHS = [(), ("prior",), *(("prior", verb) for verb in VERBS), *((verb,) for verb in commands.VERBS if verb != "prior")]
+MODULES = {**{("prior", name): verb for name, verb in VERBS.items()}, **{(n,): v for n, v in commands.VERBS.items()}}
+BUILD = ["prior", "build", "--expert", "x", "--base", "y", "-o", "z"]
+MERGE = ["merge", "--base", "x", "--adapter", "y", "-o", "z"]
+BASELINE = ["merge-baseline", "--method", "ties", "--expert", "x", "--base", "y", "-o", "z"]
+REFUSED = [
+    [],
+    ["prior"],
+    ["mrege"],
+    ["--foo"],
+    [*BUILD, "--rnak", "3"],
+    [*BUILD, "--rank", "many"],
+    [*BUILD, "--modules", "attention"],
+    [*BUILD, "--only-layers", "few"],
+    [*MERGE, "--onto", "dequantised"],
+    [*BASELINE, "--density", "few"],
+    ["merge-baseline", "--method", "TIES"],
+    ["merge", "--base", "x"],
+    ["prior", "combine", "a.safetensors", "-o", "z"],
+    ["preflight", "recipe.yaml", "--set", "max_tokens"],
+]
+PROBE = """
+import sys
+from drift_peft.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+print(status, *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def help_of(capsys, *path):
+    """In one line, whatever the terminal's width."""
+    status, out, err = run(capsys, *path, "--help")
+    assert status == 0 and err == ""
+    return " ".join(out.split())
+
+
+@pytest.mark.parametrize("argv", [["--version"], *([*path, "--help"] for path in PATHS), *REFUSED], ids=" ".join)
+def test_nothing_heavy_is_imported(argv):
+    result = subprocess.run([sys.executable, "-c", PROBE, *argv], capture_output=True, text=True, encoding="utf-8")
+    status, *imported = result.stdout.splitlines()[-1].split()
+    assert (status == "0") == (argv not in REFUSED) and "drift_peft" in imported
+    assert not {"torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "numpy", "rich"} & {*imported}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_help_has_one_style_and_an_example(path, capsys):
+    told = help_of(capsys, *path)
+    assert not re.search(r"--\w+_\w+|default: (null|None|False|\[)|type: ", told)
+    example = MODULES[path].EXAMPLE if path else "drift-peft demo"
+    assert told.endswith(f"example: {' '.join(example.split())}")
+    program, *argv = shlex.split(example.replace("\\\n", " "))
+    assert program == "drift-peft" and commands.parser().parse_args(argv).run
+
+
+def test_underscores_are_read_as_dashes():
+    given = commands.parser().parse_args([*BUILD, "--max_rank", "12", "--skip_first=3", "--only-layers", "0"])
+    assert (given.max_rank, given.skip_first, given.only_layers) == (12, 3, ["0"])
+
+
+def test_choices_are_those_of_the_library(capsys):
+    assert prior_build.MODULES == checkpoints.MODULES
+    assert baseline_verb.MODULES == baselines.MODULES
+    assert baseline_verb.METHODS == tuple(METHODS)
+    assert merge.ONTO == tuple(ONTO)
+    assert f"which weights: {', '.join(checkpoints.MODULES)} " in help_of(capsys, "prior", "build")
+    told = help_of(capsys, "merge-baseline")
+    assert f"which weights: {', '.join(baselines.MODULES)} " in told and f"one of {', '.join(METHODS)} " in told
+    assert f"--onto {{{','.join(ONTO)}}}" in help_of(capsys, "merge")
+
+
+@pytest.mark.parametrize(
+    "function, argv",
+    [(build_prior, BUILD), (merge_adapter, MERGE), (merge_baseline, BASELINE), (drift_peft.demo.run, ["demo"])],
+)
+def test_defaults_are_those_of_the_library(function, argv):
+    given = vars(commands.parser().parse_args(argv))
+    defaults = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.default is not p.empty}
+    compared = given.keys() & defaults.keys()
+    assert len(compared) >= 2
+    for name in compared:
+        default = defaults[name]
+        assert given[name] == (list(default) if isinstance(default, tuple) else default), name
+
+
+def test_help_tells_the_defaults(capsys):
+    told = help_of(capsys, "prior", "build")
+    assert f"largest rank of Δ per weight (default: {builds.RANK})" in told
+    assert f"largest rank with --energy (default: {builds.MAX_RANK})" in told
+    assert f"(default: {' '.join(builds.DEFAULT_MODULES)})" in told
+    told, plain, ties = help_of(capsys, "merge-baseline"), METHODS["task_arithmetic"], METHODS["ties"]
+    assert "(default: {} {}; for ties and dare {} {})".format(*plain.weights, *ties.weights) in told
+    assert f"ties and dare keep (default: {ties.density})" in told
+    assert f"(default: {METHODS['layer_swap'].skip_first} for layer_swap, else 0)" in told
+    for name, method in METHODS.items():
+        like = ties if name.startswith(("ties", "dare")) else plain
+        assert (method.weights, method.density) == (like.weights, like.density)
+        assert (method.skip_first == 0) == (name != "layer_swap")

@@ -8,7 +8,7 @@ The pipeline of the paper (arXiv 2510.15050): it starts from the 11,000 question
 problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought for each, removes those that are
 not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one; about 4,000 remain. The paper
 matches answers with ThinkLite's code; here it is parts/answers.py, and what is said twice is removed too. Its prompt is
-a picture (figure 4), whose text could not be read: the default below is what ThinkLite's own evaluation adds to a
+a picture (figure 4), whose text could not be read: the default is what ThinkLite's own evaluation adds to a
 question. How it samples is not said: the default takes the likeliest token each time.
 
 The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
@@ -31,20 +31,17 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-from data import FEATURES, load_messages, refuse_output, write_parquet
 from parts.answers import extract_boxed, is_correct, well_formed
-from parts.journal import Journal
+from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
-from parts.teachers import Local, Server, TeacherError, Unanswered
+from parts.loading import FEATURES, load_messages
+from parts.parquet import refuse_output, write_parquet
+from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 TEACHER = "russwang/ThinkLite-VL-7B"
-PROMPT = (
-    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-    r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
-)
 HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
 
 
@@ -104,10 +101,6 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
     if kept:
         write_parquet(_with_answers(dataset, kept), output)
     return funnel
-
-
-def journal_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.journal.jsonl")
 
 
 def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from data import load_messages
-from distill import PROMPT, journal_path
 from parts.answers import extract_boxed
-from parts.journal import Journal
+from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
+from parts.loading import load_messages
 from parts.outputs import write_result
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
-from parts.teachers import Local, TeacherError
+from parts.teachers import PROMPT, Local, TeacherError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

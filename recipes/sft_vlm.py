@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from data import load_messages, within_length
 from datasets import Dataset, Features, Image, List
 from parts.arguments import RunArguments, TrainArguments, parse
+from parts.curves import plot_run
+from parts.lengths import within_length
+from parts.loading import load_messages
 from parts.saving import Trainer, save_adapter, write_json
-from plot_run import plot_run
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 

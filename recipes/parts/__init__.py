@@ -2,9 +2,13 @@
 
 arguments  what can be set in a recipe: the keys of the YAMLs in configs/
 saving     checkpoints and adapters of a run, as they are written
+curves     how a run went, as a picture
 sources    files, folders and hub data sets, as samples
 layouts    a sample of any layout -> messages and images
 images     pictures, wherever they lie
+loading    the usable samples of a source, as TRL takes them, and a count of the others
+lengths    how many tokens a conversation has, and which are too long
+parquet    messages and images in one file that stands alone
 teachers   who writes chains of thought: a model in this process, or a server
 journal    answers on disk as they come
 answers    what counts as the right answer

@@ -12,9 +12,9 @@ import sft_vlm
 import torch
 import yaml
 from parts.arguments import parse
+from parts.curves import plot_run
 from peft import PeftModel
 from PIL import Image
-from plot_run import plot_run
 from recipe_runs import CONFIGS, FAMILY, FAST, RECIPES, SIZES, SMALL
 from safetensors.torch import load_file
 from tiny import tiny_llm

@@ -6,16 +6,16 @@
 The published set of the paper (arXiv 2510.15050: about 4,000 verified chains of thought) has, by its card and by the
 reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes them to start
 outside of the set (../DRIFT-TL-Distill-4K/…). Its rows could not be looked at here, so what a sample holds is read off
-its own keys (parts/layouts.py), and the table says which layout was found.
+its own keys (parts/layouts.py), and the table says which layout was found. parts/loading.py says what the columns of the
+result are.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
+from parts.command_line import Parser, in_one_sentence, run_script
 from parts.loading import Dropped, load_messages, nothing_left
 from parts.parquet import refuse_output, write_parquet
 from rich.console import Console
@@ -32,28 +32,25 @@ def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser("data.py", __doc__)
     parser.add_argument("source", help="hub id, id@revision, .json, .jsonl or .parquet file, or a folder of these")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as train.parquet")
-    parser.add_argument("--split", default="train", help="of a hub id or a folder")
-    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
+    parser.add_argument("--split", default="train", help="split of a hub id or a folder")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the source's")
     parser.add_argument("--boxed", action="store_true", help=r"drop answers without a \boxed{…}")
     parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
-    parser.add_argument(
-        "--on-bad", choices=["drop", "fail"], default="drop", help="stop at the first bad sample instead"
-    )
+    on_bad = "drop samples that cannot be used, or fail at the first"
+    parser.add_argument("--on-bad", choices=["drop", "fail"], default="drop", help=on_bad)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = vars(parser.parse_args(arguments))
     output, as_json, overwrite = (options.pop(name) for name in ("output", "json", "overwrite"))
-    try:
+    with in_one_sentence("data.py", ValueError, OSError):
         refuse_output(output, overwrite)
         dataset, dropped = load_messages(**options)
         kept = write_parquet(dataset, output)
         if not kept:
             raise nothing_left(options["source"], dropped)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"data.py: error: {error}\n")
     if as_json:
         counts = {"kept": kept, "dropped": dict(dropped), "layouts": sorted(dropped.layouts), "first": dropped.first()}
         print(json.dumps({"source": options["source"], "output": str(output), **counts}))
@@ -62,4 +59,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script("data.py", main)

@@ -8,7 +8,7 @@ The pipeline of the paper (arXiv 2510.15050): it starts from the 11,000 question
 problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of thought for each, removes those that are
 not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one; about 4,000 remain. The paper
 matches answers with ThinkLite's code; here it is parts/answers.py, and what is said twice is removed too. Its prompt is
-a picture (figure 4), whose text could not be read: the default below is what ThinkLite's own evaluation adds to a
+a picture (figure 4), whose text could not be read: the default is what ThinkLite's own evaluation adds to a
 question. How it samples is not said: the default takes the likeliest token each time.
 
 The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
@@ -18,7 +18,6 @@ questions as they were, without the prompt, and the teacher's answers.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -31,20 +30,18 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-from data import FEATURES, load_messages, refuse_output, write_parquet
 from parts.answers import extract_boxed, is_correct, well_formed
-from parts.journal import Journal
+from parts.command_line import Parser, in_one_sentence, run_script, stop
+from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
-from parts.teachers import Local, Server, TeacherError, Unanswered
+from parts.loading import FEATURES, load_messages
+from parts.parquet import refuse_output, write_parquet
+from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 TEACHER = "russwang/ThinkLite-VL-7B"
-PROMPT = (
-    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
-    r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
-)
 HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
 
 
@@ -104,10 +101,6 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
     if kept:
         write_parquet(_with_answers(dataset, kept), output)
     return funnel
-
-
-def journal_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.journal.jsonl")
 
 
 def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:
@@ -200,21 +193,21 @@ def _with_answers(dataset: datasets.Dataset, answers: dict[int, str]) -> dataset
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser("distill.py", __doc__)
     parser.add_argument("source", help="questions with known answers: whatever data.py reads")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as chains.parquet")
-    parser.add_argument("--split", default="train", help="of a hub id or a folder")
-    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
-    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
-    parser.add_argument("--model", default=TEACHER, help=f"folder, hub id, or its name at the server ({TEACHER})")
+    parser.add_argument("--split", default="train", help="split of a hub id or a folder")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the source's")
+    parser.add_argument("--limit", type=int, help="ask only the first so many questions, not all")
+    parser.add_argument("--model", default=TEACHER, help="folder, hub id, or its name at the server")
     parser.add_argument("--server", help="ask there, such as http://localhost:8000/v1, instead of loading the model")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    parser.add_argument("--concurrency", type=int, default=16, help="questions at the server at the same time (16)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that the server may be silent (600)")
-    parser.add_argument("--retries", type=int, default=6, help="further tries where the server fails (6)")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time without a server (8)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (0)")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer (4096)")
+    parser.add_argument("--concurrency", type=int, default=16, help="questions at the server at the same time")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that the server may be silent")
+    parser.add_argument("--retries", type=int, default=6, help="further tries where the server fails")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time without a server")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that has no journal")
     parser.add_argument("--json", action="store_true", help="print the funnel as JSON")
@@ -222,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     journal = journal_path(args.output)
     answering = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     settings = {"model": args.model, "prompt": args.prompt, **answering}
-    try:
+    with in_one_sentence("distill.py", ValueError, OSError, TeacherError):
         refuse_output(args.output, args.overwrite or journal.exists())
         if args.server:
             how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
@@ -230,12 +223,13 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             teacher = partial(Local, args.model, batch_size=args.batch_size, **answering)
         loading = {"split": args.split, "images": args.images}
-        funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)
-    except (ValueError, OSError, TeacherError) as error:
-        kept = f"; the answers so far are in {journal}: run the same again to go on" if journal.exists() else ""
-        parser.exit(1, f"distill.py: error: {error}{kept if isinstance(error, TeacherError) else ''}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"distill.py: stopped; the answers so far are in {journal}: run the same again to go on\n")
+        try:
+            funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)
+        except (TeacherError, KeyboardInterrupt) as end:
+            if not journal.exists():
+                raise
+            told = f"{str(end) or 'stopped'}; the answers so far are in {journal}: run the same again to go on"
+            raise type(end)(told) from end
     if args.json:
         lost = {step: dict(reasons) for step, reasons in funnel.lost.items() if reasons}
         print(json.dumps({"source": args.source, "output": str(args.output), "left": funnel.left, "lost": lost}))
@@ -247,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
     if not funnel.left["unique"]:
-        parser.exit(1, f"distill.py: error: no answer is left, so {args.output} was not written\n")
+        stop("distill.py", f"no answer is left, so {args.output} was not written", 1)
 
 
 def _read_key(name: str | None) -> str | None:
@@ -257,4 +251,4 @@ def _read_key(name: str | None) -> str | None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script("distill.py", main)

@@ -10,24 +10,23 @@ there. Results of several models on the same data are compared by score.py.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from data import load_messages
-from distill import PROMPT, journal_path
 from parts.answers import extract_boxed
-from parts.journal import Journal
+from parts.command_line import Parser, in_one_sentence, run_script
+from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
+from parts.loading import load_messages
 from parts.outputs import write_result
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
-from parts.teachers import Local, TeacherError
+from parts.teachers import PROMPT, Local, TeacherError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -164,12 +163,14 @@ def load_model(model: str, adapter: Path | None, batch_size: int, max_new_tokens
     return local
 
 
-def evaluate(args: argparse.Namespace) -> dict:
+def evaluate(args: Namespace) -> dict:
     """All of a run; its result is also written.
 
     Raises:
         ValueError: BadSample included; OSError, TeacherError.
     """
+    import torch  # three times as long as all the rest: --help and refused flags do not wait for it
+
     check(args.model, args.adapter, args.data, args.output)
     dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail")
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
@@ -183,7 +184,7 @@ def evaluate(args: argparse.Namespace) -> dict:
                 ask(questions, dataset, model, journal, args.prompt)
             except torch.OutOfMemoryError as error:
                 raise TeacherError(
-                    f"a batch of {args.batch_size} does not fit into memory: take a smaller --batch_size; what is "
+                    f"a batch of {args.batch_size} does not fit into memory: take a smaller --batch-size; what is "
                     f"answered is in {journal.path}"
                 ) from error
         marked = mark_all(questions, journal.answers)
@@ -193,34 +194,35 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser("evaluate.py", __doc__)
     parser.add_argument("--model", required=True, help="merged folder, any vision-language model's, or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder to put on the model without merging")
     parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, or a folder of these")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as results.json")
-    parser.add_argument("--split", default="test", help="of a folder (test)")
-    parser.add_argument("--images", type=Path, help="folder that relative image paths start from")
-    parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by ({CATEGORY})")
-    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time (8)")
-    parser.add_argument("--max_new_tokens", type=int, default=16384, help="longest answer (16384)")
+    parser.add_argument("--split", default="test", help="split of a folder")
+    parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the data's")
+    parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")
     args = parser.parse_args(arguments)
     if args.batch_size < 1 or args.max_new_tokens < 1:
-        parser.error("--batch_size and --max_new_tokens are at least 1")
-    try:
-        result = evaluate(args)
-    except (ValueError, OSError, TeacherError) as error:
-        parser.exit(1, f"evaluate.py: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"evaluate.py: stopped; run the same again to go on from {journal_path(args.output)}\n")
+        parser.error("--batch-size and --max-new-tokens are at least 1")
+    with in_one_sentence("evaluate.py", ValueError, OSError, TeacherError):
+        try:
+            result = evaluate(args)
+        except KeyboardInterrupt as end:
+            if not journal_path(args.output).exists():
+                raise
+            raise KeyboardInterrupt(f"stopped; run the same again to go on from {journal_path(args.output)}") from end
     if args.json:
         print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
     else:
         Console().print(results_table(result))
     if result["total"]["unfinished"]:
-        print(f"note: {result['total']['unfinished']} answers are unfinished: see --max_new_tokens", file=sys.stderr)
+        print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("evaluate.py", main)

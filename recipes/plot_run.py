@@ -1,58 +1,37 @@
-"""How a run went, drawn from Trainer's log history: loss, and where the adapter stands against the prior.
+"""Draw how a run went: loss, and where the adapter stands against the prior.
 
-python recipes/plot_run.py runs/x/run.json telemetry.png
+    python recipes/plot_run.py runs/qwen2_5_vl_7b_r1/run.json telemetry.png
+
+sft_vlm.py draws the same into its output_dir. What was not logged is left out.
 """
 
+from __future__ import annotations
+
 import json
-import os
-import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-PANELS = {  # title -> what it shows, by its name in the logs
-    "loss": ("loss", "eval_loss"),
-    "of Δ absorbed by the adapter": ("drift/absorbed",),
-    "cosine of adapter and Δ": ("drift/alignment",),
-    "last step: cosine of gradient and direction": ("drift/gradient_cosine",),
-    "last step: bias over gradient": ("drift/bias_ratio",),
-    "learning rate": ("learning_rate",),
-}
+from parts.command_line import Parser, in_one_sentence, run_script
+from parts.curves import plot_run
 
 
-def plot_run(history: list[dict], output: Path) -> None:
-    """Draw `trainer.state.log_history` into a file, such as telemetry.png; what was not logged is left out.
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("plot_run.py", __doc__)
+    parser.add_argument("run", type=Path, help="run.json that sft_vlm.py left in its output_dir")
+    parser.add_argument("picture", type=Path, help="file to write, such as telemetry.png or telemetry.svg")
+    args = parser.parse_args(arguments)
+    with in_one_sentence("plot_run.py", ValueError, OSError):
+        plot_run(read_history(args.run), args.picture)
 
-    Kinds of modules (`drift/absorbed/attn`) are thin lines beside their total.
-    """
-    names = {name for entry in history for name in entry}
-    shown = {title: wanted for title, wanted in PANELS.items() if names.intersection(wanted)}
-    rows = max(1, -(-len(shown) // 3))
-    figure = Figure(figsize=(15, 4 * rows), layout="constrained")
-    if not shown:
-        figure.suptitle("Nothing was logged: logging_steps is more than there were steps.")
-    axes = figure.subplots(rows, 3, squeeze=False).flat
-    for (title, wanted), panel in zip(shown.items(), axes, strict=False):
-        for name in sorted(n for n in names if n in wanted or n.rpartition("/")[0] in wanted):
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            total = name in wanted
-            panel.plot(
-                *zip(*points, strict=True),
-                label=name.removeprefix("drift/"),
-                lw=2 if total else 1,
-                alpha=1 if total else 0.6,
-            )
-        panel.set_title(title)
-        panel.set_xlabel("optimizer step")
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
-    for panel in list(axes):
-        panel.set_visible(False)
-    unfinished = output.with_name(f"{output.name}.tmp")
-    figure.savefig(unfinished, format=output.suffix[1:], dpi=110)
-    os.replace(unfinished, output)
+
+def read_history(run: Path) -> list[dict]:
+    try:
+        content = json.loads(run.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{run} is no JSON ({error}): name the run.json of a run") from error
+    if not isinstance(content, dict) or "history" not in content:
+        raise ValueError(f"{run} has no history: name the run.json of a run that sft_vlm.py has finished")
+    return content["history"]
 
 
 if __name__ == "__main__":
-    run, picture = map(Path, sys.argv[1:])
-    plot_run(json.loads(run.read_text(encoding="utf-8"))["history"], picture)
+    run_script("plot_run.py", main)

@@ -9,13 +9,13 @@ models together (over problems in WeMath, whose score is of whole problems).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from parts.command_line import Parser, in_one_sentence, run_script
 from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
 from parts.scoring import mark, scorer
 from rich.console import Console
@@ -202,15 +202,15 @@ def notes(result: dict) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser("score.py", __doc__)
     parser.add_argument("--base", type=Path, required=True, help="answers of the untrained model: folder or file")
-    parser.add_argument("--sft", type=Path, help="of the model trained without a prior")
-    parser.add_argument("--drift", type=Path, required=True, help="of the model trained with one")
+    parser.add_argument("--sft", type=Path, help="answers of the model trained without a prior")
+    parser.add_argument("--drift", type=Path, required=True, help="answers of the model trained with one")
     parser.add_argument("-o", "--output", type=Path, help="file to write the numbers to, as JSON")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args(arguments)
     places = {"base": args.base, "SFT": args.sft, "DRIFT": args.drift}
-    try:
+    with in_one_sentence("score.py", ValueError, OSError):
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"output {args.output} cannot be written: there is no folder {args.output.parent}")
         models = {name: read_outputs(place) for name, place in places.items() if place}
@@ -219,8 +219,6 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:
             write_result(result, args.output)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"score.py: error: {error}\n")
     if args.json:
         print(json.dumps(result))
     else:
@@ -232,4 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("score.py", main)

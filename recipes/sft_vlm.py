@@ -1,6 +1,7 @@
 """Fine-tune a vision-language model on chains of thought, steered toward a text-only reasoning expert, on one GPU.
 
-    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml [--any_flag value]
+    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml
+    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml --r 32 --output-dir runs/r32 --merge
 
 The base is loaded in NF4 with double quantization, everything but its language model's projections in 16 bit, and TRL's
 SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with its model card and processor,
@@ -13,19 +14,19 @@ import json
 import os
 import platform
 import re
-import sys
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
-from data import load_messages, within_length
 from datasets import Dataset, Features, Image, List
 from parts.arguments import RunArguments, TrainArguments, parse
+from parts.command_line import in_one_sentence, run_script
+from parts.curves import plot_run
+from parts.lengths import within_length
+from parts.loading import load_messages
 from parts.saving import Trainer, save_adapter, write_json
-from plot_run import plot_run
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -44,7 +45,7 @@ def check(run: RunArguments, train: TrainArguments, merged: Path) -> None:
         raise OSError(f"output_dir {output} cannot be written: {place} is no folder, or not yours to write to")
     earlier = output.is_dir() and (get_last_checkpoint(output) or (output / "adapter_config.json").exists())
     if earlier and not train.resume_from_checkpoint:
-        raise FileExistsError(f"{output} holds an earlier run: add --resume_from_checkpoint true, or change output_dir")
+        raise FileExistsError(f"{output} holds an earlier run: add --resume-from-checkpoint true, or change output_dir")
     if run.merge and merged.exists():
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if is_missing(run.prior) and run.expert is None:
@@ -156,21 +157,13 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     return trainer, record
 
 
-@contextmanager
-def in_one_sentence(*mistakes: type[Exception]):
-    try:
-        yield
-    except mistakes as error:
-        sys.exit(f"sft_vlm.py: error: {' '.join(str(error).split())}")
-
-
 def main(argv: list[str] | None = None) -> Trainer:
-    with in_one_sentence(ValueError, OSError, ImportError, yaml.YAMLError):
-        run, drift, train = parse(argv)
+    with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
+        run, drift, train = parse(argv, __doc__)
         output, merged = Path(train.output_dir), Path(f"{Path(train.output_dir)}-merged")
         check(run, train, merged)
         trainer, record = prepare(run, drift, train)
-    with in_one_sentence(OSError):
+    with in_one_sentence("sft_vlm.py", OSError):
         result = trainer.train(resume_from_checkpoint=train.resume_from_checkpoint)
         save_adapter(trainer)
         record["results"] = {**result.metrics, "steps": result.global_step, **telemetry(trainer.model)}
@@ -180,7 +173,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         write_json(record, output / "run.json")
         plot_run(record["history"], output / "telemetry.png")
     if run.merge:
-        with in_one_sentence(ValueError, OSError):
+        with in_one_sentence("sft_vlm.py", ValueError, OSError):
             record["merge"] = asdict(merge_adapter(run.base, output, merged, verify=True))
             write_json(record, output / "run.json")
     print(f"The adapter is in {output}" + (f", and the merged model in {merged}." if run.merge else "."))
@@ -188,4 +181,4 @@ def main(argv: list[str] | None = None) -> Trainer:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("sft_vlm.py", main)

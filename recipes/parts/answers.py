@@ -238,6 +238,9 @@ def _only_text(text: str) -> bool:
 
 if __name__ == "__main__":
     import logging
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the one who asks; this ends without a traceback
 
     import math_verify
 

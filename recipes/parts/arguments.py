@@ -1,6 +1,6 @@
 """What can be set in a recipe: RunArguments below, the settings of DriftConfig, and TRL's SFTConfig, in one YAML."""
 
-import difflib
+import argparse
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -11,6 +11,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
+
+from .command_line import Parser, guess
 
 
 @dataclass
@@ -23,10 +25,12 @@ class RunArguments:
     prior_rank: int = field(default=64, metadata={"help": "rank of the prior, if it is built"})
     split: str = field(default="train", metadata={"help": "split of the data"})
     images: str | None = field(default=None, metadata={"help": "folder that the data's image paths start from"})
-    streaming: bool = field(default=False, metadata={"help": "do not download the data first; needs max_steps"})
-    on_bad: Literal["drop", "fail"] = field(default="drop", metadata={"help": "samples that cannot be used"})
+    streaming: bool = field(default=False, metadata={"help": "do not download the data first; needs --max-steps"})
+    on_bad: Literal["drop", "fail"] = field(
+        default="drop", metadata={"help": "samples that cannot be used: drop, or fail"}
+    )
     max_tokens: int = field(default=4096, metadata={"help": "longest sample, with its images' tokens; none is cut"})
-    on_long: Literal["drop", "fail"] = field(default="drop", metadata={"help": "longer samples"})
+    on_long: Literal["drop", "fail"] = field(default="drop", metadata={"help": "longer samples: drop, or fail"})
     images_per_sample: int = field(default=1, metadata={"help": "most that one has; only preflight asks"})
     processor_kwargs: dict | str | None = field(default=None, metadata={"help": "settings of the processor, as YAML"})
     think_tokens: bool = field(default=False, metadata={"help": "train <think> and </think> as tokens of their own"})
@@ -40,13 +44,13 @@ class RunArguments:
 class TrainArguments(SFTConfig):
     """TRL's, except that nothing is cut and a missing GPU is told in plain words."""
 
-    max_length: int | None = field(default=None, metadata={"help": "stays None: see max_tokens"})
+    max_length: int | None = field(default=None, metadata={"help": "stays None: see --max-tokens"})
 
     def __post_init__(self):
         if self.max_length is not None:
             raise ValueError("max_length cuts samples, and their images' tokens with them: set max_tokens instead")
         if not self.use_cpu and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use_cpu")
+            raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
         super().__post_init__()
         if str(self.resume_from_checkpoint).lower() == "true":  # as in Trainer.train: the last one
             last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
@@ -74,35 +78,42 @@ _LORA = ["r", "lora_alpha", "lora_dropout", "use_rslora"]
 DriftArguments = make_dataclass("DriftArguments", map(_mirror, _LORA + _DRIFT))
 
 
-class Parser(TrlParser):
-    """TRL's, except that an unknown key is refused with the nearest known one, wherever it comes from."""
+class RecipeParser(Parser, TrlParser):
+    """TRL's, with the same sentences about a wrong key of the YAML that --config names as about a wrong flag."""
+
+    def __init__(self, doc: str):
+        self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        self.first.error = self.error
+        help = "YAML of the settings below, with underscores in their names; flags win over it"
+        self.first.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
+        types, usage = (RunArguments, DriftArguments, TrainArguments), "%(prog)s --config FILE [--flag value ...]"
+        super().__init__("sft_vlm.py", doc, types, usage=usage, parents=[self.first])
+
+    def parse_args_and_config(self, args=None, **options):
+        named, flags = self.first.parse_known_args(args)
+        start = ["--config", named.config] if "config" in named else []  # TRL takes no --config=FILE, nor a second one
+        return super().parse_args_and_config(start + flags, **options)
 
     def set_defaults_with_config(self, **settings) -> list[str]:
-        self._refuse(super().set_defaults_with_config(**settings)[::2])
-        return []
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        self._refuse([argument for argument in unknown if argument.startswith("--")] or unknown)
-        return namespace, []
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-    def _refuse(self, unknown: list[str]) -> None:
-        for key in (argument.lstrip("-").partition("=")[0] for argument in unknown):
-            near = difflib.get_close_matches(key, [action.dest for action in self._actions], n=1)
-            raise ValueError(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        for key, value in settings.items():
+            if key not in known:
+                self.error(f"unknown key {key}; {guess(key, known)}")
+            if isinstance(value, str):  # argparse checks no defaults
+                self.check_choice(key, value, known[key].choices)
+        return super().set_defaults_with_config(**settings)
 
 
-def parse(argv: list[str] | None = None) -> tuple[RunArguments, DriftConfig, TrainArguments]:
+def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, TrainArguments]:
     """Flags win over the file that --config names.
 
+    Args:
+        doc: what --help says first, as for `Parser`.
+
     Raises:
-        ValueError, yaml.YAMLError: an unknown key, a value out of range, or no CUDA device.
+        ValueError, yaml.YAMLError: a value out of range, no YAML, or no CUDA device.
         OSError: no such file.
     """
-    parser = Parser((RunArguments, DriftArguments, TrainArguments), allow_abbrev=False)
-    run, drift, train = parser.parse_args_and_config(argv)
+    run, drift, train = RecipeParser(doc).parse_args_and_config(argv)
     settings = {name: from_yaml(value) for name, value in vars(drift).items()}
     return run, DriftConfig(prior=run.prior, task_type="CAUSAL_LM", **settings), train

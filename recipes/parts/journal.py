@@ -11,6 +11,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+def journal_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.journal.jsonl")
+
+
 class Journal:
     """Answers by question, of which those of an earlier run of the same settings are there already.
 

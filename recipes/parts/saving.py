@@ -54,7 +54,7 @@ def save_adapter(trainer: SFTTrainer) -> None:
 
 def _way_on(trainer: SFTTrainer) -> str:
     last = get_last_checkpoint(trainer.args.output_dir)
-    return f"make room, then go on with --resume_from_checkpoint {last}" if last else "make room, then start again"
+    return f"make room, then go on with --resume-from-checkpoint {last}" if last else "make room, then start again"
 
 
 def write_json(content: dict, file: Path) -> None:

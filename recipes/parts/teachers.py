@@ -13,6 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+PROMPT = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
+    r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
+)
 LONGEST_WAIT = 600.0  # seconds between two tries, whatever the server asks for
 FATAL = {401: "refuses the key: see --api-key-env", 403: "refuses the key: see --api-key-env"}
 FATAL[404] = "does not know this model or path: see --model and --server"

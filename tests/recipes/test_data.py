@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data import BadSample, count_tokens, load_messages, within_length
 from hub import Hub
 from huggingface_hub import HfFileSystem
+from parts.layouts import BadSample
+from parts.lengths import count_tokens, within_length
+from parts.loading import FEATURES, load_messages
 from PIL import Image
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -411,7 +413,7 @@ def test_the_command_line_writes_a_file_that_stands_alone(streaming, folder, tmp
     assert [sample["messages"] for sample in again] == [sample["messages"] for sample in before]
     assert [pixels(sample) for sample in again] == [pictures(*numbers) for _, _, numbers in LAYOUTS.values()]
     plain = datasets.load_dataset("parquet", data_files=str(output), split="train")  # as anyone would load it
-    assert plain.features == data.FEATURES and plain[0]["images"][0].size == (11, 12)
+    assert plain.features == FEATURES and plain[0]["images"][0].size == (11, 12)
     assert not [*tmp_path.glob("*.tmp")]
 
 

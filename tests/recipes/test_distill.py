@@ -15,10 +15,11 @@ import distill
 import httpx2
 import pytest
 import torch
-from data import load_messages
 from openai_server import RETRY_AFTER, OpenAI
 from parts import teachers
-from parts.journal import Journal
+from parts.journal import Journal, journal_path
+from parts.loading import load_messages
+from parts.teachers import PROMPT
 from PIL import Image
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
@@ -81,7 +82,7 @@ def result(output):
 
 
 def journal_lines(output):
-    return [json.loads(line) for line in distill.journal_path(output).read_text().splitlines()]
+    return [json.loads(line) for line in journal_path(output).read_text().splitlines()]
 
 
 def test_the_answers_that_pass_are_the_result(tmp_path, capsys):
@@ -93,7 +94,7 @@ def test_the_answers_that_pass_are_the_result(tmp_path, capsys):
     assert result(tmp_path / "out.parquet") == {i: right(f"what is {i} + 1 ?") for i in (0, 4, 5)}
     assert sorted(map(number, server.asked)) == list(range(6))
     for question, images, body in zip(server.asked, server.images, server.bodies, strict=True):
-        assert question == f"what is {number(question)} + 1 ? {distill.PROMPT}"
+        assert question == f"what is {number(question)} + 1 ? {PROMPT}"
         assert images == [(8 + number(question), 8)]
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("teacher", 0.0, 4096)
 
@@ -158,7 +159,7 @@ def test_a_server_that_is_not_there(tmp_path, capsys):
         run(save_questions(tmp_path, 2), tmp_path / "out.parquet", server)
     assert f"the server {server.url}/chat/completions cannot be reached: ConnectError" in capsys.readouterr().err
     assert {file.suffix for file in tmp_path.iterdir() if file.is_file()} == {".png", ".jsonl"}
-    assert not distill.journal_path(tmp_path / "out.parquet").exists()
+    assert not journal_path(tmp_path / "out.parquet").exists()
 
 
 def test_a_server_that_fails_at_everything_is_not_asked_everything(tmp_path, capsys, monkeypatch):
@@ -179,7 +180,7 @@ def test_so_many_questions_are_asked_at_a_time(tmp_path):
 
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     source, output = save_questions(tmp_path, 40), tmp_path / "out.parquet"
-    journal = distill.journal_path(output)
+    journal = journal_path(output)
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     with OpenAI(right, seconds=0.1) as server:
         flags = ["--server", server.url, "--model", "teacher", "--concurrency", "4", "--json"]
@@ -232,19 +233,19 @@ def test_more_questions_are_asked_on_top_and_a_limit_is_no_other_setting(tmp_pat
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [(["--temperature", "0.7"], "temperature (0.0, now 0.7)"), (["--max-tokens", "9"], "max_tokens (4096, now 9)"),
-     (["--prompt", "Think."], f"prompt ({distill.PROMPT}, now Think.)"), (["--model", "b"], "model (teacher, now b)")],
+     (["--prompt", "Think."], f"prompt ({PROMPT}, now Think.)"), (["--model", "b"], "model (teacher, now b)")],
 )  # fmt: skip
 def test_answers_of_other_settings_are_not_mixed(flags, difference, tmp_path, capsys):
     source, output = save_questions(tmp_path, 2), tmp_path / "out.parquet"
     with OpenAI(right) as server:
         run(source, output, server)
-        before = output.read_bytes(), distill.journal_path(output).read_bytes()
+        before = output.read_bytes(), journal_path(output).read_bytes()
         server.asked.clear()
         with pytest.raises(SystemExit):
             run(source, output, server, *flags)
     said = f"holds answers of other settings: {difference}: take these, or name another output"
     assert said in capsys.readouterr().err
-    assert (output.read_bytes(), distill.journal_path(output).read_bytes()) == before and not server.asked
+    assert (output.read_bytes(), journal_path(output).read_bytes()) == before and not server.asked
 
 
 def test_a_journal_is_written_by_one_run_at_a_time(tmp_path):

@@ -148,7 +148,7 @@ def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypat
 
     monkeypatch.setattr(Local, "__call__", dying)
     arguments = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
-    assert "a batch of 3 does not fit into memory: take a smaller --batch_size" in refusal(
+    assert "a batch of 3 does not fit into memory: take a smaller --batch-size" in refusal(
         capsys, *arguments, "--batch_size", "3"
     )
     assert len(asked) == 6 and not (tmp_path / "r.json").exists()
@@ -164,7 +164,7 @@ def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
     found = run(model, data, tmp_path / "r.json", "--max_new_tokens", "3", "--batch_size", "14")
     assert all(sample["unfinished"] and not sample["correct"] for sample in found["samples"][:7])
     assert found["categories"]["sum"]["unfinished"] == 7 <= found["total"]["unfinished"]
-    assert "answers are unfinished: see --max_new_tokens" in capsys.readouterr().err
+    assert "answers are unfinished: see --max-new-tokens" in capsys.readouterr().err
 
 
 def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(model, data, result, tmp_path, capsys):

@@ -1,0 +1,109 @@
+"""The command line of every script: flags with dashes, the nearest one for a wrong one, a sentence for each mistake."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
+
+from .terminal import readable_output
+
+FLAG = re.compile(r"--\w[\w-]*")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Tells the default of each flag that takes a value and has one."""
+
+    def _get_help_string(self, action):
+        if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, "", [], {}):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's. Flags are shown with dashes, and taken with underscores too; none may be shortened.
+
+    Args:
+        script: the name of its file.
+        doc: its docstring: the first paragraph says what it does, the second how to call it.
+        arguments: of another parser that this one is mixed into.
+    """
+
+    def __init__(self, script: str, doc: str, *arguments, **options):
+        description, examples, *_ = doc.split("\n\n")
+        told = {"description": description, "epilog": f"examples:\n{examples}"}
+        super().__init__(*arguments, prog=script, formatter_class=Help, allow_abbrev=False, **told, **options)
+
+    def add_argument(self, *names, **options):
+        dashed = dict.fromkeys(name.replace("_", "-") if name.startswith("-") else name for name in names)
+        return super().add_argument(*dashed, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        flags = args.index("--") if "--" in args else len(args)
+        args[:flags] = map(self._known, args[:flags])  # before argparse complains of what is missing beside a typo
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}; see --help")
+        return namespace, []
+
+    def _known(self, argument: str) -> str:
+        """An argument as it is, a flag with dashes; an unknown one is an error."""
+        flag, equals, value = argument.partition("=")
+        dashed = flag.replace("_", "-")
+        if not FLAG.fullmatch(flag):
+            return argument
+        if dashed not in self._option_string_actions:
+            self.error(f"unknown flag {flag}; {guess(dashed, self._option_string_actions)}")
+        return dashed + equals + value
+
+    def _check_value(self, action, value):
+        self.check_choice([action.dest, *action.option_strings][-1], value, action.choices)
+
+    def check_choice(self, name: str, value, choices: Iterable | None) -> None:
+        if choices is not None and value not in choices:
+            known = [*map(str, choices)]
+            self.error(f"{name} takes one of {', '.join(known)}, not {value}; {guess(str(value), known)}")
+
+    def error(self, message: str) -> NoReturn:
+        stop(self.prog, message, 2)
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """The known name that may have been meant: the most similar one, else one that begins so."""
+    bare = {other.lstrip("-"): other for other in known}
+    name = name.lstrip("-")
+    near = difflib.get_close_matches(name, bare, n=1) + [other for other in bare if other.startswith(name)]
+    return f"did you mean {bare[near[0]]}?" if near else "see --help"
+
+
+def stop(script: str, message: str, status: int) -> NoReturn:
+    """End with one sentence on stderr."""
+    sentence = f"{script}: error: {' '.join(message.split())}"
+    print(sentence, file=sys.stderr)
+    end = SystemExit(sentence)  # for who catches it
+    end.code = status
+    raise end
+
+
+@contextlib.contextmanager
+def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
+    """Mistakes that a user can mend end the script without a traceback."""
+    try:
+        yield
+    except mistakes as error:
+        stop(script, str(error), 1)
+
+
+def run_script(script: str, main: Callable[[], object]) -> None:
+    """What `python recipes/<script>` does: its main(), readable on any terminal, and without a traceback at Ctrl-C."""
+    readable_output()
+    try:
+        main()
+    except KeyboardInterrupt as interrupt:
+        print(f"{script}: {str(interrupt) or 'stopped'}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,48 @@
+"""How a run went, drawn from Trainer's log history: loss, and where the adapter stands against the prior."""
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+PANELS = {  # title -> what it shows, by its name in the logs
+    "loss": ("loss", "eval_loss"),
+    "of Δ absorbed by the adapter": ("drift/absorbed",),
+    "cosine of adapter and Δ": ("drift/alignment",),
+    "last step: cosine of gradient and direction": ("drift/gradient_cosine",),
+    "last step: bias over gradient": ("drift/bias_ratio",),
+    "learning rate": ("learning_rate",),
+}
+
+
+def plot_run(history: list[dict], output: Path) -> None:
+    """Draw `trainer.state.log_history` into a file, such as telemetry.png; what was not logged is left out.
+
+    Kinds of modules (`drift/absorbed/attn`) are thin lines beside their total.
+    """
+    names = {name for entry in history for name in entry}
+    shown = {title: wanted for title, wanted in PANELS.items() if names.intersection(wanted)}
+    rows = max(1, -(-len(shown) // 3))
+    figure = Figure(figsize=(15, 4 * rows), layout="constrained")
+    if not shown:
+        figure.suptitle("Nothing was logged: logging_steps is more than there were steps.")
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for (title, wanted), panel in zip(shown.items(), axes, strict=False):
+        for name in sorted(n for n in names if n in wanted or n.rpartition("/")[0] in wanted):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            total = name in wanted
+            panel.plot(
+                *zip(*points, strict=True),
+                label=name.removeprefix("drift/"),
+                lw=2 if total else 1,
+                alpha=1 if total else 0.6,
+            )
+        panel.set_title(title)
+        panel.set_xlabel("optimizer step")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    for panel in list(axes):
+        panel.set_visible(False)
+    unfinished = output.with_name(f"{output.name}.tmp")
+    figure.savefig(unfinished, format=output.suffix[1:], dpi=110)
+    os.replace(unfinished, output)

@@ -1,0 +1,62 @@
+"""How many tokens a conversation has, and which are too long."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import datasets
+from tqdm import tqdm
+
+from .layouts import BadSample
+
+
+def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Counter):
+    """The conversations of at most max_tokens tokens, those of their images included. None is ever cut.
+
+    Each is processed as TRL's collator does it, so this takes as long as an epoch of loading.
+
+    Args:
+        dropped: gets how many others there are, under "longer than <max_tokens> tokens", or "refused by the processor",
+            which would stop the training too.
+
+    Raises:
+        BadSample: with on_long="fail", or if none is left.
+    """
+    bad: dict[int, BadSample] = {}  # a stream may be read again
+
+    def fits(sample: dict, index: int) -> bool:
+        try:
+            length = count_tokens(sample["messages"], sample["images"], processor)
+        except Exception as error:  # of any kind: each processor has its own
+            said = " ".join(str(error).split())
+            problem = BadSample("refused by the processor", f"sample {index + 1} is refused by the processor: {said}")
+        else:
+            if length <= max_tokens:
+                return True
+            problem = BadSample(
+                f"longer than {max_tokens} tokens",
+                f"sample {index + 1} has {length} tokens, its images' included, and {max_tokens} are allowed: allow "
+                "more, make the images smaller, or drop such samples",
+            )
+        if on_long == "fail":
+            raise problem
+        if index not in bad:
+            bad[index] = problem
+            dropped[problem.reason] += 1
+        return False
+
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.filter(fits, with_indices=True)
+    kept = [i for i, sample in enumerate(tqdm(dataset, desc="counting tokens", disable=None)) if fits(sample, i)]
+    if not kept:
+        raise bad[0]
+    return dataset.select(kept)
+
+
+def count_tokens(messages: list[dict], images: list, processor) -> int:
+    """Tokens of a conversation as TRL's collator makes them."""
+    from trl.data_utils import prepare_multimodal_messages  # which takes ten times as long to import as the rest here
+
+    filled = prepare_multimodal_messages(messages, images=images)
+    return len(processor.apply_chat_template([filled], tokenize=True, return_dict=True)["input_ids"][0])

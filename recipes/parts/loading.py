@@ -1,0 +1,117 @@
+"""The usable samples of a source, as TRL takes them; what cannot be used is dropped and counted.
+
+Result: the columns `messages` and `images`, which TRL's SFTTrainer and DataCollatorForVisionLanguageModeling take as
+they are: a list of {"role", "content": [{"type": "image" or "text", "text"}]}, and as many RGB images as there are
+image parts, decoded when they are read. (In Arrow an image part has a `text` too, which is None; the collator puts the
+image beside it.) Tags such as <think> stay plain text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import pyarrow as pa
+
+from .answers import extract_boxed
+from .images import read_image
+from .layouts import BadSample, last_answer, read_sample
+from .sources import find_files, read_file, samples
+
+TEXT = datasets.Value("string")
+FEATURES = datasets.Features(
+    {
+        "messages": [{"role": TEXT, "content": [{"type": TEXT, "text": TEXT}]}],
+        "images": [datasets.Image(mode="RGB")],
+    }
+)
+
+
+class Dropped(Counter):
+    """Reason -> dropped samples. A sample counts once, however often it is read.
+
+    Attributes:
+        sentences: what is wrong with each -> its reason.
+        layouts: the layouts of the others.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sentences: dict[str, str] = {}
+        self.layouts: set[str] = set()
+
+    def add(self, error: BadSample) -> None:
+        if str(error) not in self.sentences:
+            self.sentences[str(error)] = error.reason
+            self[error.reason] += 1
+
+    def first(self) -> dict[str, str]:
+        """Reason -> what is wrong with the first of its samples."""
+        return {reason: sentence for sentence, reason in reversed(self.sentences.items())}
+
+
+def load_messages(
+    source: str | Path,
+    *,
+    split: str = "train",
+    images: str | Path | None = None,
+    streaming: bool = False,
+    on_bad: Literal["drop", "fail"] = "drop",
+    boxed: bool = False,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, Dropped]:
+    r"""The usable samples of a source, and what was dropped.
+
+    Args:
+        source: hub id or id@revision of a data set, a .json, .jsonl or .parquet file, or a folder of these.
+        split: of a hub id or a folder.
+        images: folder that relative image paths start from; by default that of the source.
+        streaming: read samples when they are asked for, and download nothing first. What is dropped is then counted
+            meanwhile, in the process that iterates.
+        on_bad: "fail" raises at the first sample that cannot be used.
+        boxed: drop samples whose last answer has no \boxed{…}.
+
+    Raises:
+        BadSample: with on_bad="fail", or if none is left.
+        ValueError: the source cannot be read, or lacks the split.
+    """
+    files, root = find_files(str(source), split, images, streaming)
+    dropped = Dropped()
+
+    def keep(table: pa.Table, indices: list[int], file: str) -> pa.Table:
+        columns = {name: [] for name in FEATURES}
+        for number, sample in samples(table, indices, file):
+            try:
+                messages, values, layout = read_sample(sample)
+                if boxed and not extract_boxed(last_answer(messages)):
+                    raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
+                columns["images"].append([read_image(value, root) for value in values])
+            except BadSample as error:
+                named = BadSample(error.reason, f"sample {number} of {file.removeprefix('hf://datasets/')} {error}")
+                if on_bad == "fail":
+                    raise named from error
+                dropped.add(named)
+            else:
+                columns["messages"].append(messages)
+                dropped.layouts.add(layout)
+        return pa.Table.from_pydict(FEATURES.encode_batch(columns), schema=FEATURES.arrow_schema)
+
+    parts = []
+    for file in files:
+        rows = read_file(file, streaming)
+        options = dict(with_indices=True, batched=True, batch_size=32, fn_kwargs={"file": file})
+        if streaming:  # features=FEATURES would leave the images undecoded for a filter or map of the stream
+            parts.append(rows.map(keep, **options).with_format(None).cast(FEATURES))
+        else:  # not from the cache of datasets, which cannot know that an image has changed
+            kept = rows.map(keep, features=FEATURES, load_from_cache_file=False, **options)
+            parts.append(kept.with_format(None))
+    dataset = datasets.concatenate_datasets(parts)
+    if not streaming and not len(dataset):
+        raise nothing_left(source, dropped)
+    return dataset, dropped
+
+
+def nothing_left(source: str | Path, dropped: Dropped) -> BadSample:
+    reasons = [f"{dropped[reason]} {reason} ({sentence})" for reason, sentence in dropped.first().items()]
+    return BadSample("none left", f"no sample of {source} is left: {'; '.join(reasons) or 'it has none'}")

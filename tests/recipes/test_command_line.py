@@ -1,0 +1,186 @@
+"""recipes/*.py as they are typed: flags, mistakes, --help, Ctrl-C, and terminals without Unicode."""
+
+import importlib
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from parts.command_line import Parser
+from parts.terminal import readable_output
+from recipe_runs import CONFIGS, RECIPES
+
+SCRIPTS = sorted(file.stem for file in RECIPES.glob("*.py"))
+DEFAULTS = {  # script -> some of its flags, with their defaults
+    "data": {"--split SPLIT": "train", "--on-bad {drop,fail}": "drop"},
+    "distill": {"--model MODEL": "russwang/ThinkLite-VL-7B", "--max-tokens MAX_TOKENS": "4096"},
+    "evaluate": {"--split SPLIT": "test", "--max-new-tokens MAX_NEW_TOKENS": "16384"},
+    "sft_vlm": {"--on-long {drop,fail}": "drop", "--drift-alpha DRIFT_ALPHA": "0.3", "--merge [MERGE]": "False"},
+}
+
+
+def ended(capsys, script, *arguments):
+    """Exit status of main(), stdout and stderr."""
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main([*map(str, arguments)])
+    return end.value.code, *capsys.readouterr()
+
+
+def test_no_script_imports_another_one():
+    code = """
+import importlib, sys
+scripts = set(sys.argv[1:])
+for script in sys.argv[1:]:
+    importlib.import_module(script)
+    assert scripts & sys.modules.keys() == {script}, (script, scripts & sys.modules.keys())
+    del sys.modules[script]
+"""
+    paths = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, *SCRIPTS]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_flags_with_dashes_their_defaults_and_examples(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, err = ended(capsys, script, "--help")
+    assert status == 0 and not err
+    assert f"\nexamples:\n    python recipes/{script}.py " in out
+    assert "--help" in out and not re.search(r"--[\w-]*_", out)
+    assert "default: None" not in out and "default: ==" not in out
+    words = " ".join(out.split())
+    for flag, default in DEFAULTS.get(script, {}).items():
+        assert re.search(rf"{re.escape(flag)} [^()]*\(default: {re.escape(default)}\)", words), flag
+    assert "--no-" not in out or not re.search(r"--no-[\w-]+ [^-]*\(default", words)  # a switch has no value to tell
+
+
+def test_the_help_of_a_configuration_shows_its_values(capsys):
+    _, out, _ = ended(capsys, "sft_vlm", "--config", CONFIGS / "qwen2_5_vl_7b_r1.yaml", "--help")
+    assert re.search(r"--drift-alpha DRIFT_ALPHA [^()]*\(default: 0\.2\)", " ".join(out.split()))
+    assert out.index("--config FILE") < out.index("--base BASE")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("data", ["--spilt", "x"], "unknown flag --spilt; did you mean --split?"),
+        ("data", ["a", "-o", "b", "--over"], "unknown flag --over; did you mean --overwrite?"),  # no abbreviations
+        ("data", ["a", "-o", "b", "--on_bad=fial"], "--on-bad takes one of drop, fail, not fial; did you mean fail?"),
+        ("data", ["a", "b", "-o", "c"], "unknown argument b; see --help"),
+        ("data", [], "the following arguments are required: source, -o/--output"),
+        ("distill", ["a", "--max-token", "5"], "unknown flag --max-token; did you mean --max-tokens?"),
+        ("distill", ["a", "-o", "b", "--batch_size", "x"], "argument --batch-size: invalid int value: 'x'"),
+        ("evaluate", ["--max_new_token", "5"], "unknown flag --max_new_token; did you mean --max-new-tokens?"),
+        ("evaluate", ["--max_new_tokens", "x"], "argument --max-new-tokens: invalid int value: 'x'"),
+        ("score", ["--bse", "x"], "unknown flag --bse; did you mean --base?"),
+        ("score", ["--zzzzzz"], "unknown flag --zzzzzz; see --help"),
+        ("plot_run", ["run.json"], "the following arguments are required: picture"),
+        ("plot_run", ["run.json", "a.png", "--hlep"], "unknown flag --hlep; did you mean --help?"),
+        ("sft_vlm", ["--confg", "x"], "unknown flag --confg; did you mean --config?"),
+        ("sft_vlm", ["--leraning-rate", "x"], "unknown flag --leraning-rate; did you mean --learning-rate?"),
+        ("sft_vlm", ["--learning_rate", "x"], "argument --learning-rate: invalid float value: 'x'"),
+        ("sft_vlm", ["--drift-norm", "weigth"], "--drift-norm takes one of factor, weight, not weigth; did you mean weight?"),
+        ("sft_vlm", ["--config"], "argument --config: expected one argument"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_sentence_with_the_nearest_name(script, arguments, sentence, capsys):
+    status, out, err = ended(capsys, script, *arguments)
+    assert (status, out, err) == (2, "", f"{script}.py: error: {sentence}\n")
+
+
+def test_values_keep_their_underscores():
+    parser = Parser("x.py", "What it does.\n\n    python x.py\n")
+    parser.add_argument("source")
+    parser.add_argument("--some-name")
+    for flag in ("--some-name", "--some_name"):
+        for arguments in ([flag, "a_b"], [f"{flag}=a_b"], [f"{flag}=--a_b"]):
+            args = parser.parse_args([*arguments, "--", "--c_d"])
+            assert (args.some_name.lstrip("-"), args.source) == ("a_b", "--c_d")
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (None, "No such file or directory"), ("{torn", "run.json is no JSON (Expecting property name"),
+    ("{}", "run.json has no history: name the run.json of a run that sft_vlm.py has finished"),
+])  # fmt: skip
+def test_a_run_that_cannot_be_drawn_is_one_sentence(content, sentence, tmp_path, capsys):
+    if content:
+        (tmp_path / "run.json").write_text(content)
+    status, out, err = ended(capsys, "plot_run", tmp_path / "run.json", tmp_path / "run.png")
+    assert status == 1 and not out and sentence in err
+    assert err.startswith("plot_run.py: error: ") and err.count("\n") == 1 and not (tmp_path / "run.png").exists()
+
+
+INTERRUPTED = {  # script -> what Ctrl-C falls into, arguments
+    "data": ("parts.loading.load_messages", ["a.jsonl", "-o", "a.parquet"]),
+    "distill": ("parts.loading.load_messages", ["a.jsonl", "-o", "a.parquet", "--server", "http://127.0.0.1:9"]),
+    "evaluate": ("parts.loading.load_messages", ["--model", "m", "--data", "a.jsonl", "-o", "a.json"]),
+    "plot_run": ("parts.curves.plot_run", ["run.json", "a.png"]),
+    "score": ("parts.outputs.read_outputs", ["--base", "a", "--drift", "a"]),
+    "sft_vlm": ("parts.arguments.parse", []),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_is_one_sentence(script, capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    place, arguments = INTERRUPTED[script]
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    Path("run.json").write_text('{"history": []}')
+    monkeypatch.setattr(place, interrupted)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(RECIPES / f"{script}.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and not out and err.splitlines()[-1] == f"{script}.py: stopped"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode_shows_tables_and_mistakes(encoding, tmp_path):
+    lines = [{"question": "a", "answer": answer} for answer in (r"\boxed{5}", "5")]
+    (tmp_path / "Δ−…a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+
+    def run(*arguments):
+        command = [sys.executable, RECIPES / "data.py", "Δ−…a.jsonl", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        return done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)
+
+    dots = "..." if encoding == "ascii" else "…"
+    status, out, _ = run("-o", "Δ.parquet", "--boxed")
+    assert status == 0 and f"Delta-{dots}a.jsonl -> Delta.parquet" in out
+    assert (
+        f"answer without a box | 1      | sample 2 of Delta-{dots}a.jsonl has no \\boxed{{{dots}}} in its answer" in out
+    )
+    status, out, err = run("-o", "Δ.parquet", "--boxed")
+    assert (status, out) == (1, "") and err.endswith(
+        "data.py: error: output Delta.parquet exists: name another file, or pass --overwrite" + os.linesep
+    )
+
+
+def test_help_is_readable_without_unicode(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    readable_output()
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("sft_vlm").main(["--help"])
+    stream.flush()
+    words = " ".join(stream.buffer.getvalue().decode("ascii").split())
+    assert end.value.code == 0 and "What the bias points to: Delta - sBA, Delta, the SVD's own factors" in words
+
+
+def test_a_terminal_with_unicode_stays_as_it_is(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    readable_output()
+    print("Δ − … ‖", file=stream, flush=True)
+    assert stream.errors == "strict" and stream.buffer.getvalue().decode("utf-8").strip() == "Δ − … ‖"

@@ -6,8 +6,8 @@
 The published set of the paper (arXiv 2510.15050: about 4,000 verified chains of thought) has, by its card and by the
 reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes them to start
 outside of the set (../DRIFT-TL-Distill-4K/…). Its rows could not be looked at here, so what a sample holds is read off
-its own keys (parts/layouts.py), and the table says which layout was found. parts/loading.py says what the columns of the
-result are.
+its own keys (parts/layouts.py), and the table says which layout was found. What the columns of the result are is said
+in parts/loading.py.
 """
 
 from __future__ import annotations

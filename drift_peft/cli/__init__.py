@@ -33,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     try:
         from .commands import parser  # here, as all imports, so that Ctrl-C during one ends in the sentence below
-        from .terminal import read_utf8, spell_out
+        from .terminal import hush, read_utf8, spell_out
 
         spell_out(sys.stdout, sys.stderr)
         read_utf8()
+        hush()
         options = vars(parser().parse_args(argv))
         options.pop("run")(**options)
     except (ValueError, OSError, KeyError, ImportError, KeyboardInterrupt) as error:

@@ -4,33 +4,24 @@ import codecs
 import contextlib
 import io
 import locale
+import logging
 from typing import TextIO
 
 SPELLED = {
-    "Δ": "Delta",
-    "Σ": "Sum",
-    "α": "alpha",
-    "σ": "sigma",
-    "ᵢ": "_i",
-    "²": "^2",
-    "‖": "||",
-    "·": "*",
-    "×": "x",
-    "±": "+-",
-    "−": "-",
-    "–": "-",
-    "…": "...",
-    "→": "->",
-    "≥": ">=",
-    "≤": "<=",
-}
+    "Δ": "Delta", "δ": "delta", "Σ": "Sum", "Ω": "Omega", "α": "alpha", "ε": "epsilon", "λ": "lambda", "µ": "u",
+    "π": "pi", "σ": "sigma", "τ": "tau", "ᵢ": "_i", "ᵀ": "^T", "²": "^2", "³": "^3", "⁷": "^7", "\u0303": "~",
+    "‖": "||", "·": "*", "×": "x", "÷": "/", "±": "+-", "−": "-", "–": "-", "—": "-", "≈": "~", "≠": "!=",
+    "≥": ">=", "≤": "<=", "→": "->", "←": "<-", "⟨": "<", "⟩": ">", "∞": "inf", "√": "sqrt", "°": " degrees",
+    "…": "...", "“": '"', "”": '"', "‘": "'", "’": "'", "│": "|", "━": "-", "─": "-",
+}  # fmt: skip
 
 
 def spell_out(*streams: TextIO) -> None:
     """Make streams write what their encoding has no sign for in signs that it has, such as Delta for Δ."""
     codecs.register_error("spell_out", _spelled)
     for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):  # what stands in for it in a notebook takes every sign
+        # What stands in for it in a notebook takes every sign, and so does UTF-8.
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
             stream.reconfigure(errors="spell_out")
 
 
@@ -39,6 +30,12 @@ def _spelled(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
     if "\udc80" <= sign <= "\udcff":  # a byte of an argument that Python could not read goes out as it came in
         return bytes([ord(sign) - 0xDC00]), error.start + 1
     return SPELLED.get(sign, "?"), error.start + 1
+
+
+def hush() -> None:
+    """Keep to themselves what libraries log while they are imported: of kernels that this machine does not have."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def read_utf8() -> None:

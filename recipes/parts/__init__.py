@@ -1,7 +1,6 @@
 """What the recipes' scripts share.
 
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
-terminal      output that a terminal without Unicode can show
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture

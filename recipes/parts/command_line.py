@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
-from .terminal import readable_output
+from drift_peft.cli.terminal import spell_out
 
 FLAG = re.compile(r"--\w[\w-]*")
 
@@ -101,7 +101,7 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
 
 def run_script(script: str, main: Callable[[], object]) -> None:
     """What `python recipes/<script>` does: its main(), readable on any terminal, and without a traceback at Ctrl-C."""
-    readable_output()
+    spell_out(sys.stdout, sys.stderr)
     try:
         main()
     except KeyboardInterrupt as interrupt:

@@ -84,6 +84,16 @@ def test_the_processors_time_of_tiny_adapters(capsys):
     assert longer["rows"][0]["updates"] != row["updates"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no CPU time of children there")
+def test_startup_in_its_smallest_size(capsys):
+    import startup
+
+    printed, result = ran(startup, capsys, "--smallest", "--repeats", 2)
+    assert [row["call"] for row in result["rows"]] == ["--version", "--help"] and "Python alone" in printed
+    assert all(0 < row["least_s"] <= row["median_s"] <= row["most_s"] for row in result["rows"])
+    assert ["prior", "build", "--help"] in startup.CALLS and ["preflight", "--help"] in startup.CALLS
+
+
 def test_fits_24gb_in_its_smallest_size(capsys):
     printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
     assert result["guided_steps"] == 2 and "no CUDA device" in printed

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from parts.command_line import Parser
-from parts.terminal import readable_output
 from recipe_runs import CONFIGS, RECIPES
+
+from drift_peft.cli.terminal import spell_out
 
 SCRIPTS = sorted(file.stem for file in RECIPES.glob("*.py"))
 DEFAULTS = {  # script -> some of its flags, with their defaults
@@ -57,7 +58,7 @@ def test_help_shows_flags_with_dashes_their_defaults_and_examples(script, capsys
     words = " ".join(out.split())
     for flag, default in DEFAULTS.get(script, {}).items():
         assert re.search(rf"{re.escape(flag)} [^()]*\(default: {re.escape(default)}\)", words), flag
-    assert "--no-" not in out or not re.search(r"--no-[\w-]+ [^-]*\(default", words)  # a switch has no value to tell
+    assert "--no-" not in out or not re.search(r"--no-[\w-]+ [^-]*\(default: ", words)  # a switch has no value to tell
 
 
 def test_the_help_of_a_configuration_shows_its_values(capsys):
@@ -85,7 +86,7 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
         ("sft_vlm", ["--confg", "x"], "unknown flag --confg; did you mean --config?"),
         ("sft_vlm", ["--leraning-rate", "x"], "unknown flag --leraning-rate; did you mean --learning-rate?"),
         ("sft_vlm", ["--learning_rate", "x"], "argument --learning-rate: invalid float value: 'x'"),
-        ("sft_vlm", ["--drift-norm", "weigth"], "--drift-norm takes one of factor, weight, not weigth; did you mean weight?"),
+        ("sft_vlm", ["--drift-norm", "weigth"], "--drift-norm takes one of factor, weight, not weigth; did you mean weight?"),  # noqa: E501
         ("sft_vlm", ["--config"], "argument --config: expected one argument"),
     ],
 )  # fmt: skip
@@ -170,7 +171,7 @@ def test_a_terminal_without_unicode_shows_tables_and_mistakes(encoding, tmp_path
 def test_help_is_readable_without_unicode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    readable_output()
+    spell_out(sys.stdout, sys.stderr)
     with pytest.raises(SystemExit) as end:
         importlib.import_module("sft_vlm").main(["--help"])
     stream.flush()
@@ -181,6 +182,6 @@ def test_help_is_readable_without_unicode(monkeypatch):
 def test_a_terminal_with_unicode_stays_as_it_is(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", stream)
-    readable_output()
+    spell_out(sys.stdout, sys.stderr)
     print("Δ − … ‖", file=stream, flush=True)
     assert stream.errors == "strict" and stream.buffer.getvalue().decode("utf-8").strip() == "Δ − … ‖"

@@ -155,5 +155,6 @@ class DriftConfig(DriftSettings, LoraConfig):
 
 
 def _own_fields() -> set[str]:
-    """Names of the fields that are ours, so that they go to drift_config.json."""
-    return {f.name for f in fields(DriftConfig)} - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
+    """Names of the fields that are ours, so that they go to drift_config.json; but what concerns a run's logs alone."""
+    stored = {f.name for f in fields(DriftConfig) if f.metadata.get("stored", True)}
+    return stored - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}

@@ -66,7 +66,8 @@ class DriftSettings:
         default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
     )
     drift_log_kinds: bool = field(
-        default=False, metadata={"help": "In Trainer's logs also the numbers of attn, mlp, … beside their totals."}
+        default=False,
+        metadata={"help": "In Trainer's logs also the numbers of attn, mlp, … beside their totals.", "stored": False},
     )
     prior_sha256: str | None = field(
         default=None, metadata={"help": "SHA-256 of the prior file; filled in when the model is wrapped."}

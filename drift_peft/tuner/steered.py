@@ -272,7 +272,7 @@ class Stack:
             self.norm = torch.linalg.vector_norm(self.prior["delta"].float(), dim=-1)
         self.measured: tuple[Tensor, ...] | None = None
         self.biased: tuple[TensorWeakRef, int] | None = None
-        self._scaling = [(s.module.scaling, s.adapter) for s in batch if isinstance(s, SteeredAdapter)]
+        self._scaling: list[tuple[dict[str, float], str]] = []  # where each layer keeps that of its adapters
         self.scalings: list[float] = []
         self.s: Tensor | None = None
 
@@ -286,6 +286,8 @@ class Stack:
 
     def scaling(self, dtype: torch.dtype) -> Tensor:
         """s [L]; copied to the device, and waited for, only when a scaling has changed."""
+        if not self._scaling:
+            self._scaling = [(s.module.scaling, s.adapter) for s in (member() for member in self.members)]
         scalings = [of_layer[adapter] for of_layer, adapter in self._scaling]
         if self.s is None or self.s.dtype != dtype or scalings != self.scalings:
             self.scalings, self.s = scalings, torch.tensor(scalings, device=self.device, dtype=dtype)

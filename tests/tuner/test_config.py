@@ -183,7 +183,6 @@ def test_round_trip_is_plain_lora_and_a_file_beside_it(tmp_path):
         **SETTINGS,
         "drift_norm": "factor",
         "drift_sketch": 64,
-        "drift_log_kinds": False,
         "init_lora_weights": "drift",
         "quantization": None,
     }

@@ -61,7 +61,7 @@ class Case:
     clip: float = 0.0
     zero: dict = field(default_factory=dict)  # further settings of zero_optimization
     config: dict = field(default_factory=dict)  # and of the whole configuration
-    tolerance: float = 1e-5
+    tolerance: float = 2e-5  # of fp32 over three processes: one processor rounds by 1.3e-5, another by less than 1e-5
 
     def model(self, pair):
         if self.made_by.startswith("full"):
@@ -328,7 +328,7 @@ def test_what_is_not_reached_is_refused(trained, name):
 
 def test_installed_whichever_is_imported_first(tmp_path):
     """DeepSpeed before or after this library: the engine is wrapped once."""
-    first, second = "import deepspeed", "import drift_peft"
+    first, second = "import deepspeed", "from drift_peft import DriftConfig"
     check = "from deepspeed.runtime.engine import DeepSpeedEngine as E\n"
     check += "step = E._take_model_step\nassert not hasattr(step.__wrapped__, '__wrapped__')"
     for lines in ((first, second), (second, first)):

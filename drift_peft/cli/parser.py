@@ -67,7 +67,7 @@ class Parser(ArgumentParser):
         """Before argparse parses, which would speak of a missing --expert where --exprt was given."""
         for arg in args:
             flag = arg.partition("=")[0]
-            if FLAG.fullmatch(flag) and not self._get_option_tuples(flag):
+            if FLAG.fullmatch(flag) and not self._get_option_tuples(flag):  # argparse's, which knows abbreviations
                 near = _nearest(flag, self._option_string_actions, cutoff=0.7)  # the dashes of all are alike
                 self.error(f"unknown flag {flag}; {near or f'see {self.prog} --help'}")
 

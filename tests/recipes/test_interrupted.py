@@ -1,0 +1,59 @@
+"""Ctrl-C in a distillation and in its judge; --config as it may be written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import sft_vlm
+from openai_server import OpenAI
+from parts import answers
+from parts.arguments import parse
+from parts.journal import journal_path
+from recipe_runs import RECIPES
+from test_distill import journal_lines, result, right, save_questions
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_says_where_the_answers_are_and_the_same_command_goes_on(tmp_path):
+    source, output = save_questions(tmp_path, 40), tmp_path / "out.parquet"
+    journal = journal_path(output)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    with OpenAI(right, seconds=0.1) as server:
+        flags = ["--server", server.url, "--model", "teacher", "--concurrency", "4"]
+        command = [sys.executable, str(RECIPES / "distill.py"), str(source), "-o", str(output), *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        told = f"distill.py: stopped; the answers so far are in {journal}: run the same again to go on"
+        assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == told and "Traceback" not in err
+        paid = len(journal_lines(output)) - 1
+        assert 9 <= paid < 40 and not output.exists()
+        server.asked.clear()
+        subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert len(server.asked) == 40 - paid and len(result(output)) == 40
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_the_judge_ends_at_ctrl_c_without_a_traceback():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, answers.__file__], **pipes) as judge:
+        assert judge.stdout.readline() == "ready\n"
+        judge.send_signal(signal.SIGINT)
+        _, err = judge.communicate(timeout=60)
+    assert (judge.returncode, err) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("written", [["--config={}"], ["--config", "{}"], ["--config", "none.yaml", "--config={}"]])
+def test_a_configuration_may_be_named_as_any_flag(written, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("{base: b, data: d, prior: p.safetensors, r: 8, max_steps: 5}")
+    flags = [part.format(config) for part in written]
+    run, drift, train = parse(["--use-cpu", *flags, "--max-steps", "-1"], sft_vlm.__doc__)
+    assert (run.base, drift.r, train.max_steps) == ("b", 8, -1)

@@ -3,7 +3,8 @@
 import sys
 import warnings
 
-LIBRARIES = {"drift_peft", "peft", "transformers", "trl", "accelerate", "torch", "deepspeed", "functools", "contextlib"}
+LIBRARIES = {"drift_peft", "peft", "transformers", "trl", "accelerate", "torch", "deepspeed", "bitsandbytes"}
+LIBRARIES |= {"schedulefree", "prodigyopt", "lion_pytorch", "functools", "contextlib", "threading", "concurrent"}
 
 
 def warn(message: str) -> None:

@@ -95,10 +95,11 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         file.touch()
         mode = file.stat().st_mode
         save_file(tensors, file, metadata=metadata)
-        file.chmod(mode)
     except (SafetensorError, OSError) as error:
         file.unlink(missing_ok=True)
         raise OSError(f"{file} could not be written: {error}") from error
+    with contextlib.suppress(OSError):  # some network drives keep no modes
+        file.chmod(mode)
 
 
 def partial_path(output: Path) -> Path:

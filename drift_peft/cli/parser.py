@@ -52,7 +52,9 @@ class Parser(ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
         """Leaves nothing over: what a verb does not know is refused here, where its flags are known."""
-        args = [re.sub("^--[a-z_]+", _dashed, arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = [*(sys.argv[1:] if args is None else args)]
+        flags = args.index("--") if "--" in args else len(args)
+        args[:flags] = map(_dashed, args[:flags])
         if not {"-h", "--help"} & {*args}:
             self._refuse_unknown(takewhile(lambda arg: arg != "--" and (arg[:1] == "-" or not self.verbs), args))
         namespace, left = super().parse_known_args(args, namespace)
@@ -87,8 +89,10 @@ class Parser(ArgumentParser):
         raise ArgumentError(None, f"{message}; {near} ({choices})" if near else f"{message}: {choices}")
 
 
-def _dashed(flag: re.Match) -> str:
-    return flag[0].replace("_", "-")
+def _dashed(arg: str) -> str:
+    """A flag with dashes; everything else as it is."""
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if FLAG.fullmatch(flag) else arg
 
 
 def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

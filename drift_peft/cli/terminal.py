@@ -33,7 +33,8 @@ def _spelled(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
 
 
 def hush() -> None:
-    """Keep to themselves what libraries log while they are imported: of kernels that this machine does not have."""
+    """Let these libraries log errors alone, as long as the command runs: while they are imported, they tell of kernels
+    that this machine does not have."""
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

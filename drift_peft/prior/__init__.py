@@ -10,8 +10,8 @@ build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """
 
-from .build import DEFAULT_MODULES, LEAST_COSINE, build_prior
+from .build import LEAST_COSINE, build_prior
 from .file import PriorVector, PriorWeight
 from .prior import ReasoningPrior
 
-__all__ = ["DEFAULT_MODULES", "LEAST_COSINE", "PriorVector", "PriorWeight", "ReasoningPrior", "build_prior"]
+__all__ = ["LEAST_COSINE", "PriorVector", "PriorWeight", "ReasoningPrior", "build_prior"]

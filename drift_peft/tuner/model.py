@@ -140,6 +140,22 @@ def _unmixed(check):
 mixed_model._check_config_compatible = _unmixed(mixed_model._check_config_compatible)  # what PEFT asks first
 
 
+def _grown(inject_adapter):
+    """A model that PEFT made before this room was loaded becomes a DriftModel with its first DriftConfig."""
+
+    @functools.wraps(inject_adapter)
+    def wrapper(self: LoraModel, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        if type(self) is LoraModel and isinstance(self.peft_config[adapter_name], DriftConfig):
+            self.__class__ = DriftModel  # which has no state of its own
+            return self.inject_adapter(model, adapter_name, *args, **kwargs)
+        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    return wrapper
+
+
+LoraModel.inject_adapter = _grown(LoraModel.inject_adapter)
+
+
 def _with_steering(print_trainable):
     """How many of the adapted modules are steered, beside PEFT's count of parameters."""
 
@@ -147,13 +163,14 @@ def _with_steering(print_trainable):
     def wrapper(model: PeftModel) -> None:
         print_trainable(model)
         steered = [s for s in steered_of(model) if s.alpha]
-        adapters = sum(isinstance(s, SteeredAdapter) for s in steered)
-        if steered:
-            adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
-            print(
-                f"steered modules: {adapters} of {adapted} adapted"
-                + (f" || steered tensors: {len(steered) - adapters}" if len(steered) > adapters else "")
-            )
+        if not steered:
+            return
+        modules = {s.module for s in steered if isinstance(s, SteeredAdapter)}
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        adapted = sum(any(adapter in layer.r for adapter in layer.active_adapters) for layer in layers)
+        tensors = sum(not isinstance(s, SteeredAdapter) for s in steered)
+        told = f" || steered tensors: {tensors}" if tensors else ""
+        print(f"steered modules: {len(modules)} of {adapted} adapted{told}")
 
     return wrapper
 

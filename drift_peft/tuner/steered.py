@@ -183,6 +183,8 @@ class SteeredAdapter(Steered):
 
     def state(self) -> tuple:
         layer = self.module
+        if layer is None:  # freed, and what steered it not yet
+            return ()
         active = layer.active_adapter
         return self.alpha, active if isinstance(active, str) else tuple(active), len(layer.r)
 

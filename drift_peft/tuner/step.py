@@ -110,7 +110,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     def guide() -> None:
         _refuse_unreached()
         groups = _trained_by(optimizer, enclosing)
-        _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
+        if groups:  # none are left to a step within a step
+            _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
 
     if closure is None:
         guide()
@@ -130,6 +131,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     if not STEERED:
         return
     groups = _trained_by(optimizer, _enclosing_steps())
+    if not groups:
+        return
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups)

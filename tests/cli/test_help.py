@@ -80,6 +80,13 @@ def test_underscores_are_read_as_dashes():
     assert (given.max_rank, given.skip_first, given.only_layers) == (12, 3, ["0"])
 
 
+def test_what_is_no_flag_keeps_its_underscores():
+    given = commands.parser().parse_args(["targets", "--prior=a_b", "--", "--my_dir"])
+    assert (given.model, given.prior) == ("--my_dir", "a_b")
+    given = commands.parser().parse_args(["prior", "push", "p_q", "u/r_s", "--message", "a_b --c_d"])
+    assert (given.prior, given.repository, given.message) == ("p_q", "u/r_s", "a_b --c_d")
+
+
 def test_choices_are_those_of_the_library(capsys):
     assert prior_build.MODULES == checkpoints.MODULES
     assert baseline_verb.MODULES == baselines.MODULES

@@ -188,6 +188,33 @@ def test_an_optimizer_keeps_no_model_alive(pair):
     optimizer.step()  # nothing is left to guide
 
 
+def test_a_layer_that_is_gone_is_no_longer_asked(pair):
+    """Before the garbage collection, what steers it by the norm of the weight may outlive it."""
+    model = steered(pair, "adaptive", "residual", drift_norm="weight")
+    optimizer = sgd(model)
+    train(model, optimizer, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        model.base_model.model.model.layers[0].self_attn.q_proj = torch.nn.Identity()
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        with pytest.raises(RuntimeError, match="saw no backward pass"):  # of the layers that are left
+            optimizer.step()
+    finally:
+        gc.enable()
+
+
+def test_a_step_within_a_step_keeps_the_plan(pair, looked_up):
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = steered(pair)
+    train(model, Outer([p for p in model.parameters() if p.requires_grad], lr=0.01), 4)
+    assert len(looked_up) == 1
+
+
 def test_a_freed_optimizer_takes_its_plan_along(pair, looked_up):
     model = steered(pair)
     optimizer = sgd(model)

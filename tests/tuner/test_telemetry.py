@@ -155,6 +155,10 @@ def test_the_count_of_parameters_says_what_is_steered(pair, whole, capsys):
     assert counted.startswith("trainable params: ") and told == "steered modules: 2 of 4 adapted"
     steered(whole, bias="lora_only").print_trainable_parameters()
     assert capsys.readouterr().out.splitlines()[1] == "steered modules: 14 of 14 adapted || steered tensors: 14"
+    model.add_adapter("second", DriftConfig(prior=pair.path, r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.splitlines()[1] == "steered modules: 2 of 4 adapted"
     plain = get_peft_model(copy.deepcopy(pair.base), LoraConfig(target_modules=["q_proj"]))
     plain.print_trainable_parameters()
     assert len(capsys.readouterr().out.splitlines()) == 1

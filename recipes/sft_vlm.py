@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +29,8 @@ from parts.saving import Trainer, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from drift_peft import DriftConfig, ReasoningPrior, build_prior, language_model_targets, merge_adapter, telemetry
-from drift_peft.checkpoints import Checkpoint, split_revision
+from drift_peft import DriftConfig, ReasoningPrior, build_prior, merge_adapter, telemetry
+from drift_peft.checkpoints import Checkpoint, Decoder, split_revision
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]
@@ -74,9 +73,9 @@ def not_quantized(config) -> list[str]:
     """Full names of all linear layers but the language model's projections: the vision tower, projector and head."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    targets = re.compile(language_model_targets(model))
+    projections = Decoder(model).projections
     linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name in linear if not targets.fullmatch(name)]
+    return [name for name in linear if name not in projections]
 
 
 def think_tokens(tokenizer, base: Checkpoint) -> dict[str, list[int]]:

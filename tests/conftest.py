@@ -13,7 +13,7 @@ from pairs import Pair, make_pair
 from tiny import save_layout, tiny_llm
 
 from drift_peft import build_prior
-from drift_peft.checkpoints.naming import PROJECTION
+from drift_peft.checkpoints.naming import PROJECTIONS, module_kind
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 
@@ -31,7 +31,7 @@ def pair(tmp_path_factory) -> Pair:
     generator = torch.Generator().manual_seed(1)
     delta = {}
     for name, weight in expert.get_decoder().named_parameters():
-        if PROJECTION.fullmatch(name):  # rank 6 and some noise, about a third of the weight's norm
+        if module_kind(name) in PROJECTIONS:  # rank 6 and some noise, about a third of the weight's norm
             left, right = (torch.randn(n, 6, generator=generator) for n in weight.shape)
             noise = torch.randn(weight.shape, generator=generator)
             delta[name] = (0.12 * left @ right.T + 0.1 * noise) * weight.detach().std()

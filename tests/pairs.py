@@ -11,7 +11,7 @@ from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from drift_peft import DriftConfig, ReasoningPrior, build_prior
-from drift_peft.checkpoints.naming import PROJECTION, canonical_name
+from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, module_kind
 
 FAMILIES = ("qwen2_5_vl", "llava_next", "idefics2", "llama")
 IDS = torch.arange(7, 27).reshape(2, 10)
@@ -81,7 +81,7 @@ def make_pair(folder, family):
         base, expert = tiny_llm("llava"), tiny_llm("llava")
         generator = torch.Generator().manual_seed(1)
         for name, weight in expert.named_parameters():
-            if PROJECTION.fullmatch(canonical_name(name) or ""):
+            if module_kind(canonical_name(name) or "") in PROJECTIONS:
                 weight.data += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
     else:
         base = tiny_vlm(family)

@@ -225,9 +225,11 @@ def tiny_expert(family, vlm, scale=0.1, seed=1):
         rows = TEXT["vocab_size"] if key == "embed_tokens.weight" else len(value)
         state[key] = value[:rows].clone()
     generator = torch.Generator().manual_seed(seed)
+    linear = [name for name, module in expert.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
+    projections = {f"{name}.weight" for name in linear if not re.search(r"\.gate$|_gate$|\.experts\.", name)}
     delta = {}
     for key in sorted(state):
-        if re.fullmatch(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight", key):
+        if key in projections:
             noise = torch.randn(state[key].shape, generator=generator)
             delta[key] = scale * state[key].std() * noise
             state[key] += delta[key]

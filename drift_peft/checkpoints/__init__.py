@@ -2,10 +2,13 @@
 
 Nothing here knows of priors or of training.
 
-    naming       one canonical name per language-model weight; exact PEFT targets
+    naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
+    decoder      the language model inside a model: names of its weights, and which are projections
+    targets      PEFT's target_modules for exactly these
+    conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
     update       what an adapter makes of one tensor
     lora         LoRA adapters read without a model; an expert given as adapter + base
@@ -15,6 +18,7 @@ Nothing here knows of priors or of training.
 """
 
 from .checkpoint import TOKENIZER, Checkpoint
+from .decoder import Decoder
 from .dequantized import (
     DequantizedCheckpoint,
     Quantization,
@@ -23,27 +27,22 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, in_memory_names, open_expert
+from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert
 from .match import MODULES, Match, describe, match_weights
-from .naming import (
-    PROJECTION,
-    canonical_name,
-    cross_attention_layers,
-    language_model_targets,
-    layer_order,
-    module_kind,
-)
+from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
 from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
 from .standalone import replaced_when_complete, write_model
+from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
 
 __all__ = [
     "DRIFT_CONFIG",
     "MODULES",
-    "PROJECTION",
+    "PROJECTIONS",
     "TOKENIZER",
     "UNFINISHED",
     "Checkpoint",
+    "Decoder",
     "DequantizedCheckpoint",
     "LowRank",
     "Match",
@@ -52,13 +51,13 @@ __all__ = [
     "Update",
     "adapter_folder",
     "adapter_updates",
+    "as_peft_reads",
     "assumed_quantization",
     "block_rows",
     "canonical_name",
     "cross_attention_layers",
     "describe",
     "download",
-    "in_memory_names",
     "language_model_targets",
     "layer_order",
     "match_weights",
@@ -72,6 +71,7 @@ __all__ = [
     "replaced_when_complete",
     "resumable_folder",
     "split_revision",
+    "unwrapped",
     "write_model",
     "write_tensors",
 ]

@@ -5,6 +5,7 @@ quantized weights, truncated or missing shards. Tensors stay memory-mapped until
 shards stay on the hub until one of their tensors is read.
 """
 
+import copy
 import json
 import re
 from collections import defaultdict
@@ -15,16 +16,22 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
+    PreTrainedModel,
 )
 
 from ..warn import warn
+from .conversion import Conversion, Layout
+from .decoder import Decoder
 from .hub import Repository, download, split_revision
-from .naming import canonical_name, cross_attention_layers
+from .naming import canonical_name
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,8 +59,10 @@ class Checkpoint:
         folder: where the files are, or will be when they are fetched.
         config, text_config: transformers configs of the whole model and of its language model.
         files: the shards, safetensors or .bin.
-        keys: raw key -> shard that holds it.
-        claims: canonical name -> raw keys that reduce to it; more than one is ambiguous.
+        keys: key in the files -> shard that holds it.
+
+    A tensor is asked for by its key in the files; one that transformers makes of others as it reads them, such as
+    q_proj of a fused qkv, by its name in memory.
 
     Raises:
         FileNotFoundError: no such folder or repository, or a file is missing from it.
@@ -91,21 +100,59 @@ class Checkpoint:
             way_out = _FOUR_BIT_WAY_OUT if FOUR_BIT.fullmatch(quantized) else "give the full-precision model"
             raise ValueError(f"{self.source} is quantized (it holds {quantized}): {way_out}")
 
-        cross = cross_attention_layers(self.config)
-        depth = self.text_config.num_hidden_layers - len(cross)
-        self.claims: dict[str, list[str]] = defaultdict(list)
-        for key in self.keys:
-            name = canonical_name(key, cross)
-            # Layers beyond the config's depth are extra heads (multi-token prediction) that transformers ignores.
-            if name and not (name.startswith("layers.") and int(name.split(".")[1]) >= depth):
-                self.claims[name].append(key)
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The class that transformers builds of the configuration, without weights.
+
+        Raises:
+            ValueError: it cannot be built.
+        """
+        config = copy.deepcopy(self.config)
+        config.quantization_config = None
+        try:
+            with torch.device("meta"):
+                return self.auto_class.from_config(config)
+        except Exception as error:  # each class has its own way to say that its configuration is not for it
+            what = f"transformers cannot build the model of {self.source} from its config.json"
+            raise ValueError(f"{what}: {_reason(error)}") from error
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The language model in `model`. ValueError if it is not found."""
+        try:
+            return Decoder(self.model)
+        except ValueError as error:
+            kind = type(self.model).__name__
+            raise ValueError(f"{self.source} is a {kind}, which has no decoder whose layers are in one list") from error
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which keys transformers reads into which parameter of `model`."""
+        return Layout(self.model, self.keys)
+
+    @cached_property
+    def claims(self) -> dict[str, list[str]]:
+        """Canonical name of each weight that the class has -> keys that hold it; more than one is ambiguous."""
+        claims: dict[str, list[str]] = defaultdict(list)
+        for name, keys in self.layout.names.items():
+            if canonical := self.decoder.name(name):
+                claims[canonical] += keys
+        for key in self.layout.unread:  # in forms that no version of transformers reads, such as a doubled prefix
+            if (canonical := canonical_name(key, self.decoder.skipped)) in self.decoder.kinds:
+                claims[canonical].append(key)
+        return claims
 
     @cached_property
     def language_model(self) -> dict[str, str]:
-        """Canonical name -> raw key. ValueError if two keys claim the same name."""
+        """Canonical name -> key. ValueError if two keys claim the same name."""
         if twice := {name: keys for name, keys in self.claims.items() if len(keys) > 1}:
             raise ValueError(f"{self.source} names weights twice: {'; '.join(' and '.join(k) for k in twice.values())}")
         return {name: keys[0] for name, keys in self.claims.items()}
+
+    @cached_property
+    def in_memory(self) -> dict[str, str]:
+        """What this version of transformers calls a tensor in memory -> its key."""
+        return {name: keys[0] for name, keys in self.layout.names.items()}
 
     @property
     def origin(self) -> dict:
@@ -123,24 +170,44 @@ class Checkpoint:
     @property
     def auto_class(self):
         """The transformers auto class that loads this model."""
-        vision = type(self.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        return AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        kind = type(self.config)
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+        talks = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+        return AutoModelForMultimodalLM if talks else AutoModelForCausalLM
 
-    def shape(self, raw: str) -> tuple[int, ...]:
-        """Shape of `tensor(raw)`, without reading it."""
-        return tuple(self._state(raw)["shape"]) if raw in self._four_bit else self._headers[self.keys[raw]][raw][0]
+    def files_of(self, key: str) -> list[Path]:
+        """The shards that `tensor(key)` is read from."""
+        if key in self.keys:
+            return [self.keys[key]]
+        return list(dict.fromkeys(self.keys[source] for source in self._conversion(key).sources))
 
-    def dtype(self, raw: str) -> torch.dtype:
-        """Dtype of `tensor(raw)`, without reading it."""
-        if raw in self._four_bit:
-            return getattr(torch, self._state(raw)["dtype"])
-        return self._headers[self.keys[raw]][raw][1]
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of `tensor(key)`, without reading it."""
+        if key in self._four_bit:
+            return tuple(self._state(key)["shape"])
+        if key in self.keys:
+            return self._headers[self.keys[key]][key][0]
+        conversion = self._conversion(key)
+        return conversion.shapes({source: self.shape(source) for source in conversion.sources})[key]
 
-    def tensor(self, raw: str) -> torch.Tensor:
-        """The tensor on the CPU: as stored, memory-mapped (copy before writing to it), or dequantized from 4 bits."""
-        if raw in self._four_bit:
-            return dequantize(self._read(raw), {part: self._read(key) for part, key in self._four_bit[raw].items()})
-        return self._read(raw)
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of `tensor(key)`, without reading it."""
+        if key in self._four_bit:
+            return getattr(torch, self._state(key)["dtype"])
+        if key in self.keys:
+            return self._headers[self.keys[key]][key][1]
+        return self.dtype(next(iter(self._conversion(key).sources)))
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor on the CPU: as stored, memory-mapped (copy before writing to it), dequantized from 4 bits, or made
+        of others as transformers makes it."""
+        if key in self._four_bit:
+            return dequantize(self._read(key), {part: self._read(at) for part, at in self._four_bit[key].items()})
+        if key in self.keys:
+            return self._read(key)
+        conversion = self._conversion(key)
+        return conversion.convert({source: Checkpoint.tensor(self, source) for source in conversion.sources})[key]
 
     def fetch(self, file: Path) -> Path:
         """One of `files`, downloaded if it is still on the hub."""
@@ -165,6 +232,9 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False).get_vocab()
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(f"transformers cannot read the tokenizer of {self.source}: {_reason(error)}") from error
+
+    def _conversion(self, name: str) -> Conversion:
+        return self.layout.conversions[name]
 
     def _read(self, key: str) -> torch.Tensor:
         return self._shard(self._where[key]).tensor(key)
@@ -204,6 +274,11 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             text_config = config.get_text_config()
         except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+            if self._brings_code():
+                raise ValueError(
+                    f"{self.source} brings its own code, which is not run: give the repository that was converted for "
+                    "transformers, whose name mostly ends in -hf"
+                ) from error
             reason = _reason(error)
             raise ValueError(f"transformers cannot read the config.json of {self.source}: {reason}") from error
         for part in (config, text_config):
@@ -214,6 +289,12 @@ class Checkpoint:
                 if not four_bit_too:
                     raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
         return config, text_config
+
+    def _brings_code(self) -> bool:
+        try:
+            return "auto_map" in json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError:
+            return False
 
     def _choose_layout(self) -> str:
         """The single file or the index that transformers would read."""

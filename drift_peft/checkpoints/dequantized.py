@@ -6,8 +6,8 @@ bitsandbytes keeps W in blocks of 64 weights, each a 4-bit code of W divided by 
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,11 @@ from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quant
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from .checkpoint import Checkpoint
-from .lora import DRIFT_CONFIG, in_memory_names
-from .naming import language_model_targets
+from .lora import DRIFT_CONFIG
 from .update import BLOCK
 
 SHARED, NESTED = 64, 256  # weights that share a scale, and scales that do; transformers knows no others
@@ -79,15 +78,14 @@ def _record(adapter: Path) -> dict | None:
 
 def assumed_quantization(checkpoint: Checkpoint) -> BitsAndBytesConfig:
     """NF4 with double quantization of the language model's projections, and of nothing else."""
-    model = _without_weights(checkpoint)
-    projections = re.compile(language_model_targets(model))
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    projections = checkpoint.decoder.projections
+    linear = [name for name, module in checkpoint.model.named_modules() if isinstance(module, nn.Linear)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[name for name in linear if not projections.fullmatch(name)],
+        llm_int8_skip_modules=[name for name in linear if name not in projections],
     )
 
 
@@ -106,14 +104,14 @@ class DequantizedCheckpoint(Checkpoint):
     @cached_property
     def four_bit(self) -> dict[str, str]:
         """Raw key of each weight that is quantized -> its module; transformers itself says which these are."""
-        model = _without_weights(self)
+        model = copy.deepcopy(self.model)
         AutoHfQuantizer.from_config(self.quantization, pre_quantized=False).preprocess_model(model, device_map=None)
-        raw = in_memory_names(self)
+        raw = self.in_memory
         modules = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
         if lost := [name for name in modules if f"{name}.weight" not in raw]:
             raise ValueError(
-                f"{lost[0]}, which was quantized in training, is not stored as one tensor in {self.source}, so that "
-                "its 4-bit values cannot be found: merge onto the base, without verify"
+                f"{lost[0]}, which was quantized in training, is not among the tensors of {self.source}, so that its "
+                "4-bit values cannot be found: merge onto the base, without verify"
             )
         return {raw[f"{name}.weight"]: name for name in modules}
 
@@ -146,8 +144,3 @@ def through_four_bits(W: Tensor, quantization: BitsAndBytesConfig) -> Tensor:
     for (codes, state), block in zip(parts, result.split(BLOCK), strict=True):
         block.copy_(dequantize_4bit(codes, state).view(-1)[: len(block)])
     return result.view(W.shape)
-
-
-def _without_weights(checkpoint: Checkpoint) -> PreTrainedModel:
-    with torch.device("meta"):
-        return checkpoint.auto_class.from_config(checkpoint.config)

@@ -2,7 +2,7 @@
 checkpoint, and an expert that is given as an adapter on a base.
 
 An adapter carries the in-memory names of the transformers version that trained it, and a checkpoint those of the one
-that wrote it. Names of the language model go through `canonical_name`; all others, such as those of the vision tower,
+that wrote it. Names of the language model become canonical ones; all others, such as those of the vision tower,
 through the renaming that transformers does itself when it loads the checkpoint.
 """
 
@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,12 +17,10 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .checkpoint import Checkpoint
 from .hub import Repository, download, split_revision
-from .naming import canonical_name, cross_attention_layers
+from .naming import canonical_name
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
 
@@ -275,29 +272,12 @@ TIED = {"embed_tokens.weight": "the head", "lm_head.weight": "the embedding"}
 
 def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
     """Name of a tensor in an adapter -> its canonical name, if it is the language model's, and its raw key."""
-    skipped = cross_attention_layers(checkpoint.config)
-
-    @cache
-    def names() -> dict[str, str]:
-        return in_memory_names(checkpoint)  # only for adapters that reach beyond the language model
+    decoder = checkpoint.decoder
 
     def find(name: str) -> tuple[str | None, str | None]:
-        canonical = canonical_name(name, skipped)
-        return canonical, checkpoint.language_model.get(canonical) if canonical else names().get(name)
+        canonical = decoder.name(name)
+        if canonical not in decoder.kinds:  # another version of transformers named the modules of the model
+            canonical = canonical_name(name, decoder.skipped)
+        return canonical, checkpoint.language_model.get(canonical) if canonical else checkpoint.in_memory.get(name)
 
     return find
-
-
-def in_memory_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """What this version of transformers calls a tensor in memory -> its raw key, of those that it loads as they are."""
-    with torch.device("meta"):
-        model = checkpoint.auto_class.from_config(checkpoint.config)
-    transforms, state = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-    names = {}
-    for raw in checkpoint.keys:
-        name, converted = rename_source_key(raw, renamings, converters, model.base_model_prefix, state)
-        if converted is None and name in state:
-            names[name] = raw
-    return names

@@ -1,9 +1,9 @@
 """Which weights of two or three checkpoints belong together: what has a counterpart, what has none, and why.
 
-Expected is every weight that a configuration calls for or a checkpoint holds. One that a source lacks is an error,
-unless that source's configuration explains it: linear attention has no q_proj, a mixture of experts no plain MLP, and
-the text model none of mllama's cross-attention layers. Rows of heads and embeddings belong together by token, never by
-number.
+Expected is every weight that the classes which transformers builds of the configurations have in common. One that a
+file lacks is an error. What only one of the classes has is named and left alone: experts beside a plain MLP, or
+mllama's cross-attention layers, which the text model has none of. Rows of heads and embeddings belong together by
+token, never by number.
 """
 
 import re
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import Checkpoint
-from .naming import canonical_name, cross_attention_layers, layer_order, module_kind
+from .naming import layer_order, module_kind
 
 MODULES = ("attn", "mlp", "norm", "bias", "head", "embed")
 SAME_IN_BOTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of configurations
 LISTED = 20  # mismatches that an error spells out
 
 
@@ -30,13 +29,15 @@ class Match:
     Attributes:
         keys: canonical name -> role of the source -> its raw key, in layer order.
         without_counterpart: canonical name with `*` for each number -> how many weights of this name are not steered,
-            because a source rightly lacks them or no preset names them.
+            because one of the models has none of this name or no preset names them.
+        shares: of these names -> their share of the base's weights in the layers, where it has them.
         rows: [tokens, sources] row of each common token in each source's vocabulary, in the order of the base's rows;
             None without head and embedding.
     """
 
     keys: dict[str, dict[str, str]]
     without_counterpart: dict[str, int]
+    shares: dict[str, float]
     rows: torch.Tensor | None
 
     def rows_of(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
@@ -73,18 +74,19 @@ def match_weights(
     layers = _select_layers(base, only_layers, skip_first)
     _refuse_requests(base, modules)
 
-    absences = {role: _Absences(source) for role, source in sources.items()}
-    expected = {HEAD, EMBEDDING}.union(*(source.claims for source in sources.values()))
-    expected |= {name for name in _projections(base) if not all(absent.explain(name) for absent in absences.values())}
-    keys, alone, problems = {}, Counter(_unsteered(base, modules, layers)), []
+    expected = {name for source in sources.values() for name, kind in source.decoder.kinds.items() if kind in modules}
+    sizes = {name: size for name, _, size in base.decoder.sizes()}
+    keys, problems, alone = {}, [], list(_unsteered(base, modules, layers))
     for name in sorted(expected, key=layer_order):
-        if module_kind(name) not in modules or _layer(name) not in {*layers, None}:
+        if _layer(name) not in {*layers, None}:
             continue
         claims = {role: _claims(source, name) for role, source in sources.items()}
-        lacking = [role for role, found in claims.items() if not found]
-        if lacking and all(absences[role].explain(name) for role in lacking):
-            alone[_pattern(name)] += 1
-        elif wrong := _mismatches(name, claims, sources):
+        # Few families have biases, and not all of their files.
+        lacks_bias = module_kind(name) == "bias" and not all(claims.values())
+        if lacks_bias or any(source.decoder.kinds.get(name) not in modules for source in sources.values()):
+            alone.append((_pattern(name), sizes.get(name, 0)))
+            continue
+        if wrong := _mismatches(name, claims, sources):
             problems += wrong
         else:
             keys[name] = {role: found[0] for role, found in claims.items()}
@@ -92,10 +94,14 @@ def match_weights(
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise ValueError(f"{models} do not match in {len(problems)} places: {'; '.join(problems[:LISTED])}{more}")
+    counts = dict(sorted(Counter(pattern for pattern, _ in alone).items()))
     if not keys:
-        why = f"; without counterpart: {describe(alone)}" if alone else ""
+        why = f"; without counterpart: {describe(counts)}" if counts else ""
         raise ValueError(f"{models} have no weight of {', '.join(modules)} in common{why}")
-    return Match(keys, dict(sorted(alone.items())), _common_rows(sources) if any(map(in_vocabulary, keys)) else None)
+    rows = _common_rows(sources) if any(map(in_vocabulary, keys)) else None
+    total = sum(size for *_, size in base.decoder.sizes())
+    shares = {of: sum(size for pattern, size in alone if pattern == of) / total for of in counts}
+    return Match(keys, counts, shares, rows)
 
 
 def in_vocabulary(name: str) -> bool:
@@ -103,25 +109,23 @@ def in_vocabulary(name: str) -> bool:
     return name.startswith(("lm_head.", "embed_tokens."))
 
 
-def describe(without_counterpart: dict[str, int]) -> str:
-    """`Match.without_counterpart` in words."""
-    return ", ".join(f"{pattern} ({count})" for pattern, count in without_counterpart.items())
-
-
-def _depth(config) -> int:
-    return config.num_hidden_layers - len(cross_attention_layers(config))
+def describe(without_counterpart: dict[str, int], shares: dict[str, float] | None = None) -> str:
+    """`Match.without_counterpart` in words, with shares of a hundredth and more."""
+    told = {of: f", {share:.0%} of the layers" for of, share in (shares or {}).items() if share >= 0.005}
+    return ", ".join(f"{pattern} ({count}{told.get(pattern, '')})" for pattern, count in without_counterpart.items())
 
 
 def _dimensions(one: Checkpoint, other: Checkpoint) -> Iterator[tuple]:
-    yield "number of layers", _depth(one.text_config), _depth(other.text_config)
+    yield "number of layers", len(one.decoder), len(other.decoder)
+    # As they are written: where layers differ, reading the attribute of a whole model is an error.
+    ours, theirs = one.text_config.to_dict(), other.text_config.to_dict()
     for key in SAME_IN_BOTH:
-        values = getattr(one.text_config, key, None), getattr(other.text_config, key, None)
-        if None not in values:
+        if None not in (values := (ours.get(key), theirs.get(key))):
             yield key, *values
 
 
 def _select_layers(base: Checkpoint, only: Sequence[int] | None, skip_first: int) -> set[int]:
-    depth = _depth(base.text_config)
+    depth = len(base.decoder)
     if outside := [layer for layer in only or () if not 0 <= layer < depth]:
         raise ValueError(f"only_layers names layer {outside[0]}, but {base.source} has the layers 0 to {depth - 1}")
     if skip_first >= depth:
@@ -137,46 +141,18 @@ def _refuse_requests(base: Checkpoint, modules: Sequence[str]) -> None:
     if "head" in modules and _is_tied(base):
         raise ValueError(f"the head of {base.source} is its embedding: ask for embed instead of head")
     for module in ("norm", "bias"):
-        if module in modules and not any(module_kind(name) == module for name in base.claims):
+        if module in modules and module not in base.decoder.kinds.values():
             raise ValueError(f"modules={module!r}: the language model of {base.source} has none")
 
 
-class _Absences:
-    """Which weights a source rightly lacks: attention in its linear layers, a plain MLP beside its experts."""
-
-    def __init__(self, source: Checkpoint):
-        config = source.text_config
-        kinds = getattr(config, "layer_types", None) or []
-        # "conv" and "mamba" are no attention; "full_attention", "sliding_attention" and "hybrid" are.
-        self.linear = {i for i, k in enumerate(kinds) if not re.search("attention|hybrid", k) or "linear" in k}
-        experts = any(getattr(config, key, None) for key in EXPERTS)
-        # Which layers these are, each family's configuration says in its own way, and the names in one.
-        self.sparse = {_layer(name) for name in source.claims if experts and ".experts." in name}
-
-    def explain(self, name: str) -> bool:
-        block = name.split(".")[2] if name.startswith("layers.") else None
-        if module_kind(name) == "bias":  # few families have them
-            return True
-        if block in ("self_attn", "linear_attn"):
-            return (_layer(name) in self.linear) == (block == "self_attn")
-        return block == "mlp" and _layer(name) in self.sparse
-
-
-def _projections(source: Checkpoint) -> Iterator[str]:
-    for layer in range(_depth(source.text_config)):
-        yield from (f"layers.{layer}.self_attn.{p}_proj.weight" for p in "qkvo")
-        yield from (f"layers.{layer}.mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
-
-
-def _unsteered(base: Checkpoint, modules: Sequence[str], layers: set[int]) -> Iterator[str]:
-    """Patterns of the base's weights that no preset names (experts, linear attention) or in cross-attention layers."""
-    for name in base.claims:
-        if _layer(name) in layers and module_kind(name) is None and "rotary_emb" not in name:  # an old buffer
-            yield _pattern(name)
-    cross = cross_attention_layers(base.config)
-    for name in filter(None, map(canonical_name, base.keys)):
-        if _layer(name) in cross and module_kind(name) in (*modules, None):
-            yield _pattern(name)
+def _unsteered(base: Checkpoint, modules: Sequence[str], layers: set[int]) -> Iterator[tuple[str, int]]:
+    """Patterns and sizes of the base's weights that no preset names (routers, experts), or in layers that the text LLM
+    lacks."""
+    kinds = base.decoder.kinds
+    for name, counted, size in base.decoder.sizes():
+        beside = name is None and module_kind(counted) in (*modules, None)
+        if beside or (name and _layer(name) in layers and kinds[name] is None):
+            yield _pattern(counted if beside else name), size
 
 
 def _layer(name: str) -> int | None:

@@ -1,19 +1,17 @@
-"""One canonical name per language-model weight, whatever wrote or wraps it, and exact PEFT targets.
+"""One canonical name per language-model weight, whatever wrote or wraps it.
 
 The prefix in front of `layers.N.` depends on the model family, on the transformers version that wrote the file and on
 wrappers (PEFT, DDP, FSDP, torch.compile). Looking a weight up by its own path therefore fails silently; here every
 name is first reduced to what the text LLM itself would call it: `layers.N.REST`, `embed_tokens.REST`, `norm.REST` or
-`lm_head.REST`.
+`lm_head.REST`. What a model's weights are called is asked of the model itself (decoder.py); the rule here serves names
+without a model, and files that no version of transformers reads.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 
-_ATTENTION, _MLP = r"self_attn\.[qkvo]_proj", r"mlp\.(?:gate|up|down)_proj"
-
-PROJECTION = re.compile(rf"layers\.\d+\.(?:{_ATTENTION}|{_MLP})\.weight")
-"""Canonical names of the seven projections of a layer; use with `fullmatch`."""
+PROJECTIONS = ("attn", "mlp")
+"""Presets of what is a matrix in a layer."""
 
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:base_model\.model|base_layer|module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -22,14 +20,18 @@ _LANGUAGE_MODEL = re.compile(
     r"(?:thinker\.)?(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.){0,2}"
     r"(?:layers\.(?P<index>\d+)\.(?P<rest>.+)|(?P<other>(?:embed_tokens|norm|lm_head)\..+))"
 )
-_KINDS = (
-    ("bias", re.compile(r"(?:layers|embed_tokens|norm|lm_head)\b.*\.bias")),
-    ("attn", re.compile(rf"layers\.\d+\.{_ATTENTION}\.weight")),
-    ("mlp", re.compile(rf"layers\.\d+\.{_MLP}\.weight")),
-    ("norm", re.compile(r"(?:layers\.\d+\.(?:\w+\.)*\w*norm|norm)\.weight")),
-    ("head", re.compile(r"lm_head\.weight")),
-    ("embed", re.compile(r"embed_tokens\.weight")),
+# Parts of a name inside a layer. What mixes tokens: self, linear and latent attention, short convolutions, recurrences.
+_MIXING = re.compile(r"\w*(?:attn|att|[aA]ttention)|conv|mamba|temporal_block|mlstm_layer")
+_TOKEN_WISE = re.compile(r"up_proj|down_proj|shared_experts")  # beside it under `mixer`, the name of both
+# What chooses (routers), is chosen (expert stacks), looks at other inputs than the tokens, or is no weight of the base.
+_UNSTEERED = re.compile(
+    r"gate|\w*router\w*|\w*expert_gate|experts|\w*conv1d|(?:cross|encoder)_?att\w*|EncDec\w*|lora_\w+"
 )
+
+
+def unwrapped(name: str) -> str:
+    """The name of a parameter or module without what PEFT, DDP, FSDP, checkpointing and torch.compile put into it."""
+    return _WRAPPER.sub("", f"{name}.").removesuffix(".")
 
 
 def canonical_name(name: str, cross_attention_layers: Sequence[int] = ()) -> str | None:
@@ -43,7 +45,7 @@ def canonical_name(name: str, cross_attention_layers: Sequence[int] = ()) -> str
     >>> canonical_name("base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.weight")
     'layers.0.self_attn.q_proj.weight'
     """
-    match = _LANGUAGE_MODEL.fullmatch(_WRAPPER.sub("", name))
+    match = _LANGUAGE_MODEL.fullmatch(unwrapped(name))
     if match is None:
         return None
     if match["other"]:
@@ -55,8 +57,26 @@ def canonical_name(name: str, cross_attention_layers: Sequence[int] = ()) -> str
 
 
 def module_kind(canonical: str) -> str | None:
-    """The preset a canonical weight name falls under: attn, mlp, norm, bias, head, embed, or None for any other."""
-    return next((kind for kind, pattern in _KINDS if pattern.fullmatch(canonical)), None)
+    """The preset a canonical name falls under: attn, mlp, norm, bias, head, embed, or None for any other.
+
+    In a layer, `attn` is what mixes tokens, and `mlp` all else that is a projection.
+    """
+    module, _, attribute = canonical.rpartition(".")
+    kind, *parts = module.split(".")
+    if kind in ("lm_head", "embed_tokens") and attribute == "weight" and not parts:
+        return {"lm_head": "head", "embed_tokens": "embed"}[kind]
+    if any(map(_UNSTEERED.fullmatch, parts)):
+        return None
+    if attribute == "bias":
+        return "bias"
+    if attribute != "weight" or (kind != "layers" and parts):
+        return None
+    if "norm" in module.rpartition(".")[2].lower():
+        return "norm"
+    if kind != "layers":
+        return None
+    mixer = "mixer" in parts and not any(map(_TOKEN_WISE.fullmatch, parts))
+    return "attn" if mixer or any(map(_MIXING.fullmatch, parts)) else "mlp"
 
 
 def layer_order(canonical: str) -> list[str | int]:
@@ -67,47 +87,5 @@ def layer_order(canonical: str) -> list[str | int]:
 
 def cross_attention_layers(config) -> tuple[int, ...]:
     """Indices of the cross-attention layers that a transformers config places among the text layers (mllama only)."""
-    return tuple(getattr(config.get_text_config(), "cross_attention_layers", None) or ())
-
-
-def language_model_targets(model, names: Iterable[str] | None = None, layers: Container[int] | None = None) -> str:
-    """Regular expression for PEFT's `target_modules` that hits exactly the language model's projections.
-
-    Args:
-        model: a transformers model, vision-language or text only, or a PEFT model around one.
-        names: canonical weight names to keep, such as a prior's; all projections if None.
-        layers: indices of the layers to keep, as the model counts them; all if None.
-
-    Raises:
-        ValueError: no module would be hit.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
-    prefix = next((name for name, module in base.named_modules() if module is decoder), None)
-    if prefix is None:
-        raise ValueError(
-            f"{type(base).__name__} does not say where its language model is: pass target_modules yourself"
-        )
-    cross = cross_attention_layers(base.config)
-    keep = None if names is None else set(names)
-
-    found = defaultdict(list)  # layer index -> projections in it
-    for name, _ in decoder.named_modules():
-        if match := re.fullmatch(rf"layers\.(\d+)\.({_ATTENTION}|{_MLP})", name):
-            canonical = canonical_name(f"{name}.weight", cross)
-            wanted = (keep is None or canonical in keep) and (layers is None or int(match[1]) in layers)
-            if canonical is not None and wanted:
-                found[int(match[1])].append(match[2])
-    if not found:
-        of = "" if keep is None else f" among the {len(keep)} names given"
-        of += "" if layers is None else f" in its layers {layers}"
-        raise ValueError(f"{type(base).__name__} has no attention or MLP projection in its language model{of}")
-
-    alike = defaultdict(list)  # equal sets of projections -> layer indices, so that the expression stays short
-    for index, projections in sorted(found.items()):
-        alike[tuple(sorted(projections))].append(index)
-    prefix = re.escape(prefix + "." if prefix else "") + r"layers\."
-    return "|".join(
-        rf"{prefix}({'|'.join(map(str, indices))})\.({'|'.join(map(re.escape, projections))})"
-        for projections, indices in alike.items()
-    )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return tuple(getattr(text, "cross_attention_layers", None) or ())

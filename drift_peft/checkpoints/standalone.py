@@ -19,7 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoint import INDEX, SINGLE, Checkpoint, download
+from .conversion import Conversion
 from .output import partial_folder
+from .update import block_rows
 
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
 STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -79,16 +81,18 @@ def write_model(
     Args:
         checkpoint: the model to copy; shards, names, and all other tensors stay as they are.
         folder: `<output>.partial/`, as `replaced_when_complete` gives it.
-        replaced: raw keys of the tensors to replace.
-        blocks: takes a raw key and the tensor as stored, W [rows, ...]; yields what replaces it in fp32, as consecutive
-            blocks of rows (see update.py). Each is cast once to the dtype of W.
+        replaced: keys of the tensors to replace. One that transformers makes of others in the files goes back into
+            these.
+        blocks: takes a key and its tensor W [rows, ...]; yields what replaces it in fp32, as consecutive blocks of rows
+            (see update.py). Each is cast once to the dtype of W.
         progress: show a progress bar on stderr.
 
     Returns:
         ‖W' − W‖/‖W‖ (Frobenius) over all replaced tensors, as stored; 0 if nothing changed.
 
     Raises:
-        ValueError: a replaced tensor is not finite, or the model is not stored as safetensors.
+        ValueError: a replaced tensor is not finite or cannot be written back into the form that the files have, or
+            the model is not stored as safetensors.
         OSError: the folder could not be written.
     """
     if others := [file.name for file in checkpoint.files if file.suffix != ".safetensors"]:
@@ -115,22 +119,61 @@ def _write_shards(
 ) -> float:
     change = norm = 0.0  # squares
     done = 0
-    with tqdm(total=len(replaced), desc="merging", unit="weight", disable=not progress) as bar:
+    stored = _Stored(checkpoint, replaced, blocks)
+    with tqdm(total=len(stored.keys), desc="merging", unit="weight", disable=not progress) as bar:
         for file in checkpoint.files:
             shutil.copyfile(checkpoint.fetch(file), folder / file.name)
             with open(folder / file.name, "r+b") as shard:
                 offsets = _tensor_offsets(shard)
-                for raw in (raw for raw in replaced if checkpoint.keys[raw] == file):
+                for raw in (raw for raw in stored.keys if checkpoint.keys[raw] == file):
                     bar.set_postfix_str(raw, refresh=False)
                     shard.seek(offsets[raw])
                     W = checkpoint.tensor(raw)
                     with _one_thread():
-                        squares = _write_tensor(shard, raw, W, blocks(raw, W))
+                        squares = _write_tensor(shard, raw, W, stored.blocks(raw, W))
                     change, norm, done = change + squares[0], norm + squares[1], done + 1
                     bar.update()
-    if done != len(replaced):
-        raise ValueError(f"only {done} of {len(replaced)} tensors were replaced in {checkpoint.source}")
+    if done != len(stored.keys):
+        raise ValueError(f"only {done} of {len(stored.keys)} tensors were replaced in {checkpoint.source}")
     return math.sqrt(change / norm) if change else 0.0
+
+
+class _Stored:
+    """What is replaced, as the files have it: tensors that transformers makes of others are put back into these.
+
+    Attributes:
+        keys: in the files.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, replaced: Collection[str], blocks: Callable):
+        self._checkpoint, self._replaced, self._blocks = checkpoint, {*replaced}, blocks
+        made = [name for name in replaced if name not in checkpoint.keys]
+        conversions = {checkpoint.layout.conversions[name]: None for name in made}
+        self._of = {raw: conversion for conversion in conversions for raw in conversion.sources}
+        self.keys = [*(raw for raw in replaced if raw in checkpoint.keys), *self._of]
+        self._last: tuple[Conversion, dict[str, torch.Tensor]] | None = None
+
+    def blocks(self, raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
+        if raw not in self._of:
+            return self._blocks(raw, W)
+        conversion = self._of[raw]
+        if self._last is None or self._last[0] is not conversion:
+            self._last = conversion, self._written_back(conversion)
+        return iter(self._last[1][raw].split(block_rows(W)))
+
+    def _written_back(self, conversion: Conversion) -> dict[str, torch.Tensor]:
+        found = {raw: Checkpoint.tensor(self._checkpoint, raw) for raw in conversion.sources}
+        made = conversion.convert(found)
+        back = conversion.revert(made)
+        if wrong := [raw for raw in found if raw not in back or not torch.equal(back[raw], found[raw])]:
+            raise ValueError(
+                f"transformers reads {wrong[0]} of {self._checkpoint.source} in a form that it does not write back "
+                "unchanged: load the model, save it with save_pretrained(…, save_original_format=False), and give that"
+            )
+        for name in self._replaced.intersection(made):
+            W = self._checkpoint.tensor(name)
+            made[name] = torch.cat([block.to(W.dtype) for block in self._blocks(name, W)])
+        return conversion.revert(made)
 
 
 @contextlib.contextmanager

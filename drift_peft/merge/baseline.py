@@ -38,7 +38,6 @@ from ..checkpoints import (
     Checkpoint,
     block_rows,
     match_weights,
-    module_kind,
     open_expert,
     replaced_when_complete,
     write_model,
@@ -151,7 +150,7 @@ def merge_baseline(
             sources["reference"] = Checkpoint(reference)
         checkpoint = sources["base"]
         if modules is None:
-            present = set(map(module_kind, checkpoint.claims))
+            present = {checkpoint.decoder.kinds.get(name) for name in checkpoint.claims}
             modules = [module for module in MODULES if module in present]
         if skip_first is None:
             skip_first = recipe.skip_first if only_layers is None else 0

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization, in_memory_names
+from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization
 from ..warn import warn
 
 VERIFY_TOKENS = 32
@@ -237,7 +237,7 @@ def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
 def _weights(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
     """Raw key -> the model's parameter."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {raw: parameters[name] for name, raw in in_memory_names(checkpoint).items() if name in parameters}
+    return {raw: parameters[name] for name, raw in checkpoint.in_memory.items() if name in parameters}
 
 
 def _quantize(weights: dict[str, Tensor], dequantized: DequantizedCheckpoint) -> None:

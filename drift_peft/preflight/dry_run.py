@@ -114,8 +114,8 @@ def step_peaks(decoder: nn.Module, names: list[str], head: torch.Size, step: Ste
     """Phase of a step -> bytes at its peak: what all layers keep for the backward pass, and all else.
 
     Args:
-        decoder: the language model on the meta device.
-        names: its modules that are in 4 bits and adapted.
+        decoder: the language model on the meta device, the module that holds its layers.
+        names: modules that are in 4 bits and adapted, as INDEX.PATH in its layers.
         head: shape of the weight that makes logits of its output.
 
     Raises:
@@ -220,7 +220,7 @@ def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int
         decoder.config.layer_types = [attention[i] for i in layers]
     lora = LoraConfig(r=step.r, lora_dropout=step.lora_dropout)
     for name in names:
-        _, index, path = name.split(".", 2)
+        index, _, path = name.partition(".")
         parent, _, child = path.rpartition(".")
         for layer in [layer for i, layer in zip(layers, decoder.layers, strict=True) if i == int(index)]:
             old = layer.get_submodule(path)

@@ -7,7 +7,6 @@ alive at the same time is not added up: the estimate is the largest of the momen
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -19,7 +18,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ..checkpoints import canonical_name, cross_attention_layers, language_model_targets
+from ..checkpoints import Decoder, cross_attention_layers
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 
@@ -135,22 +134,22 @@ class Memory:
             )
         with torch.device("meta"):
             self.model = AutoModelForImageTextToText.from_config(config)
-        targets = re.compile(language_model_targets(self.model))
-        self.projections = {name: m for name, m in self.model.named_modules() if targets.fullmatch(name)}
+        decoder = Decoder(self.model)
+        self.names = decoder.projections
+        self.projections = {name: self.model.get_submodule(name) for name in self.names}
         self.weights = {"in 4 bits": 0, "embedding and head": 0, "vision tower and the rest": 0}
         for name, parameter in self.model.named_parameters():
             if name.removesuffix(".weight") in self.projections:
                 part = "in 4 bits"
-            elif canonical_name(name) in ("embed_tokens.weight", "lm_head.weight"):
+            elif decoder.name(name) in ("embed_tokens.weight", "lm_head.weight"):
                 part = "embedding and head"
             else:
                 part = "vision tower and the rest"
             self.weights[part] += parameter.numel()
-        decoder = self.model.get_decoder()
-        prefix = next(name for name, module in self.model.named_modules() if module is decoder) + "."
-        names = [name.removeprefix(prefix) for name in self.projections]
+        self.layers = len(decoder)
+        paths = [name.removeprefix(f"{decoder.path}.") for name in self.projections]  # INDEX.REST
         self.step_peaks = lru_cache(
-            partial(step_peaks, decoder, names, self.model.get_output_embeddings().weight.shape)
+            partial(step_peaks, decoder.module, paths, self.model.get_output_embeddings().weight.shape)
         )
 
     def estimate(self, settings: Settings) -> Estimate:
@@ -182,9 +181,8 @@ class Memory:
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""
         k = min(settings.drift_rank or settings.r, settings.prior_rank)
-        cross = cross_attention_layers(self.config)
-        names = ((canonical_name(f"{name}.weight", cross), m) for name, m in self.projections.items())
-        steered = [(m.out_features, m.in_features) for name, m in names if is_guided(settings, name)]
+        steered = [m for name, m in self.projections.items() if is_guided(settings, self.names[name])]
+        steered = [(m.out_features, m.in_features) for m in steered]
         parts = {"steering factors, 16 bits": 2 * k * sum(out + inner for out, inner in steered)}
         if settings.drift_norm == "weight":
             columns = settings.drift_sketch
@@ -196,8 +194,7 @@ class Memory:
         """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients
         and one more while they are computed; and the factors of the prior."""
         out, inner = max((m.out_features, m.in_features) for m in self.projections.values())
-        layers = len({name.split(".layers.")[-1].split(".")[0] for name in self.projections})
-        batch = min(layers, max(1, BATCH_ELEMENTS // (out * settings.r)))
+        batch = min(self.layers, max(1, BATCH_ELEMENTS // (out * settings.r)))
         k = min(settings.drift_rank or settings.r, settings.prior_rank)
         return 4 * batch * (out + inner) * (5 * settings.r + k)
 

@@ -182,7 +182,7 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 
 def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
     if match.without_counterpart:
-        unsteered = describe(match.without_counterpart)
+        unsteered = describe(match.without_counterpart, match.shares)
         warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
     ours = _rope_theta(sources["base"].text_config)
     for role, source in sources.items():
@@ -213,8 +213,8 @@ def _take_deltas(
 ) -> None:
     """Write Δ of each weight that is not done yet into its file, while another thread reads the next weight."""
 
-    def shards(name: str) -> list[str]:
-        return [str(sources[role].keys[match.keys[name][role]]) for role in ("expert", "base")]
+    def shards(name: str, role: str) -> list[str]:
+        return [str(file) for file in sources[role].files_of(match.keys[name][role])]
 
     def read(name: str) -> dict[str, torch.Tensor]:
         with lock:
@@ -228,8 +228,9 @@ def _take_deltas(
                     sources["expert"].release(file)
 
     names = [name for name, file in files.items() if _finished(file) is None]
-    names.sort(key=lambda name: [*shards(name), *layer_order(name)])  # so that each shard is opened once
-    left = Counter(shards(name)[0] for name in names)
+    # So that each shard is opened once.
+    names.sort(key=lambda name: (shards(name, "expert"), shards(name, "base"), layer_order(name)))
+    left = Counter(shard for name in names for shard in shards(name, "expert"))
     lock = threading.Lock()  # a checkpoint serves one thread at a time
     reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
     bar = tqdm(names, "prior", len(files), unit="weight", initial=len(files) - len(names), disable=not progress)
@@ -252,8 +253,8 @@ def _take_deltas(
                     "prior nevertheless"
                 )
             _keep(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
-            left[shard := shards(name)[0]] -= 1
-            if not left[shard]:
+            left.subtract(used := shards(name, "expert"))
+            if not all(left[shard] for shard in used):
                 free_used_up()
     finally:
         bar.close()

@@ -14,10 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from peft import LoraConfig
 
 from ..checkpoints import (
-    PROJECTION,
+    PROJECTIONS,
     Checkpoint,
-    canonical_name,
-    cross_attention_layers,
+    as_peft_reads,
     language_model_targets,
     module_kind,
     replaced_when_complete,
@@ -253,14 +252,13 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
 
 def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     """Regular expression of the LoRA targets, and projection of the prior -> its module's name in the loaded base."""
-    projections = [name for name in prior if PROJECTION.fullmatch(name)]
+    projections = [name for name in prior if module_kind(name) in PROJECTIONS]
     if not projections:
         raise ValueError(f"{prior.source} holds no attention or MLP projection, so there is nothing for a LoRA adapter")
-    with torch.device("meta"):
-        model = checkpoint.auto_class.from_config(checkpoint.config)
-    skipped = cross_attention_layers(checkpoint.config)
+    model = checkpoint.model
     targets = language_model_targets(model, projections)
-    modules = {canonical_name(f"{n}.weight", skipped): n for n, _ in model.named_modules() if re.fullmatch(targets, n)}
+    said = as_peft_reads(model, targets)
+    modules = {canonical: name for name, canonical in checkpoint.decoder.projections.items() if name in said}
     for name in projections:
         there = prior.metadata["weights"][name]["shape"]
         here = list(model.get_submodule(modules[name]).weight.shape) if name in modules else "not there"

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..checkpoints import canonical_name, cross_attention_layers
 from ..prior import ReasoningPrior
 from ..warn import warn
 from .config import DriftConfig
+from .names import prior_names
 from .settings import check_patterns_used
 from .sharding import shape, whole
 
@@ -28,27 +31,26 @@ def check_fit(
         model: the model, adapted already or not; its base weights may be quantized.
         prior: what shall steer it.
         drift: the settings of the guidance.
-        targets: names of the modules that are (or will be) adapted -> their adapter's rank.
+        targets: names of the parameters that are (or will be) adapted -> their adapter's rank.
         tensors: canonical names of the tensors that are (or will be) trained themselves.
 
     Raises:
         ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ;
             `factors` lacks a target for some row of lora_A; or a setting speaks of weights that are not steered.
     """
-    config = getattr(model, "config", None)
-    skipped = cross_attention_layers(config) if config is not None else ()
+    canonical_name = prior_names(model)
     modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it
     steered, unsteered = [], []
     for name, module in model.named_modules():
         if ".base_layer" in name:
             continue
         for parameter in ("weight", "bias"):
-            canonical = canonical_name(f"{name}.{parameter}", skipped)
+            canonical = canonical_name(f"{name}.{parameter}")
             if canonical in prior and _has(module, parameter):
                 modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if name in targets:
-            canonical = canonical_name(f"{name}.weight", skipped)
-            (steered if canonical in prior else unsteered).append((name, canonical))
+    for parameter in targets:
+        canonical = canonical_name(parameter)
+        (steered if canonical in prior else unsteered).append((parameter, canonical))
     missing = [name for name in prior if name not in modules]
     if missing:
         raise ValueError(
@@ -65,25 +67,49 @@ def check_fit(
             )
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
-        example = f", such as {unsteered[0][0]}" if unsteered else ""
+        example = f", such as {unsteered[0][0].removesuffix('.weight')}" if unsteered else ""
         raise ValueError(
             f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
             "would be steered: leave target_modules=None to adapt exactly what the prior covers."
         )
     if drift.drift_target == "factors":
-        for name, canonical in steered:
-            if (rank := len(prior[canonical].S)) < targets[name]:
+        for parameter, canonical in steered:
+            if (rank := len(prior[canonical].S)) < targets[parameter]:
                 raise ValueError(
-                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but the "
-                    f"prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
+                    f"drift_target='factors' gives each of the {targets[parameter]} rows of lora_A its own target, but "
+                    f"the prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
                 )
     check_patterns_used(drift, [canonical for _, canonical in steered] + tensors)
     if unsteered:
         warn(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
-            f"{', '.join(name for name, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
+            f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
     _check_fingerprint(model, modules, prior)
+
+
+def adapted_modules(model: nn.Module, adapters: Iterable[str]) -> set[str]:
+    """Names of the modules that these LoRA adapters adapt, without those of PEFT's target_parameters."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return {n for n, layer in layers if not isinstance(layer, ParamWrapper) and any(a in layer.r for a in adapters)}
+
+
+def refuse_other_targets(model: nn.Module, config: LoraConfig, intended: set[str], adapted: set[str]) -> None:
+    """Refuse adapters on other modules than `target_modules` names.
+
+    Raises:
+        ValueError: PEFT has made something else of it, as of the configs of some mixture-of-experts models.
+    """
+    if intended == adapted:
+        return
+    parts = []
+    for verb, names in (("leaves out", sorted(intended - adapted)), ("adds", sorted(adapted - intended))):
+        if names:
+            parts.append(f"{verb} {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}")
+    raise ValueError(
+        f"target_modules={config.target_modules!r} names {len(intended)} modules of this {type(model).__name__}, but "
+        f"PEFT {' and '.join(parts)}: name them as language_model_targets(model) does, or leave target_modules=None."
+    )
 
 
 def _has(module: nn.Module, parameter: str) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..checkpoints import module_kind
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import DriftConfig
-from .fit import check_fit
+from .fit import adapted_modules, check_fit, refuse_other_targets
 from .four_bit import keep_4bit_differentiable
+from .names import adapted_parameter
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
 
@@ -53,11 +59,13 @@ def guide(
         **settings,
     )
     for name, layer, adapter in layers:
-        _refuse_layer(model, name, layer, adapter, config)
+        if prior is None or module_kind(name):
+            _refuse_layer(model, name, layer, adapter, config)
     keep_4bit_differentiable(model)
     adapters = {adapter for _, _, adapter in layers}
+    _refuse_misread_targets(model, adapters)
     targets = {
-        name: min(layer.r[a] for a in adapters.intersection(layer.r))
+        adapted_parameter(name, layer): min(layer.r[a] for a in adapters.intersection(layer.r))
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
     }
@@ -73,6 +81,18 @@ def guide(
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
     return model
+
+
+def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:
+    if not isinstance(model, PeftModel):
+        return
+    base = model.get_base_model()
+    for adapter in adapters:
+        config = model.peft_config[adapter]
+        if config.target_modules is not None:
+            modules = (name for name, _ in base.named_modules() if name and ".base_layer" not in name)
+            intended = {name for name in modules if check_target_module_exists(config, name)}
+            refuse_other_targets(base, config, intended, adapted_modules(base, [adapter]))
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:

@@ -9,17 +9,19 @@ from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from ..checkpoints import canonical_name, language_model_targets, module_kind, quantization_of
+from ..checkpoints import Decoder, language_model_targets, module_kind, quantization_of
 from ..prior import ReasoningPrior
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
-from .fit import check_fit
+from .fit import adapted_modules, check_fit, refuse_other_targets
 from .four_bit import keep_4bit_differentiable
+from .names import prior_names
 from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
@@ -50,21 +52,21 @@ class DriftModel(LoraModel):
 
         # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
         config = self.peft_config[adapter_name] = copy.copy(config)
+        config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
         config.quantization = quantization_of(model)
         prior = None if config.prior is None else _open_prior(config)
         keep_4bit_differentiable(model)
-        if config.target_modules is None:
-            config.target_modules = language_model_targets(model, prior, config.layers_to_transform)
-            config.layers_to_transform = None  # it is in the expression, and PEFT refuses both
-        _maybe_include_all_linear_layers(config, model)
-        names = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        intended = _settle_targets(model, config, prior)
+        parameters = [*(f"{name}.weight" for name in intended), *_target_parameters(model, config)]
         if prior is not None:
-            check_fit(model, prior, config, {name: _rank(config, name) for name in names}, _tensors(config, prior))
+            targets = {name: _rank(config, name.removesuffix(".weight")) for name in parameters}
+            check_fit(model, prior, config, targets, _tensors(config, prior))
         else:
-            known = {canonical_name(name) for name, _ in model.named_parameters()} - {None}
-            targets = known.intersection(canonical_name(f"{name}.weight") for name in names)
-            check_patterns_used(config, sorted(targets) + _tensors(config, known))
+            canonical = prior_names(model)
+            known = {canonical(name) for name, _ in model.named_parameters()} - {None}
+            check_patterns_used(config, [canonical(name) or name for name in parameters] + _tensors(config, known))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        refuse_other_targets(model, config, intended, adapted_modules(model, [adapter_name]))
         tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
         adapters = steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
         if config.init_lora_weights == "drift":
@@ -176,6 +178,30 @@ def _with_steering(print_trainable):
 
 
 PeftModel.print_trainable_parameters = _with_steering(PeftModel.print_trainable_parameters)
+
+
+def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior | None) -> set[str]:
+    """Put into the config what PEFT takes for the modules that are meant, and return their names."""
+    if config.target_modules is None:
+        canonical = prior_names(model)
+        named = {canonical(name) for name in _target_parameters(model, config)}
+        wanted = Decoder(model).projections.values() if prior is None else prior
+        wanted = [name for name in wanted if name not in named]
+        config.target_modules = language_model_targets(model, wanted, config.layers_to_transform)
+        config.layers_to_transform = None  # it is in there, and PEFT refuses both
+    literal = _maybe_include_all_linear_layers(copy.copy(config), model)
+    intended = {name for name, _ in model.named_modules() if name and check_target_module_exists(literal, name)}
+    convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
+    _maybe_include_all_linear_layers(config, model)
+    found = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+    refuse_other_targets(model, literal, intended, found)
+    return intended
+
+
+def _target_parameters(model: nn.Module, config: DriftConfig) -> list[str]:
+    """Names of the parameters that `target_parameters` adapts, as PEFT finds them."""
+    wanted = config.target_parameters or ()
+    return [name for name, _ in model.named_parameters() if any(f".{name}".endswith(f".{key}") for key in wanted)]
 
 
 def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> None:

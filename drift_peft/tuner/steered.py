@@ -13,16 +13,18 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from ..checkpoints import canonical_name, cross_attention_layers, module_kind
+from ..checkpoints import module_kind
 from ..prior import PriorVector, PriorWeight
 from . import guidance
 from .capture import Capture
 from .config import DriftConfig
+from .names import adapted_parameter, prior_names
 from .settings import drift_alpha_of
 from .sharding import gather, layout, shape
 
@@ -150,10 +152,11 @@ class SteeredAdapter(Steered):
     def register(self) -> None:
         super().register()
         if self.config.drift_norm == "weight" and self.alpha:
-            if self.adapter in self.module.lora_embedding_A:
+            embedding = self.adapter in self.module.lora_embedding_A
+            if embedding or isinstance(self.module, ParamWrapper):
                 raise ValueError(
-                    f"drift_norm='weight' is not available for LoRA on an embedding, such as {self.name}: use "
-                    "drift_norm='factor', or leave it out of drift_modules."
+                    f"drift_norm='weight' is not available for LoRA on an embedding or by target_parameters, such as "
+                    f"{self.name}: use drift_norm='factor', or leave it out of drift_modules."
                 )
             self.capture = Capture(self.name, self.parameter, self.prior, self.config.drift_sketch)
             self.capture.attach(self.module, self.adapter)
@@ -195,7 +198,7 @@ class SteeredAdapter(Steered):
                 f"The adapter of {self.name} is flattened: guidance under FSDP1 is not available; use fully_shard "
                 "(FSDP2), DDP or one GPU."
             )
-        if shape(A)[0] != r:
+        if shape(A)[0] != r * getattr(self.module, "num_experts", 1):  # of PEFT's target_parameters, one for each
             raise RuntimeError(
                 f"The adapter of {self.name} has rank {r} but {shape(A)[0]} rows: prepare_model_for_compiled_hotswap "
                 f"pads it; call that after training, or with target_rank={r}."
@@ -324,13 +327,15 @@ def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:
 
 
 def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
-    """(canonical weight name, layer, adapter) of every LoRA layer on a language-model weight, in module order."""
-    skipped = _cross_attention(model)
+    """(weight name, layer, adapter) of every LoRA layer, in module order. The name is the canonical one of a
+    language-model weight, and the model's own of any other, which no prior holds."""
+    canonical = prior_names(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and (canonical := canonical_name(f"{name}.weight", skipped)):
+        if isinstance(layer, LoraLayer):
+            weight = adapted_parameter(name, layer)
             for a in layer.active_adapters if adapter is None else [adapter]:
                 if a in layer.lora_A or a in layer.lora_embedding_A:
-                    yield canonical, layer, a
+                    yield canonical(weight) or weight, layer, a
 
 
 def trainable_tensors(
@@ -341,21 +346,16 @@ def trainable_tensors(
     `start` is what the tensor was before training where the model keeps it (modules_to_save), else None. Of modules to
     save these are the copies of `adapter`, active or not; of every active adapter if None.
     """
-    skipped = _cross_attention(model)
+    canonical_name = prior_names(model)
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for owner, copied in module.modules_to_save.items():
                 for attribute, parameter in copied.named_parameters(recurse=False):
                     trains = parameter.requires_grad if adapter is None else owner == adapter
-                    if trains and (canonical := canonical_name(f"{name}.{attribute}", skipped)):
+                    if trains and (canonical := canonical_name(f"{name}.{attribute}")):
                         yield canonical, copied, attribute, getattr(module.original_module, attribute).detach()
         elif ".modules_to_save." not in name and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attribute, parameter in module.named_parameters(recurse=False):
-                canonical = canonical_name(f"{name}.{attribute}", skipped)
+                canonical = canonical_name(f"{name}.{attribute}")
                 if parameter.requires_grad and canonical and module_kind(canonical):
                     yield canonical, module, attribute, None
-
-
-def _cross_attention(model: nn.Module) -> tuple[int, ...]:
-    config = getattr(model, "config", None)
-    return cross_attention_layers(config) if config is not None else ()

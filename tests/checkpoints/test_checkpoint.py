@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
-from drift_peft.checkpoints.naming import PROJECTION
+from drift_peft.checkpoints.naming import PROJECTIONS, module_kind
 
 Q = "layers.0.self_attn.q_proj.weight"
 
@@ -51,7 +51,7 @@ def test_language_model_of_every_family_and_layout(family, layout, shards, tmp_p
         assert found.keys() == expected.keys()
         assert all(torch.equal(opened.tensor(raw), expected[name]) for name, raw in found.items())
         assert {"embed_tokens.weight", "norm.weight"} <= opened.language_model.keys()
-        assert sum(map(bool, map(PROJECTION.fullmatch, opened.language_model))) == 14
+        assert sum(module_kind(name) in PROJECTIONS for name in opened.language_model) == 14
 
 
 def test_attributes(llm):
@@ -204,7 +204,7 @@ def four_bit(folder):
         (broken_index, ValueError, "is no index of weights"),
         (unknown_model, ValueError, "transformers cannot read the config.json of .*no_such_model"),
         (wrong_type, ValueError, "transformers cannot read the config.json of .*hidden_size.*sixty-four"),
-        (remote_code, ValueError, "transformers cannot read the config.json of .* contains custom code"),
+        (remote_code, ValueError, "brings its own code, which is not run: give the repository .* mostly ends in -hf"),
         (twice_in_shards, ValueError, r"holds model\.\S+ in both model-00001-of-\S+ and model-00002-of-"),
         (no_weights, FileNotFoundError, "holds none of model.safetensors, model.safetensors.index.json, pytorch_model"),
     ],

@@ -19,20 +19,13 @@ from tiny import (
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.checkpoints.match import match_weights
 
-EXPERTS = {"layers.*.mlp.gate.weight": 1}
-FUSED = {**EXPERTS, "layers.*.mlp.experts.gate_up_proj": 1, "layers.*.mlp.experts.down_proj": 1}
-SHARED = {f"layers.*.mlp.shared_experts.{p}_proj.weight": 1 for p in ("gate", "up", "down")}
-ONE_BY_ONE = {f"layers.*.mlp.experts.*.{p}_proj.weight": 4 for p in ("gate", "up", "down")}
-LINEAR = {f"layers.*.linear_attn.{rest}": 1 for rest in ("A_log", "dt_bias", "conv1d.weight", "out_proj.weight")}
-LINEAR |= {f"layers.*.linear_attn.in_proj_{p}.weight": 1 for p in ("qkv", "z", "a", "b")}
+EXPERTS = {f"layers.*.mlp.{rest}": 1 for rest in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")}
+LINEAR = {f"layers.*.linear_attn.{rest}": 1 for rest in ("A_log", "dt_bias", "conv1d.weight")}
 WITHOUT = {
-    "qwen3_vl_moe": FUSED,
-    "glm4v_moe": {**EXPERTS, **ONE_BY_ONE, **SHARED, "layers.*.mlp.gate.e_score_correction_bias": 1},
+    "qwen3_vl_moe": EXPERTS,
+    "glm4v_moe": EXPERTS,
     "qwen3_5": LINEAR,
-    "qwen3_5_moe": LINEAR
-    | {k: 2 * n for k, n in (EXPERTS | ONE_BY_ONE).items()}
-    | {f"layers.*.mlp.shared_expert.{p}_proj.weight": 2 for p in ("gate", "up", "down")}
-    | {"layers.*.mlp.shared_expert_gate.weight": 2},
+    "qwen3_5_moe": {**LINEAR, **dict.fromkeys(EXPERTS, 2), "layers.*.mlp.shared_expert_gate.weight": 2},
     "mistral_llava": {},
 }
 
@@ -52,7 +45,7 @@ def match(folder, modules=("attn", "mlp"), **selection):
 
 
 @pytest.mark.parametrize("family", MIXED)
-def test_experts_and_linear_attention_are_said_to_be_left(family, tmp_path):
+def test_experts_are_said_to_be_left_and_what_stands_beside_them_is_steered(family, tmp_path):
     delta = save_pair(tmp_path, family)
     found = match(tmp_path)
     assert found.keys.keys() == delta.keys()
@@ -120,10 +113,11 @@ def test_what_no_configuration_explains_is_missing(family, lost, sides, tmp_path
         match(tmp_path)
 
 
-def test_missing_experts_are_no_explanation(tmp_path):
-    save_pair(tmp_path, "qwen3_vl_moe")
-    rename_keys(tmp_path / "expert", lambda key: None if ".experts." in key else key)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.weight missing in the expert; "):
+def test_what_the_class_has_and_the_file_lacks_is_an_error(tmp_path):
+    save_pair(tmp_path, "qwen3_5_moe")
+    rename_keys(tmp_path / "expert", lambda key: None if "shared_expert.up" in key or "in_proj_z" in key else key)
+    missing = r"layers.0.linear_attn.in_proj_z.weight missing in the expert; layers.0.mlp.shared_expert.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"do not match in 3 places: {missing}"):
         match(tmp_path)
 
 

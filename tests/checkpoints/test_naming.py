@@ -2,6 +2,7 @@
 
 import re
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given
@@ -10,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import FAMILIES, SELF_LAYERS, tiny_llm, tiny_vlm
 
+from drift_peft.checkpoints import language_model_targets
 from drift_peft.checkpoints.naming import (
-    PROJECTION,
+    PROJECTIONS,
     canonical_name,
     cross_attention_layers,
-    language_model_targets,
     layer_order,
     module_kind,
 )
@@ -101,7 +102,7 @@ def test_module_kinds():
         "layers.0.cross_attn.q_proj.weight": None,
     }
     assert {name: module_kind(name) for name in kinds} == kinds
-    assert {name for name in kinds if PROJECTION.fullmatch(name)} == {
+    assert {name for name in kinds if module_kind(name) in PROJECTIONS} == {
         n for n, k in kinds.items() if k in ("attn", "mlp")
     }
 
@@ -166,7 +167,8 @@ def test_cross_attention_layers_of_configs():
 def test_targets_do_not_depend_on_the_kind_of_linear_layer():
     model = tiny_llm("llava")
     plain = language_model_targets(model)
-    model.model.layers[0].self_attn.q_proj = torch.nn.Identity()  # such as bitsandbytes' Linear4bit
+    model.model.layers[0].self_attn.q_proj = bnb.nn.Linear4bit(64, 64)
+    model.model.layers[1].self_attn.o_proj = bnb.nn.Linear8bitLt(64, 64)
     assert language_model_targets(model) == plain
 
 

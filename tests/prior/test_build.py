@@ -300,7 +300,7 @@ def test_hybrids_and_mixtures_of_experts(family, tmp_path):
     left = prior.metadata["without_counterpart"]
     said = [str(w.message) for w in caught if "not steered" in str(w.message)]
     assert len(said) == bool(left) == (family != "mistral_llava")
-    assert all(f"{pattern} ({count})" in said[0] for pattern, count in left.items())
+    assert all(f"{pattern} ({count}" in said[0] for pattern, count in left.items())
 
 
 def test_vectors_are_kept_whole(tmp_path):

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from tiny import save_layout, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, merge_adapter
-from drift_peft.checkpoints.naming import PROJECTION, canonical_name, cross_attention_layers
+from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
 
 NAMES = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.1.mlp.up_proj.weight"]
 
@@ -178,7 +178,7 @@ def family_prior(folder, family, ranks=(4,), extras=False):
     weights = {}
     for key, W in model.named_parameters():
         name = canonical_name(key, cross_attention_layers(model.config)) or ""
-        if PROJECTION.fullmatch(name) or (extras and name.endswith(("norm.weight", "bias"))):
+        if module_kind(name) in PROJECTIONS or (extras and name.endswith(("norm.weight", "bias"))):
             weights[name] = W, 0.05 * torch.randn(W.shape, generator=generator)
     rank = {name: ranks[index % len(ranks)] for index, name in enumerate(weights)}
     return dense_prior(folder / "p", weights, rank, base=folder / "base")

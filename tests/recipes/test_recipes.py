@@ -22,7 +22,7 @@ from tiny_vlm import PROCESSORS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from drift_peft import ReasoningPrior
-from drift_peft.checkpoints.naming import PROJECTION, canonical_name
+from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, module_kind
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
@@ -53,7 +53,7 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
 
     # matched == expected > 0, and nothing else is quantized or adapted
     expert = tiny_llm(FAMILY[name]).get_decoder()
-    expected = {name for name, _ in expert.named_parameters() if PROJECTION.fullmatch(name)}
+    expected = {name for name, _ in expert.named_parameters() if module_kind(name) in PROJECTIONS}
     assert len(expected) == 14 and set(ReasoningPrior.load(pair(FAMILY[name]) / "prior.safetensors")) == expected
     four_bit = {
         canonical_name(f"{n}.weight") for n, m in trainer.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)

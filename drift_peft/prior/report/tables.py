@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from html import escape
 
-import torch
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from ...checkpoints import Checkpoint, canonical_name, cross_attention_layers, describe, language_model_targets
+from ...checkpoints import Checkpoint, as_peft_reads, describe, language_model_targets
 from ..combine import formula
 from ..file import PriorFile
 
@@ -89,21 +87,19 @@ def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> d
     Raises:
         ValueError: the model has no such module, or none that the prior covers.
     """
-    with torch.device("meta"):
-        model: nn.Module = checkpoint.auto_class.from_config(checkpoint.config)
-    skipped = cross_attention_layers(checkpoint.config)
+    model, projections = checkpoint.model, checkpoint.decoder.projections
     targets = language_model_targets(model)
     if prior is not None:
         language_model_targets(model, prior)  # raises when the prior covers none of them
     rows: dict[str, dict] = {}
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [name for name in modules if re.fullmatch(targets, name)]
+    adapted = [name for name in projections if name in as_peft_reads(model, targets)]
     for name in adapted:
         kind = name.rpartition(".")[2]
         row = rows.setdefault(kind, {"module": kind, "adapted": 0, "steered": None if prior is None else 0, "left": 0})
         row["adapted"] += 1
         if prior is not None:
-            row["steered"] += canonical_name(f"{name}.weight", skipped) in prior
+            row["steered"] += projections[name] in prior
     for name in set(modules) - set(adapted):
         if (kind := name.rpartition(".")[2]) in rows:
             rows[kind]["left"] += 1

@@ -1,0 +1,150 @@
+"""The language model inside a model: what its weights are called, and which of them are projections.
+
+All of it follows from the modules of the class that transformers builds, with its weights or without. A projection is
+every linear layer inside the decoder's layers, whatever it is called and however it is quantized, but for routers and
+what is in expert stacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .naming import PROJECTIONS, cross_attention_layers, module_kind, unwrapped
+
+_ROUTER = re.compile(r"Router|TopK")  # in the name of a class
+_INSIDE = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+)(?:\.|$)")  # of what PEFT has wrapped
+
+
+class Decoder:
+    """What one model calls the weights of its language model.
+
+    Args:
+        model: a transformers model, vision-language or text only, on any device; bare, or in PEFT, DDP, FSDP, ….
+
+    Attributes:
+        module: the module that holds the layers.
+        layers: their list, in which the text LLM may lack some.
+        path: where this list is, as `model` names it.
+        skipped: indices of the layers that the text LLM lacks (mllama's cross-attention).
+
+    Raises:
+        ValueError: the model does not say where its language model is.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        found = None if root is None else _find_layers(root)
+        if found is None:
+            raise ValueError(
+                f"{type(root or model).__name__} does not say where its language model is: pass target_modules yourself"
+            )
+        self.module, self.layers = found
+        self.skipped = cross_attention_layers(root.config)
+        paths = {id(module): name for name, module in model.named_modules()}
+        self.path = paths[id(self.layers)]
+        self._plain_path, plain = unwrapped(self.path), unwrapped(paths[id(self.module)])
+        self._prefix = f"{plain}." if plain else ""
+        self._ends = {}  # path of embedding and head -> their canonical name
+        for canonical, getter in (("embed_tokens", "get_input_embeddings"), ("lm_head", "get_output_embeddings")):
+            try:
+                end = getattr(_speaking(root), getter)()
+            except NotImplementedError:  # of a model that has none
+                continue
+            if id(end) in paths:
+                self._ends[unwrapped(paths[id(end)])] = canonical
+
+    def __len__(self) -> int:
+        """Number of layers, as the text LLM counts them."""
+        return len(self.layers) - len(self.skipped)
+
+    def name(self, parameter: str, skipped: Sequence[int] | None = None) -> str | None:
+        """Canonical name of a parameter, which need not be there; None if it would not be the language model's.
+
+        Args:
+            parameter: as the model names it, in any wrapper.
+            skipped: layers that give None and are not counted; by default those that the text LLM lacks.
+        """
+        skipped = self.skipped if skipped is None else skipped
+        plain = unwrapped(parameter)
+        module, _, attribute = plain.rpartition(".")
+        if module in self._ends:
+            return f"{self._ends[module]}.{attribute}"
+        if not plain.startswith(self._prefix):
+            return None
+        if not plain.startswith(f"{self._plain_path}."):
+            return plain.removeprefix(self._prefix)
+        index, _, rest = plain.removeprefix(f"{self._plain_path}.").partition(".")
+        if not index.isdigit() or int(index) in skipped:
+            return None
+        return f"layers.{int(index) - sum(layer < int(index) for layer in skipped)}.{rest}"
+
+    @cached_property
+    def projections(self) -> dict[str, str]:
+        """Name of each module that is a projection, as the model names it -> canonical name of its weight."""
+        found, routers = {}, []
+        for name, module in self._modules():
+            if _ROUTER.search(type(module).__name__):
+                routers.append(name)
+            canonical = self.name(f"{name}.weight")
+            if canonical and is_linear(module) and module_kind(canonical) in PROJECTIONS:
+                if not any(name == router or name.startswith(f"{router}.") for router in routers):
+                    found[name] = canonical
+        return found
+
+    @cached_property
+    def kinds(self) -> dict[str, str | None]:
+        """Canonical name of each parameter of a bare model's language model -> the preset that selects it, or None."""
+        projections, kinds = {*self.projections.values()}, {}
+        for parameter, value in self.model.named_parameters(remove_duplicate=False):
+            if canonical := self.name(parameter):
+                kind = module_kind(canonical)
+                steered = canonical in projections if kind in PROJECTIONS else value.dim() == 1 or kind in ENDS
+                kinds[canonical] = kind if steered else None
+        return kinds
+
+    def sizes(self) -> Iterator[tuple[str | None, str, int]]:
+        """Of each parameter in a bare model's layers: canonical name (None if the text LLM lacks the layer), the name
+        that it has when all layers are counted, and its number of elements."""
+        for parameter, value in self.model.named_parameters(remove_duplicate=False):
+            counted = self.name(parameter, skipped=())
+            if counted and counted.startswith("layers."):
+                yield self.name(parameter), counted, value.numel()
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules inside the layers; of what PEFT has wrapped, the wrappers alone."""
+        for name, module in self.layers.named_modules():
+            if name and not _INSIDE.search(name):
+                yield f"{self.path}.{name}", module
+
+
+ENDS = ("head", "embed")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies with a matrix [out_features, in_features], in whatever form it keeps that."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _speaking(root: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that thinks in text; of one that also talks, its thinker."""
+    return getattr(root, "thinker", root)
+
+
+def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The list of the language model's layers, which is the outermost one, and the module that holds it."""
+    try:
+        depth = getattr(root.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        decoder = _speaking(root).get_decoder()
+    except (ValueError, NotImplementedError):  # it has several text models, or none
+        return None
+    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and name]
+    if not lists:
+        return None
+    name, layers = min(lists, key=lambda found: (found[0].count("."), len(found[1]) != depth, -len(found[1])))
+    return decoder.get_submodule(name.rpartition(".")[0]), layers

@@ -1,0 +1,94 @@
+"""PEFT's target_modules for exactly the language model's projections, checked against what PEFT makes of them.
+
+PEFT rewrites the configs of mixture-of-experts models for the layout that transformers 5 gave their experts: names of
+the former expert layers become parameters, and an expression becomes the last parts of the names that it matches. What
+it means then is asked of PEFT itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterable
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from ..warn import warn
+from .decoder import Decoder
+
+
+def language_model_targets(
+    model: nn.Module, names: Iterable[str] | None = None, layers: Container[int] | int | None = None
+) -> str | list[str]:
+    """PEFT's `target_modules` that hits exactly the language model's projections.
+
+    Args:
+        model: a transformers model, vision-language or text only, or a PEFT model around one.
+        names: canonical weight names to keep, such as a prior's; all projections if None.
+        layers: indices of the layers to keep, as the model counts them; all if None.
+
+    Returns:
+        A regular expression; the full names of the modules where PEFT would take an expression for something else.
+        Modules that it cannot be told of at all are left out, with a warning that names them.
+
+    Raises:
+        ValueError: no module would be hit.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = Decoder(base)
+    keep = None if names is None else set(names)
+    layers = (layers,) if isinstance(layers, int) else layers
+    found = {}  # module -> index of its layer, and its path in there
+    for module, canonical in decoder.projections.items():
+        index, _, path = module.removeprefix(f"{decoder.path}.").partition(".")
+        if (keep is None or canonical in keep) and (layers is None or int(index) in layers):
+            found[module] = int(index), path
+    if not found:
+        of = "" if keep is None else f" among the {len(keep)} names given"
+        of += "" if layers is None else f" in its layers {layers}"
+        raise ValueError(
+            f"{type(base).__name__} has no attention or MLP projection in its language model{of}: pass target_modules "
+            "yourself"
+        )
+    for targets in (_expression(decoder.path, found.values()), [*found]):
+        if as_peft_reads(base, targets) == {*found}:
+            return targets
+    said = [module for module in found if _converted(base, [module])]
+    unsaid = [module for module in found if module not in said]
+    because = f"PEFT takes their names for expert stacks in models of type {base.config.model_type}"
+    if not said:
+        raise ValueError(f"target_modules cannot name {unsaid[0]} and the other projections wanted: {because}")
+    warn(f"{len(unsaid)} projections, such as {unsaid[0]}, cannot be adapted: {because}")
+    return said
+
+
+def as_peft_reads(model: nn.Module, targets: str | Iterable[str]) -> set[str] | None:
+    """The modules that PEFT adapts for these `target_modules`; None where it would adapt parameters, or refuses."""
+    config = _converted(model, targets)
+    return config and {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+
+
+def _converted(model: nn.Module, targets: str | Iterable[str]) -> LoraConfig | None:
+    config = LoraConfig(target_modules=targets)
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # of several layers that became one parameter, it names one
+        return None
+    return None if config.target_parameters else config
+
+
+def _expression(path: str, found: Iterable[tuple[int, str]]) -> str:
+    """A regular expression for these modules, in which layers with equal sets of them stand together."""
+    inside, alike = defaultdict(list), defaultdict(list)
+    for index, module in found:
+        inside[index].append(module)
+    for index, modules in sorted(inside.items()):
+        alike[tuple(sorted(modules))].append(index)
+    prefix = re.escape(f"{path}.")
+    return "|".join(
+        rf"{prefix}({'|'.join(map(str, indices))})\.({'|'.join(map(re.escape, modules))})"
+        for modules, indices in alike.items()
+    )

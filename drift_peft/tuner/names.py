@@ -1,0 +1,26 @@
+"""What the parameters of a model are called in a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..checkpoints import Decoder, canonical_name, unwrapped
+
+
+def prior_names(model: nn.Module) -> Callable[[str], str | None]:
+    """Name of a parameter, in any wrapper -> its canonical name; None if it is not the language model's.
+
+    What is no model of transformers has the names that a text LLM would have.
+    """
+    try:
+        return Decoder(model).name
+    except ValueError:
+        return canonical_name
+
+
+def adapted_parameter(name: str, layer: LoraLayer) -> str:
+    """Name of the parameter that a LoRA layer of this name adapts: of PEFT's target_parameters, the one it wraps."""
+    return unwrapped(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")

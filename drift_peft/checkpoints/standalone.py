@@ -25,7 +25,7 @@ from .update import block_rows
 
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
 STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-STANDALONE += ("additional_chat_templates/*.jinja",)
+STANDALONE += ("additional_chat_templates/*.jinja", "spk_dict.pt")  # the speakers of Qwen2.5-Omni
 NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training
 CONFIGS = {"model": "config.json", "adapter": "adapter_config.json"}  # by what a folder is known to be one
 

@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,12 @@ def verify_merge(
 
     base = _load(checkpoint, checkpoint.folder)
     weights = _weights(checkpoint, base)
-    adapted = _adapted(base, adapter)
+    adapted = _adapted(base, adapter, updates)
     full, full_alone = _with_and_without(adapted, prompts)
     _quantize(weights, dequantized)
     four_bit, four_bit_alone = _with_and_without(adapted, prompts)
     if trained.config is not None:
-        base = adapted.unload()
+        adapted.unload()
         _merge(_weights(checkpoint, base), dequantized if onto == "base" else checkpoint, dequantized.four_bit, updates)
         other = _logits(base, prompts)
     del base, adapted, weights
@@ -218,13 +219,18 @@ def _image_prompt(folder: Path) -> dict[str, Any]:
 def _load(checkpoint: Checkpoint, folder: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a checkpoint without a head gets a random one, the same for both
-        model, info = checkpoint.auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        load = partial(checkpoint.auto_class.from_pretrained, folder, dtype=torch.float32)
+        if hasattr(checkpoint.model, "thinker"):  # then transformers cannot say what it has not found
+            return load().eval()
+        model, info = load(output_loading_info=True)
     if lost := sorted(key for key in info["missing_keys"] if "lm_head" not in key):
         raise ValueError(f"transformers does not find {lost[0]} in {folder}, so the merge cannot be verified with it")
     return model.eval()
 
 
-def _adapted(base: nn.Module, adapter: Path) -> PeftModel:
+def _adapted(base: nn.Module, adapter: Path, updates: dict[str, Update]) -> PeftModel:
+    if not any(update.module.startswith("thinker.") for update in updates.values()):
+        base = _thinking(base)  # which an adapter may have been trained on alone
     try:
         with warnings.catch_warnings():  # PEFT only warns when a name finds no weight
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -261,7 +267,13 @@ def _with_and_without(adapted: PeftModel, prompts: dict[str, dict]) -> tuple[Log
 
 
 def _logits(model: nn.Module, prompts: dict[str, dict]) -> Logits:
-    return {name: model(**inputs).logits[:, -VERIFY_TOKENS:].clone() for name, inputs in prompts.items()}
+    thinking = _thinking(model)
+    return {name: thinking(**inputs).logits[:, -VERIFY_TOKENS:].clone() for name, inputs in prompts.items()}
+
+
+def _thinking(model: nn.Module) -> nn.Module:
+    """The part that answers in text, of a model that also talks; else the model."""
+    return getattr(model, "thinker", model)  # PEFT passes it on
 
 
 def _errors(found: Logits, expected: Logits) -> dict[str, float]:

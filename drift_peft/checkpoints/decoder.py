@@ -1,8 +1,8 @@
 """The language model inside a model: what its weights are called, and which of them are projections.
 
 All of it follows from the modules of the class that transformers builds, with its weights or without. A projection is
-every linear layer inside the decoder's layers, whatever it is called and however it is quantized, but for routers and
-what is in expert stacks.
+every linear layer inside the decoder's layers, whatever it is called and however it is quantized, but for what chooses
+(routers, indexers), what is in expert stacks, and cross-attention.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | Non
     try:
         depth = getattr(root.config.get_text_config(decoder=True), "num_hidden_layers", None)
         decoder = _speaking(root).get_decoder()
+        while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:  # of an encoder-decoder
+            decoder = decoder.get_decoder()
     except (ValueError, NotImplementedError):  # it has several text models, or none
         return None
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and name]

@@ -96,8 +96,12 @@ def match_weights(
         raise ValueError(f"{models} do not match in {len(problems)} places: {'; '.join(problems[:LISTED])}{more}")
     counts = dict(sorted(Counter(pattern for pattern, _ in alone).items()))
     if not keys:
+        decoders = " and ".join(type(source.model).__name__ for source in sources.values())
         why = f"; without counterpart: {describe(counts)}" if counts else ""
-        raise ValueError(f"{models} have no weight of {', '.join(modules)} in common{why}")
+        raise ValueError(
+            f"{models} have no weight of {', '.join(modules)} in common: no projection in the decoder of one "
+            f"({decoders}) has one of its name in that of the other{why}"
+        )
     rows = _common_rows(sources) if any(map(in_vocabulary, keys)) else None
     total = sum(size for *_, size in base.decoder.sizes())
     shares = {of: sum(size for pattern, size in alone if pattern == of) / total for of in counts}

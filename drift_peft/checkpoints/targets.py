@@ -1,8 +1,9 @@
 """PEFT's target_modules for exactly the language model's projections, checked against what PEFT makes of them.
 
 PEFT rewrites the configs of mixture-of-experts models for the layout that transformers 5 gave their experts: names of
-the former expert layers become parameters, and an expression becomes the last parts of the names that it matches. What
-it means then is asked of PEFT itself.
+the former expert layers become parameters, and an expression becomes the last parts of the names that it matches. It
+also renames the weights of an adapter that it loads, as transformers renames those of a model. What comes of either is
+asked of PEFT itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 
 from ..warn import warn
@@ -53,22 +58,39 @@ def language_model_targets(
             f"{type(base).__name__} has no attention or MLP projection in its language model{of}: pass target_modules "
             "yourself"
         )
+    lost = _lost_by_peft(base, found)
+    for module in lost:
+        del found[module]
     for targets in (_expression(decoder.path, found.values()), [*found]):
-        if as_peft_reads(base, targets) == {*found}:
-            return targets
-    said = [module for module in found if _converted(base, [module])]
-    unsaid = [module for module in found if module not in said]
-    because = f"PEFT takes their names for expert stacks in models of type {base.config.model_type}"
-    if not said:
-        raise ValueError(f"target_modules cannot name {unsaid[0]} and the other projections wanted: {because}")
-    warn(f"{len(unsaid)} projections, such as {unsaid[0]}, cannot be adapted: {because}")
-    return said
+        if found and as_peft_reads(base, targets) == {*found}:
+            break
+    else:
+        targets = [module for module in found if _converted(base, [module])]
+        lost |= {module: "takes their names for expert stacks" for module in found if module not in targets}
+    for why in dict.fromkeys(lost.values()):
+        modules = [module for module in lost if lost[module] == why]
+        told = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: PEFT {why} in models of type "
+        if not targets:
+            raise ValueError(f"{told}{base.config.model_type}, and of {type(base).__name__} nothing is left")
+        warn(f"{told}{base.config.model_type}")
+    return targets
 
 
 def as_peft_reads(model: nn.Module, targets: str | Iterable[str]) -> set[str] | None:
     """The modules that PEFT adapts for these `target_modules`; None where it would adapt parameters, or refuses."""
     config = _converted(model, targets)
     return config and {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+
+
+def _lost_by_peft(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """Those of the modules whose adapters PEFT would save and not load again -> what it does to them."""
+    keys = {f"base_model.model.{module}.lora_A.weight": module for module in modules}
+    state = {key: torch.empty(1, 1) for key in keys}
+    try:
+        loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(state))
+    except (ValueError, RuntimeError, KeyError):  # it joins what it takes for several experts
+        loaded = {}
+    return {module: "loads their adapters under other names" for key, module in keys.items() if key not in loaded}
 
 
 def _converted(model: nn.Module, targets: str | Iterable[str]) -> LoraConfig | None:

@@ -27,4 +27,5 @@ def run(model: str, prior: str | None, as_json: bool) -> None:
     summary = targets_summary(Checkpoint(model), loaded)
     show(summary, as_json, targets_table(summary))
     if not as_json:  # in one line, whatever the terminal's width, to be copied
-        print(f"target_modules = r'{summary['target_modules']}'")
+        targets = summary["target_modules"]
+        print(f"target_modules = r'{targets}'" if isinstance(targets, str) else f"target_modules = {targets}")

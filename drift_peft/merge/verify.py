@@ -82,7 +82,8 @@ def verify_merge(
         progress: say on stderr how much memory this takes, before it does.
 
     Raises:
-        ValueError: PEFT or transformers cannot load what they are given, or the merge is wrong.
+        ValueError: PEFT or transformers cannot load what they are given, the model wants more than text, or the merge
+            is wrong.
     """
     elements = sum(math.prod(checkpoint.shape(raw)) for raw in checkpoint.keys)
     if progress:
@@ -93,6 +94,7 @@ def verify_merge(
     prompts, no_image = _prompts(checkpoint, merged)
 
     base = _load(checkpoint, checkpoint.folder)
+    _refuse_chance(base, prompts)
     weights = _weights(checkpoint, base)
     adapted = _adapted(base, adapter, updates)
     full, full_alone = _with_and_without(adapted, prompts)
@@ -268,7 +270,18 @@ def _with_and_without(adapted: PeftModel, prompts: dict[str, dict]) -> tuple[Log
 
 def _logits(model: nn.Module, prompts: dict[str, dict]) -> Logits:
     thinking = _thinking(model)
-    return {name: thinking(**inputs).logits[:, -VERIFY_TOKENS:].clone() for name, inputs in prompts.items()}
+    try:
+        return {name: thinking(**inputs).logits[:, -VERIFY_TOKENS:].clone() for name, inputs in prompts.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        kind, reason = type(thinking).__name__, str(error).strip().split("\n")[0]
+        raise ValueError(f"{kind} does not answer a prompt of text alone ({reason}): merge without verify") from error
+
+
+def _refuse_chance(model: nn.Module, prompts: dict[str, dict]) -> None:
+    first, second = (_logits(model, {"text": prompts["text"]})["text"] for _ in range(2))
+    if not torch.equal(first, second):
+        kind = type(_thinking(model)).__name__
+        raise ValueError(f"{kind} draws as it answers, so that its logits tell nothing: merge without verify")
 
 
 def _thinking(model: nn.Module) -> nn.Module:

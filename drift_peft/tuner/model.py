@@ -213,6 +213,10 @@ def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> 
         )
     if not low_cpu_mem_usage:
         refuse_meta(model)
+    try:
+        getattr(model, "get_input_embeddings", bool)()
+    except NotImplementedError as error:  # PEFT asks for them, to see what is tied
+        raise ValueError(f"PEFT cannot adapt a {type(model).__name__}, which does not name its embedding.") from error
 
 
 def _forget(modules: Iterable[nn.Module], adapter: str) -> None:

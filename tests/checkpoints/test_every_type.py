@@ -119,11 +119,8 @@ def test_keys_that_gemma_shares_are_ignored_on_disk(tmp_path):
     shared = [i for i in range(4) if not any(f"layers.{i}.self_attn.k_proj" in name for name in delta)]
     assert shared == [2, 3]
     own = load_file(tmp_path / "base" / "model.safetensors")
-    more = {
-        re.sub(r"layers\.[01]\.", lambda m: f"layers.{int(m[0][7]) + 2}.", k): v
-        for k, v in own.items()
-        if "_attn.k" in k
-    }
+    keys = {re.sub(r"layers\.([01])", lambda m: f"layers.{int(m[1]) + 2}", key): key for key in own if "_attn.k" in key}
+    more = {new: own[old].clone() for new, old in keys.items()}
     save_file({**own, **more}, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     assert len(load_file(tmp_path / "base" / "model.safetensors")) > len(own)
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior.safetensors", rank=4, progress=False)

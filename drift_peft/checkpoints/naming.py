@@ -23,7 +23,7 @@ _LANGUAGE_MODEL = re.compile(
 # Parts of a name inside a layer. What mixes tokens: self, linear and latent attention, short convolutions, recurrences.
 _MIXING = re.compile(r"\w*(?:attn|att|[aA]ttention)|conv|mamba|temporal_block|mlstm_layer")
 _TOKEN_WISE = re.compile(r"up_proj|down_proj|shared_experts")  # beside it under `mixer`, the name of both
-# What chooses (routers of experts, indexers of tokens), is chosen (expert stacks), looks at other inputs than tokens, is
+# What chooses (routers of experts, indexers of tokens), is chosen (expert stacks), looks at more than the tokens, is
 # multiplied with past its module (Gemma 3n's coefficients), or is no weight of the base.
 _UNSTEERED = re.compile(
     r"gate|\w*router\w*|\w*expert_gate|indexer|\w+_coefs|experts|\w*conv1d|(?:cross|encoder)\w*att\w*|EncDec\w*|lora_\w+"

@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from drift_peft.checkpoints import canonical_name, module_kind
+from drift_peft.checkpoints import Decoder
 from drift_peft.prior.file import FORMAT, write_prior
 
 
@@ -74,10 +74,9 @@ def random_nf4(config: Qwen2_5_VLConfig, device: torch.device, seed: int = 0) ->
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module_kind(canonical_name(f"{name}.weight") or "") in ("attn", "mlp"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _random_linear4bit(module, device))
+    for name in Decoder(model).projections:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _random_linear4bit(model.get_submodule(name), device))
     for _, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
@@ -110,11 +109,8 @@ def random_prior(model: nn.Module, rank: int, seed: int = 0) -> Path:
     """File of a prior of this rank for every projection of the model, S_i ∝ i^-½ with ‖Δ‖ = 0.1·‖W‖."""
     generator = torch.Generator().manual_seed(seed)
     tensors, weights = {}, {}
-    for name, module in model.named_modules():
-        canonical = canonical_name(f"{name}.weight")
-        if canonical is None or module_kind(canonical) not in ("attn", "mlp"):
-            continue
-        W = dequantize_module_weight(module).float()
+    for name, canonical in Decoder(model).projections.items():
+        W = dequantize_module_weight(model.get_submodule(name)).float()
         U, V = (torch.linalg.qr(torch.randn(n, rank, generator=generator).to(W.device)).Q.bfloat16() for n in W.shape)
         S = torch.arange(1, rank + 1, device=W.device) ** -0.5
         S = S * (0.1 * W.norm() / S.norm())

@@ -74,7 +74,7 @@ def module_kind(canonical: str) -> str | None:
         return None
     if "norm" in module.rpartition(".")[2].lower():
         return "norm"
-    if kind != "layers":
+    if kind != "layers" or len(parts) < 2:
         return None
     mixer = "mixer" in parts and not any(map(_TOKEN_WISE.fullmatch, parts))
     return "attn" if mixer or any(map(_MIXING.fullmatch, parts)) else "mlp"

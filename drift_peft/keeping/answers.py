@@ -1,0 +1,92 @@
+"""Questions about images and their answers as a model's inputs, and what it says of each answer token.
+
+The same for whoever makes a keep set, trains with one or measures with one, so that a model that has not changed is at
+a distance of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image, and the VLM's own answer.
+
+    Attributes:
+        image, question, kind: what was asked; `kind` is what sort of question it is, such as "count".
+        answer: in words.
+        tokens: [T] the answer, with the token that ends it where it was ended.
+        top_tokens: [T, k] the k most likely tokens in the place of each.
+        top_logprobs: [T, k] their log probabilities, in fp32, in descending order.
+    """
+
+    image: Image
+    question: str
+    kind: str
+    answer: str
+    tokens: Tensor
+    top_tokens: Tensor
+    top_logprobs: Tensor
+
+
+def prompts(processor: Any, images: Sequence[Image], questions: Sequence[str]) -> dict[str, Tensor]:
+    """What the model takes for these questions up to where its answers begin, padded on the left.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(f"{type(processor).__name__} has no chat template, which says where an answer begins")
+    turns = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
+    ]
+    texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
+    try:
+        inputs = processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
+    finally:
+        processor.tokenizer.padding_side = side
+    return dict(inputs)
+
+
+def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The prompts with their answers behind them, all ending in the same column, and [B, T] which of the last T columns
+    hold an answer's tokens. T is the length of the longest answer."""
+    longest = max(map(len, answers))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rows = [_joined(row, kept, answer) for row, kept, answer in zip(ids, mask.bool(), answers, strict=True)]
+    width = max(map(len, rows))
+    whole = {"input_ids": torch.stack([_left(row, width, pad) for row in rows])}
+    whole["attention_mask"] = torch.stack([_left(torch.ones_like(row), width, 0) for row in rows])
+    for name, value in inputs.items():
+        if name not in whole and value.shape == ids.shape:  # of each token, such as token_type_ids: text has 0
+            kinds = [
+                _joined(row, kept, torch.zeros_like(answer))
+                for row, kept, answer in zip(value, mask.bool(), answers, strict=True)
+            ]
+            whole[name] = torch.stack([_left(row, width, 0) for row in kinds])
+        else:
+            whole.setdefault(name, value)
+    said = torch.stack([_left(torch.ones_like(answer, dtype=torch.bool), longest, False) for answer in answers])
+    return whole, said
+
+
+def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
+    """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
+    return model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1]
+
+
+def _joined(prompt: Tensor, kept: Tensor, answer: Tensor) -> Tensor:
+    return torch.cat([prompt[kept], answer.to(prompt)])
+
+
+def _left(row: Tensor, width: int, value: int | bool) -> Tensor:
+    """Padded on the left."""
+    return torch.cat([row.new_full((width - len(row),), value), row])

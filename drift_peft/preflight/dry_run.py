@@ -2,7 +2,8 @@
 
 What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
 architecture. Layers of one kind are alike, so steps through one and through two of each kind give a step through all of
-them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less.
+them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less. Layers that
+attend to the keys and values of an earlier one (Gemma 3n, Gemma 4) have it before them in every step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from peft import LoraConfig
@@ -23,6 +24,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers.trainer_pt_utils import LabelSmoother
+
+from ..checkpoints import Decoder
 
 PHASES = "forward pass", "loss", "backward pass"
 MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
@@ -110,33 +113,34 @@ def _tile(hidden: Tensor) -> Tensor:
     return hidden.new_empty(min(len(hidden), TILE[0]), TILE[1])
 
 
-def step_peaks(decoder: nn.Module, names: list[str], head: torch.Size, step: Step) -> dict[str, tuple]:
+def step_peaks(decoder: Decoder, head: torch.Size, step: Step) -> dict[str, tuple]:
     """Phase of a step -> bytes at its peak: what all layers keep for the backward pass, and all else.
 
     Args:
-        decoder: the language model on the meta device, the module that holds its layers.
-        names: modules that are in 4 bits and adapted, as INDEX.PATH in its layers.
+        decoder: the language model of a model on the meta device; its projections are in 4 bits and adapted.
         head: shape of the weight that makes logits of its output.
 
     Raises:
         ValueError: it cannot be run without its weights.
     """
-    run = cache(partial(_run, decoder, names, head, step))
+    before = lenders(decoder)
+    run = cache(lambda layers: _run(decoder, head, step, before + layers))
     found = kinds(decoder)
     firsts = [layers[0] for layers in found]
     peaks = {}
     for phase in PHASES:
         per_layer = [run((i, i))[phase] - run((i,))[phase] for i in firsts]
         kept = sum(len(layers) * size for layers, size in zip(found, per_layer, strict=True))
+        in_a_step = sum((1 + len({*before} & {*layers})) * size for layers, size in zip(found, per_layer, strict=True))
         # What is there beside it is largest at work on the last layer of some kind, when all others have kept theirs.
         orders = [(*(other for other in firsts if other != i), i) for i in firsts]
-        peaks[phase] = kept, max(run(order)[phase] for order in orders) - sum(per_layer)
+        peaks[phase] = kept, max(run(order)[phase] for order in orders) - in_a_step
     return peaks
 
 
-def kinds(decoder: nn.Module) -> list[list[int]]:
+def kinds(decoder: Decoder) -> list[list[int]]:
     """The layers by kind: those of one class, with parameters of the same shapes and the same sort of attention."""
-    attention = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+    attention = getattr(decoder.module.config, "layer_types", None) or [None] * len(decoder.layers)
     found: dict[tuple, list[int]] = {}
     for i, layer in enumerate(decoder.layers):
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
@@ -144,20 +148,25 @@ def kinds(decoder: nn.Module) -> list[list[int]]:
     return [*found.values()]
 
 
-def _run(decoder: nn.Module, names: list[str], head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
-    decoder = _adapted(decoder, names, step, layers)
+def lenders(decoder: Decoder) -> tuple[int, ...]:
+    """The layers whose keys and values later ones use."""
+    return tuple(i for i, mode in enumerate(getattr(decoder.module.config, "kv_sharing_modes", ())) if mode == "store")
+
+
+def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
     log = logging.getLogger(FakeTensorMode.__module__)
     log.disabled = True  # what goes wrong is told below
     try:
+        module = _adapted(decoder, step, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            decoder.to_empty(device="cpu")
-            for parameter in decoder.parameters():
+            module.to_empty(device="cpu")
+            for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches; counted with the adapter
-            return take(step, decoder, torch.empty(head, dtype=step.dtype))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        named = " and ".join(sorted({type(layer).__name__ for layer in decoder.layers}))
+            return take(step, module, torch.empty(head, dtype=step.dtype))
+    except Exception as error:  # whatever the model's own code raises where it wants more than shapes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        named = " and ".join(sorted({type(decoder.layers[i]).__name__ for i in layers}))
         raise ValueError(f"what {named} takes cannot be counted without its weights ({reason}): {MEASURE}") from error
     finally:
         log.disabled = False
@@ -197,6 +206,8 @@ def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
     # A single sample needs no mask; with several, the shorter ones are padded.
     mask = None if step.batch == 1 else torch.ones(step.batch, 1, step.tokens, step.tokens, dtype=torch.bool)
     inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": torch.zeros(shape, dtype=torch.long)}
+    if getattr(decoder, "hidden_size_per_layer_input", 0):  # else it asks the embedding which tokens these are
+        inputs["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.zeros(shape, dtype=torch.long))
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
@@ -210,19 +221,19 @@ def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
     return LabelSmoother(step.label_smoothing)({"logits": logits}, labels, shift_labels=True)
 
 
-def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int, ...]) -> nn.Module:
+def _adapted(decoder: Decoder, step: Step, layers: tuple[int, ...]) -> nn.Module:
     """A copy with these layers alone, as it is trained: in 16 bit and frozen, with LoRA in fp32 on its projections."""
-    decoder = copy.copy(decoder)
+    module, inside = copy.copy(decoder.module), decoder.path.rpartition(".")[2]
     chosen = nn.ModuleList(copy.deepcopy(decoder.layers[i]) for i in layers)  # copies, so that one may come twice
-    decoder._modules = {**decoder._modules, "layers": chosen}
-    decoder = copy.deepcopy(decoder).to(step.dtype).requires_grad_(False)
-    if attention := getattr(decoder.config, "layer_types", None):
-        decoder.config.layer_types = [attention[i] for i in layers]
+    module._modules = {**module._modules, inside: chosen}
+    module = copy.deepcopy(module).to(step.dtype).requires_grad_(False)
+    if attention := getattr(module.config, "layer_types", None):
+        module.config.layer_types = [attention[i] for i in layers]
     lora = LoraConfig(r=step.r, lora_dropout=step.lora_dropout)
-    for name in names:
-        index, _, path = name.partition(".")
+    for name in decoder.projections:
+        index, _, path = name.removeprefix(f"{decoder.path}.").partition(".")
         parent, _, child = path.rpartition(".")
-        for layer in [layer for i, layer in zip(layers, decoder.layers, strict=True) if i == int(index)]:
+        for layer in [layer for i, layer in zip(layers, getattr(module, inside), strict=True) if i == int(index)]:
             old = layer.get_submodule(path)
             new = FourBit(old.in_features, old.out_features, old.bias is not None, "meta", step.dtype)
             new = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
@@ -232,5 +243,5 @@ def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int
     if step.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    return decoder.train()
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+    return module.train()

@@ -167,11 +167,11 @@ def qwen3_5_moe():
     return qwen3_5(tf.Qwen3_5MoeConfig, "qwen3_5_moe")
 
 
-def gemma4():
+def gemma4(**changes):
     vision = {**VISION, "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2,
               "position_embedding_size": 64}  # fmt: skip
     tokens = {"image_token_id": 3, "video_token_id": 4, "boi_token_id": 5, "eoi_token_id": 6, "audio_token_id": 8}
-    return tf.Gemma4Config(text_config={**TEXT, **SHARED}, vision_config=vision, **tokens)
+    return tf.Gemma4Config(text_config={**TEXT, **SHARED, **changes}, vision_config=vision, **tokens)
 
 
 def lfm2_vl():

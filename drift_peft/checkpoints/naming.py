@@ -23,9 +23,10 @@ _LANGUAGE_MODEL = re.compile(
 # Parts of a name inside a layer. What mixes tokens: self, linear and latent attention, short convolutions, recurrences.
 _MIXING = re.compile(r"\w*(?:attn|att|[aA]ttention)|conv|mamba|temporal_block|mlstm_layer")
 _TOKEN_WISE = re.compile(r"up_proj|down_proj|shared_experts")  # beside it under `mixer`, the name of both
-# What chooses (routers), is chosen (expert stacks), looks at other inputs than the tokens, or is no weight of the base.
+# What chooses (routers, and what Gemma 3n mixes its streams with, which it clips in place while it trains), is chosen
+# (expert stacks), looks at other inputs than the tokens, or is no weight of the base.
 _UNSTEERED = re.compile(
-    r"gate|\w*router\w*|\w*expert_gate|experts|\w*conv1d|(?:cross|encoder)_?att\w*|EncDec\w*|lora_\w+"
+    r"gate|\w*router\w*|\w+_coefs|\w*expert_gate|experts|\w*conv1d|(?:cross|encoder)_?att\w*|EncDec\w*|lora_\w+"
 )
 
 

@@ -127,7 +127,7 @@ class Memory:
 
     def __init__(self, config: PretrainedConfig, name: str):
         self.config = config
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or not hasattr(config, "vision_config"):
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
             raise ValueError(f"{name} is no vision-language model that transformers knows")
         if cross := cross_attention_layers(config):
             raise ValueError(
@@ -138,7 +138,7 @@ class Memory:
             with torch.device("meta"):
                 self.model = AutoModelForImageTextToText.from_config(config)
         except Exception as error:  # whatever transformers raises over a config, or a package that is missing
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).partition(". ")[0]
             raise ValueError(f"transformers cannot build {name} here: {reason}") from error
         decoder = Decoder(self.model)
         head = self.model.get_output_embeddings()
@@ -155,11 +155,10 @@ class Memory:
         self.step_peaks = lru_cache(partial(step_peaks, decoder, head.weight.shape))
 
     def _part(self, decoder: Decoder, parameter: str) -> str:
-        """Where a weight is counted. What bitsandbytes has in 4 bits are plain linear layers, and no expert stacks."""
-        module = self.projections.get(parameter.removesuffix(".weight"))
-        canonical = decoder.name(parameter) or ""
-        if type(module) is nn.Linear:
+        """Where a weight is counted. Expert stacks are no linear layers, so bitsandbytes leaves them in 16 bit."""
+        if parameter.removesuffix(".weight") in self.projections:
             return FOUR_BIT
+        canonical = decoder.name(parameter) or ""
         if canonical in ("embed_tokens.weight", "lm_head.weight"):
             return "embedding and head"
         if canonical.startswith("embed_tokens_per_layer."):
@@ -215,7 +214,12 @@ class Memory:
         """Bytes of the vision tower's activations, which runs without autograd: those of one block, and the outputs of
         all of them where the model asks for an inner one's."""
         tower = self.model.get_encoder("image")
-        blocks = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+        lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise ValueError(
+                f"what a vision tower without blocks takes, {type(tower).__name__}, is not counted: {MEASURE}"
+            )
+        blocks = max(lists, key=len)
         widths = [(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear)]
         outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") else 0
         number = patches(self.config, settings) * settings.per_device_train_batch_size

@@ -77,6 +77,38 @@ def smolvlm2_2b():
     return tf.SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=3, **UNTIED)
 
 
+# As Qwen/Qwen3.5-4B's config.json, which its fine-tunes repeat (huggingface.co/Chat2Find/Chat2Find-CPT).
+def qwen3_5_4b():
+    text = {"hidden_size": 2560, "intermediate_size": 9216, "tie_word_embeddings": True}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+    return tf.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+# What transformers' configuration has by default; as in huggingface.co/khtsly/Mini-Coder, a fine-tune of it.
+def qwen3_5_9b():
+    return tf.Qwen3_5Config(text_config={}, vision_config={"out_hidden_size": 4096}, **UNTIED)
+
+
+# As in NVIDIA's recipe for it (Megatron Bridge, gemma4_e4b_pretrain_2gpu_h100_bf16_config); its towers are those that
+# transformers' configuration has by default.
+def gemma4_e4b():
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 18,
+            "hidden_size_per_layer_input": 256}  # fmt: skip
+    return tf.Gemma4Config(text_config=text, vision_config={}, audio_config={})
+
+
+# The language model as in docs.liquid.ai's sizes of LFM2.5-1.2B; with these of tower and projector, the weights are to
+# a byte those of the published model.safetensors (3,193,334,216 with its header).
+def lfm2_5_vl_1_6b():
+    attention = (2, 5, 8, 10, 12, 14)
+    text = {"model_type": "lfm2", "hidden_size": 2048, "intermediate_size": 12288, "num_hidden_layers": 16,
+            "layer_types": ["full_attention" if i in attention else "conv" for i in range(16)]}  # fmt: skip
+    vision = {**SIGLIP, "model_type": "siglip2_vision_model", "vision_use_head": False}
+    projector = {"projector_hidden_size": 2048, "projector_use_layernorm": False}
+    return tf.Lfm2VlConfig(text_config=text, vision_config=vision, **projector)
+
+
 BASES = {  # as the recipes name them -> configuration, billions of weights
     "Qwen/Qwen2.5-VL-7B-Instruct": (qwen2_5_vl_7b, 8.29),
     "Qwen/Qwen2-VL-7B-Instruct": (qwen2_vl_7b, 8.29),
@@ -87,4 +119,8 @@ BASES = {  # as the recipes name them -> configuration, billions of weights
     "OpenGVLab/InternVL3-8B-hf": (internvl3_8b, 7.94),
     "google/gemma-3-12b-it": (gemma3_12b, 12.19),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (smolvlm2_2b, 2.25),
+    "Qwen/Qwen3.5-4B": (qwen3_5_4b, 4.54),
+    "Qwen/Qwen3.5-9B": (qwen3_5_9b, 9.41),
+    "google/gemma-4-E4B-it": (gemma4_e4b, 7.94),
+    "LiquidAI/LFM2.5-VL-1.6B": (lfm2_5_vl_1_6b, 1.60),
 }

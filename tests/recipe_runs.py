@@ -21,6 +21,10 @@ FAMILY = {  # configuration -> family of its base
     "internvl3_8b_r1": "internvl",
     "gemma3_12b_gemmacoder": "gemma3",
     "smolvlm2_2b_smoltulu": "smolvlm",
+    "qwen3_5_4b_opus": "qwen3_5",
+    "qwen3_5_9b_opus": "qwen3_5",
+    "gemma4_e4b_opus": "gemma4",
+    "lfm2_5_vl_1_6b_thinking": "lfm2_vl",
 }
 SMALL = {"prior_rank": 8, "r": 4, "lora_alpha": 8, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 SIZES = {"smolvlm2_2b_smoltulu": {"processor_kwargs": "{size: {longest_edge: 16}}"}}

@@ -127,12 +127,17 @@ def mllama():
 QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2, "linear_num_key_heads": 2,
           "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 16, "global_head_dim": 32,
+          "layer_types": ["sliding_attention", "full_attention"] * 2,
+          "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 64}  # fmt: skip
 TEXT_CHANGES = {  # family of MIXED -> what its text configs have beyond TEXT
     "qwen3_vl_moe": {**QWEN_EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0]},
     "glm4v_moe": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
                   "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "attention_bias": True},
     "qwen3_5": LINEAR,
     "qwen3_5_moe": {**LINEAR, **QWEN_EXPERTS, "shared_expert_intermediate_size": 32},
+    "gemma4": SHARED,
+    "lfm2_vl": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 
 
@@ -162,6 +167,19 @@ def qwen3_5_moe():
     return qwen3_5(tf.Qwen3_5MoeConfig, "qwen3_5_moe")
 
 
+def gemma4(**changes):
+    vision = {**VISION, "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2,
+              "position_embedding_size": 64}  # fmt: skip
+    tokens = {"image_token_id": 3, "video_token_id": 4, "boi_token_id": 5, "eoi_token_id": 6, "audio_token_id": 8}
+    return tf.Gemma4Config(text_config={**TEXT, **SHARED, **changes}, vision_config=vision, **tokens)
+
+
+def lfm2_vl():
+    vision = {**VISION, "model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False}
+    language = text(tf.Lfm2Config, **TEXT_CHANGES["lfm2_vl"])
+    return tf.Lfm2VlConfig(vision_config=vision, text_config=language, image_token_id=3, projector_hidden_size=64)
+
+
 def mistral_llava():
     return tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(**VISION), text_config=text(tf.MistralConfig), image_seq_length=16, **IMAGE
@@ -184,11 +202,13 @@ FAMILIES = {  # name -> (config of the VLM, its class, class of the text LLM)
     "smolvlm": (smolvlm, tf.SmolVLMForConditionalGeneration, tf.LlamaForCausalLM),
     "mllama": (mllama, tf.MllamaForConditionalGeneration, tf.LlamaForCausalLM),
 }
-MIXED = {  # as FAMILIES: layers with experts or linear attention, and a plain model to pair with Mixtral
+MIXED = {  # as FAMILIES: layers of several kinds or with experts, and a plain model to pair with Mixtral
     "qwen3_vl_moe": (qwen3_vl_moe, tf.Qwen3VLMoeForConditionalGeneration, tf.Qwen3MoeForCausalLM),
     "glm4v_moe": (glm4v_moe, tf.Glm4vMoeForConditionalGeneration, tf.Glm4MoeForCausalLM),
     "qwen3_5": (qwen3_5, tf.Qwen3_5ForConditionalGeneration, tf.Qwen3_5ForCausalLM),
     "qwen3_5_moe": (qwen3_5_moe, tf.Qwen3_5MoeForConditionalGeneration, tf.Qwen3_5MoeForCausalLM),
+    "gemma4": (gemma4, tf.Gemma4ForConditionalGeneration, tf.Gemma4ForCausalLM),
+    "lfm2_vl": (lfm2_vl, tf.Lfm2VlForConditionalGeneration, tf.Lfm2ForCausalLM),
     "mistral_llava": (mistral_llava, tf.LlavaForConditionalGeneration, tf.MistralForCausalLM),
 }
 LAYOUTS = ("hub", "memory", "base", "doubled")
@@ -214,7 +234,7 @@ def tiny_expert(family, vlm, scale=0.1, seed=1):
     Returns (model, delta): canonical weight name -> [out, in] with ||delta|| about scale * ||W||.
     """
     expert = tiny_llm(family)
-    order = SELF_LAYERS.get(family, range(TEXT["num_hidden_layers"]))
+    order = SELF_LAYERS.get(family, range(len(vlm.get_decoder().layers)))
     state = {}
     for key, value in vlm.get_decoder().state_dict().items():
         layer = re.match(r"layers\.(\d+)\.", key)
@@ -225,8 +245,9 @@ def tiny_expert(family, vlm, scale=0.1, seed=1):
         rows = TEXT["vocab_size"] if key == "embed_tokens.weight" else len(value)
         state[key] = value[:rows].clone()
     generator = torch.Generator().manual_seed(seed)
-    linear = [name for name, module in expert.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
-    projections = {f"{name}.weight" for name in linear if not re.search(r"\.gate$|_gate$|\.experts\.", name)}
+    layers = expert.get_decoder().layers.named_modules(prefix="layers")
+    linear = [name for name, module in layers if isinstance(module, torch.nn.Linear)]
+    projections = {f"{name}.weight" for name in linear if not re.search(r"\.gate$|expert_gate$|\.experts\.", name)}
     delta = {}
     for key in sorted(state):
         if key in projections:

@@ -1,7 +1,7 @@
 """Tiny pairs as the recipes take them: base with processor and chat template, expert, and pictures to train on.
 
-Model and processor are of the real classes. Four of these processors also read videos, which needs torchvision; without
-it, another class of transformers takes their place that does the same for images.
+Model and processor are of the real classes. Six of these processors also read videos, or cut images, which needs
+torchvision; without it, another class of transformers takes their place that does the same for these images.
 """
 
 import json
@@ -14,10 +14,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -30,6 +32,7 @@ WORDS = ["<unk>", *SPECIAL, "user:", "assistant:", *"0123456789+=?", "how", "man
 NAMED = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<start>", "eoi_token": "<end>"}
 NAMED |= {"vision_start_token": "<start>", "vision_end_token": "<end>", "image_boundary_token": SPECIAL[7]}
 NAMED |= {"start_image_token": "<start>", "end_image_token": "<end>", "context_image_token": "<image>"}
+NAMED |= {"audio_token": SPECIAL[8], "boa_token": "<start>", "eoa_token": "<end>"}
 CHAT = (
     "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
     "{% if part.type == 'image' %}IMAGE{% else %} {{ part.text }} {% endif %}"
@@ -81,6 +84,22 @@ def gemma3(words, **chat):
     )
 
 
+def gemma4(words, **chat):
+    images = Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)  # its least
+    if VIDEO:
+        videos = tf.Gemma4VideoProcessor(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+        return tf.Gemma4Processor(tf.Gemma4AudioFeatureExtractor(), images, words, videos, **chat)
+    return tf.DeepseekVLProcessor(images, words, num_image_tokens=64, **chat)  # of a square: 8 x 8
+
+
+def lfm2_vl(words, **chat):
+    if VIDEO:
+        sizes = dict(encoder_patch_size=4, tile_size=SIDE, min_image_tokens=4, max_image_tokens=4)
+        return tf.Lfm2VlProcessor(tf.Lfm2VlImageProcessor(**sizes), words, **chat)
+    images = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16)
+    return tf.DeepseekVLProcessor(images, words, num_image_tokens=4, **chat)
+
+
 def smolvlm(words, **chat):
     images = SmolVLMImageProcessorPil(size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE})
     if VIDEO:
@@ -97,6 +116,9 @@ PROCESSORS = {  # family -> (what makes its processor, how its chat template wri
     "internvl": (internvl, "<image>" if VIDEO else "IMAGE"),
     "gemma3": (gemma3, "<start>"),
     "smolvlm": (smolvlm, "<image>"),
+    "qwen3_5": (qwen("Qwen3VLProcessor"), "<start><image><end>"),
+    "gemma4": (gemma4, "<image>" if VIDEO else "<start><image><end>"),
+    "lfm2_vl": (lfm2_vl, "<image>"),
 }
 
 

@@ -1,8 +1,9 @@
 """What a training step's activations take: the model's own decoder runs on tensors that have a shape and no memory.
 
 What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
-architecture. Layers of one kind are alike, so steps through one and through two of each kind give a step through all of
-them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less.
+architecture. Layers of one kind are alike, so steps through two and through three of each kind give a step through all
+of them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less. Where
+layers attend to the keys and values of earlier ones (Gemma 3n, Gemma 4), these are there in every step, in their place.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from peft import LoraConfig
@@ -24,7 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers.trainer_pt_utils import LabelSmoother
 
+from ..checkpoints import Decoder
+
 PHASES = "forward pass", "loss", "backward pass"
+# What there is in the layers and after them grows with their number, what there is before them does not.
+MOMENTS = "before the layers", *PHASES, "gradient before the layers"
+PHASE_OF = dict(zip(MOMENTS, (PHASES[0], *PHASES, PHASES[2]), strict=True))
 MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
 TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
 
@@ -44,19 +50,19 @@ class Step:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are alive, and the most there were in each phase."""
+    """Bytes of the tensors that were made inside and are alive, and the most there were at each moment."""
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.phase = 0, PHASES[0]
-        self.peaks = dict.fromkeys(PHASES, 0)
+        self.bytes, self.moment = 0, MOMENTS[0]
+        self.peaks = dict.fromkeys(MOMENTS, 0)
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._see(args, kwargs, made_here=False)
         out = func(*args, **(kwargs or {}))
         self._see(out, made_here=True)
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.bytes)
+        self.peaks[self.moment] = max(self.peaks[self.moment], self.bytes)
         return out
 
     def _see(self, *values, made_here: bool) -> None:
@@ -110,33 +116,35 @@ def _tile(hidden: Tensor) -> Tensor:
     return hidden.new_empty(min(len(hidden), TILE[0]), TILE[1])
 
 
-def step_peaks(decoder: nn.Module, names: list[str], head: torch.Size, step: Step) -> dict[str, tuple]:
+def step_peaks(decoder: Decoder, head: torch.Size, step: Step) -> dict[str, tuple]:
     """Phase of a step -> bytes at its peak: what all layers keep for the backward pass, and all else.
 
     Args:
-        decoder: the language model on the meta device, the module that holds its layers.
-        names: modules that are in 4 bits and adapted, as INDEX.PATH in its layers.
+        decoder: the language model of a model on the meta device; its projections are in 4 bits and adapted.
         head: shape of the weight that makes logits of its output.
 
     Raises:
         ValueError: it cannot be run without its weights.
     """
-    run = cache(partial(_run, decoder, names, head, step))
+    lent = lenders(decoder)
+    run = cache(lambda layers: _run(decoder, head, step, tuple(sorted(lent + layers)) if lent else layers))
     found = kinds(decoder)
     firsts = [layers[0] for layers in found]
+    # What there is beside it is largest at work on the last layer of some kind, when all others have kept theirs.
+    orders = [(*(other for other in firsts if other != i), i, i) for i in firsts]
     peaks = {}
-    for phase in PHASES:
-        per_layer = [run((i, i))[phase] - run((i,))[phase] for i in firsts]
-        kept = sum(len(layers) * size for layers, size in zip(found, per_layer, strict=True))
-        # What is there beside it is largest at work on the last layer of some kind, when all others have kept theirs.
-        orders = [(*(other for other in firsts if other != i), i) for i in firsts]
-        peaks[phase] = kept, max(run(order)[phase] for order in orders) - sum(per_layer)
+    for moment, phase in PHASE_OF.items():
+        # Of a third layer: from the second on, gradients of an input that all layers share are there beside their sum.
+        sizes = {i: run((i, i, i))[moment] - run((i, i))[moment] for i in firsts}
+        keeps = {layer: sizes[layers[0]] for layers in found for layer in layers}
+        rest = max(run(order)[moment] - sum(keeps[i] for i in lent + order) for order in orders)
+        peaks[phase] = max(peaks.get(phase, (0, 0)), (sum(keeps.values()), rest), key=sum)
     return peaks
 
 
-def kinds(decoder: nn.Module) -> list[list[int]]:
+def kinds(decoder: Decoder) -> list[list[int]]:
     """The layers by kind: those of one class, with parameters of the same shapes and the same sort of attention."""
-    attention = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+    attention = getattr(decoder.module.config, "layer_types", None) or [None] * len(decoder.layers)
     found: dict[tuple, list[int]] = {}
     for i, layer in enumerate(decoder.layers):
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
@@ -144,30 +152,41 @@ def kinds(decoder: nn.Module) -> list[list[int]]:
     return [*found.values()]
 
 
-def _run(decoder: nn.Module, names: list[str], head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
-    decoder = _adapted(decoder, names, step, layers)
+def lenders(decoder: Decoder) -> tuple[int, ...]:
+    """The layers whose keys and values later ones use."""
+    return tuple(i for i, mode in enumerate(getattr(decoder.module.config, "kv_sharing_modes", ())) if mode == "store")
+
+
+def _inside(decoder: Decoder) -> str:
+    """What the module that holds the layers calls their list."""
+    return decoder.path.rpartition(".")[2]
+
+
+def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
     log = logging.getLogger(FakeTensorMode.__module__)
     log.disabled = True  # what goes wrong is told below
     try:
+        module = _adapted(decoder, step, layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            decoder.to_empty(device="cpu")
-            for parameter in decoder.parameters():
+            module.to_empty(device="cpu")
+            for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches; counted with the adapter
-            return take(step, decoder, torch.empty(head, dtype=step.dtype))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        named = " and ".join(sorted({type(layer).__name__ for layer in decoder.layers}))
+            return take(step, module, getattr(module, _inside(decoder))[0], torch.empty(head, dtype=step.dtype))
+    except Exception as error:  # whatever the model's own code raises where it wants more than shapes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        named = " and ".join(sorted({type(decoder.layers[i]).__name__ for i in layers}))
         raise ValueError(f"what {named} takes cannot be counted without its weights ({reason}): {MEASURE}") from error
     finally:
         log.disabled = False
 
 
-def take(step: Step, decoder: nn.Module, weight: Tensor) -> dict[str, int]:
-    """A step's forward pass, loss and backward pass. Returns phase -> bytes at its peak, without what was there before.
+def take(step: Step, decoder: nn.Module, first: nn.Module, weight: Tensor) -> dict[str, int]:
+    """A step's forward pass, loss and backward pass. Returns moment -> bytes at its peak, less what was there before.
 
     Args:
         decoder: the language model, as it is trained.
+        first: its first layer.
         weight: what makes logits of its output.
     """
     mixed = step.dtype != torch.float32
@@ -175,19 +194,35 @@ def take(step: Step, decoder: nn.Module, weight: Tensor) -> dict[str, int]:
     torch.set_autocast_enabled("cuda", mixed)  # where PEFT looks, whatever the device, before it casts to fp32
     try:
         with Live() as live:
+            _tell_moments(first, live)
             with torch.autocast("cpu", step.dtype, enabled=mixed):
                 hidden = _forward(step, decoder, weight.shape[1])
-                live.phase = "loss"
+                live.moment = "loss"
                 scored = hidden.detach().requires_grad_()
                 loss = _loss(step, scored, weight)
             loss.backward()
             gradient = scored.grad
             del loss, scored
-            live.phase = "backward pass"
+            live.moment = "backward pass"
             hidden.backward(gradient)
     finally:
         torch.set_autocast_enabled("cuda", before)
     return live.peaks
+
+
+def _tell_moments(first: nn.Module, live: Live) -> None:
+    """Tell when the forward pass enters the first layer, and when the backward pass has left it."""
+
+    def enter(_, args: tuple, kwargs: dict) -> None:
+        handle.remove()  # with checkpointing it is entered again
+        live.moment = "forward pass"
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden.register_hook(leave)
+
+    def leave(_) -> None:
+        live.moment = MOMENTS[-1]
+
+    handle = first.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
@@ -197,6 +232,8 @@ def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
     # A single sample needs no mask; with several, the shorter ones are padded.
     mask = None if step.batch == 1 else torch.ones(step.batch, 1, step.tokens, step.tokens, dtype=torch.bool)
     inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": torch.zeros(shape, dtype=torch.long)}
+    if getattr(decoder, "hidden_size_per_layer_input", 0):  # else it asks the embedding which tokens these are
+        inputs["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.zeros(shape, dtype=torch.long))
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
@@ -210,19 +247,21 @@ def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
     return LabelSmoother(step.label_smoothing)({"logits": logits}, labels, shift_labels=True)
 
 
-def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int, ...]) -> nn.Module:
+def _adapted(decoder: Decoder, step: Step, layers: tuple[int, ...]) -> nn.Module:
     """A copy with these layers alone, as it is trained: in 16 bit and frozen, with LoRA in fp32 on its projections."""
-    decoder = copy.copy(decoder)
+    module, inside = copy.copy(decoder.module), _inside(decoder)
     chosen = nn.ModuleList(copy.deepcopy(decoder.layers[i]) for i in layers)  # copies, so that one may come twice
-    decoder._modules = {**decoder._modules, "layers": chosen}
-    decoder = copy.deepcopy(decoder).to(step.dtype).requires_grad_(False)
-    if attention := getattr(decoder.config, "layer_types", None):
-        decoder.config.layer_types = [attention[i] for i in layers]
+    module._modules = {**module._modules, inside: chosen}
+    module = copy.deepcopy(module).to(step.dtype).requires_grad_(False)
+    if attention := getattr(module.config, "layer_types", None):
+        module.config.layer_types = [attention[i] for i in layers]
+    if len(layers) > module.config.num_hidden_layers:  # some stop there
+        module.config.num_hidden_layers = len(layers)
     lora = LoraConfig(r=step.r, lora_dropout=step.lora_dropout)
-    for name in names:
-        index, _, path = name.partition(".")
+    for name in decoder.projections:
+        index, _, path = name.removeprefix(f"{decoder.path}.").partition(".")
         parent, _, child = path.rpartition(".")
-        for layer in [layer for i, layer in zip(layers, decoder.layers, strict=True) if i == int(index)]:
+        for layer in [layer for i, layer in zip(layers, getattr(module, inside), strict=True) if i == int(index)]:
             old = layer.get_submodule(path)
             new = FourBit(old.in_features, old.out_features, old.bias is not None, "meta", step.dtype)
             new = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
@@ -232,5 +271,5 @@ def _adapted(decoder: nn.Module, names: list[str], step: Step, layers: tuple[int
     if step.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions
-            decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    return decoder.train()
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+    return module.train()

@@ -27,6 +27,8 @@ CONTEXT = 1.05e9  # with the kernels in use
 WORKSPACES = 0.2e9  # what PyTorch's allocator holds beside what is counted here
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
 _8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
+FOUR_BIT = "language model's projections, 4 bits"
+SIXTEEN_BIT = "embedding and head", "per-layer embeddings", "experts", "vision tower and the rest"
 STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_32bit", "schedule_free_adamw"), 8),
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), 2 * _8_BIT),
@@ -125,41 +127,51 @@ class Memory:
 
     def __init__(self, config: PretrainedConfig, name: str):
         self.config = config
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or not hasattr(config, "vision_config"):
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or getattr(config, "vision_config", None) is None:
             raise ValueError(f"{name} is no vision-language model that transformers knows")
         if cross := cross_attention_layers(config):
             raise ValueError(
                 f"{name} sees its images in {len(cross)} layers of cross-attention, and what these keep is not counted "
                 f"here: {MEASURE}"
             )
-        with torch.device("meta"):
-            self.model = AutoModelForImageTextToText.from_config(config)
+        try:
+            with torch.device("meta"):
+                self.model = AutoModelForImageTextToText.from_config(config)
+        except Exception as error:  # whatever transformers raises over a config, or a package that is missing
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            raise ValueError(f"transformers cannot build {name} here: {reason}") from error
         decoder = Decoder(self.model)
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{name} does not say where its head is, and what its loss takes is not counted: {MEASURE}"
+            )
         self.names = decoder.projections
         self.projections = {name: self.model.get_submodule(name) for name in self.names}
-        self.weights = {"in 4 bits": 0, "embedding and head": 0, "vision tower and the rest": 0}
+        self.weights = dict.fromkeys((FOUR_BIT, *SIXTEEN_BIT), 0)
         for name, parameter in self.model.named_parameters():
-            if name.removesuffix(".weight") in self.projections:
-                part = "in 4 bits"
-            elif decoder.name(name) in ("embed_tokens.weight", "lm_head.weight"):
-                part = "embedding and head"
-            else:
-                part = "vision tower and the rest"
-            self.weights[part] += parameter.numel()
+            self.weights[self._part(decoder, name)] += parameter.numel()
         self.layers = len(decoder)
-        paths = [name.removeprefix(f"{decoder.path}.") for name in self.projections]  # INDEX.REST
-        self.step_peaks = lru_cache(
-            partial(step_peaks, decoder.module, paths, self.model.get_output_embeddings().weight.shape)
-        )
+        self.step_peaks = lru_cache(partial(step_peaks, decoder, head.weight.shape))
+
+    def _part(self, decoder: Decoder, parameter: str) -> str:
+        """Where a weight is counted. Expert stacks are no linear layers, so bitsandbytes leaves them in 16 bit."""
+        if parameter.removesuffix(".weight") in self.projections:
+            return FOUR_BIT
+        canonical = decoder.name(parameter) or ""
+        if canonical in ("embed_tokens.weight", "lm_head.weight"):
+            return "embedding and head"
+        if canonical.startswith("embed_tokens_per_layer."):
+            return "per-layer embeddings"
+        return "experts" if ".experts." in canonical else "vision tower and the rest"
 
     def estimate(self, settings: Settings) -> Estimate:
         size, weights = settings.dtype.itemsize, self.weights
         shapes = [(m.out_features, m.in_features) for m in self.projections.values()]
         trained = settings.r * sum(out + inner for out, inner in shapes)
         always = {
-            "language model's projections, 4 bits": NF4 * weights["in 4 bits"],
-            "embedding and head": size * weights["embedding and head"],
-            "vision tower and the rest": size * weights["vision tower and the rest"],
+            FOUR_BIT: NF4 * weights[FOUR_BIT],
+            **{part: size * weights[part] for part in SIXTEEN_BIT},
             "adapter, 32 bits": 4 * trained,
             "its gradients, 32 bits": 4 * trained,
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
@@ -202,7 +214,12 @@ class Memory:
         """Bytes of the vision tower's activations, which runs without autograd: those of one block, and the outputs of
         all of them where the model asks for an inner one's."""
         tower = self.model.get_encoder("image")
-        blocks = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+        lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise ValueError(
+                f"what a vision tower without blocks takes, {type(tower).__name__}, is not counted: {MEASURE}"
+            )
+        blocks = max(lists, key=len)
         widths = [(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear)]
         outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") else 0
         number = patches(self.config, settings) * settings.per_device_train_batch_size
@@ -213,6 +230,11 @@ def patches(config: PretrainedConfig, settings: Settings) -> int:
     """Into how many patches a sample's images are cut: by the recipe's processor_kwargs, else as its processor may."""
     vision, kwargs = config.vision_config, settings.processor_kwargs or {}
     longest = (kwargs.get("size") or {}).get("longest_edge")
+    if config.model_type == "gemma4":
+        return settings.images_per_sample * kwargs.get("max_soft_tokens", 280) * vision.pooling_kernel_size**2
+    if config.model_type == "lfm2_vl":  # tiles, and the whole
+        tiles = 1 + kwargs.get("max_tiles", 10) if kwargs.get("do_image_splitting", True) else 1
+        return settings.images_per_sample * tiles * kwargs.get("max_image_tokens", 256) * config.downsample_factor**2
     merge = getattr(vision, "spatial_merge_size", 1)
     if merge > 1 or not hasattr(vision, "image_size"):  # Qwen: as many as there are pixels, and as tokens allow
         most = settings.max_tokens * merge**2

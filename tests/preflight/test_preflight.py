@@ -5,6 +5,7 @@ import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
+import bitsandbytes as bnb
 import preflight as benchmark
 import pytest
 import torch
@@ -17,12 +18,14 @@ from models import qwen2_5_vl_7b
 from parts.arguments import RunArguments
 from peft import LoraConfig, get_peft_model
 from published import BASES
-from tiny import FAMILIES, MIXED, save_layout, tiny_llm
+from sft_vlm import not_quantized
+from tiny import FAMILIES, MIXED, TEXT, save_layout, tiny_llm
 from trl import SFTConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from drift_peft import DriftConfig, language_model_targets
+from drift_peft.checkpoints import Decoder
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.cards import CARDS, USABLE, advise, cards_table, fits, read_settings
 from drift_peft.preflight.memory import CONTEXT, STATE, WORKSPACES, Memory, Settings, patches
@@ -31,6 +34,14 @@ ROOT = Path(__file__).parents[2]
 
 TINY = FAMILIES["qwen2_5_vl"][0]
 PART = "language model's projections, 4 bits"
+MIXTURES = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe"
+
+
+def glm4v():
+    """GLM-4.1V: gate_proj and up_proj are one layer."""
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 64, "intermediate_size": 40,
+              "patch_size": 4, "image_size": 16}  # fmt: skip
+    return tf.Glm4vConfig(text_config=TEXT, vision_config=vision)
 
 
 def settings(**changes):
@@ -76,29 +87,49 @@ def test_the_weights_of_the_main_pair():
     assert other / 1e9 == pytest.approx(computed["other weights, bf16"], rel=1e-3)
 
 
-def four_layers(family, layer_types, folder):
-    """A tiny model with its projections in NF4 and LoRA in fp32, as the recipes load and wrap it."""
-    config = (FAMILIES | MIXED)[family][0]()
-    config.text_config.num_hidden_layers = 4
+def layers_of(family, layer_types):
+    """The tiny family's config with layers of these kinds."""
+    config = (FAMILIES | MIXED)[family][0]
+    if family == "gemma4":  # the widths of its heads follow from the layers when it is made
+        return config(num_hidden_layers=len(layer_types), layer_types=layer_types)
+    config = config()
+    config.text_config.num_hidden_layers = len(layer_types)
     config.text_config.layer_types = layer_types
+    return config
+
+
+def in_4_bits(model, folder, skip):
+    """A tiny model with its projections in NF4, as the recipes load it."""
+    bits = tf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-        bits = tf.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["visual", "vision_tower", "multi_modal_projector", "linear_attn", "lm_head"],
-        )
-        model = tf.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.bfloat16, quantization_config=bits, device_map="cpu"
-        )
-        model = get_peft_model(model, LoraConfig(r=16, target_modules=language_model_targets(model)))
-    return config, model
+        model.save_pretrained(folder)
+        options = {"dtype": torch.bfloat16, "quantization_config": bits, "device_map": "cpu"}
+        return type(model).from_pretrained(folder, **options)
 
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+def real_step(model, step):
+    """Phase of a step on a model in 4 bits, with LoRA in fp32 as the recipes wrap it -> bytes at its peak."""
+    model = get_peft_model(model, LoraConfig(r=step.r, target_modules=language_model_targets(model)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            parameter.grad = torch.zeros_like(parameter)
+    decoder = model.get_base_model().get_decoder().train()
+    if step.checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    head = model.get_base_model().get_output_embeddings().weight.detach()
+    moments = dry.take(step, decoder, decoder.layers[0], head)
+    return {phase: max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase) for phase in dry.PHASES}
+
+
+FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -109,23 +140,57 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
         ("gemma3", [SLIDING, SLIDING, SLIDING, FULL]),
         ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR]),
         ("qwen3_5", [FULL, LINEAR, FULL, FULL]),
+        ("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR]),
+        ("lfm2_vl", [CONV, CONV, FULL, CONV]),
+        ("gemma4", [SLIDING, FULL] * 4),  # of which the last two layers use the keys and values of two before
     ],
 )
 def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing, tmp_path):
-    config, model = four_layers(family, layer_types, tmp_path)
+    config = layers_of(family, layer_types)
     step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            parameter.grad = torch.zeros_like(parameter)
-    decoder = model.get_base_model().get_decoder().train()
-    if checkpointing:
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    weight = model.get_base_model().get_output_embeddings().weight.detach()
-    real = dry.take(step, decoder, weight)
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    real = real_step(in_4_bits(model, tmp_path, not_quantized(config)), step)
     peaks = Memory(config, "tiny").step_peaks(step)
     for phase in dry.PHASES:
         assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activations_of_gemma_3n(checkpointing, tmp_path):
+    """Of its language model alone: its vision tower is timm's."""
+    text = {**TEXT, "num_hidden_layers": 8, "layer_types": [SLIDING, FULL] * 4, "sliding_window": 16, "laurel_rank": 64}
+    text |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 64}
+    config = tf.Gemma3nTextConfig(**text, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 6)
+    with torch.device("meta"):
+        model = tf.Gemma3nForCausalLM(config)
+    decoder = Decoder(model)
+    step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    skip = [name for name in linear if name not in decoder.projections]
+    real = real_step(in_4_bits(tf.Gemma3nForCausalLM(config), tmp_path, skip), step)
+    peaks = dry.step_peaks(decoder, model.lm_head.weight.shape, step)
+    for phase in dry.PHASES:
+        assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+
+
+@pytest.mark.parametrize("family", ["gemma4", "lfm2_vl", *MIXTURES, "glm4v"])
+def test_in_4_bits_is_counted_what_bitsandbytes_makes_so(family, tmp_path):
+    config = glm4v() if family == "glm4v" else MIXED[family][0]()
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = in_4_bits(model, tmp_path, not_quantized(config))
+    four = {
+        name: m.weight.quant_state.shape.numel()
+        for name, m in model.named_modules()
+        if isinstance(m, bnb.nn.Linear4bit)
+    }
+    weights = Memory(config, "tiny").weights
+    assert weights[PART] == sum(four.values()) > 0
+    rest = {name: p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in four}
+    assert sum(weights.values()) - weights[PART] == sum(rest.values())
+    assert weights["experts"] == sum(n for name, n in rest.items() if ".experts." in name)
+    assert weights["per-layer embeddings"] == sum(n for name, n in rest.items() if "embed_tokens_per_layer" in name)
+    assert bool(weights["experts"]) == (family in MIXTURES)
+    assert bool(weights["per-layer embeddings"]) == (family == "gemma4")
 
 
 def test_what_training_takes_follows_the_settings(memory):
@@ -161,6 +226,10 @@ def test_what_training_takes_follows_the_settings(memory):
         (tf.Idefics2Config(vision_config={"image_size": 980, "patch_size": 14}), {"do_image_splitting": False}, 70**2),
         (tf.InternVLConfig(), None, 13 * 32 * 32),
         (tf.MllamaConfig(vision_config={"image_size": 560, "patch_size": 14}), None, 4 * 40 * 40),
+        (tf.Gemma4Config(vision_config={}), {"images": 2}, 2 * 280 * 9),
+        (tf.Gemma4Config(vision_config={}), {"max_soft_tokens": 70}, 70 * 9),
+        (tf.Lfm2VlConfig(), None, 11 * 32 * 32),
+        (tf.Lfm2VlConfig(), {"do_image_splitting": False}, 32 * 32),
     ],
 )
 def test_patches_of_a_sample(config, kwargs, number):
@@ -169,24 +238,35 @@ def test_patches_of_a_sample(config, kwargs, number):
     assert patches(config, settings(processor_kwargs=kwargs, images_per_sample=images)) == number
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "idefics2", "qwen2_5_vl", "qwen3_vl"])
-def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family):
-    config, cls, _ = FAMILIES[family]
+GRIDS = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 16)}
+PLACES = {"image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(16, 16, 2)}
+SHAPES = {"spatial_shapes": torch.tensor([[4, 4]] * 16), "pixel_attention_mask": torch.ones(16, 16, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    "family, pixels, inputs",  # 16 images of 16 patches
+    [
+        ("llava", (16, 3, 16, 16), {}),
+        ("gemma3", (16, 3, 16, 16), {}),
+        ("idefics2", (1, 16, 3, 16, 16), {}),
+        ("qwen2_5_vl", (16 * 16, 3 * 2 * 16), GRIDS),
+        ("qwen3_vl", (16 * 16, 3 * 2 * 16), GRIDS),
+        ("gemma4", (16, 16, 3 * 16), PLACES),
+        ("lfm2_vl", (16, 16, 3 * 16), SHAPES),
+    ],
+)
+def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inputs):
+    config, cls, _ = (FAMILIES | MIXED)[family]
     config = config()
-    if qwen := hasattr(config.vision_config, "depth"):
-        config.vision_config.depth = 4
-    else:
-        config.vision_config.num_hidden_layers = 4
-    model = cls(config)
-    pixels = torch.ones(16 * 16, 3 * 2 * 16) if qwen else torch.ones(16, 3, 16, 16)  # 16 images of 16 patches
-    inputs = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 16)} if qwen else {}
+    setattr(config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", 4)
+    model, pixels = cls(config), torch.ones(pixels)
     with torch.no_grad(), dry.Live() as live:
-        model.get_image_features(pixel_values=pixels[None] if family == "idefics2" else pixels, **inputs)
-    kwargs = {"max_pixels": 256, "do_image_splitting": False}
+        model.get_image_features(pixel_values=pixels, **inputs)
+    kwargs = {"max_pixels": 256, "do_image_splitting": False, "max_soft_tokens": 4, "max_image_tokens": 4}
     wanted = settings(images_per_sample=16, max_tokens=4096, bf16=False, processor_kwargs=kwargs)
     memory = Memory(config, "tiny")
     assert patches(config, wanted) == 16 * 16
-    assert 0.8 <= memory.tower(wanted) / live.peaks["forward pass"] <= 2
+    assert 0.8 <= memory.tower(wanted) / live.peaks["before the layers"] <= 2
     one = replace(wanted, images_per_sample=1)
     assert memory.tower(wanted) == 16 * memory.tower(one)
 
@@ -206,6 +286,15 @@ def test_what_a_recipe_says_it_takes_is_the_estimate_at_the_published_size(name)
 def test_what_cannot_be_counted_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^tiny sees its images in 2 layers of cross-attention.*: train a few steps"):
         Memory(FAMILIES["mllama"][0](), "tiny")
+    with pytest.raises(ValueError, match=r"^blip does not say where its head is.*: train a few steps"):
+        Memory(tf.BlipConfig(), "blip")
+    with pytest.raises(ValueError, match=r"^tiny is no vision-language model"):
+        Memory(tf.Gemma4Config(), "tiny")  # its vision tower is optional
+    wrong = tf.AyaVisionConfig(vision_config={"model_type": "siglip_vision_model", "hidden_size": 30})
+    with pytest.raises(ValueError, match=r"^transformers cannot build tiny here: embed_dim must be divisible[^\n]*$"):
+        Memory(wrong, "tiny")
+    with pytest.raises(ValueError, match=r"^what GitLayer takes cannot be counted .*: train a few steps"):
+        Memory(tf.GitConfig(), "git").estimate(settings())
     config = TINY()
     rope = config.text_config.rope_parameters
     config.text_config.rope_parameters = {**rope, "mrope_section": [4, 2, 1]}  # of 8: no step can be run

@@ -2,10 +2,15 @@ r"""Ask a model the questions of a local file and mark its boxed answers, in tot
 
     python recipes/evaluate.py --model merged/ --data test.jsonl -o results.json
     python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --data test.jsonl -o results.json
+    python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --keep keep.safetensors -o kept.json
 
-The data is what data.py reads: questions with images, and the known answer as the last turn, boxed or alone. Answers
-are greedy. Each is in `<output>.journal.jsonl` as soon as its batch is done; the same command asks only for what is not
-there. Results of several models on the same data are compared by score.py.
+With --data, the data is what data.py reads: questions with images, and the known answer as the last turn, boxed or
+alone. Answers are greedy. Each is in `<output>.journal.jsonl` as soon as its batch is done; the same command asks only
+for what is not there. Results of several models on the same data are compared by score.py.
+
+With --keep, nothing is marked. Measured is how far the model has gone from the VLM's own answers in a keep set, by kind
+of question: KL in nats a token, and the share of tokens that it would choose too. With an adapter, the same is measured
+without it.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import json
 import sys
 from argparse import Namespace
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parts.answers import extract_boxed
@@ -42,7 +47,7 @@ class Question:
     category: str
 
 
-def check(model: str, adapter: Path | None, data: str, output: Path) -> None:
+def check(model: str, adapter: Path | None, data: str | None, output: Path) -> None:
     """Refuse before anything is loaded what would fail later."""
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
         raise ValueError(
@@ -51,7 +56,7 @@ def check(model: str, adapter: Path | None, data: str, output: Path) -> None:
         )
     if adapter and not (adapter / "adapter_config.json").exists():
         raise ValueError(f"--adapter {adapter} is no adapter: it has no adapter_config.json")
-    if not Path(data).exists():
+    if data is not None and not Path(data).exists():
         raise ValueError(f"there is no data {data}")
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output {output} cannot be written: name a file in a folder that exists")
@@ -163,6 +168,43 @@ def load_model(model: str, adapter: Path | None, batch_size: int, max_new_tokens
     return local
 
 
+def evaluate_keeping(args: Namespace) -> dict:
+    """The distance from the keep set's answers, of the model and of the one below its adapter; also written.
+
+    Raises:
+        ValueError: the keep set belongs to another model, or is damaged; OSError.
+    """
+    from drift_peft import KeepSet
+    from drift_peft.keeping import measure, summarize
+
+    check(args.model, args.adapter, None, args.output)
+    keep_set = KeepSet.load(args.keep)
+    local = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+    keep_set.check(local.processor)
+    found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
+    if args.adapter:
+        with local.model.disable_adapter():
+            found["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
+    summaries = {name: summarize(distances) for name, distances in found.items()}
+    result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
+    result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
+    write_result({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
+    return result
+
+
+def keeping_table(result: dict) -> Table:
+    table = Table("", "kind", "answers", "KL, nats a token", "same tokens", title=f"distance from {result['keep']}")
+    for name, summary in result["kept"].items():
+        for kind, numbers in summary.items():
+            low, high = numbers["kl_interval"]
+            least, most = numbers["agreement_interval"]
+            kl = f"{numbers['kl']:.3f} [{low:.3f}, {high:.3f}]"
+            agreement = f"{numbers['agreement']:.1%} [{least:.1%}, {most:.1%}]"
+            table.add_row(name, kind, str(numbers["answers"]), kl, agreement)
+        table.add_section()
+    return table
+
+
 def evaluate(args: Namespace) -> dict:
     """All of a run; its result is also written.
 
@@ -197,7 +239,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("evaluate.py", __doc__)
     parser.add_argument("--model", required=True, help="merged folder, any vision-language model's, or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder to put on the model without merging")
-    parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, or a folder of these")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--data", help=".json, .jsonl or .parquet file, or a folder of these")
+    asked.add_argument("--keep", help="keep set instead of data: file or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as results.json")
     parser.add_argument("--split", default="test", help="split of a folder")
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the data's")
@@ -211,7 +255,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--batch-size and --max-new-tokens are at least 1")
     with in_one_sentence("evaluate.py", ValueError, OSError, TeacherError):
         try:
-            result = evaluate(args)
+            result = evaluate_keeping(args) if args.keep else evaluate(args)
         except KeyboardInterrupt as end:
             if not journal_path(args.output).exists():
                 raise
@@ -219,8 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
     else:
-        Console().print(results_table(result))
-    if result["total"]["unfinished"]:
+        Console().print(keeping_table(result) if args.keep else results_table(result))
+    if not args.keep and result["total"]["unfinished"]:
         print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
 
 

@@ -176,6 +176,11 @@ class Checkpoint:
         talks = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
         return AutoModelForMultimodalLM if talks else AutoModelForCausalLM
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return self.auto_class is not AutoModelForCausalLM
+
     def files_of(self, key: str) -> list[Path]:
         """The shards that `tensor(key)` is read from."""
         if key in self.keys:

@@ -44,6 +44,7 @@ def flags(parser: Parser) -> None:
     add(
         "--overwrite", action="store_true", help="replace an existing output, or an interrupted build of other settings"
     )
+    add("--exist-ok", action="store_true", help="take an existing output of the same models and settings")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 
 

@@ -1,4 +1,4 @@
-"""How far a model has gone from the VLM's own answers: KL(p_vlm || p_θ) over the answer tokens.
+"""How far a model has gone from the VLM's own answers: KL(p_vlm || p_model) over the answer tokens.
 
 Of p_vlm the k largest probabilities of each token are kept; what is left over is one bucket, in both distributions
 (METHOD, "Keeping what the VLM can do"). Joining outcomes can only lower a KL divergence, so this one is at most the

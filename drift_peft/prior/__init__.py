@@ -6,6 +6,7 @@ delta    Δ of one weight, measured and decomposed
 combine  sums and truncations of priors
 share    model card, upload, the prior as a LoRA adapter
 prior    ReasoningPrior: the file with all that can be done with it
+same     is an existing prior what a build would make?
 build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """

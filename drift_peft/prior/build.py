@@ -38,6 +38,7 @@ from ..warn import warn
 from .delta import take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
+from .same import refuse_other
 
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256
@@ -63,6 +64,7 @@ def build_prior(
     device: str | torch.device | None = None,
     force: bool = False,
     overwrite: bool = False,
+    exist_ok: bool = False,
     progress: bool = True,
 ) -> ReasoningPrior:
     """Take Δ between a text-only expert and the language model of a VLM, and write it as a low-rank prior.
@@ -90,6 +92,8 @@ def build_prior(
         device: where the arithmetic runs; a GPU if there is one.
         force: build even where a matrix of the expert has nothing in common with the base's.
         overwrite: replace an existing output, and throw away what an interrupted build with other settings has left.
+        exist_ok: take an existing output that was built of the same models with the same settings, at once; any other
+            is refused.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -104,7 +108,9 @@ def build_prior(
     settings |= {"skip_first": skip_first, "seed": seed}
     device = _check_device(device)
     output = Path(output)
-    refuse_output(output, overwrite, example="prior.safetensors")
+    if exist_ok and overwrite:
+        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+    refuse_output(output, overwrite or exist_ok, example="prior.safetensors")
 
     # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
     record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
@@ -112,7 +118,16 @@ def build_prior(
     sources["base"] = Checkpoint(base, dequantize=dequantize)
     if reference is not None:
         sources["reference"] = open_expert(reference, dequantize=dequantize)
+    if sources["expert"].sees and not sources["base"].sees and not force:
+        raise ValueError(
+            f"expert {expert} is a vision-language model and base {base} a text model: the base is what will be "
+            "trained, so change their places, or pass force=True (--force) if this is what you want"
+        )
     match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
+    if exist_ok and output.exists():
+        prior = ReasoningPrior.load(output)
+        refuse_other(prior, output, sources, match, settings)
+        return prior
     _warn(sources, match)
 
     inputs = {role: source.origin for role, source in sources.items()}

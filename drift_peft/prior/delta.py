@@ -61,6 +61,11 @@ def take_delta(
     return {"U": _spread(U.cpu(), rows, shape[0]), "S": S.cpu().contiguous(), "Vh": Vh.cpu().contiguous()}, stats
 
 
+def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> dict:
+    """`delta_norm`, `base_norm` and `cosine` of one weight, as `take_delta` measures them; arguments as there."""
+    return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"))[1]
+
+
 def _subtract(
     tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None, labels: dict[str, str]
 ) -> tuple[torch.Tensor, dict]:

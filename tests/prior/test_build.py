@@ -286,6 +286,46 @@ def test_an_existing_output_is_kept_unless_overwritten(pair, tmp_path):
     assert len(ReasoningPrior.load(tmp_path / "p.safetensors")) == 14
 
 
+def test_an_existing_output_of_the_same_build_is_taken(pair, tmp_path, monkeypatch):
+    built = build(tmp_path, exist_ok=True)
+    before = built.path.stat()
+    monkeypatch.setattr("drift_peft.prior.build._take_deltas", None)  # which would be a second build
+    assert build(tmp_path, exist_ok=True).sha256 == built.sha256
+    assert built.path.stat() == before and not list(tmp_path.glob("*.partial"))
+    (tmp_path / "expert").rename(tmp_path / "elsewhere")
+    assert build(tmp_path, expert=tmp_path / "elsewhere", exist_ok=True).sha256 == built.sha256
+    with pytest.raises(ValueError, match="give exist_ok=True, which takes an existing output, or overwrite=True"):
+        build(tmp_path, expert=tmp_path / "elsewhere", exist_ok=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 3}, "was built with rank=64, not 3: name another output"),
+        ({"modules": ["attn"]}, r"was built with modules=\['attn', 'mlp'\], not \['attn'\]"),
+        ({"seed": 1}, "was built with seed=0, not 1"),
+        ({"reference": "vlm"}, "only one of the two builds has a reference"),
+        ({"expert": "other"}, "was built of other models than .*other and .*vlm"),
+    ],
+)
+def test_an_existing_output_of_another_build_is_refused(pair, tmp_path, change, message):
+    save_layout(tiny_expert("llava", tiny_vlm("llava"), seed=7)[0], tmp_path / "other")
+    built = build(tmp_path)
+    places = {key: tmp_path / value for key, value in change.items() if key in ("reference", "expert")}
+    with pytest.raises(FileExistsError, match=message):
+        build(tmp_path, exist_ok=True, **{**change, **places})
+    assert ReasoningPrior.load(tmp_path / "p.safetensors").sha256 == built.sha256
+
+
+def test_roles_that_are_exchanged_are_noticed_before_the_first_tensor(pair, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"vlm is a vision-language model and base .*expert a text model: .* change their"
+    ):
+        build(tmp_path, expert=tmp_path / "vlm", base=tmp_path / "expert")
+    assert not (tmp_path / "p.safetensors").exists()
+    assert len(build(tmp_path, expert=tmp_path / "vlm", base=tmp_path / "expert", force=True)) == 14
+
+
 @pytest.mark.parametrize("family", MIXED)
 def test_hybrids_and_mixtures_of_experts(family, tmp_path):
     vlm = tiny_vlm(family)

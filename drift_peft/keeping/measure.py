@@ -1,0 +1,101 @@
+"""How far a model has gone from each of the VLM's own answers: what a training has cost, without a benchmark."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .answers import Sample, answer_logits, answered, prompts
+from .distance import bucketed_kl
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of one answer of the keep set.
+
+    Attributes:
+        kind: of question.
+        tokens: of the answer.
+        kl: KL(p_vlm || p_model) in nats, mean over the tokens.
+        agreement: share of the tokens that the model would have chosen too, given those before.
+    """
+
+    kind: str
+    tokens: int
+    kl: float
+    agreement: float
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, keep_set: Sequence[Sample], processor: Any, batch_size: int = 8, progress: bool = True
+) -> list[Distance]:
+    """The distance of a model from each answer of the keep set, in its order.
+
+    Args:
+        model: the VLM, trained or not, or one with an adapter on it; it is put into evaluation mode and back.
+        processor: the VLM's.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    device, training = next(model.parameters()).device, model.training
+    found = []
+    model.eval()
+    try:
+        with tqdm(total=len(keep_set), desc="measuring", unit="answer", disable=not progress) as bar:
+            for start in range(0, len(keep_set), batch_size):
+                samples = [keep_set[i] for i in range(start, min(start + batch_size, len(keep_set)))]
+                found += _of_batch(model, samples, processor, device)
+                bar.update(len(samples))
+    finally:
+        model.train(training)
+    return found
+
+
+def _of_batch(model: nn.Module, samples: list[Sample], processor: Any, device: torch.device) -> list[Distance]:
+    asked = prompts(processor, [sample.image for sample in samples], [sample.question for sample in samples])
+    answers = [sample.tokens for sample in samples]
+    inputs, said = answered(asked, answers, processor.tokenizer.pad_token_id or 0)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    logits = answer_logits(model, inputs, said.shape[1])
+    found = []
+    for sample, row, kept in zip(samples, logits, said.to(device), strict=True):
+        kl = bucketed_kl(row[kept], sample.top_tokens.to(device), sample.top_logprobs.to(device))
+        agreed = row[kept].argmax(-1) == sample.top_tokens[:, 0].to(device)
+        numbers = kl.mean().item(), agreed.float().mean().item()
+        found.append(Distance(sample.kind, len(sample.tokens), *numbers))
+    return found
+
+
+def summarize(distances: Sequence[Distance], seed: int = 0) -> dict[str, dict]:
+    """By kind of question and in "total": number of answers, mean KL and agreement, each with the 95 % interval of
+    10,000 bootstrap resamples of the answers."""
+    groups: dict[str, list[Distance]] = defaultdict(list)
+    for distance in distances:
+        groups[distance.kind].append(distance)
+    groups = {**dict(sorted(groups.items())), "total": [*distances]}
+    return {kind: _statistics(group, seed) for kind, group in groups.items()}
+
+
+def _statistics(group: list[Distance], seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([[d.kl, d.agreement] for d in group], dtype=torch.float64)
+    means = []
+    for _ in range(RESAMPLES // 100):  # a hundred at a time
+        drawn = torch.randint(len(group), (100, len(group)), generator=generator)
+        means.append(values[drawn].mean(1))
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    result = {"answers": len(group)}
+    for i, name in enumerate(("kl", "agreement")):
+        result |= {name: values[:, i].mean().item(), f"{name}_interval": [low[i].item(), high[i].item()]}
+    return result

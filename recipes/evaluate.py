@@ -2,7 +2,7 @@ r"""Ask a model the questions of a local file and mark its boxed answers, in tot
 
     python recipes/evaluate.py --model merged/ --data test.jsonl -o results.json
     python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --data test.jsonl -o results.json
-    python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --keep keep.safetensors -o kept.json
+    python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --keep k.safetensors -o k.json
 
 With --data, the data is what data.py reads: questions with images, and the known answer as the last turn, boxed or
 alone. Answers are greedy. Each is in `<output>.journal.jsonl` as soon as its batch is done; the same command asks only

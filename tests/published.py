@@ -98,8 +98,8 @@ def gemma4_e4b():
     return tf.Gemma4Config(text_config=text, vision_config={}, audio_config={})
 
 
-# The language model as in docs.liquid.ai's sizes of LFM2.5-1.2B; with these of tower and projector, the weights are to
-# a byte those of the published model.safetensors (3,193,334,216 with its header).
+# Widths of tower and language model as quoted of LFM2-VL-1.6B's config.json; the projector is the one with which the
+# weights have the published file's size, 3,193,334,216 bytes, less its header.
 def lfm2_5_vl_1_6b():
     attention = (2, 5, 8, 10, 12, 14)
     text = {"model_type": "lfm2", "hidden_size": 2048, "intermediate_size": 12288, "num_hidden_layers": 16,

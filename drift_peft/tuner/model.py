@@ -65,7 +65,10 @@ class DriftModel(LoraModel):
             canonical = prior_names(model)
             known = {canonical(name) for name, _ in model.named_parameters()} - {None}
             check_patterns_used(config, [canonical(name) or name for name in parameters] + _tensors(config, known))
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NotImplementedError as error:  # PEFT asks where the embedding is, to see what is tied
+            raise ValueError(f"PEFT cannot adapt a {type(model).__name__}: {error}") from error
         refuse_other_targets(model, config, intended, adapted_modules(model, [adapter_name]))
         tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
         adapters = steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
@@ -213,10 +216,6 @@ def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> 
         )
     if not low_cpu_mem_usage:
         refuse_meta(model)
-    try:
-        getattr(model, "get_input_embeddings", bool)()
-    except NotImplementedError as error:  # PEFT asks for them, to see what is tied
-        raise ValueError(f"PEFT cannot adapt a {type(model).__name__}, which does not name its embedding.") from error
 
 
 def _forget(modules: Iterable[nn.Module], adapter: str) -> None:

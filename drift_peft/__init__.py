@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _ROOMS = {  # public name -> the room that it comes from
     "DriftConfig": "tuner",  # which registers the tuner with PEFT, and the hooks with torch.optim
     "DriftModel": "tuner",
+    "KeepSet": "keeping",
     "ReasoningPrior": "prior",
     "build_prior": "prior",
     "guide": "tuner",

@@ -15,6 +15,7 @@ _ROOMS = {  # public name -> the room that it comes from
     "build_prior": "prior",
     "guide": "tuner",
     "language_model_targets": "checkpoints",
+    "make_keep_set": "keeping",
     "merge_adapter": "merge",
     "merge_baseline": "merge",
     "telemetry": "tuner",

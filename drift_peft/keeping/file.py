@@ -221,11 +221,20 @@ class KeepSet(Sequence[Sample]):
 
 
 def decode_image(content: bytes) -> Image:
-    """A picture's file as an RGB image, upright. OSError or ValueError if it is broken."""
-    from PIL import Image, ImageOps
-
+    """A picture's file as an RGB image. OSError or ValueError if it is broken, ImportError without pillow."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('images need pillow: pip install "drift_peft[keep]"') from error
     with Image.open(io.BytesIO(content)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return upright(image)
+
+
+def upright(image: Image) -> Image:
+    """In RGB, turned as its camera says."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def tokenizer_identity(processor: Any, size: int | None = None) -> dict:

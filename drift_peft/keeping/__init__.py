@@ -9,10 +9,14 @@ pictures   the images that are asked about: of a folder, a data set, training da
 vlm        the VLM that answers in this process
 server     the VLM that answers behind a server of OpenAI's protocol
 make       a VLM and unlabelled images -> keep set, resumable
+summary    a keep set in numbers and as tables
+page       its contact sheet; page.html is the template
 """
 
 from .answers import Sample
 from .file import KeepSet
 from .make import make_keep_set
+from .page import write_page
+from .summary import keep_summary, keep_table
 
-__all__ = ["KeepSet", "Sample", "make_keep_set"]
+__all__ = ["KeepSet", "Sample", "keep_summary", "keep_table", "make_keep_set", "write_page"]

@@ -10,10 +10,12 @@ __version__ = "0.1.0"
 _ROOMS = {  # public name -> the room that it comes from
     "DriftConfig": "tuner",  # which registers the tuner with PEFT, and the hooks with torch.optim
     "DriftModel": "tuner",
+    "KeepSet": "keeping",
     "ReasoningPrior": "prior",
     "build_prior": "prior",
     "guide": "tuner",
     "language_model_targets": "checkpoints",
+    "make_keep_set": "keeping",
     "merge_adapter": "merge",
     "merge_baseline": "merge",
     "telemetry": "tuner",

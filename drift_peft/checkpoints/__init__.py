@@ -4,6 +4,7 @@ Nothing here knows of priors or of training.
 
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
+    sharing      a file of ours that others have or will have: found, hashed, uploaded with its card
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
@@ -31,6 +32,7 @@ from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert
 from .match import MODULES, Match, describe, match_weights
 from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
 from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
+from .sharing import file_sha256, find_file, find_license, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
@@ -58,8 +60,12 @@ __all__ = [
     "cross_attention_layers",
     "describe",
     "download",
+    "file_sha256",
+    "find_file",
+    "find_license",
     "language_model_targets",
     "layer_order",
+    "license_name",
     "match_weights",
     "module_kind",
     "open_expert",
@@ -72,6 +78,7 @@ __all__ = [
     "resumable_folder",
     "split_revision",
     "unwrapped",
+    "upload",
     "write_model",
     "write_tensors",
 ]

@@ -36,7 +36,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_folder(output: Path, settings: dict, afresh: bool = False) -> Iterator[Path]:
+def resumable_folder(output: Path, settings: dict, afresh: bool = False, parts: str = "weights") -> Iterator[Path]:
     """The folder `<output>.partial/`, with what an interrupted run of the same settings has finished there.
 
     It is gone when all went well, or when nothing was finished. Else it stays, and the exception that ended the run
@@ -45,6 +45,7 @@ def resumable_folder(output: Path, settings: dict, afresh: bool = False) -> Iter
     Args:
         settings: name -> value, as JSON holds it, of whatever determines the result.
         afresh: throw away what a run of other settings has left, instead of refusing.
+        parts: what the files hold, in the note's words.
 
     Raises:
         FileNotFoundError, OSError: as for `partial_folder`.
@@ -71,7 +72,7 @@ def resumable_folder(output: Path, settings: dict, afresh: bool = False) -> Iter
         if not finished:
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            note = f"{partial} keeps the {len(finished)} weights that are done: run the same again to go on from there"
+            note = f"{partial} keeps the {len(finished)} {parts} that are done: run the same again to go on from there"
             error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note is not in Python 3.10
         raise
     shutil.rmtree(partial, ignore_errors=True)

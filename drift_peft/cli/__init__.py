@@ -14,6 +14,10 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     prior_truncate  the same prior at a lower rank
     prior_export    the prior itself as a LoRA adapter
     prior_push      upload to the hub, with a model card
+    keep            the verbs of keep sets
+    keep_make       a VLM and unlabelled images -> keep set
+    keep_inspect    what a keep set holds
+    keep_push       upload to the hub, with a card
     targets         what would be adapted and steered
     merge           adapter + full-precision base -> standalone model
     merge_baseline  expert + VLM -> VLM without training

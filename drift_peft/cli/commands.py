@@ -1,11 +1,12 @@
 """All verbs, in the order of the help."""
 
 from .. import __version__
-from . import demo, merge, merge_baseline, preflight, prior, targets
+from . import demo, keep, merge, merge_baseline, preflight, prior, targets
 from .parser import Parser
 
 VERBS = {
     "prior": prior,
+    "keep": keep,
     "targets": targets,
     "merge": merge,
     "merge-baseline": merge_baseline,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)

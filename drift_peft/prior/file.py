@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import download, layer_order, partial_folder, refuse_output, split_revision, write_tensors
+from ..checkpoints import file_sha256, find_file, layer_order, partial_folder, refuse_output, write_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,26 +111,12 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             FileNotFoundError: there is no such path or repository, or no prior in it.
             ValueError: the file is no prior, or a damaged one.
         """
-        path = Path(source)
-        if not path.exists():
-            if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
-                raise FileNotFoundError(f"there is no file {source}")
-            repository, revision = split_revision(str(source), revision)
-            path = download(repository, revision, [FILE_NAME])
-        if path.is_dir():
-            path /= FILE_NAME
-            if not path.is_file():
-                raise FileNotFoundError(f"{source} holds no {FILE_NAME}")
-        return cls(path, str(source))
+        return cls(find_file(source, revision, FILE_NAME), str(source))
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the file, as a hexadecimal string."""
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_sha256(self.path)
 
     @property
     def rank(self) -> int:

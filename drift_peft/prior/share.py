@@ -9,24 +9,24 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download, metadata_load
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
 from ..checkpoints import (
     PROJECTIONS,
     Checkpoint,
     as_peft_reads,
+    find_license,
     language_model_targets,
+    license_name,
     module_kind,
     replaced_when_complete,
+    upload,
     write_tensors,
 )
 from ..warn import warn
 from .combine import formula
 from .file import FILE_NAME, PriorFile
-
-NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
 
 CARD = """\
 ---
@@ -83,24 +83,9 @@ def push(
     revision: str | None,
 ) -> str:
     """`ReasoningPrior.push_to_hub`."""
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, repo_id, token)).encode()}
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=commit_message or "Upload a reasoning prior",
-            revision=revision,
-        )
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{prior.source} could not be uploaded to {repo_id}: {reason}") from error
-    return commit.commit_url
+    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, repo_id, token)).encode()}
+    message = commit_message or "Upload a reasoning prior"
+    return upload(prior.source, repo_id, files, private, token, message, revision)
 
 
 def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None = None) -> ModelCard:
@@ -112,7 +97,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     """
     header = prior.metadata
     origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
-    licences = {key: _license(origin, token) for key, origin in origins.items()}
+    licences = {key: find_license(origin, token) for key, origin in origins.items()}
     models = [id for _, id, _ in origins if re.fullmatch(r"[\w.-]+/[\w.-]+", id) and not Path(id).exists()]
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
@@ -128,7 +113,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         sha256=prior.sha256,
         source=repo_id or FILE_NAME,
         recipe=_recipe(header),
-        licences="\n".join(f"- {role} {id}: {_license_name(found)}" for (role, id, _), found in licences.items()),
+        licences="\n".join(f"- {role} {id}: {license_name(found)}" for (role, id, _), found in licences.items()),
     )
     return ModelCard(content)
 
@@ -140,37 +125,13 @@ def _origins(header: dict) -> list[tuple[str, dict]]:
     return own + adapted + [origin for parent in header.get("parents", ()) for origin in _origins(parent)]
 
 
-def _license(origin: dict, token: str | None) -> dict | None:
-    """What a model's card says of its licence: nothing is {}, and None that the card could not be read."""
-    folder = Path(origin["id"])
-    try:
-        if folder.exists():
-            card = folder / "README.md"
-            found = metadata_load(card) if card.is_file() else None
-        else:
-            found = metadata_load(hf_hub_download(origin["id"], "README.md", revision=origin["revision"], token=token))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
-            return {}
-        reason = str(error).strip().split("\n")[0]
-        warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})")
-        return None
-    return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
-
-
-def _license_name(found: dict | None) -> str:
-    if found is None:
-        return NOT_READ
-    return str(found.get("license_name") or found.get("license") or NOT_STATED)
-
-
 def _common_license(licences: list[dict | None]) -> dict:
     """The card's own licence fields: the parents' where they agree, "other" with all their names where they do not."""
     if not any(licences):
         return {}
     if all(found == licences[0] for found in licences):
         return licences[0]
-    names = (_license_name(found).lower() if found else "unstated" for found in licences)
+    names = (license_name(found).lower() if found else "unstated" for found in licences)
     return {
         "license": "other",
         "license_name": "-and-".join(dict.fromkeys(re.sub(r"[^a-z0-9.]+", "-", n) for n in names)),

@@ -10,17 +10,21 @@ import pytest
 from command import run
 
 import drift_peft.demo
-from drift_peft import build_prior, checkpoints, merge_adapter, merge_baseline
+from drift_peft import build_prior, checkpoints, make_keep_set, merge_adapter, merge_baseline
 from drift_peft.cli import commands, merge, prior_build
 from drift_peft.cli import merge_baseline as baseline_verb
+from drift_peft.cli.keep import VERBS as KEEP
 from drift_peft.cli.prior import VERBS
 from drift_peft.merge import METHODS, ONTO
 from drift_peft.merge import baseline as baselines
 from drift_peft.prior import build as builds
 
 PATHS = [(), ("prior",), *(("prior", verb) for verb in VERBS), *((verb,) for verb in commands.VERBS if verb != "prior")]
+PATHS += [("keep", verb) for verb in KEEP]
 MODULES = {**{("prior", name): verb for name, verb in VERBS.items()}, **{(n,): v for n, v in commands.VERBS.items()}}
+MODULES |= {("keep", name): verb for name, verb in KEEP.items()}
 BUILD = ["prior", "build", "--expert", "x", "--base", "y", "-o", "z"]
+KEEP_MAKE = ["keep", "make", "--base", "x", "--images", "y", "-o", "z"]
 MERGE = ["merge", "--base", "x", "--adapter", "y", "-o", "z"]
 BASELINE = ["merge-baseline", "--method", "ties", "--expert", "x", "--base", "y", "-o", "z"]
 REFUSED = [
@@ -32,6 +36,8 @@ REFUSED = [
     [*BUILD, "--rank", "many"],
     [*BUILD, "--modules", "attention"],
     [*BUILD, "--only-layers", "few"],
+    ["keep"],
+    [*KEEP_MAKE, "--top-k", "many"],
     [*MERGE, "--onto", "dequantised"],
     [*BASELINE, "--density", "few"],
     ["merge-baseline", "--method", "TIES"],
@@ -100,7 +106,13 @@ def test_choices_are_those_of_the_library(capsys):
 
 @pytest.mark.parametrize(
     "function, argv",
-    [(build_prior, BUILD), (merge_adapter, MERGE), (merge_baseline, BASELINE), (drift_peft.demo.run, ["demo"])],
+    [
+        (build_prior, BUILD),
+        (make_keep_set, KEEP_MAKE),
+        (merge_adapter, MERGE),
+        (merge_baseline, BASELINE),
+        (drift_peft.demo.run, ["demo"]),
+    ],
 )
 def test_defaults_are_those_of_the_library(function, argv):
     given = vars(commands.parser().parse_args(argv))

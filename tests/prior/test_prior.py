@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drift_peft import ReasoningPrior
+from drift_peft.checkpoints import sharing
 from drift_peft.prior import PriorVector, PriorWeight
-from drift_peft.prior import file as prior_module
 from drift_peft.prior.file import FILE_NAME, FORMAT, HEADER_KEY, partial_output, write_prior
 
 NAMES = ["layers.2.mlp.up_proj.weight", "layers.10.self_attn.q_proj.weight"]
@@ -87,7 +87,7 @@ def test_folder_and_hub_repository(tmp_path, monkeypatch):
     write(tmp_path / FILE_NAME)
     assert len(ReasoningPrior.load(tmp_path)) == 3
     asked = []
-    monkeypatch.setattr(prior_module, "download", lambda *call: asked.append(call) or tmp_path)
+    monkeypatch.setattr(sharing, "download", lambda *call: asked.append(call) or tmp_path)
     assert ReasoningPrior.load("some/prior@v1").source == "some/prior@v1"
     assert ReasoningPrior.load("some/prior", revision="v2").sha256
     assert asked == [("some/prior", "v1", [FILE_NAME]), ("some/prior", "v2", [FILE_NAME])]

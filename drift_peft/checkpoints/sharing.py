@@ -1,0 +1,101 @@
+"""A file of ours that others have or will have: found by path or hub id, hashed, uploaded with its card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+from ..warn import warn
+from .hub import download, split_revision
+
+NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
+
+
+def find_file(source: str | Path, revision: str | None, name: str) -> Path:
+    """Where the file is: `source` itself, or what is called `name` in the folder or hub repository `source`.
+
+    Raises:
+        FileNotFoundError: there is no such path or repository, or no such file in it.
+    """
+    path = Path(source)
+    if not path.exists():
+        if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
+            raise FileNotFoundError(f"there is no file {source}")
+        repository, revision = split_revision(str(source), revision)
+        path = download(repository, revision, [name])
+    if path.is_dir():
+        path /= name
+        if not path.is_file():
+            raise FileNotFoundError(f"{source} holds no {name}")
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, as a hexadecimal string."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def upload(
+    source: str,
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    private: bool | None,
+    token: str | None,
+    commit_message: str,
+    revision: str | None,
+) -> str:
+    """Upload files, name -> path or content, to a hub repository, made if need be. Returns the commit's URL.
+
+    Args:
+        source: what an error calls the files.
+
+    Raises:
+        ValueError: `repo_id` is no hub id.
+        OSError: the hub does not take it: no network, no token, no permission.
+    """
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"{source} could not be uploaded to {repo_id}: {reason}") from error
+
+
+def find_license(origin: dict, token: str | None) -> dict | None:
+    """What the card of a model (its `id` and `revision`) says of its licence: nothing is {}, and None that the card
+    could not be read."""
+    folder = Path(origin["id"])
+    try:
+        if folder.exists():
+            card = folder / "README.md"
+            found = metadata_load(card) if card.is_file() else None
+        else:
+            found = metadata_load(hf_hub_download(origin["id"], "README.md", revision=origin["revision"], token=token))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
+            return {}
+        reason = str(error).strip().split("\n")[0]
+        warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})")
+        return None
+    return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
+
+
+def license_name(found: dict | None) -> str:
+    """What `find_license` found, in words."""
+    if found is None:
+        return NOT_READ
+    return str(found.get("license_name") or found.get("license") or NOT_STATED)

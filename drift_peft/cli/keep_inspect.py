@@ -1,0 +1,29 @@
+"""drift-peft keep inspect: what a keep set holds."""
+
+from __future__ import annotations
+
+from .parser import Parser
+
+HELP = "what a keep set holds"
+DESCRIPTION = "Show what a VLM was asked, how long its answers are and how sure it was."
+EXAMPLE = "drift-peft keep inspect keep.safetensors --html keep.html"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
+    add("--html", metavar="PAGE", help="also write a contact sheet: one page with pictures, questions and answers")
+    add("--overwrite", action="store_true", help="replace an existing page")
+    add("--json", dest="as_json", action="store_true", help="print as JSON")
+
+
+def run(keep_set: str, html: str | None, overwrite: bool, as_json: bool) -> None:
+    from ..keeping import KeepSet, keep_summary, keep_table, write_page
+    from .show import show
+
+    inspected = KeepSet.load(keep_set)
+    if html is not None:
+        write_page(inspected, html, overwrite)
+    summary = keep_summary(inspected)
+    show(summary, as_json, keep_table(summary))

@@ -1,0 +1,46 @@
+"""drift-peft keep make: a VLM and unlabelled images -> keep set."""
+
+from __future__ import annotations
+
+import os
+
+from .parser import Parser
+
+HELP = "a VLM and unlabelled images -> keep set"
+DESCRIPTION = "Have a VLM answer questions about images that nobody has labelled, and keep what it says."
+EXAMPLE = r"""drift-peft keep make --base Qwen/Qwen2.5-VL-7B-Instruct --images pictures/ \
+  -o keep.safetensors --load-in-4bit"""
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--base", required=True, help="vision-language model: folder, hub id or id@revision")
+    add("--images", required=True, help="folder of pictures, hub data set, or training data (.jsonl, .json, .parquet)")
+    add("-o", "--output", required=True, help="file to write, such as keep.safetensors")
+    add(
+        "--questions",
+        metavar="FILE",
+        help="your own questions, a kind, a tab and a question a line (default: built in)",
+    )
+    add("--samples", type=int, default=300, metavar="N", help="how many answers (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="an answer is cut there (default: %(default)s)")
+    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
+    add("--load-in-4bit", action="store_true", help="load the model in NF4")
+    add("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
+    add("--server", metavar="URL", help="ask there, such as http://localhost:8000/v1 of vLLM; it must know --base")
+    add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
+    add("--overwrite", action="store_true", help="replace an existing output, or an interrupted run of other settings")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(base: str, api_key_env: str | None, as_json: bool, **settings) -> None:
+    if api_key_env and not os.environ.get(api_key_env):
+        raise ValueError(f"--api-key-env {api_key_env}: there is no such environment variable, or it is empty")
+    api_key = os.environ[api_key_env] if api_key_env else None
+    from ..keeping import keep_summary, keep_table, make_keep_set
+    from .show import show
+
+    summary = keep_summary(make_keep_set(base, api_key=api_key, **settings))
+    show(summary, as_json, keep_table(summary))

@@ -1,0 +1,175 @@
+"""A VLM and unlabelled images -> keep set, resumable.
+
+Everything that cannot be right is refused before the weights are loaded. Each batch of answers goes to disk at once, so
+that an interrupted run loses one batch at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..checkpoints import UNFINISHED, refuse_output, resumable_folder, write_tensors
+from .file import FILE_NAME, FORMAT, KeepSet, decode_image, vocabulary_rows, write_keep_set
+from .pictures import read_pictures
+from .questions import read_questions
+from .server import Server
+from .vlm import Vlm
+
+FINISHED = "answers"  # metadata key of a batch that is done: how many answers it holds
+
+
+def make_keep_set(
+    model_or_id: nn.Module | str | Path,
+    images: Any,
+    output: str | Path,
+    questions: str | Path | Sequence[tuple[str, str]] | None = None,
+    samples: int = 300,
+    max_new_tokens: int = 64,
+    top_k: int = 32,
+    load_in_4bit: bool = False,
+    batch_size: int = 8,
+    seed: int = 0,
+    processor: Any = None,
+    server: str | None = None,
+    api_key: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> KeepSet:
+    """Have a VLM answer questions about images that nobody has labelled, and write what it says as a keep set.
+
+    Each answer takes the likeliest token each time, and keeps the `top_k` largest log probabilities of each of its
+    tokens. Images are drawn at random and take turns with the questions; where there are fewer images than samples, an
+    image gets several questions. The file holds the images as their files are.
+
+    A run that was interrupted or killed leaves `<output>.partial/`. The same call goes on from there and ends in the
+    same bytes as an uninterrupted one; a call with other settings is refused until that folder is gone.
+
+    Args:
+        model_or_id: the VLM: folder, hub id or `id@revision`, or a model in memory, with its processor.
+        images: folder of pictures, data set (hub id or `id@revision`; .json, .jsonl or .parquet, such as the training
+            data), `datasets.Dataset`, or sequence of paths or PIL images.
+        output: file to write, such as keep.safetensors.
+        questions: file of questions, or pairs of kind and question, instead of the built-in ones (`read_questions`).
+        samples: how many answers.
+        max_new_tokens: an answer is cut there.
+        top_k: how many log probabilities of each answer token.
+        load_in_4bit: load the VLM in NF4.
+        batch_size: questions at a time.
+        seed: of the choice of images.
+        processor: of the VLM, if not the one that lies with it.
+        server: address of a server that has the VLM and speaks OpenAI's protocol with log probabilities, such as
+            http://localhost:8000/v1 of vLLM. It is asked instead of loading the weights; `model_or_id` is then the id
+            by which it knows the VLM, whose config and processor are read here.
+        api_key: for the server's header Authorization; stored nowhere.
+        overwrite: replace an existing output, and throw away what an interrupted run with other settings has left.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: an argument is out of range; the model has no processor with a chat template; there are no images,
+            or not enough for so many samples; a question or an image cannot be read; the GPU has no room; the server
+            refuses, gives no log probabilities, or names what is no token of the VLM.
+        OSError: the model or the images are not found, the output exists or cannot be written, or holds another run's
+            work; the server does not answer.
+        ImportError: pillow is missing, or datasets where a data set is read.
+    """
+    numbers = {"samples": samples, "max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    output = Path(output)
+    refuse_output(output, overwrite, example=FILE_NAME)
+    asked = (
+        questions if isinstance(questions, Sequence) and not isinstance(questions, str) else read_questions(questions)
+    )
+    if server is not None and (isinstance(model_or_id, nn.Module) or load_in_4bit):
+        raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
+    vlm = Vlm(model_or_id, processor, load_in_4bit)
+    if top_k > (rows := vocabulary_rows(vlm.config)):
+        raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+    vlm_or_server = vlm
+    if server is not None:
+        vlm_or_server = Server(server, vlm.origin["id"], vlm.processor.tokenizer, rows, vlm.places, api_key)
+    pictures = read_pictures(images, samples, seed)
+    pairs = _pairs(len(pictures), len(asked), samples)
+
+    generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
+    facts = {**vlm.facts, "format": FORMAT, "k": top_k, "seed": seed, "generation": generation}
+    facts["questions"] = [[kind, question] for kind, question in asked]
+    machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
+    with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
+        starts = range(0, samples, batch_size)
+        files = [folder / f"{start:08d}.safetensors" for start in starts]
+        missing = [start for start, file in zip(starts, files, strict=True) if not _is_finished(file)]
+        done = samples - sum(len(pairs[start : start + batch_size]) for start in missing)
+        with tqdm(desc="keep set", total=samples, initial=done, unit="answer", disable=not progress) as bar:
+            for start in missing:
+                batch = pairs[start : start + batch_size]
+                answers = vlm_or_server.answer(
+                    [decode_image(pictures[image]) for image, _ in batch],
+                    [asked[question][1] for _, question in batch],
+                    max_new_tokens,
+                    top_k,
+                )
+                _keep(folder / f"{start:08d}.safetensors", answers)
+                bar.update(len(batch))
+        answers = [answer for file in files for answer in _split(load_file(file))]
+        decode = vlm.processor.tokenizer.decode
+        facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
+        write_keep_set(folder, output, pictures, pairs, answers, facts)
+    return KeepSet.load(output)
+
+
+def _pairs(images: int, questions: int, samples: int) -> list[tuple[int, int]]:
+    """(image, question) of each sample: no image is asked the same twice, and no question is left behind."""
+    if samples > images * questions:
+        raise ValueError(
+            f"samples={samples} is too many for {images} images with {questions} questions each: give more of them, or "
+            f"pass samples={images * questions} (--samples)"
+        )
+    rounds = (divmod(i, images) for i in range(samples))
+    return [(image, (image + i) % questions) for i, image in rounds]
+
+
+def _hash(pictures: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(hashlib.sha256(picture).digest())
+    return digest.hexdigest()
+
+
+def _keep(file: Path, answers: Sequence[dict[str, Tensor]]) -> None:
+    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
+    tensors = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+    tensors["lengths"] = torch.tensor([len(answer["tokens"]) for answer in answers])
+    write_tensors(unfinished, tensors, {FINISHED: json.dumps(len(answers))})
+    os.replace(unfinished, file)
+
+
+def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The answers of a batch, as `_keep` was given them."""
+    lengths = tensors.pop("lengths").tolist()
+    parts = {name: tensor.split(lengths) for name, tensor in tensors.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(lengths))]
+
+
+def _is_finished(file: Path) -> bool:
+    """Whether a batch is done, and its file has survived a crash of the machine."""
+    try:
+        with safe_open(file, framework="pt") as batch:
+            return FINISHED in (batch.metadata() or {})
+    except (SafetensorError, OSError):
+        return False

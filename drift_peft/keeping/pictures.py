@@ -1,0 +1,197 @@
+"""The images that are asked about: of a folder, of a data set, of training data, or given one by one.
+
+A data set's rows have `images` or `image`, or messages with parts of the type image; other columns do not matter. An
+image is a path, the bytes of a file, a data: address, {"path", "bytes"}, or a picture of PIL.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import split_revision
+from .file import decode_image, upright
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+JSON, PARQUET = (".json", ".jsonl"), ".parquet"
+BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
+MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
+
+
+def read_pictures(source: Any, count: int, seed: int) -> list[bytes]:
+    """Files of at most `count` different images, drawn from the source; each can be decoded.
+
+    Args:
+        source: a folder of pictures, a .json, .jsonl or .parquet file or a folder of such, a hub data set (`id` or
+            `id@revision`), a `datasets.Dataset`, or a sequence of paths or PIL images.
+
+    Raises:
+        FileNotFoundError: there is no such source, or an image that it names is missing.
+        ValueError: there are no images in it, or one cannot be read.
+        ImportError: the source needs the package datasets, which is missing.
+    """
+    found: dict[bytes, None] = {}
+    for value, folder, name in _drawn(source, seed):
+        content = _content(value, folder, name)
+        if content in found:
+            continue
+        try:
+            decode_image(content)
+        except ImportError:
+            raise
+        except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} is a broken image or none: take it out ({reason})") from error
+        found[content] = None
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(f"there are no images in {source if isinstance(source, (str, Path)) else 'what was given'}")
+    return [*found]
+
+
+def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
+    """(image, where relative paths start, what an error calls it) in random order."""
+    if not isinstance(source, (str, Path)):
+        if hasattr(source, "features"):  # of datasets
+            yield from _rows(source, seed, "the data set")
+        else:
+            yield from _shuffled([(image, None, f"image {i}") for i, image in enumerate(source)], seed)
+        return
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in (*JSON, PARQUET):
+            raise FileNotFoundError(f"there is no file {source}")
+        yield from _rows(_loaded(str(source)), seed, str(source))
+        return
+    if path.is_dir():
+        inside = sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
+        pictures = [file for file in inside if file.suffix.lower() in PICTURES]
+        if pictures:
+            yield from _shuffled([(str(file), None, str(file)) for file in pictures], seed)
+            return
+        files = [file for file in inside if file.suffix in (*JSON, PARQUET)]
+        if not files:
+            raise ValueError(f"there are no images in {source}: it has no file of the kinds {', '.join(PICTURES)}")
+    else:
+        files = [path]
+    if wrong := [file for file in files if file.suffix not in (*JSON, PARQUET)]:
+        kinds = ", ".join((*JSON, PARQUET))
+        raise ValueError(f"{wrong[0]} is no data set: name a folder of pictures, or a file of the kinds {kinds}")
+    if parquet := [str(file) for file in files if file.suffix == PARQUET]:
+        folder = path if path.is_dir() else path.parent
+        yield from _rows(_loaded("parquet", data_files=parquet), seed, str(source), folder)
+        return
+    values = [
+        (image, file.parent, f"an image of {name}")
+        for file in files
+        for name, row in _json_rows(file)
+        for image in _images(row)
+    ]
+    yield from _shuffled(values, seed)
+
+
+def _shuffled(values: list, seed: int) -> list:
+    random.Random(seed).shuffle(values)
+    return values
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """(what an error calls it, row) of a file of JSON, a list or one row a line. The reader of datasets refuses columns
+    of mixed types, such as contents that are a text in one row and a list in another."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        lines = filter(str.strip, text.splitlines())
+        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
+        yield from ((f"row {number} of {file}", row) for number, row in enumerate(rows, 1))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
+
+
+def _loaded(name: str, **files) -> Any:
+    """The split train of a data set, or its first one, as a stream."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    repository, revision = split_revision(name)
+    with _explained(name):
+        splits = datasets.load_dataset(repository, revision=revision, streaming=True, **files)
+    return splits["train"] if "train" in splits else next(iter(splits.values()))
+
+
+def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Iterator[tuple[Any, Path | None, str]]:
+    """The images in the rows of datasets, drawn as its own shuffle draws them, undecoded."""
+    with _explained(name):
+        if hasattr(dataset, "to_iterable_dataset"):  # one with a length, which is shuffled as a whole
+            dataset = dataset.shuffle(seed=seed).to_iterable_dataset()
+        else:
+            dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER)
+        rows = iter(dataset.decode(False))
+    while True:
+        with _explained(name):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield from ((image, folder, f"an image of {name}") for image in _images(row))
+
+
+def _images(row: Any) -> list:
+    """The images of a row of a data set, as they are given there."""
+    if not isinstance(row, dict):
+        return []
+    for key in ("images", "image"):
+        if row.get(key):
+            return list(row[key]) if isinstance(row[key], (list, tuple)) else [row[key]]
+    turns = next((row[key] for key in ("messages", "conversations") if row.get(key)), [])
+    contents = (turn.get("content") for turn in turns if isinstance(turn, dict))
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    given = (
+        next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
+    )
+    return [image["url"] if isinstance(image, dict) and "url" in image else image for image in given if image]
+
+
+def _content(image: Any, folder: Path | None, name: str) -> bytes:
+    """The file of an image."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if hasattr(image, "save"):  # of PIL
+        file = io.BytesIO()
+        upright(image).save(file, "PNG")
+        return file.getvalue()
+    if not isinstance(image, (str, Path)):
+        raise ValueError(f"{name} is {str(image)[:40]!r}: give a path, the bytes of a file, or a picture of PIL")
+    if str(image).startswith("data:"):
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(str(image).partition(";base64,")[2], validate=True)
+        raise ValueError(f"{name} is a data: address that is not base64")
+    if str(image).startswith(("http://", "https://")):
+        raise ValueError(f"{name} is the web address {image}: download it, and name the file")
+    if "://" in str(image):  # in a repository of the hub, or in an archive there
+        import fsspec
+
+        with _explained(str(image)), fsspec.open(str(image), "rb") as file:
+            return file.read()
+    path = Path(folder or ".", image)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image {path}, which is {name}")
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """What datasets, pyarrow, the hub's client and the file system raise, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{source} cannot be read as a data set: {reason[0]}") from error

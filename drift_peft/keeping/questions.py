@@ -1,0 +1,43 @@
+"""What is asked: the built-in questions in questions.txt, or a file of the user's own in the same form."""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+from pathlib import Path
+
+BUILT_IN = Path(__file__).with_name("questions.txt")
+
+
+def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
+    """(kind, question) of each line `kind<TAB>question`, so ordered that the kinds take turns.
+
+    Args:
+        path: file of questions; without it the built-in ones. Empty lines and those that begin with # are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has no tab, is half empty or is there twice; there is no question; the file is no UTF-8 text.
+    """
+    path = BUILT_IN if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of questions {path}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the questions in {path} are no UTF-8 text: save the file as such") from error
+    found: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        kind, _, question = (part.strip() for part in line.partition("\t"))
+        if not kind or not question:
+            raise ValueError(f"line {number} of {path} is no question: write its kind, a tab, and the question")
+        if (kind, question) in found:
+            raise ValueError(f"line {number} of {path} is the same question as line {found[kind, question]}")
+        found[kind, question] = number
+    if not found:
+        raise ValueError(f"{path} holds no question: write one a line, its kind, a tab, and the question")
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for kind, question in found:
+        kinds.setdefault(kind, []).append((kind, question))
+    return [question for question in chain.from_iterable(zip_longest(*kinds.values())) if question]

@@ -1,0 +1,185 @@
+"""The VLM that answers behind a server of OpenAI's protocol, such as vLLM: words and log probabilities back to tokens.
+
+A server names tokens by their text, which may stand for several of them. vLLM names them by number when it is asked to,
+as does llama.cpp; from other servers a token is taken if its text or bytes are those of one token alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TRIES, TIMEOUT = 5, 600.0  # seconds
+NUMBER = re.compile(r"token_id:(\d+)")
+TORN = "\ufffd"  # what a server writes for bytes that are no text on their own
+
+
+class Server:
+    """Asks a server, several questions at a time.
+
+    Args:
+        url: such as http://localhost:8000/v1.
+        model: what the server calls the VLM.
+        tokenizer: of the VLM.
+        vocabulary: how many tokens the VLM has.
+        places: tokens that no answer can hold.
+        api_key: for the header Authorization; stored nowhere.
+
+    Raises:
+        ValueError: the address is none.
+    """
+
+    def __init__(
+        self, url: str, model: str, tokenizer: Any, vocabulary: int, places: Sequence[int], api_key: str | None = None
+    ):
+        import httpx2  # as huggingface_hub does
+
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
+            raise ValueError(f"server {url} is no address such as http://localhost:8000/v1, without a password")
+        self.url = url.rstrip("/") + ("" if parts.path.rstrip("/") else "/v1") + "/chat/completions"
+        self.model, self.tokenizer, self.vocabulary, self.places = model, tokenizer, vocabulary, {*places}
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
+        self._broken = httpx2.TransportError
+
+    def answer(
+        self, images: Sequence[Image], questions: Sequence[str], max_new_tokens: int, k: int
+    ) -> list[dict[str, Tensor]]:
+        """As `Vlm.answer`.
+
+        Raises:
+            ConnectionError: the server cannot be reached, or fails again and again.
+            ValueError: it refuses the question, gives no log probabilities or too few, or names what is no token.
+        """
+        with ThreadPoolExecutor(len(images)) as pool:
+            return [*pool.map(lambda image, question: self._ask(image, question, max_new_tokens, k), images, questions)]
+
+    def _ask(self, image: Image, question: str, max_new_tokens: int, k: int) -> dict[str, Tensor]:
+        parts = [{"type": "image_url", "image_url": {"url": _data_address(image)}}, {"type": "text", "text": question}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": parts}],
+            "temperature": 0.0,
+            "max_tokens": max_new_tokens,
+            "logprobs": True,
+            "top_logprobs": k,
+            "repetition_penalty": 1.0,  # else vLLM takes that of the model's generation_config.json
+            "return_tokens_as_token_ids": True,
+        }
+        return self._read(self._post(body, k), k)
+
+    def _post(self, body: dict, k: int) -> dict:
+        """The first choice of the answer, asked for again where the server fails."""
+        for wait in (*(2.0**i / 2 for i in range(TRIES - 1)), None):
+            try:
+                response = self._client.post(self.url, json=body)
+            except self._broken as error:  # timeouts, refused and broken connections
+                trouble = f"{type(error).__name__} ({error})"
+            else:
+                if response.is_success:
+                    try:
+                        return json.loads(response.content)["choices"][0]
+                    except (ValueError, KeyError, IndexError, TypeError) as error:
+                        trouble = f"an answer that is no completion ({type(error).__name__})"
+                else:
+                    trouble = f"status {response.status_code} ({' '.join(response.text.split())[:200]})"
+                    if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
+                        raise ValueError(
+                            f"the server {self.url} refuses the question: {trouble}; vLLM allows top_k={k} (--top-k) "
+                            f"when it is started with --max-logprobs {k}"
+                        )
+            if wait is not None:
+                time.sleep(wait)
+        raise ConnectionError(f"the server {self.url} does not answer: {trouble}")
+
+    def _read(self, choice: dict, k: int) -> dict[str, Tensor]:
+        said = (choice.get("logprobs") or {}).get("content")
+        if not said or not all(entry.get("top_logprobs") for entry in said):
+            raise ValueError(f"the server {self.url} gives no log probabilities: take one that does, such as vLLM")
+        tokens, top_tokens, top_logprobs = [], [], []
+        for entry in said:
+            tokens.append(self._token(entry))
+            found = {self._token(other): float(other["logprob"]) for other in entry["top_logprobs"]}
+            best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:k]
+            if len(best) < k:
+                raise ValueError(
+                    f"the server {self.url} gives {len(best)} log probabilities of a token, not {k}: pass "
+                    f"top_k={len(best)} (--top-k)"
+                )
+            top_tokens.append([token for token, _ in best])
+            top_logprobs.append([logprob for _, logprob in best])
+        if places := self.places & {*tokens}:
+            raise ValueError(f"the server {self.url} answers with token {min(places)}, which stands for an image")
+        return {
+            "tokens": torch.tensor(tokens),
+            "top_tokens": torch.tensor(top_tokens),
+            "top_logprobs": torch.tensor(top_logprobs),
+        }
+
+    def _token(self, entry: dict) -> int:
+        """The number of a token. ValueError if it is not that of one token alone."""
+        text = entry["token"]
+        number = NUMBER.fullmatch(text)
+        numbers = {int(number[1])} if number else {entry["id"]} if isinstance(entry.get("id"), int) else None
+        if numbers is None:
+            spelled = bytes(entry["bytes"]) if entry.get("bytes") else text.encode()
+            torn = TORN in text and spelled == text.encode()
+            numbers = set() if torn else self._by_text[text] | self._by_text[spelled]
+        if len(numbers) != 1 or not 0 <= min(numbers) < self.vocabulary:
+            raise ValueError(
+                f"the server {self.url} says {text!r}, which is not one token of {self.model}'s tokenizer but "
+                f"{len(numbers) or 'none'}: take a server that numbers its tokens, such as vLLM"
+            )
+        return min(numbers)
+
+    @cached_property
+    def _by_text(self) -> dict[str | bytes, set[int]]:
+        """How a server may write a token -> those that are written so: as text, or as the bytes that it stands for."""
+        numbers: dict[str | bytes, set[int]] = defaultdict(set)
+        vocabulary = self.tokenizer.get_vocab()
+        spell = _speller(vocabulary)
+        for token, number in vocabulary.items():
+            text = self.tokenizer.decode([number])
+            for form in (token, text, spell(token), text.encode()):
+                if form and not (isinstance(form, str) and TORN in form):
+                    numbers[form].add(number)
+        return numbers
+
+
+def _speller(vocabulary: dict[str, int]) -> Callable[[str], bytes]:
+    """What makes the bytes of a token: of byte-level vocabularies, where a letter is a byte, or of SentencePiece's."""
+    if any(token.startswith("Ġ") for token in vocabulary):
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in shown]
+        letters = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+        return lambda token: (
+            bytes(letters[letter] for letter in token) if {*token} <= letters.keys() else token.encode()
+        )
+
+    def spell(token: str) -> bytes:
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
+
+    return spell
+
+
+def _data_address(image: Image) -> str:
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

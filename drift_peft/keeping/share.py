@@ -1,0 +1,71 @@
+"""The card of a keep set, for its hub repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints import find_license, license_name
+
+CARD = """\
+---
+{data}
+---
+
+# Keep set of {vlm}
+
+{samples} answers that {vlm} gave itself, greedily, to questions about unlabelled images ({images} of them), and for
+each answer token its {k} largest log probabilities. Training that stays near them keeps what {vlm} can do. Made with
+[drift_peft](https://arxiv.org/abs/2510.15050).
+
+| kind of question | samples |
+|---|---|
+{table}
+
+SHA-256 of the file: `{sha256}`.
+
+## Use
+
+```python
+from drift_peft import KeepSet
+
+keep_set = KeepSet.load("{source}")
+keep_set[0]  # image, question, answer, tokens and their log probabilities
+```
+
+## Licences
+
+The file holds the images as their files were. Whoever made it can say where they are from; this card cannot.
+The answers are those of {vlm}, whose card gives this licence: {license}
+"""
+
+
+def model_card(
+    header: dict, source: str, sha256: str, kinds: dict[str, int], images: int, token: str | None
+) -> ModelCard:
+    """What a keep set is, how to use it, and the licence of the VLM, as its own card gives it.
+
+    Args:
+        header: of the file.
+        source: what to load it by.
+        kinds: kind of question -> samples.
+        images: how many there are.
+        token: for the card of a private or gated model.
+    """
+    vlm = header["vlm"]["id"]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", vlm) and not Path(vlm).exists()
+    data = ModelCardData(base_model=vlm if on_hub else None, tags=["drift-peft", "peft"])
+    content = CARD.format(
+        data=data.to_yaml(),
+        vlm=vlm,
+        samples=sum(kinds.values()),
+        images=images,
+        k=header["k"],
+        table="\n".join(f"| {kind} | {number} |" for kind, number in kinds.items()),
+        sha256=sha256,
+        source=source,
+        license=license_name(find_license(header["vlm"], token)),
+    )
+    return ModelCard(content)

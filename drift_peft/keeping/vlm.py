@@ -1,0 +1,204 @@
+"""The VLM that answers in this process: known before its weights are loaded, then asked in batches."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import Checkpoint
+from .answers import answer_logits, answered, prompts
+from .file import tokenizer_identity, vocabulary_rows
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Tokens that stand for an image's place, by the names that configs give them.
+PLACES = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa)_?.*token_(id|index)|media_placeholder_token_id")
+
+
+class Vlm:
+    """A VLM by its folder or hub id, or as it is in memory.
+
+    Attributes:
+        origin: its id and revision.
+        config: of transformers.
+        processor: what makes its inputs.
+        identity: what tells it from others, as JSON holds it.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: there is no such model.
+        ValueError: it is no model, or has no processor with a chat template; or a model in memory came without one.
+    """
+
+    def __init__(self, model_or_id: nn.Module | str | Path, processor: Any = None, load_in_4bit: bool = False):
+        self.load_in_4bit = load_in_4bit
+        if isinstance(model_or_id, nn.Module):
+            if load_in_4bit:
+                raise ValueError("load_in_4bit goes with a model's id: this one is in memory already")
+            if processor is None:
+                raise ValueError("give the processor of the model that is in memory: processor=")
+            self._checkpoint, self._given = None, model_or_id
+            self.config = model_or_id.config
+            self.origin = {"id": getattr(self.config, "name_or_path", "") or type(model_or_id).__name__}
+            self.origin["revision"] = None
+            self.identity = _fingerprint(model_or_id)
+        else:
+            self._checkpoint, self._given = Checkpoint(model_or_id, dequantize=True), None
+            self.config, self.origin = self._checkpoint.config, self._checkpoint.origin
+            self.identity = self._checkpoint.identity
+        self.processor = self._load_processor() if processor is None else processor
+        self._check_processor()
+
+    @property
+    def facts(self) -> dict:
+        """What a keep set's header says of the VLM."""
+        return {
+            "vlm": self.origin,
+            "model_type": self.config.model_type,
+            "vocabulary": vocabulary_rows(self.config),
+            "tokenizer": tokenizer_identity(self.processor),
+            "processor": type(self.processor).__name__,
+        }
+
+    @property
+    def places(self) -> list[int]:
+        """Tokens that stand for an image's place in the input, which no answer can hold."""
+        found = {value for key, value in self.config.to_dict().items() if PLACES.fullmatch(key)}
+        return sorted(value for value in found if isinstance(value, int))
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """With its weights, on the GPU if there is one."""
+        if self._given is not None:
+            return self._given
+        from transformers import BitsAndBytesConfig
+
+        options = {"revision": self.origin["revision"], "dtype": "auto", "trust_remote_code": False}
+        if torch.cuda.is_available():
+            options["device_map"] = "auto"
+        if self.load_in_4bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        return self._checkpoint.auto_class.from_pretrained(self.origin["id"], **options).eval()
+
+    @torch.no_grad()
+    def answer(
+        self, images: Sequence[Image], questions: Sequence[str], max_new_tokens: int, k: int
+    ) -> list[dict[str, Tensor]]:
+        """The greedy answer to each question about its image: `tokens` [T], `top_tokens` and `top_logprobs` [T, k].
+
+        Generated in one batch, and scored by one pass over questions and answers, as training sees them.
+
+        Raises:
+            ValueError: there is no room for the batch on the GPU, or the model gives NaN.
+        """
+        try:
+            with _evaluated(self.model):
+                return self._answer(images, questions, max_new_tokens, k)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the GPU has no room for {len(images)} questions at a time: pass a smaller batch_size (--batch-size), "
+                "or load_in_4bit=True (--load-in-4bit)"
+            ) from error
+
+    def _answer(self, images, questions, max_new_tokens: int, k: int) -> list[dict[str, Tensor]]:
+        inputs = self._placed(prompts(self.processor, images, questions))
+        answers = self._generate(inputs, max_new_tokens)
+        whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
+        logits = answer_logits(self.model, whole, said.shape[1])
+        scored = []
+        for tokens, row, places in zip(answers, logits, said, strict=True):
+            top = torch.log_softmax(row[places.to(row.device)].float(), -1).topk(k)
+            if not top.values.isfinite().all():
+                raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
+            scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})
+        return [{name: tensor.cpu() for name, tensor in answer.items()} for answer in scored]
+
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[Tensor]:
+        """The likeliest token each time, whatever the model's own settings say of sampling and repetition."""
+        from transformers import GenerationConfig
+
+        model = getattr(self.model, "get_base_model", lambda: self.model)()  # inside PEFT's wrapper, adapted as it is
+        tokenizer, own = self.processor.tokenizer, model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            bos_token_id=own.bos_token_id,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=self.places or None,
+        )
+        model.generation_config = greedy  # what generate() is given, it fills up from here
+        try:
+            generated = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        finally:
+            model.generation_config = own
+        ends = torch.tensor([] if ends is None else ends).to(generated).flatten()
+        ended = torch.isin(generated, ends)
+        # Up to the first token that ends it, and with that one.
+        return [
+            row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)
+        ]
+
+    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the model's device, images in its dtype."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+            for name, value in inputs.items()
+        }
+
+    def _load_processor(self) -> Any:
+        from transformers import AutoProcessor
+
+        id, revision = self.origin["id"], self.origin["revision"]
+        try:
+            return AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False)
+        except Exception as error:  # each class has its own way to say that its files are not there
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error
+
+    def _check_processor(self) -> None:
+        kind = type(self.processor).__name__
+        if getattr(self.processor, "image_processor", None) is None or not hasattr(self.processor, "tokenizer"):
+            raise ValueError(f"{self.origin['id']} has no processor of images but a {kind}: give a VLM")
+        if getattr(self.processor, "chat_template", None) is None:
+            raise ValueError(
+                f"{self.origin['id']} has no chat template, which says where an answer begins: give an instruct model"
+            )
+        if self.processor.tokenizer.pad_token_id is None:
+            raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes and first numbers of a model's weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {first}".encode())
+    return digest.hexdigest()

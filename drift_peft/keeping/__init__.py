@@ -11,12 +11,38 @@ server     the VLM that answers behind a server of OpenAI's protocol
 make       a VLM and unlabelled images -> keep set, resumable
 summary    a keep set in numbers and as tables
 page       its contact sheet; page.html is the template
+measure    how far a model has gone from each answer
+steps      what a hook of torch.optim has to know
+train      what keeps a model near the answers while it trains
+trainer    the same in Trainer's logs
+keep       keep: all of this, in any loop
 """
 
 from .answers import Sample
 from .file import KeepSet
+from .keep import keep
 from .make import make_keep_set
+from .measure import Distance, measure, summarize
 from .page import write_page
+from .steps import enclosing_steps, once_gradients_are_there, trained_by
 from .summary import keep_summary, keep_table
+from .train import keeping_of
+from .trainer import give_to_trainers
 
-__all__ = ["KeepSet", "Sample", "keep_summary", "keep_table", "make_keep_set", "write_page"]
+__all__ = [
+    "Distance",
+    "KeepSet",
+    "Sample",
+    "enclosing_steps",
+    "give_to_trainers",
+    "keep",
+    "keep_summary",
+    "keep_table",
+    "keeping_of",
+    "make_keep_set",
+    "measure",
+    "once_gradients_are_there",
+    "summarize",
+    "trained_by",
+    "write_page",
+]

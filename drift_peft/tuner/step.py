@@ -7,7 +7,6 @@ after it. Where DeepSpeed's engine trains copies of the parameters, the same hap
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..keeping import enclosing_steps, once_gradients_are_there, trained_by  # whose hook then acts before this one
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
 from .plan import Plan
@@ -24,16 +24,6 @@ from .steered import STEERED
 
 # What an optimizer, or DeepSpeed's engine, guides; see plan.py.
 _PLANS: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
-
-
-def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
-    """id(parameter) -> its group, for the parameters with a gradient. Those of an enclosing step are left to it."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    for outer in enclosing:
-        for group in outer.param_groups:
-            for p in group["params"]:
-                groups.pop(id(p), None)
-    return groups
 
 
 def _plan(optimizer: Any, groups: dict[int, dict], storage: Storage = TORCH) -> Plan:
@@ -52,21 +42,6 @@ def _refuse_unreached() -> None:
             "DeepSpeed ZeRO trains copies of the parameters, and guidance does not reach them in this version of "
             "DeepSpeed: use 0.19, or train with DDP."
         )
-
-
-def _enclosing_steps() -> list[torch.optim.Optimizer]:
-    """The optimizers in whose `step()` the hook's caller, torch's wrapper of `step()`, was called.
-
-    Optimizers that call `super().step()` or wrap another optimizer fire the hook again in the middle of one step. The
-    call stack says so without a flag that an exception within a step would leave behind.
-    """
-    wrapper = sys._getframe(2)
-    frame, optimizers = wrapper.f_back, []
-    while frame is not None:
-        if frame.f_code is wrapper.f_code:
-            optimizers.append(frame.f_locals["args"][0])
-        frame = frame.f_back
-    return optimizers
 
 
 def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_scale: Tensor | float | None) -> None:
@@ -102,35 +77,23 @@ def _finish(plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if not STEERED:
         return None
-    enclosing = _enclosing_steps()
+    enclosing = enclosing_steps()
     # A fused optimizer unscales within its kernel: its gradients still carry the GradScaler's factor here.
     loss_scale = getattr(optimizer, "grad_scale", None)
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
 
     def guide() -> None:
         _refuse_unreached()
-        groups = _trained_by(optimizer, enclosing)
+        groups = trained_by(optimizer, enclosing)
         if groups:  # none are left to a step within a step
             _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
 
-    if closure is None:
-        guide()
-        return None
-
-    def guided_closure():  # the gradients of this step come into being only when the optimizer calls it
-        loss = closure()
-        guide()
-        return loss
-
-    if len(args) > 1:
-        return (args[0], guided_closure, *args[2:]), kwargs
-    return args, {**kwargs, "closure": guided_closure}
+    return once_gradients_are_there(guide, args, kwargs)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if not STEERED:
         return
-    groups = _trained_by(optimizer, _enclosing_steps())
+    groups = trained_by(optimizer, enclosing_steps())
     if not groups:
         return
     plan = _PLANS.get(optimizer)

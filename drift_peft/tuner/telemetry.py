@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import module_kind
+from ..keeping import keeping_of
 from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
@@ -25,12 +26,14 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
         gradient_cosine cosine of gradient and direction in the last step, mean over layers and factors
         bias_ratio      ‖bias‖/‖gradient‖ in the last step, likewise
         repeated_steps  steps taken twice on the same gradients, if there were any
+        keep_kl         L_keep of the last batch of the keep set in nats, where `keep` is at work (no kinds)
+        keep_ratio      ‖what it added‖/‖gradient‖ in that step
 
     `decoupled` has no gradient bias, and so neither of its two numbers. With `prior` any LoRA model is measured against
     it, steered or not.
 
     Raises:
-        ValueError: nothing of the model is steered (or, with `prior`, no LoRA layer has a Δ).
+        ValueError: nothing of the model is steered or kept (or, with `prior`, no LoRA layer has a Δ).
     """
     if prior is None:
         found = steered_of(model)
@@ -41,10 +44,14 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
             for name, layer, a in lora_layers(model)
             if name in prior
         ]
+    keeping = keeping_of(model)
+    kept = {} if keeping is None else keeping.numbers()
     if not found:
+        if prior is None and keeping is not None:
+            return kept
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
     configs = {id(s.config): s.config for s in found}.values()
-    result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs)}
+    result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs), **kept}
     if repeated := sum(config.repeated_steps for config in configs):
         result["repeated_steps"] = repeated
 

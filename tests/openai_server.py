@@ -22,7 +22,8 @@ RETRY_AFTER = 0.3  # seconds
 
 
 class OpenAI:
-    """`reply` turns the text of a question into an answer: its text, or a message with other fields.
+    """`reply` turns the text of a question into an answer: its text, or a message with other fields; `logprobs`, if it
+    is given, turns the body of a request into what is said of each token.
 
     Attributes:
         asked: the text of each request that was understood, in order, with those that then failed.
@@ -32,8 +33,8 @@ class OpenAI:
         busiest: the most requests at one time.
     """
 
-    def __init__(self, reply, seconds: float = 0.0):
-        self.reply, self.seconds = reply, seconds
+    def __init__(self, reply, seconds: float = 0.0, logprobs=None):
+        self.reply, self.seconds, self.logprobs = reply, seconds, logprobs
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.asked, self.answered, self.times, self.images, self.bodies, self.keys = [], [], [], [], [], []
         self.open = self.busiest = 0
@@ -90,15 +91,17 @@ class _Handler(BaseHTTPRequestHandler):
             owner.busiest = max(owner.busiest, owner.open)
         try:
             time.sleep(owner.seconds)
-            self.answer(question, owner.next_fault(question))
+            self.answer(question, body, owner.next_fault(question))
         finally:
             with owner.lock:
                 owner.open -= 1
 
-    def answer(self, question: str, fault: str | None) -> None:
+    def answer(self, question: str, body: dict, fault: str | None) -> None:
         said = self.owner.reply(question)
         message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        if self.owner.logprobs:
+            choice["logprobs"] = {"content": self.owner.logprobs(body)}
         content = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
         if fault is None:
             with self.owner.lock:

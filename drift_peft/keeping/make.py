@@ -64,7 +64,7 @@ def make_keep_set(
         samples: how many answers.
         max_new_tokens: an answer is cut there.
         top_k: how many log probabilities of each answer token.
-        load_in_4bit: load the VLM in NF4.
+        load_in_4bit: load the projections of its language model in NF4, and the rest as it is.
         batch_size: questions at a time.
         seed: of the choice of images.
         processor: of the VLM, if not the one that lies with it.

@@ -85,11 +85,14 @@ class Vlm:
         if torch.cuda.is_available():
             options["device_map"] = "auto"
         if self.load_in_4bit:
+            whole, projections = self._checkpoint.model, self._checkpoint.decoder.projections
+            linear = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
+                llm_int8_skip_modules=[name for name in linear if name not in projections],
             )
         return self._checkpoint.auto_class.from_pretrained(self.origin["id"], **options).eval()
 

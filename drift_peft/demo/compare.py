@@ -21,6 +21,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..keeping import make_keep_set
 from ..merge import merge_adapter
 from ..prior import build_prior
 from .evaluate import MEASURES, ask, examine, exams, is_right
@@ -30,6 +31,8 @@ from .world import Digits, make_samples
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VLM, EXPERT = CHECKPOINTS / "vlm", CHECKPOINTS / "reasoner"
 TUNING = Path(__file__).parent / "tuning.json"  # written by drift_peft.demo.tune
+QUESTIONS = [("read", "read?"), ("count", "count?"), *(("at", f"at{place}?") for place in range(1, 6))]
+KEEP_SET = {"samples": 240, "max_new_tokens": 12, "top_k": 8, "batch_size": 60}
 EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"}
 
 
@@ -37,13 +40,15 @@ EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"
 class Method:
     """One row of the table: ``merged`` · Δ is added to the model beforehand, then an adapter is trained if ``trained``.
 
-    ``drift`` holds settings of DriftConfig, where {} means its defaults; None trains plain LoRA.
+    ``drift`` holds settings of DriftConfig, where {} means its defaults; None trains plain LoRA. ``kept`` keeps the
+    model near the VLM's own answers to images without labels.
     """
 
     title: str
     merged: float = 0.0
     trained: bool = False
     drift: dict | None = None
+    kept: bool = False
 
 
 METHODS = {
@@ -59,6 +64,8 @@ METHODS = {
         trained=True,
         drift={"drift_scale": "decoupled", "drift_target": "factors", "drift_alpha": 30.0},
     ),
+    "lora-keep": Method("LoRA, keeping", trained=True, kept=True),
+    "drift-keep": Method("DRIFT, keeping", trained=True, drift={}, kept=True),
 }
 
 
@@ -76,8 +83,8 @@ def run(
     """Build the prior, train, merge and examine every method, and print one table on stdout.
 
     Args:
-        out: folder that keeps everything: prior, adapters, merged models, results.json, results.png, samples.png. What
-            an earlier run left there is replaced. None keeps nothing.
+        out: folder that keeps everything: prior, keep set, adapters, merged models, results.json, results.png,
+            samples.png. What an earlier run left there is replaced. None keeps nothing.
         seed: of the training samples, their order, the adapters' starts and the exams.
         methods: keys of ``METHODS``.
         steps: optimizer steps of 16 samples for every method that trains.
@@ -102,6 +109,9 @@ def run(
         prior = build_prior(EXPERT, VLM, folder / "prior.safetensors", overwrite=True)
         train_digits = Digits("train")
         samples = make_samples(200, ["solve"], np.random.default_rng([seed, 1]), train_digits, operations=(2, 3))
+        keep_set = folder / "keep.safetensors" if any(METHODS[key].kept for key in methods) else None
+        if keep_set is not None:
+            make_keep_set(VLM, unlabelled(train_digits, seed), keep_set, QUESTIONS, **KEEP_SET, overwrite=True)
         tests = exams(split, seed, size)
         shown = tests["2-3 operations"][:3] + tests["4-5 operations"][:3]
 
@@ -123,6 +133,7 @@ def run(
                     home / "adapter",
                     rate=rates[key],
                     drift=method.drift,
+                    keep_set=keep_set if method.kept else None,
                     steps=steps,
                     seed=seed,
                     title=method.title,
@@ -155,6 +166,12 @@ def run(
         if out is not None:
             print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
     return result
+
+
+def unlabelled(digits: Digits, seed: int) -> list:
+    """Images of the world that nobody has labelled."""
+    rng = np.random.default_rng([seed, 3])
+    return [sample.image for sample in make_samples(KEEP_SET["samples"], ["read"], rng, digits)]
 
 
 def study(seeds: Sequence[int] = (0, 1, 2), out: str | Path | None = None, **settings) -> list[dict]:

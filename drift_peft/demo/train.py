@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..checkpoints import Checkpoint, language_model_targets, write_tensors
+from ..keeping import keep
 from ..prior import ReasoningPrior
 from ..tuner import DriftConfig, keep_4bit_differentiable, telemetry
 from .evaluate import encode
@@ -72,6 +73,7 @@ def fine_tune(
     *,
     rate: float,
     drift: dict | None = None,
+    keep_set: str | Path | None = None,
     steps: int = STEPS,
     seed: int = 0,
     title: str = "training",
@@ -81,6 +83,7 @@ def fine_tune(
     Args:
         base: folder of the full-precision model.
         drift: settings of DriftConfig, ``{}`` for its defaults; None trains plain LoRA on the same modules.
+        keep_set: the VLM's own answers, which the model is kept near; None keeps nothing.
 
     Returns:
         The adapter's ``alignment`` with Δ and the share ``absorbed`` of it, every fifth step.
@@ -93,6 +96,7 @@ def fine_tune(
     else:
         config = DriftConfig(prior=prior.source, **ADAPTER, **drift)
     model = get_peft_model(model, config)
+    keep(model, keep_set, processor)
     history = History(prior, title)
     trainer = Trainer(
         model=model,

@@ -221,7 +221,10 @@ class KeepSet(Sequence[Sample]):
 
 
 def decode_image(content: bytes) -> Image:
-    """A picture's file as an RGB image. OSError or ValueError if it is broken, ImportError without pillow."""
+    """A picture's file as an image, in grey if it is, else in RGB.
+
+    OSError or ValueError if it is broken, ImportError without pillow.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -231,10 +234,11 @@ def decode_image(content: bytes) -> Image:
 
 
 def upright(image: Image) -> Image:
-    """In RGB, turned as its camera says."""
+    """In grey if it is, else in RGB; turned as its camera says."""
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image).convert("RGB")
+    turned = ImageOps.exif_transpose(image)
+    return turned.copy() if turned.mode == "L" else turned.convert("RGB")
 
 
 def tokenizer_identity(processor: Any, size: int | None = None) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,8 +141,8 @@ def _pairs(images: int, questions: int, samples: int) -> list[tuple[int, int]]:
             f"samples={samples} is too many for {images} images with {questions} questions each: give more of them, or "
             f"pass samples={images * questions} (--samples)"
         )
-    rounds = (divmod(i, images) for i in range(samples))
-    return [(image, (image + i) % questions) for i, image in rounds]
+    period = math.lcm(images, questions)  # after which the same pairs would come again
+    return [(i % images, (i + i // period) % questions) for i in range(samples)]
 
 
 def _hash(pictures: Sequence[bytes]) -> str:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 TRIES, TIMEOUT = 5, 600.0  # seconds
 NUMBER = re.compile(r"token_id:(\d+)")
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
+LETTERS = {chr(byte): byte for byte in _SHOWN} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}  # GPT-2's
 TORN = "\ufffd"  # what a server writes for bytes that are no text on their own
 
 
@@ -153,30 +156,26 @@ class Server:
         """How a server may write a token -> those that are written so: as text, or as the bytes that it stands for."""
         numbers: dict[str | bytes, set[int]] = defaultdict(set)
         vocabulary = self.tokenizer.get_vocab()
-        spell = _speller(vocabulary)
+        byte_level = any(token.startswith("Ġ") for token in vocabulary)
         for token, number in vocabulary.items():
             text = self.tokenizer.decode([number])
-            for form in (token, text, spell(token), text.encode()):
-                if form and not (isinstance(form, str) and TORN in form):
-                    numbers[form].add(number)
+            texts = () if TORN in text else (text, text.encode())
+            # A letter of a byte-level token is a byte, so that é is not what it says.
+            forms = (_bytes_of(token),) if byte_level else (token, _spelled(token))
+            for form in {*forms, *texts} - {"", b""}:
+                numbers[form].add(number)
         return numbers
 
 
-def _speller(vocabulary: dict[str, int]) -> Callable[[str], bytes]:
-    """What makes the bytes of a token: of byte-level vocabularies, where a letter is a byte, or of SentencePiece's."""
-    if any(token.startswith("Ġ") for token in vocabulary):
-        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in shown]
-        letters = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-        return lambda token: (
-            bytes(letters[letter] for letter in token) if {*token} <= letters.keys() else token.encode()
-        )
+def _bytes_of(token: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for; one that was added stands for itself."""
+    return bytes(map(LETTERS.get, token)) if {*token} <= LETTERS.keys() else token.encode()
 
-    def spell(token: str) -> bytes:
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-        return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
-    return spell
+def _spelled(token: str) -> bytes:
+    """What a token of SentencePiece stands for."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
 
 
 def _data_address(image: Image) -> str:

@@ -1,0 +1,195 @@
+"""A server that speaks OpenAI's protocol answers as the same model does here; what it says is read, or refused."""
+
+import base64
+import io
+
+import pytest
+import torch
+import transformers as tf
+from keep_sets import make, single_inputs
+from openai_server import OpenAI
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from drift_peft import KeepSet
+from drift_peft.keeping import Sample
+from drift_peft.keeping.server import Server
+
+
+def entries(tokens, top_tokens, top_logprobs, name):
+    """What a server says of an answer; `name` writes a token."""
+    return [
+        {
+            **name(token),
+            "logprob": logprobs[0],
+            "top_logprobs": [{**name(t), "logprob": p} for t, p in zip(top, logprobs, strict=True)],
+        }
+        for token, top, logprobs in zip(tokens.tolist(), top_tokens.tolist(), top_logprobs.tolist(), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    """body of a request -> the answer of the model, as it is asked one by one through `generate`."""
+    model = tf.AutoModelForImageTextToText.from_pretrained(folder / "base").eval()
+    processor = tf.AutoProcessor.from_pretrained(folder / "base")
+
+    def answer(body):
+        address, question = body["messages"][0]["content"]
+        image = Image.open(io.BytesIO(base64.b64decode(address["image_url"]["url"].partition(",")[2])))
+        sample = Sample(image, question["text"], "", "", None, None, None)
+        inputs = single_inputs(processor, sample)
+        asked = {"do_sample": body["temperature"] > 0, "repetition_penalty": body["repetition_penalty"]}
+        made = model.generate(
+            **inputs,
+            max_new_tokens=body["max_tokens"],
+            suppress_tokens=[3, 4, 5, 6],
+            output_logits=True,
+            return_dict_in_generate=True,
+            **asked,
+        )
+        logprobs = torch.log_softmax(torch.cat(made.logits), -1).topk(body["top_logprobs"])
+        return made.sequences[0, inputs["input_ids"].shape[1] :], logprobs.indices, logprobs.values
+
+    return answer, processor.tokenizer
+
+
+NAMES = {  # as vLLM writes tokens when it is asked to number them, as llama.cpp does, as others do
+    "vllm": lambda tokenizer: lambda token: {"token": f"token_id:{token}", "bytes": None},
+    "llama.cpp": lambda tokenizer: lambda token: {"token": "?", "id": token},
+    "text": lambda tokenizer: lambda token: {"token": tokenizer.decode([token])},
+    "bytes": lambda tokenizer: (
+        lambda token: {
+            "token": tokenizer.decode([token]),
+            "bytes": [*tokenizer.decode([token]).encode()],
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("style", NAMES)
+def test_the_same_set_as_here(style, folder, answers, tmp_path):
+    answer, tokenizer = answers
+    name = NAMES[style](tokenizer)
+    with OpenAI(lambda question: "…", logprobs=lambda body: entries(*answer(body), name)) as server:
+        keep_set = make(folder, tmp_path / "k.safetensors", server=server.url, api_key="secret")
+        assert {*server.keys} == {"Bearer secret"} and server.busiest <= 4
+        assert all(body["model"] == f"{folder / 'base'}" and body["logprobs"] is True for body in server.bodies)
+    here = KeepSet.load(folder / "keep.safetensors")
+    assert keep_set.metadata["generation"] == {"max_new_tokens": 8, "load_in_4bit": False, "server": True}
+    for a, b in zip(keep_set, here, strict=True):
+        assert a.tokens.equal(b.tokens) and a.top_tokens.equal(b.top_tokens) and a.answer == b.answer
+        torch.testing.assert_close(a.top_logprobs, b.top_logprobs, atol=1e-4, rtol=0)
+    assert b"secret" not in keep_set.path.read_bytes()
+
+
+TOP = [{"token": f"token_id:{i}", "logprob": -1.0 - i} for i in range(8, 13)]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (None, "gives no log probabilities: take one that does, such as vLLM"),
+        ([{"token": "token_id:8", "logprob": -1.0, "top_logprobs": []}], "gives no log probabilities"),
+        (
+            [{"token": "token_id:8", "logprob": -1.0, "top_logprobs": TOP[:3]}],
+            r"gives 3 log probabilities of a token, not 5: pass top_k=3 \(--top-k\)",
+        ),
+        (
+            [{"token": "Zebra", "logprob": -1.0, "top_logprobs": TOP}],
+            r"says 'Zebra', which is not one token of \S+base's tokenizer but none: take a server that numbers",
+        ),
+        (
+            [{"token": "token_id:64", "logprob": -1.0, "top_logprobs": TOP}],
+            r"says 'token_id:64', which is not one token",
+        ),
+        (
+            [{"token": "token_id:3", "logprob": -1.0, "top_logprobs": TOP}],
+            "answers with token 3, which stands for an image",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused(said, message, folder, tmp_path):
+    with (
+        OpenAI(lambda question: "8", logprobs=lambda body: said) as server,
+        pytest.raises(ValueError, match=message) as caught,
+    ):
+        make(folder, tmp_path / "k.safetensors", server=server.url)
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
+
+
+def test_servers_that_refuse(folder, tmp_path):
+    with OpenAI(lambda question: "8") as server:
+        server.fail("", *["status 400"] * 4)  # as many as are asked at a time
+        with pytest.raises(ValueError, match=r"refuses the question: status 400 .*started with --max-logprobs 5$"):
+            make(folder, tmp_path / "k.safetensors", server=server.url)
+        with pytest.raises(ValueError, match=r"refuses the question: status 404"):
+            make(folder, tmp_path / "k.safetensors", server=server.url.replace("/v1", "/v2"))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nobody_there(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("drift_peft.keeping.server.TRIES", 2)
+    with OpenAI(lambda question: "8") as server:
+        url = server.url
+    with pytest.raises(ConnectionError, match=r"the server \S+ does not answer: "):
+        make(folder, tmp_path / "k.safetensors", server=url, samples=2)
+
+
+# Tokens of other kinds of vocabularies
+
+
+def byte_level():
+    words = ["the", "Ġthe", "Ã", "©", "Ċ", "Ã©", "<|im_end|>"]
+    vocabulary = {
+        word: i for i, word in enumerate([*words, *(w for w in pre_tokenizers.ByteLevel.alphabet() if w not in words)])
+    }
+    model = Tokenizer(models.BPE(vocabulary, []))
+    model.decoder = decoders.ByteLevel()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=model)
+
+
+def sentence_piece():
+    words = ["<unk>", "the", "▁the", "<0x0A>", "<0xC3>", "é"]
+    model = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tf.PreTrainedTokenizerFast(tokenizer_object=model)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "entry", "token"),
+    [
+        (byte_level, {"token": "the"}, "the"),
+        (byte_level, {"token": " the"}, "Ġthe"),
+        (byte_level, {"token": "é"}, "Ã©"),
+        (byte_level, {"token": "\n"}, "Ċ"),
+        (byte_level, {"token": "\ufffd", "bytes": [0xC3]}, "Ã"),
+        (byte_level, {"token": "\ufffd", "bytes": [0xEF, 0xBF, 0xBD]}, None),  # what vLLM writes for all torn ones
+        (byte_level, {"token": "<|im_end|>"}, "<|im_end|>"),
+        (sentence_piece, {"token": "▁the"}, "▁the"),
+        (sentence_piece, {"token": "the"}, None),  # either of two
+        (sentence_piece, {"token": "\n"}, "<0x0A>"),
+        (sentence_piece, {"token": "\ufffd", "bytes": [0xC3]}, "<0xC3>"),
+        (sentence_piece, {"token": "é"}, "é"),
+    ],
+)
+def test_tokens_by_their_text(tokenizer, entry, token):
+    words = tokenizer()
+    server = Server("http://localhost:1", "vlm", words, len(words), [])
+    if token is None:
+        with pytest.raises(ValueError, match=r"is not one token of vlm's tokenizer but (2|none)"):
+            server._token(entry)
+    else:
+        assert server._token(entry) == words.get_vocab()[token]
+
+
+def test_addresses():
+    words = byte_level()
+    paths = {"http://a:1": "http://a:1/v1/", "http://a:1/v1/": "http://a:1/v1/", "https://a/x": "https://a/x/"}
+    for url, start in paths.items():
+        assert Server(url, "vlm", words, 9, []).url == f"{start}chat/completions"
+    for url in ("ftp://a", "a:1", "http://", "http://me:secret@a"):
+        with pytest.raises(ValueError, match="is no address such as"):
+            Server(url, "vlm", words, 9, [])

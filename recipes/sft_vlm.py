@@ -29,7 +29,16 @@ from parts.saving import Trainer, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from drift_peft import DriftConfig, ReasoningPrior, build_prior, merge_adapter, telemetry
+from drift_peft import (
+    DriftConfig,
+    KeepSet,
+    ReasoningPrior,
+    build_prior,
+    keep,
+    make_keep_set,
+    merge_adapter,
+    telemetry,
+)
 from drift_peft.checkpoints import Checkpoint, Decoder, split_revision
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
@@ -67,6 +76,20 @@ def open_prior(run: RunArguments) -> ReasoningPrior:
         if wanted is not None and built not in (wanted, split_revision(wanted)[0]):
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
     return prior
+
+
+def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> KeepSet | None:
+    """The VLM's own answers to questions about the data's images, made if they are not there."""
+    if run.keep is None:
+        return None
+    if is_missing(run.keep):
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"there is no keep set {run.keep}, and none is made of a stream: make one beforehand")
+        Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
+        options = {"questions": run.keep_questions, "samples": run.keep_samples, "load_in_4bit": load_in_4bit}
+        make_keep_set(run.base, dataset, run.keep, **options)
+        print(f"The keep set is made: {run.keep} serves all further runs on this base.")
+    return KeepSet.load(run.keep)
 
 
 def not_quantized(config) -> list[str]:
@@ -120,11 +143,13 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
     prior = open_prior(run)
+    keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)
     record = {
         "settings": {**drift.to_dict(), **train.to_dict(), **asdict(run)},
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "base": base.origin,
         "prior": {"sha256": prior.sha256, **{key: prior.metadata.get(key) for key in ("expert", "reference", "rank")}},
+        "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
         "data": data,
     }
     # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
@@ -149,6 +174,9 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if keep_set is not None:
+        how = {"weight": run.keep_weight, "bound": run.keep_bound, "batch_size": run.keep_batch_size}
+        keep(trainer.model, keep_set, processor, every=run.keep_every, seed=train.seed, **how)
     # With gradient checkpointing, transformers lets the output of every embedding require gradients: the tower's too,
     # which is frozen, and whose activations would be kept, computed again and differentiated for nothing.
     tower = trainer.model.get_base_model().get_encoder("image")

@@ -27,6 +27,7 @@ FAMILY = {  # configuration -> family of its base
     "lfm2_5_vl_1_6b_thinking": "lfm2_vl",
 }
 SMALL = {"prior_rank": 8, "r": 4, "lora_alpha": 8, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
+SMALL |= {"keep_samples": 4, "keep_batch_size": 2}
 SIZES = {"smolvlm2_2b_smoltulu": {"processor_kwargs": "{size: {longest_edge: 16}}"}}
 FAST = {**SMALL, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 2}
 
@@ -55,6 +56,8 @@ def train(pair, data, tmp_path, monkeypatch):
             monkeypatch.setattr(sft_vlm, "plot_run", lambda history, output: None)
         folder = pair(family)
         paths = {"base": folder / "base", "expert": folder / "expert", "prior": folder / "prior.safetensors"}
+        if config is not None:
+            paths["keep"] = folder / "keep.safetensors"
         settings = {**paths, "data": data, "output_dir": tmp_path / "run", "use_cpu": True, **settings}
         start = ["--config", str(config)] if config else []
         given = {name: value for name, value in settings.items() if value is not None}

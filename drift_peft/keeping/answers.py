@@ -6,6 +6,7 @@ a distance of zero.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
     whole = {"input_ids": torch.stack([_left(row, width, pad) for row in rows])}
     whole["attention_mask"] = torch.stack([_left(torch.ones_like(row), width, 0) for row in rows])
     for name, value in inputs.items():
-        if name not in whole and value.shape == ids.shape:  # of each token, such as token_type_ids: text has 0
+        if name.endswith("token_type_ids"):  # of each token, in which text has 0
             kinds = [
                 _joined(row, kept, torch.zeros_like(answer))
                 for row, kept, answer in zip(value, mask.bool(), answers, strict=True)
@@ -87,9 +88,16 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
     return whole, said
 
 
+def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs that the model knows; a processor may say more, such as Gemma 4's of its images' sizes."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(inner.forward).parameters
+    return {name: value for name, value in inputs.items() if name in known}
+
+
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
-    return model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1]
+    return model(**taken(model, inputs), logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1]
 
 
 def _joined(prompt: Tensor, kept: Tensor, answer: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from .answers import answer_logits, answered, prompts
+from .answers import answer_logits, answered, prompts, taken
 from .file import tokenizer_identity, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Vlm:
         )
         model.generation_config = greedy  # what generate() is given, it fills up from here
         try:
-            generated = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+            generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
         finally:
             model.generation_config = own
         ends = torch.tensor([] if ends is None else ends).to(generated).flatten()

@@ -34,6 +34,15 @@ class RunArguments:
     images_per_sample: int = field(default=1, metadata={"help": "most that one has; only preflight asks"})
     processor_kwargs: dict | str | None = field(default=None, metadata={"help": "settings of the processor, as YAML"})
     think_tokens: bool = field(default=False, metadata={"help": "train <think> and </think> as tokens of their own"})
+    keep: str | None = field(
+        default=None, metadata={"help": "keep set, file.safetensors, made of the data's images if it is not there"}
+    )
+    keep_samples: int = field(default=300, metadata={"help": "answers of the keep set, if it is made"})
+    keep_questions: str | None = field(default=None, metadata={"help": "file of questions for it; built-in if none"})
+    keep_weight: float = field(default=1.0, metadata={"help": "weight of the distance from the keep set's answers"})
+    keep_bound: float = field(default=1.0, metadata={"help": "most that it adds, as a multiple of the gradient"})
+    keep_batch_size: int = field(default=1, metadata={"help": "answers a step"})
+    keep_every: int = field(default=1, metadata={"help": "only every so many steps"})
     merge: bool = field(default=False, metadata={"help": "merge into the full-precision base in the end, verified"})
 
     def __post_init__(self):

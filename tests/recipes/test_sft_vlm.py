@@ -1,9 +1,13 @@
 """recipes/sft_vlm.py: what its training step computes, and the card that it pushes."""
 
+import json
+
 import pytest
 import torch
 from recipe_runs import FAST
 from tiny_vlm import PROCESSORS
+
+from drift_peft import KeepSet
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
@@ -49,3 +53,18 @@ def test_the_card_that_is_pushed_has_ours_in_it(train):
     trainer.create_model_card(model_name="mine")
     card = (output / "README.md").read_text(encoding="utf-8")
     assert card.count("<!-- drift_peft: ") == 1 and "| guided optimizer steps | 2 |" in card and "TRL" in card
+
+
+def test_the_base_is_kept_near_its_own_answers(train, pair, tmp_path):
+    """The keep set is made by the first run, of the data's images, and serves the next one."""
+    place = tmp_path / "kept" / "keep.safetensors"
+    trainer, output = train(**FAST, keep=place, keep_batch_size=2)
+    made = place.read_bytes()
+    keep_set = KeepSet.load(place)
+    record = json.loads((output / "run.json").read_text())
+    assert record["keep"] == {"sha256": keep_set.sha256, "samples": 4}
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2 and all("drift/keep_kl" in log and "drift/alignment" in log for log in logs)
+    assert record["results"]["keep_ratio"] >= 0
+    train(**FAST, keep=place, output_dir=tmp_path / "again")
+    assert place.read_bytes() == made

@@ -55,7 +55,7 @@ def processor(folder):
 
 @pytest.fixture(scope="session")
 def whole(folder):
-    return make(folder, "whole.safetensors", **ALL)
+    return make(folder, "everything.safetensors", **ALL)
 
 
 def trained(model):
@@ -334,7 +334,7 @@ def of_process(rank, folder, port, results):
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(folder / "base")
     model = wrapped(folder)
-    keep(model, folder / "whole.safetensors", processor, batch_size=3)
+    keep(model, folder / "everything.safetensors", processor, batch_size=3)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = Still(trained(model), lr=0.1)
     for _ in range(2):

@@ -58,7 +58,7 @@ def test_the_card_that_is_pushed_has_ours_in_it(train):
 def test_the_base_is_kept_near_its_own_answers(train, pair, tmp_path):
     """The keep set is made by the first run, of the data's images, and serves the next one."""
     place = tmp_path / "kept" / "keep.safetensors"
-    trainer, output = train(**FAST, keep=place, keep_batch_size=2)
+    trainer, output = train(**FAST, keep=place)
     made = place.read_bytes()
     keep_set = KeepSet.load(place)
     record = json.loads((output / "run.json").read_text())

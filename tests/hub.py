@@ -176,8 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json({"errors": [], "warnings": []})
         if path == "/api/whoami-v2":
             return self.json({"type": "user", "name": "someone", "orgs": []})
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)/([^/]+))?(?:/.*)?", path):
-            return self.api(match[1], match[2] or "revision", match[3] or "main", body)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]*)/([^/]+))?(?:/(.*))?", path):
+            return self.api(match[1], match[2] or "revision", match[3] or "main", match[4] or "", body)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.file(*match.groups())
         return self.error(404, "")
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.hub.refs[repository].get(revision, revision)
         return commit if commit in self.hub.commits[repository] else self.error(*NO_REVISION)
 
-    def api(self, repository: str, verb: str, revision: str, body: bytes) -> None:
+    def api(self, repository: str, verb: str, revision: str, folder: str, body: bytes) -> None:
         if verb == "branch" and repository in self.hub.refs:
             self.hub.refs[repository].setdefault(revision, self.hub.refs[repository]["main"])
             return self.json({})
@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in files]
             self.json({"id": repository, "sha": commit, "siblings": siblings, "tags": [], "private": False})
         elif verb == "tree":
-            self.json([_describe(path, content) for path, content in files.items()])
+            inside = {path: content for path, content in files.items() if path.startswith(folder)}
+            self.json([_describe(path, content) for path, content in inside.items()])
         elif verb == "paths-info":
             asked = parse_qs(body.decode())["paths"]
             self.json([_describe(path, content) for path, content in files.items() if path in asked])

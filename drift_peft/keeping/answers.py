@@ -53,17 +53,10 @@ def prompts(processor: Any, images: Sequence[Image], questions: Sequence[str]) -
     texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        pictures = [[image if reads_grey(processor) else image.convert("RGB")] for image in images]
-        inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        inputs = processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
     return dict(inputs)
-
-
-def reads_grey(processor: Any) -> bool:
-    """Whether it takes images of one channel, as hardly any does."""
-    mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
-    return isinstance(mean, (list, tuple)) and len(mean) == 1
 
 
 def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -10,8 +10,8 @@ file.
     top_logprobs  F32 [tokens, k]   in descending order
 
 The header holds one JSON string: format, vlm (its id and revision), model_type, vocabulary (rows of its logits),
-tokenizer (its size and hash), processor (its class), k, seed, generation (its settings), the questions as [kind, text],
-and the answers in words.
+tokenizer (its size and hash), processor (its class), image_mode (what it takes, such as RGB), k, seed, generation (its
+settings), the questions as [kind, text], and the answers in words.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class KeepSet(Sequence[Sample]):
             self._part(name, self._token_ends, i) for name in ("tokens", "top_tokens", "top_logprobs")
         )
         return Sample(
-            image=decode_image(self.image_file(image)),
+            image=decode_image(self.image_file(image), self.metadata["image_mode"]),
             question=text,
             kind=kind,
             answer=self.metadata["answers"][i],
@@ -207,7 +207,7 @@ class KeepSet(Sequence[Sample]):
             "top_logprobs": [tokens, self.k],
         }
         self.kinds = Counter(header["questions"][question][0] for question in self._samples[:, 1].tolist())
-        said = ("vlm", "model_type", "vocabulary", "tokenizer", "processor", "seed", "generation")
+        said = ("vlm", "model_type", "vocabulary", "tokenizer", "processor", "image_mode", "seed", "generation")
         return (
             {name: part.get_shape() for name, part in slices.items()} == shapes
             and {name: part.get_dtype() for name, part in slices.items()} == DTYPES
@@ -220,25 +220,21 @@ class KeepSet(Sequence[Sample]):
         )
 
 
-def decode_image(content: bytes) -> Image:
-    """A picture's file as an image, in grey if it is, else in RGB.
-
-    OSError or ValueError if it is broken, ImportError without pillow.
-    """
+def decode_image(content: bytes, mode: str = "RGB") -> Image:
+    """A picture's file as an image. OSError or ValueError if it is broken, ImportError without pillow."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError('images need pillow: pip install "drift_peft[keep]"') from error
     with Image.open(io.BytesIO(content)) as image:
-        return upright(image)
+        return upright(image, mode)
 
 
-def upright(image: Image) -> Image:
-    """In grey if it is, else in RGB; turned as its camera says."""
+def upright(image: Image, mode: str = "RGB") -> Image:
+    """In this mode of PIL, turned as its camera says."""
     from PIL import ImageOps
 
-    turned = ImageOps.exif_transpose(image)
-    return turned.copy() if turned.mode == "L" else turned.convert("RGB")
+    return ImageOps.exif_transpose(image).convert(mode)
 
 
 def tokenizer_identity(processor: Any, size: int | None = None) -> dict:

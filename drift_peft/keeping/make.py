@@ -120,7 +120,7 @@ def make_keep_set(
             for start in missing:
                 batch = pairs[start : start + batch_size]
                 answers = vlm_or_server.answer(
-                    [decode_image(pictures[image]) for image, _ in batch],
+                    [decode_image(pictures[image], vlm.image_mode) for image, _ in batch],
                     [asked[question][1] for _, question in batch],
                     max_new_tokens,
                     top_k,

@@ -66,7 +66,14 @@ class Vlm:
             "vocabulary": vocabulary_rows(self.config),
             "tokenizer": tokenizer_identity(self.processor),
             "processor": type(self.processor).__name__,
+            "image_mode": self.image_mode,
         }
+
+    @property
+    def image_mode(self) -> str:
+        """What the processor takes: RGB, or L where it normalizes a single channel."""
+        mean = getattr(self.processor.image_processor, "image_mean", None)
+        return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
 
     @property
     def places(self) -> list[int]:

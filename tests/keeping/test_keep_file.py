@@ -161,7 +161,19 @@ def test_tensors_that_are_not_what_the_header_says(change, keep_set, tmp_path):
 
 @pytest.mark.parametrize(
     "key",
-    ["vlm", "model_type", "vocabulary", "tokenizer", "processor", "k", "seed", "generation", "questions", "answers"],
+    [
+        "vlm",
+        "model_type",
+        "vocabulary",
+        "tokenizer",
+        "processor",
+        "image_mode",
+        "k",
+        "seed",
+        "generation",
+        "questions",
+        "answers",
+    ],
 )
 def test_headers_without_something(key, keep_set, tmp_path):
     with pytest.raises(ValueError, match=r"k\.safetensors is a damaged keep set"):

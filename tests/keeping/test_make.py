@@ -1,14 +1,17 @@
 """Making a keep set: the VLM's own greedy answers, whatever is beside them in a batch; same call, same bytes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from hub import Hub
 from keep_sets import ENDS, PLACES, SETTINGS, dense_logprobs, make, save_folder, single_inputs
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+import drift_peft.demo
 from drift_peft import KeepSet, make_keep_set
 from drift_peft.keeping.questions import BUILT_IN, read_questions
 
@@ -108,6 +111,26 @@ def test_a_model_with_adapters_answers_with_them(folder, tmp_path):
         adapted.float()
     plain = KeepSet.load(folder / "keep.safetensors")
     assert any(not a.top_logprobs.equal(b.top_logprobs) for a, b in zip(keep_set, plain, strict=False))
+
+
+def test_a_model_on_the_hub(folder, tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        commit = hub.add("org/vlm", folder / "base", "v1")
+        hub.add("org/vlm", {"config.json": b"{}"})
+        keep_set = make(folder, tmp_path / "k.safetensors", model_or_id="org/vlm@v1")
+    assert keep_set.metadata["vlm"] == {"id": "org/vlm", "revision": commit}
+    for a, b in zip(keep_set, KeepSet.load(folder / "keep.safetensors"), strict=True):
+        assert a.tokens.equal(b.tokens) and a.top_logprobs.equal(b.top_logprobs)
+
+
+def test_a_vlm_of_gray_images(folder, tmp_path):
+    """The demo's, whose processor normalizes one channel."""
+    base = Path(drift_peft.demo.__file__).parent / "checkpoints" / "vlm"
+    images = [Image.new("L", (36, 12), gray) for gray in range(0, 250, 10)]
+    keep_set = make(folder, tmp_path / "k.safetensors", model_or_id=base, images=images)
+    assert {sample.image.getpixel((0, 0)) for sample in keep_set} <= {*range(0, 250, 10)}
+    assert keep_set.metadata["image_mode"] == "L" and {sample.image.mode for sample in keep_set} == {"L"}
 
 
 def test_four_bit(folder, tmp_path):

@@ -14,6 +14,7 @@ _ROOMS = {  # public name -> the room that it comes from
     "ReasoningPrior": "prior",
     "build_prior": "prior",
     "guide": "tuner",
+    "keep": "keeping",
     "language_model_targets": "checkpoints",
     "make_keep_set": "keeping",
     "merge_adapter": "merge",

@@ -11,12 +11,37 @@ server     the VLM that answers behind a server of OpenAI's protocol
 make       a VLM and unlabelled images -> keep set, resumable
 summary    a keep set in numbers and as tables
 page       its contact sheet; page.html is the template
+steps      around every optimizer step: what keeps, then what guides
+feed       batches of a keep set in their order, read while the model trains
+kept       a model that is kept: what is added to its gradients
+trainer    its distance from the VLM in Trainer's logs
+four_bit   bitsandbytes on a CPU
+train      keep: a model that trains stays near the VLM
 """
 
 from .answers import Sample
 from .file import KeepSet
+from .four_bit import keep_4bit_differentiable
+from .kept import is_kept, keep_telemetry
 from .make import make_keep_set
 from .page import write_page
+from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
+from .train import keep
+from .trainer import add_to_trainers
 
-__all__ = ["KeepSet", "Sample", "keep_summary", "keep_table", "make_keep_set", "write_page"]
+__all__ = [
+    "Act",
+    "KeepSet",
+    "Sample",
+    "act_in_steps",
+    "add_to_trainers",
+    "is_kept",
+    "keep",
+    "keep_4bit_differentiable",
+    "keep_summary",
+    "keep_table",
+    "keep_telemetry",
+    "make_keep_set",
+    "write_page",
+]

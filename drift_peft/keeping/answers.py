@@ -80,6 +80,15 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
     return whole, said
 
 
+def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """On the model's device, images in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
+
+
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
     return model(**inputs, logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1]

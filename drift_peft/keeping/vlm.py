@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from .answers import answer_logits, answered, prompts
+from .answers import answer_logits, answered, placed, prompts
 from .file import tokenizer_identity, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Vlm:
             ) from error
 
     def _answer(self, images, questions, max_new_tokens: int, k: int) -> list[dict[str, Tensor]]:
-        inputs = self._placed(prompts(self.processor, images, questions))
+        inputs = placed(prompts(self.processor, images, questions), self.model)
         answers = self._generate(inputs, max_new_tokens)
         whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
         logits = answer_logits(self.model, whole, said.shape[1])
@@ -155,14 +155,6 @@ class Vlm:
         return [
             row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)
         ]
-
-    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the model's device, images in its dtype."""
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
-            for name, value in inputs.items()
-        }
 
     def _load_processor(self) -> Any:
         from transformers import AutoProcessor

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import module_kind
+from ..keeping import keep_telemetry
 from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
@@ -26,11 +27,16 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
         bias_ratio      ‖bias‖/‖gradient‖ in the last step, likewise
         repeated_steps  steps taken twice on the same gradients, if there were any
 
+    and of a model that `keep` keeps, steered or not:
+
+        keep_kl         KL(VLM || model) per answer token on the last batch of the keep set, in nats
+        keep_ratio      ‖what keeping added‖/‖gradient‖ there
+
     `decoupled` has no gradient bias, and so neither of its two numbers. With `prior` any LoRA model is measured against
     it, steered or not.
 
     Raises:
-        ValueError: nothing of the model is steered (or, with `prior`, no LoRA layer has a Δ).
+        ValueError: nothing of the model is steered or kept (or, with `prior`, no LoRA layer has a Δ).
     """
     if prior is None:
         found = steered_of(model)
@@ -41,10 +47,13 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
             for name, layer, a in lora_layers(model)
             if name in prior
         ]
+    kept = keep_telemetry(model) if prior is None else {}
+    if kept and not found:
+        return kept
     if not found:
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
     configs = {id(s.config): s.config for s in found}.values()
-    result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs)}
+    result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs), **kept}
     if repeated := sum(config.repeated_steps for config in configs):
         result["repeated_steps"] = repeated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
+from ..keeping import add_to_trainers
 from .steered import steered_of
 from .telemetry import telemetry
 
@@ -32,8 +33,5 @@ class DriftCallback(TrainerCallback):
 
 
 def register_callback() -> None:
-    """Give DriftCallback to every Trainer from now on, ahead of the callbacks that report its logs."""
-    from transformers import trainer  # takes a second to import, so only where something is steered
-
-    if not any(getattr(c, "__name__", "") == DriftCallback.__name__ for c in trainer.DEFAULT_CALLBACKS):
-        trainer.DEFAULT_CALLBACKS.append(DriftCallback)
+    """Give DriftCallback to every Trainer from now on."""
+    add_to_trainers(DriftCallback)

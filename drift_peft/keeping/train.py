@@ -1,0 +1,88 @@
+"""keep: a model that trains stays near the VLM, without a word in the training loop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .file import KeepSet
+from .four_bit import keep_4bit_differentiable
+from .kept import Keeping, keepings_of
+from .trainer import KeepCallback, add_to_trainers
+
+
+def keep(
+    model: nn.Module,
+    keep_set: KeepSet | str | Path | None,
+    processor: Any = None,
+    weight: float = 1.0,
+    bound: float | None = 1.0,
+    batch_size: int = 8,
+    every: int = 1,
+    seed: int = 0,
+) -> nn.Module:
+    """Keep a model near the VLM whose answers a keep set holds, from its next optimizer step on.
+
+    Before each step, w·∇L_keep of a fresh batch of the keep set is added to the gradients of whatever the optimizer
+    trains, L_keep = mean KL(VLM || model) over the answer tokens. No loop, trainer or loss has to know of it: LoRA,
+    steered or not, and full fine-tuning, with plain PyTorch, Trainer, TRL, accelerate or DDP. Calling it again replaces
+    the settings; `keep(model, None)` or weight=0 ends it. Returns the model.
+
+    Args:
+        model: as the training loop calls it.
+        keep_set: from `make_keep_set`; or its file, folder or hub id.
+        processor: of the model.
+        weight: w.
+        bound: ρ; what is added is at most ρ times as long as the gradient. None: as long as it is.
+        batch_size: answers a step, in each process.
+        every: only at every so manieth step.
+        seed: of the order of the keep set, and of dropout there. An optimizer that is resumed goes on in this order.
+
+    Raises:
+        ValueError: the set was made with another processor, tokenizer or type of model; or a value is out of range.
+        FileNotFoundError: there is no such keep set.
+    """
+    _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
+    kept = _unwrapped(model)
+    if keep_set is None or weight == 0:
+        for keeping in keepings_of(kept):
+            keeping.release()
+        return model
+    if processor is None:
+        raise ValueError("keep() needs the model's processor, which turns questions and images into its inputs.")
+    if isinstance(keep_set, (str, Path)):
+        keep_set = KeepSet.load(keep_set)
+    keep_set.check(processor)
+    keep_set.check_model(kept)
+    for keeping in keepings_of(kept):
+        keeping.release()
+    keep_4bit_differentiable(kept)
+    Keeping(kept, keep_set, processor, float(weight), bound, batch_size, every, seed)
+    add_to_trainers(KeepCallback)
+    return model
+
+
+def _check(weight: Any, bound: Any, **whole: Any) -> None:
+    if not _is_number(weight) or weight < 0:
+        raise ValueError(f"weight must be a number ≥ 0, got {weight!r}.")
+    if bound is not None and (not _is_number(bound) or bound <= 0):
+        raise ValueError(f"bound must be a number > 0, or None for no bound, got {bound!r}.")
+    for name, value in whole.items():
+        least = 0 if name == "seed" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Inside DDP and torch.compile: a pass of its own is not what they wait for, or were compiled for."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)) or "_orig_mod" in model._modules:
+        model = model._modules.get("_orig_mod", model._modules.get("module"))
+    return model

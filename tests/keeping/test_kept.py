@@ -128,7 +128,7 @@ def test_weight_norms_are_refused(model, folder, tmp_path):
 def test_with_the_whole_vocabulary_it_is_the_distance_from_the_model_itself(folder, processor):
     keep_set = make(folder, "whole.safetensors", top_k=64, samples=6)
     model = adapted(folder)
-    twin, watched = kept_twin(model, folder, "whole.safetensors", batch_size=6)
+    twin, _ = kept_twin(model, folder, "whole.safetensors", batch_size=6)
     train(twin, sgd(twin, lr=0.0), 1)
     expected, tokens = 0.0, 0
     for sample in keep_set:

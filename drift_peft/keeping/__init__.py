@@ -12,37 +12,41 @@ make       a VLM and unlabelled images -> keep set, resumable
 summary    a keep set in numbers and as tables
 page       its contact sheet; page.html is the template
 measure    how far a model has gone from each answer
-steps      what a hook of torch.optim has to know
-train      what keeps a model near the answers while it trains
-trainer    the same in Trainer's logs
-keep       keep: all of this, in any loop
+steps      around every optimizer step: what keeps, then what guides
+feed       batches of a keep set in their order, read while the model trains
+kept       a model that is kept: what is added to its gradients
+trainer    its distance from the VLM in Trainer's logs
+four_bit   bitsandbytes on a CPU
+train      keep: a model that trains stays near the VLM
 """
 
 from .answers import Sample
 from .file import KeepSet
-from .keep import keep
+from .four_bit import keep_4bit_differentiable
+from .kept import is_kept, keep_telemetry
 from .make import make_keep_set
 from .measure import Distance, measure, summarize
 from .page import write_page
-from .steps import enclosing_steps, once_gradients_are_there, trained_by
+from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
-from .train import keeping_of
-from .trainer import give_to_trainers
+from .train import keep
+from .trainer import add_to_trainers
 
 __all__ = [
+    "Act",
     "Distance",
     "KeepSet",
     "Sample",
-    "enclosing_steps",
-    "give_to_trainers",
+    "act_in_steps",
+    "add_to_trainers",
+    "is_kept",
     "keep",
+    "keep_4bit_differentiable",
     "keep_summary",
     "keep_table",
-    "keeping_of",
+    "keep_telemetry",
     "make_keep_set",
     "measure",
-    "once_gradients_are_there",
     "summarize",
-    "trained_by",
     "write_page",
 ]

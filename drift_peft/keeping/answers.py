@@ -81,6 +81,15 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
     return whole, said
 
 
+def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """On the model's device, images in its dtype."""
+    device, dtype = model.device, model.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
+        for name, value in inputs.items()
+    }
+
+
 def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the inputs that the model knows; a processor may say more, such as Gemma 4's of its images' sizes."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -20,9 +20,9 @@ def bucketed_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor) -> Ten
         logits: [N, vocabulary] of the model.
         top_tokens, top_logprobs: [N, k] the k most likely tokens of the VLM, and their log probabilities.
     """
-    ours = torch.log_softmax(logits.float(), -1)
+    ours = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     kept = ours.gather(-1, top_tokens)
-    theirs = top_logprobs.float()
+    theirs = top_logprobs.to(ours.dtype)
     divergence = (theirs.exp() * (theirs - kept)).sum(-1)
     if top_tokens.shape[-1] == logits.shape[-1]:
         return divergence

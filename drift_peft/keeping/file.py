@@ -178,6 +178,9 @@ class KeepSet(Sequence[Sample]):
     # A keep set is its file; a Sequence would compare contents.
     __eq__, __hash__ = object.__eq__, object.__hash__
 
+    def __reduce__(self) -> tuple:  # an open file is not copied or pickled, but opened again
+        return type(self), (self.path, self.source)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self)} samples, k {self.k})"
 

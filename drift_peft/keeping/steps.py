@@ -1,14 +1,52 @@
-"""What every hook of torch.optim has to know: which parameters a step trains, and when their gradients are complete."""
+"""Around every optimizer step: first what keeps acts, then what guides, whichever was set up first.
+
+One process-wide hook of torch.optim acts before every `step()`: there the gradient is accumulated over micro-batches
+and synchronized between processes, and no training loop has to know of it. A second hook acts after it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+ORDER = ("keep", "guide")  # so that the bias's norms and cosines see the whole gradient
 
 
-def trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
+@dataclass(frozen=True)
+class Act:
+    """What acts around a step.
+
+    Attributes:
+        wanted: whether there is anything to act on, in any optimizer.
+        before: takes the optimizer, id(parameter) -> its group for whatever has a gradient, and the factor that a
+            GradScaler has left in the gradients, or None.
+        after: takes the optimizer, the same groups, and what is 0 where the update was skipped, else 1.
+    """
+
+    wanted: Callable[[], bool]
+    before: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | None], None]
+    after: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | int], None]
+
+
+_ACTS: dict[str, Act] = globals().get("_ACTS", {})  # reloading this module keeps what acts
+
+
+def act_in_steps(name: str, act: Act) -> None:
+    """Have it act around every step from now on, in its place of `ORDER`."""
+    _ACTS[name] = act
+
+
+def _wanted() -> list[Act]:
+    return [_ACTS[name] for name in ORDER if name in _ACTS and _ACTS[name].wanted()]
+
+
+def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
     """id(parameter) -> its group, for the parameters with a gradient. Those of an enclosing step are left to it."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     for outer in enclosing:
@@ -18,9 +56,8 @@ def trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Opt
     return groups
 
 
-def enclosing_steps() -> list[torch.optim.Optimizer]:
-    """The optimizers in whose `step()` the hook's caller, torch's wrapper of `step()`, was called. To be called by the
-    hook itself.
+def _enclosing_steps() -> list[torch.optim.Optimizer]:
+    """The optimizers in whose `step()` the hook's caller, torch's wrapper of `step()`, was called.
 
     Optimizers that call `super().step()` or wrap another optimizer fire the hook again in the middle of one step. The
     call stack says so without a flag that an exception within a step would leave behind.
@@ -34,18 +71,25 @@ def enclosing_steps() -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def once_gradients_are_there(act: Callable[[], None], args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Act now, or where the optimizer is given a closure, after that has made the gradients of this step.
-
-    Returns:
-        What a hook before the step returns: other arguments of `step()`, or None.
-    """
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    acts = _wanted()
+    if not acts:
+        return None
+    enclosing = _enclosing_steps()
+    # A fused optimizer unscales within its kernel: its gradients still carry the GradScaler's factor here.
+    loss_scale = getattr(optimizer, "grad_scale", None)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
+
+    def act() -> None:
+        groups = _trained_by(optimizer, enclosing)  # none are left to a step within a step
+        for each in acts:
+            each.before(optimizer, groups, loss_scale)
+
     if closure is None:
         act()
         return None
 
-    def acting_closure():
+    def acting_closure() -> Any:  # the gradients of this step come into being only when the optimizer calls it
         loss = closure()
         act()
         return loss
@@ -53,3 +97,20 @@ def once_gradients_are_there(act: Callable[[], None], args: tuple, kwargs: dict)
     if len(args) > 1:
         return (args[0], acting_closure, *args[2:]), kwargs
     return args, {**kwargs, "closure": acting_closure}
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    acts = _wanted()
+    if not acts:
+        return
+    groups = _trained_by(optimizer, _enclosing_steps())
+    if not groups:
+        return
+    found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
+    for each in acts:
+        each.after(optimizer, groups, 1 if found_inf is None else 1 - found_inf)
+
+
+for _handle in globals().get("_HANDLES", ()):  # reloading the module must not act twice
+    _handle.remove()
+_HANDLES = (register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step))

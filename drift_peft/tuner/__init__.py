@@ -16,7 +16,6 @@ step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior
 trainer    the same in Trainer's logs
 fit        does this prior belong to this model?
-four_bit   bitsandbytes on a CPU
 attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
 guide      the same for models that were wrapped elsewhere, and for full fine-tuning
@@ -25,9 +24,9 @@ guide      the same for models that were wrapped elsewhere, and for full fine-tu
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+from ..keeping import keep_4bit_differentiable
 from . import push, step  # noqa: F401  for what they hook into: PEFT's uploads, torch.optim's steps
 from .config import DriftConfig
-from .four_bit import keep_4bit_differentiable
 from .guide import guide
 from .model import DriftModel
 from .settings import is_guided

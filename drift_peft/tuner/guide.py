@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..checkpoints import module_kind
+from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets
-from .four_bit import keep_4bit_differentiable
 from .names import adapted_parameter
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors

@@ -15,12 +15,12 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ..checkpoints import Decoder, language_model_targets, module_kind, quantization_of
+from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets
-from .four_bit import keep_4bit_differentiable
 from .names import prior_names
 from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors

@@ -1,8 +1,7 @@
 """When the guidance runs: once per optimizer step, on what that optimizer trains.
 
-One process-wide hook of torch.optim acts before every `step()`: there the gradient is accumulated over micro-batches
-and synchronized between processes, and no training loop has to know of it. The `decoupled` scale acts in a second hook,
-after it. Where DeepSpeed's engine trains copies of the parameters, the same happens around the engine's own step.
+It acts around every `step()` of torch's optimizers, before the update, and the `decoupled` scale after it. Where
+DeepSpeed's engine trains copies of the parameters, the same happens around the engine's own step.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..keeping import enclosing_steps, once_gradients_are_there, trained_by  # whose hook then acts before this one
+from ..keeping import Act, act_in_steps, is_kept
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
 from .plan import Plan
@@ -47,6 +45,10 @@ def _refuse_unreached() -> None:
 def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_scale: Tensor | float | None) -> None:
     if plan.groups and any(group.get("maximize") for group in groups.values()):
         raise RuntimeError("An optimizer with maximize=True moves against the guidance: negate the loss instead.")
+    if any(config.drift_norm == "weight" for config, _ in plan.parts) and is_kept(groups):
+        raise RuntimeError(
+            "drift_norm='weight' does not see the gradient that keep() adds: use drift_norm='factor' beside it."
+        )
     # Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config that starts at 0,
     # or at 1 (distributed checkpoints take a step with zero gradients first), and with them the place in warm-up.
     for config, adapter in plan.counted:
@@ -74,33 +76,17 @@ def _finish(plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied
             group[f"drift_steps.{adapter}"] = config.drift_steps
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if not STEERED:
-        return None
-    enclosing = enclosing_steps()
-    # A fused optimizer unscales within its kernel: its gradients still carry the GradScaler's factor here.
-    loss_scale = getattr(optimizer, "grad_scale", None)
-
-    def guide() -> None:
-        _refuse_unreached()
-        groups = trained_by(optimizer, enclosing)
-        if groups:  # none are left to a step within a step
-            _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
-
-    return once_gradients_are_there(guide, args, kwargs)
+def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
+    _refuse_unreached()
+    if groups:
+        _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    if not STEERED:
-        return
-    groups = trained_by(optimizer, enclosing_steps())
-    if not groups:
-        return
+def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups)
-    found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
-    _finish(plan, groups, optimizer.param_groups, 1 if found_inf is None else 1 - found_inf)
+    _finish(plan, groups, optimizer.param_groups, applied)
 
 
 def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
@@ -116,7 +102,5 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     return result
 
 
-for _handle in globals().get("_HANDLES", ()):  # reloading the module must not guide twice
-    _handle.remove()
-_HANDLES = (register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step))
+act_in_steps("guide", Act(lambda: bool(STEERED), _before_step, _after_step))
 deepspeed.install(_engine_step)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import module_kind
-from ..keeping import keeping_of
+from ..keeping import keep_telemetry
 from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
@@ -26,8 +26,11 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
         gradient_cosine cosine of gradient and direction in the last step, mean over layers and factors
         bias_ratio      ‖bias‖/‖gradient‖ in the last step, likewise
         repeated_steps  steps taken twice on the same gradients, if there were any
-        keep_kl         L_keep of the last batch of the keep set in nats, where `keep` is at work (no kinds)
-        keep_ratio      ‖what it added‖/‖gradient‖ in that step
+
+    and of a model that `keep` keeps, steered or not:
+
+        keep_kl         KL(VLM || model) per answer token on the last batch of the keep set, in nats
+        keep_ratio      ‖what keeping added‖/‖gradient‖ there
 
     `decoupled` has no gradient bias, and so neither of its two numbers. With `prior` any LoRA model is measured against
     it, steered or not.
@@ -44,11 +47,10 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
             for name, layer, a in lora_layers(model)
             if name in prior
         ]
-    keeping = keeping_of(model)
-    kept = {} if keeping is None else keeping.numbers()
+    kept = keep_telemetry(model) if prior is None else {}
+    if kept and not found:
+        return kept
     if not found:
-        if prior is None and keeping is not None:
-            return kept
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
     configs = {id(s.config): s.config for s in found}.values()
     result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs), **kept}

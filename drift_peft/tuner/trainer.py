@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from ..keeping import give_to_trainers
+from ..keeping import add_to_trainers
 from .steered import steered_of
 from .telemetry import telemetry
 
@@ -33,4 +33,5 @@ class DriftCallback(TrainerCallback):
 
 
 def register_callback() -> None:
-    give_to_trainers(DriftCallback)
+    """Give DriftCallback to every Trainer from now on."""
+    add_to_trainers(DriftCallback)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import fits_24gb
+import keep_cost
 import merge
 import prior_build
 import pytest
@@ -82,6 +83,17 @@ def test_the_processors_time_of_tiny_adapters(capsys):
     assert again["rows"][0]["updates"] == row["updates"]
     _, longer = ran(step_overhead, capsys, "--python", "--smallest", "--steps", 3)
     assert longer["rows"][0]["updates"] != row["updates"]
+
+
+def test_keep_cost_in_its_smallest_size(capsys):
+    printed, result = ran(
+        keep_cost, capsys, "--smallest", "--tokens", 64, "--answers", 1, 2, "--steps", 1, "--device", "cpu"
+    )
+    assert [(row["answers"], row["keep_tokens"]) for row in result["rows"]] == [(1, 78), (2, 156)]
+    for row in result["rows"]:
+        assert row["plain_s"] > 0 and row["kept_s"] > 0 and 0 < row["keep_ratio"] <= 1 + 1e-6
+        assert row["kept_peak_gb"] is None
+    assert "their tokens" in printed and "not measured: no CUDA device" in printed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no CPU time of children there")

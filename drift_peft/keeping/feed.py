@@ -1,0 +1,85 @@
+"""Batches of a keep set in an order that can be taken up anywhere, read and tokenized while the model trains."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .answers import Sample, answered, prompts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions with their answers, as a model takes them, and what the VLM says of each of the N answer tokens.
+
+    Attributes:
+        inputs: of the model.
+        said: [B, T] which of the last T columns hold an answer's tokens.
+        top_tokens, top_logprobs: [N, k], in the order of `said`.
+    """
+
+    inputs: dict[str, Tensor]
+    said: Tensor
+    top_tokens: Tensor
+    top_logprobs: Tensor
+
+
+class Feed:
+    """Batch number n of a keep set: the set comes again and again, each time in another order.
+
+    Args:
+        keep_set: what it reads, by index.
+        processor: of the model; a copy of it is used.
+    """
+
+    def __init__(self, keep_set: Sequence[Sample], processor: Any, batch_size: int, seed: int):
+        self.keep_set, self.batch_size, self.seed = keep_set, batch_size, seed
+        # Training may use the processor at the same time, and neither do tokenizers stand that nor does `prompts`,
+        # which turns their padding to the left.
+        self.processor = copy.deepcopy(processor)
+        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def batch(self, number: int) -> Batch:
+        """As it was read ahead, or read now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == number:
+            return ahead[1].result()
+        return self.read(number)
+
+    def read_ahead(self, number: int) -> None:
+        """Begin to read a batch on another thread."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="keep")
+        self._ahead = number, self._thread.submit(self.read, number)
+
+    def read(self, number: int) -> Batch:
+        samples = [self.keep_set[i] for i in self.indices(number)]
+        inputs = prompts(self.processor, [s.image for s in samples], [s.question for s in samples])
+        whole, said = answered(inputs, [s.tokens for s in samples], self.processor.tokenizer.pad_token_id)
+        top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
+        return Batch(whole, said, *top)
+
+    def indices(self, number: int) -> list[int]:
+        """Which samples are in a batch."""
+        size, found = len(self.keep_set), []
+        for place in range(number * self.batch_size, (number + 1) * self.batch_size):
+            round, i = divmod(place, size)
+            generator = torch.Generator().manual_seed(mixed(self.seed, round))
+            found.append(int(torch.randperm(size, generator=generator)[i]))
+        return found
+
+    def __getstate__(self):  # a copy reads by itself
+        return {**self.__dict__, "_ahead": None, "_thread": None}
+
+
+def mixed(*numbers: int) -> int:
+    """A seed that depends on all of these."""
+    return random.Random(repr(numbers)).getrandbits(63)

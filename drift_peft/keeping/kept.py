@@ -1,0 +1,316 @@
+"""A model that is kept near the VLM: what is added to its gradients at each step (METHOD, "Keeping what the VLM can
+do").
+
+    k  =  w·∇L_keep,  L_keep the mean KL(p_vlm || p_θ) over the answer tokens of one batch of the keep set
+    g  ←  g + k·min(1, ρ·‖g‖/‖k‖)   over all parameters that the optimizer trains
+
+What keeps a model lives on the model itself (`model.drift_keep`), outside any state dict, so it follows the model
+through copies, pickling and whatever wraps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import weakref
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
+
+from .answers import Sample, answer_logits, placed
+from .distance import bucketed_kl
+from .feed import Batch, Feed, mixed
+from .steps import Act, act_in_steps
+
+STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
+GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
+BUCKET = 2**24  # elements that processes average at a time
+
+# In the order of keeping, which is the same on all ranks. The entries belong to their models, and go with them.
+_KEPT: weakref.WeakKeyDictionary[Keeping, None] = globals().get("_KEPT") or weakref.WeakKeyDictionary()
+
+
+class Keeping:
+    """Keeps one model; see `keep` for the settings.
+
+    Attributes:
+        kl: L_keep of the last batch in nats, the mean over the processes.
+        ratio: ‖what was added‖/‖g‖ then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        keep_set: Sequence[Sample],
+        processor: Any,
+        weight: float,
+        bound: float | None,
+        batch_size: int,
+        every: int,
+        seed: int,
+    ):
+        self._model = weakref.ref(model)
+        self.weight, self.bound, self.every, self.seed = weight, bound, every, seed
+        self.feed = Feed(keep_set, processor, batch_size, seed)
+        self.autocast: torch.dtype | None = None
+        self.scale: Tensor | None = None
+        self.kl: Tensor | None = None
+        self.ratio: Tensor | None = None
+        self._left: tuple[TensorWeakRef, int] | None = None  # a gradient and its version, as the last step left it
+        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_autocast)
+        vars(model)["drift_keep"] = self
+        _KEPT[self] = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model()
+
+    def release(self) -> None:
+        """Keep no more."""
+        del vars(self.model)["drift_keep"]
+        self._handle.remove()
+        _KEPT.pop(self, None)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_model": self.model, "_left": None}
+
+    def __setstate__(self, state):  # a copied or unpickled model is kept like the one it came from
+        self.__dict__.update(state, _model=weakref.ref(state["_model"]))
+        _KEPT[self] = None
+
+    def _see_autocast(self, module: nn.Module, args: tuple) -> None:
+        """What training computes in: a plain loop leaves autocast before its optimizer steps."""
+        if torch.is_grad_enabled():
+            kind = args[0].device.type
+            self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    # A step
+
+    def trained(self, groups: dict[int, dict]) -> list[nn.Parameter]:
+        """Of its parameters those in `groups`, by their id()."""
+        return [p for p in self.model.parameters() if id(p) in groups]
+
+    def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
+        """Add what belongs to step number `step` to the gradients of these."""
+        if step % self.every or self._stepped_already(parameters[0]):
+            return
+        rank, processes = _place()
+        number = step // self.every * processes + rank
+        batch = self.feed.batch(number)
+        device = parameters[0].device
+        if self.scale is None or self.scale.device != device:
+            self.scale = torch.tensor(GRADIENT_SCALE, device=device)
+        with _random_numbers(self.model, mixed(self.seed, step, rank)), _buffers_as_they_are(self.model):
+            loss, gradients = self._gradients(batch, parameters)
+        self.feed.read_ahead(number + processes)
+        self.kl = loss.detach().float().to(device, copy=True)
+        if processes > 1:
+            _average([self.kl, *gradients])
+        self._add(parameters, gradients, 1.0 if loss_scale is None else loss_scale.to(device))
+
+    def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
+        if step % self.every == 0:
+            gradient = parameters[0].grad
+            self._left = None if gradient is None else (TensorWeakRef(gradient), gradient._version)
+
+    def _stepped_already(self, first: nn.Parameter) -> bool:
+        """Has nothing touched these gradients since the last step? Then they hold what was added to them there."""
+        if self._left is None:
+            return False
+        gradient, version = self._left
+        return gradient() is first.grad and version == first.grad._version
+
+    def _gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
+        inputs, kind = placed(batch.inputs, self.model), self.model.device.type
+        autocast = torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
+        with torch.enable_grad(), _differentiable_checkpoints(self.model):
+            with autocast:
+                logits = answer_logits(self.model, inputs, batch.said.shape[1])
+            rows = logits[batch.said.to(logits.device)]
+            loss = bucketed_kl(rows, batch.top_tokens.to(rows.device), batch.top_logprobs.to(rows.device)).mean()
+            scaled = loss * self.scale.to(loss.device)
+            return loss, list(torch.autograd.grad(scaled, parameters, materialize_grads=True))
+
+    @torch.no_grad()
+    def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], loss_scale: Tensor | float) -> None:
+        """g ← g + k·min(1, ρ·‖g‖/‖k‖). Where a gradient is not finite, nothing is added; all of it on the device."""
+        g_norm = _norm([p.grad for p in parameters])
+        factor = self.weight * loss_scale / self.scale.to(g_norm.dtype)  # of `gradients`, to make them k
+        k_norm = _norm(gradients) * factor
+        if self.bound is not None:
+            factor = factor * torch.where(k_norm > 0, (self.bound * g_norm / k_norm).clamp_max(1), 1.0)
+        finite = k_norm.isfinite() & g_norm.isfinite()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            k = gradient * factor.to(p.device)
+            p.grad.add_(k.where(finite.to(p.device), 0))
+        added = _norm(gradients) * factor
+        self.ratio = torch.where(finite & (g_norm > 0), added / g_norm, 0.0)
+        self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
+
+
+def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[int, dict]) -> None:
+    """RuntimeError for what is not reached."""
+    if _in_deepspeed(model):
+        raise RuntimeError("keep() is not available under DeepSpeed: use DDP or one GPU.")
+    if any(getattr(p, "_fsdp_flattened", False) for group in groups.values() for p in group["params"]):
+        raise RuntimeError("keep() is not available under FSDP1, which flattens parameters: use DDP or one GPU.")
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise RuntimeError(
+            "keep() is not available for sharded parameters, such as those of FSDP2 (fully_shard): use DDP or one GPU."
+        )
+    if any(groups[id(p)].get("maximize") for p in parameters):
+        raise RuntimeError("An optimizer with maximize=True moves away from the VLM: negate the loss instead.")
+
+
+def _in_deepspeed(model: nn.Module) -> bool:
+    """Is this the step of an engine that trains the model? It steps copies, and calls a torch optimizer for them."""
+    if "deepspeed.runtime.engine" not in sys.modules:
+        return False
+    engine, frame = sys.modules["deepspeed.runtime.engine"].DeepSpeedEngine, sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, engine) and _related(model, caller.module):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# What is kept
+
+
+def keepings_of(model: nn.Module) -> list[Keeping]:
+    """What keeps this model, a part of it, or a model that it is part of."""
+    return [keeping for keeping in _alive() if _related(keeping.model, model)]
+
+
+def is_kept(parameters: Container[int]) -> bool:
+    """Is something added to the gradient of any of these, by their id()?"""
+    return any(id(p) in parameters for keeping in _alive() for p in keeping.model.parameters())
+
+
+def keep_telemetry(model: nn.Module) -> dict[str, float]:
+    """How far the model was from the VLM on the last batch of the keep set; empty before it, or without keeping.
+
+    Returns:
+        keep_kl     L_keep in nats, the mean over the answer tokens
+        keep_ratio  ‖what was added‖/‖gradient‖
+    """
+    for keeping in keepings_of(model):
+        if keeping.kl is not None:
+            return {"keep_kl": keeping.kl.item(), "keep_ratio": keeping.ratio.item()}
+    return {}
+
+
+def _alive() -> list[Keeping]:
+    return [keeping for keeping in list(_KEPT) if keeping.model is not None]
+
+
+def _related(one: nn.Module, other: nn.Module) -> bool:
+    return one in set(other.modules()) or other in set(one.modules())
+
+
+def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
+    for keeping in _alive():
+        parameters = keeping.trained(groups)
+        _refuse(keeping.model, parameters, groups)
+        if parameters:
+            keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
+    """The count goes on where an update was skipped, too: to look at it would wait for the device."""
+    step, counted = optimizer.param_groups[0].get(STEPS, 0), False
+    for keeping in _alive():
+        if parameters := keeping.trained(groups):
+            keeping.after_step(parameters, step)
+            counted = True
+    for group in optimizer.param_groups if counted else ():
+        group[STEPS] = step + 1
+
+
+act_in_steps("keep", Act(lambda: bool(_KEPT), _before_step, _after_step))
+
+
+# The training is not disturbed
+
+
+@contextlib.contextmanager
+def _random_numbers(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers of its own; afterwards they go on as if there had been none."""
+    devices = {p.device for p in model.parameters() if p.device.type in ("cuda", "xpu")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng([device.index for device in devices], device_type=kind):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.get_device_module(kind).default_generators[device.index].manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_as_they_are(model: nn.Module) -> Iterator[None]:
+    """What a module in train mode counts or averages is vectors and numbers; a matrix in a buffer is a weight."""
+    kept = [(b, b._version, b.clone()) for b in model.buffers() if b.dim() <= 1]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in kept:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _differentiable_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Reentrant checkpoints of transformers serve `backward()` alone: the other kind takes their place."""
+    checkpointed = []
+    for module in model.modules():
+        found = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(found, functools.partial) and found.func is checkpoint:
+            checkpointed.append((module, found))
+            module._gradient_checkpointing_func = functools.partial(found, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module, found in checkpointed:
+            module._gradient_checkpointing_func = found
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all of them together, in at least fp32."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+# Several processes
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor]) -> None:
+    """In place, over the processes, of which each one holds tensors of the same shapes."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for members in alike.values():
+        ends = torch.tensor([t.numel() for t in members]).cumsum(0) // BUCKET
+        for _, bucket in itertools.groupby(zip(ends.tolist(), members, strict=True), key=lambda pair: pair[0]):
+            parts = [tensor for _, tensor in bucket]
+            flat = torch.cat([part.flatten() for part in parts])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(mean.view_as(part))

@@ -88,7 +88,7 @@ class Keeping:
     def _see_autocast(self, module: nn.Module, args: tuple) -> None:
         """What training computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
-            kind = args[0].device.type
+            kind = next(module.parameters()).device.type
             self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     # A step

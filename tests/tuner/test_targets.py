@@ -266,3 +266,11 @@ def test_hybrids_are_adapted_whole(tmp_path):
     names = {f"model.language_model.{name}".removesuffix(".weight") for name in delta}
     assert adapted_modules(model.get_base_model(), ["default"]) == names
     assert any("linear_attn.in_proj_qkv" in name for name in names)
+
+
+def test_a_second_adapter_by_an_expression_that_its_neighbours_insides_would_match(pair):
+    """Names inside what is adapted already are no targets."""
+    model = get_peft_model(copy.deepcopy(pair.base), drift(pair, target_modules=r".*layers\.\d+\.self_attn\.q_proj.*"))
+    model.add_adapter("second", drift(pair, target_modules=r".*layers\.\d+\.self_attn\.q_proj.*"))
+    names = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert adapted_modules(model.get_base_model(), ["second"]) == names

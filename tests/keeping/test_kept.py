@@ -126,9 +126,9 @@ def test_weight_norms_are_refused(model, folder, tmp_path):
 
 
 def test_with_the_whole_vocabulary_it_is_the_distance_from_the_model_itself(folder, processor):
-    keep_set = make(folder, "whole.safetensors", top_k=64, samples=6)
+    keep_set = make(folder, "every_token.safetensors", top_k=64, samples=6)
     model = adapted(folder)
-    twin, _ = kept_twin(model, folder, "whole.safetensors", batch_size=6)
+    twin, _ = kept_twin(model, folder, "every_token.safetensors", batch_size=6)
     train(twin, sgd(twin, lr=0.0), 1)
     expected, tokens = 0.0, 0
     for sample in keep_set:
@@ -141,7 +141,7 @@ def test_with_the_whole_vocabulary_it_is_the_distance_from_the_model_itself(fold
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.zero_()
-    fresh, _ = kept_twin(model, folder, "whole.safetensors", batch_size=6)
+    fresh, _ = kept_twin(model, folder, "every_token.safetensors", batch_size=6)
     before = [g.clone() for g in gradients_of_step(model, sgd(model, lr=0.0))]
     assert_close(gradients_of_step(fresh, sgd(fresh, lr=0.0)), before, 1e-5)  # nothing is added
     assert abs(telemetry(fresh)["keep_kl"]) < 1e-6

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..prior import ReasoningPrior
@@ -86,6 +86,17 @@ def check_fit(
             f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
     _check_fingerprint(model, modules, prior)
+
+
+def targeted_modules(model: nn.Module, config: LoraConfig) -> set[str]:
+    """Names of the modules that `target_modules` names, as PEFT reads it: nothing inside what is adapted already."""
+    found, adapted = set(), []
+    for name, module in model.named_modules():  # what contains another one comes first
+        if name and not name.startswith(tuple(adapted)) and check_target_module_exists(config, name):
+            found.add(name)
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(f"{name}.")
+    return found
 
 
 def adapted_modules(model: nn.Module, adapters: Iterable[str]) -> set[str]:

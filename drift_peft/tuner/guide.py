@@ -6,14 +6,13 @@ from collections.abc import Iterable
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..checkpoints import module_kind
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets
+from .fit import adapted_modules, check_fit, refuse_other_targets, targeted_modules
 from .four_bit import keep_4bit_differentiable
 from .names import adapted_parameter
 from .settings import check_patterns_used
@@ -90,9 +89,7 @@ def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:
     for adapter in adapters:
         config = model.peft_config[adapter]
         if config.target_modules is not None:
-            modules = (name for name, _ in base.named_modules() if name and ".base_layer" not in name)
-            intended = {name for name in modules if check_target_module_exists(config, name)}
-            refuse_other_targets(base, config, intended, adapted_modules(base, [adapter]))
+            refuse_other_targets(base, config, targeted_modules(base, config), adapted_modules(base, [adapter]))
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:

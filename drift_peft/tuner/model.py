@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -19,7 +19,7 @@ from ..prior import ReasoningPrior
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets
+from .fit import adapted_modules, check_fit, refuse_other_targets, targeted_modules
 from .four_bit import keep_4bit_differentiable
 from .names import prior_names
 from .settings import check_patterns_used
@@ -191,13 +191,12 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
         wanted = Decoder(model).projections.values() if prior is None else prior
         wanted = [name for name in wanted if name not in named]
         config.target_modules = language_model_targets(model, wanted, config.layers_to_transform)
-        config.layers_to_transform = None  # it is in there, and PEFT refuses both
+        config.layers_to_transform = config.layers_pattern = None  # they are in there, and PEFT refuses both
     literal = _maybe_include_all_linear_layers(copy.copy(config), model)
-    intended = {name for name, _ in model.named_modules() if name and check_target_module_exists(literal, name)}
+    intended = targeted_modules(model, literal)
     convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
     _maybe_include_all_linear_layers(config, model)
-    found = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
-    refuse_other_targets(model, literal, intended, found)
+    refuse_other_targets(model, literal, intended, targeted_modules(model, config))
     return intended
 
 

@@ -93,7 +93,8 @@ def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> d
         language_model_targets(model, prior)  # raises when the prior covers none of them
     rows: dict[str, dict] = {}
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [name for name in projections if name in as_peft_reads(model, targets)]
+    hit = as_peft_reads(model, targets)
+    adapted = [name for name in projections if name in hit]
     for name in adapted:
         kind = name.rpartition(".")[2]
         row = rows.setdefault(kind, {"module": kind, "adapted": 0, "steered": None if prior is None else 0, "left": 0})

@@ -38,7 +38,9 @@ class Decoder:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        root, *others = [module for module in model.modules() if isinstance(module, PreTrainedModel)] or [None]
+        if others and not {*others} <= {*root.modules()}:  # a tower beside a language model, or two of these
+            root = None
         found = None if root is None else _find_layers(root)
         if found is None:
             raise ValueError(

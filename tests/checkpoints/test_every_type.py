@@ -183,6 +183,13 @@ def test_a_model_without_a_list_of_layers_is_named(tmp_path):
         _ = checkpoint.decoder
 
 
+def test_models_side_by_side_do_not_say_which_one_is_meant():
+    vlm = tiny_base("qwen2_5_vl")
+    assert Decoder(nn.ModuleDict({"model": vlm})).projections
+    with pytest.raises(ValueError, match="ModuleDict does not say where its language model is"):
+        Decoder(nn.ModuleDict({"tower": tiny_base("qwen2_5_vl").model.visual, "model": vlm}))
+
+
 def test_keys_of_other_versions_are_found(tmp_path):
     """A prefix more, which no version of transformers reads: by the names that are left."""
     base = tiny_base("lfm2_vl")

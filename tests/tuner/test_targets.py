@@ -101,8 +101,10 @@ def test_all_linear_is_what_peft_takes_it_for():
 )
 def test_targets_that_peft_reads_as_something_else_are_refused(moe, targets, difference):
     model = qwen3_moe(mlp_only_layers=[0])
-    with pytest.raises(ValueError, match=re.escape(difference) + ".*: name them as language_model_targets"):
+    with pytest.raises(ValueError, match=re.escape(difference) + ".*: name them as language_model_targets") as refused:
         get_peft_model(model, drift(moe, target_modules=targets))
+    asked = repr(targets) if isinstance(targets, str) else f"[{', '.join(sorted(targets))}]"
+    assert str(refused.value).startswith(f"target_modules={asked} names")  # as it was asked for, not as it was read
     assert untouched(model)
 
 
@@ -134,7 +136,7 @@ def test_an_expression_that_also_fits_what_is_inside_an_adapted_layer(pair, targ
     first = get_peft_model(copy.deepcopy(pair.base), drift(pair, target_modules=targets, **settings))
     meant = adapted_modules(first.get_base_model(), ["default"])
     assert meant and not any("lora" in name for name in meant)
-    for one, other in [("q_proj", targets), (targets, targets)]:
+    for one, other in [(["q_proj"], targets), (targets, targets)]:
         model = get_peft_model(copy.deepcopy(pair.base), LoraConfig(r=4, target_modules=one))
         model.add_adapter("second", drift(pair, target_modules=other, **settings))
         assert adapted_modules(model.get_base_model(), ["second"]) == meant

@@ -147,7 +147,8 @@ def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | Non
             decoder = decoder.get_decoder()
     except (ValueError, NotImplementedError):  # it has several text models, or none
         return None
-    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and name]
+    modules = () if decoder is None else decoder.named_modules()  # it is None in a Perceiver without a head
+    lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and name]
     if not lists:
         return None
     name, layers = min(lists, key=lambda found: (found[0].count("."), len(found[1]) != depth, -len(found[1])))

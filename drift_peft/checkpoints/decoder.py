@@ -38,7 +38,9 @@ class Decoder:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        root = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        root, *others = [module for module in model.modules() if isinstance(module, PreTrainedModel)] or [None]
+        if others and not {*others} <= {*root.modules()}:  # a tower beside a language model, or two of these
+            root = None
         found = None if root is None else _find_layers(root)
         if found is None:
             raise ValueError(
@@ -145,7 +147,8 @@ def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | Non
             decoder = decoder.get_decoder()
     except (ValueError, NotImplementedError):  # it has several text models, or none
         return None
-    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and name]
+    modules = () if decoder is None else decoder.named_modules()  # it is None in a Perceiver without a head
+    lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and name]
     if not lists:
         return None
     name, layers = min(lists, key=lambda found: (found[0].count("."), len(found[1]) != depth, -len(found[1])))

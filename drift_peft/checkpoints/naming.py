@@ -68,10 +68,10 @@ def module_kind(canonical: str) -> str | None:
         return {"lm_head": "head", "embed_tokens": "embed"}[kind]
     if any(map(_UNSTEERED.fullmatch, parts)):
         return None
+    if attribute not in ("weight", "bias") or (kind != "layers" and parts):  # beside the layers: a tower, a tokenizer
+        return None
     if attribute == "bias":
         return "bias"
-    if attribute != "weight" or (kind != "layers" and parts):
-        return None
     if "norm" in module.rpartition(".")[2].lower():
         return "norm"
     if kind != "layers" or len(parts) < 2:

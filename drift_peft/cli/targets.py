@@ -13,7 +13,7 @@ def flags(parser: Parser) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id or id@revision")
-    add("--prior", help="also count which of them have a Δ in this prior")
+    add("--prior", help="adapt and steer what has a Δ in this prior")
     add("--json", dest="as_json", action="store_true", help="print as JSON")
 
 

@@ -203,7 +203,7 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
             target_modules=targets,
             inference_mode=True,
         ).save_pretrained(folder)
-    if left := len(prior) - len(modules):
+    if left := sum(module_kind(name) not in PROJECTIONS for name in prior):
         warn(
             f"{left} of the prior's {len(prior)} weights are norms, biases, head or embedding: a LoRA adapter of "
             f"projections cannot hold them, so {output} leaves them out."
@@ -211,15 +211,13 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
     return Path(output)
 
 
-def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
-    """Regular expression of the LoRA targets, and projection of the prior -> its module's name in the loaded base."""
+def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str | list[str], dict[str, str]]:
+    """PEFT's `target_modules`, and projection of the prior that they hit -> its module's name in the loaded base."""
     projections = [name for name in prior if module_kind(name) in PROJECTIONS]
     if not projections:
         raise ValueError(f"{prior.source} holds no attention or MLP projection, so there is nothing for a LoRA adapter")
     model = checkpoint.model
-    targets = language_model_targets(model, projections)
-    said = as_peft_reads(model, targets)
-    modules = {canonical: name for name, canonical in checkpoint.decoder.projections.items() if name in said}
+    modules = {canonical: name for name, canonical in checkpoint.decoder.projections.items()}
     for name in projections:
         there = prior.metadata["weights"][name]["shape"]
         here = list(model.get_submodule(modules[name]).weight.shape) if name in modules else "not there"
@@ -228,4 +226,6 @@ def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str, dict[str,
                 f"{prior.source} was built for another model than {checkpoint.source}: {name} is {there} in the prior "
                 f"and {here} in the model"
             )
-    return targets, modules
+    targets = language_model_targets(model, projections)
+    hit = as_peft_reads(model, targets)
+    return targets, {name: modules[name] for name in projections if modules[name] in hit}

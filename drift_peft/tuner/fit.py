@@ -105,22 +105,26 @@ def adapted_modules(model: nn.Module, adapters: Iterable[str]) -> set[str]:
     return {n for n, layer in layers if not isinstance(layer, ParamWrapper) and any(a in layer.r for a in adapters)}
 
 
-def refuse_other_targets(model: nn.Module, config: LoraConfig, intended: set[str], adapted: set[str]) -> None:
-    """Refuse adapters on other modules than `target_modules` names.
+def refuse_other_targets(model: nn.Module, targets: str | Iterable[str], intended: set[str], adapted: set[str]) -> None:
+    """Refuse adapters on other modules than `targets`, the user's target_modules, names.
 
     Raises:
         ValueError: PEFT has made something else of it, as of the configs of some mixture-of-experts models.
     """
     if intended == adapted:
         return
-    parts = []
-    for verb, names in (("leaves out", sorted(intended - adapted)), ("adds", sorted(adapted - intended))):
-        if names:
-            parts.append(f"{verb} {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}")
+    differences = {"leaves out": intended - adapted, "adds": adapted - intended}
+    done = " and ".join(f"{verb} {_some(names)}" for verb, names in differences.items() if names)
     raise ValueError(
-        f"target_modules={config.target_modules!r} names {len(intended)} modules of this {type(model).__name__}, but "
-        f"PEFT {' and '.join(parts)}: name them as language_model_targets(model) does, or leave target_modules=None."
+        f"target_modules={repr(targets) if isinstance(targets, str) else f'[{_some(targets)}]'} names {len(intended)} "
+        f"modules of this {type(model).__name__}, but PEFT {done}: name them as language_model_targets(model) does, or "
+        "leave target_modules=None."
     )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
 
 
 def _has(module: nn.Module, parameter: str) -> bool:

@@ -89,7 +89,8 @@ def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:
     for adapter in adapters:
         config = model.peft_config[adapter]
         if config.target_modules is not None:
-            refuse_other_targets(base, config, targeted_modules(base, config), adapted_modules(base, [adapter]))
+            intended = targeted_modules(base, config)
+            refuse_other_targets(base, config.target_modules, intended, adapted_modules(base, [adapter]))
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:

@@ -69,7 +69,7 @@ class DriftModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NotImplementedError as error:  # PEFT asks where the embedding is, to see what is tied
             raise ValueError(f"PEFT cannot adapt a {type(model).__name__}: {error}") from error
-        refuse_other_targets(model, config, intended, adapted_modules(model, [adapter_name]))
+        refuse_other_targets(model, config.target_modules, intended, adapted_modules(model, [adapter_name]))
         tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
         adapters = steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
         if config.init_lora_weights == "drift":
@@ -191,12 +191,12 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
         wanted = Decoder(model).projections.values() if prior is None else prior
         wanted = [name for name in wanted if name not in named]
         config.target_modules = language_model_targets(model, wanted, config.layers_to_transform)
-        config.layers_to_transform = None  # it is in there, and PEFT refuses both
-    literal = _maybe_include_all_linear_layers(copy.copy(config), model)
-    intended = targeted_modules(model, literal)
+        config.layers_to_transform = config.layers_pattern = None  # they are in there, and PEFT refuses both
+    asked = config.target_modules
+    intended = targeted_modules(model, _maybe_include_all_linear_layers(copy.copy(config), model))
     convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
     _maybe_include_all_linear_layers(config, model)
-    refuse_other_targets(model, literal, intended, targeted_modules(model, config))
+    refuse_other_targets(model, asked, intended, targeted_modules(model, config))
     return intended
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from every_type import TYPES, tiny_base, tiny_text_expert
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, rename_keys, save_layout
@@ -181,6 +182,28 @@ def test_a_model_without_a_list_of_layers_is_named(tmp_path):
         ValueError, match=r"base is a Qwen3_5ForConditionalGeneration, which has no decoder whose layers"
     ):
         _ = checkpoint.decoder
+
+
+@pytest.mark.parametrize("model_type", ["chameleon", "idefics"])
+def test_a_tower_beside_the_layers_is_none_of_the_language_model(model_type):
+    """Their decoders are modules that hold the tower too."""
+    kinds = Decoder(tiny_base(model_type)).kinds
+    assert any(re.match("vqmodel|vision_model", name) for name in kinds)
+    beside = {name for name, kind in kinds.items() if kind and not name.startswith("layers.")}
+    assert beside == {"embed_tokens.weight", "norm.weight", "lm_head.weight"}
+
+
+def test_a_model_that_has_no_decoder_says_so():
+    config = tf.PerceiverConfig(num_latents=4, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=1)
+    with pytest.raises(ValueError, match="PerceiverModel does not say where its language model is"):
+        Decoder(tf.PerceiverModel(config))
+
+
+def test_models_side_by_side_do_not_say_which_one_is_meant():
+    vlm = tiny_base("qwen2_5_vl")
+    assert Decoder(nn.ModuleDict({"model": vlm})).projections
+    with pytest.raises(ValueError, match="ModuleDict does not say where its language model is"):
+        Decoder(nn.ModuleDict({"tower": tiny_base("qwen2_5_vl").model.visual, "model": vlm}))
 
 
 def test_keys_of_other_versions_are_found(tmp_path):

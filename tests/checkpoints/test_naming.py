@@ -92,6 +92,8 @@ def test_module_kinds():
         "layers.0.self_attn.o_proj.weight": "attn",
         "layers.10.mlp.gate_proj.weight": "mlp",
         "layers.0.self_attn.q_proj.bias": "bias",
+        "norm.bias": "bias",
+        "vision_model.encoder.layers.0.mlp.fc1.bias": None,
         "layers.0.self_attn.q_norm.weight": "norm",
         "layers.0.post_attention_layernorm.weight": "norm",
         "norm.weight": "norm",

@@ -88,6 +88,18 @@ def test_targets(folder, capsys):
     assert status == 0 and "no prior given" in out and r"target_modules = r'model\.language_model\.layers" in out
 
 
+def test_targets_are_those_that_the_prior_covers(folder, capsys, tmp_path):
+    assert build(folder, tmp_path / "p", "--modules", "attn", "--only-layers", "1") == 0
+    capsys.readouterr()
+    status, out, _ = run(capsys, "targets", folder / "vlm", "--prior", tmp_path / "p", "--json")
+    summary = json.loads(out)
+    assert status == 0 and summary["rows"] == [
+        {"module": f"{name}_proj", "adapted": 1, "steered": 1, "left": 1} for name in "qkvo"
+    ]
+    model = get_peft_model(tiny_vlm("qwen2_5_vl"), DriftConfig(prior=tmp_path / "p", r=2))
+    assert model.peft_config["default"].target_modules == summary["target_modules"]
+
+
 def test_merge(folder, capsys, tmp_path):
     flags = "--base", folder / "vlm", "--adapter", folder / "adapter", "-o", tmp_path / "merged"
     status, out, _ = run(capsys, "merge", *flags, "--verify", "--json")

@@ -11,9 +11,9 @@ from hub import Hub
 from huggingface_hub import ModelCard
 from pairs import load
 from peft import PeftConfig, PeftModel
-from tiny import save_layout, tiny_llm, tiny_vlm
+from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
 
-from drift_peft import ReasoningPrior, merge_adapter
+from drift_peft import ReasoningPrior, build_prior, merge_adapter
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
 
 NAMES = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.1.mlp.up_proj.weight"]
@@ -246,6 +246,24 @@ def test_what_a_lora_adapter_cannot_hold(tmp_path):
         ValueError, match="v holds no attention or MLP projection, so there is nothing for a LoRA adapter"
     ):
         vectors.as_lora(1, tmp_path / "none")
+
+
+def test_what_peft_cannot_adapt_is_left_out(tmp_path):
+    """Of mixtures whose first layers are dense, PEFT takes the projections there for experts."""
+    base = tiny_vlm("glm4v_moe")
+    expert, delta = tiny_expert("glm4v_moe", base)
+    save_layout(base, tmp_path / "base")
+    save_layout(expert, tmp_path / "expert")
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "p", rank=64, progress=False)
+    assert any(".mlp." in name for name in prior)
+    with pytest.warns(UserWarning, match=r"\d+ projections, such as .*mlp.* cannot be adapted: PEFT") as told:
+        prior.as_lora(1, tmp_path / "lora")
+    assert not any("norms, biases, head or embedding" in str(w.message) for w in told)
+    model = PeftModel.from_pretrained(base, tmp_path / "lora")
+    adapted = {canonical_name(f"{n}.weight"): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert adapted.keys() == {name for name in prior if ".self_attn." in name}
+    for name, layer in adapted.items():
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta[name], rtol=0.02, atol=1e-3)
 
 
 def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):

@@ -101,8 +101,10 @@ def test_all_linear_is_what_peft_takes_it_for():
 )
 def test_targets_that_peft_reads_as_something_else_are_refused(moe, targets, difference):
     model = qwen3_moe(mlp_only_layers=[0])
-    with pytest.raises(ValueError, match=re.escape(difference) + ".*: name them as language_model_targets"):
+    with pytest.raises(ValueError, match=re.escape(difference) + ".*: name them as language_model_targets") as refused:
         get_peft_model(model, drift(moe, target_modules=targets))
+    asked = repr(targets) if isinstance(targets, str) else f"[{', '.join(sorted(targets))}]"
+    assert str(refused.value).startswith(f"target_modules={asked} names")  # as it was asked for, not as it was read
     assert untouched(model)
 
 
@@ -125,6 +127,30 @@ def omni_thinker():
         vision_config={**vision, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         text_config={**TEXT, **EXPERTS, "rope_parameters": rope},
     )
+
+
+@pytest.mark.parametrize("targets", [r".*\.self_attn\..*", r".*(?:q|v)_proj.*"])
+def test_an_expression_that_also_fits_what_is_inside_an_adapted_layer(pair, targets):
+    """PEFT looks into no layer that it has adapted already: a second adapter, or guide, means the layers themselves."""
+    settings = {"drift_modules": ["attn"]}
+    first = get_peft_model(copy.deepcopy(pair.base), drift(pair, target_modules=targets, **settings))
+    meant = adapted_modules(first.get_base_model(), ["default"])
+    assert meant and not any("lora" in name for name in meant)
+    for one, other in [(["q_proj"], targets), (targets, targets)]:
+        model = get_peft_model(copy.deepcopy(pair.base), LoraConfig(r=4, target_modules=one))
+        model.add_adapter("second", drift(pair, target_modules=other, **settings))
+        assert adapted_modules(model.get_base_model(), ["second"]) == meant
+    model = get_peft_model(copy.deepcopy(pair.base), LoraConfig(r=4, target_modules=targets))
+    guide(model, pair.prior)
+    assert {n for n, m in model.get_base_model().named_modules() if getattr(m, "drift", {})} == meant
+
+
+def test_the_layers_that_are_asked_for_are_loaded_again(pair, tmp_path):
+    config = drift(pair, layers_to_transform=1, layers_pattern="layers")
+    model = get_peft_model(copy.deepcopy(pair.base), config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(pair.base), tmp_path)
+    assert len(adapted_modules(again.get_base_model(), ["default"])) == 7
 
 
 # Held at the base: everything that is adapted

@@ -81,19 +81,18 @@ def prior_notes(summary: dict) -> list[str]:
 def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> dict:
     """What `target_modules=None` adapts and steers on this model, from its config alone: no weight is loaded.
 
-    Per module type (q_proj, …): how many modules are adapted, how many of them have a Δ in the prior (None without a
-    prior), and how many modules of the same name outside the language model are left alone.
+    Per module type (q_proj, …): how many modules are adapted, which are those with a Δ if there is a prior; how many
+    are steered (None without a prior); and how many other modules of the same name are left alone.
 
     Raises:
         ValueError: the model has no such module, or none that the prior covers.
     """
     model, projections = checkpoint.model, checkpoint.decoder.projections
-    targets = language_model_targets(model)
-    if prior is not None:
-        language_model_targets(model, prior)  # raises when the prior covers none of them
+    targets = language_model_targets(model, prior)
     rows: dict[str, dict] = {}
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [name for name in projections if name in as_peft_reads(model, targets)]
+    hit = as_peft_reads(model, targets)
+    adapted = [name for name in projections if name in hit]
     for name in adapted:
         kind = name.rpartition(".")[2]
         row = rows.setdefault(kind, {"module": kind, "adapted": 0, "steered": None if prior is None else 0, "left": 0})
@@ -114,7 +113,7 @@ def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> d
 def targets_table(summary: dict) -> Table:
     """`targets_summary` as a table."""
     title = f"LoRA targets of {summary['model']} ({summary['class']})"
-    table = Table("module", "adapted", "steered", "left alone elsewhere", title=Text(title))
+    table = Table("module", "adapted", "steered", "left alone", title=Text(title))
     for row in summary["rows"]:
         steered = "no prior given" if row["steered"] is None else str(row["steered"])
         table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
@@ -92,8 +94,9 @@ def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the inputs that the model knows; a processor may say more, such as Gemma 4's of its images' sizes."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
+    while isinstance(model, (PeftModel, BaseTuner)):  # whose forward takes anything
+        model = model.get_base_model() if isinstance(model, PeftModel) else model.model
+    known = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in known}
 
 

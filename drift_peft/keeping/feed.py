@@ -1,4 +1,7 @@
-"""Batches of a keep set in an order that can be taken up anywhere, read and tokenized while the model trains."""
+"""Batches of a keep set in an order that can be taken up anywhere, read and tokenized while the model trains.
+
+A batch comes in as many parts as it needs for none to be larger than a training batch, so that it takes no more memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .answers import Sample, answered, prompts
 
 
 @dataclass(frozen=True)
-class Batch:
+class Part:
     """Questions with their answers, as a model takes them, and what the VLM says of each of the N answer tokens.
 
     Attributes:
@@ -44,28 +47,36 @@ class Feed:
         # Training may use the processor at the same time, and neither do tokenizers stand that nor does `prompts`,
         # which turns their padding to the left.
         self.processor = copy.deepcopy(processor)
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: tuple[int, Future[list[Part]]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, tokens: int) -> list[Part]:
         """As it was read ahead, or read now."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == number:
             return ahead[1].result()
-        return self.read(number)
+        return self.read(number, tokens)
 
-    def read_ahead(self, number: int) -> None:
+    def read_ahead(self, number: int, tokens: int) -> None:
         """Begin to read a batch on another thread."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="keep")
-        self._ahead = number, self._thread.submit(self.read, number)
+        self._ahead = number, self._thread.submit(self.read, number, tokens)
 
-    def read(self, number: int) -> Batch:
+    def read(self, number: int, tokens: int) -> list[Part]:
+        """In parts of at most so many tokens, padding included, or of one sample."""
         samples = [self.keep_set[i] for i in self.indices(number)]
+        whole = self._read(samples)
+        size = max(1, tokens // whole.inputs["input_ids"].shape[1])
+        if size >= len(samples):
+            return [whole]
+        return [self._read(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+    def _read(self, samples: Sequence[Sample]) -> Part:
         inputs = prompts(self.processor, [s.image for s in samples], [s.question for s in samples])
         whole, said = answered(inputs, [s.tokens for s in samples], self.processor.tokenizer.pad_token_id)
         top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
-        return Batch(whole, said, *top)
+        return Part(whole, said, *top)
 
     def indices(self, number: int) -> list[int]:
         """Which samples are in a batch."""

@@ -26,7 +26,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .answers import Sample, answer_logits, placed
 from .distance import bucketed_kl
-from .feed import Batch, Feed, mixed
+from .feed import Feed, Part, mixed
 from .steps import Act, act_in_steps
 
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
@@ -60,11 +60,12 @@ class Keeping:
         self.weight, self.bound, self.every, self.seed = weight, bound, every, seed
         self.feed = Feed(keep_set, processor, batch_size, seed)
         self.autocast: torch.dtype | None = None
+        self.tokens = 0  # of the largest batch that was trained on: none of ours is to be larger
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
         self._left: tuple[TensorWeakRef, int] | None = None  # a gradient and its version, as the last step left it
-        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_autocast)
+        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training)
         vars(model)["drift_keep"] = self
         _KEPT[self] = None
 
@@ -85,9 +86,10 @@ class Keeping:
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
         _KEPT[self] = None
 
-    def _see_autocast(self, module: nn.Module, args: tuple) -> None:
-        """What training computes in: a plain loop leaves autocast before its optimizer steps."""
+    def _see_training(self, module: nn.Module, args: tuple) -> None:
+        """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
+            self.tokens = max([self.tokens, *(ids.numel() for ids in args)])
             kind = next(module.parameters()).device.type
             self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -103,13 +105,13 @@ class Keeping:
             return
         rank, processes = _place()
         number = step // self.every * processes + rank
-        batch = self.feed.batch(number)
+        parts = self.feed.batch(number, self.tokens)
         device = parameters[0].device
         if self.scale is None or self.scale.device != device:
             self.scale = torch.tensor(GRADIENT_SCALE, device=device)
         with _random_numbers(self.model, mixed(self.seed, step, rank)), _buffers_as_they_are(self.model):
-            loss, gradients = self._gradients(batch, parameters)
-        self.feed.read_ahead(number + processes)
+            loss, gradients = self._gradients(parts, parameters)
+        self.feed.read_ahead(number + processes, self.tokens)
         self.kl = loss.detach().float().to(device, copy=True)
         if processes > 1:
             _average([self.kl, *gradients])
@@ -127,17 +129,25 @@ class Keeping:
         gradient, version = self._left
         return gradient() is first.grad and version == first.grad._version
 
-    def _gradients(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    def _gradients(self, parts: Sequence[Part], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
-        inputs, kind = placed(batch.inputs, self.model), self.model.device.type
-        autocast = torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
-        with torch.enable_grad(), _differentiable_checkpoints(self.model):
-            with autocast:
-                logits = answer_logits(self.model, inputs, batch.said.shape[1])
-            rows = logits[batch.said.to(logits.device)]
-            loss = bucketed_kl(rows, batch.top_tokens.to(rows.device), batch.top_logprobs.to(rows.device)).mean()
+        said, losses, total = sum(len(part.top_tokens) for part in parts), [], None
+        for part in parts:
+            loss = self._divergence(part).sum() / said
             scaled = loss * self.scale.to(loss.device)
-            return loss, list(torch.autograd.grad(scaled, parameters, materialize_grads=True))
+            gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
+            total = gradients if total is None else [a + b for a, b in zip(total, gradients, strict=True)]
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), list(total)
+
+    def _divergence(self, part: Part) -> Tensor:
+        """[N] of each answer token."""
+        inputs, kind = placed(part.inputs, self.model), self.model.device.type
+        with torch.enable_grad(), _differentiable_checkpoints(self.model):
+            with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+                logits = answer_logits(self.model, inputs, part.said.shape[1])
+            rows = logits[part.said.to(logits.device)]
+            return bucketed_kl(rows, part.top_tokens.to(rows.device), part.top_logprobs.to(rows.device))
 
     @torch.no_grad()
     def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], loss_scale: Tensor | float) -> None:

@@ -86,13 +86,13 @@ def test_the_processors_time_of_tiny_adapters(capsys):
 
 
 def test_keep_cost_in_its_smallest_size(capsys):
-    printed, result = ran(
-        keep_cost, capsys, "--smallest", "--tokens", 64, "--answers", 1, 2, "--steps", 1, "--device", "cpu"
-    )
-    assert [(row["answers"], row["keep_tokens"]) for row in result["rows"]] == [(1, 78), (2, 156)]
+    settings = "--tokens", 64, "--answers", 1, 2, "--micro-batches", 2, 1, "--every", 1, 2, "--steps", 1
+    printed, result = ran(keep_cost, capsys, "--smallest", *settings, "--device", "cpu")
+    found = [(row["tokens"], row["answers"], row["keep_tokens"], row["every"]) for row in result["rows"]]
+    assert found == [(128, 1, 78, 1), (128, 1, 78, 2), (64, 2, 156, 1), (64, 2, 156, 2)]
     for row in result["rows"]:
         assert row["plain_s"] > 0 and row["kept_s"] > 0 and 0 < row["keep_ratio"] <= 1 + 1e-6
-        assert row["kept_peak_gb"] is None
+        assert 0 < row["plain_peak_gb"] <= row["kept_peak_gb"]
     assert "their tokens" in printed and "not measured: no CUDA device" in printed
 
 

@@ -15,10 +15,13 @@ from kept_models import (
     assert_close,
     expected_step,
     gradients_of_step,
+    keep_gradients,
     keep_loss,
     kept_twin,
     load,
     processor_of,
+    task_gradients,
+    with_keeping,
 )
 from pairs import make_pair
 from peft import get_peft_model
@@ -120,6 +123,24 @@ def test_weight_norms_are_refused(model, folder, tmp_path):
     keep(guided, folder / "keep.safetensors", processor_of(folder), batch_size=2)
     with pytest.raises(RuntimeError, match=r"drift_norm='weight' does not see the gradient that keep\(\) adds: use"):
         train(guided, sgd(guided), 1)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_no_batch_of_the_set_is_larger_than_the_trainings(model, folder, processor, rows):
+    """It comes in parts then, so that it takes no more memory; what is added stays as it was."""
+    twin, watched = kept_twin(model, folder, batch_size=6)
+    seen = []
+    twin.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    ids = BATCH[:1].repeat(rows, 1)
+    found = gradients_of_step(twin, sgd(twin, lr=0.0), ids)
+    first, *parts = seen
+    assert first == ids.shape and sum(shape[0] for shape in parts) == 6
+    assert all(shape.numel() <= max(ids.numel(), shape[1]) for shape in parts)
+    assert (len(parts) == 1) == (rows == 40) and (len(parts) == 6) == (rows == 1)
+    expected = with_keeping(
+        task_gradients(model, ids), keep_gradients(model, processor, watched.batch(0, 6), trainable(model))
+    )
+    assert_close(found, expected)
 
 
 # The distance

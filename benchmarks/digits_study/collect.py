@@ -37,12 +37,34 @@ DUELS = (  # (first, second, what their difference answers)
     ("decoupled-hierarchical", "decoupled", ""),
     ("drift-ancestor", "merge-lora-ancestor", "Both with Δ from the ancestor, each tuned:"),
     ("merge-lora-ancestor", "merge-lora", ""),
+    ("drift-keep", "drift", "What keeping adds to DRIFT:"),
+    ("drift-ancestor-keep", "drift-ancestor", ""),
+    ("lora-keep", "lora", "And to its rivals:"),
+    ("merge-lora-keep", "merge-lora", ""),
+    ("merge-lora-ancestor-keep", "merge-lora-ancestor", ""),
+    ("full-keep", "full", ""),
+    ("full-drift-keep", "full-drift", ""),
+    ("drift-ancestor-keep", "drift-keep", "Kept, Δ from the ancestor, or from the VLM?"),
+    ("drift-keep", "lora-keep", "Both kept:"),
+    ("drift-keep", "merge-lora-keep", ""),
+    ("drift-ancestor-keep", "merge-lora-ancestor-keep", ""),
+    ("drift-keep", "full-drift-keep", ""),
+    ("drift-ancestor-keep", "vlm", "What is gained in all:"),
+    ("drift-ancestor-keep", "drift-ancestor-replay", "Keeping, or replay of the same answers?"),
+    ("lora-keep", "lora-replay", ""),
+    ("merge-lora-ancestor-keep", "merge-lora-ancestor-replay", ""),
+    ("drift-ancestor-keep", "drift-ancestor-longer", "Keeping, or as much more training?"),
+    ("lora-keep", "lora-longer", ""),
+    ("merge-lora-ancestor-keep", "merge-lora-ancestor-longer", ""),
+    ("drift-ancestor-text", "merge-lora-ancestor-text", "Kept, on chains in text alone:"),
+    ("drift-ancestor-text", "lora-text", ""),
     ("drift", "drift-weak", "A weaker expert?"),
     ("drift", "drift-nf4", "What 4 bit costs:"),
     ("lora", "lora-nf4", ""),
 )
 
-LEADERS = ("drift", "decoupled", "drift-ancestor")  # whose rivals are listed: DRIFT inside the adapter
+# DRIFT inside the adapter, whose rivals are listed.
+LEADERS = ("drift", "decoupled", "drift-ancestor", "drift-keep", "drift-ancestor-keep")
 RIVAL = "lora"  # what a user would do without us: every row is compared with it, seed by seed
 
 

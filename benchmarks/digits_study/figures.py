@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .methods import CONTROLS, NF4, STARTS, TRAINING_FREE, VARIANTS
+from .methods import COMPUTE, CONTROLS, KEPT, NF4, STARTS, TEXT, TRAINING_FREE, VARIANTS
 from .plan import SWEEPS
 
 COLOURS = {  # of what is followed through all figures
@@ -22,11 +22,16 @@ COLOURS = {  # of what is followed through all figures
     "start": "tab:brown",
     "drift-ancestor": "hotpink",
     "merge-lora-ancestor": "gold",
+    "lora-keep": "navy",
+    "drift-keep": "darkred",
+    "drift-ancestor-keep": "deeppink",
+    "merge-lora-ancestor-keep": "darkgoldenrod",
 }
 GREYS = (  # what stays in the background
     (TRAINING_FREE, "merges without training", "darkgray"),
     (STARTS, "LoRA with PEFT's other starts", "tab:pink"),
     (VARIANTS, "DRIFT's other scales and targets", "mistyrose"),
+    (KEPT | COMPUTE | TEXT, "others kept, or trained longer", "lightgreen"),
 )
 REASONING, PERCEPTION = "2-3 operations", "perception"
 

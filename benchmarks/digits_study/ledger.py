@@ -33,6 +33,8 @@ def fingerprint(world: str) -> str:
 def definition(method: str) -> str:
     """Of what a method is beside a run's settings: results of another one must not stand beside it either."""
     fixed = {key: value for key, value in vars(METHODS[method]).items() if key not in ("title", "grid", "like")}
+    if fixed["kept"] is None:  # as it was before there was keeping
+        del fixed["kept"]
     return hashlib.sha256(json.dumps([fixed, DEFAULTS], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -35,6 +35,8 @@ class Method:
         prior: which prior steers: "plain", "hierarchical", "negated", "random", "wrong", "weak"; with "hierarchical",
             what is merged beforehand is Δ from the ancestor too.
         four_bit: trained on NF4, then merged into the full-precision base.
+        kept: "kl" keeps the model near the VLM's own answers to unlabelled images (`keep`), "replay" mixes them into
+            the training samples; None keeps nothing.
         settings: fixed for this method; `merged` is λ of the Δ that is added to the base before anything else.
         grid: the candidates; none where there is nothing to choose.
         like: whose chosen candidate a control takes, instead of choosing one of its own.
@@ -47,6 +49,7 @@ class Method:
     drift: dict | None = None
     prior: str = "plain"
     four_bit: bool = False
+    kept: str | None = None
     settings: dict = field(default_factory=dict)
     grid: tuple[dict, ...] = ()
     like: str | None = None
@@ -99,6 +102,50 @@ ANCESTOR = {  # the two ways that are best inside and outside the adapter, with 
     f"{key}-ancestor": replace(TRAINING[key], title=f"{TRAINING[key].title}, Δ from the ancestor", prior="hierarchical")
     for key in ("drift", "merge-lora")
 }
+
+# Of a keep set: how many images, what they show and what is asked of them (see `keeping`), and the k largest log
+# probabilities of a token; of its use: weight, answers a step, and at every so manieth step.
+KEEP = {
+    "keep_images": 240,
+    "keep_variety": "as examined",
+    "keep_top_k": 8,
+    "keep_weight": 1.0,
+    "keep_batch_size": 8,
+    "keep_every": 1,
+}
+REPLAY = {"keep_images": 60, "keep_variety": "as examined", "keep_top_k": 8}
+KEPT_DRIFT = grid(rate=STEERED_RATES, drift_alpha=(0.1, 0.3, 1.0))  # 0.3 was at the edge without keeping
+
+
+def kept(key: str, how: str) -> Method:
+    """A method that keeps, on a grid of its own."""
+    method = (TRAINING | ANCESTOR)[key]
+    title = f"{method.title}, {'keeping' if how == 'kl' else 'replay'}"
+    candidates = KEPT_DRIFT if key.startswith("drift") else method.grid
+    return replace(method, title=title, kept=how, settings=KEEP if how == "kl" else REPLAY, grid=candidates)
+
+
+KEPT = {
+    f"{key}-keep": kept(key, "kl")
+    for key in ("lora", "merge-lora", "drift", "drift-ancestor", "merge-lora-ancestor", "full", "full-drift")
+} | {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
+
+COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 answers beside 16 samples
+    f"{key}-longer": replace(
+        (TRAINING | ANCESTOR)[key],
+        title=f"{(TRAINING | ANCESTOR)[key].title}, half as long again",
+        settings={"steps": 225},
+        grid=(),
+        like=key,
+    )
+    for key in ("lora", "merge-lora-ancestor", "drift-ancestor")
+}
+
+TEXT = {  # chains in text, and no image but those whose answers are kept
+    f"{key}-text": replace(KEPT[f"{key}-keep"], title=f"{KEPT[f'{key}-keep'].title}, text chains alone")
+    for key in ("lora", "merge-lora-ancestor", "drift-ancestor")
+}
+TEXT = {key: replace(m, settings={**m.settings, "chains": "text", "keep_weight": 3.0}) for key, m in TEXT.items()}
 
 STARTS = {  # PEFT's other starts of an adapter
     "pissa": Method("LoRA, PiSSA start", start="pissa", grid=grid(rate=LORA_RATES)),
@@ -153,5 +200,5 @@ CONTROLS = {
     )
 }
 
-METHODS = TRAINING_FREE | TRAINING | ANCESTOR | STARTS | VARIANTS | NF4 | CONTROLS
+METHODS = TRAINING_FREE | TRAINING | ANCESTOR | KEPT | COMPUTE | TEXT | STARTS | VARIANTS | NF4 | CONTROLS
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

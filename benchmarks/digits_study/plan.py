@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from drift_peft.demo.evaluate import MEASURES
 
+from .keep_sets import VARIETIES
 from .ledger import Ledger
-from .methods import ANCESTOR, CONTROLS, METHODS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import ANCESTOR, COMPUTE, CONTROLS, KEPT, METHODS, NF4, STARTS, TEXT, TRAINING, TRAINING_FREE, VARIANTS
 from .run import DEFAULTS, scores
 from .worlds import WORLDS
 
@@ -99,6 +100,29 @@ SWEEPS = {
             "down to 0 over 50 steps": lambda _: {"drift_decay_steps": 50},
         },
         ("qwen",),
+    ),
+    "keep_weight": Sweep.of("Weight of keeping", "keep_weight", [0.3, 1.0, 3.0, 10.0], ("drift-ancestor-keep",), ONCE),
+    "keep_batch_size": Sweep.of(
+        "Kept answers a step", "keep_batch_size", [4, 8, 16], ("lora-keep", "drift-ancestor-keep"), ONCE
+    ),
+    "keep_every": Sweep.of(
+        "At every so manieth step", "keep_every", [1, 2, 4, 8], ("lora-keep", "drift-ancestor-keep"), ONCE
+    ),
+    "keep_images": Sweep.of(
+        "Images of the keep set", "keep_images", [15, 60, 240], ("lora-keep", "drift-ancestor-keep")
+    ),
+    "keep_variety": Sweep.of(
+        "What the keep set shows and asks", "keep_variety", list(VARIETIES), ("drift-ancestor-keep",)
+    ),
+    "keep_top_k": Sweep.of(
+        "Stored probabilities of a token", "keep_top_k", [1, 2, 4, 8, 16], ("drift-ancestor-keep",), ONCE
+    ),
+    "keep_steps": Sweep.of(
+        "Optimizer steps, keeping",
+        "steps",
+        [50, 150, 300],
+        ("lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
+        ONCE,
     ),
 }
 
@@ -204,6 +228,13 @@ class Plan:
                 yield seeds(f"methods, chosen by {criterion}", world, TRAINING_FREE | TRAINING, criterion)
         for world in self.worlds:
             yield from compared("ancestor", world, ANCESTOR)
+        for world in self.worlds:
+            yield from compared("keeping", world, KEPT)
+        for world in self.worlds:
+            yield seeds("as long as keeping takes", world, COMPUTE)
+            yield from compared("text chains alone", world, TEXT)
+        for name in (name for name in SWEEPS if name.startswith("keep_")):
+            yield from (sweep(name, world) for world in self.worlds if self.sweeps_in(world, name))
         for world in self.worlds:
             yield seeds("controls", world, CONTROLS)
             yield from (sweep(name, world) for name in ("strength", "rate") if self.sweeps_in(world, name))

@@ -8,7 +8,7 @@ from drift_peft.demo.evaluate import MEASURES
 
 from .defaults import recommendation
 from .figures import draw_frontier, draw_losses, draw_sweep
-from .methods import ANCESTOR, CONTROLS, NF4, STARTS, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import ANCESTOR, COMPUTE, CONTROLS, KEPT, NF4, STARTS, TEXT, TRAINING, TRAINING_FREE, VARIANTS
 from .plan import CRITERIA, SWEEPS
 from .words import percent, plain_words, signed
 
@@ -16,6 +16,9 @@ HEADS = {**MEASURES, "images": "`images`", "all": "`all`"}
 GROUPS = {
     "Nothing trained": TRAINING_FREE,
     "Trained": TRAINING | ANCESTOR | STARTS,
+    "Kept near the VLM's own answers": KEPT,
+    "Trained as long as keeping takes, settings as above": COMPUTE,
+    "Kept, and trained on chains in text alone": TEXT,
     "Other scales, targets and norms of DRIFT": VARIANTS,
     "On a 4-bit base, settings as above": NF4,
     "Controls, settings as above": CONTROLS,
@@ -162,7 +165,7 @@ def common_settings(results: dict, worlds: dict) -> list[str]:
         "| | worlds | by `images` | mean | shortfall | by `all` | mean | shortfall |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in TRAINING | ANCESTOR | STARTS | VARIANTS:
+    for method in TRAINING | ANCESTOR | KEPT | TEXT | STARTS | VARIANTS:
         grids_of = [tuning[method] for tuning in complete if method in tuning]
         if len(grids_of) < 2:
             continue

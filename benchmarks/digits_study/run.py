@@ -16,7 +16,7 @@ from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from drift_peft import DriftConfig, ReasoningPrior, guide, language_model_targets, merge_adapter
+from drift_peft import DriftConfig, ReasoningPrior, guide, keep, language_model_targets, merge_adapter
 from drift_peft.checkpoints import Checkpoint, canonical_name, module_kind
 from drift_peft.demo.compare import quiet
 from drift_peft.demo.evaluate import ask, encode, exams, is_right
@@ -25,6 +25,7 @@ from drift_peft.demo.world import PERCEPTION, Sample, make_samples
 from drift_peft.merge import merge_baseline
 from drift_peft.tuner import keep_4bit_differentiable
 
+from .keep_sets import keep_set_of, replayed
 from .methods import METHODS, Method
 from .worlds import WORLDS, World
 
@@ -86,6 +87,13 @@ def trained(world: World, method: Method, settings: dict, seed: int, prior: Path
             guide(model, str(prior), **drift)
     else:
         model = adapted(model, processor, method, settings, drift, prior, samples)
+    if method.kept:
+        keep_set = keep_set_of(world, settings, seed, samples, home / "keep.safetensors")
+        if method.kept == "replay":
+            samples = samples + replayed(keep_set)
+        else:
+            how = {name: settings[f"keep_{name}"] for name in ("weight", "batch_size", "every")}
+            keep(model, keep_set, processor, seed=seed, **how)
     train(model, processor, samples, settings, seed, measured)
     if method.four_bit:
         model.save_pretrained(home / "adapter")
@@ -149,8 +157,11 @@ def train(model, processor, samples: list[Sample], settings: dict, seed: int, me
 
 
 def training_samples(world: World, settings: dict, seed: int) -> list[Sample]:
-    """Images of two and three operations; fewer samples are the first of more; the share `noise` has wrong chains."""
-    digits = world.digits("train")
+    """Images of two and three operations; fewer samples are the first of more; the share `noise` has wrong chains.
+
+    With `chains` "text" the same chains are shown as text.
+    """
+    digits = None if settings.get("chains") == "text" else world.digits("train")
     drawn = make_samples(400, ["solve"], np.random.default_rng([seed, 1]), digits, operations=(2, 3))
     rng = np.random.default_rng([seed, 3])
     wrong = rng.permutation(settings["samples"])[: round(settings["noise"] * settings["samples"])]

@@ -8,10 +8,11 @@ from itertools import product
 from drift_peft.demo.evaluate import MEASURES
 
 from .collect import DUELS, LEADERS
-from .methods import CONTROLS, NF4, VARIANTS
+from .methods import COMPUTE, CONTROLS, NF4, TEXT, VARIANTS
 from .plan import CRITERIA
 
 NOT_RUN = "not run yet"
+OURS = {*LEADERS, "drift-ancestor-replay", *VARIANTS, *NF4, *COMPUTE, *TEXT, *CONTROLS}  # no rivals of DRIFT's
 PULL = "pull-to-zero"  # a control that is also what a user may do: plain regularization
 WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 
@@ -23,7 +24,8 @@ def plain_words(results: dict, worlds: dict) -> list[str]:
     for criterion in CRITERIA:
         lines += [
             f"\n### Chosen and compared by `{criterion}`\n",
-            "What beats DRIFT inside the adapter (the best of `drift`, `decoupled` and `drift-ancestor`):\n",
+            "What beats DRIFT inside the adapter (the best of `drift`, `decoupled` and `drift-ancestor`, the first "
+            "and the last also with keeping):\n",
         ]
         lines += [f"- `{key}`: {beaten_by(results, world, criterion)}" for key, world in worlds.items()]
         lines += ["\nAgainst plain LoRA, points and 95 % interval:\n"]
@@ -67,6 +69,13 @@ def answer(results: dict, worlds: dict) -> list[str]:
         f"- **Against full fine-tuning**: {than('drift', 'full')}; **against DRIFT as published**, with all weights: "
         f"{than('drift', 'full-drift')}.",
     ]
+    if (found := across(worlds, "drift-ancestor-keep", "drift-ancestor")) != NOT_RUN:
+        lines.append(
+            "- **Keeping the VLM's own answers** to images without labels, added to DRIFT with Δ from the ancestor: "
+            f"{found}; and then against merged, then LoRA, with the same Δ and keeping: "
+            f"{than('drift-ancestor-keep', 'merge-lora-ancestor-keep')}; against LoRA with the same keeping: "
+            f"{than('drift-keep', 'lora-keep')}, here with Δ from the VLM."
+        )
     if (found := across(worlds, "drift-hierarchical", "drift")) != NOT_RUN:
         lines.append(
             "- **Δ from the common ancestor** (`reference=`, the paper's table 10) in place of Δ from the VLM, which "
@@ -101,9 +110,7 @@ def rivals(world: dict, criterion: str) -> tuple[str, list, list] | None:
     if best is None:
         return None
     ahead = [
-        (key, lead)
-        for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0])
-        if key not in {*LEADERS, *VARIANTS, *NF4, *CONTROLS} - {PULL}
+        (key, lead) for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0]) if key not in OURS - {PULL}
     ]
     return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0 <= pair[1][2]]
 

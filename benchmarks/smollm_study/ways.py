@@ -1,0 +1,49 @@
+"""What a user could do with the VLM and the expert; each trained way with three learning rates that users use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+RATES = tuple({"rate": rate} for rate in (1e-4, 3e-4, 1e-3))
+SCALES = tuple({"scale": scale} for scale in (0.3, 0.6, 0.9))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row.
+
+    Attributes:
+        title: its name.
+        trains: an adapter on the 4-bit base, which is merged into the full-precision one afterwards.
+        merged: λ of the Δ that is added to the VLM beforehand; where nothing is trained, `scale` of the grid is it.
+        ancestor: Δ is the expert less the ancestor, not less the VLM.
+        drift: settings of DriftConfig; None trains plain LoRA.
+        kept: near the VLM's own answers to images without labels.
+        grid: the candidates, chosen among on validation samples.
+    """
+
+    title: str
+    trains: bool = True
+    merged: float = 0.0
+    ancestor: bool = False
+    drift: dict | None = None
+    kept: bool = False
+    grid: tuple[dict, ...] = field(default=RATES)
+
+
+DRIFT = {"drift_alpha": 0.3}  # as the recipes for real pairs have it
+TRAINED = {
+    "lora": Way("LoRA"),
+    "merge-lora": Way("merged, then LoRA", merged=0.5),
+    "merge-lora-ancestor": Way("merged, then LoRA, Δ from the ancestor", merged=0.5, ancestor=True),
+    "drift": Way("DRIFT", drift=DRIFT),
+    "drift-ancestor": Way("DRIFT, Δ from the ancestor", ancestor=True, drift=DRIFT),
+}
+KEPT = {f"{key}-keep": replace(way, title=f"{way.title}, keeping", kept=True) for key, way in TRAINED.items()}
+WAYS = {
+    "vlm": Way("VLM as it is", trains=False, grid=()),
+    "task-arithmetic": Way("task arithmetic", trains=False, grid=SCALES),
+    "task-arithmetic-ancestor": Way("task arithmetic, Δ from the ancestor", False, ancestor=True, grid=SCALES),
+    **TRAINED,
+    **KEPT,
+}

@@ -1,0 +1,175 @@
+"""benchmarks/smollm.py on a tiny language model in SmolLM2's place: its world, its making, its runs and its tables."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import smollm
+import torch
+import transformers as tf
+from rich.console import Console
+from smollm_study import abilities
+from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
+from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
+from smollm_study.report import report
+from smollm_study.ways import KEPT, TRAINED, WAYS
+from smollm_study.world import ASKED, PERCEPTION, Pictures, draw_many, exams, is_right, text_chain
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+
+def tiny_base(folder):
+    """A llama of two layers whose tokenizer knows SmolLM2's special tokens, where `make_all` looks for the ancestor."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config = tf.LlamaConfig(
+        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=2, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder and what the whole command printed in its smallest size."""
+    folder = tiny_base(tmp_path_factory.mktemp("smollm"))
+    smollm.main(["--smallest", "--folder", str(folder), "--ledger", str(folder / "runs.jsonl"), "--device", "cpu"])
+    return folder
+
+
+def test_the_answers_are_right():
+    rng, pictures = np.random.default_rng(0), Pictures("train")
+    for sample in [text_chain(rng) for _ in range(50)] + [pictures.draw("solve", rng) for _ in range(50)]:
+        *steps, last = sample.answer.removesuffix(".").split(". ")
+        for step in steps:
+            calculation, result = step.split("=")
+            assert eval(calculation) == int(result)
+        assert last == f"The answer is {result}"
+        assert is_right(sample, f"So. The answer is {result}.") and not is_right(sample, "The answer is 12.")
+        assert not is_right(sample, f"The answer is {result}") and not is_right(sample, "")
+
+
+def test_a_story_and_its_orders_are_the_chain():
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(60):
+        sample = text_chain(rng)
+        numbers = re.findall(r"\d", sample.question)
+        said = re.findall(r"[+-](\d)", sample.answer)
+        assert numbers == [sample.answer[0], *said]
+        seen.add(re.sub(r"\d", "", sample.question.split()[0]))
+    assert {"Start", "Calculate"} < seen and seen & {"Anna", "Ben", "Carla", "David", "Emma"}
+
+
+def test_every_question_fits_its_image():
+    rng, pictures = np.random.default_rng(0), Pictures("test")
+    for kind in (*PERCEPTION, "describe"):
+        samples = [pictures.draw(kind, rng) for _ in range(30)]
+        assert {s.image.size for s in samples} == {(48, 48)} and {s.kind for s in samples} == {kind}
+        assert not any("{" in s.question + s.answer for s in samples)
+        assert len({s.question for s in samples}) >= len(ASKED[kind])
+        assert all(is_right(s, f" {s.answer}\n") and not is_right(s, s.answer + "x") for s in samples)
+    described = {pictures.draw("describe", rng).answer.split()[1] for _ in range(60)}
+    assert {"symbols", "chart", "word"} < described
+
+
+def test_splits_share_neither_handwriting_nor_fonts():
+    train, validation, test = map(Pictures, ("train", "validation", "test"))
+    assert not {*train.fonts} & {*test.fonts} and test.fonts == validation.fonts
+    assert not {*train.digits.indices} & {*test.digits.indices}
+
+
+def test_exams_are_the_same_for_every_way():
+    first, again, other = exams("test", 0, 3), exams("test", 0, 3), exams("test", 1, 3)
+    assert first.keys() == {"2-3 operations", "4-5 operations", "text reasoning", *PERCEPTION}
+    assert [s.answer for s in first["read"]] == [s.answer for s in again["read"]] != [s.answer for s in other["read"]]
+    longest = max(
+        s.answer.count("=") for s in draw_many(20, lambda rng: Pictures("test").draw("solve", rng, (4, 5)), (0,))
+    )
+    assert longest == 5 and {s.answer.count("=") for s in first["4-5 operations"]} <= {4, 5}
+
+
+def test_ways_with_keeping_differ_in_that_alone():
+    for key, way in KEPT.items():
+        plain = TRAINED[key.removesuffix("-keep")]
+        assert replace(way, title=plain.title, kept=False) == plain
+    assert {len(way.grid) for way in WAYS.values() if way.grid} == {3}
+
+
+def test_the_vlm_is_smolvlm_and_says_its_images_tokens(made):
+    model = tf.AutoModelForImageTextToText.from_pretrained(made / "vlm")
+    processor = tf.AutoProcessor.from_pretrained(made / "vlm")
+    assert type(model).__name__ == "SmolVLMForConditionalGeneration"
+    assert model.get_input_embeddings().weight is model.lm_head.weight
+    sample = Pictures("test").draw("read", np.random.default_rng(0))
+    tokens = processor.apply_chat_template(sample.messages(), tokenize=True, return_dict=True, return_tensors="pt")
+    names = processor.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
+    assert names.count("<image>") == 16 and {"<fake_token_around_image>", "<global-img>"} < {*names}
+    assert len(make_processor(made).tokenizer) == len(tf.AutoTokenizer.from_pretrained(made / "base")) + len(IMAGE)
+
+
+def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
+    ledger = open_ledger(made / "runs.jsonl", made)
+    assert {entry["way"] for entry in ledger} == set(SMALLEST.ways) and not list(SMALLEST.missing(ledger))
+    before = (made / "runs.jsonl").read_bytes()
+    smollm.main(["--smallest", "--folder", str(made), "--ledger", str(made / "runs.jsonl"), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert (made / "runs.jsonl").read_bytes() == before
+    assert json.loads(printed.splitlines()[-1])["missing"] == 0
+    assert "DRIFT, Δ from the ancestor, keeping" in printed and "prior-ancestor" in printed
+
+
+def test_the_ancestor_has_lost_nothing_and_a_noisy_model_has(made, monkeypatch):
+    monkeypatch.setattr(abilities, "PROMPTS", abilities.PROMPTS[:2])
+    tokenizer = tf.AutoTokenizer.from_pretrained(made / "base")
+    model = tf.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.bfloat16)
+    kept = abilities.abilities(model, tokenizer, made / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    lost = abilities.abilities(model, tokenizer, made / "base")
+    assert kept["kl"] == 0 < lost["kl"] and kept["perplexity"] == pytest.approx(len(tokenizer), rel=0.2)
+
+
+def test_other_checkpoints_and_other_ways_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(WAYS, "vlm", replace(WAYS["vlm"], merged=0.5))
+    with pytest.raises(ValueError, match=r"line 1 of .* when the way 'vlm' was something else"):
+        open_ledger(made / "runs.jsonl", made)
+    monkeypatch.undo()
+    for name in ("base", "expert", "vlm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"line 1 of .* on other checkpoints"):
+        open_ledger(made / "runs.jsonl", tmp_path)
+
+
+def test_the_best_candidate_is_examined_and_shown(made, tmp_path):
+    plan = Plan(("lora",), seeds=2, tuning_size=4, changes={"size": 4})
+    ledger = open_ledger(tmp_path / "runs.jsonl", made)
+    names = ("2-3 operations", "4-5 operations", "text reasoning", *PERCEPTION)
+    while (run := next(plan.missing(ledger), None)) is not None:
+        marks = "f0" if run["settings"]["rate"] == 3e-4 else "80"
+        ledger.add(run, {"answers": dict.fromkeys(names, marks), "perplexity": 7.5, "kl": 0.25, "seconds": 1.0})
+    assert len(ledger) == 3 + 2 and plan.choose(ledger, "lora") == {"rate": 3e-4}
+    console = Console(width=200, record=True, file=open(tmp_path / "out", "w"))
+    report(ledger, plan, console)
+    (row,) = (line for line in console.export_text().splitlines() if "LoRA" in line and "7.5" in line)
+    assert row.count("100 ± 0") == 5 and "0.25" in row and "rate 0.0003" in row
+
+
+def test_the_whole_study_is_planned_in_order_of_what_matters(made, tmp_path):
+    ledger = open_ledger(tmp_path / "runs.jsonl", made)
+    planned = [run["way"] for run in FULL.missing(ledger)]
+    assert planned[0] == "vlm" and set(planned) == set(WAYS)

@@ -6,9 +6,9 @@ python benchmarks/keep_cost.py [--layers 1] [--tokens 1024] [--answers 4 8] [--m
 A random-weight model at the widths of Qwen2.5-VL-7B, NF4 base, r=16, gradient checkpointing, AdamW; a training step of
 one sequence, a keep batch of as many answers, each of 48 tokens to a question of 24 about a picture of 448 x 448. Plain
 and kept steps alternate on one model in one process, so that whatever else the machine does hits both; the ratio is the
-median over pairs. `--digits` does the same on the demo's model, as it trains there and with its own keep set, and in
-the processor's time, with reading and tokenizing; elsewhere these are left out, since another thread does them while
-the model trains. Memory is that of tensors: CUDA's allocator tells it, and without CUDA all that is made in a step is
+median over pairs. On the CPU the time is the processor's, of the thread that trains: another one reads and tokenizes
+keep batches meanwhile. `--digits` does the same on the demo's model, as it trains there and with its own keep set;
+elsewhere the batch is random. Memory is that of tensors: CUDA's allocator tells it, and without CUDA all that is made in a step is
 counted, with what was there before it.
 """
 
@@ -98,7 +98,7 @@ def steps_of(model, optimizer, setting: Setting) -> None:
 def compare(model, setting: Setting, repeats: int) -> dict:
     """Alternate plain and kept steps; medians of seconds a step, and the ratio's median and quartiles."""
     device = setting.inputs["input_ids"].device
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     times, peaks, ratio = {False: [], True: []}, {False: None, True: None}, None
     for repeat in range(repeats + 1):  # the first one warms up
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=160)
     console.print(table)
     if device.type != "cuda":
-        console.print("Seconds are the processor's. GPU rows: not measured: no CUDA device")
+        console.print("Seconds are the processor's, of the thread that trains. GPU rows: not measured: no CUDA device")
     print(json.dumps({"benchmark": "keep_cost", "device": device_name(device), "rows": rows}))
 
 

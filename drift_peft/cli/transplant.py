@@ -54,8 +54,8 @@ def run(as_json: bool, **settings) -> None:
     table.add_row("weights merged" if settings["merged"] else "modules of the adapter", str(report.modules))
     table.add_row("scale", f"{report.scale:g}")
     if report.energy < 1:
-        table.add_row("energy of Δ that is held", f"{report.energy:.1%}")
-    if report.left_alone:
-        table.add_row("left as they are", describe(report.left_alone))
+        table.add_row("energy of their Δ that is held", f"{report.energy:.1%}")
+    stay = "embedding and head" if settings["merged"] else "norms, biases, embedding and head"
+    table.add_row("not changed", ", ".join(filter(None, [stay, describe(report.left_alone)])))
     costs = [cost_table(report.costs, report.scale)] if report.costs else []
     show(asdict(report), as_json, table, *costs)

@@ -247,7 +247,7 @@ def _card(report: TransplantReport, expert: str | Path, vlm: Checkpoint, origin:
         delta = f"{expert} − {origin}, with {report.energy:.1%} of its energy"
     cost = ""
     if report.costs:
-        measured = report.costs[-1]
+        (measured,) = (each for each in report.costs if each.scale == report.scale)
         cost = (
             f"\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from the VLM, and would have chosen "
             f"{measured.agreement:.1%} of the tokens too.\n"

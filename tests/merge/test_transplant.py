@@ -337,12 +337,24 @@ def test_the_cost_is_that_of_what_is_written(kept, tmp_path, options):
     assert 1e-3 < low <= report.costs[1].kl <= high
 
 
+def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
+    """Whatever the adapter is measured beside, it is the same."""
+    options = {"expert": "lora", "keep": kept / "keep.safetensors"}
+    report = go(kept, output=tmp_path / "out", load_in_4bit=True, **options)
+    whole = go(kept, output=tmp_path / "other", **options)
+    assert report.costs[0].kl > 1e-4 and report.costs[1].kl == pytest.approx(whole.costs[1].kl, rel=0.2)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
+        go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
+
+
 def test_auto_takes_the_largest_scale_below_the_budget(kept, tmp_path):
     options = {"expert": "lora", "keep": kept / "keep.safetensors", "output": tmp_path / "out"}
     costs = {scale: go(kept, scale=scale, **options).costs[-1].kl for scale in (0.4, 0.45, 1)}
     assert costs[0.4] < costs[0.45] < costs[1]
     report = go(kept, scale="auto", budget=costs[0.45], **options)
-    assert report.scale == 0.4 and report.costs[-1].kl >= 0
+    assert report.scale == 0.4 and f"{costs[0.4]:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
     assert {cost.scale for cost in report.costs} >= {0, 0.4, 0.45, 1} and len(report.costs) < 8
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == pytest.approx(0.4 * LORA["lora_alpha"])

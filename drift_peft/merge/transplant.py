@@ -43,8 +43,7 @@ CARD = """\
 
 # {expert} in {base}
 
-W + {scale:g}·Δ: a plain LoRA adapter of {base}, made without training by `drift-peft transplant`. Δ is {delta}.
-{cost}
+W + {scale:g}·Δ: a plain LoRA adapter of {base}, made without training by `drift-peft transplant`. Δ is {delta}.{cost}
 
 ```python
 from peft import PeftModel
@@ -221,9 +220,9 @@ def _matched(
         for one, two in ((theirs, ours), (ours, theirs))
     )
     if lost:
-        beside = f", which has {_listed(other)} instead" if other else ""
+        alone = f"; {base.source} alone has {_listed(other)}" if other else ""
         raise ValueError(
-            f"{len(lost)} weights of {expert} have no counterpart in {base.source}{beside}: {_listed(lost)}"
+            f"{len(lost)} weights of {expert} have no counterpart in {base.source}: {_listed(lost)}{alone}"
         )
     return sources, match
 
@@ -249,8 +248,8 @@ def _card(report: TransplantReport, expert: str | Path, vlm: Checkpoint, origin:
     if report.costs:
         (measured,) = (each for each in report.costs if each.scale == report.scale)
         cost = (
-            f"\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from the VLM, and would have chosen "
-            f"{measured.agreement:.1%} of the tokens too.\n"
+            f"\n\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from it, and would have chosen "
+            f"{measured.agreement:.1%} of their tokens too."
         )
     hub = vlm.source if vlm.revision else None
     data = ModelCardData(base_model=hub, library_name="peft", tags=["drift-peft", "lora"])

@@ -289,9 +289,7 @@ def test_a_fine_tune_of_another_architecture_is_refused(tmp_path):
     """Its attention would match, and its experts stay behind."""
     save_layout(tiny_vlm("qwen2_5_vl"), tmp_path / "vlm")
     save_layout(tiny_llm("qwen3_vl"), tmp_path / "expert")
-    with pytest.raises(
-        ValueError, match=r"counterpart in .*which has .*q_proj.bias.* instead: layers.0.self_attn.q_norm"
-    ):
+    with pytest.raises(ValueError, match=r"no counterpart in .*: layers.0.self_attn.q_norm.* alone has .*q_proj.bias"):
         go(tmp_path, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -351,14 +349,14 @@ def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
 
 def test_auto_takes_the_largest_scale_below_the_budget(kept, tmp_path):
     options = {"expert": "lora", "keep": kept / "keep.safetensors", "output": tmp_path / "out"}
-    costs = {scale: go(kept, scale=scale, **options).costs[-1].kl for scale in (0.4, 0.45, 1)}
-    assert costs[0.4] < costs[0.45] < costs[1]
-    report = go(kept, scale="auto", budget=costs[0.45], **options)
-    assert report.scale == 0.4 and f"{costs[0.4]:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
-    assert {cost.scale for cost in report.costs} >= {0, 0.4, 0.45, 1} and len(report.costs) < 8
+    budget = go(kept, scale=0.45, **options).costs[-1].kl
+    report = go(kept, scale="auto", budget=budget, **options)
+    costs = {cost.scale: cost.kl for cost in report.costs}
+    assert report.scale == 0.4 and costs.keys() >= {0, 0.4, 0.45, 1} and len(costs) == len(report.costs) < 8
+    assert {scale for scale, kl in costs.items() if kl < budget} == {scale for scale in costs if scale <= 0.4}
+    assert f"{costs[0.4]:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == pytest.approx(0.4 * LORA["lora_alpha"])
-    assert go(kept, scale="auto", budget=2 * costs[1], **options).scale == 1
     with pytest.raises(ValueError, match=r"even scale 0.05 costs .* raise the budget"):
         go(kept, scale="auto", budget=1e-5, **options)
 

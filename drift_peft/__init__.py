@@ -20,6 +20,7 @@ _ROOMS = {  # public name -> the room that it comes from
     "merge_adapter": "merge",
     "merge_baseline": "merge",
     "telemetry": "tuner",
+    "transplant": "merge",
 }
 __all__ = [*_ROOMS]
 

@@ -13,11 +13,13 @@ Nothing here knows of priors or of training.
     match        which weights of two checkpoints belong together
     update       what an adapter makes of one tensor
     lora         LoRA adapters read without a model; an expert given as adapter + base
+    carry        a LoRA adapter of the text sibling as one of the VLM
     dequantized  the base as a 4-bit model computes with it
     output       where a result is written until it is complete, and what an interrupted one leaves
     standalone   a copy of a model folder in which named weights are replaced, streaming
 """
 
+from .carry import carry_adapter, scale_adapter
 from .checkpoint import TOKENIZER, Checkpoint
 from .decoder import Decoder
 from .dequantized import (
@@ -28,7 +30,7 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert
+from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, is_adapter, open_expert
 from .match import MODULES, Match, describe, match_weights
 from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
 from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
@@ -57,12 +59,14 @@ __all__ = [
     "assumed_quantization",
     "block_rows",
     "canonical_name",
+    "carry_adapter",
     "cross_attention_layers",
     "describe",
     "download",
     "file_sha256",
     "find_file",
     "find_license",
+    "is_adapter",
     "language_model_targets",
     "layer_order",
     "license_name",
@@ -76,6 +80,7 @@ __all__ = [
     "refuse_output",
     "replaced_when_complete",
     "resumable_folder",
+    "scale_adapter",
     "split_revision",
     "unwrapped",
     "upload",

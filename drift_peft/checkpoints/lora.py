@@ -105,6 +105,12 @@ def open_expert(
     return (AdaptedCheckpoint if adapter else Checkpoint)(source, revision, dequantize, record)
 
 
+def is_adapter(source: str | Path) -> bool:
+    """Whether a folder or hub repository (`id@revision`) holds an adapter rather than a model."""
+    folder = Path(source) if Path(source).exists() else Repository(*split_revision(str(source))).folder
+    return (folder / CONFIG).is_file()
+
+
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
     folder = Path(adapter) if Path(adapter).exists() else download(*split_revision(str(adapter), revision), FILES)
@@ -121,7 +127,7 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
         ValueError: the adapter has a part that cannot be merged, by name; or not each of its modules finds one tensor
             of its shape: all that do not are listed.
     """
-    return _match(checkpoint, _read_updates(folder), source)
+    return _match(checkpoint, read_updates(folder), source)
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -148,7 +154,7 @@ PART = re.compile(
 )
 
 
-def _read_updates(folder: Path) -> dict[str, list[Update]]:
+def read_updates(folder: Path) -> dict[str, list[Update]]:
     """In-memory name of a tensor, as the adapter has it -> its updates."""
     config = _read_config(folder)
     modules: dict[str, dict[str, torch.Tensor]] = {}

@@ -21,6 +21,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     targets         what would be adapted and steered
     merge           adapter + full-precision base -> standalone model
     merge_baseline  expert + VLM -> VLM without training
+    transplant      text fine-tune or LoRA adapter -> adapter of the VLM, or VLM, without training
     demo            the whole way on a small embedded world
     preflight       will training fit the GPU?
 """

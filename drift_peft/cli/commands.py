@@ -1,7 +1,7 @@
 """All verbs, in the order of the help."""
 
 from .. import __version__
-from . import demo, keep, merge, merge_baseline, preflight, prior, targets
+from . import demo, keep, merge, merge_baseline, preflight, prior, targets, transplant
 from .parser import Parser
 
 VERBS = {
@@ -10,6 +10,7 @@ VERBS = {
     "targets": targets,
     "merge": merge,
     "merge-baseline": merge_baseline,
+    "transplant": transplant,
     "demo": demo,
     "preflight": preflight,
 }

@@ -14,7 +14,13 @@ from typing import NoReturn
 
 WIDTH = 80  # of descriptions; examples are broken by hand
 FLAG = re.compile(r"--?[a-zA-Z][\w-]*")  # a negative number is none
-KINDS = {int: "whole number", float: "number"}
+
+
+def number_or_auto(value: str) -> float | str:
+    return value if value == "auto" else float(value)
+
+
+KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto"}
 
 
 class Help(RawDescriptionHelpFormatter):  # which leaves the lines of an example as they are

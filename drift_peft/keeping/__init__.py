@@ -31,12 +31,14 @@ from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
 from .trainer import add_to_trainers
+from .vlm import Vlm
 
 __all__ = [
     "Act",
     "Distance",
     "KeepSet",
     "Sample",
+    "Vlm",
     "act_in_steps",
     "add_to_trainers",
     "is_kept",

@@ -1,12 +1,16 @@
 """Models made without training: an adapter into its base, streaming and verified; an expert into a VLM.
 
-verify    the ways to serve an adapter, compared with what was trained
-adapter   adapter + full-precision base -> standalone checkpoint
-baseline  expert + VLM -> VLM, the rivals of the DRIFT paper
+verify      the ways to serve an adapter, compared with what was trained
+adapter     adapter + full-precision base -> standalone checkpoint
+baseline    expert + VLM -> VLM, the rivals of the DRIFT paper
+cost        how far a part of Δ takes the VLM from its own answers
+transplant  text fine-tune or LoRA adapter -> adapter of the VLM, or VLM
 """
 
 from .adapter import merge_adapter
 from .baseline import METHODS, merge_baseline
+from .cost import cost_table
+from .transplant import transplant
 from .verify import ONTO, verification_table
 
-__all__ = ["METHODS", "ONTO", "merge_adapter", "merge_baseline", "verification_table"]
+__all__ = ["METHODS", "ONTO", "cost_table", "merge_adapter", "merge_baseline", "transplant", "verification_table"]

@@ -149,9 +149,7 @@ def merge_baseline(
         if reference is not None:
             sources["reference"] = Checkpoint(reference)
         checkpoint = sources["base"]
-        if modules is None:
-            present = {checkpoint.decoder.kinds.get(name) for name in checkpoint.claims}
-            modules = [module for module in MODULES if module in present]
+        modules = kinds_in(checkpoint) if modules is None else modules
         if skip_first is None:
             skip_first = recipe.skip_first if only_layers is None else 0
         match = match_weights(sources, modules, only_layers, skip_first)
@@ -171,6 +169,12 @@ def merge_baseline(
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )
+
+
+def kinds_in(base: Checkpoint) -> list[str]:
+    """Those of MODULES that the base has."""
+    present = {base.decoder.kinds.get(name) for name in base.claims}
+    return [module for module in MODULES if module in present]
 
 
 def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[float, ...], float | None]:

@@ -10,7 +10,7 @@ import pytest
 from command import run
 
 import drift_peft.demo
-from drift_peft import build_prior, checkpoints, make_keep_set, merge_adapter, merge_baseline
+from drift_peft import build_prior, checkpoints, make_keep_set, merge_adapter, merge_baseline, transplant
 from drift_peft.cli import commands, merge, prior_build
 from drift_peft.cli import merge_baseline as baseline_verb
 from drift_peft.cli.keep import VERBS as KEEP
@@ -27,6 +27,7 @@ BUILD = ["prior", "build", "--expert", "x", "--base", "y", "-o", "z"]
 KEEP_MAKE = ["keep", "make", "--base", "x", "--images", "y", "-o", "z"]
 MERGE = ["merge", "--base", "x", "--adapter", "y", "-o", "z"]
 BASELINE = ["merge-baseline", "--method", "ties", "--expert", "x", "--base", "y", "-o", "z"]
+TRANSPLANT = ["transplant", "--expert", "x", "--base", "y", "-o", "z"]
 REFUSED = [
     [],
     ["prior"],
@@ -41,6 +42,7 @@ REFUSED = [
     [*MERGE, "--onto", "dequantised"],
     [*BASELINE, "--density", "few"],
     ["merge-baseline", "--method", "TIES"],
+    [*TRANSPLANT, "--scale", "much"],
     ["merge", "--base", "x"],
     ["prior", "combine", "a.safetensors", "-o", "z"],
     ["preflight", "recipe.yaml", "--set", "max_tokens"],
@@ -111,6 +113,7 @@ def test_choices_are_those_of_the_library(capsys):
         (make_keep_set, KEEP_MAKE),
         (merge_adapter, MERGE),
         (merge_baseline, BASELINE),
+        (transplant, TRANSPLANT),
         (drift_peft.demo.run, ["demo"]),
     ],
 )

@@ -1,0 +1,257 @@
+"""A text fine-tune into the VLM without training: as an adapter of the VLM, or merged into it.
+
+    a LoRA adapter of the text sibling    W_vlm + λ·s·B·A, its own factors under the VLM's names
+    a full fine-tune, as an adapter       W_vlm + λ·Δ_r, with Δ = W_expert − W_reference, or − W_vlm, of rank r
+    a full fine-tune, merged              W_vlm + λ·Δ
+
+That is task arithmetic (arXiv 2212.04089). What a λ costs is measured on the VLM's own answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints import (
+    PROJECTIONS,
+    Checkpoint,
+    Match,
+    carry_adapter,
+    is_adapter,
+    match_weights,
+    open_expert,
+    replaced_when_complete,
+    scale_adapter,
+)
+from ..keeping import KeepSet
+from ..prior import ReasoningPrior, build_prior
+from .adapter import merge_adapter
+from .baseline import kinds_in, merge_baseline
+from .cost import Cost, Scales
+
+LISTED = 5  # weights that an error spells out
+CARD = """\
+---
+{data}
+---
+
+# {expert} in {base}
+
+W + {scale:g}·Δ: a plain LoRA adapter of {base}, made without training by `drift-peft transplant`. Δ is {delta}.{cost}
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(vlm, "path or hub id of this adapter")  # vlm is {base}
+```
+"""
+
+
+@dataclass(frozen=True)
+class TransplantReport:
+    """What `transplant` did.
+
+    Attributes:
+        output: the folder.
+        modules: how many modules the adapter has; weights that were changed, if a fine-tune was merged.
+        scale: λ, as given or as found.
+        energy: ‖Δ_r‖²/‖Δ‖² over the modules of an adapter made of a fine-tune; 1 where nothing of Δ is left out.
+        left_alone: patterns of the language model's weights that stay the VLM's, of a fine-tune -> how many.
+        costs: of each scale that was measured, in this order; empty without a keep set.
+    """
+
+    output: Path
+    modules: int
+    scale: float
+    energy: float
+    left_alone: dict[str, int]
+    costs: list[Cost]
+
+
+def transplant(
+    expert: str | Path,
+    base: str | Path,
+    output: str | Path,
+    *,
+    reference: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    merged: bool = False,
+    scale: float | Literal["auto"] = 1.0,
+    keep: str | Path | None = None,
+    budget: float | None = None,
+    load_in_4bit: bool = False,
+    batch_size: int = 8,
+    force: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TransplantReport:
+    """Bring what a text-only fine-tune has learned into a VLM of its family, without training.
+
+    A LoRA adapter becomes one of the VLM without loss. Of a full fine-tune, an adapter holds Δ of the attention and MLP
+    projections at a rank; `merged` adds all of Δ, with norms and biases. Embedding, head and everything beside the
+    language model stay the VLM's. Works in `<output>.partial/`, renamed when complete and gone if anything fails.
+
+    Args:
+        expert: LoRA adapter of the text sibling or of the VLM; or a full fine-tune of either, saved as a text model or
+            as a VLM. Folder, hub id or `id@revision`, as all models here.
+        base: the VLM, in full precision.
+        output: folder to write.
+        reference: the model that the expert was trained from, so that Δ = W_expert − W_reference; the VLM if None.
+        rank, energy: of Δ in an adapter, as in `build_prior`. With one of these or a reference, an expert that is an
+            adapter is taken as the fine-tune that it makes of its base.
+        merged: write a VLM in the base's precision instead of an adapter.
+        scale: λ, not 0. "auto": the largest of 0.05, 0.1, …, 1 that costs less than `budget`, found by bisection, since
+            the cost grows with the scale.
+        keep: keep set of the VLM, by which the cost is measured: KL(p_vlm || p) on its answers, in nats a token. This
+            loads the VLM.
+        budget: for scale="auto".
+        load_in_4bit: measure on the VLM in NF4, which has a distance of its own: scale 0 in the costs.
+        batch_size: answers at a time, where the cost is measured.
+        force: go on where a weight of a full fine-tune has nothing in common with the base's.
+        overwrite: replace an existing folder of the same kind, once the new one is complete.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: an argument is out of range or has no meaning here; a module of the expert has no counterpart in the
+            VLM, with the names on both sides; an adapter holds more than s·B·A of linear layers, by name; the expert
+            adds nothing; the keep set is of another model; or no scale costs less than the budget.
+        OSError: something is not found, or the output exists or cannot be written.
+    """
+    _check_arguments(scale, keep, budget, load_in_4bit, batch_size)
+    given = [source for source in (expert, base, reference, keep) if source is not None]
+    options = {"reference": reference, "force": force, "progress": progress}
+    kind = "model" if merged else "adapter"
+    # The work is done inside the folder, since it takes as much room as the result, and is gone before that is renamed.
+    with replaced_when_complete(Path(output), overwrite, given, kind) as folder, TemporaryDirectory(dir=folder) as work:
+        adapter, result = Path(work, "adapter"), Path(work, "result")
+        lora = is_adapter(expert) and (reference, rank, energy) == (None, None, None)
+        whole = merged and not lora  # all of Δ, which no adapter holds
+        if whole:
+            _refuse_adapters_settings(rank, energy, load_in_4bit)
+        scales = None
+        if keep is not None:
+            scales = Scales(base, KeepSet.load(keep), load_in_4bit, batch_size, progress)
+        vlm, left_alone, share = Checkpoint(base), {}, 1.0
+        if not lora:
+            sources, match = _matched(expert, vlm, reference, kinds_in(vlm) if whole else PROJECTIONS)
+            left_alone = match.without_counterpart
+        if not whole:
+            plain = expert
+            if not lora:
+                prior = build_prior(expert, base, Path(work, "prior.safetensors"), rank, energy, **options)
+                plain, share = prior.as_lora(1.0, Path(work, "exported")), _energy(prior)
+            modules = carry_adapter(plain, vlm, adapter)
+
+        if scales is not None:
+            scales.of_weights(sources, match) if whole else scales.of_adapter(adapter)
+            if scale == "auto":
+                scale = scales.largest_below(budget)
+            scales.cost(scale)
+
+        if not whole:
+            scale_adapter(adapter, scale)
+        if whole:
+            modules = merge_baseline("task_arithmetic", expert, base, result, scale=scale, **options).merged
+        elif merged:
+            merge_adapter(base, adapter, result, progress=progress)
+        else:
+            result = adapter
+        costs = [] if scales is None else scales.costs
+        report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
+        if not merged:
+            _card(report, expert, vlm, None if lora else reference or base).save(result / "README.md")
+        for part in result.iterdir():
+            part.rename(folder / part.name)
+    return report
+
+
+def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -> None:
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale) and scale != 0
+    if scale != "auto" and not number:
+        raise ValueError(f'scale must be "auto" or a finite number other than 0, got {scale!r}')
+    if scale == "auto" and (keep is None or budget is None):
+        missing = " and ".join(n for n, v in (("keep (--keep)", keep), ("budget (--budget)", budget)) if v is None)
+        raise ValueError(
+            f'scale="auto" takes the largest scale that costs less than a budget, and {missing} is missing'
+        )
+    if budget is not None and scale != "auto":
+        raise ValueError(f'budget={budget} goes with scale="auto" (--scale auto), and the scale is {scale}')
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"budget must be a number of nats above 0, got {budget!r}")
+    if load_in_4bit and keep is None:
+        raise ValueError("load_in_4bit goes with keep (--keep): the model is loaded only where a cost is measured")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+
+
+def _refuse_adapters_settings(rank: int | None, energy: float | None, load_in_4bit: bool) -> None:
+    for name, value in (("rank", rank), ("energy", energy)):
+        if value is not None:
+            raise ValueError(f"{name}={value} goes with an adapter: merged (--merged) adds all of a fine-tune's Δ")
+    if load_in_4bit:
+        raise ValueError(
+            "load_in_4bit measures an adapter beside 4-bit weights, and merged (--merged) moves the weights of a "
+            "fine-tune themselves: measure them in full precision, or leave out merged"
+        )
+
+
+def _matched(
+    expert: str | Path, base: Checkpoint, reference: str | Path | None, modules: Sequence[str]
+) -> tuple[dict[str, Checkpoint], Match]:
+    """The fine-tune's weights with their counterparts. ValueError if one in its layers has none."""
+    sources = {"expert": open_expert(expert), "base": base}
+    if reference is not None:
+        sources["reference"] = open_expert(reference)
+    if sources["expert"].sees and not base.sees:
+        raise ValueError(
+            f"expert {expert} is a vision-language model and base {base.source} a text model: change places"
+        )
+    match = match_weights(sources, modules)
+    ours, theirs = base.decoder.kinds, sources["expert"].decoder.kinds
+    lost, other = (
+        [name for name in one if name.startswith("layers.") and name not in two]
+        for one, two in ((theirs, ours), (ours, theirs))
+    )
+    if lost:
+        alone = f"; {base.source} alone has {_listed(other)}" if other else ""
+        raise ValueError(
+            f"{len(lost)} weights of {expert} have no counterpart in {base.source}: {_listed(lost)}{alone}"
+        )
+    return sources, match
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{', '.join(names[:LISTED])}{more}"
+
+
+def _energy(prior: ReasoningPrior) -> float:
+    """‖Δ_r‖²/‖Δ‖² over all weights of the prior."""
+    stats = prior.metadata["weights"].values()
+    held = math.fsum(weight["energy"] * weight["delta_norm"] ** 2 for weight in stats)
+    return held / math.fsum(weight["delta_norm"] ** 2 for weight in stats)
+
+
+def _card(report: TransplantReport, expert: str | Path, vlm: Checkpoint, origin: str | Path | None) -> ModelCard:
+    """Of an adapter. `origin`: what Δ is taken from; None for a LoRA adapter's own."""
+    delta = f"that of the LoRA adapter {expert}, as it is"
+    if origin is not None:
+        delta = f"{expert} − {origin}, with {report.energy:.1%} of its energy"
+    cost = ""
+    if report.costs:
+        (measured,) = (each for each in report.costs if each.scale == report.scale)
+        cost = (
+            f"\n\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from it, and would have chosen "
+            f"{measured.agreement:.1%} of their tokens too."
+        )
+    hub = vlm.source if vlm.revision else None
+    data = ModelCardData(base_model=hub, library_name="peft", tags=["drift-peft", "lora"])
+    names = {"expert": expert, "base": vlm.source, "scale": report.scale, "delta": delta, "cost": cost}
+    return ModelCard(CARD.format(data=data.to_yaml(), **names))

@@ -1,0 +1,393 @@
+"""transplant: what a text expert has learned, in the VLM: W + λ·s·B·A or W + λ·Δ_r in stock PEFT, W + λ·Δ merged."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from command import run
+from keep_sets import make, save_folder
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from tiny import SELF_LAYERS, save_layout, tiny_expert, tiny_llm, tiny_vlm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from drift_peft import KeepSet, merge_baseline, transplant
+from drift_peft.checkpoints.naming import canonical_name
+from drift_peft.keeping import measure, summarize
+
+IDS = torch.arange(7, 27).reshape(2, 10)
+FAMILIES = ("qwen2_5_vl", "mllama", "qwen3_5", "gemma3")
+LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+PATTERNS = {"rank_pattern": {"v_proj": 6, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 5}}
+
+
+@pytest.fixture(scope="module")
+def vlms(tmp_path_factory):
+    """Family -> folder with `vlm`, a text fine-tune `expert`, which is the VLM + Δ, and `delta`, of its projections."""
+    folders = {}
+    for family in FAMILIES:
+        folders[family] = folder = tmp_path_factory.mktemp(family)
+        vlm = tiny_vlm(family)
+        expert, delta = tiny_expert(family, vlm)
+        save_layout(vlm, folder / "vlm")
+        save_layout(expert, folder / "expert")
+        torch.save(delta, folder / "delta")
+    return folders
+
+
+def save_lora(folder, model, seed=0, **settings):
+    """A LoRA adapter of a text model as after training, and what it adds: its modules' names -> s·B·A by PEFT."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**{**LORA, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
+
+
+def in_vlm(family, vlm, name):
+    """Module of the text model -> that of the VLM, by the parameter's number among all of its name."""
+    _, _, rest = name.rpartition("layers.")
+    index, _, path = rest.partition(".")
+    layer = SELF_LAYERS.get(family, range(99))[int(index)]
+    (module,) = [n for n, _ in vlm.named_modules() if n.endswith(f"layers.{layer}.{path}") and "language_model" in n]
+    return module
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def moved(vlm, deltas, scale=1.0):
+    """The VLM's logits with these Δ, module -> [out, in], added to its weights."""
+    vlm = copy.deepcopy(vlm)
+    for module, delta in deltas.items():
+        vlm.get_submodule(module).weight.data += scale * delta
+    return logits(vlm)
+
+
+def close(found, expected, start, tolerance):
+    """By how far both have gone from the VLM."""
+    return (found - expected).norm() <= tolerance * (expected - start).norm()
+
+
+def go(folder, expert="expert", output="out", **options):
+    where = {"expert": folder / expert, "base": folder / "vlm", "output": folder / output}
+    return transplant(**where | {"progress": False, "overwrite": True} | options)
+
+
+# LoRA adapters
+
+
+@pytest.mark.parametrize(
+    "family, settings",
+    [
+        ("qwen2_5_vl", {}),
+        ("qwen2_5_vl", {"use_rslora": True, **PATTERNS}),
+        ("mllama", {**PATTERNS, "layers_to_transform": [1]}),
+        ("qwen3_5", {"target_modules": "all-linear", "use_rslora": True}),
+        ("gemma3", {"lora_alpha": 7}),
+    ],
+)
+def test_a_lora_adapter_does_the_same_on_the_vlm(vlms, tmp_path, family, settings):
+    deltas = save_lora(tmp_path / "lora", tiny_llm(family), **settings)
+    report = go(vlms[family], tmp_path / "lora", tmp_path / "out", scale=0.5)
+    vlm = load(vlms[family] / "vlm")
+    start = logits(vlm)
+    expected = moved(vlm, {in_vlm(family, vlm, name): delta for name, delta in deltas.items()}, 0.5)
+    assert close(logits(PeftModel.from_pretrained(vlm, tmp_path / "out")), expected, start, 1e-6)
+    assert (report.modules, report.scale, report.energy) == (len(deltas), 0.5, 1)
+    # vLLM reads one r and one lora_alpha, llama.cpp one lora_alpha beside each tensor's own rank.
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {t.shape["lora_B" in name] for name, t in tensors.items()} == {config["r"]}
+    assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
+
+
+def test_an_adapters_numbers_go_over_bit_for_bit(vlms, tmp_path):
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl").bfloat16())
+    go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "out"))
+    renamed = {name.replace("model.layers", "model.language_model.layers"): t for name, t in before.items()}
+    assert renamed.keys() == after.keys()
+    assert all(torch.equal(renamed[name], t) and renamed[name].dtype == t.dtype for name, t in after.items())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (LORA["r"], LORA["lora_alpha"])
+    assert config["base_model_name_or_path"] == str(vlms["qwen2_5_vl"] / "vlm")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama"])
+def test_an_adapter_of_the_vlm_itself_stays_what_it_is(vlms, tmp_path, family):
+    """Also on the layers that the text model does not have, and on the vision tower."""
+    tower = {"qwen2_5_vl": "visual.blocks.0.attn.proj", "mllama": "vision_model.transformer.layers.0.mlp.fc1"}[family]
+    deltas = save_lora(tmp_path / "lora", tiny_vlm(family), target_modules=["q_proj", tower])
+    assert go(vlms[family], tmp_path / "lora", tmp_path / "out").modules == len(deltas) > 2
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    vlms = [AutoModelForImageTextToText.from_pretrained(vlms[family] / "vlm") for _ in range(2)]
+    ours, theirs = (PeftModel.from_pretrained(v, tmp_path / n) for v, n in zip(vlms, ("out", "lora"), strict=True))
+    assert torch.equal(logits(ours), logits(theirs))
+    assert ours.base_model.targeted_module_names == theirs.base_model.targeted_module_names
+
+
+def test_llama_cpp_knows_every_name(vlms, tmp_path):
+    """As its convert_lora_to_gguf.py looks names up, after its own change of prefix."""
+    gguf = pytest.importorskip("gguf")
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl"), target_modules="all-linear")
+    go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2VL, 2)
+    for name in load_file(tmp_path / "out" / "adapter_model.safetensors"):
+        module = name.removeprefix("base_model.").partition(".lora_")[0].removeprefix("model.")
+        assert known.get_name(module.replace("model.language_model.", "model."), ()), name
+
+
+def test_merged_a_lora_adapter_is_in_the_weights(vlms, tmp_path):
+    folder = vlms["qwen2_5_vl"]
+    deltas = save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl"), use_rslora=True)
+    go(folder, tmp_path / "lora", tmp_path / "out", scale=-0.5, merged=True)
+    vlm = load(folder / "vlm")
+    expected = moved(vlm, {in_vlm("qwen2_5_vl", vlm, name): delta for name, delta in deltas.items()}, -0.5)
+    assert close(logits(load(tmp_path / "out")), expected, logits(vlm), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, count, named",
+    [
+        (
+            {"num_hidden_layers": 3},
+            1,
+            "model.layers.2.self_attn.q_proj is not there .* model.language_model.layers.1.s",
+        ),
+        ({"num_key_value_heads": 4}, 0, None),
+        ({"hidden_size": 128}, 2, r"\[64, 128\] in the adapter, and model.language_model.layers.0.self_attn.q_proj is"),
+    ],
+)
+def test_modules_without_a_counterpart_are_named_on_both_sides(vlms, tmp_path, changes, count, named):
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl", **changes), target_modules=["q_proj"])
+    if not count:
+        assert go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out").modules == 2
+        return
+    with pytest.raises(ValueError, match=named) as refused:
+        go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+    assert f" in {count} of its " in str(refused.value) and [*tmp_path.iterdir()] == [tmp_path / "lora"]
+
+
+def test_two_modules_in_one_place_are_refused(vlms, tmp_path):
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl"), target_modules=["q_proj"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    twice = {name.replace("model.layers", "model.language_model.layers"): t for name, t in load_file(file).items()}
+    save_file(load_file(file) | twice, file)
+    with pytest.raises(
+        ValueError, match=r"q_proj and .*q_proj are both model.language_model.layers.0.self_attn.q_proj"
+    ):
+        go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight as it was trained itself"),
+        ({"bias": "lora_only"}, r"q_proj.bias as it was trained itself \(modules_to_save, bias"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.weight, whose rows are tokens"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.weight, whose rows are tokens"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_what_is_more_than_lora_is_refused_by_name(vlms, tmp_path, settings, part):
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl"), **settings)
+    with pytest.raises(ValueError, match=rf"{part}.*as reference \(--reference\)"):
+        go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+
+
+def test_with_its_base_as_the_reference_it_is_a_fine_tune(vlms, tmp_path):
+    """DoRA, as the refusal says."""
+    folder, llm = vlms["qwen2_5_vl"], tiny_llm("qwen2_5_vl")
+    save_layout(llm, tmp_path / "llm")
+    save_lora(tmp_path / "lora", llm, use_dora=True)
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "llm")}))
+    with pytest.raises(ValueError, match="no common ancestor"):  # here the text model is not the VLM's
+        go(folder, tmp_path / "lora", tmp_path / "out", reference=tmp_path / "llm", merged=True)
+    options = {"reference": tmp_path / "llm", "merged": True, "force": True}
+    go(folder, tmp_path / "lora", tmp_path / "out", **options)
+    adapted = PeftModel.from_pretrained(tiny_llm("qwen2_5_vl"), tmp_path / "lora").merge_and_unload()
+    before, after, expert, origin = (
+        {canonical_name(name): p for name, p in model.named_parameters()}
+        for model in (load(folder / "vlm"), load(tmp_path / "out"), adapted, tiny_llm("qwen2_5_vl"))
+    )
+    for name in ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight"):
+        assert torch.allclose(after[name], before[name] + (expert[name] - origin[name]).double(), atol=1e-6)
+
+
+def test_an_adapter_that_adds_nothing_is_refused(vlms, tmp_path):
+    get_peft_model(tiny_llm("qwen2_5_vl"), LoraConfig(**LORA)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="adds nothing"):
+        go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+
+
+# Full fine-tunes
+
+
+def low_rank(delta, rank=None, energy=None):
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    k = rank or int((S.square().cumsum(0) / S.square().sum() < energy).sum()) + 1
+    return (U[:, :k] * S[:k]) @ Vh[:k], S[:k].square().sum(), S.square().sum()
+
+
+@pytest.mark.parametrize("family, ranks", [("qwen2_5_vl", {"rank": 5}), ("mllama", {"energy": 0.5})])
+def test_an_adapter_holds_the_best_of_delta(vlms, tmp_path, family, ranks):
+    folder, vlm = vlms[family], load(vlms[family] / "vlm")
+    start, delta = logits(vlm), torch.load(folder / "delta")
+    report = go(folder, output=tmp_path / "out", scale=1.5, **ranks)
+    best = {name: low_rank(each, **ranks) for name, each in delta.items()}
+    modules = {in_vlm(family, vlm, name.removesuffix(".weight")): each for name, (each, *_) in best.items()}
+    expected = moved(vlm, modules, 1.5)
+    assert report.modules == len(delta) and report.scale == 1.5 and report.costs == []
+    held, whole = (sum(numbers) for numbers in list(zip(*best.values(), strict=True))[1:])
+    assert report.energy == pytest.approx(float(held / whole), abs=1e-3)
+    # Its factors are the prior's, which are in bf16.
+    assert close(logits(PeftModel.from_pretrained(vlm, tmp_path / "out")), expected, start, 1e-2)
+    assert str(folder / "expert") in (tmp_path / "out" / "README.md").read_text()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 1.5 * config["r"] and not config["rank_pattern"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
+def test_a_fine_tune_of_the_vlm_may_be_saved_as_text_model_or_as_vlm(vlms, tmp_path, family):
+    folder, vlm = vlms[family], tiny_vlm(family)
+    for name, delta in torch.load(folder / "delta").items():
+        vlm.get_submodule(in_vlm(family, vlm, name.removesuffix(".weight"))).weight.data += delta
+    save_layout(vlm, tmp_path / "whole")
+    for expert, output in (("expert", "as_text"), (tmp_path / "whole", "as_vlm")):
+        go(folder, expert, tmp_path / output, rank=4)
+    text, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("as_text", "as_vlm"))
+    assert text.keys() == whole.keys() and all(torch.equal(text[name], whole[name]) for name in text)
+
+
+def test_merged_a_fine_tune_is_task_arithmetic(vlms, tmp_path):
+    folder = vlms["qwen2_5_vl"]
+    report = go(folder, output=tmp_path / "out", merged=True, scale=0.5)
+    merge_baseline("task_arithmetic", folder / "expert", folder / "vlm", tmp_path / "other", scale=0.5, progress=False)
+    ours, theirs = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "other"))
+    assert ours == theirs and report.modules > len(torch.load(folder / "delta"))
+
+
+def test_a_fine_tune_of_another_architecture_is_refused(tmp_path):
+    """Its attention would match, and its experts stay behind."""
+    save_layout(tiny_vlm("qwen2_5_vl"), tmp_path / "vlm")
+    save_layout(tiny_llm("qwen3_vl"), tmp_path / "expert")
+    with pytest.raises(ValueError, match=r"no counterpart in .*: layers.0.self_attn.q_norm.* alone has .*q_proj.bias"):
+        go(tmp_path, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vlm_as_the_expert_of_a_text_model_is_refused(vlms, tmp_path):
+    folder = vlms["qwen2_5_vl"]
+    with pytest.raises(ValueError, match="a text model: change places"):
+        transplant(folder / "vlm", folder / "expert", tmp_path / "out", merged=True)
+
+
+# What it costs
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """`base` with its keep set, a text fine-tune and a LoRA adapter."""
+    folder = save_folder(tmp_path_factory.mktemp("kept"), "qwen2_5_vl")
+    make(folder, samples=6)
+    shutil.copytree(folder / "base", folder / "vlm")
+    vlm = AutoModelForImageTextToText.from_pretrained(folder / "vlm")
+    save_layout(tiny_expert("qwen2_5_vl", vlm, scale=0.3)[0], folder / "expert")
+    save_lora(folder / "lora", tiny_llm("qwen2_5_vl"))
+    return folder
+
+
+def distance(kept, model):
+    processor = AutoProcessor.from_pretrained(kept / "base")
+    found = measure(model, KeepSet.load(kept / "keep.safetensors"), processor, progress=False)
+    return summarize(found)["total"]["kl"]
+
+
+@pytest.mark.parametrize("options", [{"expert": "lora"}, {"rank": 4}, {"merged": True}])
+def test_the_cost_is_that_of_what_is_written(kept, tmp_path, options):
+    report = go(kept, output=tmp_path / "out", scale=0.7, keep=kept / "keep.safetensors", **options)
+    assert [cost.scale for cost in report.costs] == [0, 0.7] and report.costs[0].kl < 1e-6
+    if "merged" in options:
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    else:
+        model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(kept / "vlm"), tmp_path / "out")
+        assert f"{report.costs[1].kl:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
+    assert report.costs[1].kl == pytest.approx(distance(kept, model), rel=1e-4)
+    low, high = report.costs[1].kl_interval
+    assert 1e-3 < low <= report.costs[1].kl <= high
+
+
+def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
+    """Whatever the adapter is measured beside, it is the same."""
+    options = {"expert": "lora", "keep": kept / "keep.safetensors"}
+    report = go(kept, output=tmp_path / "out", load_in_4bit=True, **options)
+    whole = go(kept, output=tmp_path / "other", **options)
+    assert report.costs[0].kl > 1e-4 and report.costs[1].kl == pytest.approx(whole.costs[1].kl, rel=0.2)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
+        go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
+
+
+def test_auto_takes_the_largest_scale_below_the_budget(kept, tmp_path):
+    options = {"expert": "lora", "keep": kept / "keep.safetensors", "output": tmp_path / "out"}
+    budget = go(kept, scale=0.45, **options).costs[-1].kl
+    report = go(kept, scale="auto", budget=budget, **options)
+    costs = {cost.scale: cost.kl for cost in report.costs}
+    assert report.scale == 0.4 and costs.keys() >= {0, 0.4, 0.45, 1} and len(costs) == len(report.costs) < 8
+    assert {scale for scale, kl in costs.items() if kl < budget} == {scale for scale in costs if scale <= 0.4}
+    assert f"{costs[0.4]:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(0.4 * LORA["lora_alpha"])
+    with pytest.raises(ValueError, match=r"even scale 0.05 costs .* raise the budget"):
+        go(kept, scale="auto", budget=1e-5, **options)
+
+
+def test_the_command_line(kept, capsys):
+    argv = ["transplant", "--expert", kept / "lora", "--base", kept / "vlm", "-o", kept / "adapter"]
+    status, out, _ = run(capsys, *argv, "--scale", "auto", "--budget", 9, "--keep", kept / "keep.safetensors", "--json")
+    report = json.loads(out)
+    assert (status, report["scale"], len(report["costs"])) == (0, 1, 2)
+    status, out, _ = run(capsys, *argv, "--overwrite", "--scale", 0.5)
+    assert status == 0 and "modules of the adapter" in out and "0.5" in out
+    status, _, err = run(capsys, *argv, "--scale", "all")
+    assert status == 2 and "--scale takes a number or auto, got all" in err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scale": 0}, 'scale must be "auto" or a finite number other than 0, got 0'),
+        ({"scale": "all"}, "got 'all'"),
+        ({"scale": "auto", "keep": "keep.safetensors"}, r"budget \(--budget\) is missing"),
+        ({"scale": "auto", "budget": 0.1}, r"keep \(--keep\) is missing"),
+        ({"budget": 0.1}, "budget=0.1 goes with"),
+        ({"scale": "auto", "keep": "x", "budget": -1}, "budget must be a number of nats above 0"),
+        ({"load_in_4bit": True}, r"load_in_4bit goes with keep"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"merged": True, "rank": 4}, "rank=4 goes with an adapter"),
+        ({"merged": True, "load_in_4bit": True, "keep": "x"}, "load_in_4bit measures an adapter"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(vlms, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        go(vlms["qwen2_5_vl"], output=tmp_path / "out", **options)
+    assert not [*tmp_path.iterdir()]

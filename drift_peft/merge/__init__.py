@@ -3,6 +3,7 @@
 verify    the ways to serve an adapter, compared with what was trained
 adapter   adapter + full-precision base -> standalone checkpoint
 baseline  expert + VLM -> VLM, the rivals of the DRIFT paper
+same      is an existing folder what a merge would make?
 """
 
 from .adapter import merge_adapter

@@ -115,9 +115,10 @@ def merge_baseline(
     """Merge a text-only expert into the language model of a VLM by one of `METHODS`; see the module's docstring.
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
-    stays byte for byte as it is; but of W_vlm + λ·Δ by task_arithmetic, config.json says so, and a prior of the VLM is
-    then accepted for training on it (see `prior.MergedDelta`). Works in `<output>.partial/`, renamed when complete and gone if anything fails. Memory
-    holds a few blocks of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
+    stays byte for byte as it is; but W_vlm + λ·Δ by task_arithmetic says in its config.json that it is that, and a
+    prior of the VLM serves for training on it (see `prior.MergedDelta`). Works in `<output>.partial/`, renamed when
+    complete and gone if anything fails. Memory holds a few blocks of rows, whatever the model's size; ties sorts one
+    weight at a time, at 36 bytes an entry.
 
     Args:
         method: a key of `METHODS`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -70,12 +71,13 @@ class MergedDelta:
     @property
     def command(self) -> str:
         """What makes it again, without its output."""
-        sources = {"expert": self.expert, "base": self.base, "reference": self.reference}
-        flags = [f"--{role} {_named(origin)}" for role, origin in sources.items() if origin is not None]
-        flags += [f"--modules {' '.join(self.modules)}"]
-        flags += [f"--only-layers {' '.join(map(str, self.only_layers))}"] if self.only_layers else []
-        flags += [f"--skip-first {self.skip_first}"] if self.skip_first else []
-        return " ".join(["drift-peft merge-baseline --method task_arithmetic", f"--scale {self.scale:g}", *flags])
+        words = ["drift-peft", "merge-baseline", "--method", "task_arithmetic", "--scale", f"{self.scale}"]
+        for role, origin in (("expert", self.expert), ("base", self.base), ("reference", self.reference)):
+            words += [] if origin is None else [f"--{role}", _named(origin)]
+        words += ["--modules", *self.modules]
+        words += ["--only-layers", *map(str, self.only_layers)] if self.only_layers else []
+        words += ["--skip-first", str(self.skip_first)] if self.skip_first else []
+        return shlex.join(words)
 
     def write(self, folder: Path) -> None:
         """Into the config.json of a model's folder."""

@@ -40,7 +40,8 @@ def check_fit(
 
     Raises:
         ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ,
-            or none that is left of it after merging; `factors` lacks a target for some row of lora_A; or a setting speaks of weights that are not steered.
+            or nothing is left of it after merging; `factors` lacks a target for some row of lora_A; or a setting speaks
+            of weights that are not steered.
     """
     canonical_name = prior_names(model)
     modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it

@@ -484,17 +484,17 @@ def test_the_command_line(trio, capsys):
 def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
     """Whatever the method; any other is refused and stays as it is."""
     sources = trio / "expert", trio / "base"
-    for name, method, settings in (
+    for name, method, ways in (
         ("task", "task_arithmetic", {"scale": 0.3}),
         ("ties", "ties", {"reference": trio / "reference"}),
     ):
         output = tmp_path / name
-        merge_baseline(method, *sources, output, **settings, progress=False)
+        merge_baseline(method, *sources, output, **ways, progress=False)
         before = {file: file.stat().st_mtime_ns for file in output.iterdir()}
-        report = merge_baseline(method, *sources, output, **settings, exist_ok=True, progress=False)
+        report = merge_baseline(method, *sources, output, **ways, exist_ok=True, progress=False)
         assert report.relative_change is None and report.merged > 0
         others = [
-            (method, sources[::-1], settings),
+            (method, sources[::-1], ways),
             ("task_arithmetic", sources, {"scale": 0.25}),
             ("task_arithmetic", sources, {"scale": 0.3, "reference": trio / "reference"}),
             ("task_arithmetic", sources, {"scale": 0.3, "only_layers": [0]}),
@@ -507,24 +507,24 @@ def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
     shard = next(iter(sorted(output.glob("*.safetensors"))))
     spoilt = load_file(shard)
     save_file({key: tensor + 1 for key, tensor in spoilt.items()}, shard, metadata={"format": "pt"})
-    with pytest.raises(FileExistsError, match="holds another .*embed_tokens"):  # which no merge touches
-        merge_baseline(method, *sources, output, **settings, exist_ok=True, progress=False)
+    with pytest.raises(FileExistsError, match=r"holds another .*embed_tokens"):  # which no merge touches
+        merge_baseline(method, *sources, output, **ways, exist_ok=True, progress=False)
     with pytest.raises(FileExistsError, match="is no merged model"):
         merge_baseline("task_arithmetic", *sources, tmp_path, scale=0.5, exist_ok=True, progress=False)
-    with pytest.raises(ValueError, match="give exist_ok=True.*or overwrite=True"):
+    with pytest.raises(ValueError, match=r"give exist_ok=True.*or overwrite=True"):
         merge_baseline("task_arithmetic", *sources, output, scale=0.5, exist_ok=True, overwrite=True, progress=False)
 
 
 def test_the_merged_config_says_what_was_added(trio, tmp_path):
     """Of one task vector by task arithmetic, and of nothing else."""
     said = {}
-    for name, method, settings in (
+    for name, method, ways in (
         ("scaled", "task_arithmetic", {"scale": 0.5}),
         ("cancelled", "layer_swap", {"weights": (0.75, 0.25), "skip_first": 1}),
         ("two", "task_arithmetic", {"weights": (1.0, 0.5), "reference": trio / "reference"}),
         ("ties", "ties", {"scale": 0.5}),
     ):
-        merge_baseline(method, trio / "expert", trio / "base", tmp_path / name, **settings, progress=False)
+        merge_baseline(method, trio / "expert", trio / "base", tmp_path / name, **ways, progress=False)
         said[name] = json.loads((tmp_path / name / "config.json").read_text()).get("drift_merge")
     assert said["two"] is said["ties"] is None
     origin = {role: {"id": str(trio / role), "revision": None} for role in ("base", "expert")}

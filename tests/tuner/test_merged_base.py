@@ -132,7 +132,7 @@ def test_a_prior_of_the_merged_base_itself_is_whole(folder, tmp_path):
 
 
 def test_nothing_is_left_of_a_delta_that_was_merged_whole(folder):
-    with pytest.raises(ValueError, match="nothing is left of Δ to steer toward.*drift_alpha=0.*merge less"):
+    with pytest.raises(ValueError, match=r"nothing is left of Δ to steer toward.*drift_alpha=0.*merge less"):
         wrap(load(folder / "1.0", "llama"), drift(folder))
     assert wrap(load(folder / "1.0", "llama"), drift(folder, drift_scale="decoupled", drift_target="base"))
     assert wrap(load(folder / "1.0", "llama"), drift(folder, drift_alpha=0.0))

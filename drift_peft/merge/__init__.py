@@ -8,6 +8,6 @@ same      is an existing folder what a merge would make?
 
 from .adapter import merge_adapter
 from .baseline import METHODS, merge_baseline
-from .verify import ONTO, verification_table
+from .verify import ONTO, check_memory, verification_table
 
-__all__ = ["METHODS", "ONTO", "merge_adapter", "merge_baseline", "verification_table"]
+__all__ = ["METHODS", "ONTO", "check_memory", "merge_adapter", "merge_baseline", "verification_table"]

@@ -11,6 +11,9 @@ SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with 
 `<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
 """
 
+import parts.interrupt  # noqa: F401  before what takes its time to import
+
+# isort: split
 import contextlib
 import hashlib
 import json
@@ -23,13 +26,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import parts.interrupt  # noqa: F401  before what takes seconds to import
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List
 from parts.arguments import RunArguments, TrainArguments, parse
 from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
-from parts.command_line import in_one_sentence, run_script
+from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.lengths import within_length
 from parts.loading import load_messages
@@ -244,13 +246,11 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
             torn = [path.name for path in checkpoints(output) if not is_whole(path)]
             aside = f"; {' and '.join(torn)}, which a run was writing when it was killed, is not used" if torn else ""
             print(f"Training goes on from {start}{aside}.")
-    with in_one_sentence("sft_vlm.py", OSError, ValueError):
+    with in_one_sentence("sft_vlm.py", OSError):
         result = trainer.train(resume_from_checkpoint=start)
         if start and result.global_step == steps_of(Path(start)) and earlier_record(output):
-            raise ValueError(
-                f"{start} has taken all {result.global_step} steps that these settings ask for, and the run was "
-                "finished with others: raise num_train_epochs or max_steps, or change output_dir"
-            )
+            told = f"{start} has taken all {result.global_step} steps that these settings ask for, and the run was finished"
+            stop("sft_vlm.py", f"{told} with others: raise num_train_epochs or max_steps, or change output_dir", 1)
         save_adapter(trainer)
         record["results"] = {**result.metrics, "steps": result.global_step, **telemetry(trainer.model)}
         if torch.cuda.is_available():
@@ -277,7 +277,7 @@ def is_finished(record: dict | None, settings: dict) -> bool:
     afterwards = ("resume_from_checkpoint", "merge", "verify", "prior_sha256", "trainable_token_indices")
     wanted = json.loads(json.dumps(settings, default=str))
     had = {} if record is None else record["settings"]
-    return all(had.get(key, had) == value for key, value in wanted.items() if key not in afterwards)
+    return all(key in had and had[key] == value for key, value in wanted.items() if key not in afterwards)
 
 
 def earlier_record(output: Path) -> dict | None:

@@ -29,7 +29,11 @@ def run(pair, data, tmp_path_factory):
         patch.setattr(sft_vlm, "plot_run", lambda history, output: None)
         settings = {**FAST, "max_steps": 4, "save_steps": 2, "data": data, "output_dir": folder / "run"}
         sources = {role: pair("qwen2_5_vl") / role for role in ("base", "expert", "prior.safetensors")}
-        settings |= {"use_cpu": True, **{role.removesuffix(".safetensors"): path for role, path in sources.items()}}
+        settings |= {
+            "use_cpu": True,
+            "reference": sources["base"],
+            **{role.removesuffix(".safetensors"): path for role, path in sources.items()},
+        }
         trainer = sft_vlm.main([part for key, value in settings.items() for part in (f"--{key}", str(value))])
     return trainer, folder / "run"
 

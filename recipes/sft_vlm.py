@@ -249,8 +249,9 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
     with in_one_sentence("sft_vlm.py", OSError):
         result = trainer.train(resume_from_checkpoint=start)
         if start and result.global_step == steps_of(Path(start)) and earlier_record(output):
-            told = f"{start} has taken all {result.global_step} steps that these settings ask for, and the run was finished"
-            stop("sft_vlm.py", f"{told} with others: raise num_train_epochs or max_steps, or change output_dir", 1)
+            told = f"{start} has taken all {result.global_step} steps that these settings ask for"
+            way_out = "raise num_train_epochs or max_steps, or change output_dir"
+            stop("sft_vlm.py", f"{told}, and the run was finished with others: {way_out}", 1)
         save_adapter(trainer)
         record["results"] = {**result.metrics, "steps": result.global_step, **telemetry(trainer.model)}
         if torch.cuda.is_available():

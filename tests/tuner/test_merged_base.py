@@ -114,6 +114,23 @@ def test_an_expert_that_is_not_the_priors_is_refused(folder, tmp_path):
         wrap(load(folder / "by another", "llama"), drift(folder))
 
 
+def test_a_delta_from_the_common_ancestor_is_one_of_its_own(folder, tmp_path):
+    """VLM + λ(expert − ancestor) takes the prior of that Δ, and not that of expert − VLM."""
+    ancestor = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in ancestor.named_parameters():
+        if "proj" in name:
+            weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+    ancestor.save_pretrained(folder / "ancestor")
+    where = {"reference": folder / "ancestor", "progress": False}
+    prior = build_prior(folder / "expert", folder / "base", tmp_path / "prior.safetensors", rank=8, **where)
+    merge(folder, "hierarchical", scale=1.5, reference=folder / "ancestor")
+    for s in steered_of(wrap(load(folder / "hierarchical", "llama"), drift(tmp_path))):
+        assert torch.allclose(s.prior["S"], 0.5 * prior[s.name].S[:4])
+    with pytest.raises(ValueError, match=r"\(.*expert − .*ancestor\), but its weights are not what the prior"):
+        wrap(load(folder / "hierarchical", "llama"), drift(folder))
+
+
 @pytest.mark.parametrize("claim", [7, {}, {"scale": "half"}, {"base": {}}, {"only_layers": ["x"]}, {"expert": None}])
 def test_a_damaged_claim_is_one_sentence(claim, folder):
     model = load(folder / "0.5", "llama")

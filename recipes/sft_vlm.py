@@ -2,17 +2,26 @@
 
     python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml
     python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml --r 32 --output-dir runs/r32 --merge
+    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml --method sft --output-dir runs/sft
+    python recipes/sft_vlm.py --config recipes/configs/qwen2_5_vl_7b_r1.yaml --merge-first 0.5 --output-dir runs/half
 
 The base is loaded in NF4 with double quantization, everything but its language model's projections in 16 bit, and TRL's
 SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with its model card and processor,
-`telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model. Its keys stand in
-parts/arguments.py.
+`telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model, and with --merge-first,
+`<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
 """
 
+import parts.interrupt  # noqa: F401  before what takes its time to import
+
+# isort: split
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import shlex
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +30,13 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, List
 from parts.arguments import RunArguments, TrainArguments, parse
-from parts.command_line import in_one_sentence, run_script
+from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
+from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.lengths import within_length
 from parts.loading import load_messages
-from parts.saving import Trainer, save_adapter, write_json
+from parts.saving import Trainer, clear, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from drift_peft import (
     DriftConfig,
@@ -37,35 +46,49 @@ from drift_peft import (
     keep,
     make_keep_set,
     merge_adapter,
+    merge_baseline,
     telemetry,
 )
 from drift_peft.checkpoints import Checkpoint, Decoder, split_revision
+from drift_peft.merge import check_memory
+from drift_peft.prior import read_merge
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]
 
 
-def check(run: RunArguments, train: TrainArguments, merged: Path) -> None:
+def beside(output: str | Path, what: str) -> Path:
+    """`<output_dir>-base` and `<output_dir>-merged`."""
+    return Path(f"{Path(output)}-{what}")
+
+
+def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
     """Refuse before anything is loaded what would fail in the end."""
-    output = Path(train.output_dir).resolve()
+    output, merged = Path(train.output_dir).resolve(), beside(train.output_dir, "merged")
     place = next(path for path in (output, *output.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OSError(f"output_dir {output} cannot be written: {place} is no folder, or not yours to write to")
-    earlier = output.is_dir() and (get_last_checkpoint(output) or (output / "adapter_config.json").exists())
+    earlier = checkpoints(output) or (output / "adapter_config.json").exists()
     if earlier and not train.resume_from_checkpoint:
         raise FileExistsError(f"{output} holds an earlier run: add --resume-from-checkpoint true, or change output_dir")
     if run.merge and merged.exists():
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
-    if is_missing(run.prior) and run.expert is None:
+    if run.prior is not None and is_missing(run.prior) and run.expert is None:
         raise FileNotFoundError(f"there is no prior {run.prior}, and no expert to build it from: set expert")
+    if run.prior is None and run.merge_first is not None and run.expert is None:
+        raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
+    if run.merge_first == 1 and drift.pulls:
+        raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
 
 
 def is_missing(prior: str) -> bool:
     return prior.endswith(".safetensors") and not Path(prior).exists()  # without the ending, it is a hub id
 
 
-def open_prior(run: RunArguments) -> ReasoningPrior:
+def open_prior(run: RunArguments) -> ReasoningPrior | None:
     """The prior, built if it is not there. One that was built from something else than the run names is refused."""
+    if run.prior is None:
+        return None
     if is_missing(run.prior):
         Path(run.prior).parent.mkdir(parents=True, exist_ok=True)
         build_prior(run.expert, run.base, run.prior, rank=run.prior_rank, reference=run.reference)
@@ -76,6 +99,29 @@ def open_prior(run: RunArguments) -> ReasoningPrior:
         if wanted is not None and built not in (wanted, split_revision(wanted)[0]):
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
     return prior
+
+
+def open_start(run: RunArguments, base: Checkpoint, prior: ReasoningPrior | None, folder: Path) -> Checkpoint:
+    """What is trained on: the base, or base + merge_first·Δ in a folder that is made if it is not there. Δ is that of
+    the prior, if there is one."""
+    if run.merge_first is None:
+        return base
+    roles = {"expert": run.expert, "reference": run.reference}
+    if prior is not None:
+        if prior.metadata.get("expert") is None:
+            raise ValueError(f"{run.prior} was combined from several experts, and merge_first merges one: leave it out")
+        roles = {role: run_or_prior(roles[role], prior.metadata[role]) for role in roles}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    merge_baseline("task_arithmetic", base=run.base, output=folder, **roles, scale=run.merge_first, exist_ok=True)
+    print(f"{folder} is the base with {run.merge_first:g}·Δ merged into it: training goes on from there.")
+    return Checkpoint(folder)
+
+
+def run_or_prior(named: str | None, origin: dict | None) -> str | None:
+    """A model as the run names it, else as the prior's header does."""
+    if named is not None or origin is None:
+        return named
+    return f"{origin['id']}@{origin['revision']}" if origin["revision"] else origin["id"]
 
 
 def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> KeepSet | None:
@@ -133,6 +179,8 @@ def describe(dataset: Dataset) -> dict:
 def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:
     """All that a mistake in the settings may break. Returns the trainer, and what run.json says so far."""
     base = Checkpoint(run.base)
+    if run.merge and run.verify:
+        check_memory(base)
     processor = AutoProcessor.from_pretrained(base.source, revision=base.revision, **run.processor_kwargs)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
@@ -143,12 +191,15 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
     prior = open_prior(run)
+    start = open_start(run, base, prior, beside(train.output_dir, "base"))
     keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)
     record = {
-        "settings": {**drift.to_dict(), **train.to_dict(), **asdict(run)},
+        "settings": settings_of(run, drift, train),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "base": base.origin,
-        "prior": {"sha256": prior.sha256, **{key: prior.metadata.get(key) for key in ("expert", "reference", "rank")}},
+        "merged_first": (merged := read_merge(start.config)) and asdict(merged),
+        "prior": prior
+        and {"sha256": prior.sha256, **{key: prior.metadata.get(key) for key in ("expert", "reference", "rank")}},
         "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
         "data": data,
     }
@@ -159,7 +210,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     dataset.info.dataset_name = run.data  # as the model card calls it
 
     dtype = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
-    train.model_init_kwargs = {"dtype": dtype, "revision": base.revision, **(train.model_init_kwargs or {})}
+    train.model_init_kwargs = {"dtype": dtype, "revision": start.revision, **(train.model_init_kwargs or {})}
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -168,7 +219,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
         llm_int8_skip_modules=not_quantized(base.config),
     )
     pieces = {"train_dataset": dataset, "processing_class": processor, "quantization_config": nf4, "peft_config": drift}
-    trainer = Trainer(base.source, train, **pieces)
+    trainer = Trainer(start.source, train, **pieces)
     if run.think_tokens:  # TRL's loss reads the head's bias, which PEFT's wrapper around the head does not have
         trainer.model.get_output_embeddings().bias = None
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
@@ -184,14 +235,23 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     return trainer, record
 
 
-def main(argv: list[str] | None = None) -> Trainer:
+def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:
+    """Train, and leave everything but the merged model in output_dir. Returns the trainer, and what run.json says."""
+    output, start = Path(train.output_dir), train.resume_from_checkpoint
     with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
-        run, drift, train = parse(argv, __doc__)
-        output, merged = Path(train.output_dir), Path(f"{Path(train.output_dir)}-merged")
-        check(run, train, merged)
+        check(run, drift, train)
+        clear(output)
         trainer, record = prepare(run, drift, train)
+        if start:
+            torn = [path.name for path in checkpoints(output) if not is_whole(path)]
+            aside = f"; {' and '.join(torn)}, which a run was writing when it was killed, is not used" if torn else ""
+            print(f"Training goes on from {start}{aside}.")
     with in_one_sentence("sft_vlm.py", OSError):
-        result = trainer.train(resume_from_checkpoint=train.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=start)
+        if start and result.global_step == steps_of(Path(start)) and earlier_record(output):
+            told = f"{start} has taken all {result.global_step} steps that these settings ask for"
+            way_out = "raise num_train_epochs or max_steps, or change output_dir"
+            stop("sft_vlm.py", f"{told}, and the run was finished with others: {way_out}", 1)
         save_adapter(trainer)
         record["results"] = {**result.metrics, "steps": result.global_step, **telemetry(trainer.model)}
         if torch.cuda.is_available():
@@ -199,11 +259,72 @@ def main(argv: list[str] | None = None) -> Trainer:
         record["history"] = trainer.state.log_history
         write_json(record, output / "run.json")
         plot_run(record["history"], output / "telemetry.png")
-    if run.merge:
-        with in_one_sentence("sft_vlm.py", ValueError, OSError):
-            record["merge"] = asdict(merge_adapter(run.base, output, merged, verify=True))
-            write_json(record, output / "run.json")
-    print(f"The adapter is in {output}" + (f", and the merged model in {merged}." if run.merge else "."))
+    return trainer, record
+
+
+def merge(run: RunArguments, output: Path, record: dict) -> None:
+    """Into the base that was trained on, with what the comparison says of it."""
+    base = run.base if run.merge_first is None else beside(output, "base")
+    report = merge_adapter(base, output, beside(output, "merged"), verify=run.verify)
+    record["merge"] = asdict(report)
+    write_json(record, output / "run.json")
+    print(f"The merged model is in {report.output}" + ("." if run.verify else ", and was compared with nothing."))
+    if report.verification is not None:
+        print(report.verification.verdict)
+
+
+def is_finished(record: dict | None, settings: dict) -> bool:
+    """Was this very run finished before? What is done with its adapter may differ, and how the run is taken up."""
+    afterwards = ("resume_from_checkpoint", "merge", "verify", "prior_sha256", "trainable_token_indices")
+    wanted = json.loads(json.dumps(settings, default=str))
+    had = {} if record is None else record["settings"]
+    return all(key in had and had[key] == value for key, value in wanted.items() if key not in afterwards)
+
+
+def earlier_record(output: Path) -> dict | None:
+    """run.json of a run that came to its end."""
+    try:
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        return record if {"settings", "results"} <= record.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def settings_of(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> dict:
+    return {**drift.to_dict(), **train.to_dict(), **asdict(run)}
+
+
+@contextlib.contextmanager
+def telling_the_way_on(argv: list[str] | None, output: Path) -> Iterator[None]:
+    """Ctrl-C says what is kept, and with what command the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        given = sys.argv[1:] if argv is None else argv
+        again, last = f"python recipes/sft_vlm.py {shlex.join(given)}", newest_whole(output)
+        if last is None:
+            told = f"stopped before the first checkpoint: start again with {again}"
+        else:
+            told = f"stopped; {last} is kept: go on with {again} --resume-from-checkpoint true"
+        raise KeyboardInterrupt(told) from None
+
+
+def main(argv: list[str] | None = None) -> Trainer | None:
+    """Returns the trainer; None if nothing was left to train."""
+    with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
+        run, drift, train = parse(argv, __doc__)
+        output = Path(train.output_dir)
+        record = earlier_record(output) if train.resume_from_checkpoint else None
+    with telling_the_way_on(argv, output):
+        if is_finished(record, settings_of(run, drift, train)):
+            trainer = None
+            print(f"The run in {output} was finished before, after {record['results']['steps']} steps.")
+        else:
+            trainer, record = fine_tune(run, drift, train)
+        if run.merge and not beside(output, "merged").exists():
+            with in_one_sentence("sft_vlm.py", ValueError, OSError):
+                merge(run, output, record)
+    print(f"The adapter is in {output}.")
     return trainer
 
 

@@ -56,6 +56,7 @@ def train(pair, data, tmp_path, monkeypatch):
             monkeypatch.setattr(sft_vlm, "plot_run", lambda history, output: None)
         folder = pair(family)
         paths = {"base": folder / "base", "expert": folder / "expert", "prior": folder / "prior.safetensors"}
+        paths["reference"] = folder / "base"  # so that Δ = expert − base; those of the YAMLs lie on the hub
         if config is not None:
             paths["keep"] = folder / "keep.safetensors"
         settings = {**paths, "data": data, "output_dir": tmp_path / "run", "use_cpu": True, **settings}

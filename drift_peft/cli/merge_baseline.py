@@ -50,6 +50,7 @@ def flags(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="seed of what dare keeps (default: %(default)s)")
     add("--force", action="store_true", help="merge even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing model folder")
+    add("--exist-ok", action="store_true", help="take an existing folder of the same models and settings")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 
 
@@ -69,5 +70,8 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
     if report.without_counterpart:
         table.add_row("not merged, the expert has none", describe(report.without_counterpart))
     table.add_row("tensors written", str(report.tensors))
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    change = (
+        "not measured again: the folder exists" if report.relative_change is None else f"{report.relative_change:.2e}"
+    )
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", change)
     show(asdict(report), as_json, table)

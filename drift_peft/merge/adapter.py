@@ -25,7 +25,7 @@ from ..checkpoints import (
     split_revision,
     write_model,
 )
-from .verify import ONTO, Verification, verify_merge
+from .verify import ONTO, Verification, check_memory, verify_merge
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def merge_adapter(
         FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
         ValueError: the base is no full-precision model; the adapter has a part that cannot be merged, or that does not
             fit the base; it was not trained on a 4-bit base, where that is asked for; nothing changed; a merged weight
-            is not finite; or the verification failed.
+            is not finite; the verification failed, or the model in fp32 is larger than the memory that is free for it.
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
@@ -99,6 +99,8 @@ def merge_adapter(
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
         checkpoint = Checkpoint(base)
+        if verify:
+            check_memory(checkpoint)
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
         trained = None
         if verify or onto == "dequantized":

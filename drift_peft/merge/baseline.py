@@ -42,9 +42,11 @@ from ..checkpoints import (
     replaced_when_complete,
     write_model,
 )
-from ..prior import LEAST_COSINE
+from ..prior import LEAST_COSINE, MergedDelta
+from .same import refuse_other
 
 MODULES = ("attn", "mlp", "norm", "bias")
+ROLES = ("base", "expert", "reference")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class BaselineReport:
         merged: weights of the language model that were merged.
         tensors: tensors in the merged folder.
         without_counterpart: patterns of weights that were not merged because the expert has none -> how many.
-        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; None where an existing folder was
+            taken.
     """
 
     output: Path
@@ -88,7 +91,7 @@ class BaselineReport:
     merged: int
     tensors: int
     without_counterpart: dict[str, int]
-    relative_change: float
+    relative_change: float | None
 
 
 def merge_baseline(
@@ -106,13 +109,16 @@ def merge_baseline(
     seed: int = 0,
     force: bool = False,
     overwrite: bool = False,
+    exist_ok: bool = False,
     progress: bool = True,
 ) -> BaselineReport:
     """Merge a text-only expert into the language model of a VLM by one of `METHODS`; see the module's docstring.
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
-    stays byte for byte as it is. Works in `<output>.partial/`, renamed when complete and gone if anything fails. Memory
-    holds a few blocks of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
+    stays byte for byte as it is; but W_vlm + λ·Δ by task_arithmetic says in its config.json that it is that, and a
+    prior of the VLM serves for training on it (see `prior.MergedDelta`). Works in `<output>.partial/`, renamed when
+    complete and gone if anything fails. Memory holds a few blocks of rows, whatever the model's size; ties sorts one
+    weight at a time, at 36 bytes an entry.
 
     Args:
         method: a key of `METHODS`.
@@ -130,6 +136,8 @@ def merge_baseline(
         seed: of the random choice. Same inputs, seed and library versions give the same bytes.
         force: merge even where a weight of the expert has nothing in common with the base's.
         overwrite: replace an existing model folder, once the new one is complete.
+        exist_ok: take an existing output that was merged of the same models with the same settings; any other is
+            refused.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -144,7 +152,10 @@ def merge_baseline(
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
     recipe = METHODS[method]
     given = [source for source in (expert, base, reference) if source is not None]
-    with replaced_when_complete(Path(output), overwrite, sources=given) as folder:
+    if exist_ok and overwrite:
+        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+    exists = exist_ok and Path(output).exists()
+    with contextlib.nullcontext() if exists else replaced_when_complete(Path(output), overwrite, given) as folder:
         sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
         if reference is not None:
             sources["reference"] = Checkpoint(reference)
@@ -160,12 +171,21 @@ def merge_baseline(
             _check_tensors(names[raw], tensors, sources, force)
             return _merge(recipe.merge, tensors, weights, density, f"{seed} {names[raw]}")
 
-        change = write_model(checkpoint, folder, names, blocks, progress)
+        claim = None
+        if recipe.merge is task_arithmetic and len(weights) == 1:
+            origins = {role: sources[role].origin if role in sources else None for role in ROLES}
+            claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
+        if exists:
+            change = refuse_other(Path(output), checkpoint, names, blocks, claim)
+        else:
+            change = write_model(checkpoint, folder, names, blocks, progress)
         if change == 0:
             raise ValueError(
                 f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "
                 "all is lost in rounding to the base's dtype"
             )
+        if claim is not None and not exists:
+            claim.write(folder)
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from rich.table import Table
@@ -61,6 +62,24 @@ class Verification:
     logits_error: float
 
 
+def check_memory(checkpoint: Checkpoint) -> None:
+    """Refuse to load a model in fp32, as verifying does, where it is larger than the memory that is free.
+
+    Raises:
+        ValueError: there is too little.
+    """
+    needed, free = _fp32_bytes(checkpoint) / 1e9, psutil.virtual_memory().available / 1e9
+    if needed > free:
+        raise ValueError(
+            f"verifying loads {checkpoint.source} in fp32, which takes {needed:.2g} GB of memory, and {free:.2g} GB "
+            "are free: make room, or merge without verifying"
+        )
+
+
+def _fp32_bytes(checkpoint: Checkpoint) -> int:
+    return 4 * sum(math.prod(checkpoint.shape(raw)) for raw in checkpoint.keys)
+
+
 @torch.no_grad()
 def verify_merge(
     checkpoint: Checkpoint,
@@ -85,9 +104,8 @@ def verify_merge(
         ValueError: PEFT or transformers cannot load what they are given, the model wants more than text, or the merge
             is wrong.
     """
-    elements = sum(math.prod(checkpoint.shape(raw)) for raw in checkpoint.keys)
     if progress:
-        size = f"{4 * elements / 1e9:.2g} GB of memory"
+        size = f"{_fp32_bytes(checkpoint) / 1e9:.2g} GB of memory"
         print(f"verifying: the base and the merged model are loaded in fp32, in turn, {size} each", file=sys.stderr)
     quantization = trained.config or assumed_quantization(checkpoint)
     dequantized = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, quantization)

@@ -7,12 +7,22 @@ combine  sums and truncations of priors
 share    model card, upload, the prior as a LoRA adapter
 prior    ReasoningPrior: the file with all that can be done with it
 same     is an existing prior what a build would make?
+merged   a base that has taken a part of Δ in, and what is left of it then
 build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """
 
 from .build import LEAST_COSINE, build_prior
 from .file import PriorVector, PriorWeight
+from .merged import MergedDelta, read_merge
 from .prior import ReasoningPrior
 
-__all__ = ["LEAST_COSINE", "PriorVector", "PriorWeight", "ReasoningPrior", "build_prior"]
+__all__ = [
+    "LEAST_COSINE",
+    "MergedDelta",
+    "PriorVector",
+    "PriorWeight",
+    "ReasoningPrior",
+    "build_prior",
+    "read_merge",
+]

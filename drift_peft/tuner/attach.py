@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..prior import ReasoningPrior
+from ..prior import PriorVector, PriorWeight, ReasoningPrior
 from ..warn import warn
 from . import guidance
 from .config import DriftConfig
@@ -31,16 +31,19 @@ def steer(
     config: DriftConfig,
     adapter_name: str,
 ) -> list[SteeredAdapter]:
-    """Register everything that the settings guide; without a prior, everything is held at the base. Returns the
-    adapters."""
+    """Register everything that the settings guide, toward what the base has not taken in of Δ; without a prior,
+    everything is held at the base. Returns the adapters."""
 
     def guided(name: str) -> bool:
         return (prior is None or name in prior) and is_guided(config, name)
 
+    def left(name: str) -> PriorWeight | PriorVector | None:
+        if prior is None:
+            return None
+        return prior[name] if config.merged is None else config.merged.left(name, prior[name])
+
     adapters = [
-        SteeredAdapter(layer, adapter, name, config, None if prior is None else prior[name])
-        for name, layer, adapter in layers
-        if guided(name)
+        SteeredAdapter(layer, adapter, name, config, left(name)) for name, layer, adapter in layers if guided(name)
     ]
     keeps_start = config.drift_target != "delta"
     tensors, seen = [], set()
@@ -52,9 +55,8 @@ def steer(
                 earlier = getattr(module, "drift", {}).get(attribute)
                 held = {} if earlier is None else earlier.prior
                 start = held.get("W0", values([parameter])[0].clone())
-            weight = None if prior is None else prior[name]
             W0 = values([start])[0] if keeps_start else None
-            tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, weight, W0))
+            tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, left(name), W0))
     lower = [s.name for s in adapters if config.drift_rank and s.prior and len(s.prior["S"]) < config.drift_rank]
     if lower:
         warn(

@@ -24,17 +24,11 @@ SECTION = """\
 {start}
 # LoRA adapter {name}for {base}{toward}
 
-Trained with [DRIFT](https://arxiv.org/abs/2510.15050): {method}. The adapter itself is plain LoRA.
+Trained {method}. The adapter itself is plain LoRA.
 
 | | |
 |---|---|
-| base | {base} |
-| expert | {expert} |
-| prior | {prior} |
-| training data | {data} |
-| LoRA | r = {r}, alpha = {lora_alpha}{rslora} |
-| guidance | {guidance} |
-| guided optimizer steps | {steps} |
+{rows}
 
 ## Use
 
@@ -45,13 +39,21 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
 ```
-
+{merged}
 As a model of its own, in the base's precision:
 
 ```
 drift-peft merge --base {base} --adapter {folder} -o merged --verify
 ```
 {end}
+"""
+
+MERGED = """
+The adapter belongs to this base, to {words}, and to no other. To make it again:
+
+```
+{command} -o {base}
+```
 """
 
 
@@ -86,30 +88,42 @@ def _start(name: str | None) -> str:
 
 
 def _section(config: DriftSettings, name: str | None) -> str:
-    settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
-    defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
-    told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
-    guidance = [f"{settings['scale']} toward {settings['target']}, strength {settings['alpha']}"]
-    guidance += [text for text in told if text.split(" = ")[0] not in ("scale", "target", "alpha")]
     base = config.base_model_name_or_path or "its base model"
     expert = config.expert or "a text-only reasoning model"
-    method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
+    table = {"base": base if config.merged is None else f"{base}, which is {config.merged.words}"}
+    if config.prior or config.guides:
+        table["expert"] = config.expert or "not recorded"
+        digest = (config.prior_sha256 or "not recorded")[:16]
+        table["prior"] = f"{config.prior} (SHA-256 {digest})" if config.prior else "none"
+    table["training data"] = config.trained_on or "not recorded"
+    rslora = ", rank-stabilized" if config.use_rslora else ""
+    table["LoRA"] = f"r = {config.r}, alpha = {config.lora_alpha}{rslora}"
+    if config.guides:
+        method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
+        method = "with [DRIFT](https://arxiv.org/abs/2510.15050): " + method
+        table |= {"guidance": _guidance(config).replace("|", "\\|"), "guided optimizer steps": int(config.drift_steps)}
+    else:
+        method = f"by plain LoRA fine-tuning, without {'a prior' if config.prior is None else 'guidance'}"
+        method += f", from a start in the main directions of {BEYOND}" if config.init_lora_weights == "drift" else ""
+    merged = config.merged and MERGED.format(words=config.merged.words, command=config.merged.command, base=base)
     return SECTION.format(
         start=_start(name),
         end=END,
         name=f"{name} " if name else "",
-        toward="" if config.drift_target == "base" else f", steered toward {expert}",
+        toward=f", steered toward {expert}" if config.pulls else "",
         method=method.format(base=base, expert=expert),
         base=base,
-        expert=config.expert or "not recorded",
-        prior=f"{config.prior} (SHA-256 {(config.prior_sha256 or 'not recorded')[:16]})" if config.prior else "none",
-        data=config.trained_on or "not recorded",
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        rslora=", rank-stabilized" if config.use_rslora else "",
-        guidance=", ".join(guidance).replace("|", "\\|"),
-        steps=int(config.drift_steps),
+        rows="\n".join(f"| {key} | {value} |" for key, value in table.items()),
+        merged=merged or "",
         adapter="path/or/hub-id",
         subfolder=f', subfolder="{name}"' if name else "",
         folder=f"path/{name}" if name else "path/or/hub-id",
     )
+
+
+def _guidance(config: DriftSettings) -> str:
+    settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
+    defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
+    told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
+    guidance = [f"{settings['scale']} toward {settings['target']}, strength {settings['alpha']}"]
+    return ", ".join([*guidance, *(text for text in told if text.split(" = ")[0] not in ("scale", "target", "alpha"))])

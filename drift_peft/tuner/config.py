@@ -29,7 +29,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     """LoRA whose gradients are biased toward a reasoning prior (DRIFT, arXiv 2510.15050, equations 3 and 4).
 
     All of `LoraConfig`'s fields keep their meaning. `target_modules=None` means exactly the language model's
-    projections that the prior covers. On disk the adapter is plain LoRA; the guidance's own fields, which stand in
+    projections that the prior covers; without a prior, which strength 0 and `drift_target="base"` need none of, all of
+    the language model's projections. On disk the adapter is plain LoRA; the guidance's own fields, which stand in
     `DriftSettings`, go to `drift_config.json`.
 
     Raises:
@@ -60,14 +61,14 @@ class DriftConfig(DriftSettings, LoraConfig):
         super().__post_init__()
         self.init_lora_weights = start
         self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
-        holds = self.drift_target == "base" and self.prior is None
-        if holds and self.init_lora_weights == "drift":
-            self.init_lora_weights = True  # there is no Δ to start from
         self._check_lora()
         check_settings(self)
+        needless = not self.pulls and self.prior is None
+        if needless and self.init_lora_weights == "drift":
+            self.init_lora_weights = True  # there is no Δ to start from
         if self.prior is not None and not isinstance(self.prior, str):
             raise ValueError(f"prior must be a path or a hub id, got {type(self.prior).__name__}.")
-        if self.prior is None and not self.inference_mode and not holds:
+        if self.prior is None and not self.inference_mode and not needless:
             raise ValueError(
                 "DriftConfig needs a prior to train: build one with build_prior(expert, base, output) and pass its "
                 "path, or use peft.LoraConfig for training without guidance."

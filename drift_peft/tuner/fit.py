@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from ..prior import ReasoningPrior
+from ..prior import MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
 from .names import prior_names
@@ -20,12 +20,16 @@ from .sharding import shape, whole
 
 # NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
 FINGERPRINT_TOLERANCE = 0.3
+PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
 
 
 def check_fit(
     model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
-) -> None:
+) -> MergedDelta | None:
     """Refuse a prior of another model, and report targets that have no Δ.
+
+    A prior belongs to the model that it was built for, and to that model with a part of its Δ merged in, if the
+    configuration says so (`prior.MergedDelta`) and the weights bear it out. Returns what was merged, then.
 
     Args:
         model: the model, adapted already or not; its base weights may be quantized.
@@ -35,8 +39,9 @@ def check_fit(
         tensors: canonical names of the tensors that are (or will be) trained themselves.
 
     Raises:
-        ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ;
-            `factors` lacks a target for some row of lora_A; or a setting speaks of weights that are not steered.
+        ValueError: weights of the prior are missing here, have another shape or another fingerprint; no target has a Δ,
+            or nothing is left of it after merging; `factors` lacks a target for some row of lora_A; or a setting speaks
+            of weights that are not steered.
     """
     canonical_name = prior_names(model)
     modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it
@@ -85,7 +90,14 @@ def check_fit(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
             f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
-    _check_fingerprint(model, modules, prior)
+    merged = _check_fingerprint(model, modules, prior)
+    names = [name for _, name in steered] + tensors
+    if merged is not None and drift.pulls and all(merged.scale_of(name) == 1 for name in names):
+        raise ValueError(
+            f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0, which is "
+            'plain LoRA, hold it there with drift_scale="decoupled" and drift_target="base", or merge less.'
+        )
+    return merged
 
 
 def targeted_modules(model: nn.Module, config: LoraConfig) -> set[str]:
@@ -140,24 +152,43 @@ def _shape(module: nn.Module, canonical: str) -> list[int]:
 
 
 @torch.no_grad()
-def _check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> None:
-    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little."""
-    difference = stored_square = 0.0
+def _check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> MergedDelta | None:
+    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little.
+
+    A base that says it is W_base + λΔ has u_iᵀ·W_base·v_i + λ·u_iᵀ·Δ·v_i. If it is nearer to the stored values
+    themselves, the prior was built for the merged base, and nothing was taken from its Δ.
+    """
+    claim = read_merge(getattr(model, "config", None))
+    fingerprints, predictions, found = [], [], []
     for name, U, Vh, stored in prior.probes():
         tensors = [*modules[name].parameters(), *modules[name].buffers()]
         if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
             continue
         with whole(tensors):
             WV = _products(modules[name], Vh.to(tensors[0].device), getattr(model, "dtype", torch.float32))
-        found = (U.to(WV).mT * WV).sum(-1).cpu()
-        difference += (found - stored).square().sum().item()
-        stored_square += stored.square().sum().item()
-    if difference**0.5 > FINGERPRINT_TOLERANCE * stored_square**0.5:
+        found.append((U.to(WV).mT * WV).sum(-1).cpu())
+        fingerprints.append(stored)
+        predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
+    if not found:
+        return claim
+    stored, added, here = map(torch.cat, (fingerprints, predictions, found))
+    off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
+    allowed = FINGERPRINT_TOLERANCE * stored.norm().item()
+    if off_merged < off and off_merged <= allowed + PREDICTION_TOLERANCE * added.norm().item():
+        return claim
+    if off <= allowed:
+        return None
+    if claim is not None:
         raise ValueError(
-            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
-            f"{(difference / stored_square) ** 0.5:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); "
-            "build a prior for this base with build_prior."
+            f"The base says that it is {claim.words}, but its weights are not what the prior '{prior.source}' makes of "
+            f"that: its fingerprint is off by {off_merged / stored.norm().item():.0%}; name the prior of this Δ, or "
+            "build one for this base with build_prior."
         )
+    raise ValueError(
+        f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+        f"{off / stored.norm().item():.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
+        "for this base with build_prior."
+    )
 
 
 def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,7 +75,7 @@ def guide(
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     if prior is not None:
-        check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
+        config.merged = check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
     else:
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoints import Decoder, language_model_targets, module_kind, quantization_of
 from ..keeping import keep_4bit_differentiable
-from ..prior import ReasoningPrior
+from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
@@ -60,8 +60,9 @@ class DriftModel(LoraModel):
         parameters = [*(f"{name}.weight" for name in intended), *_target_parameters(model, config)]
         if prior is not None:
             targets = {name: _rank(config, name.removesuffix(".weight")) for name in parameters}
-            check_fit(model, prior, config, targets, _tensors(config, prior))
+            config.merged = check_fit(model, prior, config, targets, _tensors(config, prior))
         else:
+            config.merged = read_merge(getattr(model, "config", None))
             canonical = prior_names(model)
             known = {canonical(name) for name, _ in model.named_parameters()} - {None}
             check_patterns_used(config, [canonical(name) or name for name in parameters] + _tensors(config, known))

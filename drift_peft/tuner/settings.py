@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ..checkpoints import module_kind
+from ..prior import MergedDelta
 
 SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
 TARGETS = ("residual", "delta", "factors", "base")
@@ -23,7 +24,8 @@ class DriftSettings:
     """What the guidance knows of its settings: the fields of `DriftConfig` that are not LoRA's."""
 
     prior: str | None = field(
-        default=None, metadata={"help": "Prior file, or hub id (`id@revision`); None only with inference_mode=True."}
+        default=None,
+        metadata={"help": "Prior file, or hub id (`id@revision`); None at strength 0 or with drift_target='base'."},
     )
     drift_alpha: float = field(
         default=0.3,  # of the adaptive scale: benchmarks/RESULTS.md, chosen by the exams over images
@@ -86,7 +88,18 @@ class DriftSettings:
     iteration: ClassVar[Any] = 0  # guided steps before this iteration, in which several optimizers may step
     stepped: ClassVar[frozenset] = frozenset()  # what they have trained in it so far
     expert: ClassVar[str | None] = None  # of the prior
+    merged: ClassVar[MergedDelta | None] = None  # the part of Δ that the base has taken in
     trained_on: ClassVar[str | None] = None  # name of the data set
+
+    @property
+    def guides(self) -> bool:
+        """Is there any strength, anywhere?"""
+        return any([self.drift_alpha, *self.drift_alpha_pattern.values()])
+
+    @property
+    def pulls(self) -> bool:
+        """Is there a pull toward the expert?"""
+        return self.guides and self.drift_target != "base"
 
     @property
     def spectrum_power(self) -> float:

@@ -1,7 +1,9 @@
 """What the recipes' scripts share.
 
+interrupt     Ctrl-C while a script is still importing
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
+checkpoints   which checkpoints are whole, and so what training goes on from
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture
 sources       files, folders and hub data sets, as samples

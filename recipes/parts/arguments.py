@@ -1,17 +1,18 @@
 """What can be set in a recipe: RunArguments below, the settings of DriftConfig, and TRL's SFTConfig, in one YAML."""
 
 import argparse
+import math
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import torch
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
 
+from .checkpoints import checkpoints, is_whole, newest_whole
 from .command_line import Parser, guess
 
 
@@ -19,9 +20,17 @@ from .command_line import Parser, guess
 class RunArguments:
     base: str = field(metadata={"help": "vision-language model in full precision: folder, hub id or id@revision"})
     data: str = field(metadata={"help": "chains of thought about images: file, folder or hub id; see data.py"})
-    prior: str = field(metadata={"help": "file.safetensors, built from the expert if it is not there; or a hub id"})
+    method: Literal["drift", "sft"] = field(
+        default="drift", metadata={"help": "drift: steered by the prior; sft: plain LoRA fine-tuning, without a prior"}
+    )
+    prior: str | None = field(
+        default=None, metadata={"help": "file.safetensors, built from the expert if it is not there; or a hub id"}
+    )
     expert: str | None = field(default=None, metadata={"help": "text-only reasoning model: folder, hub id, adapter"})
     reference: str | None = field(default=None, metadata={"help": "what the expert was trained from, if not the base"})
+    merge_first: float | None = field(
+        default=None, metadata={"help": "λ: train on base + λΔ, made beside the output; drift then steers to the rest"}
+    )
     prior_rank: int = field(default=64, metadata={"help": "rank of the prior, if it is built"})
     split: str = field(default="train", metadata={"help": "split of the data"})
     images: str | None = field(default=None, metadata={"help": "folder that the data's image paths start from"})
@@ -43,10 +52,17 @@ class RunArguments:
     keep_bound: float = field(default=1.0, metadata={"help": "most that it adds, as a multiple of the gradient"})
     keep_batch_size: int = field(default=1, metadata={"help": "answers a step"})
     keep_every: int = field(default=1, metadata={"help": "only every so many steps"})
-    merge: bool = field(default=False, metadata={"help": "merge into the full-precision base in the end, verified"})
+    merge: bool = field(default=False, metadata={"help": "merge into the full-precision base in the end"})
+    verify: bool = field(
+        default=True, metadata={"help": "of merge: compare with what was trained; takes the model in fp32, in turn"}
+    )
 
     def __post_init__(self):
         self.processor_kwargs = from_yaml(self.processor_kwargs) or {}
+        if self.method == "drift" and self.prior is None:
+            raise ValueError("method drift needs a prior: name the file to build it in, or set method to sft")
+        if self.merge_first is not None and not (math.isfinite(self.merge_first) and self.merge_first):
+            raise ValueError(f"merge_first is the share of Δ to merge, such as 0.5, got {self.merge_first}")
 
 
 @dataclass
@@ -61,11 +77,23 @@ class TrainArguments(SFTConfig):
         if not self.use_cpu and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
         super().__post_init__()
-        if str(self.resume_from_checkpoint).lower() == "true":  # as in Trainer.train: the last one
-            last = get_last_checkpoint(self.output_dir) if Path(self.output_dir).is_dir() else None
-            self.resume_from_checkpoint = last or f"{self.output_dir}/checkpoint-*"
-        if self.resume_from_checkpoint and not Path(self.resume_from_checkpoint).is_dir():
-            raise FileNotFoundError(f"there is no checkpoint {self.resume_from_checkpoint} to go on from")
+        if self.resume_from_checkpoint:
+            self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))
+
+    def _checkpoint(self, named: str) -> Path:
+        """What to go on from: "true" stands for the newest that is whole."""
+        if named.lower() == "true":
+            found, torn = newest_whole(self.output_dir), [path.name for path in checkpoints(self.output_dir)]
+            if found is None and torn:
+                what = f"none of {', '.join(torn)} in {self.output_dir} is whole"
+                raise ValueError(f"{what}, so there is nothing to go on from: start in another output_dir")
+            return self._checkpoint(str(found or f"{self.output_dir}/checkpoint-*"))
+        if not Path(named).is_dir():
+            raise FileNotFoundError(f"there is no checkpoint {named} to go on from")
+        if not is_whole(Path(named)):
+            way_out = "name another one, or true for the newest that is whole"
+            raise ValueError(f"the checkpoint {named} is not whole, as after a kill while it was written: {way_out}")
+        return Path(named)
 
 
 def from_yaml(value):
@@ -125,4 +153,6 @@ def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, 
     """
     run, drift, train = RecipeParser(doc).parse_args_and_config(argv)
     settings = {name: from_yaml(value) for name, value in vars(drift).items()}
+    if run.method == "sft":
+        run.prior, settings = None, {**{name: settings[name] for name in _LORA}, "drift_alpha": 0.0}
     return run, DriftConfig(prior=run.prior, task_type="CAUSAL_LM", **settings), train

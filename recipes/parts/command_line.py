@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from drift_peft.cli.terminal import spell_out
 
+from .interrupt import imported
+
 FLAG = re.compile(r"--\w[\w-]*")
 
 
@@ -101,8 +103,9 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
 
 def run_script(script: str, main: Callable[[], object]) -> None:
     """What `python recipes/<script>` does: its main(), readable on any terminal, and without a traceback at Ctrl-C."""
-    spell_out(sys.stdout, sys.stderr)
     try:
+        imported()
+        spell_out(sys.stdout, sys.stderr)
         main()
     except KeyboardInterrupt as interrupt:
         print(f"{script}: {str(interrupt) or 'stopped'}", file=sys.stderr)

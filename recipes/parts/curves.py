@@ -44,5 +44,8 @@ def plot_run(history: list[dict], output: Path) -> None:
     for panel in list(axes):
         panel.set_visible(False)
     unfinished = output.with_name(f"{output.name}.tmp")
-    figure.savefig(unfinished, format=output.suffix[1:], dpi=110)
-    os.replace(unfinished, output)
+    try:
+        figure.savefig(unfinished, format=output.suffix[1:], dpi=110)
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a full disk

@@ -1,39 +1,91 @@
-"""What a run leaves behind, each file whole or as it was before."""
+"""What a run leaves behind, each file and each checkpoint whole or as it was before."""
 
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-SAVING = (OSError, RuntimeError, SafetensorError)  # what a full disk raises: torch.save has no error of its own
+from drift_peft import DriftConfig
+
+from .checkpoints import checkpoints, newest_whole
+
+PARTIAL = "checkpoint.partial"  # which Trainer takes for no checkpoint
+ADAPTER = "adapter.partial"
+
+
+class NothingLeft(Exception):
+    """The checkpoint to go on from has taken all steps."""
+
+
+class _Ends(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
 
 class Trainer(SFTTrainer):
-    """TRL's. A checkpoint that cannot be written leaves nothing half-written, and its adapter is kept nevertheless.
+    """TRL's. A checkpoint is written under another name and renamed when it is complete; one that cannot be written
+    leaves nothing behind, and its adapter is kept nevertheless. A run that has taken all its steps takes no more.
 
     The adapter's model card stays, where TRL's `push_to_hub` puts one of its own in its place.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Ends())  # after the others, which note the data and Δ
+        self._place: str | None = None  # where a checkpoint is being written
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        except NothingLeft:  # adapter and state are those of the checkpoint by now, but for what a step would count on
+            held = DriftConfig.from_pretrained(resume_from_checkpoint)
+            self.model.peft_config[self.model.active_adapter].drift_steps = held.drift_steps
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
         self.model.create_or_update_model_card(self.args.output_dir)
 
-    def _save_checkpoint(self, model, trial):
+    def _get_output_dir(self, trial) -> str:
+        return self._place or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._place is None:  # else it has another name in a moment
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        partial = output / PARTIAL
         try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            self._place = str(partial)
             super()._save_checkpoint(model, trial)
-        except SAVING as error:
-            step = self.state.global_step
-            shutil.rmtree(Path(self.args.output_dir, f"checkpoint-{step}"), ignore_errors=True)  # makes room, too
+            self._place = None
+            if (output / name).exists():  # of a run that was taken up from an earlier one
+                os.replace(output / name, partial / f"{name}.old")
+            os.replace(partial / name, output / name)
+            limit = self.args.save_total_limit or 0
+            for old in checkpoints(output)[:-limit] if limit > 0 else ():
+                os.replace(old, partial / old.name)
+        except Exception as error:  # a full disk has no error of its own: torch, safetensors and tokenizers have theirs
+            shutil.rmtree(partial, ignore_errors=True)  # makes room, too
+            self._place = None
             save_adapter(self)
             raise OSError(
-                f"checkpoint-{step} could not be written ({error}); the adapter as of this step is in "
+                f"{name} could not be written ({_reason(error)}); the adapter as of this step is in "
                 f"{self.args.output_dir}, without its optimizer: {_way_on(self)}"
             ) from error
+        finally:
+            self._place = None
+        shutil.rmtree(partial, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output / name))
 
 
 def save_adapter(trainer: SFTTrainer) -> None:
@@ -43,21 +95,49 @@ def save_adapter(trainer: SFTTrainer) -> None:
         OSError: they cannot be written; it names the checkpoint to go on from.
     """
     output = Path(trainer.args.output_dir)
+    partial = output / ADAPTER
     try:
-        with tempfile.TemporaryDirectory(dir=output) as folder:
-            trainer.save_model(folder)
-            for file in Path(folder).iterdir():
-                os.replace(file, output / file.name)
-    except SAVING as error:
-        raise OSError(f"the adapter could not be written to {output} ({error}): {_way_on(trainer)}") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))
+        for file in partial.iterdir():
+            os.replace(file, output / file.name)
+    except Exception as error:
+        reason = _reason(error)
+        raise OSError(f"the adapter could not be written to {output} ({reason}): {_way_on(trainer)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _way_on(trainer: SFTTrainer) -> str:
-    last = get_last_checkpoint(trainer.args.output_dir)
-    return f"make room, then go on with --resume-from-checkpoint {last}" if last else "make room, then start again"
+def clear(output: Path) -> None:
+    """What a killed run was writing is gone."""
+    for name in (PARTIAL, ADAPTER):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def write_json(content: dict, file: Path) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    write(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def write(file: Path, how: Callable[[Path], object]) -> None:
+    """Write a file under another name and rename it.
+
+    Raises:
+        OSError: it cannot be written, and nothing of it is left.
+    """
     unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    try:
+        how(unfinished)
+        os.replace(unfinished, file)
+    except Exception as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _way_on(trainer: SFTTrainer) -> str:
+    last = newest_whole(trainer.args.output_dir)
+    return f"make room, then go on with --resume-from-checkpoint {last}" if last else "make room, then start again"

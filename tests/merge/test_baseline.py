@@ -476,3 +476,58 @@ def test_the_command_line(trio, capsys):
     assert status == 0 and "1, 0.3" in out and "0.2" in out and "weights merged" in out
     status, _, err = run(capsys, "merge-baseline", "--method", "ties", *where, "--density", "few")
     assert status == 2 and "--density takes a number, got few" in err
+
+
+# An existing output
+
+
+def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
+    """Whatever the method; any other is refused and stays as it is."""
+    sources = trio / "expert", trio / "base"
+    for name, method, ways in (
+        ("task", "task_arithmetic", {"scale": 0.3}),
+        ("ties", "ties", {"reference": trio / "reference"}),
+    ):
+        output = tmp_path / name
+        merge_baseline(method, *sources, output, **ways, progress=False)
+        before = {file: file.stat().st_mtime_ns for file in output.iterdir()}
+        report = merge_baseline(method, *sources, output, **ways, exist_ok=True, progress=False)
+        assert report.relative_change is None and report.merged > 0
+        others = [
+            (method, sources[::-1], ways),
+            ("task_arithmetic", sources, {"scale": 0.25}),
+            ("task_arithmetic", sources, {"scale": 0.3, "reference": trio / "reference"}),
+            ("task_arithmetic", sources, {"scale": 0.3, "only_layers": [0]}),
+            ("dare_linear", sources, {"scale": 0.3}),
+        ]
+        for method_of_other, roles, other in others:
+            with pytest.raises(FileExistsError, match="name another output, or pass overwrite=True"):
+                merge_baseline(method_of_other, *roles, output, **other, exist_ok=True, progress=False)
+        assert before == {file: file.stat().st_mtime_ns for file in output.iterdir()}
+    shard = next(iter(sorted(output.glob("*.safetensors"))))
+    spoilt = load_file(shard)
+    save_file({key: tensor + 1 for key, tensor in spoilt.items()}, shard, metadata={"format": "pt"})
+    with pytest.raises(FileExistsError, match=r"holds another .*embed_tokens"):  # which no merge touches
+        merge_baseline(method, *sources, output, **ways, exist_ok=True, progress=False)
+    with pytest.raises(FileExistsError, match="is no merged model"):
+        merge_baseline("task_arithmetic", *sources, tmp_path, scale=0.5, exist_ok=True, progress=False)
+    with pytest.raises(ValueError, match=r"give exist_ok=True.*or overwrite=True"):
+        merge_baseline("task_arithmetic", *sources, output, scale=0.5, exist_ok=True, overwrite=True, progress=False)
+
+
+def test_the_merged_config_says_what_was_added(trio, tmp_path):
+    """Of one task vector by task arithmetic, and of nothing else."""
+    said = {}
+    for name, method, ways in (
+        ("scaled", "task_arithmetic", {"scale": 0.5}),
+        ("cancelled", "layer_swap", {"weights": (0.75, 0.25), "skip_first": 1}),
+        ("two", "task_arithmetic", {"weights": (1.0, 0.5), "reference": trio / "reference"}),
+        ("ties", "ties", {"scale": 0.5}),
+    ):
+        merge_baseline(method, trio / "expert", trio / "base", tmp_path / name, **ways, progress=False)
+        said[name] = json.loads((tmp_path / name / "config.json").read_text()).get("drift_merge")
+    assert said["two"] is said["ties"] is None
+    origin = {role: {"id": str(trio / role), "revision": None} for role in ("base", "expert")}
+    everywhere = {"reference": None, "modules": ["attn", "mlp", "norm"], "only_layers": None}
+    assert said["scaled"] == {**origin, **everywhere, "scale": 0.5, "skip_first": 0}
+    assert said["cancelled"] == {**origin, **everywhere, "scale": 0.25, "skip_first": 1}

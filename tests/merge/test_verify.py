@@ -3,6 +3,7 @@
 import json
 import warnings
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 import test_merge
@@ -55,6 +56,16 @@ def copy(trained, tmp_path):
 @torch.no_grad()
 def answer(model, folder):
     return model(**_prompts(Checkpoint(folder / "base"), folder / "base")[0]["text"]).logits.float()
+
+
+def test_too_little_memory_is_told_before_anything_is_written(copy, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(
+        ValueError, match=r"^verifying loads .*base in fp32, which takes 0\.\d+ GB of memory, and 1e-06 GB"
+    ):
+        merge_adapter(copy / "base", copy / "adapter", copy / "merged", verify=True, progress=False)
+    assert not [*copy.glob("merged*")]
+    assert merge_adapter(copy / "base", copy / "adapter", copy / "merged", progress=False).verification is None
 
 
 # The numbers of a 4-bit base

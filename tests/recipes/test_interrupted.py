@@ -50,6 +50,19 @@ def test_the_judge_ends_at_ctrl_c_without_a_traceback():
     assert (judge.returncode, err) == (-signal.SIGINT, "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_while_a_script_imports_is_one_sentence(tmp_path):
+    """Torch stands for all that takes seconds."""
+    (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, str(RECIPES / "sft_vlm.py")], env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "sft_vlm.py: stopped before anything had begun\n")
+
+
 @pytest.mark.parametrize("written", [["--config={}"], ["--config", "{}"], ["--config", "none.yaml", "--config={}"]])
 def test_a_configuration_may_be_named_as_any_flag(written, tmp_path):
     config = tmp_path / "config.yaml"

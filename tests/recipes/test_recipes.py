@@ -21,7 +21,7 @@ from tiny import tiny_llm
 from tiny_vlm import PROCESSORS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from drift_peft import ReasoningPrior
+from drift_peft import DriftConfig, ReasoningPrior
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, module_kind
 
 pytestmark = pytest.mark.filterwarnings(
@@ -71,7 +71,10 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
     assert len(moved) == count
     run = json.loads((output / "run.json").read_text(encoding="utf-8"))
     assert run["results"]["guided_steps"] == run["results"]["steps"] == 2
-    assert run["settings"]["drift_alpha"] == 0.2 and run["settings"]["learning_rate"] == 1e-4
+    assert (
+        run["settings"]["drift_alpha"] == DriftConfig(prior="p").drift_alpha == 0.3
+        and run["settings"]["learning_rate"] == 1e-4
+    )
     assert run["data"]["samples"] == 8 and run["data"]["dropped"] == {}
     assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
     assert Image.open(output / "telemetry.png").width > 500

@@ -1,13 +1,15 @@
 """The model card of an adapter: it fills itself in, and leaves alone what somebody wrote."""
 
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from pairs import drift, load, train
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from drift_peft import DriftConfig, ReasoningPrior
+from drift_peft import DriftConfig, ReasoningPrior, merge_baseline
+from drift_peft.cli import main
 
 SECTION = "<!-- drift_peft: "
 
@@ -72,6 +74,35 @@ def test_it_says_what_the_guidance_did(folder, tmp_path, settings, expert, metho
     assert rows(card)["expert"] == (str(folder / "expert") if expert else "not recorded")
     assert rows(card)["prior"].startswith(str(folder) if expert else "none")
     assert ("steered toward" in card.text) == (settings["drift_target"] == "factors")
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_at_strength_0_it_speaks_of_no_guidance(prior, folder, tmp_path):
+    """Of the prior, if the adapter started in it."""
+    config = drift(folder, drift_alpha=0) if prior else DriftConfig(drift_alpha=0, r=4, lora_alpha=8)
+    train(get_peft_model(load(folder, "llama"), config)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count(SECTION) == 1 and rows(card)["LoRA"] == "r = 4, alpha = 8"
+    assert not {"guidance", "guided optimizer steps"} & {*rows(card)} and "DRIFT]" not in card.text
+    assert ("expert" in rows(card)) == ("prior" in rows(card)) == prior
+    told = "without guidance, from a start in the main directions of what" if prior else "without a prior. The adapter"
+    assert f"Trained by plain LoRA fine-tuning, {told}" in card.text and "steered toward" not in card.text
+
+
+def test_it_says_that_the_base_is_a_merged_one_and_how_to_make_it_again(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    merge_baseline("task_arithmetic", folder / "expert", folder / "base", "base", scale=0.5, progress=False)
+    made = (tmp_path / "base" / "model.safetensors").read_bytes()
+    model = get_peft_model(load(Path(), "llama"), drift(folder))
+    train(model).save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    words = f"{folder / 'base'} + 0.5·({folder / 'expert'} − {folder / 'base'})"
+    assert rows(card)["base"] == f"base, which is {words}"
+    assert f"The adapter belongs to this base, to {words}, and to no other." in card.text
+    (command,) = re.findall(r"```\n(drift-peft merge-baseline .*)\n```", card.text)
+    (tmp_path / "base").rename(tmp_path / "before")
+    assert main(command.split()[1:]) == 0
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == made
 
 
 def test_a_combined_prior_names_all_its_experts(folder, tmp_path):

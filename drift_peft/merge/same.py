@@ -1,0 +1,66 @@
+"""Is an existing folder what this merge would make? Asked on a few weights, of which nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import Checkpoint
+from ..prior import MergedDelta, read_merge
+
+SAMPLED = 3  # of the weights that are merged again, and of those that stay as they are
+
+
+def refuse_other(
+    output: Path,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    blocks: Callable[[str, torch.Tensor], Iterator[torch.Tensor]],
+    claim: MergedDelta | None,
+) -> None:
+    """Refuse a folder that was merged with other settings or of other models than these.
+
+    Args:
+        output: the folder.
+        checkpoint: the base.
+        names: key in the base of each weight that is merged -> its canonical name.
+        blocks: what replaces a tensor of the base, as `write_model` takes it.
+        claim: what config.json would say; ids of models are not compared, since a folder may have another place today.
+
+    Raises:
+        FileExistsError: the folder is no such model.
+    """
+    way_out = "name another output, or pass overwrite=True (--overwrite)"
+    try:
+        merged = Checkpoint(output)
+        had = read_merge(merged.config)
+    except (ValueError, OSError) as error:
+        raise FileExistsError(f"output {output} exists and is no merged model ({error}): {way_out}") from error
+    if (had and _settings(had)) != (claim and _settings(claim)):
+        was = f"is {had.words}" if had else "was merged in another way"
+        raise FileExistsError(f"output {output} exists and {was}, not {claim.words if claim else 'this'}: {way_out}")
+    made = [checkpoint.layout.conversions[name].sources for name in names if name not in checkpoint.keys]
+    kept = {*checkpoint.keys} - {*names}.union(*made)
+    for raw in [*_sample(names), *_sample(kept)]:
+        W = checkpoint.tensor(raw)
+        wanted = W if raw in kept else torch.cat([block.to(W.dtype) for block in blocks(raw, W)])
+        there = raw in merged.keys or raw in merged.layout.conversions
+        held = there and merged.shape(raw) == tuple(W.shape)
+        # Another machine may round the last bit differently.
+        allowed = 0.0 if raw in kept else torch.finfo(W.dtype).eps * wanted.float().norm()
+        if not held or (merged.tensor(raw).float() - wanted.float()).norm() > allowed:
+            raise FileExistsError(f"output {output} exists and holds another {raw} than this merge: {way_out}")
+
+
+def _sample(keys: Iterable[str]) -> list[str]:
+    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:SAMPLED]
+
+
+def _settings(claim: MergedDelta) -> tuple:
+    roles = {role: getattr(claim, role) is not None for role in ("base", "expert", "reference")}
+    plain = replace(claim, **roles, modules=tuple(claim.modules), only_layers=tuple(claim.only_layers or ()))
+    return tuple(vars(plain).values())

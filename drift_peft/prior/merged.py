@@ -1,0 +1,113 @@
+"""A base that has taken a part of Δ in: W + λΔ, as merging writes it, and what is left of Δ then.
+
+The merged folder's config.json says so under `drift_merge`, and whoever loads the model finds it in `model.config`,
+wherever the folder went. It is a claim: the weights themselves decide whether it is true (see `MergedDelta.moved`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import UNFINISHED, layer_order, module_kind
+from .file import PriorFile, PriorVector, PriorWeight
+
+MERGE_KEY = "drift_merge"
+
+
+@dataclass(frozen=True)
+class MergedDelta:
+    """What `merge_baseline` has added to the language model of a VLM: `scale`·Δ, in some of its weights.
+
+    Attributes:
+        scale: λ.
+        base, expert, reference: ids of the models, as a prior's header has them; Δ is expert − base, or expert −
+            reference if there is one.
+        modules, only_layers, skip_first: which weights, as `match_weights` reads it.
+    """
+
+    scale: float
+    base: dict[str, Any]
+    expert: dict[str, Any]
+    reference: dict[str, Any] | None
+    modules: Sequence[str]
+    only_layers: Sequence[int] | None
+    skip_first: int
+
+    def scale_of(self, name: str) -> float:
+        """λ of a weight, by its canonical name: 0 where nothing was merged."""
+        layer = layer_order(name)[1] if name.startswith("layers.") else None
+        chosen = layer is None or (layer >= self.skip_first and layer in (self.only_layers or [layer]))
+        return self.scale if chosen and module_kind(name) in self.modules else 0.0
+
+    def left(self, name: str, weight: PriorWeight | PriorVector) -> PriorWeight | PriorVector:
+        """(1 − λ)Δ of a weight. The sign goes to U, since singular values have none."""
+        share = 1 - self.scale_of(name)
+        if isinstance(weight, PriorVector):
+            return replace(weight, delta=share * weight.delta)
+        return replace(weight, U=math.copysign(1, share) * weight.U, S=abs(share) * weight.S)
+
+    def moved(self, prior: PriorFile, name: str, U: torch.Tensor, Vh: torch.Tensor) -> torch.Tensor:
+        """λ·u_iᵀ Δ v_i [i] for the columns u_i of U [out, i] and the rows v_i of Vh [i, in]: how far merging moves a
+        fingerprint. Δ is what the prior holds of it."""
+        weight = prior[name]
+        left, right = U.float().mT @ weight.U.float(), Vh.float() @ weight.Vh.float().mT
+        return self.scale_of(name) * (left * weight.S * right).sum(-1)
+
+    @property
+    def words(self) -> str:
+        """Such as "org/vlm + 0.5·(org/expert − org/vlm)"."""
+        minus = (self.reference or self.base)["id"]
+        return f"{self.base['id']} + {self.scale:g}·({self.expert['id']} − {minus})"
+
+    @property
+    def command(self) -> str:
+        """What makes it again, without its output."""
+        words = ["drift-peft", "merge-baseline", "--method", "task_arithmetic", "--scale", f"{self.scale}"]
+        for role, origin in (("expert", self.expert), ("base", self.base), ("reference", self.reference)):
+            words += [] if origin is None else [f"--{role}", _named(origin)]
+        words += ["--modules", *self.modules]
+        words += ["--only-layers", *map(str, self.only_layers)] if self.only_layers else []
+        words += ["--skip-first", str(self.skip_first)] if self.skip_first else []
+        return shlex.join(words)
+
+    def write(self, folder: Path) -> None:
+        """Into the config.json of a model's folder."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        unfinished = folder / f"config.json{UNFINISHED}"
+        unfinished.write_text(json.dumps({**config, MERGE_KEY: asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / "config.json")
+
+
+def read_merge(config: Any) -> MergedDelta | None:
+    """What the configuration of a model says of Δ in it; None if it says nothing.
+
+    Raises:
+        ValueError: what it says is damaged.
+    """
+    claim = getattr(config, MERGE_KEY, None)
+    if claim is None:
+        return None
+    try:
+        merged = MergedDelta(**{field.name: claim[field.name] for field in fields(MergedDelta)})
+        ids = [part["id"] for part in (merged.base, merged.expert, merged.reference or merged.base)]
+        whole = [merged.skip_first, *(merged.only_layers or ())]
+        if not all(isinstance(text, str) for text in [*ids, *merged.modules]):
+            raise TypeError("a name is none")
+        if not math.isfinite(merged.scale) or not all(isinstance(number, int) for number in whole):
+            raise TypeError("a number is none")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{MERGE_KEY} in the base's config.json is damaged ({error}): merge it again") from error
+    return merged
+
+
+def _named(origin: dict[str, Any]) -> str:
+    return f"{origin['id']}@{origin['revision']}" if origin.get("revision") else origin["id"]

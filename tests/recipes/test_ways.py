@@ -1,0 +1,157 @@
+"""The ways to train: SFT, DRIFT, either on a base that has taken a part of Δ in; and what a run says of itself."""
+
+import json
+import re
+import shutil
+from collections import namedtuple
+
+import psutil
+import pytest
+import sft_vlm
+import torch
+from peft import PeftModel
+from recipe_runs import FAST
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from drift_peft import ReasoningPrior
+from drift_peft.merge import verify
+from drift_peft.tuner.steered import steered_of
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
+
+def record(output):
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_sft_needs_no_prior_and_says_so(train, tmp_path):
+    """It is plain LoRA from its usual start, whatever the YAML says of guidance."""
+    trainer, output = train(**FAST, method="sft", prior=None, expert=None, drift_scale="gradnorm")
+    assert record(output)["settings"]["method"] == "sft" and record(output)["prior"] is None
+    assert record(output)["settings"]["prior"] is None and record(output)["settings"]["drift_alpha"] == 0
+    assert record(output)["results"]["guided_steps"] == 0
+    assert len([key for key, weight in weights(output).items() if ".lora_B" in key and weight.any()]) == 14
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "Trained by plain LoRA fine-tuning, without a prior." in card and "guided" not in card
+    assert not any(s.alpha for s in steered_of(trainer.model))
+    with pytest.raises(SystemExit, match=r"method drift needs a prior: .* set method to sft"):
+        train(**FAST, prior=None, output_dir=tmp_path / "none")
+
+
+def test_drift_goes_on_from_a_base_that_has_half_of_delta(train, pair, tmp_path, capsys):
+    """Made once, in full precision; steered toward the other half; merged into that base."""
+    output, base = tmp_path / "run", tmp_path / "run-base"
+    trainer, _ = train(**FAST, merge_first=0.5, merge=True)
+    prior = ReasoningPrior.load(pair("qwen2_5_vl") / "prior.safetensors")
+    for s in steered_of(trainer.model):
+        assert torch.allclose(s.prior["S"], 0.5 * prior[s.name].S[:4])
+    run = record(output)
+    assert run["merged_first"]["scale"] == 0.5 and run["results"]["guided_steps"] == 2
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"| base | {base}, which is {pair('qwen2_5_vl') / 'base'} + 0.5·(" in card
+    assert f"drift-peft merge --base {base} --adapter" in card
+    said = capsys.readouterr().out
+    assert f"{base} is the base with 0.5·Δ merged into it" in said and run["merge"]["verification"]["verdict"] in said
+
+    full = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(full, str(output)).eval()
+    alone = AutoModelForImageTextToText.from_pretrained(tmp_path / "run-merged", dtype=torch.float32).eval()
+    tokens = torch.arange(7, 20)[None]
+    assert torch.allclose(alone(tokens).logits, adapted(tokens).logits, atol=1e-4)
+
+    made = (base / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(output)
+    with pytest.raises(SystemExit, match=r"run-base exists and is .* \+ 0.5·\(.*, not .* \+ 0.25·"):
+        train(**FAST, merge_first=0.25)
+    train(**FAST, merge_first=0.5)
+    assert (base / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_sft_goes_on_from_it_too(train, tmp_path):
+    """Also from a base that has all of Δ, where there is nothing to steer toward."""
+    _, output = train(**FAST, merge_first=1.0, method="sft", prior=None)
+    assert record(output)["merged_first"]["scale"] == 1.0 and record(output)["prior"] is None
+    assert "which is" in (output / "README.md").read_text(encoding="utf-8")
+    other = {**FAST, "output_dir": tmp_path / "other"}
+    for settings, told in (
+        ({"merge_first": 1}, "merge_first=1 leaves nothing to steer toward: set method to sft, or merge less"),
+        ({"merge_first": 0}, "merge_first is the share of Δ to merge, such as 0.5, got 0.0"),
+        ({"merge_first": "nan"}, "merge_first is the share of Δ to merge, such as 0.5, got nan"),
+        ({"merge_first": 0.5, "method": "sft", "prior": None, "expert": None}, "merge_first=0.5 merges.*: set expert"),
+        ({"method": "stf"}, r"method takes one of drift, sft, not stf; did you mean sft\?"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            train(**{**other, **settings})
+    assert not (tmp_path / "other").exists() and not (tmp_path / "other-base").exists()
+
+
+def test_resuming_a_finished_run_does_nothing(train, tmp_path, capsys):
+    """But what it was asked to do afterwards; and with other settings it says what they would have to be."""
+    settings = {**FAST, "save_steps": 1}
+    train(**settings)
+    output = tmp_path / "run"
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    trainer, _ = train(**settings, resume_from_checkpoint="true")
+    assert trainer is None and f"The run in {output} was finished before, after 2 steps." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"checkpoint-2 has taken all 2 steps .*: raise num_train_epochs or max_steps"):
+        train(**{**settings, "logging_steps": 2}, resume_from_checkpoint="true")
+    assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    train(**settings, resume_from_checkpoint="true", merge=True, verify=False)
+    assert record(output)["merge"]["verification"] is None and (tmp_path / "run-merged").is_dir()
+    assert "was compared with nothing" in capsys.readouterr().out
+    trainer, _ = train(**{**settings, "max_steps": 3}, resume_from_checkpoint="true")
+    assert trainer.state.global_step == record(output)["results"]["steps"] == 3
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_only_saved(train, tmp_path):
+    settings = {**FAST, "save_steps": 2}
+    _, output = train(**settings, output_dir=tmp_path / "whole")
+    whole, steps = weights(output), record(output)["results"]
+    for name in ("run.json", "adapter_model.safetensors", "adapter_config.json"):
+        (output / name).unlink()
+    train(**settings, output_dir=output, resume_from_checkpoint="true")
+    again = weights(output)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[key], again[key]) for key in whole)
+    assert record(output)["results"]["guided_steps"] == steps["guided_steps"] == record(output)["results"]["steps"]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_ctrl_c_names_the_way_on(at, train, tmp_path, monkeypatch):
+    step = sft_vlm.Trainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == at:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    settings = {**FAST, "max_steps": 4, "save_steps": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        patch.setattr(sft_vlm.Trainer, "training_step", interrupted)
+        train(**settings)
+    told = str(stopped.value)
+    command = re.search(r"python recipes/sft_vlm\.py --base .* --save_steps 2", told)
+    assert command
+    if at:
+        assert told.startswith(f"stopped; {tmp_path / 'run' / 'checkpoint-2'} is kept: go on with python ")
+        assert told.endswith(f"{command[0]} --resume-from-checkpoint true")
+    else:
+        assert told == f"stopped before the first checkpoint: start again with {command[0]}"
+
+
+def test_too_little_memory_to_verify_is_told_before_anything_is_loaded(train, tmp_path, monkeypatch):
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: memory(1000))
+    assert psutil.virtual_memory().available == 1000
+    with pytest.raises(SystemExit, match=r"in fp32, which takes .* GB of memory, and 1e-06 GB are free: make room"):
+        train(**FAST, merge=True)
+    assert not (tmp_path / "run").exists()
+    train(**FAST, merge=True, verify=False)
+    assert (tmp_path / "run-merged").is_dir()

@@ -1,0 +1,170 @@
+"""The VLM's prior on a base that has taken λΔ in: recognized by its weights, and steered toward what is left."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from pairs import drift, load, train, untouched, wrap
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from twin import make_whole_pair
+
+from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, merge_baseline, telemetry
+from drift_peft.checkpoints.naming import canonical_name, module_kind
+from drift_peft.prior.merged import MERGE_KEY, MergedDelta
+from drift_peft.tuner.steered import steered_of
+
+SCALES = (0.5, 1.0, 1.5, -0.25)
+
+
+@pytest.fixture(scope="module")
+def folder(pairs, tmp_path_factory):
+    """`base`, `expert` and `prior.safetensors` of a Llama, and base + λΔ in a folder of the name λ."""
+    folder = tmp_path_factory.mktemp("merged")
+    shutil.copytree(pairs("llama"), folder, dirs_exist_ok=True)
+    for scale in SCALES:
+        merge(folder, str(scale), scale)
+    return folder
+
+
+def merge(folder, name, scale=0.5, expert="expert", **settings):
+    output = folder / name / "base"  # where `load` looks
+    output.parent.mkdir(exist_ok=True)
+    merge_baseline("task_arithmetic", folder / expert, folder / "base", output, scale=scale, progress=False, **settings)
+    return output
+
+
+def claims(folder, **changes):
+    """Change what a merged folder says of itself."""
+    config = json.loads((folder / "config.json").read_text())
+    config[MERGE_KEY] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("scale", [0.5, 1.5, -0.25])
+def test_what_steers_is_what_is_left(folder, scale, kind):
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    model = wrap(load(folder / str(scale), "llama", kind), drift(folder))
+    found = steered_of(model)
+    assert len(found) == len(prior) == 14
+    for s in found:
+        left = (s.prior["U"].float() * s.prior["S"]) @ s.prior["Vh"].float()
+        weight = prior[s.name]
+        whole = weight.U[:, :4].float() * weight.S[:4] @ weight.Vh[:4].float()
+        assert torch.allclose(left, (1 - scale) * whole, atol=1e-6) and (s.prior["S"] >= 0).all()
+    assert telemetry(train(model))["guided_steps"] == 3
+
+
+def test_a_model_that_something_else_wrapped_too(folder):
+    model = get_peft_model(load(folder / "0.5", "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    guide(model, str(folder / "prior.safetensors"))
+    plain = get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    guide(plain, str(folder / "prior.safetensors"))
+    for s, other in zip(steered_of(model), steered_of(plain), strict=True):
+        assert torch.allclose(s.prior["S"], 0.5 * other.prior["S"])
+
+
+def test_vectors_too(tmp_path):
+    """Norms and biases, whose Δ is kept whole."""
+    pair = make_whole_pair(tmp_path)
+    origins = {"base": {"id": "b"}, "expert": {"id": "e"}, "reference": None}
+    kinds = {"modules": ["attn", "mlp", "norm", "bias"], "only_layers": None, "skip_first": 0}
+    merged = MergedDelta(0.25, **origins, **kinds)
+    vectors = [name for name in pair.prior if module_kind(name) in ("norm", "bias")]
+    assert len(vectors) > 14
+    for name in vectors:
+        vector = pair.prior[name]
+        assert torch.equal(merged.left(name, vector).delta, 0.75 * vector.delta)
+
+
+def test_weights_that_were_not_merged_keep_their_whole_delta(folder):
+    merge(folder, "attn", modules=["attn"], only_layers=[1])
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    for s in steered_of(wrap(load(folder / "attn", "llama"), drift(folder))):
+        share = 0.5 if s.name.startswith("layers.1.self_attn") else 1.0
+        assert torch.allclose(s.prior["S"], share * prior[s.name].S[:4])
+
+
+def test_a_claim_that_the_weights_do_not_bear_out_is_refused(folder, tmp_path):
+    """Another λ, another Δ, no claim at all."""
+    for changes in ({"scale": 3.0}, {"scale": -2.0}, {"modules": ["mlp"]}):
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        shutil.copytree(folder / "1.5" / "base", tmp_path / "base")
+        claims(tmp_path / "base", **changes)
+        model = load(tmp_path, "llama")
+        with pytest.raises(ValueError, match=r"The base says that it is .*base \+ .*its fingerprint is off by \d+%"):
+            wrap(model, drift(folder))
+        assert untouched(model)
+    config = load(folder / "1.5", "llama")
+    delattr(config.config, MERGE_KEY)
+    with pytest.raises(ValueError, match="built for other base weights"):
+        wrap(config, drift(folder))
+
+
+def test_an_expert_that_is_not_the_priors_is_refused(folder, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    for name, weight in other.named_parameters():
+        if canonical_name(name) in ReasoningPrior.load(folder / "prior.safetensors"):
+            weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(9))
+    other.save_pretrained(folder / "other")
+    merge(folder, "by another", scale=1.5, expert="other")
+    with pytest.raises(ValueError, match="its fingerprint is off"):
+        wrap(load(folder / "by another", "llama"), drift(folder))
+
+
+def test_a_delta_from_the_common_ancestor_is_one_of_its_own(folder, tmp_path):
+    """VLM + λ(expert − ancestor) takes the prior of that Δ, and not that of expert − VLM."""
+    ancestor = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in ancestor.named_parameters():
+        if "proj" in name:
+            weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+    ancestor.save_pretrained(folder / "ancestor")
+    where = {"reference": folder / "ancestor", "progress": False}
+    prior = build_prior(folder / "expert", folder / "base", tmp_path / "prior.safetensors", rank=8, **where)
+    merge(folder, "hierarchical", scale=1.5, reference=folder / "ancestor")
+    for s in steered_of(wrap(load(folder / "hierarchical", "llama"), drift(tmp_path))):
+        assert torch.allclose(s.prior["S"], 0.5 * prior[s.name].S[:4])
+    with pytest.raises(ValueError, match=r"\(.*expert − .*ancestor\), but its weights are not what the prior"):
+        wrap(load(folder / "hierarchical", "llama"), drift(folder))
+
+
+@pytest.mark.parametrize("claim", [7, {}, {"scale": "half"}, {"base": {}}, {"only_layers": ["x"]}, {"expert": None}])
+def test_a_damaged_claim_is_one_sentence(claim, folder):
+    model = load(folder / "0.5", "llama")
+    setattr(model.config, MERGE_KEY, {**getattr(model.config, MERGE_KEY), **claim} if claim and claim != 7 else claim)
+    with pytest.raises(ValueError, match=r"^drift_merge in the base's config.json is damaged \(.*\): merge it again$"):
+        wrap(model, drift(folder))
+
+
+def test_a_prior_of_the_merged_base_itself_is_whole(folder, tmp_path):
+    """Δ was taken from the merged base, so nothing of it was merged."""
+    merged = folder / "0.5" / "base"
+    build_prior(folder / "expert", merged, tmp_path / "prior.safetensors", rank=8, progress=False)
+    prior = ReasoningPrior.load(tmp_path / "prior.safetensors")
+    for s in steered_of(wrap(load(folder / "0.5", "llama"), drift(tmp_path))):
+        assert torch.equal(s.prior["S"], prior[s.name].S[:4])
+
+
+def test_nothing_is_left_of_a_delta_that_was_merged_whole(folder):
+    with pytest.raises(ValueError, match=r"nothing is left of Δ to steer toward.*drift_alpha=0.*merge less"):
+        wrap(load(folder / "1.0", "llama"), drift(folder))
+    assert wrap(load(folder / "1.0", "llama"), drift(folder, drift_scale="decoupled", drift_target="base"))
+    assert wrap(load(folder / "1.0", "llama"), drift(folder, drift_alpha=0.0))
+
+
+def test_strength_0_needs_no_prior_and_is_plain_lora(folder):
+    """Without a prior, and with one: what moves is the same but for the start."""
+    settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "init_lora_weights": True}
+    states = []
+    for config in (DriftConfig(drift_alpha=0.0, **settings), drift(folder, drift_alpha=0.0, init_lora_weights=True)):
+        torch.manual_seed(0)
+        model = train(wrap(load(folder, "llama"), config))
+        states.append({name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name})
+    assert len(states[0]) == 28 and states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert DriftConfig(drift_alpha=0.0).init_lora_weights is True
+    with pytest.raises(ValueError, match="needs a prior to train"):
+        DriftConfig(drift_alpha=0.0, drift_alpha_pattern={"q_proj": 1.0})

@@ -25,17 +25,18 @@ SIGNS = {
     "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "²": "^2", "³": "^3",
     "⁻¹": "^{-1}", "⁻²": "^{-2}", "≈": r"\approx ", "±": r"\pm ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
     "θ": r"\theta ", "∈": r"\in ", "∪": r"\cup ", "∠": r"\angle ", "△": r"\triangle ", "∅": r"\emptyset ",
-    "→": r"\to ", "μ": "µ", "：": ":", "，": ",", "；": ";", "（": "(", "）": ")", "。": ".", "\u2126": "Ω", "\u00a0": " ",
-    "\u2009": " ", "\u202f": " ",
+    "→": r"\to ", "μ": "µ", "：": ":", "，": ",", "；": ";", "（": "(", "）": ")", "。": ".",
+    "\u2126": "Ω", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
 }  # fmt: skip
 GREEK = "pi|theta|alpha|beta|gamma|infinity|infty"
 FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln"
 BOXES = r"text|textbf|textit|textrm|textsf|textup|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|boldsymbol|bm|unit|si|emph|underline"  # noqa: E501
 WRITTEN = (  # how an answer looks, not what it says
-    (r"\\(?:left|right|big|Big|displaystyle|,|;|:|!|\(|\)|\[|\])(?![A-Za-z])|\$(?<!\\\$)|\\(?=%)", ""),
-    (r"\\ |~|\\q?quad\b|\\(?:hspace|vspace)\*?\{[^{}]*\}|\\(?:thinspace|enspace|space)\b", " "),
+    (r"\\(?:left|right|big|Big|displaystyle|!|\(|\)|\[|\])(?![A-Za-z])|\$(?<!\\\$)|\\(?=%)", ""),
+    (r"\\[ ,;:]|~|\\q?quad\b|\\(?:hspace|vspace)\*?\{[^{}]*\}|\\(?:thinspace|enspace|space)\b", " "),
     (r"\{\s*\}", ""),
     (r"\\[dtc]frac", r"\\frac"),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln))\s*\{([^{}]*\^[^{}]*|[^{}^]*)\}", r"\1(\2)"),
     (rf"\\(?:{BOXES})\s*\{{([^{{}}]*)\}}", r" \1 "),
     (rf"\\(?:{BOXES})\s*\{{([^{{}}]*)\}}", r" \1 "),
     (r"\{\s*\\(?:rm|bf|it)\b\s*([^{}]*)\}", r" \1 "),
@@ -61,7 +62,7 @@ WRITTEN = (  # how an answer looks, not what it says
 )  # fmt: skip
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ABOUT = re.compile(
-    r"(?i)^(?:(?:is|equals|=)\s+)?(?:\\approx\b|\\sim\b|~|about|approximately|approx\.?|roughly|around|nearly|exactly|"
+    r"(?i)^(?:(?:is|equals|=)\s+)?(?:\\(?:approx|sim|simeq|cong)\b|~|about|approximately|approx\.?|roughly|around|nearly|exactly|"
     r"precisely|only|just|a total of)\s*(?=\S)"
 )
 PREFIX = re.compile(
@@ -71,12 +72,13 @@ ARTICLE = re.compile(r"(?i)^(?:an?|the)\s+(?=\S)")
 SYMBOL = r"(?:\\?[A-Za-z]+'*|\\(?:overline|widehat|vec|hat|bar|overrightarrow|mathbf)\s*\{\s*[A-Za-z]+\s*\})"
 INDEX = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?"
 LABEL = re.compile(
-    rf"^(?P<label>(?:m\s*)?(?:\\(?:angle|triangle|sin|cos|tan|cot)\s*)?{SYMBOL}{INDEX}(?:\s*\(\s*[A-Za-z\\]+\s*\))?|"
-    rf"\|\s*{SYMBOL}{INDEX}\s*\||(?:[A-Za-z][A-Za-z'-]*\s+){{1,5}}[A-Za-z][A-Za-z'-]*|\\frac\s*\{{d[a-z]\}}\s*\{{d[a-z]\}})"
+    rf"^(?P<label>(?:m\s*)?(?:\\(?:angle|triangle|sin|cos|tan|cot)\s*)?{SYMBOL}{INDEX}(?:\s*\(\s*[A-Za-z\\|, ]+\s*\))?|"
+    rf"\|\s*{SYMBOL}{INDEX}\s*\||(?:[A-Za-z][A-Za-z'-]*\s+){{1,5}}(?:\\(?:angle|triangle)\s*)?[A-Za-z][A-Za-z'-]*|\\overset\s*\{{[^{{}}]*\}}\s*\{{[A-Z]+\}}|\\frac\s*\{{d[a-z]\}}\s*\{{d[a-z]\}})"
     r"\s*(?:=|\\approx\b|\\in\b|\\to\b|:)\s*(?P<value>[^=].*)$",
     re.DOTALL,
 )
 POINT = re.compile(r"^(?P<label>[A-Z]'*(?:_\{?\w+\}?)?)\s*(?P<value>\(.*,.*\))$", re.DOTALL)
+COORDINATES = re.compile(r"^(?P<label>\(\s*[a-z](?:\s*,\s*[a-z])+\s*\))\s*=\s*(?P<value>\(.*\))$", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
@@ -140,6 +142,8 @@ def plain(text: str) -> str:
         before = text
         text = text.strip().strip('`"“”').strip()
         text = re.sub(r"^'([^']*)'$", r"\1", text)
+        if text[:1] in ("(", "[") and _closing(text) == len(text) - 1 and not re.search("[,;]", text):
+            text = text[1:-1]
         text = re.sub(r"(?<!\\)[.,;:。\s]+$", "", text)
         text = ABOUT.sub("", PREFIX.sub("", text))
     return _numbers_in_words(text)
@@ -255,7 +259,7 @@ def _same_items(items: list[str], known: list[str]) -> bool:
 
 def _unlabel(text: str) -> tuple[str, str | None]:
     """`S_{ABC} = 12` -> ("12", "S_{ABC}"): what is left of one = and is no formula itself."""
-    found = LABEL.match(text) or POINT.match(text)
+    found = LABEL.match(text) or POINT.match(text) or COORDINATES.match(text)
     if not found or re.search(r"(?:=|<|>|\\(?:le|ge|ne)\b)", found["value"]):
         return text, None
     if re.match(r"\d{1,2}:\d\d", text) or re.search(r"(?i)\b(?:not|no|than|least|most|or|and)\b", found["label"]):
@@ -268,7 +272,9 @@ def _last_side(text: str, other: str) -> str:
     if "=" not in text or "=" in other or re.search(r"[<>]", text):
         return text
     left, _, right = text.rpartition("=")
-    numeric = not re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|cdot|times|pi|degrees)|degrees", "", left))
+    numeric = not re.search(
+        r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|cdot|times|pi|degrees|log|ln|sin|cos|tan)|degrees", "", left)
+    )
     first = left.partition("=")[0]
     return right.strip() if numeric or _unlabel(f"{first} = 0")[1] else text
 
@@ -390,9 +396,14 @@ def _parse(text: str) -> list:
 
 
 def _only_text(text: str) -> bool:
-    """Words, or a time of day: math-verify would multiply letters and divide hours by minutes."""
+    """Words, a date or a time of day: math-verify would multiply letters and divide hours by minutes."""
     without = re.sub(r"\\[A-Za-z]+|\b(?:or|and)\b", " ", text)
-    return bool(re.search(r"[^\W\d_]{2,}|\b\d{1,2}:\d\d\b|[?!]{2}|[+\-?]\s*$|_", without))
+    return bool(
+        re.search(
+            r"[^\W\d_]{2,}|\b\d{1,2}:\d\d\b|\b\d{4}-\d\d-\d\d\b|\b\d\d?/\d\d?/\d{4}\b|\d'+\s*$|[?!]{2}|[+\-?]\s*$|_",
+            without,
+        )
+    )
 
 
 def main() -> None:

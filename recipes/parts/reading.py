@@ -71,7 +71,7 @@ VERB = re.compile(
     r"should) be)\b(?:\s*:|\s+equal to\b)?"
 )
 LABEL = re.compile(r"(?i)^(?:the\s+)?[a-z][a-z' -]{0,30}:\s*(?=\S)")
-LEADING = re.compile(r"(?i)^(?:yes|no|true|false)(?=\s*(?:[,.;:!—–]|$))")
+LEADING = re.compile(r"(?i)^(?:yes|no|true|false)(?=\s*(?:[,.;:!—–]|$))(?!\s*[,/]\s*(?:yes|no)\b)")
 LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
 STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
 VALUE_WORD = re.compile(r"[^\W\d_]{2,}")

@@ -22,7 +22,7 @@ DEFINITIONS = (
 NO_UNIT = {*"""pi e c am pm quarter quarters half halves third thirds square squares cube cubes squared cubed sq cubic
     is as was has this its his us plus minus times less unless versus vs perhaps sometimes always besides others
     hundreds thousands millions billions trillions dozens tens percents factorial choose mod modulo
-    th st nd rd""".split()}  # fmt: skip
+    th st nd rd hundredths thousandths millionths""".split()}  # fmt: skip
 CHANGES = re.compile(  # a noun beside these is not what the number counts
     r"(?i)\b(?:or|and|not|no|more|less|fewer|than|least|most|plus|minus|times|over|under|above|below|about|to|by|between|"
     r"if|of|hundred|thousand|million|billion|trillion|dozen|half|squared|cubed|pi|root|percent|point|negative|"
@@ -65,6 +65,7 @@ def split_unit(text: str, tight: bool = False) -> tuple[str, Unit | None]:
             rest = text.replace(sign, " ", 1).strip()
             rest = re.sub(r"^US\s+", "", re.sub(r"^-\s+", "-", rest))
             return (rest, _of_pint(name)) if rest else (text, None)
+    text = re.sub(r"(?<=\S)\s+[(\[]\s*([^()\[\]]{2,})[)\]]$", r" \1", text)  # 24 (cm^2)
     for start in START.finditer(text):
         value, written = text[: start.start()], text[start.end() :].strip()
         if not written or (

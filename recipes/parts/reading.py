@@ -190,7 +190,7 @@ def _bare(line: str) -> str:
 def _said(lines: list[str]) -> tuple[str, str] | None:
     """What the last `answer is …` says; ("", …) never: where nothing follows, the text was cut."""
     for number in range(len(lines) - 1, -1, -1):
-        line, below = lines[number], lines[number + 1 :]
+        line, below = lines[number], lines[number + 1 : number + 3]  # two tell whether the next one is the last
         chosen = next((m for m in reversed([*CHOSEN.finditer(line)]) if not DENIED.search(_sentence_of(line, m))), None)
         letter = chosen and (chosen["named"] or chosen["correct"])
         marks = [*SAID.finditer(line)]
@@ -207,7 +207,7 @@ def _said(lines: list[str]) -> tuple[str, str] | None:
             if below and (_is_value(below[0]) or len(below) == 1):
                 return _clause(below[0]), "sentence"
             continue
-        if DOUBT.search(said) or any(DOUBT.search(line) for line in below):
+        if DOUBT.search(said) or any(DOUBT.search(line) for line in lines[number + 1 :]):
             continue
         said = _clause(said)
         if letter and chosen.start() > marks[-1].start() and not LETTER_FIRST.match(said):

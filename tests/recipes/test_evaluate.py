@@ -168,7 +168,8 @@ def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("response, reason, found", [
-    ("The answer is 12", "stop", (True, False, "sentence")), ("The answer is 12", "length", (False, True, "unfinished")),
+    ("The answer is 12", "stop", (True, False, "sentence")),
+    ("The answer is 12", "length", (False, True, "unfinished")),
     ("The answer is 12. This", "length", (True, False, "sentence")), (r"\boxed{12}", "length", (True, False, "boxed")),
 ])  # fmt: skip
 def test_an_answer_at_the_end_of_a_cut_response_may_be_part_of_one(response, reason, found):

@@ -11,9 +11,9 @@ matches answers with ThinkLite's code; here it is parts/answers.py, and what is 
 a picture (figure 4), whose text could not be read: the default is what ThinkLite's own evaluation adds to a
 question. How it samples is not said: the default takes the likeliest token each time.
 
-The source is anything that data.py reads, with the known answer as its last turn, boxed or alone. Every answer is
-written to `<output>.journal.jsonl` as it comes; the same command asks only for what is not there. The result holds the
-questions as they were, without the prompt, and the teacher's answers.
+The source is anything that data.py reads, with the known answer as its last turn: boxed, tagged, alone, or with a chain
+in front. Every answer is written to `<output>.journal.jsonl` as it comes; the same command asks only for what is not
+there. The result holds the questions as they were, without the prompt, and the teacher's answers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-from parts.answers import extract_boxed, is_correct, well_formed
+from parts.answers import is_correct, well_formed
 from parts.command_line import Parser, in_one_sentence, run_script, stop
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import FEATURES, load_messages
 from parts.parquet import refuse_output, write_parquet
+from parts.reading import known_answer
 from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered
 from rich.console import Console
 from rich.table import Table
@@ -113,7 +114,7 @@ def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:
         for image in sample["images"]:
             digest.update(f"{image.size}".encode() + image.tobytes())
         answer = last_answer(sample["messages"])
-        question = Question(digest.hexdigest(), index, text, extract_boxed(answer) or answer)
+        question = Question(digest.hexdigest(), index, text, known_answer(answer))
         questions.setdefault(question.key, question)
     return questions
 

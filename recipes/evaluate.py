@@ -1,12 +1,13 @@
-r"""Ask a model the questions of a local file and mark its boxed answers, in total and by category.
+r"""Ask a model the questions of a local file and mark its answers, in total and by category.
 
     python recipes/evaluate.py --model merged/ --data test.jsonl -o results.json
     python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --data test.jsonl -o results.json
     python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --keep k.safetensors -o k.json
 
-With --data, the data is what data.py reads: questions with images, and the known answer as the last turn, boxed or
-alone. Answers are greedy. Each is in `<output>.journal.jsonl` as soon as its batch is done; the same command asks only
-for what is not there. Results of several models on the same data are compared by score.py.
+With --data, the data is what data.py reads: questions with images, and the known answer as the last turn, boxed,
+tagged, alone, or with its chain in front. Answers are greedy. Each is in `<output>.journal.jsonl` as soon as its batch
+is done; the same command asks only for what is not there. Results of several models on the same data are compared by
+score.py.
 
 With --keep, nothing is marked. Measured is how far the model has gone from the VLM's own answers in a keep set, by kind
 of question: KL in nats a token, and the share of tokens that it would choose too. With an adapter, the same is measured
@@ -19,16 +20,16 @@ import hashlib
 import json
 import sys
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.answers import extract_boxed
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
 from parts.outputs import write_result
+from parts.reading import RULES, UNFINISHED, answer_rule, final_answer, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
 from parts.teachers import PROMPT, Local, TeacherError
@@ -77,8 +78,7 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
     """The questions of a data set, and a SHA-256 over all that is asked and known."""
     questions, digest = [], hashlib.sha256()
     for index, (sample, category) in enumerate(zip(dataset, categories, strict=True)):
-        answer = last_answer(sample["messages"])
-        gold = extract_boxed(answer) or answer.rpartition("</think>")[2].strip()
+        gold = known_answer(last_answer(sample["messages"]))
         if not gold:
             raise ValueError(f"sample {index + 1} has no known answer: nothing is boxed, or said after its thinking")
         parts = [part for turn in sample["messages"][:-1] for part in turn["content"]]
@@ -130,14 +130,30 @@ def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
     for question in tqdm(questions, desc="marking", disable=None):
         answer = said[str(question.index)]
         correct, unfinished = mark(answer["response"], question.gold, question.text)
-        unfinished |= answer["finish_reason"] == "length" and not correct
+        read_by = answer_rule(answer["response"])
+        if answer["finish_reason"] == "length" and (not correct or cut_within(answer["response"], read_by)):
+            correct, unfinished, read_by = False, True, UNFINISHED
         fields = {"index": question.index, "category": question.category, "question": question.text}
-        marked.append({**fields, "gold": question.gold, **answer, "correct": correct, "unfinished": unfinished})
+        marked.append(
+            {
+                **fields,
+                "gold": question.gold,
+                **answer,
+                "correct": correct,
+                "unfinished": unfinished,
+                "read_by": read_by,
+            }
+        )
     return marked
 
 
+def cut_within(response: str, read_by: str) -> bool:
+    """Whether the answer of a response that was cut stands at its end, where `12` may be what is left of `125`."""
+    return read_by not in ("boxed", "tag") and response.rstrip(" *$.").endswith(final_answer(response).rstrip(" *$."))
+
+
 def summarize(marked: list[dict]) -> dict:
-    """Number of samples, accuracy in percent, and number of unfinished answers; in total and by category."""
+    """Samples, accuracy in percent, unfinished answers, and how the answers were read; in total and by category."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for sample in marked:
         groups[sample["category"]].append(sample)
@@ -145,7 +161,11 @@ def summarize(marked: list[dict]) -> dict:
     def count(group: list[dict]) -> dict:
         right = sum(sample["correct"] for sample in group)
         numbers = {"samples": len(group), "correct": right, "accuracy": round(100 * right / len(group), 2)}
-        return numbers | {"unfinished": sum(sample["unfinished"] for sample in group)}
+        read_by = Counter(sample["read_by"] for sample in group)
+        return numbers | {
+            "unfinished": sum(sample["unfinished"] for sample in group),
+            "read_by": {rule: read_by[rule] for rule in (*RULES, UNFINISHED)},
+        }
 
     return {"total": count(marked), "categories": {name: count(group) for name, group in sorted(groups.items())}}
 
@@ -156,6 +176,14 @@ def results_table(result: dict) -> Table:
     categories = result["categories"] if len(result["categories"]) > 1 else {}
     for name, numbers in {**categories, "total": result["total"]}.items():
         table.add_row(name, *(str(numbers[key]) for key in shown))
+    return table
+
+
+def reading_table(result: dict) -> Table:
+    """By which rule each answer was found: a model that boxes nothing is not a worse one."""
+    read_by = result["total"]["read_by"]
+    table = Table(*read_by, title="answers by the rule that found them")
+    table.add_row(*map(str, read_by.values()))
     return table
 
 
@@ -263,7 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
     else:
-        Console().print(keeping_table(result) if args.keep else results_table(result))
+        for table in (keeping_table,) if args.keep else (results_table, reading_table):
+            Console().print(table(result))
     if not args.keep and result["total"]["unfinished"]:
         print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
 

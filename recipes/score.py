@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
+from parts.reading import RULES, UNFINISHED, answer_rule
 from parts.scoring import mark, scorer
 from rich.console import Console
 from rich.table import Table
@@ -55,11 +56,12 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
     return ordered
 
 
-def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], list[bool]]:
-    """Which are correct, and which are unfinished."""
+def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], dict[str, int]]:
+    """Which are correct, and how many were read by each rule, or are unfinished."""
     progress = tqdm(answers, desc=name, disable=None)
-    correct, unfinished = zip(*(mark(given.response, given.gold, given.question) for given in progress), strict=True)
-    return [*correct], [*unfinished]
+    correct = [mark(given.response, given.gold, given.question)[0] for given in progress]
+    read_by = Counter(answer_rule(given.response) for given in answers)
+    return correct, {rule: read_by[rule] for rule in (*RULES, UNFINISHED)}
 
 
 def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ def resample(differences: np.ndarray, seed) -> np.ndarray:
 
 
 def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
-    """What is written with -o: for each column its scores, differences with intervals, and how many are unfinished.
+    """What is written with -o: for each column its scores, differences with intervals, how its answers were read.
 
     Args:
         models: name -> benchmark -> answers; the last one is compared with each before it.
@@ -115,9 +117,11 @@ def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
         answers = same_samples({name: benchmarks[benchmark] for name, benchmarks in models.items()}, benchmark)
         marked = {name: mark_all(given, f"{benchmark}, {name}") for name, given in answers.items()}
         scores = {name: units(answers[name], right, benchmark) for name, (right, _) in marked.items()}
-        unfinished = {name: sum(cut) for name, (_, cut) in marked.items()}
+        read_by = {name: read for name, (_, read) in marked.items()}
+        unfinished = {name: read[UNFINISHED] for name, read in read_by.items()}
         for column, values in scores[last].items():
-            columns[column] = {"samples": len(answers[last]), "units": len(values), "unfinished": unfinished}
+            columns[column] = {"samples": len(answers[last]), "units": len(values)}
+            columns[column] |= {"unfinished": unfinished, "read_by": read_by}
             for name in models:
                 means[name][column] = scores[name][column].mean()
         for name in before:
@@ -183,6 +187,15 @@ def interval_table(result: dict) -> Table:
     return table
 
 
+def reading_table(result: dict) -> Table:
+    """By which rule each model's answers were found: where that differs, part of a difference may be of form alone."""
+    table = Table("", *RULES, UNFINISHED, title="answers by the rule that found them")
+    for name, column in result["columns"].items():
+        for model, read_by in column.get("read_by", {}).items():
+            table.add_row(f"{name}, {model}", *map(str, read_by.values()))
+    return table
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -223,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(result))
     else:
         console = Console() if sys.stdout.isatty() else Console(width=160)
-        for table in (paper_table(result), interval_table(result)):
+        for table in (paper_table(result), interval_table(result), reading_table(result)):
             console.print(table)
     for sentence in notes(result):
         print(f"note: {sentence}", file=sys.stderr)

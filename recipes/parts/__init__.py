@@ -14,7 +14,11 @@ lengths       how many tokens a conversation has, and which are too long
 parquet       messages and images in one file that stands alone
 teachers      who writes chains of thought: a model in this process, or a server
 journal       answers on disk as they come
-answers       what counts as the right answer
-scoring       the frozen scorer: the final answer of a response, and whether it is right
+reading       what a response, or a known answer, gives as its answer, and by which rule
+options       the options of a question, and the letters that name them
+units         a value and its unit
+equality      whether two answers are the same
+answers       whether a response is right: read, and compared in a process of its own
+scoring       the frozen scorer, and what stands for its version
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, read and written
 """

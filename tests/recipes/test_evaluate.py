@@ -167,6 +167,19 @@ def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
     assert "answers are unfinished: see --max-new-tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("response, reason, found", [
+    ("The answer is 12", "stop", (True, False, "sentence")),
+    ("The answer is 12", "length", (False, True, "unfinished")),
+    ("The answer is 12. This", "length", (True, False, "sentence")), (r"\boxed{12}", "length", (True, False, "boxed")),
+])  # fmt: skip
+def test_an_answer_at_the_end_of_a_cut_response_may_be_part_of_one(response, reason, found):
+    question = evaluate.Question(0, "?", "12", "all")
+    (sample,) = evaluate.mark_all([question], {"0": {"response": response, "finish_reason": reason}})
+    assert (sample["correct"], sample["unfinished"], sample["read_by"]) == found
+    counted = evaluate.summarize([sample])["total"]["read_by"]
+    assert [rule for rule, number in counted.items() if number] == [found[2]]
+
+
 def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(model, data, result, tmp_path, capsys):
     lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
     for name, weight in lora.named_parameters():

@@ -203,6 +203,23 @@ def test_unfinished_answers_are_told(tmp_path, capsys):
     )
 
 
+def test_how_the_answers_of_each_model_were_read_is_told(tmp_path, capsys):
+    forms = {"base": ["1", "The answer is **1**.", "<answer>1</answer>", "It may be"], "drift": [r"\boxed{1}"] * 4}
+    forms["base"][3] += " 1, or 2, or any other of the numbers that were not asked for, since the"
+    for name, responses in forms.items():
+        samples = [{"index": i, "question": "?", "gold": "#### 1", "response": r} for i, r in enumerate(responses)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": "own.jsonl", "scorer": {}, "samples": samples}))
+    score.main(
+        ["--base", str(tmp_path / "base.json"), "--drift", str(tmp_path / "drift.json"), "-o", str(tmp_path / "s")]
+    )
+    column = json.loads((tmp_path / "s").read_text())["columns"]["own"]
+    assert column["scores"] == {"base": 75.0, "DRIFT": 100.0} and column["unfinished"] == {"base": 1, "DRIFT": 0}
+    assert column["read_by"]["base"] == {"boxed": 0, "tag": 1, "sentence": 1, "last line": 1, "unfinished": 1}
+    assert column["read_by"]["DRIFT"] == {"boxed": 4, "tag": 0, "sentence": 0, "last line": 0, "unfinished": 0}
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "own, base" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [["own, base", "0", "1", "1", "1", "1"]]
+
+
 @pytest.mark.parametrize("response, answer", [
     (r"<think>a \boxed{1}</think> b \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"so it is </think> \boxed{2}", "2"), (r"<think>a</think><answer> B </answer>", "B"),

@@ -1,0 +1,288 @@
+r"""What a response, or a known answer as a data set writes it, gives as its answer; and the rule by which it was found.
+
+    read_answer(r"<think>…</think> So it is \boxed{12}.")     # ("12", "boxed")
+    read_answer("#### 12")                                    # ("12", "tag")
+    read_answer("First … \n**Final Answer**\n\n12 cm")        # ("12 cm", "sentence")
+    read_answer("3 + 4 = 7, and\n\n12")                       # ("12", "last line")
+
+What no rule reads has no answer: it is unfinished.
+"""
+
+from __future__ import annotations
+
+import re
+
+RULES = ("boxed", "tag", "sentence", "last line")
+UNFINISHED = "unfinished"
+SHORT = 60  # characters that an answer without any mark may have
+LONG = 400  # characters beyond which a line is no sentence that says an answer
+
+THOUGHT = r"think|thinking|thought|reasoning"
+THOUGHT_END = re.compile(rf"(?i)</(?:{THOUGHT})>|◁/think▷")
+THOUGHT_START = re.compile(rf"(?i)<(?:{THOUGHT})>|◁think▷")
+SPECIAL = re.compile(r"<\|(?:im_end|endoftext|eot_id|end|return)\|>|</s>|<eos>|<end_of_turn>|<pad>")
+BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
+TAG = re.compile(r"(?i)<(?P<end>/?)(?P<name>answer|final_answer|ans|conclusion)>|<\|(?P<box>begin|end)_of_box\|>")
+DISPLAY = re.compile(r"\$\$\s*([^$]*?)\s*\$\$|\\\[\s*((?:[^\\]|\\[^\]\[])*?)\s*\\\]")
+BOLD = re.compile(r"\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*|(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])|`([^`\n]+)`")
+UNDERLINE = re.compile(r"(?<!\w)__(?=\S)([^_\n]+?)(?<=\S)__(?!\w)|(?<!\w)_(?=\S)([^_\n]+?)(?<=\S)_(?!\w)")
+LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[*•+]\s+|-\s+(?=[^\d\s\\$.(]))*")  # `- 5` may be minus five
+MARKDOWN = " \t*_`"
+HASHES = re.compile(r"####\s*(\S.*)")
+
+NAME = r"(?:(?:final|correct|right|best)\s+){0,2}(?:answer|option|choice)s?"
+ABOUT = r"(?:\s+(?:to|for|of|in)\s[^.:=?!]{0,60}?)?(?:\s*\([^()]{0,40}\))?"
+SAID = re.compile(
+    rf"(?i)(?:(?<![\w-]){NAME}\b{ABOUT}\s*[*_]*\s*"
+    r"(?:(?:is|are|would be|should be|must be)\b(?!n't)\s*:?|[:：=]|->|→|⇒)|"
+    r"(?<![\w-])ans\s*[.:=]|答案\s*(?:是|为|為|[:：]))[\s*_]*"
+)
+HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案)\s*[:：]?$")
+NAMED_LAST = re.compile(rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?P<said>\(?[A-J]\)?)\s*\.?$")
+LEAD_IN = re.compile(
+    r"(?i)^(?:therefore|thus|then|hence|simply|clearly|indeed|definitely|likely|probably|most likely|that|equal to|"
+    r"given by|(?:the\s+)?(?:option|choice|answer|letter)(?=\s+\(?[A-J]\b))[\s,:]+"
+)
+REASON = re.compile(
+    r"(?i)\s*,?\s+(?:because|since|due to|according to|rather than|instead of)\b|"
+    r",\s+(?:which|as|so|not|thus|hence|this)\b|"
+    r"\s+(?:as (?:shown|required|expected|the|it|they|we|stated)|so (?:the|that|it|we))\b"
+)
+SENTENCE_END = re.compile(r"(?<![\s(\[*$][A-J])(?<!^[A-J])[.!?。]\s+(?=[A-Z*\\$(])|。")
+CHOSEN = re.compile(
+    r"(?i:\b(?:is|be|choose|select|pick|matches|matching|means|corresponds to|corresponding to)\s+(?:the\s+)?"
+    r"(?:option|choice|answer)\s+)[(*\[]{0,3}(?P<named>[A-J])\b|"
+    r"(?<![\w.])[(*\[]{0,3}(?P<correct>[B-J]|A(?=[)*\]])|(?<=ption )A|(?<=hoice )A)[)*\]]{0,3}\s+"
+    r"(?i:is\s+(?:the\s+)?(?:correct|right|best)\b(?:\s+(?:answer|option|choice|one))?)"
+)
+DENIED = re.compile(r"(?i)\b(?:not|never|no|neither|cannot|wrong|incorrect|unless)\b|n't\b")
+DANGLING = re.compile(
+    rf"(?i)(?:{NAME}\s+(?:is|are)|[:=,(]|\b(?:and|so|the|of|is|are|a|an|to|then|we|with|that|which|by|in))\s*$"
+)
+REFUSED = re.compile(r"(?i)\b(?:sorry|unable to|wrong|incorrect|not correct|not right|cannot|can't|isn't|doesn't)\b")
+DOUBT = re.compile(r"(?i)\b(?:wait|hold on|actually|correction|scratch that|my mistake|let me (?:re|double))")
+CLAUSE = re.compile(r"(?i)^(?:since|because|as|given|given that)\s[^,]*,\s*")
+SO = re.compile(
+    r"(?i)^(?:(?:and|so|thus|therefore|hence|consequently|finally|then|now|in conclusion|overall|this means|that|"
+    r"we (?:have|get|find|obtain|conclude|see)|it follows)\b[\s,:]*|[∴⇒]\s*)+"
+)
+VERB = re.compile(
+    r"(?<!\bthat )(?<!\bwhich )\b(?:is|are|was|were|equals|measures|becomes|has|have|contains|costs|(?:will|must|would|"
+    r"should) be)\b(?:\s*:|\s+equal to\b)?"
+)
+LABEL = re.compile(r"(?i)^(?:the\s+)?[a-z][a-z' -]{0,30}:\s*(?=\S)")
+LEADING = re.compile(r"(?i)^(?:yes|no|true|false)(?=\s*(?:[,.;:!—–]|$))(?!\s*[,/]\s*(?:yes|no)\b)")
+LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
+STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
+VALUE_WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""What the last \boxed{…} holds, braces inside it included; None if there is none, or the text ends within it."""
+    starts = [*BOX.finditer(text)]
+    if not starts:
+        return None
+    first, depth = starts[-1].end(), 1
+    for brace in re.finditer(r"\\.|[{}]", text[first:], re.DOTALL):  # \{ and \} are no braces
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[first : first + brace.start()].strip()
+    return None
+
+
+def read_answer(text: str) -> tuple[str, str] | None:
+    r"""The answer and its rule; None if the text was cut, or answers nothing that a rule finds.
+
+    After the thinking: the last \boxed{…}; an <answer>…</answer>, or GSM8K's `#### …`; the last sentence that says an
+    answer (`the answer is …`, `Answer:` with the answer below it, `Yes, …`, a last sentence `So the angle is …`); all
+    of it if it is one short line, or the last line if that is a value. Then a \boxed{…} within the thinking.
+    """
+    marks = [*THOUGHT_END.finditer(text)]
+    thought, rest = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else ("", text)
+    rest = SPECIAL.sub("", rest)
+    if THOUGHT_START.search(rest) or (BOX.search(rest) and not extract_boxed(rest)):
+        return None
+    if boxed := extract_boxed(rest):
+        return boxed, "boxed"
+    tagged, torn = _tagged(rest)
+    if tagged:
+        return tagged
+    if torn:
+        return None
+    lines = _lines(rest)
+    if not lines:
+        boxed = extract_boxed(thought)
+        return (boxed, "boxed") if boxed else None
+    if found := HASHES.fullmatch(rest.strip().rpartition("\n")[2].strip()):
+        return _bare(found[1]), "tag"
+    return _said(lines) or _alone(lines) or _concluded(lines)
+
+
+def final_answer(response: str) -> str | None:
+    """What a response answers; None if it is unfinished."""
+    found = read_answer(response)
+    return found[0] if found else None
+
+
+def answer_rule(response: str) -> str:
+    """By which of RULES a response is read, or UNFINISHED."""
+    found = read_answer(response)
+    return found[1] if found else UNFINISHED
+
+
+def known_answer(text: str) -> str:
+    """What a data set's answer knows, chain in front or not; where no mark stands, all that follows the thinking."""
+    found = read_answer(text)
+    if found and (found[1] in ("boxed", "tag") or _said(_lines(THOUGHT_END.split(SPECIAL.sub("", text))[-1]))):
+        return found[0]
+    rest = THOUGHT_END.split(text)[-1].strip()
+    if found and "\n" in rest:
+        return found[0]
+    return "" if THOUGHT_START.search(rest) else SPECIAL.sub("", rest).strip()
+
+
+def readings(answer: str) -> list[str]:
+    """An answer, and what it says where it is itself a sentence: `The correct answer is B` in a box or a tag."""
+    lines = _lines(answer)
+    if not lines:
+        return [answer]
+    found = [answer]
+    if boxed := extract_boxed(answer):
+        found.append(boxed)
+    said = _said(lines)
+    if said:
+        found.append(said[0])
+    elif len(lines) == 1:
+        if leading := LEADING.match(lines[0]):
+            found.append(leading[0])
+        elif concluded := _conclusion(lines[0]):
+            found.append(concluded)
+    elif LETTER_FIRST.fullmatch(lines[0]) or HEADING.fullmatch(lines[0]):
+        found.append(lines[-1])
+    return [*dict.fromkeys(found)]
+
+
+def _tagged(rest: str) -> tuple[tuple[str, str] | None, bool]:
+    """What stands in the last tag, with its rule, and whether a tag is open at the end."""
+    opened, found = None, None
+    for tag in TAG.finditer(rest):
+        if tag["end"] or tag["box"] == "end":
+            inside = rest[opened.end() : tag.start()].strip() if opened else ""
+            found, opened = ((inside, "boxed" if tag["box"] else "tag") if inside else found), None
+        else:
+            opened = tag
+    return found, opened is not None
+
+
+def _lines(text: str) -> list[str]:
+    """Lines that say something, without Markdown; display mathematics in one line."""
+    text = DISPLAY.sub(lambda m: f" ${' '.join((m[1] or m[2] or '').split())}$ ", text)
+    lines = (_bare(line) for line in text.splitlines())
+    return [line for line in lines if line.strip("-=* $")]
+
+
+def _bare(line: str) -> str:
+    line = BOLD.sub(lambda m: m[1] or m[2] or m[3], " ".join(line.split()))
+    line = UNDERLINE.sub(lambda m: m[1] or m[2], line)
+    return LINE_MARK.sub("", line).rstrip(MARKDOWN).strip()
+
+
+def _said(lines: list[str]) -> tuple[str, str] | None:
+    """What the last `answer is …` says; ("", …) never: where nothing follows, the text was cut."""
+    for number in range(len(lines) - 1, -1, -1):
+        line, below = lines[number], lines[number + 1 : number + 3]  # two tell whether the next one is the last
+        chosen = next((m for m in reversed([*CHOSEN.finditer(line)]) if not DENIED.search(_sentence_of(line, m))), None)
+        letter = chosen and (chosen["named"] or chosen["correct"])
+        marks = [*SAID.finditer(line)]
+        if not marks:
+            if HEADING.fullmatch(line) and below and (_is_value(below[0]) or len(below) == 1):
+                return _clause(below[0]), "sentence"
+            if letter:
+                return letter, "sentence"
+            if named := NAMED_LAST.search(line):
+                return named["said"], "sentence"
+            continue
+        said = line[marks[-1].end() :].rstrip(MARKDOWN).strip(" :")
+        if not said.strip(".$ "):
+            if below and (_is_value(below[0]) or len(below) == 1):
+                return _clause(below[0]), "sentence"
+            continue
+        if DOUBT.search(said) or any(DOUBT.search(line) for line in lines[number + 1 :]):
+            continue
+        said = _clause(said)
+        if letter and chosen.start() > marks[-1].start() and not LETTER_FIRST.match(said):
+            return f"({letter}) {said}", "sentence"
+        return (said, "sentence") if said else None
+    return None
+
+
+def _alone(lines: list[str]) -> tuple[str, str] | None:
+    """One short line, or a value in the last of several."""
+    last = lines[-1]
+    if (
+        HEADING.fullmatch(last)
+        or DANGLING.search(last)
+        or (REFUSED.search(last) and re.search(NAME, last, re.IGNORECASE))
+    ):
+        return None
+    if len(lines) == 1:
+        return (last, "last line") if len(last) <= SHORT or " " not in last else None
+    return (last.lstrip("= "), "last line") if _is_value(last) else None
+
+
+def _concluded(lines: list[str]) -> tuple[str, str] | None:
+    """`Yes, …` or `B. 45°` in front of reasons; or what the last sentence says."""
+    if leading := LEADING.match(lines[0]):
+        return leading[0], "sentence"
+    letters = [line for line in lines if LETTER_FIRST.match(line)]
+    if len(letters) == 1 and letters[0] == lines[0] and len(lines[0]) <= SHORT:
+        return lines[0], "sentence"
+    concluded = _conclusion(lines[-1])
+    return (concluded, "sentence") if concluded else None
+
+
+def _conclusion(line: str) -> str | None:
+    """12 of `Therefore, the area is 12.`, with one verb in it: of two, nobody knows which one counts."""
+    if len(line) > 10 * LONG or DANGLING.search(line):
+        return None
+    sentence = SENTENCE_END.split(line)[-1].strip()
+    sentence = CLAUSE.sub("", sentence)
+    so = SO.match(sentence)
+    sentence = CLAUSE.sub("", sentence[so.end() :] if so else sentence)
+    sentence = _clause(sentence)
+    if len(sentence) > LONG or DENIED.search(VERB.split(sentence)[0]) or re.search(r"(?i)\b(?:if|when)\b|\?", sentence):
+        return None
+    verbs = [*VERB.finditer(sentence)]
+    if len(verbs) == 1 and verbs[0].start():
+        subject, said = sentence[: verbs[0].start()], sentence[verbs[0].end() :].strip(" :")
+        if re.search(r"[=<>]", subject) or not said:
+            return None
+        return LEAD_IN.sub("", said)
+    if not verbs and so and re.search(r"[=≈]|\\approx", sentence):
+        return sentence
+    if not verbs and (label := LABEL.match(sentence)):
+        return sentence[label.end() :]
+    return None
+
+
+def _clause(said: str) -> str:
+    """Up to the end of the sentence, without the reasons that follow."""
+    said = said.strip()
+    said = SENTENCE_END.split(said)[0]
+    said = REASON.split(said)[0] or said
+    return LEAD_IN.sub("", said).strip()
+
+
+def _sentence_of(line: str, found: re.Match) -> str:
+    start = max((m.end() for m in SENTENCE_END.finditer(line) if m.end() <= found.start()), default=0)
+    return SENTENCE_END.split(line[start:])[0]
+
+
+def _is_value(line: str) -> bool:
+    """Whether a line can be nothing but an answer: a letter, a number, a formula, or up to three words."""
+    if len(line) > SHORT or line[-1] in ":=+-,([{<" or STEP.match(line):
+        return False
+    if LETTER_FIRST.match(line):
+        return True
+    words = VALUE_WORD.findall(re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+", "", line))
+    return len(words) <= (3 if not re.search(r"[.!?]\s", line) else 0)

@@ -8,8 +8,8 @@ one sequence, a keep batch of as many answers, each of 48 tokens to a question o
 and kept steps alternate on one model in one process, so that whatever else the machine does hits both; the ratio is the
 median over pairs. On the CPU the time is the processor's, of the thread that trains: another one reads and tokenizes
 keep batches meanwhile. `--digits` does the same on the demo's model, as it trains there and with its own keep set;
-elsewhere the batch is random. Memory is that of tensors: CUDA's allocator tells it, and without CUDA all that is made in a step is
-counted, with what was there before it.
+elsewhere the batch is random. Memory is that of tensors: CUDA's allocator tells it, and without CUDA all that is made
+in a step is counted, with what was there before it.
 """
 
 from __future__ import annotations

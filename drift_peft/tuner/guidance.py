@@ -31,8 +31,10 @@ def column(scalar: Tensor) -> Tensor:
 
 
 def norm(matrix: Tensor) -> Tensor:
-    """Frobenius norm over the last two dimensions, shape […]."""
-    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    """Frobenius norm over the last two dimensions, shape […]. In fp32 the square of 1e20 overflows and that of 1e-25
+    vanishes, so the largest entry is taken out first."""
+    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1))
+    return largest * torch.linalg.vector_norm(matrix / column(torch.where(largest > 0, largest, 1.0)), dim=(-2, -1))
 
 
 def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tensor:
@@ -133,7 +135,7 @@ def multiplier(
         gradnorm    c = a·‖g‖/‖D‖
         adaptive    c = a·(1 + cos(g, D))/2·‖g‖/‖D‖
 
-    0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is.
+    0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is. So it does where it is not finite, or its norm is not.
 
     Raises:
         ValueError: an unknown scale.
@@ -146,13 +148,13 @@ def multiplier(
         strength = alpha * share * (1 + cosine(g_norm, D_norm, inner)) / 2
     else:
         raise ValueError(f"Unknown scale {scale!r}.")
-    return torch.where(D_norm > floor, strength * g_norm / D_norm, 0.0)
+    c = strength * g_norm / D_norm
+    return torch.where((D_norm > floor) & c.isfinite(), c, 0.0)
 
 
 def cosine(g_norm: Tensor, D_norm: Tensor, inner: Tensor) -> Tensor:
     """⟨g, D⟩/(‖g‖·‖D‖) […] in [−1, 1]; 0/0 is 0."""
-    product = g_norm * D_norm
-    return torch.where(product > 0, inner / product, 0.0).clamp(-1, 1)
+    return torch.where((g_norm > 0) & (D_norm > 0), inner / g_norm / D_norm, 0.0).clamp(-1, 1)
 
 
 def bias(

@@ -26,6 +26,8 @@ from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
+# Of these, PEFT adds the heads to the list in the user's config, and only after it has made the LoRA layers.
+HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
 
 class DriftModel(LoraModel):
@@ -51,8 +53,10 @@ class DriftModel(LoraModel):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
-        config = self.peft_config[adapter_name] = copy.copy(config)
-        config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+        given, config = config, copy.deepcopy(config)
+        self.peft_config[adapter_name] = config
+        if config.task_type in HEADS_LATER:
+            given.modules_to_save = config.modules_to_save = config.modules_to_save or []
         config.quantization = quantization_of(model)
         prior = None if config.prior is None else _open_prior(config)
         keep_4bit_differentiable(model)

@@ -69,5 +69,6 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
     if report.without_counterpart:
         table.add_row("not merged, the expert has none", describe(report.without_counterpart))
     table.add_row("tensors written", str(report.tensors))
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    change = "they were zero" if report.relative_change is None else f"{report.relative_change:.2e}"
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", change)
     show(asdict(report), as_json, table)

@@ -279,7 +279,10 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str
                     updates[head] = update  # some checkpoints hold both
     if len(ends) == 1:
         ((canonical, update),) = ends.items()
-        problems.append(f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained")
+        problems.append(
+            f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained, which "
+            "ensure_weight_tying=True would have trained as one"
+        )
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed}")

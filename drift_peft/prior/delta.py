@@ -90,9 +90,7 @@ def _subtract(
         if not math.isfinite(norm[role]):  # which costs nothing beyond the norm
             raise ValueError(f"{label} holds NaN or infinite values")
     if norm["delta"] == 0 and delta.any():
-        raise ValueError(
-            f"{labels['expert']} differs by so little that the norm of Δ vanishes in fp32, where the least is about 1e-22"
-        )
+        raise ValueError(f"{labels['expert']} differs by so little that the norm of Δ vanishes in fp32")
     cosines = {role: _cosine(products, norm["expert"] * norm[role]) for role, products in inner.items()}
     stats = {"delta_norm": norm["delta"], "base_norm": norm["base"], "cosine": cosines["base"]}
     return delta, {**stats, "cosines": cosines}

@@ -20,7 +20,7 @@ from ..prior import ReasoningPrior
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets, targeted_modules
+from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import prior_names
 from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
@@ -198,6 +198,7 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
         config.layers_to_transform = config.layers_pattern = None  # they are in there, and PEFT refuses both
     asked = config.target_modules
     intended = targeted_modules(model, _maybe_include_all_linear_layers(copy.copy(config), model))
+    refuse_tied_adapters(model, config, intended)
     convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
     _maybe_include_all_linear_layers(config, model)
     refuse_other_targets(model, asked, intended, targeted_modules(model, config))

@@ -63,8 +63,13 @@ def test_tasks_whose_heads_are_saved(pair, tmp_path, task, saved):
     """As with PEFT's LoraConfig, and a second model by the same config."""
     auto, head = HEADS[task]
 
+    def base():
+        model = auto.from_config(copy.deepcopy(pair.base.config))
+        model.base_model.load_state_dict(pair.base.base_model.state_dict())
+        return model
+
     def models(config):
-        return [get_peft_model(auto.from_pretrained(pair.folder / "base", num_labels=2), config) for _ in range(2)]
+        return [get_peft_model(base(), config) for _ in range(2)]
 
     common = {"r": 4, "task_type": task, "modules_to_save": saved, "target_modules": ["q_proj", "up_proj"]}
     config = DriftConfig(prior=pair.path, **copy.deepcopy(common))
@@ -79,9 +84,7 @@ def test_tasks_whose_heads_are_saved(pair, tmp_path, task, saved):
     ours.save_pretrained(tmp_path)
     assert any(head in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     again = DriftConfig.from_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(
-        auto.from_pretrained(pair.folder / "base", num_labels=2), tmp_path, config=again, is_trainable=True
-    )
+    again = PeftModel.from_pretrained(base(), tmp_path, config=again, is_trainable=True)
     found, expected = (
         {n: p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
         for model in (again, ours)

@@ -176,7 +176,7 @@ class AdapterBatch(Batch):
             D = getattr(direction, factor)
             inner = (gradient * D).sum((-2, -1))
             floor = getattr(direction, f"floor_{factor}")
-            measured.append((guidance.norm(gradient), guidance.norm(D), inner, floor))
+            measured.append((guidance.gradient_norm(gradient), guidance.norm(D), inner, floor))
         return tuple(map(torch.stack, zip(*measured, strict=True)))
 
     def _of_weight(self, direction: guidance.Direction, g: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -273,7 +273,7 @@ class TensorBatch(Batch):
         g_norm, D_norm, inner = torch.zeros(3, len(g), device=g.device, dtype=self.dtype)
         for rows, D in self.blocks():
             part = matrices[:, rows].to(self.dtype)
-            g_norm, D_norm = g_norm.hypot(guidance.norm(part)), D_norm.hypot(guidance.norm(D))
+            g_norm, D_norm = g_norm.hypot(guidance.gradient_norm(part)), D_norm.hypot(guidance.norm(D))
             inner = inner + (part * D).sum((1, 2))
         share = (D_norm / self.stack.norm).clamp_max(1) if self.config.drift_target == "residual" else 1.0
         c = guidance.multiplier(g_norm, D_norm, inner, 0.0, share, self.strength(loss_scale), self.config.drift_scale)

@@ -140,8 +140,8 @@ def weight_gradient(captures: list[Capture], g_B: Tensor, A_rows: int, s: Tensor
         for total in (sums, inner):
             torch.distributed.all_reduce(total)
     sketch, seen = sums[..., :-A_rows], sums[..., -A_rows:].to(g_B.dtype)  # s·G·Ω and s·G·Aᵀ
-    seen_norm = guidance.norm(seen)
+    seen_norm = guidance.gradient_norm(seen)
     unit = seen / guidance.column(torch.where(seen_norm > 0, seen_norm, 1.0))
     ratio = torch.where(seen_norm > 0, (g_B * unit).sum((-2, -1)) / seen_norm, 0.0)  # ⟨g_B, seen⟩/‖seen‖²
-    G_norm = ratio.abs() * guidance.norm(sketch).to(g_B.dtype) / s.abs()
+    G_norm = ratio.abs() * guidance.gradient_norm(sketch).to(g_B.dtype) / s.abs()
     return G_norm, ratio * inner.to(g_B.dtype) / s

@@ -31,10 +31,15 @@ def column(scalar: Tensor) -> Tensor:
 
 
 def norm(matrix: Tensor) -> Tensor:
-    """Frobenius norm over the last two dimensions, shape […]. In fp32 the square of 1e20 overflows and that of 1e-25
-    vanishes, so the largest entry is taken out first."""
-    largest = torch.linalg.vector_norm(matrix, float("inf"), dim=(-2, -1))
-    return largest * torch.linalg.vector_norm(matrix / column(torch.where(largest > 0, largest, 1.0)), dim=(-2, -1))
+    """Frobenius norm over the last two dimensions, shape […]."""
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1))
+
+
+def gradient_norm(g: Tensor) -> Tensor:
+    """The same of a gradient, whose size is anybody's: in fp32 the square of 1e20 overflows and that of 1e-25 vanishes,
+    so the largest entry is taken out first."""
+    largest = g.abs().amax((-2, -1))
+    return largest * norm(g / column(torch.where(largest > 0, largest, 1.0)))
 
 
 def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tensor:
@@ -162,4 +167,4 @@ def bias(
 ) -> Tensor:
     """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g: g̃ = g − c·D with the
     `multiplier` c of this g and D. `alpha` a is a number or […]."""
-    return g - column(multiplier(norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D
+    return g - column(multiplier(gradient_norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D

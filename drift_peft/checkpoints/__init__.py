@@ -11,6 +11,7 @@ Nothing here knows of priors or of training.
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
+    rope         how models rotate queries and keys, and a warning where that differs
     update       what an adapter makes of one tensor
     lora         LoRA adapters read without a model; an expert given as adapter + base
     carry        a LoRA adapter of the text sibling as one of the VLM
@@ -30,10 +31,11 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, is_adapter, open_expert
+from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, infinite_alpha, is_adapter, open_expert, recorded_base
 from .match import MODULES, Match, describe, match_weights
 from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
 from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
+from .rope import warn_of_other_rotations
 from .sharing import file_sha256, find_file, find_license, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
@@ -66,6 +68,7 @@ __all__ = [
     "file_sha256",
     "find_file",
     "find_license",
+    "infinite_alpha",
     "is_adapter",
     "language_model_targets",
     "layer_order",
@@ -77,6 +80,7 @@ __all__ = [
     "partial_path",
     "quantization_in_training",
     "quantization_of",
+    "recorded_base",
     "refuse_output",
     "replaced_when_complete",
     "resumable_folder",
@@ -84,6 +88,7 @@ __all__ = [
     "split_revision",
     "unwrapped",
     "upload",
+    "warn_of_other_rotations",
     "write_model",
     "write_tensors",
 ]

@@ -39,6 +39,8 @@ LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json")
 
 _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_scale_inv|qweight|qzeros)")
+# What belongs to a quantized weight, whose name stands in front.
+_SCALE = re.compile(r"(.+?)(?:\.weight)?[._]q?(?:scales?|zeros|zero_points?)(?:_(?:weight|inv))?")
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
 _GGUF = "GGUF, which is quantized: give the safetensors model that it was made from"
 _FOUR_BIT_WAY_OUT = "give the full-precision model, or build a prior from it with dequantize=True (--dequantize)"
@@ -154,6 +156,15 @@ class Checkpoint:
         """What this version of transformers calls a tensor in memory -> its key."""
         return {name: keys[0] for name, keys in self.layout.names.items()}
 
+    @cached_property
+    def tied(self) -> bool:
+        """Whether embedding and head are one weight to transformers: its configuration says so, and the files hold no
+        head that differs."""
+        embedding, head = (self.language_model.get(f"{end}.weight") for end in ("embed_tokens", "lm_head"))
+        if not any(getattr(config, "tie_word_embeddings", False) for config in (self.config, self.text_config)):
+            return False
+        return None in (embedding, head) or torch.equal(*(Checkpoint.tensor(self, key) for key in (embedding, head)))
+
     @property
     def origin(self) -> dict:
         """Where the weights come from, for a prior's header."""
@@ -203,6 +214,25 @@ class Checkpoint:
         if key in self.keys:
             return self._headers[self.keys[key]][key][1]
         return self.dtype(next(iter(self._conversion(key).sources)))
+
+    def quantized(self, key: str) -> str | None:
+        """What shows that `tensor(key)` is not in full precision, as words that follow its name; None if nothing does.
+
+        Its dtype does, or a scale beside it that the class has no parameter for: not all that is quantized has a
+        quantization_config, nor integers.
+        """
+        for raw in [key] if key in self.keys else self._conversion(key).sources:
+            dtype = Checkpoint.dtype(self, raw)
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                return f"is {dtype}"
+            if beside := self._scales.get(raw.removesuffix(".weight")):
+                return f"is scaled by {beside}"
+        return None
+
+    @cached_property
+    def _scales(self) -> dict[str, str]:
+        """Name of a weight without `.weight` -> key of its scale."""
+        return {match[1]: match[0] for match in map(_SCALE.fullmatch, self.layout.unread) if match}
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor on the CPU: as stored, memory-mapped (copy before writing to it), dequantized from 4 bits, or made
@@ -322,7 +352,7 @@ class Checkpoint:
         try:
             weight_map = json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"]
             return {str(key): str(shard) for key, shard in weight_map.items()}
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / name} is no index of weights: fetch it again") from error
 
     def _place_keys(self, weight_map: dict[str, str]) -> dict[str, Path]:

@@ -79,6 +79,7 @@ class Layout:
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]):
         transforms, state = get_model_conversion_mapping(model), model.state_dict()
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._model, self._renamings, self._state = model, renamings, state
         converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
         of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         self.names: dict[str, list[str]] = {}
@@ -102,6 +103,10 @@ class Layout:
             for name in self._made(conversion):
                 self.names.setdefault(name, []).append(name)
                 self.conversions[name] = conversion
+
+    def name(self, other: str) -> str:
+        """What this version of transformers calls a parameter that another one has called so."""
+        return rename_source_key(other, self._renamings, [], self._model.base_model_prefix, self._state)[0]
 
     @staticmethod
     def _made(conversion: Conversion) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint
 from .hub import Repository, download, split_revision
-from .naming import canonical_name
+from .naming import canonical_name, unwrapped
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
 
@@ -130,6 +130,11 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
     return _match(checkpoint, read_updates(folder), source)
 
 
+def recorded_base(folder: Path) -> str | None:
+    """The model that an adapter in this folder says it was trained on; None if it does not."""
+    return _read_config(folder).base_model_name_or_path or None
+
+
 def _read_config(folder: Path) -> LoraConfig:
     """The adapter's config; what cannot be merged is refused by name."""
     try:
@@ -145,7 +150,19 @@ def _read_config(folder: Path) -> LoraConfig:
     if used:
         values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
         raise ValueError(f"adapter {folder} uses {values}, which is more than W + s·B·A; {IN_MEMORY}")
+    if wrong := infinite_alpha(config):
+        raise ValueError(f"adapter {folder} has {wrong} in its {CONFIG}, which is no finite number: save it again")
     return config
+
+
+def infinite_alpha(config: LoraConfig) -> str | None:
+    """The first lora_alpha or entry of alpha_pattern that is no finite number, with its value."""
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            return f"{name}={alpha!r}"
+    return None
 
 
 PART = re.compile(
@@ -244,36 +261,51 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str
     """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
     problems, updates = [], {}
     find = _finder(checkpoint)
-    tied = any(getattr(c, "tie_word_embeddings", False) for c in (checkpoint.config, checkpoint.text_config))
+    ends: dict[str, Update] = {}  # embedding and head as they were trained, where these are one weight
     for name, found in adapter.items():
         for update in found:
             canonical, raw = find(name)
-            if tied and canonical in TIED and not isinstance(update, Rows):
-                problems.append(f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained")
-            elif raw is None:
+            if canonical in TIED and not isinstance(update, Rows) and checkpoint.tied:
+                ends[canonical] = update
+                canonical, raw = EMBEDDING, checkpoint.language_model.get(EMBEDDING)
+                if len(ends) == 2 and _alike(*ends.values()):  # PEFT's ensure_weight_tying writes it twice
+                    continue
+            if raw is None:
                 problems.append(f"the base has no {canonical or name}")
             elif raw in updates:
                 problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
             elif wanted := update.misfit(checkpoint.shape(raw)):
                 shape = list(checkpoint.shape(raw))
                 problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
-            elif not (dtype := checkpoint.dtype(raw)).is_floating_point or dtype.itemsize < 2:
-                problems.append(f"{raw} is {dtype} in the base: name the full-precision one")
+            elif wrong := checkpoint.quantized(raw):
+                problems.append(f"{raw} {wrong} in the base: name the full-precision one")
             else:
                 updates[raw] = update
-                if (
-                    tied
-                    and (head := checkpoint.language_model.get("lm_head.weight"))
-                    and canonical == "embed_tokens.weight"
-                ):
+                if canonical == EMBEDDING and checkpoint.tied and (head := checkpoint.language_model.get(HEAD)):
                     updates[head] = update  # some checkpoints hold both
+    if len(ends) == 1:
+        ((canonical, update),) = ends.items()
+        problems.append(
+            f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained, which "
+            "ensure_weight_tying=True would have trained as one"
+        )
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed}")
     return updates
 
 
-TIED = {"embed_tokens.weight": "the head", "lm_head.weight": "the embedding"}
+def _alike(one: Update, other: Update) -> bool:
+    """Do both replace a tensor by the same?"""
+    parts = [{key: value for key, value in vars(update).items() if key != "module"} for update in (one, other)]
+    return type(one) is type(other) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a is b or a == b
+        for a, b in zip(*(part.values() for part in parts), strict=True)
+    )
+
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+TIED = {EMBEDDING: "the head", HEAD: "the embedding"}
 
 
 def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
@@ -281,9 +313,12 @@ def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | N
     decoder = checkpoint.decoder
 
     def find(name: str) -> tuple[str | None, str | None]:
+        name = unwrapped(name)
         canonical = decoder.name(name)
         if canonical not in decoder.kinds:  # another version of transformers named the modules of the model
             canonical = canonical_name(name, decoder.skipped)
-        return canonical, checkpoint.language_model.get(canonical) if canonical else checkpoint.in_memory.get(name)
+        if canonical:
+            return canonical, checkpoint.language_model.get(canonical)
+        return None, checkpoint.in_memory.get(name) or checkpoint.in_memory.get(checkpoint.layout.name(name))
 
     return find

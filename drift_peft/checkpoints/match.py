@@ -63,8 +63,8 @@ def match_weights(
 
     Raises:
         ValueError: other dimensions; layers or modules that the base does not have; nothing in common; or one error
-            that lists everything that is missing, misshaped or claimed twice; rows of a head or an embedding are asked
-            for, and a source has no tokenizer.
+            that lists everything that is missing, misshaped or claimed twice; a weight that is not in full precision;
+            rows of a head or an embedding are asked for, and a source has no tokenizer.
     """
     base = sources["base"]
     for role, other in sources.items():
@@ -102,6 +102,10 @@ def match_weights(
             f"{models} have no weight of {', '.join(modules)} in common: no projection in the decoder of one "
             f"({decoders}) has one of its name in that of the other{why}"
         )
+    for name, claimed in keys.items():
+        for role, key in claimed.items():
+            if wrong := sources[role].quantized(key):
+                raise ValueError(f"{name} {wrong} in the {role} {sources[role].source}: name the full-precision one")
     rows = _common_rows(sources) if any(map(in_vocabulary, keys)) else None
     total = sum(size for *_, size in base.decoder.sizes())
     shares = {of: sum(size for pattern, size in alone if pattern == of) / total for of in counts}

@@ -75,7 +75,7 @@ def write_model(
     replaced: Collection[str],
     blocks: Callable[[str, torch.Tensor], Iterator[torch.Tensor]],
     progress: bool = True,
-) -> float:
+) -> float | None:
     """Write the checkpoint with everything beside its weights into an empty folder, some of its tensors replaced.
 
     Args:
@@ -88,7 +88,7 @@ def write_model(
         progress: show a progress bar on stderr.
 
     Returns:
-        ‖W' − W‖/‖W‖ (Frobenius) over all replaced tensors, as stored; 0 if nothing changed.
+        ‖W' − W‖/‖W‖ (Frobenius) over all replaced tensors, as stored; 0 if nothing changed, None if all were zero.
 
     Raises:
         ValueError: a replaced tensor is not finite or cannot be written back into the form that the files have, or
@@ -116,7 +116,7 @@ def write_model(
 @torch.no_grad()
 def _write_shards(
     checkpoint: Checkpoint, folder: Path, replaced: Collection[str], blocks: Callable, progress: bool
-) -> float:
+) -> float | None:
     change = norm = 0.0  # squares
     done = 0
     stored = _Stored(checkpoint, replaced, blocks)
@@ -135,6 +135,8 @@ def _write_shards(
                     bar.update()
     if done != len(stored.keys):
         raise ValueError(f"only {done} of {len(stored.keys)} tensors were replaced in {checkpoint.source}")
+    if change and not norm:
+        return None
     return math.sqrt(change / norm) if change else 0.0
 
 
@@ -196,11 +198,12 @@ def _write_tensor(shard: BinaryIO, raw: str, W: torch.Tensor, blocks: Iterator[t
         row += len(block)
         after = block.to(W.dtype)
         shard.write(after.flatten().view(torch.uint8).numpy())
-        change += torch.linalg.vector_norm(after.float() - before).item() ** 2
-        norm += torch.linalg.vector_norm(before).item() ** 2
+        # In fp64: in fp32, squares of weights below 1e-22 vanish.
+        change += torch.linalg.vector_norm(after.float() - before, dtype=torch.float64).item() ** 2
+        norm += torch.linalg.vector_norm(before, dtype=torch.float64).item() ** 2
     if row != len(W):
         raise ValueError(f"{raw} has {len(W)} rows, and {row} were merged")
-    if not math.isfinite(change):
+    if not change < torch.finfo(torch.float32).max:  # whose squares no model could sum
         raise ValueError(f"{raw} is not finite after the merge: NaN, Inf or an overflow of {W.dtype}")
     return change, norm
 

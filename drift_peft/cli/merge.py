@@ -26,6 +26,7 @@ def flags(parser: Parser) -> None:
         help="base, or dequantized: the 4-bit base's numbers, as it was trained on (default: %(default)s)",
     )
     add("--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve")
+    add("--force", action="store_true", help="merge even into another model than the adapter was trained on")
     add("--overwrite", action="store_true", help="replace an existing model folder")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 
@@ -40,7 +41,8 @@ def run(as_json: bool, **settings) -> None:
     table = Table(show_header=False, title=f"merged into {report.output}")
     table.add_row("adapter modules merged", str(report.modules))
     table.add_row("tensors written", str(report.tensors))
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", f"{report.relative_change:.2e}")
+    change = "they were zero" if report.relative_change is None else f"{report.relative_change:.2e}"
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", change)
     if report.trained_on is not None:
         table.add_row("the base in training", report.trained_on)
     verified = "not verified (--verify)" if report.logits_error is None else f"{report.logits_error:.2e}"

@@ -70,8 +70,7 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
     if report.without_counterpart:
         table.add_row("not merged, the expert has none", describe(report.without_counterpart))
     table.add_row("tensors written", str(report.tensors))
-    change = (
-        "not measured again: the folder exists" if report.relative_change is None else f"{report.relative_change:.2e}"
-    )
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", change)
+    change = report.relative_change
+    unknown = "not measured again: the folder exists" if settings["exist_ok"] else "they were zero"
+    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", unknown if change is None else f"{change:.2e}")
     show(asdict(report), as_json, table)

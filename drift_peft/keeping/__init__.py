@@ -12,6 +12,7 @@ make       a VLM and unlabelled images -> keep set, resumable
 summary    a keep set in numbers and as tables
 page       its contact sheet; page.html is the template
 measure    how far a model has gone from each answer
+registry   what acts on models in this process, from any thread
 steps      around every optimizer step: what keeps, then what guides
 feed       batches of a keep set in their order, read while the model trains
 kept       a model that is kept: what is added to its gradients
@@ -27,6 +28,7 @@ from .kept import is_kept, keep_telemetry
 from .make import make_keep_set
 from .measure import Distance, measure, summarize
 from .page import write_page
+from .registry import Known, Registry
 from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
@@ -37,6 +39,8 @@ __all__ = [
     "Act",
     "Distance",
     "KeepSet",
+    "Known",
+    "Registry",
     "Sample",
     "Vlm",
     "act_in_steps",

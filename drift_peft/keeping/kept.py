@@ -27,14 +27,15 @@ from torch.utils.weak import TensorWeakRef
 from .answers import Sample, answer_logits, placed
 from .distance import bucketed_kl
 from .feed import Feed, Part, mixed
+from .registry import Known, Registry
 from .steps import Act, act_in_steps
 
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
 BUCKET = 2**24  # elements that processes average at a time
 
-# In the order of keeping, which is the same on all ranks. The entries belong to their models, and go with them.
-_KEPT: weakref.WeakKeyDictionary[Keeping, None] = globals().get("_KEPT") or weakref.WeakKeyDictionary()
+_KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
+_KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
 
 
 class Keeping:
@@ -67,7 +68,7 @@ class Keeping:
         self._left: tuple[TensorWeakRef, int] | None = None  # a gradient and its version, as the last step left it
         self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training)
         vars(model)["drift_keep"] = self
-        _KEPT[self] = None
+        _KEPT.add(self)
 
     @property
     def model(self) -> nn.Module:
@@ -77,14 +78,14 @@ class Keeping:
         """Keep no more."""
         del vars(self.model)["drift_keep"]
         self._handle.remove()
-        _KEPT.pop(self, None)
+        _KEPT.discard(self)
 
     def __getstate__(self):
         return {**self.__dict__, "_model": self.model, "_left": None}
 
     def __setstate__(self, state):  # a copied or unpickled model is kept like the one it came from
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
-        _KEPT[self] = None
+        _KEPT.add(self)
 
     def _see_training(self, module: nn.Module, args: tuple) -> None:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
@@ -95,9 +96,10 @@ class Keeping:
 
     # A step
 
-    def trained(self, groups: dict[int, dict]) -> list[nn.Parameter]:
-        """Of its parameters those in `groups`, by their id()."""
-        return [p for p in self.model.parameters() if id(p) in groups]
+    def among(self, parameters: Container[int]) -> list[nn.Parameter]:
+        """Of the model's parameters those in `parameters`, by their id()."""
+        model = self.model  # another thread may free it
+        return [] if model is None else [p for p in model.parameters() if id(p) in parameters]
 
     def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
         """Add what belongs to step number `step` to the gradients of these."""
@@ -203,7 +205,7 @@ def keepings_of(model: nn.Module) -> list[Keeping]:
 
 def is_kept(parameters: Container[int]) -> bool:
     """Is something added to the gradient of any of these, by their id()?"""
-    return any(id(p) in parameters for keeping in _alive() for p in keeping.model.parameters())
+    return any(keeping.among(parameters) for keeping in _alive())
 
 
 def keep_telemetry(model: nn.Module) -> dict[str, float]:
@@ -220,29 +222,37 @@ def keep_telemetry(model: nn.Module) -> dict[str, float]:
 
 
 def _alive() -> list[Keeping]:
-    return [keeping for keeping in list(_KEPT) if keeping.model is not None]
+    return [keeping for keeping in _KEPT.since() if keeping.model is not None]
 
 
 def _related(one: nn.Module, other: nn.Module) -> bool:
     return one in set(other.modules()) or other in set(one.modules())
 
 
+def _trained(optimizer: torch.optim.Optimizer, groups: dict[int, dict]) -> dict[Keeping, list[nn.Parameter]]:
+    """Who keeps what of these groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    known = _KNOWN.get(optimizer)
+    if known is None or not known.are_of(parameters):
+        known = _KNOWN[optimizer] = Known(_KEPT, parameters)
+    trained = {keeping: keeping.among(groups) for keeping in known.entries()}
+    return {keeping: parameters for keeping, parameters in trained.items() if parameters}
+
+
 def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
+    trained = _trained(optimizer, groups)
     for keeping in _alive():
-        parameters = keeping.trained(groups)
-        _refuse(keeping.model, parameters, groups)
-        if parameters:
-            keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
+        _refuse(keeping.model, trained.get(keeping, []), groups)
+    for keeping, parameters in trained.items():
+        keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
     """The count goes on where an update was skipped, too: to look at it would wait for the device."""
-    step, counted = optimizer.param_groups[0].get(STEPS, 0), False
-    for keeping in _alive():
-        if parameters := keeping.trained(groups):
-            keeping.after_step(parameters, step)
-            counted = True
-    for group in optimizer.param_groups if counted else ():
+    step, trained = optimizer.param_groups[0].get(STEPS, 0), _trained(optimizer, groups)
+    for keeping, parameters in trained.items():
+        keeping.after_step(parameters, step)
+    for group in optimizer.param_groups if trained else ():
         group[STEPS] = step + 1
 
 

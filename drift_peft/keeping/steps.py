@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 ORDER = ("keep", "guide")  # so that the bias's norms and cosines see the whole gradient
+WRAPPER = torch.optim.Optimizer.profile_hook_step(len).__code__  # of torch's wrapper of every `step()`
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,21 @@ def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Op
 
 
 def _enclosing_steps() -> list[torch.optim.Optimizer]:
-    """The optimizers in whose `step()` the hook's caller, torch's wrapper of `step()`, was called.
+    """The optimizers in whose `step()` the step was called that the hook acts for.
 
     Optimizers that call `super().step()` or wrap another optimizer fire the hook again in the middle of one step. The
     call stack says so without a flag that an exception within a step would leave behind.
     """
-    wrapper = sys._getframe(2)
-    frame, optimizers = wrapper.f_back, []
+    frame, optimizers = sys._getframe(), []
     while frame is not None:
-        if frame.f_code is wrapper.f_code:
+        if frame.f_code is WRAPPER:
             optimizers.append(frame.f_locals["args"][0])
         frame = frame.f_back
-    return optimizers
+    return optimizers[1:]
 
 
+# A compiled `step()` would trace all that acts into graphs of its own, in a minute and more: it is called instead.
+@torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     acts = _wanted()
     if not acts:
@@ -99,6 +101,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     return args, {**kwargs, "closure": acting_closure}
 
 
+@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     acts = _wanted()
     if not acts:

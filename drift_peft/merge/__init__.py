@@ -1,6 +1,7 @@
 """Models made without training: an adapter into its base, streaming and verified; an expert into a VLM.
 
 verify      the ways to serve an adapter, compared with what was trained
+belongs     is this the model that an adapter was trained on?
 adapter     adapter + full-precision base -> standalone checkpoint
 baseline    expert + VLM -> VLM, the rivals of the DRIFT paper
 same        is an existing folder what a merge would make?

@@ -25,6 +25,7 @@ from ..checkpoints import (
     split_revision,
     write_model,
 )
+from .belongs import refuse_other_base
 from .verify import ONTO, Verification, check_memory, verify_merge
 
 
@@ -36,8 +37,8 @@ class MergeReport:
         output: the merged folder.
         modules: adapter modules that were merged, which are all that the adapter has.
         tensors: tensors in the merged folder.
-        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; with onto="dequantized", W is
-            what the 4-bit base computes with.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored, or None where these were zero;
+            with onto="dequantized", W is what the 4-bit base computes with.
         onto: "base" or "dequantized".
         trained_on: how the base was quantized in training, and whether that is recorded or assumed; None where it was
             not asked for.
@@ -48,7 +49,7 @@ class MergeReport:
     output: Path
     modules: int
     tensors: int
-    relative_change: float
+    relative_change: float | None
     onto: str
     trained_on: str | None
     logits_error: float | None
@@ -62,6 +63,7 @@ def merge_adapter(
     *,
     onto: Literal["base", "dequantized"] = "base",
     verify: bool = False,
+    force: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> MergeReport:
@@ -83,14 +85,16 @@ def merge_adapter(
             projections is assumed.
         verify: also compare the logits of base + adapter (by PEFT) with those of the merged folder and of other ways to
             serve the adapter, in fp32 on the CPU. This loads the whole model, twice in turn.
+        force: merge even into another model than the one that the adapter was trained on.
         overwrite: replace an existing model folder, once the new one is complete.
         progress: show a progress bar on stderr.
 
     Raises:
         FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
-        ValueError: the base is no full-precision model; the adapter has a part that cannot be merged, or that does not
-            fit the base; it was not trained on a 4-bit base, where that is asked for; nothing changed; a merged weight
-            is not finite; the verification failed, or the model in fp32 is larger than the memory that is free for it.
+        ValueError: the base is no full-precision model, or not the one that the adapter was trained on (see `force`);
+            the adapter has a part that cannot be merged, or that does not fit the base; it was not trained on a 4-bit
+            base, where that is asked for; nothing changed; a merged weight is not finite; the verification failed, or
+            the model in fp32 is larger than the memory that is free for it.
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
@@ -102,10 +106,12 @@ def merge_adapter(
         if verify:
             check_memory(checkpoint)
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
+        if not Path(adapter).exists():
+            download(*split_revision(str(adapter)), (DRIFT_CONFIG,))
+        if not force:
+            refuse_other_base(checkpoint, folder_of_adapter, str(adapter), updates)
         trained = None
         if verify or onto == "dequantized":
-            if not Path(adapter).exists():
-                download(*split_revision(str(adapter)), (DRIFT_CONFIG,))
             trained = quantization_in_training(folder_of_adapter, checkpoint)
         start, written = checkpoint, updates
         if onto == "dequantized":

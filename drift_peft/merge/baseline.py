@@ -40,6 +40,7 @@ from ..checkpoints import (
     match_weights,
     open_expert,
     replaced_when_complete,
+    warn_of_other_rotations,
     write_model,
 )
 from ..prior import LEAST_COSINE, MergedDelta
@@ -80,8 +81,8 @@ class BaselineReport:
         merged: weights of the language model that were merged.
         tensors: tensors in the merged folder.
         without_counterpart: patterns of weights that were not merged because the expert has none -> how many.
-        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; None where an existing folder was
-            taken.
+        relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; None where these were zero, or
+            where an existing folder was taken.
     """
 
     output: Path
@@ -134,7 +135,7 @@ def merge_baseline(
         modules: of "attn", "mlp", "norm", "bias"; all that the base has if None.
         only_layers, skip_first: which layers, as the text LLM counts them; the final norm is in none and always merged.
         seed: of the random choice. Same inputs, seed and library versions give the same bytes.
-        force: merge even where a weight of the expert has nothing in common with the base's.
+        force: merge even where a weight of the expert has nothing in common with the base's, or with the reference's.
         overwrite: replace an existing model folder, once the new one is complete.
         exist_ok: take an existing output that was merged of the same models with the same settings; any other is
             refused.
@@ -164,6 +165,7 @@ def merge_baseline(
         if skip_first is None:
             skip_first = recipe.skip_first if only_layers is None else 0
         match = match_weights(sources, modules, only_layers, skip_first)
+        warn_of_other_rotations(sources)
         names = {keys["base"]: name for name, keys in match.keys.items()}
 
         def blocks(raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -223,27 +225,27 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
 
 
 def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:
-    """ValueError if a source is not in full precision or not finite, or expert and base have nothing in common."""
-    for role, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise ValueError(
-                f"{name} is {tensor.dtype} in the {role} {sources[role].source}: name the full-precision one"
-            )
-    W, squares, inner = tensors["base"], dict.fromkeys(tensors, 0.0), 0.0
+    """ValueError if a source is not finite, or the expert has nothing in common with another one."""
+    W, squares = tensors["base"], dict.fromkeys(tensors, 0.0)
+    inner = dict.fromkeys([role for role in tensors if role != "expert"], 0.0)  # products with the expert
     for start in range(0, len(W), block_rows(W)):
-        blocks = {role: tensor[start : start + block_rows(W)].float() for role, tensor in tensors.items()}
+        # In fp64: in fp32, squares of weights below 1e-22 vanish.
+        blocks = {role: tensor[start : start + block_rows(W)].double() for role, tensor in tensors.items()}
         for role, block in blocks.items():
-            squares[role] += torch.linalg.vector_norm(block).item() ** 2
-        inner += torch.linalg.vecdot(blocks["expert"], blocks["base"]).sum().item()
+            squares[role] += block.square().sum().item()
+        for role in inner:
+            inner[role] += (blocks["expert"] * blocks[role]).sum().item()
     for role, square in squares.items():
         if not math.isfinite(square):
             raise ValueError(f"{name} of the {role} {sources[role].source} holds NaN or infinite values")
-    product = math.sqrt(squares["expert"] * squares["base"])
-    if W.dim() == 2 and abs(inner) < LEAST_COSINE * product and not force:
-        raise ValueError(
-            f"{name} of {sources['expert'].source} has cosine {inner / product:.3f} with that of "
-            f"{sources['base'].source}: no common ancestor, or shifted layers; force=True (--force) merges nevertheless"
-        )
+    for role, product in inner.items():
+        norms = math.sqrt(squares["expert"]) * math.sqrt(squares[role])
+        if W.dim() == 2 and abs(product) < LEAST_COSINE * norms and not force:
+            raise ValueError(
+                f"{name} of {sources['expert'].source} has cosine {product / norms:.3f} with that of "
+                f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) merges "
+                "nevertheless"
+            )
 
 
 def _merge(

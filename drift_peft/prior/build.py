@@ -32,6 +32,7 @@ from ..checkpoints import (
     partial_path,
     refuse_output,
     resumable_folder,
+    warn_of_other_rotations,
     write_tensors,
 )
 from ..warn import warn
@@ -90,7 +91,7 @@ def build_prior(
         delete_shards: free each shard of the expert that this build has downloaded as soon as it is used up.
         seed: of the randomized SVD. Same inputs, seed, device and thread count give the same bytes.
         device: where the arithmetic runs; a GPU if there is one.
-        force: build even where a matrix of the expert has nothing in common with the base's.
+        force: build even where a matrix of the expert has nothing in common with the base's, or with the reference's.
         overwrite: replace an existing output, and throw away what an interrupted build with other settings has left.
         exist_ok: take an existing output that was built of the same models with the same settings, at once; any other
             is refused.
@@ -98,7 +99,7 @@ def build_prior(
 
     Raises:
         ValueError: an argument is out of range, a model cannot be used as it is, weights do not match or are not
-            finite, the expert has nothing in common with the base (see `force`), or the two are the same model.
+            finite, the expert has nothing in common with base or reference (see `force`), or two are the same model.
         OSError: a checkpoint is not found, the output exists or cannot be written, or holds another build's work.
     """
     settings = _check_ranks(rank, energy, max_rank)
@@ -199,21 +200,7 @@ def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
     if match.without_counterpart:
         unsteered = describe(match.without_counterpart, match.shares)
         warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
-    ours = _rope_theta(sources["base"].text_config)
-    for role, source in sources.items():
-        # Δ of q and k then also carries the change of the rotary base, which no low rank can tell apart.
-        if (theirs := _rope_theta(source.text_config)) != ours:
-            warn(
-                f"rope theta is {theirs} in the {role} and {ours} in the base: Δ of q_proj and k_proj carries this too"
-            )
-
-
-def _rope_theta(config):
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" in parameters:
-        return parameters["rope_theta"]
-    nested = {kind: p["rope_theta"] for kind, p in parameters.items() if isinstance(p, dict) and "rope_theta" in p}
-    return nested or getattr(config, "rope_theta", None)
+    warn_of_other_rotations(sources)
 
 
 def _take_deltas(
@@ -261,12 +248,13 @@ def _take_deltas(
             seed = int.from_bytes(hashlib.sha256(f"{settings['seed']} {name}".encode()).digest()[:7], "big")
             rows = match.rows_of(name, tensors)
             factors, stats = take_delta(tensors, rows, settings["rank"], settings["energy"], seed, labels)
-            if "rank" in stats and abs(stats["cosine"]) < LEAST_COSINE and not force:
-                raise ValueError(
-                    f"{name} of {sources['expert'].source} has cosine {stats['cosine']:.3f} with that of "
-                    f"{sources['base'].source}: no common ancestor, or shifted layers; force=True (--force) builds the "
-                    "prior nevertheless"
-                )
+            for role, cosine in stats.pop("cosines").items():
+                if "rank" in stats and abs(cosine) < LEAST_COSINE and not force:
+                    raise ValueError(
+                        f"{name} of {sources['expert'].source} has cosine {cosine:.3f} with that of "
+                        f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) builds "
+                        "the prior nevertheless"
+                    )
             _keep(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
             left.subtract(used := shards(name, "expert"))
             if not all(left[shard] for shard in used):

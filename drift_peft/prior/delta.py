@@ -34,10 +34,11 @@ def take_delta(
 
     Returns:
         U, S, Vh (bf16, fp32, bf16) of a matrix or the whole `delta` (fp32) of a vector, on the CPU, and the statistics.
-        No tensors where Δ is zero.
+        No tensors where Δ is zero. Among the statistics `cosines`, of the expert and each other role, which the header
+        does not hold.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite values.
+        ValueError: a tensor holds NaN or infinite values, or entries too small to have a norm.
     """
     base = tensors["base"]
     shape = base.shape
@@ -69,27 +70,35 @@ def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor
 def _subtract(
     tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None, labels: dict[str, str]
 ) -> tuple[torch.Tensor, dict]:
-    """Δ [n, in] in fp32, and its norm, the base's and the cosine of expert and base."""
+    """Δ [n, in] in fp32, and its norm, the base's and the cosines with the expert."""
     base = tensors["base"]
     n, width = len(base) if rows is None else len(rows["base"]), math.prod(base.shape[1:])
     delta = torch.empty(n, width, device=base.device)
     # Of each row in fp32, together in fp64: one fp32 sum over 10⁷ entries is off by 1e-4.
     norms = {role: torch.empty(n, device=base.device) for role in (*tensors, "delta")}
-    inner = torch.empty(n, device=base.device)
+    inner = {role: torch.empty(n, device=base.device) for role in tensors if role != "expert"}
     for block, parts in _blocks(tensors, rows):
         torch.sub(parts["expert"], parts.get("reference", parts["base"]), out=delta[block])
         for role, part in (*parts.items(), ("delta", delta[block])):
             norms[role][block] = torch.linalg.vector_norm(part, dim=1)
-        inner[block] = parts["expert"].mul_(parts["base"]).sum(1)
+        for role, products in inner.items():
+            products[block] = parts[role].mul_(parts["expert"]).sum(1)
     for role in [role for role in tensors if role != "base"]:
         del tensors[role]
     norm = {role: float(torch.linalg.vector_norm(each.cpu().double())) for role, each in norms.items()}
     for role, label in labels.items():
         if not math.isfinite(norm[role]):  # which costs nothing beyond the norm
             raise ValueError(f"{label} holds NaN or infinite values")
-    product = float(inner.cpu().double().sum())
-    cosine = product / (norm["expert"] * norm["base"]) if product else 0.0
-    return delta, {"delta_norm": norm["delta"], "base_norm": norm["base"], "cosine": cosine}
+    if norm["delta"] == 0 and delta.any():
+        raise ValueError(f"{labels['expert']} differs by so little that the norm of Δ vanishes in fp32")
+    cosines = {role: _cosine(products, norm["expert"] * norm[role]) for role, products in inner.items()}
+    stats = {"delta_norm": norm["delta"], "base_norm": norm["base"], "cosine": cosines["base"]}
+    return delta, {**stats, "cosines": cosines}
+
+
+def _cosine(products: torch.Tensor, norms: float) -> float:
+    """From ⟨·, ·⟩ row by row and the product of both norms; 0/0 is 0."""
+    return float(products.cpu().double().sum()) / norms if norms else 0.0
 
 
 def _blocks(

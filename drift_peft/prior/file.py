@@ -102,6 +102,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         if written != FORMAT:
             raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
         self._check_tensors(promised)
+        self._check_numbers()
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> Self:
@@ -109,7 +110,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
 
         Raises:
             FileNotFoundError: there is no such path or repository, or no prior in it.
-            ValueError: the file is no prior, or a damaged one.
+            ValueError: the file is no prior, or a damaged one: cut short, or with numbers that are none.
         """
         return cls(find_file(source, revision, FILE_NAME), str(source))
 
@@ -173,8 +174,11 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
     def _promised(self, name: str) -> dict[str, tuple[list[int], str]]:
         """Key -> (shape, dtype) of each tensor that the header speaks of; a header that does not say raises."""
         stats = self.metadata["weights"][name]
-        if not all(math.isfinite(stats[key]) for key in (*MEASURED, "energy")):
+        probed = (*stats.get("fingerprint", ()), *stats.get("probe", ()))
+        if not all(map(math.isfinite, (*(stats[key] for key in (*MEASURED, "energy")), *probed))):
             raise ValueError(f"the statistics of {name} are not finite")
+        if stats["delta_norm"] <= 0 or min(*stats["shape"], stats.get("rank", 1)) < 1:
+            raise ValueError(f"there is nothing of {name}")
         if len(stats["shape"]) == 1:
             return {f"{name}.delta": (stats["shape"], "F32")}
         (rows, columns), rank, probes = stats["shape"], stats["rank"], len(stats.get("probe", ()))
@@ -196,6 +200,22 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
                     f"{self.source} is damaged: for {key} its header promises {says} and the file holds {holds}, so "
                     "build or fetch it again"
                 )
+
+    def _check_numbers(self) -> None:
+        """Each tensor is finite, no singular value is negative, and no Δ is zero. What is not would end as NaN in what
+        is trained. Reads the whole file once, at some GB/s."""
+        for name in self._names:
+            for part, tensor in self.tensors(name).items():
+                least, largest = map(float, tensor.aminmax())
+                if not (math.isfinite(least) and math.isfinite(largest)):
+                    wrong = "NaN or infinite values"
+                elif part == "S" and least < 0:
+                    wrong = "a negative singular value"
+                elif part in ("S", "delta") and least == largest == 0:
+                    wrong = "zeros alone"
+                else:
+                    continue
+                raise ValueError(f"{self.source} is damaged: {name}.{part} holds {wrong}, so build or fetch it again")
 
 
 @contextlib.contextmanager

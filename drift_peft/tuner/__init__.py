@@ -18,6 +18,7 @@ trainer    the same in Trainer's logs
 fit        does this prior belong to this model?
 attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
+load       what PEFT loads: its guided steps, and whether training goes on guided
 guide      the same for models that were wrapped elsewhere, and for full fine-tuning
 """
 
@@ -25,7 +26,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from ..keeping import keep_4bit_differentiable
-from . import push, step  # noqa: F401  for what they hook into: PEFT's uploads, torch.optim's steps
+from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
 from .config import DriftConfig
 from .guide import guide
 from .model import DriftModel

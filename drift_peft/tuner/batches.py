@@ -84,7 +84,7 @@ def groups_of(steered: Iterable[Steered], parameters: Container[int], storage: S
     for s in steered:
         if not s.alpha:
             continue
-        trained = tuple(factor for factor in s.factors if id(s.parameter(factor)) in parameters)
+        trained = s.among(parameters)
         prior = tuple((key, t.shape) for key, t in s.prior.items())
         key = trained, type(s), id(s.config), s.alpha, prior, s.batch_key()
         groups.setdefault(key, []).append(s)
@@ -176,7 +176,7 @@ class AdapterBatch(Batch):
             D = getattr(direction, factor)
             inner = (gradient * D).sum((-2, -1))
             floor = getattr(direction, f"floor_{factor}")
-            measured.append((guidance.norm(gradient), guidance.norm(D), inner, floor))
+            measured.append((guidance.gradient_norm(gradient), guidance.norm(D), inner, floor))
         return tuple(map(torch.stack, zip(*measured, strict=True)))
 
     def _of_weight(self, direction: guidance.Direction, g: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -270,11 +270,11 @@ class TensorBatch(Batch):
         parameters = self.parameters["W"]
         g = self.storage.gradients(parameters)
         matrices = self._matrices(g)  # a view: what is written to it is in g
-        squares = torch.zeros(3, len(g), device=g.device, dtype=self.dtype)
+        g_norm, D_norm, inner = torch.zeros(3, len(g), device=g.device, dtype=self.dtype)
         for rows, D in self.blocks():
             part = matrices[:, rows].to(self.dtype)
-            squares += torch.stack([(part * part).sum((1, 2)), (D * D).sum((1, 2)), (part * D).sum((1, 2))])
-        g_norm, D_norm, inner = squares[0].sqrt(), squares[1].sqrt(), squares[2]
+            g_norm, D_norm = g_norm.hypot(guidance.gradient_norm(part)), D_norm.hypot(guidance.norm(D))
+            inner = inner + (part * D).sum((1, 2))
         share = (D_norm / self.stack.norm).clamp_max(1) if self.config.drift_target == "residual" else 1.0
         c = guidance.multiplier(g_norm, D_norm, inner, 0.0, share, self.strength(loss_scale), self.config.drift_scale)
         for rows, D in self.blocks():

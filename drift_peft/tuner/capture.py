@@ -22,6 +22,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from . import guidance
+
 
 class Capture:
     """The sums of one adapter over the backward passes of one optimizer step.
@@ -138,7 +140,8 @@ def weight_gradient(captures: list[Capture], g_B: Tensor, A_rows: int, s: Tensor
         for total in (sums, inner):
             torch.distributed.all_reduce(total)
     sketch, seen = sums[..., :-A_rows], sums[..., -A_rows:].to(g_B.dtype)  # s·G·Ω and s·G·Aᵀ
-    seen_square = seen.square().sum((-2, -1))
-    ratio = torch.where(seen_square > 0, (g_B * seen).sum((-2, -1)) / seen_square, 0.0)
-    G_norm = ratio.abs() * torch.linalg.vector_norm(sketch, dim=(-2, -1)).to(g_B.dtype) / s.abs()
+    seen_norm = guidance.gradient_norm(seen)
+    unit = seen / guidance.column(torch.where(seen_norm > 0, seen_norm, 1.0))
+    ratio = torch.where(seen_norm > 0, (g_B * unit).sum((-2, -1)) / seen_norm, 0.0)  # ⟨g_B, seen⟩/‖seen‖²
+    G_norm = ratio.abs() * guidance.gradient_norm(sketch).to(g_B.dtype) / s.abs()
     return G_norm, ratio * inner.to(g_B.dtype) / s

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 
-from ..checkpoints import DRIFT_CONFIG
+from ..checkpoints import DRIFT_CONFIG, infinite_alpha
 from .card import update_card
 from .settings import DriftSettings, check_settings, is_rank
 
@@ -77,6 +77,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     def _check_lora(self) -> None:
         if not is_rank(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
+        if wrong := infinite_alpha(self):
+            raise ValueError(f"{wrong} is no finite number: lora_alpha and alpha_pattern scale the adapter.")
         if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "
@@ -133,26 +135,39 @@ class DriftConfig(DriftSettings, LoraConfig):
         hub, _, _ = PeftConfig._split_kwargs(kwargs)
         given = {name: value for name, value in kwargs.items() if name not in hub}
         lora = LoraConfig.from_pretrained(source, subfolder=subfolder, **hub)
+        own = cls.stored(source, subfolder, **hub)
+        if own is None:
+            raise ValueError(
+                f"'{source}' has no {DRIFT_CONFIG}, so it was not trained with DriftConfig: load it as plain LoRA "
+                "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
+            )
+        if "prior" in given:
+            own["prior_sha256"] = None  # the new file is accepted as it is
+        shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
+        config = cls(**{**shared, **own, **given})
+        config.read_from = source  # no field, so it is not stored: these weights' guided steps are known
+        return config
+
+    @staticmethod
+    def stored(source: str, subfolder: str | None = None, **hub) -> dict[str, Any] | None:
+        """What `drift_config.json` of an adapter's folder or hub repository says; None if there is none.
+
+        Raises:
+            ValueError: it holds unknown settings, or is no JSON.
+        """
         path = Path(source, subfolder or "", DRIFT_CONFIG)
         if not path.is_file():
             try:
                 path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                raise ValueError(
-                    f"'{source}' has no {DRIFT_CONFIG}, so it was not trained with DriftConfig: load it as plain LoRA "
-                    "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
-                ) from error
+            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+                return None
         try:
             own = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no valid JSON, so it may be truncated: {error}") from error
-        unknown = sorted(set(own) - _own_fields())
-        if unknown:
+        if unknown := sorted(set(own) - _own_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
-        if "prior" in given:
-            own["prior_sha256"] = None  # the new file is accepted as it is
-        shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
-        return cls(**{**shared, **own, **given})
+        return own
 
 
 def _own_fields() -> set[str]:

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..prior import MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
@@ -132,6 +133,26 @@ def refuse_other_targets(model: nn.Module, targets: str | Iterable[str], intende
         f"modules of this {type(model).__name__}, but PEFT {done}: name them as language_model_targets(model) does, or "
         "leave target_modules=None."
     )
+
+
+def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:
+    """Refuse what PEFT makes of adapters on embedding or head with ensure_weight_tying.
+
+    Args:
+        names: of the modules that the user means, or that PEFT has adapted.
+
+    Raises:
+        ValueError: both ends are adapted by the same factors.
+    """
+    if not getattr(config, "ensure_weight_tying", False) or not isinstance(model, PreTrainedModel):
+        return
+    canonical, configs = prior_names(model), (model.config, model.config.get_text_config())
+    ends = {canonical(f"{name}.weight") for name in names} & {"embed_tokens.weight", "lm_head.weight"}
+    if ends and any(getattr(c, "tie_word_embeddings", False) for c in configs):
+        raise ValueError(
+            "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors, which guidance would pull "
+            "twice: leave it out, or train the weight itself with modules_to_save=['embed_tokens']."
+        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -35,6 +35,13 @@ def norm(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=(-2, -1))
 
 
+def gradient_norm(g: Tensor) -> Tensor:
+    """The same of a gradient, whose size is anybody's: in fp32 the square of 1e20 overflows and that of 1e-25 vanishes,
+    so the largest entry is taken out first."""
+    largest = g.abs().amax((-2, -1))
+    return largest * norm(g / column(torch.where(largest > 0, largest, 1.0)))
+
+
 def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tensor:
     """What the strength is multiplied with before step number `step` (from 0): linear from 0 to 1 over `warmup` steps,
     then, unless `decay` is None, linear to 0 over `decay` steps."""
@@ -133,7 +140,7 @@ def multiplier(
         gradnorm    c = a·‖g‖/‖D‖
         adaptive    c = a·(1 + cos(g, D))/2·‖g‖/‖D‖
 
-    0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is.
+    0/0 is 0: where g vanishes or ‖D‖ ≤ floor, g stays as it is. So it does where it is not finite, or its norm is not.
 
     Raises:
         ValueError: an unknown scale.
@@ -146,13 +153,13 @@ def multiplier(
         strength = alpha * share * (1 + cosine(g_norm, D_norm, inner)) / 2
     else:
         raise ValueError(f"Unknown scale {scale!r}.")
-    return torch.where(D_norm > floor, strength * g_norm / D_norm, 0.0)
+    c = strength * g_norm / D_norm
+    return torch.where((D_norm > floor) & c.isfinite(), c, 0.0)
 
 
 def cosine(g_norm: Tensor, D_norm: Tensor, inner: Tensor) -> Tensor:
     """⟨g, D⟩/(‖g‖·‖D‖) […] in [−1, 1]; 0/0 is 0."""
-    product = g_norm * D_norm
-    return torch.where(product > 0, inner / product, 0.0).clamp(-1, 1)
+    return torch.where((g_norm > 0) & (D_norm > 0), inner / g_norm / D_norm, 0.0).clamp(-1, 1)
 
 
 def bias(
@@ -160,4 +167,4 @@ def bias(
 ) -> Tensor:
     """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g: g̃ = g − c·D with the
     `multiplier` c of this g and D. `alpha` a is a number or […]."""
-    return g - column(multiplier(norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D
+    return g - column(multiplier(gradient_norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D

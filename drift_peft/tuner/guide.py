@@ -13,7 +13,7 @@ from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets, targeted_modules
+from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import adapted_parameter
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
@@ -88,6 +88,7 @@ def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:
     base = model.get_base_model()
     for adapter in adapters:
         config = model.peft_config[adapter]
+        refuse_tied_adapters(base, config, adapted_modules(base, [adapter]))
         if config.target_modules is not None:
             intended = targeted_modules(base, config)
             refuse_other_targets(base, config.target_modules, intended, adapted_modules(base, [adapter]))

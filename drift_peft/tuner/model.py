@@ -20,12 +20,14 @@ from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets, targeted_modules
+from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import prior_names
 from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
+# Of these, PEFT adds the heads to the list in the user's config, and only after it has made the LoRA layers.
+HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
 
 class DriftModel(LoraModel):
@@ -51,8 +53,10 @@ class DriftModel(LoraModel):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
-        config = self.peft_config[adapter_name] = copy.copy(config)
-        config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+        given, config = config, copy.deepcopy(config)
+        self.peft_config[adapter_name] = config
+        if config.task_type in HEADS_LATER:
+            given.modules_to_save = config.modules_to_save = config.modules_to_save or []
         config.quantization = quantization_of(model)
         prior = None if config.prior is None else _open_prior(config)
         keep_4bit_differentiable(model)
@@ -195,6 +199,7 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
         config.layers_to_transform = config.layers_pattern = None  # they are in there, and PEFT refuses both
     asked = config.target_modules
     intended = targeted_modules(model, _maybe_include_all_linear_layers(copy.copy(config), model))
+    refuse_tied_adapters(model, config, intended)
     convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
     _maybe_include_all_linear_layers(config, model)
     refuse_other_targets(model, asked, intended, targeted_modules(model, config))

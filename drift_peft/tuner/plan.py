@@ -1,7 +1,8 @@
 """What an optimizer guides, looked up once and used until something has changed.
 
 Looking up hundreds of parameters through their modules takes longer than guiding them. So what was found is kept with
-the optimizer: who is steered, in which batches, whose steps are counted.
+the optimizer: who is steered, in which batches, whose steps are counted. Other models that are steered in this process
+are looked at once, when an optimizer steps for the first time.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection
 
+from ..keeping import Known
 from .batches import TORCH, groups_of
 from .settings import DriftSettings
 from .sharding import Storage
-from .steered import STEERED, SteeredAdapter
+from .steered import Steered, SteeredAdapter
 
 
 class Plan:
@@ -20,6 +22,7 @@ class Plan:
 
     Args:
         parameters: id() of each parameter with a gradient.
+        known: who is steered of all parameters of the optimizer.
         storage: where the optimizer finds its gradients.
 
     Attributes:
@@ -31,14 +34,13 @@ class Plan:
         RuntimeError: guidance is not available for these parameters.
     """
 
-    def __init__(self, parameters: Collection[int], storage: Storage = TORCH):
-        self._version, self._parameters = STEERED.version, frozenset(parameters)
-        found = [s for s in STEERED.all() if s.present]
-        steered = [s for s in found if any(id(s.parameter(factor)) in parameters for factor in s.factors)]
+    def __init__(self, parameters: Collection[int], known: Known[Steered], storage: Storage = TORCH):
+        self.known, self._changes, self._parameters = known, known.changes(), frozenset(parameters)
+        steered = [s for s in known.entries() if s.among(parameters)]
         self.groups = groups_of(steered, parameters, storage)
         parts: dict[int, tuple[DriftSettings, set]] = {}
         for s in (s for s in steered if s.alpha):
-            here = {(s.name, s.adapter, factor) for factor in s.factors if id(s.parameter(factor)) in parameters}
+            here = {(s.name, s.adapter, factor) for factor in s.among(parameters)}
             parts.setdefault(id(s.config), (s.config, set()))[1].update(here)
         self.parts = [(config, frozenset(here)) for config, here in parts.values()]
         self.counted = [*{(id(s.config), s.adapter): (s.config, s.adapter) for s in steered if s.alpha}.values()]
@@ -52,7 +54,7 @@ class Plan:
 
     def serves(self, parameters: Collection[int]) -> bool:
         """Are these the same parameters, and has nothing begun or ceased to be steered?"""
-        return self._version == STEERED.version and self._parameters == parameters
+        return self.known.changes() == self._changes and self._parameters == parameters
 
     def holds(self, parameters: Collection[int]) -> bool:
         """Would all be found as it was? Parameters that were replaced, frozen, added or removed are other ones to the

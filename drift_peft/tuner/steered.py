@@ -7,9 +7,8 @@ of the prior is stacked once, on the device of their parameters.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from ..checkpoints import module_kind
+from ..keeping import Registry
 from ..prior import PriorVector, PriorWeight
 from . import guidance
 from .capture import Capture
@@ -31,42 +31,8 @@ from .sharding import gather, layout, shape
 BATCH_ELEMENTS = 2**24  # of one batch at most: bounds a step's transient memory to some hundred MB
 
 
-class Registry:
-    """Everything steered in this process, in the order of wrapping, which is the same on all ranks.
-
-    The entries belong to their modules, and go with them. One thread may wrap a model while another one trains.
-
-    Attributes:
-        version: grows whenever something is added or taken out.
-    """
-
-    def __init__(self):
-        self.version = 0
-        self._entries: weakref.WeakKeyDictionary[Steered, None] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
-
-    def add(self, steered: Steered) -> None:
-        with self._lock:
-            self._entries[steered] = None
-            self.version += 1
-
-    def discard(self, steered: Steered) -> None:
-        with self._lock:
-            self._entries.pop(steered, None)
-            self.version += 1
-
-    def all(self) -> list[Steered]:
-        with self._lock:
-            return list(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, steered: Steered) -> bool:
-        return steered in self._entries
-
-
-STEERED: Registry = globals().get("STEERED") or Registry()  # reloading this module keeps what is steered
+# In the order of wrapping. Reloading this module keeps what is steered.
+STEERED: Registry[Steered] = globals().get("STEERED") or Registry()
 
 
 class Steered:
@@ -124,6 +90,14 @@ class Steered:
 
     def parameter(self, factor: str) -> nn.Parameter:
         raise NotImplementedError
+
+    def among(self, parameters: Container[int]) -> tuple[str, ...]:
+        """Names of those of its parameters whose id() is in `parameters`; none once they are gone."""
+        module = self.module  # another thread may free it, or delete its adapter
+        try:
+            return () if module is None else tuple(f for f in self.factors if id(self.parameter(f)) in parameters)
+        except KeyError:
+            return ()
 
     def state(self) -> tuple:
         """What decides about its batch, beside its parameters."""

@@ -7,13 +7,13 @@ DeepSpeed's engine trains copies of the parameters, the same happens around the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..keeping import Act, act_in_steps, is_kept
+from ..keeping import Act, Known, act_in_steps, is_kept
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
 from .plan import Plan
@@ -24,18 +24,24 @@ from .steered import STEERED
 _PLANS: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
 
 
-def _plan(optimizer: Any, groups: dict[int, dict], storage: Storage = TORCH) -> Plan:
-    """What is guided of these parameters, as it was found before if that still holds."""
+def _plan(optimizer: Any, groups: dict[int, dict], parameters: Sequence[Tensor], storage: Storage = TORCH) -> Plan:
+    """What is guided of these groups, as it was found before if that still holds; `parameters` are all of the
+    optimizer's, with a gradient or without."""
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.holds(groups.keys()):
-        plan = _PLANS[optimizer] = Plan(groups, storage)
+        known = plan.known if plan is not None and plan.known.are_of(parameters) else Known(STEERED, parameters)
+        plan = _PLANS[optimizer] = Plan(groups, known, storage)
     return plan
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _refuse_unreached() -> None:
     if deepspeed.reaches() or not deepspeed.imported():
         return
-    if any(s.present and deepspeed.trains(s.parameter(s.factors[0])) for s in STEERED.all()):
+    if any(s.present and deepspeed.trains(s.parameter(s.factors[0])) for s in STEERED.since()):
         raise RuntimeError(
             "DeepSpeed ZeRO trains copies of the parameters, and guidance does not reach them in this version of "
             "DeepSpeed: use 0.19, or train with DDP."
@@ -79,13 +85,13 @@ def _finish(plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied
 def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
     _refuse_unreached()
     if groups:
-        _guide(_plan(optimizer, groups), groups, optimizer.param_groups, loss_scale)
+        _guide(_plan(optimizer, groups, _parameters(optimizer)), groups, optimizer.param_groups, loss_scale)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
-        plan = _plan(optimizer, groups)
+        plan = _plan(optimizer, groups, _parameters(optimizer))
     _finish(plan, groups, optimizer.param_groups, applied)
 
 
@@ -95,7 +101,7 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     if storage is None:
         return step()
     groups, all_groups = deepspeed.groups_of(engine), engine.optimizer.param_groups
-    plan = _plan(engine, groups, storage)
+    plan = _plan(engine, groups, [*engine.module.parameters()], storage)
     _guide(plan, groups, all_groups, deepspeed.loss_scale_of(engine))
     result = step()
     _finish(plan, groups, all_groups, int(engine.was_step_applied()))

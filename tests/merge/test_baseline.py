@@ -386,6 +386,22 @@ def eight_bits(folder):
         save_file(held, shard, metadata={"format": "pt"})
 
 
+def scaled(folder):
+    """In 16 bits, as whoever knows no integers casts them, and with a scale of which the class knows nothing."""
+    for shard in (folder / "base").glob("*.safetensors"):
+        held = load_file(shard)
+        if f"model.{Q}" in held:
+            held |= {f"model.{Q}": held[f"model.{Q}"].half(), f"model.{Q}".replace("weight", "scales"): torch.ones(64)}
+            save_file(held, shard, metadata={"format": "pt"})
+
+
+def tiny_weights(folder):
+    for role in ("base", "expert"):
+        for shard in (folder / role).glob("*.safetensors"):
+            held = {key: t * 1e-26 for key, t in load_file(shard).items()}
+            save_file(held, shard, metadata={"format": "pt"})
+
+
 def same(folder):
     shutil.rmtree(folder / "expert")
     shutil.copytree(folder / "base", folder / "expert")
@@ -404,6 +420,7 @@ REFUSED = {
     "module": ({"modules": "head"}, None, r"modules=\['head'\] are not all merged: choose from attn, mlp, norm, bias"),
     "no module": ({"modules": []}, None, r"modules=\[\] are not all merged"),
     "eight bits": ({}, eight_bits, f"{Q} is torch.float8_e4m3fn in the expert .*: name the full-precision one"),
+    "scaled": ({}, scaled, rf"{Q} is scaled by model\..*q_proj\.scales in the base .*: name the full-precision one"),
     "no layer": ({"method": "layer_swap"}, None, "skip_first=6 leaves none of the 2 layers of"),
     "other layer": ({"only_layers": [4]}, None, "only_layers names layer 4, but .* has the layers 0 to 1"),
     "zero": ({"scale": 0}, None, r"task_arithmetic with weights \(0,\) changes no weight of .*base: .*expert is the"),
@@ -440,6 +457,28 @@ def test_refused(trio, case, monkeypatch):
         merge(trio, **options)
     assert "\n" not in str(caught.value)
     assert {file: file.stat().st_mtime_ns for file in trio.rglob("*") if file != trio} == before
+
+
+def test_a_reference_must_be_related_too(trio):
+    shutil.rmtree(trio / "reference")
+    save_layout(tiny_llm("llava", seed=9), trio / "reference")
+    with pytest.raises(ValueError, match=r"expert has cosine -?0\.0\d\d with that of .*reference: no common ancestor"):
+        merge(trio, "ties", reference=trio / "reference")
+    assert merge(trio, "ties", reference=trio / "reference", force=True).relative_change > 0.04
+
+
+def test_weights_whose_squares_vanish_are_merged(trio):
+    expected = merge(trio, output=trio / "first").relative_change
+    tiny_weights(trio)
+    assert merge(trio).relative_change == pytest.approx(expected, rel=1e-3)
+
+
+def test_warns_of_other_rotations(trio):
+    file = trio / "expert" / "config.json"
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope}))
+    with pytest.warns(UserWarning, match="rope type is linear in the expert and default in the base, rope factor is"):
+        merge(trio)
 
 
 def test_force_merges_strangers(trio):

@@ -13,7 +13,7 @@ from hub import Hub
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import rename_keys, save_layout, tiny_expert, tiny_llm, tiny_vlm
+from tiny import edit_tensors, rename_keys, save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 import drift_peft.merge.adapter
@@ -260,6 +260,7 @@ def lora(**settings):
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+W, SINGLE = "model.layers.0.self_attn.q_proj.weight", "model.safetensors"
 REFUSED = {
     "pissa": (lambda p: edit_config(p / "adapter", init_lora_weights="pissa"), "uses init_lora_weights='pissa'"),
     "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not LoRA"),
@@ -308,6 +309,30 @@ REFUSED = {
         lambda p: edit_config(p / "base", "config.json", quantization_config={"quant_method": "bitsandbytes"}),
         "is quantized .*: give the full-precision model",
     ),
+    "index is a list": (
+        lambda p: ((p / "base" / "model.safetensors").unlink(), (p / "base" / f"{SINGLE}.index.json").write_text("[]")),
+        "index.json is no index of weights: fetch it again",
+    ),
+    "eight bits": (
+        lambda p: edit_tensors(p / "base", lambda t: t.update({W: t[W].to(torch.int8)})),
+        "q_proj.weight is torch.int8 in the base: name the full-precision one",
+    ),
+    "scaled": (
+        lambda p: edit_tensors(p / "base", lambda t: t.update({W.replace("weight", "scale_weight"): torch.ones(64)})),
+        "q_proj.weight is scaled by .*q_proj.scale_weight in the base: name the full-precision one",
+    ),
+    "nan as alpha": (
+        lambda p: edit_config(p / "adapter", lora_alpha=math.nan),
+        "has lora_alpha=nan in its adapter_conf",
+    ),
+    "a pattern of inf": (
+        lambda p: edit_config(p / "adapter", alpha_pattern={"q_proj": math.inf}),
+        r"has alpha_pattern\['q_proj'\]=inf in its adapter_config.json, which is no finite number",
+    ),
+    "alpha as text": (
+        lambda p: edit_config(p / "adapter", lora_alpha="16"),
+        "has lora_alpha='16' in its adapter_config",
+    ),
     "base is empty": (lambda p: (shutil.rmtree(p / "base"), (p / "base").mkdir()), "is an empty folder"),
     "output exists": (lambda p: (p / "merged").mkdir(), r"exists: name another folder, or pass overwrite=True"),
 }
@@ -324,6 +349,15 @@ def test_refused(pair, case):
         merge(pair)
     assert "\n" not in str(caught.value)
     assert {file: file.stat().st_mtime_ns for file in pair.rglob("*") if file != pair} == before
+
+
+def test_weights_whose_norm_is_zero_or_vanishes(pair):
+    expected = merge(pair).relative_change
+    edit_tensors(pair / "base", lambda t: [W.mul_(1e-26) for W in t.values()])
+    edit_weights(pair / "adapter", lambda t: [W.mul_(1e-26) for key, W in t.items() if "lora_B" in key])
+    assert merge(pair, overwrite=True).relative_change == pytest.approx(expected, rel=1e-3)
+    edit_tensors(pair / "base", lambda t: [W.zero_() for W in t.values()])
+    assert merge(pair, overwrite=True).relative_change is None
 
 
 def test_lost_in_rounding(tmp_path):

@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_merge import edit_weights, load, merge
-from tiny import edit_tensors, save_layout, save_tokenizer, tiny_llm, tiny_vlm
+from safetensors.torch import load_file
+from test_merge import IDS, edit_weights, load, merge
+from tiny import edit_config, edit_tensors, rename_keys, save_layout, save_tokenizer, tiny_llm, tiny_vlm
 
 from drift_peft import language_model_targets
 from drift_peft.checkpoints.checkpoint import Checkpoint
@@ -96,11 +97,68 @@ def test_tokens_of_a_tied_head(tmp_path, stored_twice):
     model = tiny_llm("llava", tie_word_embeddings=True)
     save_layout(model, tmp_path / "base")
     if stored_twice:
-        edit_tensors(tmp_path / "base", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
+        edit_tensors(tmp_path / "base", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     settings = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 60]}
     expected = trained(tmp_path / "adapter", model, **settings)
     merge(tmp_path)
     assert_same_model(load(tmp_path / "merged"), expected.merge_and_unload())
+
+
+TIED = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_weight_that_is_trained_as_one(tmp_path, case, stored_twice):
+    """PEFT's ensure_weight_tying keeps both ends alike, and writes both."""
+    save_layout(tiny_llm("llava", tie_word_embeddings=True), tmp_path / "base")
+    if stored_twice:
+        edit_tensors(tmp_path / "base", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    wrapped = get_peft_model(load(tmp_path / "base"), LoraConfig(r=4, ensure_weight_tying=True, **TIED[case]))
+    for parameter in {id(p): p for p in wrapped.parameters() if p.requires_grad}.values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge(tmp_path)
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=IDS).logits for m in (load(tmp_path / "merged"), wrapped))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_only_the_configuration_ties(tmp_path):
+    """transformers does not tie what the files hold apart."""
+    save_layout(tiny_llm("llava"), tmp_path / "base")
+    edit_config(tmp_path / "base", tie_word_embeddings=True)
+    expected = trained(tmp_path / "adapter", load(tmp_path / "base"), target_modules=["q_proj", "lm_head"])
+    merge(tmp_path)
+    assert_same_model(load(tmp_path / "merged"), expected.merge_and_unload())
+
+
+OLDER = {  # what a version of transformers called it -> what the next one did
+    "qwen2_5_vl": ("model.visual.", "visual."),
+    "llava_next": ("model.vision_tower.", "vision_tower."),
+    "gemma3": ("model.vision_tower.", "vision_tower."),
+    "idefics2": ("model.", "module.model._orig_mod."),
+    "llava": ("model.multi_modal_projector.", "multi_modal_projector."),
+    "internvl": ("model.vision_tower.", "model._orig_mod.vision_tower."),
+}
+
+
+@pytest.mark.parametrize("family", OLDER)
+def test_adapters_of_the_vision_side_under_other_names(tmp_path, family):
+    new, old = OLDER[family]
+    save_layout(tiny_vlm(family), tmp_path / "base")
+    settings = VISION.get(family, {"target_modules": ["q_proj", "linear_1"]})
+    expected = trained(tmp_path / "adapter", tiny_vlm(family), **settings)
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rename_keys(tmp_path / "adapter", lambda key: key.replace(f"base_model.model.{new}", f"base_model.model.{old}"))
+    assert before.keys() != load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    merge(tmp_path)
+    assert_same_model(load(tmp_path / "merged", family), expected.merge_and_unload())
 
 
 def test_an_expert_that_is_any_adapter(tmp_path):
@@ -146,6 +204,10 @@ REFUSED = {
     "tied head": (tied(target_modules=["lm_head"]), "lm_head shares its weight with the embedding, and only one"),
     "tied embedding": (tied(target_modules=["embed_tokens"]), "embed_tokens shares its weight with the head, and"),
     "tied head saved": (tied(modules_to_save=["lm_head"]), "lm_head shares its weight with the embedding, and"),
+    "both ends of a tied weight": (
+        tied(target_modules=["embed_tokens", "lm_head"]),
+        "and .* are the same weight embed_",
+    ),
     "dora on an embedding": (
         text(target_modules=["embed_tokens"], use_dora=True),
         "uses DoRA on the embedding model.embed_tokens; merge it in memory",

@@ -1,10 +1,12 @@
 """build.py: the prior is the known Δ for every family, and nothing matches in silence."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from tiny import (
     tiny_vlm,
 )
 
+from drift_peft.checkpoints import warn_of_other_rotations
 from drift_peft.prior.build import build_prior
 from drift_peft.prior.prior import ReasoningPrior
 
@@ -162,6 +165,42 @@ def test_warns_of_another_rope_theta(pair, tmp_path):
         build(tmp_path, overwrite=True)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("expert", "vlm", "words"),
+    [
+        (LLAMA3, {}, "rope type is llama3 in the expert and default in the base, .*rope factor is 8.0 in the expert"),
+        ({}, YARN, "rope type is default in the expert and yarn in the base"),
+        ({**YARN, "factor": 2.0}, YARN, "^rope factor is 2.0 in the expert and 4.0 in the base: Δ of q_proj"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, {}, "rope type is linear in the expert"),
+        ({"partial_rotary_factor": 0.5}, {}, "^rope partial rotary factor is 0.5 in the expert and 1.0 in the base: Δ"),
+        (
+            {"sliding": {"rope_theta": 5e5}, "full": {"rope_theta": 1e4}},
+            {},
+            "^rope theta is 500000.0 in the expert and",
+        ),
+        (YARN, {**YARN, "type": "yarn", "mrope_section": [2, 2, 4]}, None),
+        ({"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "mrope", "mrope_section": [2, 2, 4]}, None),
+        ({}, {"partial_rotary_factor": 1.0}, None),
+    ],
+)
+def test_what_rotates_otherwise(expert, vlm, words):
+    """Of the configurations alone."""
+    whole = {"rope_type": "default", "rope_theta": 1e4}
+    sources = {
+        role: SimpleNamespace(text_config=SimpleNamespace(rope_parameters=rope if "sliding" in rope else whole | rope))
+        for role, rope in (("expert", expert), ("base", vlm))
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_other_rotations(sources)
+    assert [bool(re.search(words, str(w.message))) for w in caught] == [True] if words else not caught
+
+
 def missing(folder):
     edit_tensors(folder / "expert", lambda t: [t.pop(f"model.{Q}"), t.pop("model.layers.1.mlp.up_proj.weight")])
     edit_tensors(folder / "vlm", lambda t: t.pop("language_model.model.layers.0.mlp.down_proj.weight"))
@@ -207,9 +246,40 @@ def unrelated(folder):
     return r"layers.0.mlp.down_proj.weight of .*expert has cosine -?0.0\d\d with .*vlm: no common ancestor.*--force"
 
 
+def of_type(dtype, *scales):
+    """One weight of the expert in another dtype, and with scales beside it, but nothing in its config."""
+
+    def change(tensors):
+        W = tensors[f"model.{Q}"]
+        tensors[f"model.{Q}"] = (W / W.abs().max() * 127).to(dtype)
+        tensors.update({f"model.{Q.removesuffix('.weight')}{scale}": W.abs().amax(1) / 127 for scale in scales})
+
+    def spoil(folder):
+        edit_tensors(folder / "expert", change)
+        wrong = f"is {dtype}" if dtype.itemsize != 2 else f"is scaled by model.{Q.removesuffix('weight')}"
+        return rf"^{Q} {wrong}.* in the expert .*expert: name the full-precision one"
+
+    return spoil
+
+
+EIGHT_BITS = [
+    of_type(torch.int8, ".scale"),
+    of_type(torch.int8),
+    of_type(torch.uint8, ".scales", ".zeros"),
+    of_type(torch.int32, ".qscale_weight"),
+    of_type(torch.float8_e5m2, ".scale_weight"),
+    of_type(torch.bool),
+    of_type(torch.float16, ".scale"),  # what was an integer, cast
+    of_type(torch.bfloat16, ".scale_weight"),
+    of_type(torch.bfloat16, ".qscale_weight", ".zero_point"),
+    of_type(torch.float16, ".weight.scales"),
+]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        *EIGHT_BITS,
         missing,
         misshaped,
         claimed_twice,
@@ -237,6 +307,27 @@ def test_the_same_model_twice_is_refused(pair, tmp_path):
 def test_unrelated_models_can_be_forced(pair, tmp_path):
     unrelated(tmp_path)
     assert abs(build(tmp_path, force=True)[Q].cosine) < 0.1
+
+
+def test_a_reference_must_be_related_too(pair, tmp_path):
+    save_layout(tiny_llm("llava", seed=7), tmp_path / "reference")
+    with pytest.raises(
+        ValueError, match=r"down_proj.weight of .*expert has cosine -?0.0\d\d with that of .*reference: no"
+    ):
+        build(tmp_path, reference=tmp_path / "reference")
+    forced = build(tmp_path, reference=tmp_path / "reference", force=True)
+    assert forced[Q].delta_norm > 1.2 * forced[Q].base_norm and forced[Q].cosine > 0.9
+    assert "cosines" not in forced.metadata["weights"][Q]
+
+
+def test_weights_whose_norm_vanishes(pair, tmp_path):
+    for side in ("vlm", "expert"):
+        edit_tensors(tmp_path / side, lambda tensors: [t.mul_(1e-26) for t in tensors.values()])
+    with pytest.raises(ValueError, match=r"of .*expert differs by so little that the norm of Δ vanishes in fp32"):
+        build(tmp_path)
+    save_layout(tiny_vlm("llava"), tmp_path / "vlm")
+    with pytest.raises(ValueError, match=r"has cosine 0.000 with that of .*vlm"):
+        build(tmp_path, overwrite=True)
 
 
 def test_cosine_tells_shifted_layers(pair, tmp_path):

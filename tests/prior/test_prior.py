@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 
 import pytest
@@ -218,6 +219,44 @@ def test_changed_metadata(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         ReasoningPrior.load(path)
     assert "\n" not in str(caught.value) and "fetch it again" in str(caught.value)
+
+
+NOT_NUMBERS = {
+    "nan in U": ("U", lambda t: t[2].fill_(torch.nan), "holds NaN or infinite values"),
+    "inf in U": ("U", lambda t: t[5, 2].fill_(torch.inf), "holds NaN or infinite values"),
+    "-inf in Vh": ("Vh", lambda t: t[2, 4].fill_(-torch.inf), "holds NaN or infinite values"),
+    "nan in S": ("S", lambda t: t[0].fill_(torch.nan), "holds NaN or infinite values"),
+    "negative S": ("S", lambda t: t[1].neg_(), "holds a negative singular value"),
+    "no S": ("S", lambda t: t.zero_(), "holds zeros alone"),
+    "inf in a vector": ("delta", lambda t: t[3].fill_(torch.inf), "holds NaN or infinite values"),
+    "no vector": ("delta", lambda t: t.zero_(), "holds zeros alone"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_NUMBERS)
+def test_numbers_that_are_none(tmp_path, case):
+    part, spoil, message = NOT_NUMBERS[case]
+    path, name = tmp_path / "p.safetensors", VECTOR if part == "delta" else NAMES[1]
+    tensors = write(path)
+    header = ReasoningPrior.load(path).metadata
+    spoil(tensors[f"{name}.{part}"])
+    with partial_output(path, overwrite=True) as folder:
+        write_prior(folder, path, tensors, header)
+    with pytest.raises(ValueError, match=f"is damaged: {name}.{part} {message}, so build or fetch it again"):
+        ReasoningPrior.load(path)
+
+
+@pytest.mark.parametrize(
+    "stats", [{"fingerprint": [0.5, math.nan]}, {"probe": [-math.inf]}, {"delta_norm": 0.0}, {"cosine": math.nan}]
+)
+def test_numbers_of_the_header_that_are_none(tmp_path, stats):
+    path = tmp_path / "p.safetensors"
+    tensors = write(path)
+    metadata = ReasoningPrior.load(path).metadata
+    metadata["weights"][NAMES[0]] |= stats
+    save_file(tensors, path, {HEADER_KEY: json.dumps(metadata)})
+    with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+        ReasoningPrior.load(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

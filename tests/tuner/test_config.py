@@ -75,6 +75,10 @@ REFUSED = [
     # the prior
     ({"prior": None}, r"DriftConfig needs a prior to train.*build_prior.*use peft\.LoraConfig for training without"),
     ({"prior": 7}, r"prior must be a path or a hub id, got int"),
+    ({"lora_alpha": float("nan")}, r"lora_alpha=nan is no finite number"),
+    ({"lora_alpha": float("inf")}, r"lora_alpha=inf is no finite number"),
+    ({"lora_alpha": "16"}, r"lora_alpha='16' is no finite number"),
+    ({"alpha_pattern": {"q_proj": float("-inf")}}, r"alpha_pattern\['q_proj'\]=-inf is no finite number"),
     # what changes the chain rule or the base weight
     ({"use_dora": True}, r"use_dora changes how an adapter acts on the weight.*leave out use_dora"),
     ({"use_qalora": True}, r"use_qalora changes how"),

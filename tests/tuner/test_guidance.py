@@ -170,6 +170,26 @@ def test_share_goes_to_zero_with_the_residual(left, dtype):
         assert norm(got.double() - plain) <= (left + 1e-3) * norm(plain)
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-25, 1e20, 1e30])
+@pytest.mark.parametrize("scale", ["gradnorm", "adaptive"])
+def test_gradients_whose_squares_overflow_or_vanish(scale, size):
+    """These scales are homogeneous in the gradient: all that is asked of fp32 is that it can hold the result."""
+    layer, g = random_layer(9, 8, 3, 3, seed=4)
+    expected = bias([layer], [g], 0.7, scale, "residual", torch.float64)
+    found = bias([layer], [tuple(size * each for each in g)], 0.7, scale, "residual", torch.float32)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double() / size, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("scale", ["gradnorm", "adaptive"])
+def test_gradients_that_are_not_finite_stay_as_they_are(scale, value):
+    layer, (g_A, g_B) = random_layer(9, 8, 3, 3, seed=4)
+    g_A[0, 0] = value
+    got_A, _ = bias([layer], [(g_A, g_B)], 0.7, scale, "residual", torch.float32)
+    torch.testing.assert_close(got_A[0], g_A.float(), equal_nan=True)
+
+
 @prop
 @given(size=sizes)
 def test_targets_multiply_to_delta(size):

@@ -1,5 +1,6 @@
 """get_peft_model(model, DriftConfig(…)) on real model classes, full precision and 4-bit."""
 
+import copy
 import warnings
 
 import pytest
@@ -9,7 +10,13 @@ from pairs import FAMILIES, IDS, drift, load, train, untouched, wrap
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-from transformers import Adafactor
+from safetensors.torch import load_file
+from transformers import (
+    Adafactor,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
 from drift_peft.checkpoints.naming import canonical_name
@@ -41,6 +48,64 @@ def test_wraps_starts_and_guides(pairs, family, kind):
     state = telemetry(model)
     assert state["guided_steps"] == 3 and state["alignment"] > 0.2 and state["absorbed"] > 0
     assert {"alignment/attn", "alignment/mlp"} <= set(state)
+
+
+HEADS = {
+    "SEQ_CLS": (AutoModelForSequenceClassification, "score"),
+    "TOKEN_CLS": (AutoModelForTokenClassification, "score"),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("saved", [None, ["norm"]])
+@pytest.mark.parametrize("task", HEADS)
+def test_tasks_whose_heads_are_saved(pair, tmp_path, task, saved):
+    """As with PEFT's LoraConfig, and a second model by the same config."""
+    auto, head = HEADS[task]
+
+    def base():
+        model = auto.from_config(copy.deepcopy(pair.base.config))
+        model.base_model.load_state_dict(pair.base.base_model.state_dict())
+        return model
+
+    def models(config):
+        return [get_peft_model(base(), config) for _ in range(2)]
+
+    common = {"r": 4, "task_type": task, "modules_to_save": saved, "target_modules": ["q_proj", "up_proj"]}
+    config = DriftConfig(prior=pair.path, **copy.deepcopy(common))
+    for plain, ours in zip(models(LoraConfig(**copy.deepcopy(common))), models(config), strict=True):
+        trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (plain, ours)]
+        assert trains[0] == trains[1] and any(f"{head}.modules_to_save.default" in name for name in trains[1])
+        assert head in ours.peft_config["default"].modules_to_save
+    optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.1)
+    sum(p.sum() for p in ours.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    assert telemetry(ours)["guided_steps"] == 1
+    ours.save_pretrained(tmp_path)
+    assert any(head in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    again = DriftConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path, config=again, is_trainable=True)
+    found, expected = (
+        {n: p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+        for model in (again, ours)
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_what_a_model_fills_in_is_not_the_users(pair):
+    config = DriftConfig(
+        prior=pair.path, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, modules_to_save=["norm"]
+    )
+    before = copy.deepcopy(vars(config))
+    model = get_peft_model(copy.deepcopy(pair.base), config)
+    own = model.peft_config["default"]
+    for value in vars(own).values():
+        if isinstance(value, dict):
+            value["x"] = 1
+        elif isinstance(value, (list, set)):
+            value.clear()
+    assert {**before, "base_model_name_or_path": None} == {**vars(config), "base_model_name_or_path": None}
+    assert config.rank_pattern is not own.rank_pattern and config.alpha_pattern is not own.alpha_pattern
 
 
 @pytest.mark.parametrize("kind", ["fp32", "nf4"])

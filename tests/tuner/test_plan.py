@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from twin import each_scale, sgd, state, steered, train
 
 import drift_peft.tuner.step
-from drift_peft import guide
+from drift_peft import guide, telemetry
 from drift_peft.tuner.plan import Plan
-from drift_peft.tuner.steered import STEERED
+from drift_peft.tuner.steered import STEERED, Steered
 
 STEPS = 2
 
@@ -50,6 +50,47 @@ def test_one_look_serves_all_steps(pair, looked_up, scale, target):
     train(others[0], other, 2)
     train(others[0], other, 2)
     assert len(looked_up) == 2
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Of what is steered, what was asked whether it is among an optimizer's parameters, in the order of asking."""
+    calls, among = [], Steered.among
+    monkeypatch.setattr(Steered, "among", lambda self, parameters: calls.append(self) or among(self, parameters))
+    return calls
+
+
+def test_other_models_are_looked_at_once(pair, asked):
+    """Whatever begins and ceases to have a gradient, and whatever is wrapped and freed meanwhile."""
+    model, others = steered(pair), [steered(pair) for _ in range(3)]
+    optimizer, first = sgd(model), layers(model)[0].lora_A["default"].weight
+    train(model, optimizer, 1)
+    mine = {id(layer.drift["default"]) for layer in layers(model)}
+    assert len({id(s) for s in asked}) >= 4 * len(mine)
+    others.append(steered(pair))
+    train(model, optimizer, 1)
+    asked.clear()
+    for step in range(4):
+        first.requires_grad_(step % 2 == 0)
+        first.grad = None
+        train(model, optimizer, 1)
+    assert asked and {id(s) for s in asked} <= mine  # the new one was looked at when it came
+    asked.clear()
+    others.append(steered(pair))
+    del others[0]
+    train(model, optimizer, 2)
+    assert {id(s) for s in asked} - mine == {id(layer.drift["default"]) for layer in layers(others[-1])}
+
+
+def test_what_begins_to_be_steered_between_two_steps_is_noticed(pair):
+    model, other = steered(pair), steered(pair, prior=str(pair.path)).base_model.unload()
+    other.requires_grad_(True)
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.01)
+    train(model, optimizer, 2)
+    guide(other, pair.prior, drift_target="delta")
+    steered(pair)
+    train(other, optimizer, 1)
+    assert telemetry(other)["guided_steps"] == 1 and telemetry(model)["guided_steps"] == 2
 
 
 def freeze(model, optimizer):

@@ -29,7 +29,7 @@ from twin import (
 )
 
 import drift_peft.tuner.steered
-from drift_peft import telemetry
+from drift_peft import guide, telemetry
 from drift_peft.tuner.deepspeed import ENGINE
 
 # Modes
@@ -247,6 +247,33 @@ def test_two_processes_equal_one(pair):
             one, other = (r[scale, target, accumulation] for r in ranks)
             assert all(torch.equal(one[name], other[name]) for name in one)
             assert_same_update(one, model, start, 1e-5)
+
+
+def whole_model(pair):
+    """Trained itself, a norm among the matrices."""
+    model = twin_of(pair, steered(pair)).unload().float().requires_grad_(True)
+    return guide(model, pair.prior, drift_scale="adaptive", drift_target="delta", drift_alpha=0.8)
+
+
+LARGE = {
+    "factors": lambda pair: steered(pair, "adaptive", "residual", dtype=torch.float32),
+    "weight": lambda pair: steered(pair, "gradnorm", "delta", dtype=torch.float32, drift_norm="weight"),
+    "tensors": whole_model,
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_gradients_of_any_size_are_guided_alike(pair, what):
+    """What a step does to them is homogeneous, also where their squares are beyond fp32."""
+    found = []
+    for size in (1.0, 2.0**66, 2.0**-80):  # 1e20 and 1e-24, exactly
+        model = LARGE[what](pair)
+        (size * model(input_ids=BATCH, labels=BATCH).loss).backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        found.append({name: p.grad / size for name, p in model.named_parameters() if p.grad is not None})
+    for other in found[1:]:
+        for name, g in found[0].items():
+            torch.testing.assert_close(other[name], g, rtol=1e-3, atol=1e-5 * float(g.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch._dynamo.testing import CompileCounterWithBackend
 from twin import (
     ALPHA,
     BATCH,
@@ -129,6 +130,23 @@ def test_a_step_within_a_step_is_guided_once(pair, make, with_closure, scale, ta
         optimizer.step(closure if with_closure else None)
     # Of a pair of factors in two steps, the second one's direction is taken after the first has moved.
     assert_same_update(model, twin, start, 1e-3 if make is around_the_rest else 1e-6)
+
+
+@pytest.mark.parametrize("make", [sgd, child])
+def test_a_compiled_step_calls_what_acts_and_does_not_trace_it(pair, make):
+    """One graph, that of the update; traced, there were forty."""
+    found = []
+    for compiled in (False, True):
+        model = steered(pair, "adaptive", "residual", drift_warmup_steps=2)
+        optimizer, counter = make(model), CompileCounterWithBackend("eager")
+        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model)
+            step()
+        found.append(state(model))
+        assert telemetry(model)["guided_steps"] == 3 and counter.frame_count == compiled
+    assert all(torch.allclose(found[1][name], tensor, rtol=1e-9) for name, tensor in found[0].items())
 
 
 class Fails(torch.optim.SGD):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -11,9 +12,9 @@ from pairs import IDS, Pair, untouched
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from tiny import TEXT, save_layout, tiny_expert, tiny_vlm
+from tiny import TEXT, edit_config, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
-from drift_peft import DriftConfig, build_prior, guide, language_model_targets
+from drift_peft import DriftConfig, build_prior, guide, language_model_targets, telemetry
 from drift_peft.tuner.fit import adapted_modules
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -300,3 +301,32 @@ def test_a_second_adapter_by_an_expression_that_its_neighbours_insides_would_mat
     model.add_adapter("second", drift(pair, target_modules=r".*layers\.\d+\.self_attn\.q_proj.*"))
     names = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     assert adapted_modules(model.get_base_model(), ["second"]) == names
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("stored", ["tied", "apart"])
+def test_adapters_that_peft_ties_are_refused_by_what_it_does(tmp_path, end, stored):
+    """Also where the configuration alone says that embedding and head are one."""
+    save_layout(tiny_llm("llava", tie_word_embeddings=stored == "tied"), tmp_path / "base")
+    edit_config(tmp_path / "base", tie_word_embeddings=True)
+    expert = tiny_llm("llava")
+    expert.model.layers[0].self_attn.q_proj.weight.data += 0.01
+    save_layout(expert, tmp_path / "expert")
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "p.safetensors", rank=2, progress=False)
+    settings = {"r": 2, "target_modules": [end, "q_proj"], "ensure_weight_tying": True}
+    message = "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors.*modules_to_save"
+
+    def base():
+        return tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+    model = base()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = get_peft_model(base(), LoraConfig(**settings))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, DriftConfig(prior=prior.path, **settings))
+    assert untouched(model)
+    with pytest.raises(ValueError, match=message):
+        guide(plain, prior)
+    saved = {**settings, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    assert telemetry(get_peft_model(model, DriftConfig(prior=prior.path, **saved)))["guided_steps"] == 0

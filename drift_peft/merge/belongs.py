@@ -1,0 +1,115 @@
+"""Is this the model that an adapter was trained on? Asked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import DRIFT_CONFIG, Checkpoint, LowRank, Update, recorded_base
+from ..prior import ReasoningPrior
+
+FAR, NEAR = 0.3, 0.02  # of the fingerprint: more than quantization explains; no more than rounding to 16 bits does
+SAMPLED = 3  # weights that are compared with those of the recorded base
+_SNAPSHOT = re.compile(r"models--[^/\\]+--([^/\\]+)[/\\]snapshots[/\\]")
+_IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are called that hold a model in 4 bits
+
+
+def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, updates: dict[str, Update]) -> None:
+    """Refuse a model that is not the one that the adapter was trained on.
+
+    The fingerprint in the prior that steered the adapter decides, where the prior is still there. Else the base that
+    the adapter records: by its weights, where they are on this machine under another name, or by its name.
+
+    Args:
+        checkpoint: the base that was given.
+        folder: the adapter's.
+        adapter: what the user calls it.
+        updates: what the adapter does to the base.
+
+    Raises:
+        ValueError: it is another model, with both names; or the adapter is in it already.
+    """
+    recorded, prior = recorded_base(folder), _prior(folder)
+    why, trained_on = None, recorded
+    if prior is not None:
+        near, why = _by_fingerprint(checkpoint, prior, updates)
+        trained_on = recorded or prior.metadata["base"]["id"]
+        if near:
+            return
+    if why is None and recorded:
+        why = _by_record(checkpoint, recorded, updates)
+    if why is not None:
+        raise ValueError(
+            f"adapter {adapter} was trained on {trained_on}, and base {checkpoint.source} {why}: name the model that "
+            "it was trained on, or pass force=True (--force)"
+        )
+
+
+def _prior(folder: Path) -> ReasoningPrior | None:
+    """What steered the adapter, if it is still where it was and what it was."""
+    try:
+        own = json.loads((folder / DRIFT_CONFIG).read_text(encoding="utf-8"))
+        if not own.get("prior") or not Path(own["prior"]).exists():
+            return None
+        prior = ReasoningPrior.load(own["prior"])
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return prior if prior.sha256 == own.get("prior_sha256") else None
+
+
+def _by_fingerprint(
+    checkpoint: Checkpoint, prior: ReasoningPrior, updates: dict[str, Update]
+) -> tuple[bool, str | None]:
+    """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it."""
+    off = merged = stored = 0.0  # squares
+    for name, U, Vh, values in prior.probes():
+        raw = checkpoint.language_model.get(name)
+        if raw is None or checkpoint.shape(raw) != (len(U), Vh.shape[1]):
+            return False, f"has no {name} of {len(U)} x {Vh.shape[1]}"
+        U, Vh, update = U.float(), Vh.float(), updates.get(raw)
+        found = ((U.mT @ checkpoint.tensor(raw).float()) * Vh).sum(-1)
+        moved = torch.zeros_like(found)
+        if isinstance(update, LowRank):
+            moved = update.scaling * ((U.mT @ update.B.float()) * (Vh @ update.A.float().mT)).sum(-1)
+        off += (found - values).square().sum().item()
+        merged += (found - values - moved).square().sum().item()
+        stored += values.square().sum().item()
+    if merged < off / 4:
+        return False, "holds the adapter already"
+    if off > FAR**2 * stored:
+        return False, f"is another model (the prior's fingerprint is off by {(off / stored) ** 0.5:.0%})"
+    return off <= NEAR**2 * stored, None
+
+
+def _by_record(checkpoint: Checkpoint, recorded: str, updates: dict[str, Update]) -> str | None:
+    """What speaks against the model that the adapter's config names being this one."""
+    here = Path(checkpoint.source)
+    if recorded == checkpoint.source or (here.exists() and Path(recorded).resolve() == here.resolve()):
+        return None
+    try:
+        other = Checkpoint(recorded) if Path(recorded).exists() else None
+    except (ValueError, OSError):  # as of one in 4 bits
+        other = None
+    if other is None:
+        return None if _called(recorded) == _called(checkpoint.source) else "is called otherwise"
+    names = {raw: name for name, raw in checkpoint.in_memory.items() if raw in updates}
+    for raw, name in sorted(names.items(), key=lambda pair: hashlib.sha256(pair[1].encode()).digest())[:SAMPLED]:
+        key = other.in_memory.get(name)
+        if key is None or not _same(checkpoint.tensor(raw), other.tensor(key)):
+            return f"has another {raw}"
+    return None
+
+
+def _called(source: str) -> str:
+    snapshot = _SNAPSHOT.search(source)
+    return _IN_FOUR_BITS.sub("", snapshot[1] if snapshot else Path(source).name).lower()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal, once both are rounded to the coarser dtype of the two."""
+    dtype = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.equal(one.to(dtype), other.to(dtype))

@@ -1,0 +1,62 @@
+"""What PEFT and transformers load: how many guided steps the weights have had, and whether training goes on guided."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ..warn import warn
+from .config import DriftConfig
+
+
+def _noticing(load_adapter: Callable) -> Callable:
+    """Trainer comes here when it resumes, and for the best checkpoint at the end."""
+
+    @functools.wraps(load_adapter)
+    def wrapper(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, *args, **kwargs) -> Any:
+        result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        config = model.peft_config[adapter_name]
+        if isinstance(config, DriftConfig):
+            if vars(config).pop("read_from", None) != os.fspath(model_id) and (stored := _settings(model_id, kwargs)):
+                config.drift_steps = stored["drift_steps"]
+        elif is_trainable:
+            _warn_of_plain_training(model_id, kwargs)
+        return result
+
+    return wrapper
+
+
+def _noticing_without_wrapper(load_adapter: Callable) -> Callable:
+    """The same of transformers' own models, into which it injects adapters without PEFT's wrapper around them."""
+
+    @functools.wraps(load_adapter)
+    def wrapper(model: PeftAdapterMixin, peft_model_id: str | None = None, *args, **kwargs) -> Any:
+        result = load_adapter(model, peft_model_id, *args, **kwargs)
+        if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
+            _warn_of_plain_training(peft_model_id, kwargs)
+        return result
+
+    return wrapper
+
+
+def _settings(source: str, kwargs: dict) -> dict | None:
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    return DriftConfig.stored(source, **hub)
+
+
+def _warn_of_plain_training(source: str, kwargs: dict) -> None:
+    if _settings(source, kwargs):
+        warn(
+            f"The adapter '{source}' was trained with guidance, and without its DriftConfig training goes on as plain "
+            "LoRA: load it with PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), "
+            "is_trainable=True), or steer it with guide(model, prior)."
+        )
+
+
+PeftModel.load_adapter = _noticing(PeftModel.load_adapter)
+PeftAdapterMixin.load_adapter = _noticing_without_wrapper(PeftAdapterMixin.load_adapter)

@@ -1,0 +1,181 @@
+"""belongs.py: an adapter is merged into the model that it was trained on, wherever that is now, and into no other."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from command import run
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
+
+from drift_peft import DriftConfig, build_prior, merge_adapter
+
+
+def train(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """base, expert and prior; `ours`, an adapter that the prior steers, and `stock`, plain LoRA, both of the base."""
+    folder = tmp_path_factory.mktemp("belongs")
+    vlm = tiny_vlm("llava")
+    save_layout(vlm, folder / "base")
+    save_layout(tiny_expert("llava", vlm)[0], folder / "expert")
+    build_prior(folder / "expert", folder / "base", folder / "prior.safetensors", rank=8, progress=False)
+    for name in ("ours", "stock"):
+        model = tiny_vlm("llava")
+        model.name_or_path = str(folder / "base")
+        stock = LoraConfig(r=4, target_modules=["model.language_model.layers.0.self_attn.q_proj", "down_proj"])
+        config = DriftConfig(prior=folder / "prior.safetensors", r=4) if name == "ours" else stock
+        train(get_peft_model(model, config)).save_pretrained(folder / name, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "here")
+
+
+def merge(folder, base, adapter, **options):
+    return merge_adapter(base, folder / adapter, folder / "merged", overwrite=True, progress=False, **options)
+
+
+def recorded(folder, adapter, base, prior="as it is"):
+    """What the adapter says that it was trained on."""
+    file = folder / adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    own = folder / adapter / "drift_config.json"
+    if prior is None and own.exists():
+        own.write_text(json.dumps({**json.loads(own.read_text()), "prior": str(folder / "gone.safetensors")}))
+
+
+def copied(folder):
+    return shutil.copytree(folder / "base", folder / "under another name")
+
+
+def in_16_bits(folder):
+    save_layout(tiny_vlm("llava").bfloat16(), folder / "bf16")
+    return folder / "bf16"
+
+
+def in_another_layout(folder):
+    save_layout(tiny_vlm("llava"), folder / "newer", "memory", "20KB")
+    return folder / "newer"
+
+
+@pytest.mark.parametrize("adapter", ["ours", "stock"])
+@pytest.mark.parametrize("base", [copied, in_16_bits, in_another_layout])
+def test_the_same_weights_are_the_base(folder, adapter, base):
+    assert merge(folder, base(folder), adapter).relative_change > 0
+
+
+@pytest.mark.parametrize("adapter", ["ours", "stock"])
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        (None, True),
+        ("org/base", True),
+        ("org/Base-bnb-4bit", True),
+        ("/cache/models--org--base/snapshots/0123/", True),
+        ("/cache/models--org--base-2/snapshots/0123", False),
+        ("org/other", False),
+        ("/somewhere/else", False),
+    ],
+)
+def test_a_recorded_base_that_is_not_here_is_known_by_its_name(folder, adapter, name, fits):
+    recorded(folder, adapter, name, prior=None)
+    if fits:
+        assert merge(folder, folder / "base", adapter).modules > 0
+    else:
+        with pytest.raises(ValueError, match=rf"was trained on {name}, and base .*base is called otherwise: name the"):
+            merge(folder, folder / "base", adapter)
+
+
+def test_the_fingerprint_knows_it_by_any_name(folder):
+    recorded(folder, "ours", "org/other")
+    assert merge(folder, folder / "base", "ours").modules == 14
+
+
+def another_vlm(folder):
+    """Trained a little more, in all of its weights."""
+    shutil.copytree(folder / "base", folder / "another")
+    generator = torch.Generator().manual_seed(5)
+
+    def change(tensors):
+        for W in tensors.values():
+            W += 0.05 * W.std() * torch.randn(W.shape, generator=generator) if W.dim() == 2 else 0
+
+    edit_tensors(folder / "another", change)
+    return folder / "another"
+
+
+def unrelated(folder):
+    return save_layout(tiny_vlm("llava", seed=5), folder / "unrelated")
+
+
+def expert(folder):
+    return folder / "expert"
+
+
+def twice(folder):
+    """A merge of this very adapter, by whatever is called so."""
+    return shutil.move(folder / "merged", folder / "once")
+
+
+def merged_expert(folder):
+    save_layout(tiny_expert("llava", tiny_vlm("llava"))[0], folder / "e")
+    text = {key: t for key, t in load_file(folder / "e" / "model.safetensors").items() if "layers" in key}
+    base = shutil.copytree(folder / "base", folder / "merged-expert")
+    tensors = load_file(base / "model.safetensors")
+    save_file(
+        tensors | {f"language_model.{k}": t for k, t in text.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    return base
+
+
+WORDS = {
+    (another_vlm, "ours"): "has another",
+    (another_vlm, "stock"): "has another",
+    (unrelated, "ours"): r"is another model \(the prior's fingerprint is off by 1\d\d%\)",
+    (unrelated, "stock"): "has another",
+    (expert, "ours"): "fingerprint is off|has another",
+    (expert, "stock"): "has another",
+    (merged_expert, "ours"): "fingerprint is off|has another",
+    (twice, "ours"): "holds the adapter already",
+    (twice, "stock"): "has another",
+}
+
+
+@pytest.mark.parametrize(("other", "adapter"), WORDS, ids=lambda value: getattr(value, "__name__", value))
+def test_another_model_is_refused_and_can_be_forced(folder, other, adapter, capsys):
+    merge(folder, folder / "base", adapter)
+    base = other(folder)
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+    message = rf"^adapter .*{adapter} was trained on .*base, and base .*{base.name if hasattr(base, 'name') else ''}"
+    with pytest.raises(ValueError, match=rf"{message}.* ({WORDS[other, adapter]}).*: name the .*\(--force\)$"):
+        merge(folder, base, adapter)
+    assert not (folder / "merged").exists()
+    command = "merge", "--base", base, "--adapter", folder / adapter, "-o", folder / "merged"
+    assert run(capsys, *command)[0] == 1 and run(capsys, *command, "--force")[0] == 0
+
+
+def test_twice_is_noticed_without_the_recorded_base(folder):
+    """And where the merged folder is called as the base was."""
+    merge(folder, folder / "base", "ours")
+    recorded(folder, "ours", "org/merged")
+    with pytest.raises(ValueError, match=r"was trained on org/merged, and base .*merged holds the adapter already"):
+        merge_adapter(folder / "merged", folder / "ours", folder / "again", progress=False)
+
+
+def test_an_adapter_without_a_record_is_taken_at_its_word(folder):
+    model = tiny_llm("llava")
+    model.name_or_path = ""
+    save_layout(tiny_llm("llava", seed=3), folder / "text")
+    train(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))).save_pretrained(folder / "plain")
+    assert merge(folder, folder / "text", "plain").modules == 2

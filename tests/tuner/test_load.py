@@ -1,0 +1,100 @@
+"""load.py: weights that are loaded bring their count of guided steps, and training that would be plain LoRA is said."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from drift_peft import DriftConfig, guide, telemetry
+
+ROWS = [{"input_ids": ids, "labels": ids} for ids in torch.arange(7, 63).reshape(7, 8)]
+
+
+def wrapped(pair):
+    return get_peft_model(copy.deepcopy(pair.base), DriftConfig(prior=pair.path, r=2, target_modules=["q_proj"]))
+
+
+def trainer(pair, output, **settings):
+    arguments = TrainingArguments(
+        output, per_device_train_batch_size=1, max_steps=4, save_steps=1, learning_rate=1e-2, report_to="none",
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", **settings,
+    )  # fmt: skip
+    return Trainer(wrapped(pair), arguments, train_dataset=ROWS, eval_dataset=ROWS[:1])
+
+
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory):
+    """A trainer's folder, whose checkpoints hold a model and no optimizer, and the model that it has loaded at the end:
+    the worst one, which is the first."""
+    folder = tmp_path_factory.mktemp("trained")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = trainer(pair, folder, eval_strategy="steps", eval_steps=1, save_only_model=True, **best)
+    run.train()
+    return folder, run
+
+
+def test_the_best_model_has_its_own_count(trained, tmp_path):
+    folder, run = trained
+    steps = int(run.state.best_model_checkpoint.rpartition("-")[2])
+    assert steps < 4 and DriftConfig.from_pretrained(folder / "checkpoint-4").drift_steps == 4
+    assert telemetry(run.model)["guided_steps"] == steps
+    run.save_model(tmp_path)
+    assert DriftConfig.from_pretrained(tmp_path).drift_steps == steps
+
+
+def test_a_checkpoint_without_its_optimizer_has_the_count(pair, trained, tmp_path):
+    run = trainer(pair, tmp_path)
+    run.train(resume_from_checkpoint=str(trained[0] / "checkpoint-3"))
+    assert telemetry(run.model)["guided_steps"] == 4
+    assert DriftConfig.from_pretrained(tmp_path / "checkpoint-4").drift_steps == 4
+
+
+def test_a_count_that_was_given_is_kept(pair, trained):
+    folder = trained[0] / "checkpoint-2"
+    for given, steps in (({}, 2), ({"drift_steps": 0}, 0)):
+        config = DriftConfig.from_pretrained(folder, **given)
+        model = PeftModel.from_pretrained(copy.deepcopy(pair.base), folder, config=config, is_trainable=True)
+        assert telemetry(model)["guided_steps"] == steps
+        model.load_adapter(trained[0] / "checkpoint-3", "default")
+        assert telemetry(model)["guided_steps"] == 3
+
+
+PLAIN = {
+    "PeftModel.from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
+    "a config": lambda base, folder: PeftModel.from_pretrained(
+        base, folder, config=LoraConfig.from_pretrained(folder), is_trainable=True
+    ),
+    "a second adapter": lambda base, folder: get_peft_model(base, LoraConfig(target_modules=["v_proj"])).load_adapter(
+        folder, "ours", is_trainable=True
+    ),
+    "into plain LoRA": lambda base, folder: get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"])
+    ).load_adapter(folder, "default", True),
+    "transformers": lambda base, folder: base.load_adapter(str(folder), is_trainable=True),
+}
+
+
+@pytest.mark.parametrize("how", PLAIN)
+def test_training_that_would_be_plain_is_said(pair, trained, how):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-1' was trained with guidance, and without its DriftConfig .* plain"
+    ):
+        PLAIN[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
+
+
+def test_nothing_is_said_where_nothing_is_wrong(pair, trained, tmp_path):
+    def base():
+        return copy.deepcopy(pair.base)
+
+    folder = trained[0] / "checkpoint-1"
+    get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*guidance")
+        PeftModel.from_pretrained(base(), folder)
+        PeftModel.from_pretrained(base(), folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)
+        guide(PeftModel.from_pretrained(base(), tmp_path, is_trainable=True), pair.prior)
+        model = AutoModelForCausalLM.from_pretrained(pair.folder / "base")
+        model.load_adapter(str(folder))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import DRIFT_CONFIG, Checkpoint, LowRank, Update, recorded_base
-from ..prior import ReasoningPrior
+from ..prior import MergedDelta, ReasoningPrior, read_merge
 
 FAR, NEAR = 0.3, 0.02  # of the fingerprint: more than quantization explains; no more than rounding to 16 bits does
 SAMPLED = 3  # weights that are compared with those of the recorded base
@@ -21,7 +21,9 @@ _IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are ca
 def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, updates: dict[str, Update]) -> None:
     """Refuse a model that is not the one that the adapter was trained on.
 
-    The fingerprint in the prior that steered the adapter decides, where the prior is still there. Else the base that
+    The fingerprint in the prior that steered the adapter decides, where the prior is still there. Of a base that has
+    taken a part of Δ in (`prior.MergedDelta`), it says whether that is true, and the record which of the two bases was
+    trained on. Else the base that
     the adapter records: by its weights, where they are on this machine under another name, or by its name.
 
     Args:
@@ -36,9 +38,10 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
     recorded, prior = recorded_base(folder), _prior(folder)
     why, trained_on = None, recorded
     if prior is not None:
-        near, why = _by_fingerprint(checkpoint, prior, updates)
+        merged = read_merge(checkpoint.config)
+        near, why = _by_fingerprint(checkpoint, prior, merged, updates)
         trained_on = recorded or prior.metadata["base"]["id"]
-        if near:
+        if near and merged == _merged_into(recorded):
             return
     if why is None and recorded:
         why = _by_record(checkpoint, recorded, updates)
@@ -61,24 +64,33 @@ def _prior(folder: Path) -> ReasoningPrior | None:
     return prior if prior.sha256 == own.get("prior_sha256") else None
 
 
+def _merged_into(recorded: str | None) -> MergedDelta | None:
+    """What the recorded base has taken in, if it is on this machine."""
+    try:
+        return read_merge(Checkpoint(recorded).config) if recorded and Path(recorded).exists() else None
+    except (ValueError, OSError):  # as of one in 4 bits
+        return None
+
+
 def _by_fingerprint(
-    checkpoint: Checkpoint, prior: ReasoningPrior, updates: dict[str, Update]
+    checkpoint: Checkpoint, prior: ReasoningPrior, merged: MergedDelta | None, updates: dict[str, Update]
 ) -> tuple[bool, str | None]:
     """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it."""
-    off = merged = stored = 0.0  # squares
+    off = off_with_adapter = stored = 0.0  # squares
     for name, U, Vh, values in prior.probes():
         raw = checkpoint.language_model.get(name)
         if raw is None or checkpoint.shape(raw) != (len(U), Vh.shape[1]):
             return False, f"has no {name} of {len(U)} x {Vh.shape[1]}"
         U, Vh, update = U.float(), Vh.float(), updates.get(raw)
         found = ((U.mT @ checkpoint.tensor(raw).float()) * Vh).sum(-1)
+        values = values if merged is None else values + merged.moved(prior, name, U, Vh)
         moved = torch.zeros_like(found)
         if isinstance(update, LowRank):
             moved = update.scaling * ((U.mT @ update.B.float()) * (Vh @ update.A.float().mT)).sum(-1)
         off += (found - values).square().sum().item()
-        merged += (found - values - moved).square().sum().item()
+        off_with_adapter += (found - values - moved).square().sum().item()
         stored += values.square().sum().item()
-    if merged < off / 4:
+    if off_with_adapter < off / 4:
         return False, "holds the adapter already"
     if off > FAR**2 * stored:
         return False, f"is another model (the prior's fingerprint is off by {(off / stored) ** 0.5:.0%})"

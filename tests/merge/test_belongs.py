@@ -9,8 +9,10 @@ from command import run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
+from transformers import AutoModelForImageTextToText
 
 from drift_peft import DriftConfig, build_prior, merge_adapter
+from drift_peft.merge import merge_baseline
 
 
 def train(model):
@@ -179,3 +181,19 @@ def test_an_adapter_without_a_record_is_taken_at_its_word(folder):
     save_layout(tiny_llm("llava", seed=3), folder / "text")
     train(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))).save_pretrained(folder / "plain")
     assert merge(folder, folder / "text", "plain").modules == 2
+
+
+@pytest.mark.parametrize("prior", ["as it is", None])
+def test_a_base_that_has_taken_a_part_of_delta_in_is_another_base(folder, prior):
+    half = folder / "half"
+    given = {"expert": folder / "expert", "base": folder / "base", "output": half}
+    merge_baseline("task_arithmetic", **given, scale=0.5, progress=False)
+    model = AutoModelForImageTextToText.from_pretrained(half)
+    trained = train(get_peft_model(model, DriftConfig(prior=folder / "prior.safetensors", r=4)))
+    trained.save_pretrained(folder / "of half", save_embedding_layers=False)
+    recorded(folder, "of half", str(half), prior)
+    assert merge(folder, half, "of half").output
+    with pytest.raises(ValueError, match=r"was trained on .*half, and base .*base "):
+        merge(folder, folder / "base", "of half")
+    with pytest.raises(ValueError, match=r"was trained on .*base, and base .*half "):
+        merge(folder, half, "ours")

@@ -63,7 +63,7 @@ def test_help_shows_flags_with_dashes_their_defaults_and_examples(script, capsys
 
 def test_the_help_of_a_configuration_shows_its_values(capsys):
     _, out, _ = ended(capsys, "sft_vlm", "--config", CONFIGS / "qwen2_5_vl_7b_r1.yaml", "--help")
-    assert re.search(r"--drift-alpha DRIFT_ALPHA [^()]*\(default: 0\.2\)", " ".join(out.split()))
+    assert re.search(r"--drift-alpha DRIFT_ALPHA [^()]*\(default: 0\.3\)", " ".join(out.split()))
     assert out.index("--config FILE") < out.index("--base BASE")
 
 

@@ -25,6 +25,7 @@ from parts.command_line import in_one_sentence, run_script
 from parts.curves import plot_run
 from parts.lengths import within_length
 from parts.loading import load_messages
+from parts.replay import with_replay
 from parts.saving import Trainer, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -45,7 +46,7 @@ PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "a
 THINK = ["<think>", "</think>"]
 
 
-def check(run: RunArguments, train: TrainArguments, merged: Path) -> None:
+def check(run: RunArguments, drift: DriftConfig, train: TrainArguments, merged: Path) -> None:
     """Refuse before anything is loaded what would fail in the end."""
     output = Path(train.output_dir).resolve()
     place = next(path for path in (output, *output.parents) if path.exists())
@@ -58,6 +59,11 @@ def check(run: RunArguments, train: TrainArguments, merged: Path) -> None:
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if is_missing(run.prior) and run.expert is None:
         raise FileNotFoundError(f"there is no prior {run.prior}, and no expert to build it from: set expert")
+    if run.keep is not None and run.keep_weight and not run.replay and drift.drift_norm == "weight":
+        raise ValueError(
+            "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
+            "which mixes the keep set's answers into the training data instead"
+        )
 
 
 def is_missing(prior: str) -> bool:
@@ -86,8 +92,8 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
         if not isinstance(dataset, Dataset):
             raise ValueError(f"there is no keep set {run.keep}, and none is made of a stream: make one beforehand")
         Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
-        options = {"questions": run.keep_questions, "samples": run.keep_samples, "load_in_4bit": load_in_4bit}
-        make_keep_set(run.base, dataset, run.keep, **options)
+        how = {"questions": run.keep_questions, "samples": run.keep_samples, "max_new_tokens": run.keep_max_new_tokens}
+        make_keep_set(run.base, dataset, run.keep, **how, load_in_4bit=load_in_4bit)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
     return KeepSet.load(run.keep)
 
@@ -150,8 +156,16 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
         "base": base.origin,
         "prior": {"sha256": prior.sha256, **{key: prior.metadata.get(key) for key in ("expert", "reference", "rank")}},
         "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
+        "replay": None,
         "data": data,
     }
+    if run.replay:
+        keep_set.check(processor)
+        dataset, record["replay"] = with_replay(
+            dataset, keep_set, run.replay, processor, run.max_tokens, seed=train.seed
+        )
+        told = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
+        print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {told}")
     # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
     turns = dataset.features["messages"]
     columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types
@@ -174,7 +188,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if keep_set is not None:
+    if keep_set is not None and not run.replay:
         how = {"weight": run.keep_weight, "bound": run.keep_bound, "batch_size": run.keep_batch_size}
         keep(trainer.model, keep_set, processor, every=run.keep_every, seed=train.seed, **how)
     # With gradient checkpointing, transformers lets the output of every embedding require gradients: the tower's too,
@@ -188,7 +202,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
         run, drift, train = parse(argv, __doc__)
         output, merged = Path(train.output_dir), Path(f"{Path(train.output_dir)}-merged")
-        check(run, train, merged)
+        check(run, drift, train, merged)
         trainer, record = prepare(run, drift, train)
     with in_one_sentence("sft_vlm.py", OSError):
         result = trainer.train(resume_from_checkpoint=train.resume_from_checkpoint)

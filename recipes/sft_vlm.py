@@ -35,6 +35,7 @@ from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.lengths import within_length
 from parts.loading import load_messages
+from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter, write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -79,6 +80,11 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
     if run.merge_first == 1 and drift.pulls:
         raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
+    if run.keep is not None and run.keep_weight and not run.replay and drift.drift_norm == "weight":
+        raise ValueError(
+            "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
+            "which mixes the keep set's answers into the training data instead"
+        )
 
 
 def is_missing(prior: str) -> bool:
@@ -132,8 +138,8 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
         if not isinstance(dataset, Dataset):
             raise ValueError(f"there is no keep set {run.keep}, and none is made of a stream: make one beforehand")
         Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
-        options = {"questions": run.keep_questions, "samples": run.keep_samples, "load_in_4bit": load_in_4bit}
-        make_keep_set(run.base, dataset, run.keep, **options)
+        how = {"questions": run.keep_questions, "samples": run.keep_samples, "max_new_tokens": run.keep_max_new_tokens}
+        make_keep_set(run.base, dataset, run.keep, **how, load_in_4bit=load_in_4bit)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
     return KeepSet.load(run.keep)
 
@@ -201,8 +207,16 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
         "prior": prior
         and {"sha256": prior.sha256, **{key: prior.metadata.get(key) for key in ("expert", "reference", "rank")}},
         "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
+        "replay": None,
         "data": data,
     }
+    if run.replay:
+        keep_set.check(processor)
+        dataset, record["replay"] = with_replay(
+            dataset, keep_set, run.replay, processor, run.max_tokens, seed=train.seed
+        )
+        told = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
+        print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {told}")
     # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
     turns = dataset.features["messages"]
     columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types
@@ -225,7 +239,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if keep_set is not None:
+    if keep_set is not None and not run.replay:
         how = {"weight": run.keep_weight, "bound": run.keep_bound, "batch_size": run.keep_batch_size}
         keep(trainer.model, keep_set, processor, every=run.keep_every, seed=train.seed, **how)
     # With gradient checkpointing, transformers lets the output of every embedding require gradients: the tower's too,

@@ -18,6 +18,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     keep_make       a VLM and unlabelled images -> keep set
     keep_inspect    what a keep set holds
     keep_push       upload to the hub, with a card
+    keep_samples    a keep set as ordinary training samples
     targets         what would be adapted and steered
     merge           adapter + full-precision base -> standalone model
     merge_baseline  expert + VLM -> VLM without training

@@ -26,11 +26,12 @@ def flags(parser: Parser) -> None:
 
 def run(recipe: str, set: list[str], as_json: bool) -> None:
     changes = dict(_setting(text) for text in set)
-    from ..preflight import cards_table, preflight_summary, preflight_table
+    from ..preflight import cards_table, keeping_sentence, preflight_summary, preflight_table
     from .show import show
 
     summary = preflight_summary(recipe, changes)
-    show(summary, as_json, preflight_table(summary), cards_table(summary))
+    sentences = filter(None, [keeping_sentence(summary)])
+    show(summary, as_json, preflight_table(summary), cards_table(summary), *sentences)
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -13,6 +13,7 @@ summary    a keep set in numbers and as tables
 page       its contact sheet; page.html is the template
 measure    how far a model has gone from each answer
 registry   what acts on models in this process, from any thread
+samples    the hard form: a keep set as ordinary training samples
 steps      around every optimizer step: what keeps, then what guides
 feed       batches of a keep set in their order, read while the model trains
 kept       a model that is kept: what is added to its gradients
@@ -22,6 +23,7 @@ train      keep: a model that trains stays near the VLM
 """
 
 from .answers import Sample
+from .distance import bucketed_kl
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
 from .kept import is_kept, keep_telemetry
@@ -29,6 +31,7 @@ from .make import make_keep_set
 from .measure import Distance, measure, summarize
 from .page import write_page
 from .registry import Known, Registry
+from .samples import training_samples, write_samples
 from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
@@ -45,6 +48,7 @@ __all__ = [
     "Vlm",
     "act_in_steps",
     "add_to_trainers",
+    "bucketed_kl",
     "is_kept",
     "keep",
     "keep_4bit_differentiable",
@@ -54,5 +58,7 @@ __all__ = [
     "make_keep_set",
     "measure",
     "summarize",
+    "training_samples",
     "write_page",
+    "write_samples",
 ]

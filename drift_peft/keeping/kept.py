@@ -33,6 +33,7 @@ from .steps import Act, act_in_steps
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
 BUCKET = 2**24  # elements that processes average at a time
+WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)."
 
 _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
@@ -133,14 +134,16 @@ class Keeping:
 
     def _gradients(self, parts: Sequence[Part], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
-        said, losses, total = sum(len(part.top_tokens) for part in parts), [], None
+        said, losses, total = sum(len(part.top_tokens) for part in parts), [], []
         for part in parts:
             loss = self._divergence(part).sum() / said
             scaled = loss * self.scale.to(loss.device)
             gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
-            total = gradients if total is None else [a + b for a, b in zip(total, gradients, strict=True)]
+            total = total or [*gradients]
+            for i, gradient in enumerate(gradients if losses else ()):  # one by one, which takes no third copy of all
+                total[i] = total[i] + gradient
             losses.append(loss.detach())
-        return torch.stack(losses).sum(), list(total)
+        return torch.stack(losses).sum(), total
 
     def _divergence(self, part: Part) -> Tensor:
         """[N] of each answer token."""
@@ -171,12 +174,12 @@ class Keeping:
 def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[int, dict]) -> None:
     """RuntimeError for what is not reached."""
     if _in_deepspeed(model):
-        raise RuntimeError("keep() is not available under DeepSpeed: use DDP or one GPU.")
+        raise RuntimeError(f"keep() is not available under DeepSpeed: {WAY_OUT}")
     if any(getattr(p, "_fsdp_flattened", False) for group in groups.values() for p in group["params"]):
-        raise RuntimeError("keep() is not available under FSDP1, which flattens parameters: use DDP or one GPU.")
+        raise RuntimeError(f"keep() is not available under FSDP1, which flattens parameters: {WAY_OUT}")
     if any(isinstance(p, DTensor) for p in parameters):
         raise RuntimeError(
-            "keep() is not available for sharded parameters, such as those of FSDP2 (fully_shard): use DDP or one GPU."
+            f"keep() is not available for sharded parameters, such as those of FSDP2 (fully_shard): {WAY_OUT}"
         )
     if any(groups[id(p)].get("maximize") for p in parameters):
         raise RuntimeError("An optimizer with maximize=True moves away from the VLM: negate the loss instead.")

@@ -5,7 +5,7 @@ memory   what training takes on the GPU, by part
 cards    which cards a recipe fits, and what to change where it does not
 """
 
-from .cards import cards_table, preflight_summary, preflight_table
+from .cards import cards_table, keeping_sentence, preflight_summary, preflight_table
 from .memory import Memory, Settings
 
-__all__ = ["Memory", "Settings", "cards_table", "preflight_summary", "preflight_table"]
+__all__ = ["Memory", "Settings", "cards_table", "keeping_sentence", "preflight_summary", "preflight_table"]

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import AutoConfig, PretrainedConfig
 
 from ..checkpoints import download, split_revision
-from .memory import Estimate, Memory, Settings, optimizer_state, patches
+from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
 
 CARDS = 8, 12, 16, 24  # GB
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
@@ -144,6 +144,7 @@ def estimate_summary(memory: Memory, settings: Settings) -> dict:
     for card in CARDS:
         verdict = {"gb": card, "usable_gb": USABLE * card, "fits": fits(now, card)}
         cards.append(verdict | ({} if fits(now, card) else {"advice": advise(memory, now, card)}))
+    without = memory.estimate(replace(settings, keep=None)) if settings.keeps else now
     return {
         "base": now.settings.base,
         "settings": {key: value for key, value in asdict(now.settings).items() if key != "base"},
@@ -151,8 +152,36 @@ def estimate_summary(memory: Memory, settings: Settings) -> dict:
         "moment": now.moment,
         "parts_gb": {part: size / 1e9 for part, size in now.parts.items()},
         "total_gb": now.bytes / 1e9,
+        "keeping": _keeping(memory, settings, (now.bytes - without.bytes) / 1e9),
         "cards": cards,
     }
+
+
+def _keeping(memory: Memory, settings: Settings, gb: float) -> dict | None:
+    """What keeping adds: tokens and time a step, as a share of a step on the task, and memory at the peak."""
+    if settings.replay:
+        return {"replay": settings.replay, "time": settings.replay / (1 - settings.replay), "gb": 0.0}
+    if not settings.keeps:
+        return None
+    tokens, every = keep_tokens(memory.config, settings), settings.keep_every
+    samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    time = settings.keep_batch_size * tokens / (samples * settings.max_tokens) / every
+    return {"tokens": tokens, "step_samples": samples, "every": every, "time": time, "gb": gb}
+
+
+def keeping_sentence(summary: dict) -> str:
+    """What keeping adds to a step, in words; empty where nothing is kept."""
+    keeping, settings = summary["keeping"], summary["settings"]
+    if keeping is None:
+        return ""
+    if settings["replay"]:
+        return f"replay: {keeping['replay']:g} takes {keeping['time']:.0%} more steps an epoch, and no more memory"
+    often = "each step" if keeping["every"] == 1 else f"every {keeping['every']} steps"
+    return (
+        f"keeping takes {settings['keep_batch_size']} x {keeping['tokens']} tokens {often}, beside "
+        f"{keeping['step_samples']} x {settings['max_tokens']} of the task: {keeping['time']:.0%} more time, or more "
+        f"where the task's samples are shorter, and {keeping['gb']:.2f} GB more at the peak"
+    )
 
 
 def preflight_table(summary: dict) -> Table:

@@ -1,4 +1,5 @@
-"""What a training step's activations take: the model's own decoder runs on tensors that have a shape and no memory.
+"""What the activations of a training step take, and of a pass of keeping: the model's own decoder runs on tensors that
+have a shape and no memory.
 
 What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
 architecture. Layers of one kind are alike, so steps through two and through three of each kind give a step through all
@@ -26,12 +27,14 @@ from torch.utils._pytree import tree_iter
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..checkpoints import Decoder
+from ..keeping import bucketed_kl
 
 PHASES = "forward pass", "loss", "backward pass"
 # What there is in the layers and after them grows with their number, what there is before them does not.
 MOMENTS = "before the layers", *PHASES, "gradient before the layers"
 PHASE_OF = dict(zip(MOMENTS, (PHASES[0], *PHASES, PHASES[2]), strict=True))
 MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
+STORED = 32  # log probabilities that a keep set has of each answer token
 TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
 
 
@@ -47,6 +50,7 @@ class Step:
     checkpointing: bool = True
     label_smoothing: float = 0.0
     think_tokens: bool = False
+    answer: int = 0  # tokens at the end of each sample that a pass of keeping compares; 0 is a step on the task
 
 
 class Live(TorchDispatchMode):
@@ -204,7 +208,10 @@ def take(step: Step, decoder: nn.Module, first: nn.Module, weight: Tensor) -> di
             gradient = scored.grad
             del loss, scored
             live.moment = "backward pass"
-            hidden.backward(gradient)
+            if step.answer:  # nothing of it comes into `grad`
+                torch.autograd.grad(hidden, [p for p in decoder.parameters() if p.requires_grad], gradient)
+            else:
+                hidden.backward(gradient)
     finally:
         torch.set_autocast_enabled("cuda", before)
     return live.peaks
@@ -240,6 +247,10 @@ def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
 def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
     if step.think_tokens:  # PEFT's copy of the head, with its trained rows
         weight = weight.clone().requires_grad_()
+    if step.answer:  # all logits of its tokens at once
+        logits = linear(hidden[:, -step.answer - 1 :], weight).float()[:, :-1].flatten(0, 1)
+        known = len(logits), STORED
+        return bucketed_kl(logits, torch.zeros(known, dtype=torch.long), torch.zeros(known)).sum()
     if not step.label_smoothing:
         return _ChunkedLoss.apply(hidden.flatten(0, 1).clone(), weight)
     logits = linear(hidden, weight).float()  # accelerate hands them to the loss in fp32

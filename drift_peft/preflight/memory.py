@@ -7,7 +7,7 @@ alive at the same time is not added up: the estimate is the largest of the momen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
@@ -42,6 +42,11 @@ STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keep
 }
 
 
+WHOLE = ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size")
+WHOLE += ("gradient_accumulation_steps", "keep_batch_size", "keep_every", "keep_max_new_tokens")
+QUESTION = 32  # tokens of a keep set's question in its chat template, about
+
+
 @dataclass(frozen=True)
 class Settings:
     """The keys of a recipe that decide what memory it takes; defaults as in recipes/parts/arguments.py."""
@@ -61,15 +66,24 @@ class Settings:
     per_device_train_batch_size: int = 8
     gradient_checkpointing: bool = True
     label_smoothing_factor: float = 0.0
+    gradient_accumulation_steps: int = 1
+    keep: str | None = None
+    keep_weight: float = 1.0
+    keep_batch_size: int = 1
+    keep_every: int = 1
+    keep_max_new_tokens: int = 64
+    replay: float = 0.0
     optim: str = "adamw_torch_fused"
     bf16: bool | None = None
     fp16: bool = False
 
     def __post_init__(self):
-        for name in ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size"):
+        for name in WHOLE:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
+        if isinstance(self.replay, bool) or not isinstance(self.replay, int | float) or not 0 <= self.replay < 1:
+            raise ValueError(f"replay takes a share of the samples, at least 0 and below 1, got {self.replay!r}")
         if not isinstance(self.processor_kwargs, dict | None):
             raise ValueError(f"processor_kwargs takes settings of the processor, got {self.processor_kwargs!r}")
         if self.optim.removeprefix("paged_") not in STATE:
@@ -81,6 +95,11 @@ class Settings:
         if self.fp16:
             return torch.float16
         return torch.float32 if self.bf16 is False else torch.bfloat16
+
+    @property
+    def keeps(self) -> bool:
+        """Is the gradient of a keep set added? With `replay` its answers are training samples instead."""
+        return self.keep is not None and self.keep_weight > 0 and not self.replay
 
     @property
     def step(self) -> Step:
@@ -185,6 +204,8 @@ class Memory:
             for phase, (layers, rest) in self.step_peaks(settings.step).items()
         }
         moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
+        if settings.keeps:
+            moments |= self._keeping(settings, trained)
         moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
         outside = {"workspaces of cuBLAS and the like": WORKSPACES, "CUDA context": CONTEXT}
@@ -201,6 +222,26 @@ class Memory:
             sums = sum(out * ((columns or inner) + settings.r) for out, inner in steered)
             parts["sums of drift_norm='weight', 32 bits"] = 4 * sums
         return parts
+
+    def keep_step(self, settings: Settings) -> Step:
+        """A part of a keep batch, which is no larger than a training batch (keeping/feed.py)."""
+        tokens = keep_tokens(self.config, settings)
+        fit = settings.per_device_train_batch_size * settings.max_tokens // tokens
+        samples = min(settings.keep_batch_size, max(1, fit))
+        return replace(
+            settings.step, batch=samples, tokens=tokens, answer=min(settings.keep_max_new_tokens, tokens - 1)
+        )
+
+    def _keeping(self, settings: Settings, trained: int) -> dict[str, dict[str, float]]:
+        """The moments of a pass of keeping, whose gradients are there beside the task's."""
+        step = self.keep_step(settings)
+        earlier = {"keeping's gradients so far, 32 bits": 4 * trained * (step.batch < settings.keep_batch_size)}
+        one = replace(settings, images_per_sample=1, per_device_train_batch_size=step.batch)
+        moments = {"pass of the vision tower, keeping": {"vision tower's activations": self.tower(one), **earlier}}
+        for phase, (layers, rest) in self.step_peaks(step).items():
+            parts = {"activations kept in all layers": layers, "other activations at that moment": rest}
+            moments[f"{phase} of the language model, keeping"] = {**parts, **earlier}
+        return moments
 
     def _guidance(self, settings: Settings) -> float:
         """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients
@@ -251,6 +292,32 @@ def patches(config: PretrainedConfig, settings: Settings) -> int:
     elif config.model_type == "idefics2":
         tiles = 5 if kwargs.get("do_image_splitting", True) else 1
     return settings.images_per_sample * tiles * (side // patch) ** 2
+
+
+def keep_tokens(config: PretrainedConfig, settings: Settings) -> int:
+    """Tokens of one of the keep set's samples: an image, a question, and the longest answer. Its images are those of
+    samples that max_tokens lets through."""
+    image = math.ceil(patches(config, replace(settings, images_per_sample=1)) / _patches_per_token(config))
+    return min(image + QUESTION + settings.keep_max_new_tokens, settings.max_tokens)
+
+
+def _patches_per_token(config: PretrainedConfig) -> float:
+    """How many patches become one token of the language model; 1 where it is not known, which counts too many."""
+    vision = config.vision_config
+    if (merge := getattr(vision, "spatial_merge_size", 1)) > 1:
+        return merge**2
+    if config.model_type == "gemma4":
+        return vision.pooling_kernel_size**2
+    if config.model_type == "lfm2_vl":
+        return config.downsample_factor**2
+    if config.model_type == "internvl":
+        return config.downsample_ratio**-2
+    if config.model_type in ("idefics3", "smolvlm"):
+        return config.scale_factor**2
+    tile = (_side(vision.image_size) // _side(vision.patch_size)) ** 2 if hasattr(vision, "image_size") else 1
+    if config.model_type == "gemma3":
+        return tile / config.mm_tokens_per_image
+    return tile / config.perceiver_config.resampler_n_latents if config.model_type == "idefics2" else 1
 
 
 def _side(size: int | list | tuple) -> int:

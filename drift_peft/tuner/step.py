@@ -53,7 +53,8 @@ def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_sca
         raise RuntimeError("An optimizer with maximize=True moves against the guidance: negate the loss instead.")
     if any(config.drift_norm == "weight" for config, _ in plan.parts) and is_kept(groups):
         raise RuntimeError(
-            "drift_norm='weight' does not see the gradient that keep() adds: use drift_norm='factor' beside it."
+            "drift_norm='weight' does not see the gradient that keep() adds: use drift_norm='factor' beside it, or mix "
+            "the keep set's answers into the training data (drift-peft keep samples)."
         )
     # Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config that starts at 0,
     # or at 1 (distributed checkpoints take a step with zero gradients first), and with them the place in warm-up.

@@ -11,6 +11,7 @@ layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
 loading       the usable samples of a source, as TRL takes them, and a count of the others
 lengths       how many tokens a conversation has, and which are too long
+replay        the answers of a keep set among the training samples
 parquet       messages and images in one file that stands alone
 teachers      who writes chains of thought: a model in this process, or a server
 journal       answers on disk as they come

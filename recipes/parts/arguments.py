@@ -48,10 +48,14 @@ class RunArguments:
     )
     keep_samples: int = field(default=300, metadata={"help": "answers of the keep set, if it is made"})
     keep_questions: str | None = field(default=None, metadata={"help": "file of questions for it; built-in if none"})
+    keep_max_new_tokens: int = field(default=64, metadata={"help": "its longest answer; longer ones are cut there"})
     keep_weight: float = field(default=1.0, metadata={"help": "weight of the distance from the keep set's answers"})
     keep_bound: float = field(default=1.0, metadata={"help": "most that it adds, as a multiple of the gradient"})
     keep_batch_size: int = field(default=1, metadata={"help": "answers a step"})
     keep_every: int = field(default=1, metadata={"help": "only every so many steps"})
+    replay: float = field(
+        default=0.0, metadata={"help": "instead: share of the training samples that are answers of the keep set"}
+    )
     merge: bool = field(default=False, metadata={"help": "merge into the full-precision base in the end"})
     verify: bool = field(
         default=True, metadata={"help": "of merge: compare with what was trained; takes the model in fp32, in turn"}
@@ -63,6 +67,14 @@ class RunArguments:
             raise ValueError("method drift needs a prior: name the file to build it in, or set method to sft")
         if self.merge_first is not None and not (math.isfinite(self.merge_first) and self.merge_first):
             raise ValueError(f"merge_first is the share of Δ to merge, such as 0.5, got {self.merge_first}")
+        if not 0 <= self.replay < 1:
+            raise ValueError(f"replay is a share of the training samples, at least 0 and below 1, got {self.replay}")
+        if self.replay and self.keep is None:
+            raise ValueError(f"replay={self.replay} takes the answers of a keep set: name one with keep")
+        if self.replay and self.streaming:
+            raise ValueError(
+                f"replay={self.replay} is a share of the data, whose size streaming does not know: leave out either"
+            )
 
 
 @dataclass

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import sft_vlm
 import torch
-from recipe_runs import FAST
+import yaml
+from keep_sets import ENDS
+from recipe_runs import CONFIGS, FAMILY, FAST
 from tiny_vlm import PROCESSORS
+from transformers import GenerationConfig
 
 from drift_peft import KeepSet
 
@@ -68,3 +72,55 @@ def test_the_base_is_kept_near_its_own_answers(train, pair, tmp_path):
     assert record["results"]["keep_ratio"] >= 0
     train(**FAST, keep=place, output_dir=tmp_path / "again")
     assert place.read_bytes() == made
+
+
+def test_replay_mixes_the_answers_into_the_data_instead(train, pair, data, tmp_path, monkeypatch):
+    """The keep set is made by the first run here too; the loss is on the VLM's answer, and nothing is added to it."""
+    folder = pair("qwen2_5_vl")
+    GenerationConfig(eos_token_id=ENDS).save_pretrained(folder / "base")  # so that answers end
+    place, seen = tmp_path / "keep.safetensors", []
+    step = sft_vlm.Trainer.training_step
+
+    def watched(self, model, inputs, *args):
+        seen.append(inputs)
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(sft_vlm.Trainer, "training_step", watched)
+    settings = {**FAST, "keep": place, "keep_samples": 20, "replay": 0.5, "max_steps": 4}
+    trainer, output = train(**settings, drift_norm="weight")  # which does not go with the other form
+    record, keep_set = json.loads((output / "run.json").read_text()), KeepSet.load(place)
+    replay = record["replay"]
+    assert replay["samples"] == 8 and replay["answers"] + sum(replay["left_out"].values()) == 20
+    assert record["data"]["samples"] == 8 and len(trainer.train_dataset) == 16
+    assert not any("drift/keep_kl" in log for log in trainer.state.log_history)
+    words = trainer.processing_class.tokenizer
+    rows = [row for inputs in seen for row in zip(inputs["input_ids"], inputs["labels"], strict=True)]
+    told = {words.decode(label[label != -100]).removesuffix("</s>").strip() for _, label in rows}
+    task = {text for text in told if "+" in text}  # the chains of thought of the data
+    assert task and told - task and told - task <= {words.decode(words(s.answer)["input_ids"]) for s in keep_set}
+    assert all((ids == 3).any() for ids, _ in rows)  # the image's places
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"replay": 1}, r"replay is a share of the training samples, at least 0 and below 1, got 1\.0"),
+        ({"replay": 0.2}, r"replay=0\.2 takes the answers of a keep set: name one with keep"),
+        ({"replay": 0.2, "keep": "k.safetensors", "streaming": True}, "whose size streaming does not know: leave out"),
+        ({"keep": "k.safetensors", "drift_norm": "weight"}, "does not see the gradient that keep adds: set drift_norm"),
+    ],
+)
+def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "prepare", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(SystemExit, match=told):
+        train(**settings)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_configuration_names_a_keep_set(name):
+    """Made by the first run: one a base, under the same settings."""
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    base = settings["base"].partition("/")[2].lower().replace("-", "_").replace(".", "_")
+    assert settings["keep"] == f"keep/{base}.safetensors"
+    assert (settings["keep_weight"], settings["keep_samples"], settings["keep_questions"]) == (1.0, 300, None)
+    assert settings["keep_batch_size"] == 4 and "replay" not in settings

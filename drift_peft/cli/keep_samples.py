@@ -1,0 +1,35 @@
+"""drift-peft keep samples: a keep set as ordinary training samples."""
+
+from __future__ import annotations
+
+from .parser import Parser
+
+HELP = "a keep set as ordinary training samples"
+DESCRIPTION = """Write the VLM's answers as training samples in the messages layout, with their pictures beside them,
+for trainers that keep() does not reach: mix about one of them with every four of your own."""
+EXAMPLE = "drift-peft keep samples keep.safetensors -o keep_samples"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
+    add("-o", "--output", required=True, help="folder to write samples.jsonl into, or a file that ends in .jsonl")
+    add("--overwrite", action="store_true", help="replace existing samples and their pictures")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(keep_set: str, output: str, overwrite: bool, as_json: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..keeping import KeepSet, write_samples
+    from .show import show
+
+    result = write_samples(KeepSet.load(keep_set), output, overwrite)
+    table = Table(show_header=False, title=Text(f"{keep_set} -> {result['samples']}"))
+    table.add_row("written", str(result["written"]))
+    for reason, number in result["left_out"].items():
+        table.add_row(f"left out: {reason}", str(number))
+    table.add_row("pictures", Text(result["pictures"]))
+    show(result, as_json, table)

@@ -1,0 +1,111 @@
+"""The hard form of keeping: a keep set as ordinary training samples, for trainers that `keep` does not reach (METHOD,
+"Keeping what the VLM can do").
+
+A sample is a question with the VLM's answer, in the messages layout: `<image>` stands for the picture, which `images`
+names. Answers that would teach something else than the VLM's own are left out, and counted by reason.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from ..checkpoints import partial_folder, refuse_output
+from .file import KeepSet, upright
+
+PLACEHOLDER = "<image>"
+FILE_NAME = "samples.jsonl"  # what the samples are called in a folder
+ORIENTATION = 0x0112  # of EXIF: how a camera was held
+
+
+def training_samples(keep_set: KeepSet) -> tuple[list[tuple[int, list[dict]]], Counter]:
+    """(which picture, its messages) of each answer that can be trained on, and how many others there are, by reason.
+
+    An answer that was cut is left out, since a model that is trained on it learns to stop there.
+
+    Raises:
+        ValueError: none is left.
+    """
+    longest = keep_set.metadata["generation"]["max_new_tokens"]
+    kept, left_out = [], Counter()
+    for i, sample in enumerate(keep_set):
+        if len(sample.tokens) == longest:
+            left_out[f"cut at {longest} tokens"] += 1
+        elif not sample.answer.strip():
+            left_out["without words"] += 1
+        elif PLACEHOLDER in sample.question + sample.answer:
+            left_out[f"with {PLACEHOLDER} in their words"] += 1
+        else:
+            question = {"role": "user", "content": f"{PLACEHOLDER}{sample.question}"}
+            kept.append((keep_set.image_of(i), [question, {"role": "assistant", "content": sample.answer}]))
+    if not kept:
+        reasons = ", ".join(f"{number} are {reason}" for reason, number in left_out.items())
+        raise ValueError(
+            f"none of the answers in {keep_set.source} can be trained on, {reasons}: make a set with more "
+            "max_new_tokens (--max-new-tokens)"
+        )
+    return kept, left_out
+
+
+def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False) -> dict:
+    """Write a keep set as training samples: lines of JSON, and beside them a folder of the pictures that they name.
+
+    Args:
+        output: file that ends in .jsonl, or a folder, which then holds samples.jsonl.
+        overwrite: replace both.
+
+    Returns:
+        `samples` and `pictures`, where they are; `written`, how many samples; `left_out`, how many by reason.
+
+    Raises:
+        ValueError: no answer can be trained on, or the output is called as neither.
+        OSError: the output exists, or cannot be written.
+    """
+    output = Path(output)
+    is_folder = output.suffix != ".jsonl"
+    if is_folder and (output.is_file() or output.suffix in (".json", ".parquet")):
+        raise ValueError(f"output {output} is no folder, and no file that ends in .jsonl: name either")
+    file = output / FILE_NAME if is_folder else output
+    pictures = file.with_name(f"{file.stem}_images")
+    if pictures.exists() and not overwrite:
+        raise FileExistsError(f"output {pictures} exists: name another one, or pass overwrite=True (--overwrite)")
+    kept, left_out = training_samples(keep_set)
+    if is_folder and output.parent.is_dir():
+        output.mkdir(exist_ok=True)
+    refuse_output(file, overwrite, example=FILE_NAME)
+    with partial_folder(file) as folder:
+        try:
+            (folder / pictures.name).mkdir()
+            places: dict[int, str] = {}
+            lines = []
+            for number, messages in kept:
+                if number not in places:
+                    content, ending = _picture(keep_set.image_file(number))
+                    places[number] = f"{pictures.name}/{number:06d}{ending}"
+                    (folder / places[number]).write_bytes(content)
+                lines.append(json.dumps({"messages": messages, "images": [places[number]]}, ensure_ascii=False))
+            (folder / file.name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+            if pictures.exists():
+                shutil.rmtree(pictures)
+            os.replace(folder / pictures.name, pictures)
+            os.replace(folder / file.name, file)
+        except OSError as error:
+            raise OSError(f"output {file} cannot be written: {error.strerror}") from error
+    return {"samples": str(file), "pictures": str(pictures), "written": len(kept), "left_out": dict(left_out)}
+
+
+def _picture(content: bytes) -> tuple[bytes, str]:
+    """The picture's file as it is, and the ending of its name; where its camera was turned, the upright picture, since
+    not every trainer turns it."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return content, f".{image.format.lower()}"
+        turned = io.BytesIO()
+        upright(image).save(turned, "PNG")
+        return turned.getvalue(), ".png"

@@ -1,0 +1,45 @@
+"""The hard form of keeping: the answers of a keep set among the training samples, as a share of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import datasets
+
+from drift_peft import KeepSet
+from drift_peft.keeping import training_samples
+
+from .layouts import read_sample
+from .lengths import within_length
+from .loading import FEATURES
+
+
+def with_replay(
+    dataset: datasets.Dataset, keep_set: KeepSet, share: float, processor, max_tokens: int, seed: int
+) -> tuple[datasets.Dataset, dict]:
+    """The data, and behind them so many of the VLM's answers that `share` of all samples are answers.
+
+    Where the keep set has fewer, its answers come again and again, each time in another order; the trainer mixes all.
+
+    Returns:
+        the samples; and for run.json how many answers are among them (`samples`), how many of the keep set's are used
+        (`answers`), and how many are not, by reason (`left_out`).
+
+    Raises:
+        ValueError: no answer of the keep set can be trained on.
+    """
+    answers, left_out = training_samples(keep_set)
+    columns = {"messages": [], "images": []}
+    for picture, messages in answers:
+        messages, images, _ = read_sample({"messages": messages, "images": [keep_set.image_file(picture)]})
+        columns["messages"].append(messages)
+        columns["images"].append([{"bytes": image, "path": None} for image in images])
+    dropped = Counter(left_out)
+    kept = within_length(datasets.Dataset.from_dict(columns, FEATURES), processor, max_tokens, dropped=dropped)
+    wanted = max(1, round(share / (1 - share) * len(dataset)))
+    order, draw = [], random.Random(seed)
+    while len(order) < wanted:
+        order += draw.sample(range(len(kept)), len(kept))
+    mixed = datasets.concatenate_datasets([dataset, kept.select(order[:wanted])])
+    return mixed, {"samples": wanted, "answers": len(kept), "left_out": dict(dropped)}

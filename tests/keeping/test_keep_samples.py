@@ -1,0 +1,148 @@
+"""The hard form: a keep set as training samples, by the command and among a recipe's data."""
+
+import io
+import json
+from collections import Counter
+
+import pytest
+from command import run
+from keep_sets import make
+from parts.loading import load_messages
+from parts.replay import with_replay
+from PIL import Image
+from transformers import AutoProcessor
+
+from drift_peft.keeping import training_samples, write_samples
+from drift_peft.keeping.file import upright
+
+
+@pytest.fixture(scope="module")
+def keep_set(folder):
+    return make(folder, "short.safetensors", max_new_tokens=3)
+
+
+def whole(keep_set):
+    """Which answers ended by themselves, and say something."""
+    return [i for i, s in enumerate(keep_set) if len(s.tokens) < 3 and s.answer.strip()]
+
+
+def test_the_command_writes_what_the_recipes_read(keep_set, capsys, tmp_path):
+    where = tmp_path / "samples"
+    status, out, _ = run(capsys, "keep", "samples", keep_set.path, "-o", where, "--json")
+    result, kept = json.loads(out), whole(keep_set)
+    assert status == 0 and 0 < len(kept) < 20
+    assert result["written"] == len(kept) == 20 - sum(result["left_out"].values())
+    lengths = [len(sample.tokens) for sample in keep_set]
+    assert result["left_out"]["cut at 3 tokens"] == lengths.count(3) > 0
+    dataset, dropped = load_messages(where / "samples.jsonl")
+    assert not dropped and len(dataset) == len(kept)
+    for i, row in zip(kept, dataset, strict=True):
+        question, answer = row["messages"]
+        assert [part["type"] for part in question["content"]] == ["image", "text"]
+        assert question["content"][1]["text"] == keep_set[i].question
+        assert (answer["role"], answer["content"][0]["text"]) == ("assistant", keep_set[i].answer)
+        assert row["images"][0].tobytes() == keep_set[i].image.tobytes()
+    status, out, _ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "other.jsonl")
+    assert status == 0 and "left out: cut at 3 tokens" in " ".join(out.split())
+    assert load_messages(tmp_path / "other.jsonl")[0]["messages"] == dataset["messages"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl", "other_images", "samples"]
+
+
+def test_lines_are_as_other_trainers_take_them(keep_set, tmp_path):
+    """LLaMA-Factory and ms-swift: texts with <image>, and paths that start from the file's folder."""
+    write_samples(keep_set, tmp_path / "keep.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "keep.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        question, answer = row["messages"]
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        assert question["content"].count("<image>") == len(row["images"]) == 1 and "<image>" not in answer["content"]
+        assert (tmp_path / row["images"][0]).is_file()
+    files = [keep_set.image_file(keep_set.image_of(i)) for i in whole(keep_set)]
+    assert [(tmp_path / row["images"][0]).read_bytes() for row in rows] == files  # as they are
+    assert len([*(tmp_path / "keep_images").iterdir()]) == len({*files})  # each once
+
+
+def test_outputs_that_are_there_are_left(keep_set, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for name, told in (
+        ("file", "file is no folder, and no file that ends in .jsonl: name either"),
+        ("k.json", "k.json is no folder, and no file"),
+        ("gone/keep.jsonl", "there is no folder"),
+        ("gone/keep", "there is no folder"),
+    ):
+        status, _, err = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / name)
+        assert status == 1 and told in err and err.count("\n") == 1, name
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    write_samples(keep_set, tmp_path / "keep.jsonl")
+    (tmp_path / "keep_images" / "left.png").touch()
+    with pytest.raises(FileExistsError, match=r"keep_images exists: name another one, or pass overwrite=True"):
+        write_samples(keep_set, tmp_path / "keep.jsonl")
+    (tmp_path / "keep_images").rename(tmp_path / "mine")
+    with pytest.raises(FileExistsError, match=r"keep\.jsonl exists"):
+        write_samples(keep_set, tmp_path / "keep.jsonl")
+    (tmp_path / "mine").rename(tmp_path / "keep_images")
+    status, *_ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "keep.jsonl", "--overwrite")
+    assert status == 0 and not (tmp_path / "keep_images" / "left.png").exists()
+
+
+class Edited:
+    """A keep set with other answers, questions or limits."""
+
+    def __init__(self, keep_set, longest=99, **changes):
+        self.whole, self.changes, self.source = keep_set, changes, "edited"
+        self.metadata = {"generation": {"max_new_tokens": longest}}
+        self.image_of = keep_set.image_of
+
+    def __iter__(self):
+        for i, sample in enumerate(self.whole):
+            vars(sample).update(self.changes if i % 2 else {})
+            yield sample
+
+
+def test_answers_that_teach_something_else_are_left_out(keep_set):
+    empty = sum(not s.answer.strip() for s in keep_set)
+    kept, left_out = training_samples(Edited(keep_set))
+    assert len(kept) == 20 - empty and left_out == Counter({"without words": empty} if empty else {})
+    for changes, reason in (
+        ({"answer": " \n"}, "without words"),
+        ({"answer": "an <image>"}, "with <image> in their words"),
+        ({"question": "is <image> a tag?", "answer": "yes"}, "with <image> in their words"),
+    ):
+        kept, left_out = training_samples(Edited(keep_set, **changes))
+        assert len(kept) + sum(left_out.values()) == 20 and left_out[reason] >= 10, changes
+
+
+def test_a_set_of_cut_answers_says_so(folder):
+    cut = make(folder, "cut.safetensors", max_new_tokens=1, samples=4)
+    with pytest.raises(ValueError, match=r"cut\.safetensors can be trained on, 4 are cut at 1 tokens: make a set with"):
+        training_samples(cut)
+
+
+def test_a_picture_of_a_turned_camera_is_written_upright(folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.effect_mandelbrot((24, 16), (-2, -1, 1, 1), 20).convert("RGB")
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    turned = make(folder, "turned.safetensors", images=[tmp_path / "turned.jpg"], samples=12)
+    write_samples(turned, tmp_path / "keep.jsonl")
+    (written,) = (tmp_path / "keep_images").iterdir()
+    with Image.open(written) as found, Image.open(io.BytesIO(turned.image_file(0))) as as_it_was:
+        assert found.size == (16, 24) and not found.getexif()
+        assert found.tobytes() == upright(as_it_was).tobytes()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_a_share_of_the_training_samples(keep_set, folder, tmp_path, share):
+    write_samples(keep_set, tmp_path / "own")
+    data = load_messages(tmp_path / "own" / "samples.jsonl")[0].select(range(4))
+    processor, count = AutoProcessor.from_pretrained(folder / "base"), len(whole(keep_set))
+    mixed, told = with_replay(data, keep_set, share, processor, 1000, seed=1)
+    added = mixed.select(range(4, len(mixed)))
+    assert mixed.select(range(4)).to_dict() == data.to_dict() and mixed.features == data.features
+    assert len(added) / len(mixed) == share == pytest.approx({1: 0.2, 36: 0.9}[len(added)])
+    assert told["samples"] == len(added) and told["answers"] == count
+    asked = Counter((row["messages"][0]["content"][1]["text"], row["images"][0].tobytes()) for row in added)
+    assert max(asked.values()) - (min(asked.values()) if len(asked) == count else 0) <= 1  # in turns
+    again, _ = with_replay(data, keep_set, share, processor, 1000, seed=1)
+    other, _ = with_replay(data, keep_set, share, processor, 1000, seed=2)
+    assert again["messages"] == mixed["messages"] and (share < 0.5 or other["messages"] != mixed["messages"])

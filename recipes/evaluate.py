@@ -214,7 +214,7 @@ def evaluate(args: Namespace) -> dict:
     import torch  # three times as long as all the rest: --help and refused flags do not wait for it
 
     check(args.model, args.adapter, args.data, args.output)
-    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail")
+    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail", chains=False)
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
     else:
-        Console().print(keeping_table(result) if args.keep else results_table(result))
+        Console(markup=False).print(keeping_table(result) if args.keep else results_table(result))
     if not args.keep and result["total"]["unfinished"]:
         print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
 

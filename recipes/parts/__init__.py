@@ -5,6 +5,8 @@ arguments     what can be set in a recipe: the keys of the YAMLs in configs/
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture
 sources       files, folders and hub data sets, as samples
+bad_sample    what is wrong with a sample that cannot be used
+questions     a question with its options, its answer, and the chain of thought beside it
 layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
 loading       the usable samples of a source, as TRL takes them, and a count of the others

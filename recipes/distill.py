@@ -18,6 +18,11 @@ questions as they were, without the prompt, and the teacher's answers.
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("distill.py: stopped")
+
 import hashlib
 import json
 import os

@@ -15,6 +15,11 @@ without it.
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("evaluate.py: stopped")
+
 import hashlib
 import json
 import sys

@@ -9,6 +9,11 @@ SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with 
 parts/arguments.py.
 """
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("sft_vlm.py: stopped")
+
 import hashlib
 import json
 import os

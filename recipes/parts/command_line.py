@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
+from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.terminal import spell_out
 
 FLAG = re.compile(r"--\w[\w-]*")
@@ -82,9 +83,10 @@ def guess(name: str, known: Iterable[str]) -> str:
 
 
 def stop(script: str, message: str, status: int) -> NoReturn:
-    """End with one sentence on stderr."""
+    """End with one sentence on stderr. After Ctrl-C, whose error this is, that is left to `run_script`."""
     sentence = f"{script}: error: {' '.join(message.split())}"
-    print(sentence, file=sys.stderr)
+    if not ctrl_c_came():
+        print(sentence, file=sys.stderr)
     end = SystemExit(sentence)  # for who catches it
     end.code = status
     raise end
@@ -101,9 +103,13 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
 
 def run_script(script: str, main: Callable[[], object]) -> None:
     """What `python recipes/<script>` does: its main(), readable on any terminal, and without a traceback at Ctrl-C."""
-    spell_out(sys.stdout, sys.stderr)
     try:
+        raise_at_ctrl_c()
+        spell_out(sys.stdout, sys.stderr)
         main()
-    except KeyboardInterrupt as interrupt:
-        print(f"{script}: {str(interrupt) or 'stopped'}", file=sys.stderr)
+    except BaseException as end:
+        if not isinstance(end, KeyboardInterrupt) and not ctrl_c_came():
+            raise
+        told = str(end) if isinstance(end, KeyboardInterrupt) else ""
+        print(f"{script}: {told or 'stopped'}", file=sys.stderr)
         sys.exit(130)

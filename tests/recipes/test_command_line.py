@@ -6,12 +6,13 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from parts.command_line import Parser
+from parts.command_line import Parser, in_one_sentence, run_script
 from recipe_runs import CONFIGS, RECIPES
 
 from drift_peft.cli.terminal import spell_out
@@ -142,6 +143,44 @@ def test_ctrl_c_is_one_sentence(script, capsys, monkeypatch, tmp_path):
         runpy.run_path(str(RECIPES / f"{script}.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert end.value.code == 130 and not out and err.splitlines()[-1] == f"{script}.py: stopped"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_a_script_is_imported_is_one_sentence(script, tmp_path):
+    """difflib stands for any library here: the first that each script imports, and one that loses the interrupt."""
+    lost = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException as error:\n    pass\n"
+    (tmp_path / "difflib.py").write_text(lost)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(RECIPES / f"{script}.py"), "--help"]
+    options = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # a shell's background jobs ignore it
+    options |= {"env": {**os.environ, "PYTHONPATH": paths}, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}.py: stopped\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("other", [ValueError, RuntimeError, SystemError])
+def test_ctrl_c_that_a_library_turns_into_another_error_is_the_same_sentence(other, capsys):
+    def main():
+        with in_one_sentence("x.py", ValueError):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as interrupt:
+                raise other("of arrow, or of torch") from interrupt
+
+    def mistaken():
+        with in_one_sentence("x.py", ValueError):
+            raise ValueError("a mistake")
+
+    with pytest.raises(SystemExit) as end:
+        run_script("x.py", main)
+    assert (end.value.code, *capsys.readouterr()) == (130, "", "x.py: stopped\n")
+    with pytest.raises(SystemExit) as end:  # the next run in this process
+        run_script("x.py", mistaken)
+    assert (end.value.code, *capsys.readouterr()) == (1, "", "x.py: error: a mistake\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -187,7 +187,9 @@ def keep(questions: list[Question], answers: dict[str, dict], funnel: Funnel) ->
             continue
         answer = answers[question.key]
         text = _opened(answer["response"])
-        if well_formed(text):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):  # which no file takes
+            malformed["with half a sign"].append(shown(question, text))
+        elif well_formed(text):
             formed.append((question, text))
         else:
             reason = "cut at --max-tokens" if answer.get("finish_reason") == "length" else "of another form"
@@ -246,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds that the server may be silent")
     parser.add_argument("--retries", type=int, default=6, help="further tries where the server fails")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time without a server")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
@@ -261,7 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
             how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
             teacher = partial(Server, args.server, args.model, concurrency=args.concurrency, **how, **answering)
         else:
-            teacher = partial(Local, args.model, batch_size=args.batch_size, **answering)
+            how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+            teacher = partial(Local, args.model, **how, **answering)
         loading = {"split": args.split, "images": args.images}
         try:
             funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)

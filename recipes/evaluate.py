@@ -135,7 +135,7 @@ def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
     for question in tqdm(questions, desc="marking", disable=None):
         answer = said[str(question.index)]
         correct, unfinished = mark(answer["response"], question.gold, question.text)
-        unfinished |= answer["finish_reason"] == "length" and not correct
+        unfinished |= answer.get("finish_reason") == "length" and not correct
         fields = {"index": question.index, "category": question.category, "question": question.text}
         marked.append({**fields, "gold": question.gold, **answer, "correct": correct, "unfinished": unfinished})
     return marked
@@ -164,12 +164,13 @@ def results_table(result: dict) -> Table:
     return table
 
 
-def load_model(model: str, adapter: Path | None, batch_size: int, max_new_tokens: int) -> Local:
-    local = Local(model, batch_size=batch_size, temperature=0.0, max_tokens=max_new_tokens)
-    if adapter:
+def load_model(args: Namespace) -> Local:
+    how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+    local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
+    if args.adapter:
         from peft import PeftModel
 
-        local.model = PeftModel.from_pretrained(local.model, adapter)
+        local.model = PeftModel.from_pretrained(local.model, args.adapter)
     return local
 
 
@@ -184,7 +185,7 @@ def evaluate_keeping(args: Namespace) -> dict:
 
     check(args.model, args.adapter, None, args.output)
     keep_set = KeepSet.load(args.keep)
-    local = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+    local = load_model(args)
     keep_set.check(local.processor)
     found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
     if args.adapter:
@@ -226,7 +227,7 @@ def evaluate(args: Namespace) -> dict:
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     with Journal(journal_path(args.output), asking) as journal:
         if len(journal.answers) < len(questions):
-            model = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+            model = load_model(args)
             try:
                 ask(questions, dataset, model, journal, args.prompt)
             except torch.OutOfMemoryError as error:
@@ -252,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the data's")
     parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")

@@ -31,6 +31,7 @@ from parts.curves import plot_run
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.saving import Trainer, save_adapter, write_json
+from parts.template import check_template
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -138,15 +139,20 @@ def describe(dataset: Dataset) -> dict:
 def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:
     """All that a mistake in the settings may break. Returns the trainer, and what run.json says so far."""
     base = Checkpoint(run.base)
-    processor = AutoProcessor.from_pretrained(base.source, revision=base.revision, **run.processor_kwargs)
+    processor = AutoProcessor.from_pretrained(
+        base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **run.processor_kwargs
+    )
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
-    data = {"dropped": dropped, **describe(dataset)}
+    check_template(dataset, processor, train.chat_template_path)
+    data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
+    for key, text in dropped.unread.items():
+        print(f"not read: {key}, such as {text}")
     prior = open_prior(run)
     keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)
     record = {

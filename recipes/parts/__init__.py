@@ -10,6 +10,7 @@ questions     a question with its options, its answer, and the chain of thought 
 layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
 loading       the usable samples of a source, as TRL takes them, and a count of the others
+template      what the chat template makes of an answer
 lengths       how many tokens a conversation has, and which are too long
 parquet       messages and images in one file that stands alone
 teachers      who writes chains of thought: a model in this process, or a server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        for argument in args:  # or it would fail when the result, which names it, is written
+            if not _is_text(argument):
+                self.error(f"argument {argument!r} is not in UTF-8: rename that file or folder")
+        if not _is_text(os.getcwd()):
+            self.error(f"the working folder {os.getcwd()!r} is not in UTF-8: rename it, or work in another one")
         flags = args.index("--") if "--" in args else len(args)
         args[:flags] = map(self._known, args[:flags])  # before argparse complains of what is missing beside a typo
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -72,6 +78,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         stop(self.prog, message, 2)
+
+
+def _is_text(argument: str) -> bool:
+    """Bytes that are no UTF-8 come as lone surrogates."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in argument)
 
 
 def guess(name: str, known: Iterable[str]) -> str:

@@ -59,5 +59,8 @@ def _way_on(trainer: SFTTrainer) -> str:
 
 def write_json(content: dict, file: Path) -> None:
     unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    try:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
+from parts.outputs import write_result
+from parts.saving import write_json
 from recipe_runs import CONFIGS, RECIPES
 
 from drift_peft.cli.terminal import spell_out
@@ -104,6 +106,26 @@ def test_values_keep_their_underscores():
         for arguments in ([flag, "a_b"], [f"{flag}=a_b"], [f"{flag}=--a_b"]):
             args = parser.parse_args([*arguments, "--", "--c_d"])
             assert (args.some_name.lstrip("-"), args.source) == ("a_b", "--c_d")
+
+
+def test_names_that_are_not_in_utf8_are_refused_before_the_work(capsys, monkeypatch):
+    status, _, err = ended(capsys, "data", "a.jsonl", "-o", "b\udcff.parquet")
+    told = r"data.py: error: argument 'b\udcff.parquet' is not in UTF-8: rename that file or folder"
+    assert (status, err) == (2, told + "\n")
+    monkeypatch.setattr(os, "getcwd", lambda: "/a\udcff")
+    status, _, err = ended(capsys, "score", "--base", "a", "--drift", "b")
+    assert status == 2 and r"error: the working folder '/a\udcff' is not in UTF-8: rename it" in err
+
+
+@pytest.mark.parametrize("write", [write_json, write_result])
+def test_a_result_that_cannot_be_written_leaves_nothing(write, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write({"a": 1}, tmp_path / "r.json")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content, sentence", [

@@ -447,6 +447,21 @@ def test_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):
     assert error.startswith(f"distill.py: error: the model {tmp_path / 'no'} cannot be loaded: ")
 
 
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys, monkeypatch):
+    """Nor is the user asked on stdin whether it may be, as transformers does by itself."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "model").mkdir()
+    auto = {"AutoConfig": "code.Config", "AutoProcessor": "code.Processor"}
+    for name in ("config", "processor_config"):
+        (tmp_path / "model" / f"{name}.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(SystemExit):
+        distill.main(
+            [str(save_questions(tmp_path, 1)), "-o", str(tmp_path / "o.parquet"), "--model", str(tmp_path / "model")]
+        )
+    assert "cannot be loaded: " in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [(["-o", "out.txt"], "output out.txt is no parquet file: name one, such as out.parquet"),

@@ -45,7 +45,7 @@ def test_a_template_that_keeps_the_answer_passes(template, answered):
 @pytest.mark.parametrize(("template", "sentence"), [
     (STRIPPED, "“<think> 2 + 3 = 5 </think> 5”, and the chat template makes of it “assistant: 5 </s>”: set chat_templ"),
     (CHAT.replace(TEXT, "{{ part.text.replace('<think>', '') }}"), "template makes of it “assistant: 2 + 3 = 5 </thi"),
-    (CHAT.replace(END, "{% endfor %}"), "template writes “assistant: <think> 2 + 3 = 5 </think> 5”, with no token that"),
+    (CHAT.replace(END, "{% endfor %}"), "template writes “assistant: <think> 2 + 3 = 5 </think> 5”, with no token"),
 ])  # fmt: skip
 def test_a_template_that_does_not_is_an_error_that_shows_both(template, sentence, answered, tmp_path):
     with pytest.raises(ValueError) as error:
@@ -60,8 +60,10 @@ def test_a_template_that_does_not_is_an_error_that_shows_both(template, sentence
 
 
 def test_all_samples_are_looked_at():
-    turns = [[{"role": role, "content": [{"type": "text", "text": said}]} for role, said in (("user", "a"), ("assistant", b))]
-             for b in ("5", "6", ANSWER)]  # fmt: skip
+    def said(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    turns = [[said("user", "a"), said("assistant", answer)] for answer in ("5", "6", ANSWER)]
     dataset = datasets.Dataset.from_dict({"messages": turns, "images": [[]] * 3}, features=FEATURES)
-    with pytest.raises(ValueError, match="^sample 3 would not be trained"):
+    with pytest.raises(ValueError, match=r"^sample 3 would not be trained"):
         check_template(dataset, processor(STRIPPED))

@@ -12,10 +12,16 @@ in parts/loading.py.
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("data.py: stopped")
+
 import json
 from pathlib import Path
 
 from parts.command_line import Parser, in_one_sentence, run_script
+from parts.layouts import LAYOUTS
 from parts.loading import Dropped, load_messages, nothing_left
 from parts.parquet import refuse_output, write_parquet
 from rich.console import Console
@@ -28,11 +34,17 @@ def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
     table.add_row("kept", str(kept), "; ".join(sorted(dropped.layouts)))
     for reason, sentence in dropped.first().items():
         table.add_row(reason, str(dropped[reason]), sentence)
+    for what, samples in dropped.changed.items():
+        (file, number), *_ = sorted(samples)
+        table.add_row(f"kept, {what}", str(len(samples)), f"sample {number} of {file.removeprefix('hf://datasets/')}")
+    for key, text in dropped.unread.items():
+        table.add_row("not read", "", f"{key}: {text}")
     return table
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("data.py", __doc__)
+    parser.epilog += f"\n\nlayouts, by example:\n{LAYOUTS}"
     parser.add_argument("source", help="hub id, id@revision, .json, .jsonl or .parquet file, or a folder of these")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as train.parquet")
     parser.add_argument("--split", default="train", help="split of a hub id or a folder")
@@ -52,10 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not kept:
             raise nothing_left(options["source"], dropped)
     if as_json:
-        counts = {"kept": kept, "dropped": dict(dropped), "layouts": sorted(dropped.layouts), "first": dropped.first()}
-        print(json.dumps({"source": options["source"], "output": str(output), **counts}))
+        print(json.dumps({"source": options["source"], "output": str(output), "kept": kept, **dropped.report()}))
     else:
-        Console().print(counts_table(f"{options['source']} -> {output}", kept, dropped))
+        Console(markup=False).print(counts_table(f"{options['source']} -> {output}", kept, dropped))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,16 @@ there. The result holds the questions as they were, without the prompt, and the 
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("distill.py: stopped")
+
 import hashlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,6 +36,7 @@ from pathlib import Path
 
 import datasets
 from parts.answers import is_correct, well_formed
+from parts.bad_sample import printable
 from parts.command_line import Parser, in_one_sentence, run_script, stop
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
@@ -44,6 +50,7 @@ from tqdm import tqdm
 
 TEACHER = "russwang/ThinkLite-VL-7B"
 HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
+SHORT = 80  # signs of a text that a report shows
 
 
 @dataclass
@@ -56,20 +63,31 @@ class Question:
 
 @dataclass
 class Funnel:
-    """How many are left after each step, and why the others are not."""
+    """How many are left after each step, and why the others are not: of each reason, what shows it in each of them."""
 
     left: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, Counter] = field(default_factory=dict)
+    lost: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
-    def step(self, name: str, left: int, lost: Counter) -> None:
-        self.left[name], self.lost[name] = left, +lost
+    def step(self, name: str, left: int, lost: dict[str, list[str]]) -> None:
+        self.left[name], self.lost[name] = left, {reason: shown for reason, shown in lost.items() if shown}
 
-    def table(self, title: str) -> Table:
-        table = Table("step", "left", "lost", title=title)
+    def numbers(self) -> dict[str, dict[str, int]]:
+        """Step -> reason -> how many."""
+        return {step: {why: len(shown) for why, shown in lost.items()} for step, lost in self.lost.items() if lost}
+
+    def first(self) -> dict[str, dict[str, str]]:
+        """Step -> reason -> the first that was lost for it."""
+        return {step: {why: shown[0] for why, shown in lost.items()} for step, lost in self.lost.items() if lost}
+
+    def tables(self, title: str) -> tuple[Table, Table]:
+        """The steps, and the first that was lost for each reason."""
+        steps, examples = Table("step", "left", "lost", title=title), Table("lost", "the first")
         for name, left in self.left.items():
-            lost = "; ".join(f"{number} {reason}" for reason, number in self.lost[name].most_common())
-            table.add_row(name, str(left), lost)
-        return table
+            lost = sorted(self.lost[name].items(), key=lambda item: -len(item[1]))
+            steps.add_row(name, str(left), "; ".join(f"{len(shown)} {reason}" for reason, shown in lost))
+            for reason, shown in lost:
+                examples.add_row(reason, shown[0])
+        return steps, examples
 
 
 def distill(source: str, output: Path, settings: dict, make_teacher: Callable, limit: int | None, **loading) -> Funnel:
@@ -87,26 +105,28 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
     """
     funnel = Funnel()
     with Journal(journal_path(output), settings) as journal:
-        dataset, dropped = load_messages(source, **loading)
-        funnel.step("samples", len(dataset), dropped)
-        distinct = [*find_questions(dataset).values()]
+        dataset, dropped = load_messages(source, chains=False, **loading)
+        funnel.step("samples", len(dataset), dropped.all())
+        found, repeated = find_questions(dataset)
+        distinct = [*found.values()]
         questions = distinct[:limit]
-        repeated, beyond = len(dataset) - len(distinct), len(distinct) - len(questions)
-        funnel.step("asked", len(questions), Counter({"like another": repeated, "beyond --limit": beyond}))
+        beyond = [shown(question) for question in distinct[len(questions) :]]
+        funnel.step("asked", len(questions), {"like another": repeated, "beyond --limit": beyond})
         open_questions = [question for question in questions if question.key not in journal.answers]
-        unanswered = Counter()
+        unanswered: dict[str, list[str]] = {}
         if open_questions:
             unanswered = ask(open_questions, dataset, make_teacher(), journal, settings["prompt"])
-        funnel.step("answered", len(questions) - unanswered.total(), unanswered)
+        funnel.step("answered", len(questions) - sum(map(len, unanswered.values())), unanswered)
         kept = keep(questions, journal.answers, funnel)
     if kept:
         write_parquet(_with_answers(dataset, kept), output)
     return funnel
 
 
-def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:
-    """Key -> question; of those with the same text and images, the first."""
+def find_questions(dataset: datasets.Dataset) -> tuple[dict[str, Question], list[str]]:
+    """Key -> question; of those with the same text and images the first, and what shows the others."""
     questions: dict[str, Question] = {}
+    repeated = []
     for index, sample in enumerate(tqdm(dataset, desc="reading questions", disable=None)):
         parts = [part for message in sample["messages"][:-1] for part in message["content"]]
         text = " ".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
@@ -115,13 +135,25 @@ def find_questions(dataset: datasets.Dataset) -> dict[str, Question]:
             digest.update(f"{image.size}".encode() + image.tobytes())
         answer = last_answer(sample["messages"])
         question = Question(digest.hexdigest(), index, text, known_answer(answer))
-        questions.setdefault(question.key, question)
-    return questions
+        if questions.setdefault(question.key, question) is not question:
+            repeated.append(shown(question))
+    return questions, repeated
 
 
-def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: str) -> Counter:
+def shown(question: Question, said: str | None = None) -> str:
+    """A question, or its answer, as a report shows it."""
+    asked = f"question {question.index + 1}, {_short(question.text)}"
+    return asked if said is None else f"{asked}: {_short(said)}"
+
+
+def _short(text: str) -> str:
+    words = printable(" ".join(text.split()))
+    return words if len(words) <= SHORT else f"{words[: SHORT // 2]}…{words[-SHORT // 2 :]}"
+
+
+def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: str) -> dict[str, list[str]]:
     """Have each answer in the journal. Returns reason -> questions that have none: another run asks for them again."""
-    unanswered, in_a_row = Counter(), 0
+    unanswered, in_a_row = {}, 0
 
     def answer(chunk: list[Question]) -> None:
         samples = [dataset[question.index] for question in chunk]
@@ -138,7 +170,7 @@ def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: s
                 done.result()
                 in_a_row = 0
             except Unanswered as error:
-                unanswered[str(error)] += len(asked[done])
+                unanswered.setdefault(printable(str(error)), []).extend(map(shown, asked[done]))
                 in_a_row += 1
                 if in_a_row == HOPELESS:
                     raise TeacherError(f"{HOPELESS} questions in a row got no answer, the last one: {error}") from error
@@ -150,24 +182,34 @@ def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: s
 
 def keep(questions: list[Question], answers: dict[str, dict], funnel: Funnel) -> dict[int, str]:
     """Index in the data set -> answer, of what is well-formed, correct and not said before."""
-    formed, malformed = [], Counter()
+    formed, malformed, wrong, repeated = [], defaultdict(list), [], []
     for question in questions:
         if question.key not in answers:
             continue
         answer = answers[question.key]
         text = _opened(answer["response"])
-        if well_formed(text):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):  # which no file takes
+            malformed["with half a sign"].append(shown(question, text))
+        elif well_formed(text):
             formed.append((question, text))
         else:
-            malformed["cut at --max-tokens" if answer.get("finish_reason") == "length" else "of another form"] += 1
+            reason = "cut at --max-tokens" if answer.get("finish_reason") == "length" else "of another form"
+            malformed[reason].append(shown(question, text))
     funnel.step("well-formed", len(formed), malformed)
     progress = tqdm(formed, desc="matching answers", disable=None)
-    correct = [(q, text) for q, text in progress if is_correct(text, q.gold, question=q.text)]
-    funnel.step("correct", len(correct), Counter({"of another answer": len(formed) - len(correct)}))
+    correct = []
+    for question, text in progress:
+        if is_correct(text, question.gold, question=question.text):
+            correct.append((question, text))
+        else:
+            wrong.append(f"{shown(question, text)}, and known is {_short(question.gold)}")
+    funnel.step("correct", len(correct), {"of another answer": wrong})
     unique: dict[str, tuple[int, str]] = {}
     for question, text in correct:
-        unique.setdefault(" ".join(text.casefold().split()), (question.index, text))
-    funnel.step("unique", len(unique), Counter({"of the same words as another": len(correct) - len(unique)}))
+        kept = (question.index, text)
+        if unique.setdefault(" ".join(text.casefold().split()), kept) is not kept:
+            repeated.append(shown(question, text))
+    funnel.step("unique", len(unique), {"of the same words as another": repeated})
     return dict(unique.values())
 
 
@@ -207,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=600, help="seconds that the server may be silent")
     parser.add_argument("--retries", type=int, default=6, help="further tries where the server fails")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time without a server")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
@@ -222,7 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
             how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
             teacher = partial(Server, args.server, args.model, concurrency=args.concurrency, **how, **answering)
         else:
-            teacher = partial(Local, args.model, batch_size=args.batch_size, **answering)
+            how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+            teacher = partial(Local, args.model, **how, **answering)
         loading = {"split": args.split, "images": args.images}
         try:
             funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)
@@ -232,15 +276,14 @@ def main(arguments: list[str] | None = None) -> None:
             told = f"{str(end) or 'stopped'}; the answers so far are in {journal}: run the same again to go on"
             raise type(end)(told) from end
     if args.json:
-        lost = {step: dict(reasons) for step, reasons in funnel.lost.items() if reasons}
-        print(json.dumps({"source": args.source, "output": str(args.output), "left": funnel.left, "lost": lost}))
+        found = {"left": funnel.left, "lost": funnel.numbers(), "first": funnel.first()}
+        print(json.dumps({"source": args.source, "output": str(args.output), **found}))
     else:
-        Console().print(funnel.table(f"{args.source} -> {args.output}"))
-    if funnel.lost["answered"]:
-        print(
-            f"{funnel.lost['answered'].total()} questions have no answer: run the same again to ask them",
-            file=sys.stderr,
-        )
+        steps, examples = funnel.tables(f"{args.source} -> {args.output}")
+        Console(markup=False).print(*([steps, examples] if examples.rows else [steps]))
+    unanswered = sum(funnel.numbers().get("answered", {}).values())
+    if unanswered:
+        print(f"{unanswered} questions have no answer: run the same again to ask them", file=sys.stderr)
     if not funnel.left["unique"]:
         stop("distill.py", f"no answer is left, so {args.output} was not written", 1)
 

@@ -16,6 +16,11 @@ without it.
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("evaluate.py: stopped")
+
 import hashlib
 import json
 import sys
@@ -131,7 +136,7 @@ def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
         answer = said[str(question.index)]
         correct, unfinished = mark(answer["response"], question.gold, question.text)
         read_by = answer_rule(answer["response"])
-        if answer["finish_reason"] == "length" and (not correct or cut_within(answer["response"], read_by)):
+        if answer.get("finish_reason") == "length" and (not correct or cut_within(answer["response"], read_by)):
             correct, unfinished, read_by = False, True, UNFINISHED
         fields = {"index": question.index, "category": question.category, "question": question.text}
         marked.append(
@@ -187,12 +192,13 @@ def reading_table(result: dict) -> Table:
     return table
 
 
-def load_model(model: str, adapter: Path | None, batch_size: int, max_new_tokens: int) -> Local:
-    local = Local(model, batch_size=batch_size, temperature=0.0, max_tokens=max_new_tokens)
-    if adapter:
+def load_model(args: Namespace) -> Local:
+    how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+    local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
+    if args.adapter:
         from peft import PeftModel
 
-        local.model = PeftModel.from_pretrained(local.model, adapter)
+        local.model = PeftModel.from_pretrained(local.model, args.adapter)
     return local
 
 
@@ -207,7 +213,7 @@ def evaluate_keeping(args: Namespace) -> dict:
 
     check(args.model, args.adapter, None, args.output)
     keep_set = KeepSet.load(args.keep)
-    local = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+    local = load_model(args)
     keep_set.check(local.processor)
     found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
     if args.adapter:
@@ -242,14 +248,14 @@ def evaluate(args: Namespace) -> dict:
     import torch  # three times as long as all the rest: --help and refused flags do not wait for it
 
     check(args.model, args.adapter, args.data, args.output)
-    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail")
+    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail", chains=False)
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     with Journal(journal_path(args.output), asking) as journal:
         if len(journal.answers) < len(questions):
-            model = load_model(args.model, args.adapter, args.batch_size, args.max_new_tokens)
+            model = load_model(args)
             try:
                 ask(questions, dataset, model, journal, args.prompt)
             except torch.OutOfMemoryError as error:
@@ -275,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the data's")
     parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")
@@ -292,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({key: value for key, value in result.items() if key != "samples"}))
     else:
         for table in (keeping_table,) if args.keep else (results_table, reading_table):
-            Console().print(table(result))
+            Console(markup=False).print(table(result))
     if not args.keep and result["total"]["unfinished"]:
         print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
 

@@ -11,9 +11,11 @@ SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with 
 `<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
 """
 
-import parts.interrupt  # noqa: F401  before what takes its time to import
+from drift_peft.cli.interrupt import end_at_ctrl_c
 
-# isort: split
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("sft_vlm.py: stopped")
+
 import contextlib
 import hashlib
 import json
@@ -37,6 +39,7 @@ from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter, write_json
+from parts.template import check_template
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from drift_peft import (
@@ -187,15 +190,20 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     base = Checkpoint(run.base)
     if run.merge and run.verify:
         check_memory(base)
-    processor = AutoProcessor.from_pretrained(base.source, revision=base.revision, **run.processor_kwargs)
+    processor = AutoProcessor.from_pretrained(
+        base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **run.processor_kwargs
+    )
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
-    data = {"dropped": dropped, **describe(dataset)}
+    check_template(dataset, processor, train.chat_template_path)
+    data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
+    for key, text in dropped.unread.items():
+        print(f"not read: {key}, such as {text}")
     prior = open_prior(run)
     start = open_start(run, base, prior, beside(train.output_dir, "base"))
     keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)

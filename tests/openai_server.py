@@ -51,8 +51,8 @@ class OpenAI:
         self.server.server_close()
 
     def fail(self, part_of_question: str, *faults: str) -> None:
-        """Faults of the next requests with these words: `timeout`, `broken JSON`, `no choices`, `cut`, `reset`, or
-        `status 429` and the like; a 429 says when to come again."""
+        """Faults of the next requests with these words: `timeout`, `broken JSON`, `no choices`, `cut`, `reset`, `gzip`,
+        which it is not, `deep`, `too much`, `no end`, or `status 429` and the like; a 429 says when to come again."""
         self.faults[part_of_question] += faults
 
     def next_fault(self, question: str) -> str | None:
@@ -113,6 +113,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, content[: len(content) // 2])
         elif fault == "no choices":
             self.send(200, b'{"object": "chat.completion", "choices": []}')
+        elif fault == "gzip":
+            self.send(200, content, {"Content-Encoding": "gzip"})
+        elif fault == "deep":
+            self.send(200, b"[" * 100_000)
+        elif fault == "too much":
+            self.send(200, b" " * 2**21)
+        elif fault == "no end":
+            self.send(200, b" ", length=10**6)
+            for _ in range(15):  # never silent for long
+                time.sleep(0.1)
+                self.wfile.write(b" ")
+            self.close_connection = True
         elif fault == "cut":
             self.send(200, content[: len(content) // 2], length=len(content))
             self.close_connection = True

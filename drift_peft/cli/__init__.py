@@ -6,6 +6,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     parser          argparse, whose errors are one sentence with the nearest known name
     layers          what --only-layers takes
     show            a result as tables or as JSON
+    interrupt       Ctrl-C, wherever it falls
     terminal        terminals that are not UTF-8: Δ, × and their like in signs that they have
     prior           the verbs of priors
     prior_build     two checkpoints -> prior file
@@ -36,20 +37,30 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command, that of the process if none is given; returns the exit status."""
     try:
-        from .commands import parser  # here, as all imports, so that Ctrl-C during one ends in the sentence below
+        from .interrupt import ctrl_c_came, end_at_ctrl_c, raise_at_ctrl_c  # here, as all imports: Ctrl-C may come now
+
+        if argv is None:
+            end_at_ctrl_c("drift-peft: error: interrupted")
+        from .commands import parser
         from .terminal import hush, read_utf8, spell_out
 
         spell_out(sys.stdout, sys.stderr)
         read_utf8()
         hush()
         options = vars(parser().parse_args(argv))
+        raise_at_ctrl_c()
         options.pop("run")(**options)
-    except (ValueError, OSError, KeyError, ImportError, KeyboardInterrupt) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or "interrupted"
+    except (Exception, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or ctrl_c_came()
+        if not interrupted and not isinstance(error, (ValueError, OSError, KeyError, ImportError)):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        if interrupted and not (isinstance(error, KeyboardInterrupt) and message):
+            message = "interrupted"
         print(f"drift-peft: error: {'; '.join([message, *getattr(error, '__notes__', ())])}", file=sys.stderr)
-        if not isinstance(error, KeyboardInterrupt):
+        if not interrupted:
             return 1
         exec("")  # or Python ends by the signal, where it came while a string was executed, as dataclasses do on import
         return 130

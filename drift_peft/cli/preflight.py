@@ -41,7 +41,9 @@ def _setting(text: str) -> tuple[str, object]:
         raise ValueError(f"--set {text} names no value: write key=value, such as max_tokens=2048")
     import yaml
 
+    from ..preflight import read_yaml
+
     try:
-        return key, yaml.safe_load(value)
+        return key, read_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {text} is no YAML: {' '.join(str(error).split())}") from error

@@ -1,11 +1,24 @@
 """Will training fit the card? From config.json alone.
 
 dry_run  the activations of a training step, on tensors without memory
+recipe   the YAML of a recipe, read as it is meant
 memory   what training takes on the GPU, by part
 cards    which cards a recipe fits, and what to change where it does not
 """
 
 from .cards import cards_table, keeping_sentence, preflight_summary, preflight_table
 from .memory import Memory, Settings
+from .recipe import as_meant, check_type, read_recipe, read_yaml
 
-__all__ = ["Memory", "Settings", "cards_table", "keeping_sentence", "preflight_summary", "preflight_table"]
+__all__ = [
+    "Memory",
+    "Settings",
+    "as_meant",
+    "cards_table",
+    "check_type",
+    "keeping_sentence",
+    "preflight_summary",
+    "preflight_table",
+    "read_recipe",
+    "read_yaml",
+]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_type_hints
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..checkpoints import download, split_revision
 from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
+from .recipe import as_meant, read_recipe
 
 CARDS = 8, 12, 16, 24  # GB
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
@@ -28,22 +29,16 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
         ValueError: it is no recipe, or a value is none that training takes.
     """
-    try:
-        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    except OSError as error:
-        way_out = "name a YAML file such as recipes/configs/qwen2_5_vl_7b_r1.yaml"
-        raise type(error)(f"recipe {recipe} cannot be read: {error.strerror}; {way_out}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{recipe} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance((content | (changes or {})).get("base"), str):
+    content = read_recipe(recipe)
+    if not isinstance((content | (changes or {})).get("base"), str):
         raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
-    known = [setting.name for setting in fields(Settings)]
+    known = get_type_hints(Settings)
     for key in set(changes or {}) - set(known):
         near = difflib.get_close_matches(key, known, n=1)
         way_out = f"did you mean {near[0]}?" if near else f"what decides it is {', '.join(known)}"
         raise ValueError(f"{key} does not decide what memory a recipe takes; {way_out}")
     content |= changes or {}
-    return Settings(**{name: content[name] for name in known if name in content})
+    return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})
 
 
 def read_config(base: str) -> PretrainedConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import get_type_hints
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import (
 from ..checkpoints import Decoder, cross_attention_layers
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
+from .recipe import check_type
 
 # No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
 CONTEXT = 1.05e9  # with the kernels in use
@@ -86,6 +88,8 @@ class Settings:
             raise ValueError(f"replay takes a share of the samples, at least 0 and below 1, got {self.replay!r}")
         if not isinstance(self.processor_kwargs, dict | None):
             raise ValueError(f"processor_kwargs takes settings of the processor, got {self.processor_kwargs!r}")
+        for name, hint in get_type_hints(Settings).items():
+            check_type(name, getattr(self, name), hint)
         if self.optim.removeprefix("paged_") not in STATE:
             known = ", ".join(STATE)
             raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {known}")

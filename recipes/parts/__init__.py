@@ -7,9 +7,12 @@ checkpoints   which checkpoints are whole, and so what training goes on from
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture
 sources       files, folders and hub data sets, as samples
+bad_sample    what is wrong with a sample that cannot be used
+questions     a question with its options, its answer, and the chain of thought beside it
 layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
 loading       the usable samples of a source, as TRL takes them, and a count of the others
+template      what the chat template makes of an answer
 lengths       how many tokens a conversation has, and which are too long
 replay        the answers of a keep set among the training samples
 parquet       messages and images in one file that stands alone

@@ -2,15 +2,16 @@
 
 import argparse
 import math
+import os
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import torch
-import yaml
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
+from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
 from .checkpoints import checkpoints, is_whole, newest_whole
 from .command_line import Parser, guess
@@ -62,7 +63,9 @@ class RunArguments:
     )
 
     def __post_init__(self):
-        self.processor_kwargs = from_yaml(self.processor_kwargs) or {}
+        hint = get_type_hints(RunArguments)["processor_kwargs"]
+        self.processor_kwargs = as_meant("processor_kwargs", self.processor_kwargs, hint) or {}
+        check_type("processor_kwargs", self.processor_kwargs, dict)
         if self.method == "drift" and self.prior is None:
             raise ValueError("method drift needs a prior: name the file to build it in, or set method to sft")
         if self.merge_first is not None and not (math.isfinite(self.merge_first) and self.merge_first):
@@ -110,7 +113,7 @@ class TrainArguments(SFTConfig):
 
 def from_yaml(value):
     """A setting of several types comes from the command line as a string."""
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    return read_yaml(value) if isinstance(value, str) else value
 
 
 def _mirror(name: str) -> tuple:
@@ -135,20 +138,31 @@ class RecipeParser(Parser, TrlParser):
         self.first.error = self.error
         help = "YAML of the settings below, with underscores in their names; flags win over it"
         self.first.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
-        types, usage = (RunArguments, DriftArguments, TrainArguments), "%(prog)s --config FILE [--flag value ...]"
+        types = RunArguments, DriftArguments, TrainArguments
+        self.hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+        usage = "%(prog)s --config FILE [--flag value ...]"
         super().__init__("sft_vlm.py", doc, types, usage=usage, parents=[self.first])
 
     def parse_args_and_config(self, args=None, **options):
-        named, flags = self.first.parse_known_args(args)
-        start = ["--config", named.config] if "config" in named else []  # TRL takes no --config=FILE, nor a second one
-        return super().parse_args_and_config(start + flags, **options)
+        named, flags = self.first.parse_known_args(args)  # TRL takes no --config=FILE, nor a second one
+        if "config" in named:
+            self.set_defaults_with_config(**read_recipe(named.config))
+        return super().parse_args_and_config(flags, **options)
 
-    def set_defaults_with_config(self, **settings) -> list[str]:
+    def set_defaults_with_config(self, env: dict | None = None, **settings) -> list[str]:
+        check_type("env", env, dict | None)
+        os.environ |= {name: str(value) for name, value in (env or {}).items()}  # as TRL's does
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in settings.items():
             if key not in known:
                 self.error(f"unknown key {key}; {guess(key, known)}")
-            if isinstance(value, str):  # argparse checks no defaults
+            if key == "resume_from_checkpoint" and isinstance(value, bool):
+                value = "true" if value else None
+            if value is False and "no" in (known[key].choices or ()):  # save_strategy: no
+                value = "no"
+            settings[key] = value = as_meant(key, value, self.hints[key])
+            check_type(key, value, self.hints[key])
+            if value is not None:  # argparse checks no defaults
                 self.check_choice(key, value, known[key].choices)
         return super().set_defaults_with_config(**settings)
 

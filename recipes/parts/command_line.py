@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
+from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.terminal import spell_out
-
-from .interrupt import imported
 
 FLAG = re.compile(r"--\w[\w-]*")
 
@@ -46,6 +46,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
+        for argument in args:  # or it would fail when the result, which names it, is written
+            if not _is_text(argument):
+                self.error(f"argument {argument!r} is not in UTF-8: rename that file or folder")
+        if not _is_text(os.getcwd()):
+            self.error(f"the working folder {os.getcwd()!r} is not in UTF-8: rename it, or work in another one")
         flags = args.index("--") if "--" in args else len(args)
         args[:flags] = map(self._known, args[:flags])  # before argparse complains of what is missing beside a typo
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -75,6 +80,11 @@ class Parser(argparse.ArgumentParser):
         stop(self.prog, message, 2)
 
 
+def _is_text(argument: str) -> bool:
+    """Bytes that are no UTF-8 come as lone surrogates."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in argument)
+
+
 def guess(name: str, known: Iterable[str]) -> str:
     """The known name that may have been meant: the most similar one, else one that begins so."""
     bare = {other.lstrip("-"): other for other in known}
@@ -84,9 +94,10 @@ def guess(name: str, known: Iterable[str]) -> str:
 
 
 def stop(script: str, message: str, status: int) -> NoReturn:
-    """End with one sentence on stderr."""
+    """End with one sentence on stderr. After Ctrl-C, whose error this is, that is left to `run_script`."""
     sentence = f"{script}: error: {' '.join(message.split())}"
-    print(sentence, file=sys.stderr)
+    if not ctrl_c_came():
+        print(sentence, file=sys.stderr)
     end = SystemExit(sentence)  # for who catches it
     end.code = status
     raise end
@@ -104,9 +115,12 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
 def run_script(script: str, main: Callable[[], object]) -> None:
     """What `python recipes/<script>` does: its main(), readable on any terminal, and without a traceback at Ctrl-C."""
     try:
-        imported()
+        raise_at_ctrl_c()
         spell_out(sys.stdout, sys.stderr)
         main()
-    except KeyboardInterrupt as interrupt:
-        print(f"{script}: {str(interrupt) or 'stopped'}", file=sys.stderr)
+    except BaseException as end:
+        if not isinstance(end, KeyboardInterrupt) and not ctrl_c_came():
+            raise
+        told = str(end) if isinstance(end, KeyboardInterrupt) else ""
+        print(f"{script}: {told or 'stopped'}", file=sys.stderr)
         sys.exit(130)

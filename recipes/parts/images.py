@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import fsspec
+import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
-from .layouts import BadSample
+from .bad_sample import BadSample
 
 
 @dataclass(frozen=True)
@@ -22,48 +25,66 @@ class Root:
     name: str
 
     def locate(self, path: str) -> str:
-        """Where an image is; where it should be if there is none."""
+        """Where an image is; where it should be if there is none.
+
+        Raises:
+            BadSample: it is outside of the folder: a data set of others must not put just any file into a result.
+        """
         here = PurePosixPath(path.replace("\\", "/"))
-        if here.is_absolute() or Path(path).is_absolute():
-            return path
         inside = [part for part in here.parts if part != ".."]
-        places = [path, "/".join(inside)]
-        if inside[0] == self.name:
-            places.append("/".join(inside[1:]))
         if "://" in self.folder:  # a hub repository has nothing outside itself
-            return f"{self.folder}/{places[-1]}"
-        found = (str(Path(self.folder, place)) for place in places)
-        return next((place for place in found if Path(place).exists()), str(Path(self.folder, path)))
+            if here.is_absolute() or not inside or "::" in path:  # which fsspec would take for a chain of addresses
+                raise BadSample("image missing", f"names the image {path!r}, which is no path in {self.folder}")
+            return f"{self.folder}/{'/'.join(inside[inside[0] == self.name :])}"
+        root = os.path.abspath(self.folder)
+        places = [path, "/".join(inside)] + (["/".join(inside[1:])] if inside[:1] == [self.name] else [])
+        found = [os.path.abspath(os.path.join(root, place)) for place in places]
+        allowed = [place for place in found if place == root or place.startswith(os.path.join(root, ""))]
+        there = next((place for place in allowed if os.path.isfile(place)), None)
+        if there is None and os.path.isfile(found[0]):
+            raise BadSample(
+                "image outside its folder",
+                f"names the image {path}, which is outside of {self.folder}: name its folder with --images",
+            )
+        return there or found[0]
 
 
-def read_image(value, root: Root) -> dict:
-    """What datasets.Image stores: the path of a local file, else the bytes. The image has been decoded once.
+def read_image(value, root: Root) -> tuple[dict, list[str]]:
+    """What datasets.Image stores: the path of a local file, else the bytes; and what was done to the image.
+
+    The image has been decoded once. One that becomes black or white as RGB is stored as the RGB image that it shows.
 
     Raises:
-        BadSample: it is missing or broken.
+        BadSample: it is missing, broken, or elsewhere.
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, str) and value.startswith("data:"):
         value = _decode(value)
+    name = "in its bytes"
     if isinstance(value, str):
         if re.match(r"https?://", value):
             raise BadSample("image missing", f"names the web address {value}: download it, and name the file")
         path, value = value, root.locate(value)
-        if "://" in value:
+        if "://" in root.folder:
             value = _fetch(value)
-    if isinstance(value, bytes):
-        _check(value, "in its bytes")
-        return {"bytes": value, "path": None}
-    if not isinstance(value, str):
+        elif not os.path.isfile(value):
+            raise BadSample(
+                "image missing", f"names the image {path}, which is not there: paths start from {root.folder}"
+            )
+        else:
+            name = path
+    if not isinstance(value, (str, bytes)):
         raise BadSample("image missing", f"has an image that is {value!r}: a path, or the bytes of a file")
-    if not Path(value).is_file():
-        raise BadSample("image missing", f"names the image {path}, which is not there: paths start from {root.folder}")
-    _check(value, value)
-    return {"bytes": None, "path": str(Path(value).absolute())}
+    converted, done = _convert(value, name)
+    if converted is not None or isinstance(value, bytes):
+        return {"bytes": converted or value, "path": None}, done
+    return {"bytes": None, "path": value}, done
 
 
-def _check(file: str | bytes, name: str) -> None:
+def _convert(file: str | bytes, name: str) -> tuple[bytes | None, list[str]]:
+    """The PNG of an image that has to be converted, and what was done."""
+
     def opened():
         return PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
 
@@ -71,9 +92,47 @@ def _check(file: str | bytes, name: str) -> None:
         with opened() as image:
             image.verify()
         with opened() as image:  # verify() reads no pixels, and leaves the image unusable
+            done = ["several frames: the first"] if getattr(image, "n_frames", 1) > 1 and image.format != "MPO" else []
             image.load()
+            converted = None
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                converted = _scaled(image)
+                done += ["more than 8 bits: scaled"] if converted else []
+            elif image.has_transparency_data:
+                converted = _on_white(image)
+                done += ["transparent: on white"] if converted else []
+            if converted is None:
+                return None, done
+            content = io.BytesIO()
+            PIL.ImageOps.exif_transpose(converted).save(content, format="PNG")
+            return content.getvalue(), done
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …
         raise BadSample("image broken", f"has a broken image {name}: {' '.join(str(error).split())}") from error
+
+
+def _on_white(image: PIL.Image.Image) -> PIL.Image.Image | None:
+    """What a page shows of an image with transparent places; None if it has none."""
+    layer = image.convert("RGBA")
+    if layer.getchannel("A").getextrema()[0] == 255:
+        return None
+    white = PIL.Image.new("RGBA", layer.size, "white")
+    return PIL.Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _scaled(image: PIL.Image.Image) -> PIL.Image.Image | None:
+    """Grey values as 8 bits: 16 bits by their range, others by that of the image if they are not 8 bits already."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("it has values that are no numbers")
+    if image.mode.startswith("I;16"):
+        low, high = 0, 65535
+    elif image.mode == "F" and 0 <= low and high <= 1:
+        low, high = 0, 1
+    elif 0 <= low and high <= 255:
+        low, high = 0, 255
+    grey = (values - low) / ((high - low) or 1) * 255
+    return PIL.Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
 
 
 def _decode(address: str) -> bytes:
@@ -90,5 +149,5 @@ def _fetch(address: str) -> bytes:
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
         raise BadSample("image missing", f"names the image {address}, which is not there") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -46,9 +47,9 @@ class Journal:
         """Write an answer; the file is made with the first."""
         with self._lock:
             if self._file is None:
-                self._file = open(self.path, "ab")
-                if not self._file.tell():
-                    self._write(self.settings)
+                self._file = open(self.path, "ab", buffering=0)
+            if not os.fstat(self._file.fileno()).st_size:
+                self._write(self.settings)
             self._write({"question": question, **answer})
             self.answers[question] = answer
 
@@ -56,9 +57,11 @@ class Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._release()
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            self._release()
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):  # Windows keeps open files
@@ -66,9 +69,16 @@ class Journal:
         self._process.release()
 
     def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """All of a line or nothing: what follows half of one could not be read."""
+        content, start = json.dumps(line).encode() + b"\n", os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, "no room for an answer", str(self.path))
+            os.fsync(self._file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, start)
+            raise
 
     def _read(self) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
@@ -76,8 +86,8 @@ class Journal:
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                lines.append(json.loads(line))
-            except ValueError as error:
+                lines.append(_check(json.loads(line), answer=number > 1))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of {self.path} is damaged ({error}): delete that line") from error
         if lines:
             _refuse_others(self.path, lines[0], json.loads(json.dumps(self.settings)))
@@ -85,6 +95,15 @@ class Journal:
             self.answers.setdefault(answer.pop("question"), answer)
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
+
+
+def _check(line, answer: bool) -> dict:
+    """A line of the file: the settings, or an answer."""
+    if not isinstance(line, dict):
+        raise ValueError("it is no object")
+    if answer and not (isinstance(line.get("question"), str) and isinstance(line.get("response"), str)):
+        raise ValueError("it has no question with a response")
+    return line
 
 
 def _refuse_others(path: Path, before: dict, now: dict) -> None:

@@ -1,40 +1,63 @@
 """One sample in any common layout -> the messages and images that TRL takes.
 
-What counts is the sample's own keys, so a file may mix layouts:
-
-    messages or conversations    turns with role and content (OpenAI, and what TRL takes), or from and value (ShareGPT,
-                                 LLaVA); content is a text, or parts of the types text, image and image_url
-    question, problem or query   with answer, solution or response: a question and its answer
-
-beside them `images` or `image`, one or a list. `<image>` in a text is a placeholder of the next of these images; where
-no turn has one, the images come before the first question, as in TRL. An image is a path, bytes, a data: address, or
-{"path", "bytes"}.
+What counts is the sample's own keys, so a file may mix layouts; LAYOUTS has a row of each. `<image>` in a text is a
+placeholder of the next image; where no turn has one, the images come before the first question, as in TRL. An image is
+a path, bytes, a data: address, or {"path", "bytes"}. A chain of thought that stands beside an answer is put before it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from .bad_sample import BadSample, printable
+from .questions import THOUGHTS, read_question, with_chain
+
+LAYOUTS = r"""
+turns, as OpenAI and TRL have them; beside them images or image, one or a list
+  {"messages": [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "5"}], "images": ["1.png"]}
+turns in parts, with the chain of thought in reasoning_content, reasoning or thinking, as servers give it
+  {"messages": [{"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type": "text", "text": "How many?"}]}, {"role": "assistant", "reasoning_content": "2 + 3 = 5", "content": "5"}]}
+turns, as ShareGPT and LLaVA have them
+  {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "5"}], "image": "1.png"}
+question, problem or query, and answer, solution or response
+  {"question": "How many?", "answer": "5", "image": "1.png"}
+the same with how it is solved: trained are both, and evaluated is the answer
+  {"problem": "How many?", "solution": "2 + 3 = 5", "answer": "5", "image": "1.png"}
+the same with options or choices; the answer is a letter, a text, or an index, from 0 on
+  {"question": "How many?", "options": ["4", "5"], "answer": 1, "image": "1.png"}
+""".strip()  # noqa: E501
 PLACEHOLDER = "<image>"
+FOREIGN = re.compile(r"<(?:video|audio)>|<image[ _-]?\d+>")
 TURNS, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
-QUESTIONS, ANSWERS = ("question", "problem", "query"), ("answer", "solution", "response")
+OTHERS = ("videos", "video", "audios", "audio")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
-class BadSample(ValueError):
-    """A sample that cannot be used, in one sentence; `reason` is the kind of fault, under which it is counted."""
+class Sample(NamedTuple):
+    """A sample that was read.
 
-    def __init__(self, reason: str, sentence: str):
-        super().__init__(sentence)
-        self.reason = reason
+    Attributes:
+        messages: in TRL's layout.
+        images: in the order of their placeholders, as they are given.
+        layout: the keys that were read.
+        unread: keys that hold text or bytes too -> how these begin.
+    """
+
+    messages: list[dict]
+    images: list
+    layout: str
+    unread: dict[str, str]
 
 
-def read_sample(sample: dict | str) -> tuple[list[dict], list, str]:
-    """Messages in TRL's layout, the images in the order of their placeholders as they are given, and the layout's name.
+def read_sample(sample: dict | str, chains: bool = True) -> Sample:
+    """Whatever a sample holds.
 
     Args:
         sample: an object, or its JSON.
+        chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
 
     Raises:
         BadSample: says what is wrong with it; the caller knows where it stands.
@@ -42,15 +65,20 @@ def read_sample(sample: dict | str) -> tuple[list[dict], list, str]:
     if isinstance(sample, str):
         try:
             sample = json.loads(sample)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("broken JSON", f"is no valid JSON: {error}") from error
     if not isinstance(sample, dict):
         raise BadSample("unknown layout", f"is no sample but {str(sample)[:40]!r}: each has to be a JSON object")
-    turns, layout = _turns(sample)
-    given = _listed(next((sample[key] for key in IMAGES if sample.get(key) is not None), None))
+    other = next((key for key in OTHERS if sample.get(key)), None)
+    if other:
+        raise BadSample("video or audio", f"has {other}, which are not read: take samples of images and text")
+    turns, layout, read, unread = _turns(sample, chains)
+    pictures = next((key for key in IMAGES if sample.get(key) is not None), None)
+    given = _listed(sample.get(pictures))
     messages, found = [], []
     for role, content in turns:
         parts = [*_parts(content)]
+        _check_text(role, parts)
         if role != "user" and any(kind == "image" for kind, _ in parts):
             raise BadSample("placeholders != images", f"has an image in a turn of the {role}: take {PLACEHOLDER} out")
         found += [value for kind, value in parts if kind == "image"]
@@ -66,7 +94,9 @@ def read_sample(sample: dict | str) -> tuple[list[dict], list, str]:
         raise BadSample("placeholders != images", f"has {numbers}: give each image its {PLACEHOLDER}")
     given = iter(given)
     images = [next(given) if value is None else value for value in found]
-    return [{"role": role, "content": _content(parts)} for role, parts in messages], images, layout
+    used = {*read, pictures, "system"}
+    unread |= {key: _begin(value) for key, value in sample.items() if key not in used and _says(value)}
+    return Sample([{"role": role, "content": _content(parts)} for role, parts in messages], images, layout, unread)
 
 
 def last_answer(messages: list[dict]) -> str:
@@ -74,37 +104,56 @@ def last_answer(messages: list[dict]) -> str:
     return "".join(part["text"] or "" for part in messages[-1]["content"])
 
 
-def _turns(sample: dict) -> tuple[list[tuple[str, object]], str]:
-    """(role, content) of each turn, and what the layout is called."""
+def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, list[str], dict[str, str]]:
+    """(role, content) of each turn, what the layout is called, the keys that were read, and what turns hold beside."""
+    system = sample.get("system")
+    if system is not None and not isinstance(system, str):
+        raise BadSample("unknown layout", f"has a system that is {str(system)[:40]!r}: a text")
+    start = [("system", system)] if system and system.strip() else []
     key = next((key for key in TURNS if sample.get(key)), None)
     if key is None:
-        question = next((key for key in QUESTIONS if sample.get(key) is not None), None)
-        answer = next((key for key in ANSWERS if sample.get(key) is not None), None)
-        if question is None or answer is None:
+        found = read_question(sample)
+        if found is None:
             raise BadSample(
                 "unknown layout",
                 f"has {', '.join(key for key in sample if sample[key] is not None) or 'nothing'}: name its turns "
                 f"{' or '.join(TURNS[:2])}, or its question and answer so",
             )
-        return [("user", str(sample[question])), ("assistant", str(sample[answer]))], f"{question}, {answer}"
+        question, chain, answer, read = found
+        answer = with_chain(chain, answer) if chains and answer.strip() else answer
+        return [*start, ("user", question), ("assistant", answer)], ", ".join(read), read, {}
     turns = sample[key]
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)  # parquet files hold them so
-        except ValueError:
+        except (ValueError, RecursionError):
             turns = None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadSample("unknown layout", f"has {key} that are no list of turns: each is an object of role and content")
     names = ("from", "value") if turns and turns[0].get("from") is not None else ("role", "content")
-    named = []
-    if isinstance(sample.get("system"), str) and sample["system"].strip():
-        named.append(("system", sample["system"]))
+    named, unread = start, {}
     for turn in turns:
-        role = turn.get(names[0])
-        if role not in ROLES:
+        role, content = turn.get(names[0]), turn.get(names[1])
+        if not isinstance(role, str) or role not in ROLES:
             raise BadSample("unknown layout", f"has a turn whose {names[0]} is {role!r}: one of {', '.join(ROLES)}")
-        named.append((ROLES[role], turn.get(names[1])))
-    return named, f"{key} ({', '.join(names)})"
+        thought = next((name for name in THOUGHTS if turn.get(name)), None)
+        if thought and (chains or turn is not turns[-1]):
+            content = _after(turn[thought], content, thought)
+        named.append((ROLES[role], content))
+        used = {*names, thought}
+        unread |= {f"{key}[].{name}": _begin(said) for name, said in turn.items() if name not in used and _says(said)}
+    return named, f"{key} ({', '.join(names)})", [key], unread
+
+
+def _after(chain, content, name: str):
+    """An answer with its chain of thought before it. One without words stays empty, and the sample is dropped."""
+    if not isinstance(chain, str):
+        raise BadSample("unknown layout", f"has a turn whose {name} is {str(chain)[:40]!r}: a text")
+    parts = [*_parts(content)]
+    if any(kind != "text" for kind, _ in parts):
+        return content
+    answer = "".join(text for _, text in parts)
+    return with_chain(chain, answer) if answer.strip() else answer
 
 
 def _parts(content) -> Iterator[tuple[str, object]]:
@@ -145,6 +194,35 @@ def _content(parts: list[tuple[str, object]]) -> list[dict]:
         if value:
             content.append({"type": "text", "text": value})
     return content
+
+
+def _check_text(role: str, parts: list[tuple[str, object]]) -> None:
+    for text in (value for kind, value in parts if kind == "text"):
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise BadSample("broken text", f"has half a sign in its text, a lone surrogate: …{_around(text)}…")
+        foreign = FOREIGN.search(text) if role == "user" else None
+        if foreign and "image" in foreign[0]:
+            raise BadSample("placeholders != images", f"has a placeholder {foreign[0]}: write {PLACEHOLDER}")
+        if foreign:
+            raise BadSample("video or audio", f"has a placeholder {foreign[0]}: take samples of images and text")
+
+
+def _around(text: str) -> str:
+    place = next(i for i, sign in enumerate(text) if "\ud800" <= sign <= "\udfff")
+    return text[max(place - 10, 0) : place + 10]
+
+
+def _says(value) -> bool:
+    """Whether a value holds text, or bytes."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, (dict, list)):
+        return any(map(_says, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, bytes)
+
+
+def _begin(value) -> str:
+    return printable(str(value)[:40])
 
 
 def _check_turns(messages: list[tuple[str, list]]) -> None:

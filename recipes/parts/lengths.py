@@ -8,7 +8,7 @@ from typing import Literal
 import datasets
 from tqdm import tqdm
 
-from .layouts import BadSample
+from .bad_sample import BadSample
 
 
 def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Counter):

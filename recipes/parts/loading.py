@@ -16,8 +16,9 @@ import datasets
 import pyarrow as pa
 
 from .answers import extract_boxed
+from .bad_sample import BadSample
 from .images import read_image
-from .layouts import BadSample, last_answer, read_sample
+from .layouts import last_answer, read_sample
 from .sources import find_files, read_file, samples
 
 TEXT = datasets.Value("string")
@@ -35,12 +36,16 @@ class Dropped(Counter):
     Attributes:
         sentences: what is wrong with each -> its reason.
         layouts: the layouts of the others.
+        unread: keys of the others that hold text and are not read -> how the first such text begins.
+        changed: what was done to an image -> the others that have such an image.
     """
 
     def __init__(self):
         super().__init__()
         self.sentences: dict[str, str] = {}
         self.layouts: set[str] = set()
+        self.unread: dict[str, str] = {}
+        self.changed: dict[str, set[tuple[str, int]]] = {}
 
     def add(self, error: BadSample) -> None:
         if str(error) not in self.sentences:
@@ -51,6 +56,16 @@ class Dropped(Counter):
         """Reason -> what is wrong with the first of its samples."""
         return {reason: sentence for sentence, reason in reversed(self.sentences.items())}
 
+    def all(self) -> dict[str, list[str]]:
+        """Reason -> what is wrong with each of its samples."""
+        return {why: [said for said, reason in self.sentences.items() if reason == why] for why in self}
+
+    def report(self) -> dict:
+        """All of it, in types that JSON has."""
+        changed = {what: len(samples) for what, samples in self.changed.items()}
+        told = {"dropped": dict(self), "first": self.first(), "layouts": sorted(self.layouts)}
+        return {**told, "unread": self.unread, "changed": changed}
+
 
 def load_messages(
     source: str | Path,
@@ -60,6 +75,7 @@ def load_messages(
     streaming: bool = False,
     on_bad: Literal["drop", "fail"] = "drop",
     boxed: bool = False,
+    chains: bool = True,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Dropped]:
     r"""The usable samples of a source, and what was dropped.
 
@@ -71,6 +87,7 @@ def load_messages(
             meanwhile, in the process that iterates.
         on_bad: "fail" raises at the first sample that cannot be used.
         boxed: drop samples whose last answer has no \boxed{…}.
+        chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
 
     Raises:
         BadSample: with on_bad="fail", or if none is left.
@@ -83,18 +100,23 @@ def load_messages(
         columns = {name: [] for name in FEATURES}
         for number, sample in samples(table, indices, file):
             try:
-                messages, values, layout = read_sample(sample)
-                if boxed and not extract_boxed(last_answer(messages)):
+                read = read_sample(sample, chains)
+                if boxed and not extract_boxed(last_answer(read.messages)):
                     raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
-                columns["images"].append([read_image(value, root) for value in values])
-            except BadSample as error:
-                named = BadSample(error.reason, f"sample {number} of {file.removeprefix('hf://datasets/')} {error}")
+                images = [read_image(value, root) for value in read.images]
+            except (BadSample, RecursionError) as error:
+                reason = getattr(error, "reason", "nested too deeply")
+                named = BadSample(reason, f"sample {number} of {file.removeprefix('hf://datasets/')} {error}")
                 if on_bad == "fail":
                     raise named from error
                 dropped.add(named)
             else:
-                columns["messages"].append(messages)
-                dropped.layouts.add(layout)
+                columns["messages"].append(read.messages)
+                columns["images"].append([image for image, _ in images])
+                dropped.layouts.add(read.layout)
+                dropped.unread = read.unread | dropped.unread
+                for what in (what for _, done in images for what in done):
+                    dropped.changed.setdefault(what, set()).add((file, number))
         return pa.Table.from_pydict(FEATURES.encode_batch(columns), schema=FEATURES.arrow_schema)
 
     parts = []

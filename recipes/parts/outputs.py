@@ -80,8 +80,11 @@ def read_outputs(place: str | Path) -> dict[str, list[Answer]]:
 def write_result(result: dict, output: Path) -> None:
     """As JSON; the file is there when it is complete."""
     unfinished = output.with_name(f"{output.name}.tmp")
-    unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, output)
+    try:
+        unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _benchmark(path: Path) -> str | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from .images import Root
@@ -52,8 +57,33 @@ def read_file(file: str, streaming: bool) -> datasets.Dataset | datasets.Iterabl
         features = datasets.Features({"text": datasets.Value("string")})
         kind, options = "text", {"sample_by": by, "encoding": "utf-8-sig", "features": features}
     with _explained(file):
-        rows = datasets.load_dataset(kind, data_files=file, split="train", streaming=streaming, **options)
+        options |= {"data_files": file, "cache_dir": scratch(datasets.config.HF_DATASETS_CACHE)}
+        rows = datasets.load_dataset(kind, split="train", streaming=streaming, **options)
     return rows.with_format("arrow")
+
+
+@functools.cache
+def scratch(cache: Path) -> str:
+    """A folder of this process for the rows that datasets writes down, which would stay in its cache for good.
+
+    It goes when the process ends; those of processes that were killed go with the next one that makes its own.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob("recipes-*.lock"):
+        with contextlib.suppress(Timeout, OSError), FileLock(left, timeout=0):  # nobody holds it any more
+            _remove(left)
+    with tempfile.NamedTemporaryFile(dir=cache, prefix="recipes-", suffix=".lock", delete=False) as file:
+        lock = FileLock(file.name)
+        lock.acquire()
+    atexit.register(_remove, Path(lock.lock_file), lock)
+    return str(Path(lock.lock_file).with_suffix(""))
+
+
+def _remove(lock_file: Path, lock: FileLock | None = None) -> None:
+    shutil.rmtree(lock_file.with_suffix(""), ignore_errors=True)
+    if lock is not None:
+        lock.release()
+    lock_file.unlink(missing_ok=True)
 
 
 def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[int, dict | str]]:
@@ -73,7 +103,7 @@ def _read_document(text: str, file: str) -> list[dict | str]:
     """A list of samples, one sample, or one in each line."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("["):
             raise ValueError(f"{file} is no valid JSON: {error}") from error
         return text.split("\n")

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import threading
+import time
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
@@ -17,6 +18,8 @@ PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
 )
+LARGEST = 32 * 2**20  # bytes of an answer
+LONGEST = 10  # of a whole answer, in times of the longest silence
 LONGEST_WAIT = 600.0  # seconds between two tries, whatever the server asks for
 FATAL = {401: "refuses the key: see --api-key-env", 403: "refuses the key: see --api-key-env"}
 FATAL[404] = "does not know this model or path: see --model and --server"
@@ -24,6 +27,10 @@ FATAL[404] = "does not know this model or path: see --model and --server"
 
 class Unanswered(Exception):
     """One question got no answer; others may."""
+
+
+class TooMuch(Exception):
+    """A server sends more, or for longer, than an answer can be."""
 
 
 class TeacherError(RuntimeError):
@@ -36,7 +43,7 @@ class Server:
     Args:
         url: such as http://localhost:8000/v1.
         key: for the header Authorization; shown and stored nowhere.
-        timeout: seconds without a byte of the answer.
+        timeout: seconds without a byte of the answer; the whole of it may take ten times as long.
         retries: further tries after one that failed.
         concurrency: questions asked at the same time.
     """
@@ -53,6 +60,7 @@ class Server:
         self.url = url.rstrip("/") + ("" if parts.path.rstrip("/") else "/v1") + "/chat/completions"
         self.request = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.retries, self.concurrency, self.stopped = retries, concurrency, threading.Event()
+        self.longest = LONGEST * timeout
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=concurrency)
         self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
@@ -67,23 +75,23 @@ class Server:
         body = {**self.request, "messages": _to_openai(*conversation)}
         for attempt in range(self.retries + 1):
             try:
-                response = self.client.post(self.url, json=body)
-            except httpx2.TransportError as error:  # timeouts, refused and broken connections
-                trouble, wait, response = f"{type(error).__name__} ({error})", None, None
+                response, content = self._post(body)
+            except (httpx2.RequestError, TooMuch) as error:  # timeouts, broken connections, gzip that is none
+                trouble, wait = f"{type(error).__name__} ({error})", None
                 unreachable = isinstance(error, httpx2.ConnectError)
             else:
                 unreachable = False
                 if response.status_code in FATAL:
-                    raise TeacherError(f"the server {self.url} {FATAL[response.status_code]} ({_message(response)})")
+                    raise TeacherError(f"the server {self.url} {FATAL[response.status_code]} ({_message(content)})")
                 if response.is_success:
                     try:
-                        return [_read_answer(response)]
-                    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                        return [_read_answer(content)]
+                    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
                         trouble, wait = f"an answer that is no completion ({type(error).__name__}: {error})", None
                 elif response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
-                    trouble, wait = f"status {response.status_code} ({_message(response)})", _retry_after(response)
+                    trouble, wait = f"status {response.status_code} ({_message(content)})", _retry_after(response)
                 else:
-                    raise Unanswered(f"status {response.status_code} ({_message(response)})")
+                    raise Unanswered(f"status {response.status_code} ({_message(content)})")
             if attempt < self.retries and self.stopped.wait(
                 2**attempt * random.uniform(0.5, 1) if wait is None else wait
             ):
@@ -91,6 +99,18 @@ class Server:
         if unreachable:
             raise TeacherError(f"the server {self.url} cannot be reached: {trouble}")
         raise Unanswered(f"{trouble}, {self.retries + 1} times")
+
+    def _post(self, body: dict) -> tuple[httpx2.Response, bytes]:
+        """A response and what it holds, of which no more is read than an answer can be."""
+        content, end = bytearray(), time.monotonic() + self.longest
+        with self.client.stream("POST", self.url, json=body) as response:
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST:
+                    raise TooMuch(f"more than {LARGEST >> 20} MB")
+                if time.monotonic() > end:
+                    raise TooMuch(f"no end after {self.longest:.0f} s")
+        return response, bytes(content)
 
     def stop(self) -> None:
         self.stopped.set()
@@ -101,11 +121,13 @@ class Local:
 
     concurrency = 1
 
-    def __init__(self, model: str, *, batch_size: int, temperature: float, max_tokens: int):
+    def __init__(
+        self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False
+    ):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         name, _, revision = model.partition("@")
-        options = {"revision": revision} if revision else {}
+        options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
         try:
             self.processor = AutoProcessor.from_pretrained(name, **options)
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
@@ -161,9 +183,9 @@ def _data_address(image) -> str:
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _read_answer(response: httpx2.Response) -> dict:
+def _read_answer(content: bytes) -> dict:
     """Of a choice, its text. Servers that split the thinking off have it in a field of its own."""
-    choice = json.loads(response.content)["choices"][0]
+    choice = json.loads(content)["choices"][0]
     message = choice["message"]
     text = message.get("content") or ""
     thought = message.get("reasoning_content") or message.get("reasoning")
@@ -174,14 +196,14 @@ def _read_answer(response: httpx2.Response) -> dict:
     return {"response": text, "finish_reason": choice.get("finish_reason")}
 
 
-def _message(response: httpx2.Response) -> str:
+def _message(content: bytes) -> str:
     """What the server says about an error, shortened."""
     try:
-        said = json.loads(response.content)
+        said = json.loads(content)
         said = said.get("error", said)
         said = said.get("message", said) if isinstance(said, dict) else said
-    except (ValueError, AttributeError):
-        said = response.text
+    except (ValueError, AttributeError, RecursionError):
+        said = content.decode(errors="replace")
     return " ".join(str(said).split())[:200]
 
 
@@ -193,6 +215,8 @@ def _retry_after(response: httpx2.Response) -> float | None:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(header) - datetime.now(timezone.utc)).total_seconds()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
+    if seconds != seconds:  # "nan"
+        return None
     return min(max(seconds, 0.0), LONGEST_WAIT)

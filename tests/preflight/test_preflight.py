@@ -408,6 +408,22 @@ def test_mistakes_are_one_sentence(changes, message, recipe, capsys, tmp_path, m
     assert status == 1 and out == "" and err.count("\n") == 1 and message in err
 
 
+def test_a_recipe_is_read_as_it_is_meant(tmp_path):
+    """As by recipes/sft_vlm.py: tests/recipes/test_interrupted.py."""
+    lines = ["base: b", "max_tokens: 2e3", "r: '16'", "think_tokens: 'no'", "bf16: 'off'", "gradient_checkpointing: 0"]
+    lines += ["processor_kwargs: {max_pixels: 1e6}", "lora_dropout: '5e-2'", "drift_modules: attn"]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    wanted = dict(max_tokens=2000, r=16, think_tokens=False, bf16=False, gradient_checkpointing=False)
+    wanted |= dict(processor_kwargs={"max_pixels": 10**6}, lora_dropout=0.05, drift_modules="attn")
+    assert read_settings(tmp_path / "a.yaml") == Settings("b", **wanted)
+    for line, sentence in (("think_tokens: 'perhaps'", "think_tokens takes yes or no, got 'perhaps'"),
+                           ("optim: null", "optim has no value: give it one, or leave the key out"),
+                           ("lora_dropout: [1]", r"lora_dropout takes a number, got \[1\]")):  # fmt: skip
+        (tmp_path / "a.yaml").write_text("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            read_settings(tmp_path / "a.yaml")
+
+
 def test_a_file_that_is_no_recipe(capsys, tmp_path):
     for content, message in (("a: [", "is no YAML"), ("just words", "is no recipe")):
         (tmp_path / "recipe.yaml").write_text(content)

@@ -6,12 +6,15 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from parts.command_line import Parser
+from parts.command_line import Parser, in_one_sentence, run_script
+from parts.outputs import write_result
+from parts.saving import write_json
 from recipe_runs import CONFIGS, RECIPES
 
 from drift_peft.cli.terminal import spell_out
@@ -105,6 +108,26 @@ def test_values_keep_their_underscores():
             assert (args.some_name.lstrip("-"), args.source) == ("a_b", "--c_d")
 
 
+def test_names_that_are_not_in_utf8_are_refused_before_the_work(capsys, monkeypatch):
+    status, _, err = ended(capsys, "data", "a.jsonl", "-o", "b\udcff.parquet")
+    told = r"data.py: error: argument 'b\udcff.parquet' is not in UTF-8: rename that file or folder"
+    assert (status, err) == (2, told + "\n")
+    monkeypatch.setattr(os, "getcwd", lambda: "/a\udcff")
+    status, _, err = ended(capsys, "score", "--base", "a", "--drift", "b")
+    assert status == 2 and r"error: the working folder '/a\udcff' is not in UTF-8: rename it" in err
+
+
+@pytest.mark.parametrize("write", [write_json, write_result])
+def test_a_result_that_cannot_be_written_leaves_nothing(write, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write({"a": 1}, tmp_path / "r.json")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content, sentence", [
     (None, "No such file or directory"), ("{torn", "run.json is no JSON (Expecting property name"),
     ("{}", "run.json has no history: name the run.json of a run that sft_vlm.py has finished"),
@@ -142,6 +165,44 @@ def test_ctrl_c_is_one_sentence(script, capsys, monkeypatch, tmp_path):
         runpy.run_path(str(RECIPES / f"{script}.py"), run_name="__main__")
     out, err = capsys.readouterr()
     assert end.value.code == 130 and not out and err.splitlines()[-1] == f"{script}.py: stopped"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_a_script_is_imported_is_one_sentence(script, tmp_path):
+    """difflib stands for any library here: the first that each script imports, and one that loses the interrupt."""
+    lost = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException as error:\n    pass\n"
+    (tmp_path / "difflib.py").write_text(lost)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(RECIPES / f"{script}.py"), "--help"]
+    options = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # a shell's background jobs ignore it
+    options |= {"env": {**os.environ, "PYTHONPATH": paths}, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}.py: stopped\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("other", [ValueError, RuntimeError, SystemError])
+def test_ctrl_c_that_a_library_turns_into_another_error_is_the_same_sentence(other, capsys):
+    def main():
+        with in_one_sentence("x.py", ValueError):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as interrupt:
+                raise other("of arrow, or of torch") from interrupt
+
+    def mistaken():
+        with in_one_sentence("x.py", ValueError):
+            raise ValueError("a mistake")
+
+    with pytest.raises(SystemExit) as end:
+        run_script("x.py", main)
+    assert (end.value.code, *capsys.readouterr()) == (130, "", "x.py: stopped\n")
+    with pytest.raises(SystemExit) as end:  # the next run in this process
+        run_script("x.py", mistaken)
+    assert (end.value.code, *capsys.readouterr()) == (1, "", "x.py: error: a mistake\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hub import Hub
 from huggingface_hub import HfFileSystem
+from parts import sources
 from parts.layouts import BadSample
 from parts.lengths import count_tokens, within_length
 from parts.loading import FEATURES, load_messages
@@ -168,6 +171,20 @@ BAD = {  # name -> row, reason, sentence after "sample 2 of a.jsonl "
     "no path": ({"messages": turns(), "images": [None]}, "image missing", "has an image that is None: a path, or "),
     "on the web": ({"messages": turns(), "images": ["https://x.org/a.png"]}, "image missing",
                    "names the web address https://x.org/a.png: download it, and name the file"),
+    "of no name": ({"messages": turns(), "images": [""]}, "image missing", "names the image , which is not there"),
+    "a folder": ({"messages": turns(), "images": ["."]}, "image missing", "names the image ., which is not there"),
+    "a chain of addresses": ({"messages": turns(), "images": ["/x::http://127.0.0.1:9/a"]}, "image missing",
+                             "names the image /x::http://127.0.0.1:9/a, which is not there"),
+    "half a sign": ({"messages": turns(), "images": ["\ud800.png"]}, "image missing",
+                    "names the image \\ud800.png, which is not there"),
+    "elsewhere": ({"messages": turns(), "images": ["../elsewhere.png"]}, "image outside its folder",
+                  "names the image ../elsewhere.png, which is outside of .: name its folder with --images"),
+    "elsewhere, in full": ({"messages": turns(), "images": [{"path": str(RECIPES / "data.py")}]},
+                           "image outside its folder", f"names the image {RECIPES / 'data.py'}, which is outside of "),
+    "half a sign in a text": ({"messages": turns(answer="5 \ud83d")}, "broken text", "has half a sign in its text, a "),
+    "a list of roles": ({"messages": turns(roles=(["user"], "assistant"))}, "unknown layout",
+                        "has a turn whose role is ['user']: one of user, "),
+    "nested": ("[" * 100_000, "broken JSON", "is no valid JSON: maximum recursion depth exceeded"),
     "truncated": ({"messages": turns(), "images": ["cut.jpg"]}, "image broken", "has a broken image cut.jpg: "),
     "damaged": ({"messages": turns(), "images": ["damaged.png"]}, "image broken", "has a broken image damaged.png: "),
     "no image": ({"messages": turns(), "images": ["a.jsonl"]}, "image broken",
@@ -203,6 +220,7 @@ BAD = {  # name -> row, reason, sentence after "sample 2 of a.jsonl "
 def bad_file(folder):
     """Every sort of bad sample, with a good one before and after each."""
     (folder / "cut.jpg").write_bytes(encoded(0, "JPEG")[:-20])
+    (folder.parent / "elsewhere.png").write_bytes(encoded(0))
     whole = encoded(0)
     (folder / "damaged.png").write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
     good, lines = json.dumps({"messages": turns(), "images": ["images/0.png"]}), []
@@ -265,6 +283,80 @@ def test_many_samples_keep_their_numbers_and_empty_lines_are_none(folder):
     assert list(dropped.sentences) == [
         f"sample {n} of a.jsonl has a turn of the assistant that says nothing" for n in (79, 159)
     ]
+
+
+GREY = np.linspace(0, 1, 120).reshape(10, 12)
+BYTES = np.round(GREY * 255).astype(np.uint8)
+CONVERTED = {  # name -> image, how it is saved, the grey values that are trained, what is counted
+    "16 bits": (Image.fromarray((GREY * 65535).astype(np.uint16)), "PNG", BYTES, "more than 8 bits: scaled"),
+    "16 bits of TIFF": (Image.fromarray((GREY * 65535).astype(np.uint16)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "32 bits": (Image.fromarray((GREY * 1e6 - 5e5).astype(np.int32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "8 bits of 32": (Image.fromarray(BYTES.astype(np.int32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float to 1": (Image.fromarray(GREY.astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float to 255": (Image.fromarray(BYTES.astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float": (Image.fromarray((GREY * 9 - 3).astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "constant": (Image.new("F", (4, 3), 7e9), "TIFF", np.zeros((3, 4)), "more than 8 bits: scaled"),
+    "transparent": (Image.merge("LA", [Image.new("L", (12, 10), 0), Image.fromarray(BYTES)]), "PNG", 255 - BYTES,
+                    "transparent: on white"),
+    "opaque": (Image.merge("RGBA", [Image.fromarray(BYTES)] * 3 + [Image.new("L", (12, 10), 255)]), "PNG", BYTES, None),
+    "8 bits": (Image.fromarray(BYTES), "PNG", BYTES, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_is_trained_as_it_looks(kind, streaming):
+    image, format, grey, counted = CONVERTED[kind]
+    image.save("a.image", format=format)
+    save([{"messages": turns(), "images": [{"bytes": None, "path": "a.image"}]}], "a.jsonl")
+    dataset, dropped = load_messages("a.jsonl", streaming=streaming)
+    for _ in range(2):  # a stream may be read again
+        (sample,) = dataset
+    assert not dropped and np.abs(np.asarray(sample["images"][0]) - np.asarray(grey, int)[..., None]).max() <= 1
+    assert dropped.report()["changed"] == ({counted: 1} if counted else {})
+
+
+def test_palettes_with_a_transparent_colour_and_images_of_several_frames():
+    palette = Image.fromarray((BYTES > 127).astype(np.uint8) * 255).convert("P")
+    palette.save("a.gif", transparency=palette.getpixel((0, 0)))
+    frames = [picture(0), picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    frames[0].save("b.webp", save_all=True, append_images=frames[1:], lossless=True)
+    Image.new("F", (4, 4), float("nan")).save("c.tiff")
+    save([{"messages": turns(), "images": [name]} for name in ("a.gif", "b.webp", "c.tiff")], "a.jsonl")
+    dataset, dropped = load_messages("a.jsonl")
+    assert dropped.report()["changed"] == {"transparent: on white": 1, "several frames: the first": 1}
+    assert dropped == {"image broken": 1} and "it has values that are no numbers" in dropped.first()["image broken"]
+    assert (np.asarray(dataset[0]["images"][0]) == 255).all() and pixels(dataset[1]) == pictures(0)
+
+
+def test_an_absolute_path_inside_the_folder_or_the_one_that_is_named(folder, tmp_path):
+    save([{"messages": turns(), "images": [str(folder / "images" / "1.png")]}], "a.jsonl")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    assert pixels(load("a.jsonl")[0][0]) == pictures(1)
+    with pytest.raises(BadSample, match="outside of "):
+        load_messages(tmp_path / "other" / "a.jsonl")
+    assert pixels(load(tmp_path / "other" / "a.jsonl", images=tmp_path)[0][0]) == pictures(1)
+
+
+def test_nothing_stays_in_the_cache_of_datasets(tmp_path, monkeypatch):
+    """Neither of a process that ended, nor, after the next one, of a process that was killed."""
+    ends = []
+    monkeypatch.setattr("atexit.register", lambda *call: ends.append(call))
+    sources.scratch.cache_clear()
+    cache, alive = tmp_path / "cache", FileLock(tmp_path / "cache" / "recipes-alive.lock")
+    for name in ("alive", "killed"):
+        (cache / f"recipes-{name}").mkdir(parents=True)
+        (cache / f"recipes-{name}.lock").touch()
+    with alive:
+        dataset, _ = load_messages(save([{"question": "a", "answer": "5"}], "a.jsonl"))
+        mine = sources.scratch(cache)
+        assert all(file["filename"].startswith(os.path.join(mine, "")) for file in dataset.cache_files)
+        assert {path.name for path in cache.glob("recipes-*/")} == {"recipes-alive", Path(mine).name}
+    for what, *arguments in ends:
+        what(*arguments)
+    sources.scratch.cache_clear()
+    assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "recipes-alive.lock"]
 
 
 def test_the_pictures_may_be_in_another_folder(folder, tmp_path):

@@ -100,9 +100,25 @@ def test_the_answers_that_pass_are_the_result(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault", ["timeout", "status 429", "status 500", "status 503", "broken JSON", "no choices", "cut", "reset"]
+    "fault",
+    [
+        "timeout",
+        "status 429",
+        "status 500",
+        "status 503",
+        "broken JSON",
+        "no choices",
+        "cut",
+        "reset",
+        "gzip",
+        "deep",
+        "too much",
+        "no end",
+    ],
 )
-def test_what_a_server_fails_at_is_asked_again_and_answered_once(fault, tmp_path, capsys):
+def test_what_a_server_fails_at_is_asked_again_and_answered_once(fault, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(teachers, "LARGEST", 2**20)
+    monkeypatch.setattr(teachers, "LONGEST", 1)
     with OpenAI(right) as server:
         server.fail("what is 1 ", fault)
         server.fail("what is 3 ", fault, fault)
@@ -260,6 +276,47 @@ def test_a_journal_is_written_by_one_run_at_a_time(tmp_path):
         Journal(tmp_path / "j.jsonl", {"a": 1})
 
 
+@pytest.mark.parametrize("line", ["[]", "5", '"q"', '{"response": "r"}', '{"question": 5, "response": "r"}',
+                                  '{"question": "q", "response": null}', "[" * 100_000, "null"])  # fmt: skip
+def test_a_journal_with_a_line_of_another_kind_is_one_sentence(line, tmp_path):
+    (tmp_path / "j.jsonl").write_text(f'{{"a": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*j\.jsonl is damaged .*: delete that line"):
+        Journal(tmp_path / "j.jsonl", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["j.jsonl"]
+
+
+def test_a_journal_on_a_full_disk_keeps_whole_lines_and_no_lock(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "j.jsonl", os.fsync
+    full = [True, False, True]  # at the settings; then at the second answer
+
+    def failing(file):
+        if full and full.pop(0):
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with Journal(path, {"a": 1}) as journal:
+        for i in range(4):
+            try:
+                journal.add(f"q{i}", {"response": "r"})
+            except OSError as error:
+                assert error.errno == 28
+    monkeypatch.undo()
+    assert [*tmp_path.iterdir()] == [path]
+    with Journal(path, {"a": 1}) as journal:
+        assert list(journal.answers) == ["q2", "q3"]
+
+
+def test_an_answer_with_half_a_sign_is_lost_alone(tmp_path, capsys):
+    with OpenAI(lambda question: right(question) + "\ud83d" * (number(question) == 1)) as server:
+        for _ in range(2):
+            printed = run(save_questions(tmp_path, 3), tmp_path / "out.parquet", server, capsys=capsys)
+            assert printed["lost"] == {"well-formed": {"with half a sign": 1}}
+            shown = "question 2, <image> what is 1 + 1 ?: <think> 1 and one more </think> \\boxed{2}\\ud83d"
+            assert printed["first"] == {"well-formed": {"with half a sign": shown}}
+    assert set(result(tmp_path / "out.parquet")) == {0, 2} and len(server.asked) == 3
+
+
 def test_a_journal_that_was_torn_anywhere_keeps_its_whole_lines(tmp_path):
     path = tmp_path / "j.jsonl"
     with Journal(path, {"a": 1}) as journal:
@@ -285,6 +342,8 @@ def test_a_journal_that_was_torn_anywhere_keeps_its_whole_lines(tmp_path):
         ("99999", 600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
         ("soon", None),
+        ("nan", None),
+        ("inf", 600),
         ("", None),
     ],
 )
@@ -386,6 +445,21 @@ def test_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):
         )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"distill.py: error: the model {tmp_path / 'no'} cannot be loaded: ")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys, monkeypatch):
+    """Nor is the user asked on stdin whether it may be, as transformers does by itself."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "model").mkdir()
+    auto = {"AutoConfig": "code.Config", "AutoProcessor": "code.Processor"}
+    for name in ("config", "processor_config"):
+        (tmp_path / "model" / f"{name}.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(SystemExit):
+        distill.main(
+            [str(save_questions(tmp_path, 1)), "-o", str(tmp_path / "o.parquet"), "--model", str(tmp_path / "model")]
+        )
+    assert "cannot be loaded: " in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

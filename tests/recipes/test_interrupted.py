@@ -1,4 +1,4 @@
-"""Ctrl-C in a distillation and in its judge; --config as it may be written."""
+"""Ctrl-C in a distillation and in its judge; --config, and the values in it, as they may be written."""
 
 import os
 import signal
@@ -70,3 +70,63 @@ def test_a_configuration_may_be_named_as_any_flag(written, tmp_path):
     flags = [part.format(config) for part in written]
     run, drift, train = parse(["--use-cpu", *flags, "--max-steps", "-1"], sft_vlm.__doc__)
     assert (run.base, drift.r, train.max_steps) == ("b", 8, -1)
+
+
+MEANT = [  # in a YAML, setting, value
+    ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    ("lr_scheduler_kwargs: {min_lr: '1e-6'}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    ("lr_scheduler_kwargs: '{min_lr: 1e-6}'", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    ("processor_kwargs: {max_pixels: 1e6, do_resize: 'no'}", "processor_kwargs", {"max_pixels": 10**6, "do_resize": 0}),
+    ("drift_alpha_pattern: {mlp: 1e-1, attn: .5}", "drift_alpha_pattern", {"mlp": 0.1, "attn": 0.5}),
+    ("learning_rate: 1e-4", "learning_rate", 1e-4),
+    ("learning_rate: '1E-4'", "learning_rate", 1e-4),
+    ("max_tokens: 4e3", "max_tokens", 4000),
+    ("r: '8'", "r", 8),
+    ("bf16: 'no'", "bf16", False),
+    ("merge: 'Yes'", "merge", True),
+    ("gradient_checkpointing: 0", "gradient_checkpointing", False),
+    ("drift_modules: attn", "drift_modules", ["attn"]),
+    ("drift_spectrum: 0.5", "drift_spectrum", 0.5),
+    ("save_strategy: no", "save_strategy", "no"),
+    ("run_name: 2024-01-01", "run_name", "2024-01-01"),
+    ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
+    ("reference: null", "reference", None),
+]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The settings of a YAML with one line more."""
+
+    def read(line):
+        (tmp_path / "a.yaml").write_text(f"base: b\ndata: d\nprior: p.safetensors\nuse_cpu: true\n{line}\n")
+        return parse(["--config", str(tmp_path / "a.yaml")], sft_vlm.__doc__)
+
+    return read
+
+
+@pytest.mark.parametrize(("line", "name", "value"), MEANT)
+def test_a_value_is_read_as_it_is_meant(line, name, value, written):
+    (found,) = (getattr(part, name) for part in written(line) if hasattr(part, name))
+    assert found == value and (type(found) is type(value) or name == "save_strategy")
+
+
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("logging_steps: null", "logging_steps has no value: give it one, or leave the key out"),
+    ("max_tokens:", "max_tokens has no value: give it one, or leave the key out"),
+    ("max_tokens: 4.5", "max_tokens takes a whole number, got 4.5"),
+    ("merge: 'perhaps'", "merge takes yes or no, got 'perhaps'"),
+    ("r: [8]", "r takes a whole number, got [8]"),
+    ("learning_rate: fast", "learning_rate takes a number, got 'fast'"),
+    ("run_name: yes", "run_name takes a text, got True"),
+    ("processor_kwargs: 5", "processor_kwargs takes a text or settings such as {name: value}, got 5"),
+    ("processor_kwargs: many", "processor_kwargs takes settings such as {name: value}, got 'many'"),
+    ("on_bad: 5", "on_bad takes one of drop, fail, not 5"),
+    ("a: [", "is no YAML: while parsing"),
+    ("5: 5", "is no recipe: it has to be keys with their values, such as r: 16"),
+    (f"a: {'[' * 2000}", "is no YAML: "),
+])  # fmt: skip
+def test_or_refused_in_a_sentence(line, sentence, written, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        written(line)
+    assert sentence in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,118 @@
+"""A sample of a question and its answer, with the options to choose from and the chain of thought beside them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import string
+
+from .answers import read_options
+from .bad_sample import BadSample
+
+QUESTIONS, ANSWERS = ("question", "problem", "query"), ("answer", "solution", "response")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # in a turn: DeepSeek and vLLM, vLLM, Ollama and Anthropic
+CHAINS = (*THOUGHTS, "rationale", "chain_of_thought", "cot")  # beside a question
+OPTIONS = ("options", "choices")
+OPTION = re.compile(r"(?:(?:option|choice)_?)?([A-J])|(?:option|choice)_([a-j])")  # a column of its own
+
+
+def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
+    """Question with its options, chain of thought, answer, and the keys that these stand under; None if it has none.
+
+    Of `answer`, `solution` and `response`, the first is the answer; another one beside it is how it was found.
+    """
+    texts = {key: _text(sample[key], key) for key in (*QUESTIONS, *ANSWERS, *CHAINS) if sample.get(key) is not None}
+    questions = [key for key in QUESTIONS if key in texts]
+    answers = [key for key in ANSWERS if key in texts]
+    if not questions or not answers:
+        return None
+    answer, *others = [key for key in answers if texts[key].strip()] or answers[:1]
+    chain = next((key for key in (*CHAINS, *reversed(others)) if texts.get(key, "").strip()), None)
+    question, said = texts[questions[0]], texts[answer]
+    options, columns = _options(sample)
+    if options:
+        said = _choice(sample[answer], said, options)
+        if len(read_options(question)) < 2:
+            question = "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
+    read = [questions[0], *columns, *([chain] if chain else []), answer]
+    return question, texts[chain] if chain else "", said, read
+
+
+def with_chain(chain: str, answer: str) -> str:
+    """What is trained: the chain in <think> tags and the answer, or what says both already."""
+    chain, answer = chain.strip(), answer.strip()
+    if chain in answer or _bare(chain) == _bare(answer):
+        return answer
+    if "</think>" in answer:
+        raise BadSample("two chains of thought", "has a chain of thought in its answer and another one beside it")
+    inside, _, after = chain.removeprefix("<think>").partition("</think>")
+    if after.strip():  # a whole response
+        return chain if _bare(answer) in after else f"{chain}\n\n{answer}"
+    return f"<think>\n{inside.strip()}\n</think>\n\n{answer}"
+
+
+def _bare(answer: str) -> str:
+    """An answer without the signs that data sets put around it."""
+    found = re.fullmatch(r"<answer>(.*)</answer>|\$*\\boxed\{(.*)\}\$*|####(.*)", answer.strip(), re.S)
+    return next(filter(None, found.groups()), "").strip() if found else answer.strip()
+
+
+def _text(value, key: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise BadSample("unknown layout", f"has {key} that is {str(value)[:40]!r}: a text or a number")
+    return str(value)
+
+
+def _options(sample: dict) -> tuple[dict[str, str], list[str]]:
+    """Letter -> text of what there is to choose from, and the keys that it stands under."""
+    key = next((key for key in OPTIONS if sample.get(key)), None)
+    if key is None:
+        columns = {"".join(filter(None, found.groups())).upper(): name
+                   for name in sample if sample[name] is not None and (found := OPTION.fullmatch(name))}  # fmt: skip
+        values = {letter: sample[columns[letter]] for letter in sorted(columns)}
+    else:
+        values, columns = _listed(sample[key], key), {"": key}
+    if len(values) < 2 or [*values] != [*string.ascii_uppercase[: len(values)]]:
+        if key is None or not values:
+            return {}, []  # a column that happens to be called A, or a question without a choice
+        raise BadSample("unknown options", f"has {key} that are {str(sample[key])[:40]!r}: two at least, from A on")
+    texts = {letter: _text(value, f"option {letter}").strip() for letter, value in values.items()}
+    marks = {letter: re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in texts.items()}
+    if all(marks.values()):
+        texts = {letter: text[marks[letter].end() :] for letter, text in texts.items()}
+    return texts, [*columns.values()]
+
+
+def _listed(value, key: str) -> dict[str, object]:
+    """Options in any of the forms that they have: a list, letter -> text, labels and texts, or one of these as text."""
+    if isinstance(value, str):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                found = read(value)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, (list, dict)):
+                return _listed(found, key)
+        return read_options(f"\n{value}") or dict(zip(string.ascii_uppercase, value.split("\n"), strict=False))
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    if isinstance(value, dict):
+        return {str(letter).strip().upper(): text for letter, text in value.items() if text is not None}
+    if not isinstance(value, list):
+        raise BadSample("unknown options", f"has {key} that is {str(value)[:40]!r}: a list of texts")
+    while value and value[-1] in (None, ""):  # rows of a table have as many as the longest
+        value = value[:-1]
+    return dict(zip(string.ascii_uppercase, value, strict=False))
+
+
+def _choice(answer, said: str, options: dict[str, str]) -> str:
+    """An answer that is an option's index, from 0 on, as its letter; any other as it is."""
+    if said.strip() in options.values():
+        return said
+    index = int(said) if re.fullmatch(r"\s*\d{1,3}\s*", said) else answer
+    if isinstance(index, (str, bool)):
+        return said
+    if index not in range(len(options)):
+        raise BadSample("answer is no option", f"has the answer {said}, and {len(options)} options, counted from 0")
+    return [*options][int(index)]

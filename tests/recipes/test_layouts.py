@@ -1,0 +1,158 @@
+"""What a sample holds is read, refused or named: chains of thought, options, foreign media, columns, odd types."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parts.layouts import LAYOUTS, BadSample, last_answer, read_sample
+
+README = (Path(__file__).parents[2] / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+def turns(*contents, **last):
+    said = [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
+    return {"messages": [*said[:-1], {**said[-1], **last}]}
+
+
+def asked(read):
+    return "".join(part["text"] or "" for part in read.messages[-2]["content"])
+
+
+def test_the_documented_rows_are_read():
+    rows = [line for line in LAYOUTS.splitlines() if line.startswith("  ")]
+    assert len(rows) == 6
+    for row in rows:
+        read = read_sample(row)
+        assert read.images == ["1.png"] and not read.unread and "How many?" in asked(read)
+        assert last_answer(read.messages).removeprefix("<think>\n2 + 3 = 5\n</think>\n\n") in ("5", "B")
+    assert "\n".join(line.strip() for line in LAYOUTS.splitlines()) in README
+
+
+THOUGHT = "<think>\n2 + 3 = 5\n</think>\n\n5"
+CHAINS = [  # row, what is trained, what is evaluated
+    (turns("q", "5", reasoning_content="2 + 3 = 5"), THOUGHT, "5"),
+    (turns("q", "5", reasoning=" 2 + 3 = 5\n"), THOUGHT, "5"),
+    (turns("q", "\n\n5", thinking="<think>2 + 3 = 5</think>"), THOUGHT, "\n\n5"),
+    (turns("q", [{"type": "text", "text": "5"}], reasoning_content="2 + 3 = 5"), THOUGHT, "5"),
+    (turns("q", THOUGHT, reasoning_content="2 + 3 = 5"), THOUGHT, THOUGHT),  # in both places
+    (turns("q", "5", reasoning_content=None), "5", "5"),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "5", "thinking": "2 + 3 = 5"}]},
+     THOUGHT, "5"),
+    ({"problem": "q", "solution": "2 + 3 = 5", "answer": "5"}, THOUGHT, "5"),
+    ({"problem": "q", "solution": "2 + 3 = 5", "answer": 5}, THOUGHT, "5"),
+    ({"question": "q", "rationale": "2 + 3 = 5", "answer": "5"}, THOUGHT, "5"),
+    ({"question": "q", "answer": "5", "response": r"<think>2</think> \boxed{5}"}, r"<think>2</think> \boxed{5}", "5"),
+    ({"question": "q", "answer": "5", "response": "<think>2</think> five"}, "<think>2</think> five\n\n5", "5"),
+    ({"question": "q", "answer": "5", "solution": "<answer> 5 </answer>"}, "5", "5"),  # no chain: the same again
+    ({"question": "q", "answer": "5", "solution": r"$\boxed{5}$"}, "5", "5"),
+    ({"question": "q", "answer": "", "solution": "2 + 3 = 5"}, "2 + 3 = 5", "2 + 3 = 5"),
+    ({"problem": "q", "solution": "5"}, "5", "5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "trained", "evaluated"), CHAINS)
+def test_a_chain_of_thought_beside_the_answer_is_trained_and_not_evaluated(row, trained, evaluated):
+    for sample in (row, json.dumps(row)):
+        assert last_answer(read_sample(sample).messages) == trained
+        assert last_answer(read_sample(sample, chains=False).messages) == evaluated
+    assert not read_sample(row).unread
+
+
+def test_a_chain_in_an_earlier_turn_stays():
+    row = {"messages": [*turns("q", "5", thinking="a")["messages"], *turns("sure?", "5", thinking="b")["messages"]]}
+    for chains, last in ((True, "<think>\nb\n</think>\n\n5"), (False, "5")):
+        messages = read_sample(row, chains).messages
+        assert last_answer(messages[:2]) == "<think>\na\n</think>\n\n5" and last_answer(messages) == last
+
+
+RED = "which?\nA. red\nB. blue"
+OPTIONS = [  # row, question, answer
+    ({"options": ["red", "blue"], "answer": "B"}, RED, "B"),
+    ({"choices": ["red", "blue"], "answer": "blue"}, RED, "blue"),
+    ({"choices": ["red", "blue"], "answer": 1}, RED, "B"),
+    ({"choices": ["red", "blue", None], "answer": 1.0}, RED, "B"),  # of a table
+    ({"choices": ["red", "blue"], "answer": "0"}, RED, "A"),
+    ({"options": ["A. red", "(B) blue"], "answer": "(B)"}, RED, "(B)"),
+    ({"options": {"A": "red", "B": "blue"}, "answer": "A"}, RED, "A"),
+    ({"choices": {"label": ["A", "B"], "text": ["red", "blue"]}, "answer": "A"}, RED, "A"),
+    ({"options": "['red', 'blue']", "answer": "A"}, RED, "A"),
+    ({"options": '["red", "blue"]', "answer": "A"}, RED, "A"),
+    ({"options": "A. red\nB. blue", "answer": "A"}, RED, "A"),
+    ({"A": "red", "B": "blue", "C": None, "answer": "A"}, RED, "A"),
+    ({"option_a": "red", "option_b": "blue", "answer": "A"}, RED, "A"),
+    ({"options": [2, 4, 6], "answer": 4}, "which?\nA. 2\nB. 4\nC. 6", "4"),  # no index
+    ({"options": [], "answer": "5"}, "which?", "5"),
+    ({"question": RED, "options": ["red", "blue"], "answer": 0}, RED, "A"),  # there already
+    ({"A": "a grade", "answer": "5"}, "which?", "5"),
+]
+
+
+@pytest.mark.parametrize(("row", "question", "answer"), OPTIONS)
+def test_options_are_part_of_the_question(row, question, answer):
+    read = read_sample({"question": "which?", **row})
+    assert (asked(read), last_answer(read.messages)) == (question, answer)
+
+
+REFUSED = [  # row, reason, what the sentence says
+    ({"question": "q", "options": ["red", "blue"], "answer": 2}, "answer is no option", "the answer 2, and 2 options"),
+    ({"question": "q", "options": ["red", "blue"], "answer": -1}, "answer is no option", "the answer -1"),
+    ({"question": "q", "options": ["red"], "answer": "A"}, "unknown options", "options that are \"['red']\""),
+    ({"question": "q", "options": ["red", {"bytes": "x"}], "answer": "A"}, "unknown layout", "option B that is"),
+    ({"question": ["q"], "answer": "5"}, "unknown layout", "has question that is"),
+    ({"question": "q", "answer": {"a": "5"}}, "unknown layout", "has answer that is"),
+    ({**turns("<image>q", "5"), "videos": ["a.mp4"]}, "video or audio", "has videos, which are not read"),
+    ({"question": "q", "answer": "5", "audio": {"bytes": "x"}}, "video or audio", "has audio, which"),
+    (turns("<video>q", "5"), "video or audio", "a placeholder <video>"),
+    (turns("<image 1> q", "5"), "placeholders != images", "a placeholder <image 1>: write <image>"),
+    (turns("q", None, reasoning_content="cut"), "empty answer", "says nothing"),
+    (turns("q", "5", reasoning_content=["a"]), "unknown layout", "a turn whose reasoning_content is"),
+    (turns("q", "<think>a</think>5", reasoning_content="b"), "two chains of thought", "another one beside it"),
+    (turns("half \ud83d", "5"), "broken text", r"lone surrogate: …half \ud83d…"),
+    (turns("q", "5 \udfff"), "broken text", "lone surrogate"),
+    ({"messages": [{"role": ["user"], "content": "q"}]}, "unknown layout", "whose role is ['user']"),
+    ({"messages": [{"role": {}, "content": "q"}]}, "unknown layout", "whose role is {}"),
+    ({**turns("q", "5"), "system": 5}, "unknown layout", "a system that is '5'"),
+    ("[" * 100_000, "broken JSON", "is no valid JSON"),
+    ({"messages": "[" * 100_000}, "unknown layout", "no list of turns"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "sentence"), REFUSED)
+def test_what_would_be_lost_or_break_is_refused_in_a_sentence(row, reason, sentence):
+    with pytest.raises(BadSample) as error:
+        read_sample(row)
+    assert error.value.reason == reason and sentence in str(error.value) and str(error.value).isprintable()
+
+
+def test_text_that_is_not_read_is_named():
+    row = {**turns("q", "5", name="ann", weight=1), "id": "a7", "n": 7, "hint": "look\x1b[31m", "images": []}
+    row |= {"tag": [""], "meta": {"by": ["x"]}}
+    assert read_sample(row).unread == {
+        "messages[].name": "ann", "id": "a7", "hint": r"look\x1b[31m", "meta": "{'by': ['x']}"
+    }  # fmt: skip
+
+
+KEYS = ["messages", "role", "content", "from", "value", "type", "text", "image", "image_url", "url", "images"]
+KEYS += ["question", "answer", "solution", "options", "system", "reasoning_content", "videos", "A", "B", "label"]
+TEXTS = st.sampled_from(["user", "assistant", "system", "text", "image", "<image>", "", ".", "B", "1", "\ud800"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=6,
+)
+TURN = st.fixed_dictionaries({"role": TEXTS | VALUES, "content": VALUES}, optional={"reasoning_content": VALUES})
+SAMPLES = st.dictionaries(st.sampled_from(KEYS), VALUES | st.lists(TURN, max_size=4), max_size=6)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(SAMPLES, st.booleans())
+def test_values_of_any_type_are_a_sample_or_a_sentence(sample, chains):
+    try:
+        read = read_sample(sample, chains)
+    except BadSample as error:
+        assert str(error).isprintable()
+    else:
+        assert [turn["role"] for turn in read.messages][-1] == "assistant" and last_answer(read.messages).strip()
+        json.dumps(read.messages, ensure_ascii=False).encode()

@@ -14,6 +14,8 @@ Nothing here knows of priors or of training.
     update       what an adapter makes of one tensor
     lora         LoRA adapters read without a model; an expert given as adapter + base
     dequantized  the base as a 4-bit model computes with it
+    lock         one writer at a time
+    watch        files that are read for minutes: are they still what they were?
     output       where a result is written until it is complete, and what an interrupted one leaves
     standalone   a copy of a model folder in which named weights are replaced, streaming
 """
@@ -28,14 +30,15 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert
+from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert, watched_adapter
 from .match import MODULES, Match, describe, match_weights
 from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
-from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
+from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
 from .sharing import file_sha256, find_file, find_license, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
+from .watch import Watch
 
 __all__ = [
     "DRIFT_CONFIG",
@@ -51,12 +54,14 @@ __all__ = [
     "Quantization",
     "Rows",
     "Update",
+    "Watch",
     "adapter_folder",
     "adapter_updates",
     "as_peft_reads",
     "assumed_quantization",
     "block_rows",
     "canonical_name",
+    "claimed_output",
     "cross_attention_layers",
     "describe",
     "download",
@@ -73,12 +78,12 @@ __all__ = [
     "partial_path",
     "quantization_in_training",
     "quantization_of",
-    "refuse_output",
     "replaced_when_complete",
     "resumable_folder",
     "split_revision",
     "unwrapped",
     "upload",
+    "watched_adapter",
     "write_model",
     "write_tensors",
 ]

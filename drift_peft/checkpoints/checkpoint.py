@@ -33,6 +33,7 @@ from .decoder import Decoder
 from .hub import Repository, download, split_revision
 from .naming import canonical_name
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
+from .watch import Watch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order of transformers
@@ -83,12 +84,15 @@ class Checkpoint:
             self._names = self._hub.files()
 
         self._refuse_what_is_no_model()
+        self._watch = Watch(self.source, self.folder.glob("*.json") if self._hub is None else ())
         self.config, self.text_config = self._read_config(dequantize)
         layout = self._choose_layout()
         weight_map = self._read_index(layout) if layout.endswith(".index.json") else {}
         self.files = [self.folder / name for name in sorted(set(weight_map.values())) or [layout]]
         if self._hub is None and (missing := [file.name for file in self.files if not file.is_file()]):
             raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, named in its index: fetch it again")
+        if self._hub is None:
+            self._watch.add(self.files)
         self._open: tuple | None = None  # a shard and its path
         with ThreadPoolExecutor(8) as pool:  # on the hub, each header is a request or two
             self._headers = dict(zip(self.files, pool.map(self._header, self.files), strict=True))
@@ -164,8 +168,12 @@ class Checkpoint:
         """What tells these weights from others: a hub repository's commit, or a folder's files with size and time."""
         if self._hub is not None:
             return [self._hub.name, self._hub.commit]
-        stats = {file.name: file.stat() for file in sorted({*self.files, *self.folder.glob("*.json")})}
-        return [str(self.folder), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]]
+        states = sorted(self._watch.states().items())
+        return [str(self.folder), [[file.relative_to(self.folder).as_posix(), *state] for file, state in states]]
+
+    def refuse_changed(self) -> None:
+        """ValueError if a file of a local folder is no longer what it was when this object was made."""
+        self._watch.check()
 
     @property
     def auto_class(self):
@@ -245,6 +253,7 @@ class Checkpoint:
         return self._shard(self._where[key]).tensor(key)
 
     def _shard(self, file: Path):
+        self._watch.check(file)  # which also spares the process a SIGBUS where a mapped file was cut
         opened = self._open
         if opened is None or opened[0] != file:
             opened = self._open = file, open_shard(self.fetch(file))
@@ -331,7 +340,8 @@ class Checkpoint:
         for file in self.files:
             for key in self._headers[file]:
                 if key in where:
-                    raise ValueError(f"{self.source} holds {key} in both {where[key].name} and {file.name}")
+                    both = " and ".join(f.relative_to(self.folder).as_posix() for f in (where[key], file))
+                    raise ValueError(f"{self.source} holds {key} in both {both}")
                 where[key] = file
         for key, name in weight_map.items():
             if key not in self._headers[self.folder / name]:

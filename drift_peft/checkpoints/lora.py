@@ -23,6 +23,7 @@ from .hub import Repository, download, split_revision
 from .naming import canonical_name
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
+from .watch import Watch
 
 CONFIG = "adapter_config.json"
 DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
@@ -53,6 +54,7 @@ class AdaptedCheckpoint(Checkpoint):
         self, adapter: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
     ):
         self._adapter, self._updates = adapter_folder(adapter, revision), {}
+        self._files = watched_adapter(self._adapter, str(adapter))
         config = _read_config(self._adapter)
         if not (base := config.base_model_name_or_path):
             raise ValueError(f"adapter {adapter} does not say what it adapts: base_model_name_or_path in its {CONFIG}")
@@ -79,8 +81,11 @@ class AdaptedCheckpoint(Checkpoint):
     def identity(self) -> list:
         if self.revision is not None:
             return [*super().identity, self.source, self.revision]
-        stats = {name: (self._adapter / name).stat() for name in FILES if (self._adapter / name).exists()}
-        return [*super().identity, self.source, [[n, stat.st_size, stat.st_mtime_ns] for n, stat in stats.items()]]
+        return [*super().identity, self.source, [[f.name, *state] for f, state in self._files.states().items()]]
+
+    def refuse_changed(self) -> None:
+        super().refuse_changed()
+        self._files.check()
 
     def dtype(self, raw: str) -> torch.dtype:
         return torch.float32 if raw in self._updates else super().dtype(raw)
@@ -111,6 +116,11 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"adapter {adapter} has no {CONFIG}: name what save_pretrained wrote")
     return folder
+
+
+def watched_adapter(folder: Path, source: str) -> Watch:
+    """Its files, before they are read."""
+    return Watch(source, [folder / name for name in FILES])
 
 
 def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[str, Update]:

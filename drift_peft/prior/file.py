@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import file_sha256, find_file, layer_order, partial_folder, refuse_output, write_tensors
+from ..checkpoints import Watch, claimed_output, file_sha256, find_file, layer_order, partial_folder, write_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +84,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
 
     def __init__(self, path: Path, source: str):
         self.path, self.source = path, source
+        self._watch = Watch(source, [path])
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -139,6 +140,10 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             why = "its Δ is zero" if name in self.metadata["not_steered"] else f"nearest: {', '.join(near) or 'none'}"
             raise KeyError(f"{self.source} has no weight {name} ({why})")
         return {key.rpartition(".")[2]: self._file.get_tensor(key) for key in self._promised(name)}
+
+    def refuse_changed(self) -> None:
+        """ValueError if the file is another one by now, or has been written to."""
+        self._watch.check()
 
     def probes(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What recognizes the base: (name, U [out, i], Vh [i, in], u_iᵀ·W_base·v_i [i]), i ≤ 8, of at most 16 weights.
@@ -205,8 +210,8 @@ def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises:
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: the output could not be written in the end.
     """
-    refuse_output(Path(output), overwrite, example=FILE_NAME)
-    with partial_folder(Path(output)) as partial:
+    output = Path(output)
+    with claimed_output(output, overwrite, example=FILE_NAME), partial_folder(output) as partial:
         yield partial
 
 

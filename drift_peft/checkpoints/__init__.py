@@ -2,6 +2,7 @@
 
 Nothing here knows of priors or of training.
 
+    schema       JSON that others write: its form
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
     sharing      a file of ours that others have or will have: found, hashed, uploaded with its card
@@ -20,7 +21,7 @@ Nothing here knows of priors or of training.
     standalone   a copy of a model folder in which named weights are replaced, streaming
 """
 
-from .checkpoint import TOKENIZER, Checkpoint
+from .checkpoint import TOKENIZER, Checkpoint, read_config
 from .decoder import Decoder
 from .dequantized import (
     DequantizedCheckpoint,
@@ -32,9 +33,18 @@ from .dequantized import (
 from .hub import download, split_revision
 from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert, watched_adapter
 from .match import MODULES, Match, describe, match_weights
-from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
+from .naming import (
+    PROJECTIONS,
+    canonical_name,
+    cross_attention_layers,
+    layer_order,
+    module_kind,
+    pattern_matches,
+    unwrapped,
+)
 from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
-from .sharing import file_sha256, find_file, find_license, license_name, upload
+from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
+from .sharing import file_sha256, find_file, find_license, in_markdown, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
@@ -43,6 +53,7 @@ from .watch import Watch
 __all__ = [
     "DRIFT_CONFIG",
     "MODULES",
+    "MOST_LAYERS",
     "PROJECTIONS",
     "TOKENIZER",
     "UNFINISHED",
@@ -51,8 +62,11 @@ __all__ = [
     "DequantizedCheckpoint",
     "LowRank",
     "Match",
+    "Origin",
     "Quantization",
     "Rows",
+    "Schema",
+    "Text",
     "Update",
     "Watch",
     "adapter_folder",
@@ -61,6 +75,7 @@ __all__ = [
     "assumed_quantization",
     "block_rows",
     "canonical_name",
+    "check",
     "claimed_output",
     "cross_attention_layers",
     "describe",
@@ -68,6 +83,7 @@ __all__ = [
     "file_sha256",
     "find_file",
     "find_license",
+    "in_markdown",
     "language_model_targets",
     "layer_order",
     "license_name",
@@ -76,8 +92,11 @@ __all__ = [
     "open_expert",
     "partial_folder",
     "partial_path",
+    "pattern_matches",
     "quantization_in_training",
     "quantization_of",
+    "read_config",
+    "read_json",
     "replaced_when_complete",
     "resumable_folder",
     "split_revision",

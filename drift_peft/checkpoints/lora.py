@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint
 from .hub import Repository, download, split_revision
-from .naming import canonical_name
+from .naming import canonical_name, pattern_matches
+from .schema import AdapterConfig, check, read_json
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
 from .watch import Watch
@@ -137,8 +137,9 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
 def _read_config(folder: Path) -> LoraConfig:
     """The adapter's config; what cannot be merged is refused by name."""
     try:
+        check(read_json(folder / CONFIG), AdapterConfig)
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # each type of adapter has its own way to say that its configuration is not for it
         raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
     if type(config) is not LoraConfig:
         raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
@@ -200,8 +201,8 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
         )
     A, B = (parts.pop(name) for name in names)
     # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    r = _of_pattern(config.rank_pattern, module, config.r)
+    alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
     if A.dim() == B.dim() > 2:
         raise ValueError(f"adapter {folder} adapts {module}, which is a convolution; {IN_MEMORY}")
     if (A.dim(), B.dim()) != (2, 2) or A.shape[0] != r or B.shape[1] != r:
@@ -221,6 +222,11 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
     if "lora_B.bias" in parts:
         updates["bias"] = Whole(module, scaling * parts["lora_B.bias"].float(), added=True)
     return updates
+
+
+def _of_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches the module's name."""
+    return next((value for key, value in (patterns or {}).items() if pattern_matches(key, module)), default)
 
 
 def _token_rows(config: LoraConfig, module: str) -> list[int]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import (
     MODULES,
+    MOST_LAYERS,
     UNFINISHED,
     Checkpoint,
     Match,
@@ -183,11 +184,13 @@ def _check_modules(modules: Sequence[str]) -> list[str]:
 
 def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[int] | None:
     """The layers in order; whether the base has them is not known yet."""
+    if only_layers is not None and not len(only_layers):
+        raise ValueError("only_layers is empty: leave it out for all layers")
+    if only_layers is not None and len(only_layers) > MOST_LAYERS:
+        raise ValueError(f"only_layers names {len(only_layers)} layers, and no model has more than {MOST_LAYERS}")
     for name, values in (("only_layers", () if only_layers is None else only_layers), ("skip_first", [skip_first])):
         if wrong := [value for value in values if not isinstance(value, int) or value < 0]:
             raise ValueError(f"{name} takes whole numbers from 0 on, got {wrong[0]!r}")
-    if only_layers is not None and not len(only_layers):
-        raise ValueError("only_layers is empty: leave it out for all layers")
     return None if only_layers is None else sorted(set(only_layers))
 
 

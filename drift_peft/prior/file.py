@@ -12,7 +12,6 @@ import contextlib
 import difflib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,17 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import Watch, claimed_output, file_sha256, find_file, layer_order, partial_folder, write_tensors
+from ..checkpoints import (
+    Watch,
+    check,
+    claimed_output,
+    file_sha256,
+    find_file,
+    layer_order,
+    partial_folder,
+    write_tensors,
+)
+from .header import Header
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -96,13 +105,13 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             self.metadata = json.loads(header)
             written = self.metadata["format"]
             if written == FORMAT:
-                self._names = sorted(self.metadata["weights"], key=layer_order)
-                promised = {key: kind for name in self._names for key, kind in self._promised(name).items()}
-        except (ValueError, KeyError, TypeError) as error:
+                check(self.metadata, Header)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{source} is no prior: its header is damaged, so build or fetch it again") from error
         if written != FORMAT:
             raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
-        self._check_tensors(promised)
+        self._names = sorted(self.metadata["weights"], key=layer_order)
+        self._check_tensors({key: kind for name in self._names for key, kind in self._promised(name).items()})
 
     @classmethod
     def load(cls, source: str | Path, revision: str | None = None) -> Self:
@@ -176,15 +185,11 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         return f"{type(self).__name__}({self.source!r}, {len(self)} weights, rank {self.rank})"
 
     def _promised(self, name: str) -> dict[str, tuple[list[int], str]]:
-        """Key -> (shape, dtype) of each tensor that the header speaks of; a header that does not say raises."""
+        """Key -> (shape, dtype) of each tensor that the header speaks of."""
         stats = self.metadata["weights"][name]
-        if not all(math.isfinite(stats[key]) for key in (*MEASURED, "energy")):
-            raise ValueError(f"the statistics of {name} are not finite")
         if len(stats["shape"]) == 1:
             return {f"{name}.delta": (stats["shape"], "F32")}
         (rows, columns), rank, probes = stats["shape"], stats["rank"], len(stats.get("probe", ()))
-        if len(stats["fingerprint"]) > rank:
-            raise ValueError(f"the fingerprint of {name} is longer than its rank")
         factors = {"U": ([rows, rank], "BF16"), "S": ([rank], "F32"), "Vh": ([rank, columns], "BF16")}
         if probes:
             factors |= {"probe_U": ([rows, probes], "BF16"), "probe_Vh": ([probes, columns], "BF16")}

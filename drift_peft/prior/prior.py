@@ -66,7 +66,7 @@ class ReasoningPrior(PriorFile):
             ValueError: rank < 1.
             OSError: the output exists or cannot be written.
         """
-        header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"])}
+        header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"] or self.rank)}
         if rank < self.rank:  # what is captured is no longer what `energy` asked for
             header |= {key: None for key in ("energy", "max_rank") if key in header}
         return _write_weights(output, overwrite, [self], truncated_weights(self, rank), header)

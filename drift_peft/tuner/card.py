@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..checkpoints import in_markdown
 from .settings import DriftSettings
 
 START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
@@ -49,7 +51,7 @@ model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
 As a model of its own, in the base's precision:
 
 ```
-drift-peft merge --base {base} --adapter {folder} -o merged --verify
+drift-peft merge --base {base_argument} --adapter {folder} -o merged --verify
 ```
 {end}
 """
@@ -91,8 +93,8 @@ def _section(config: DriftSettings, name: str | None) -> str:
     told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
     guidance = [f"{settings['scale']} toward {settings['target']}, strength {settings['alpha']}"]
     guidance += [text for text in told if text.split(" = ")[0] not in ("scale", "target", "alpha")]
-    base = config.base_model_name_or_path or "its base model"
-    expert = config.expert or "a text-only reasoning model"
+    named = config.base_model_name_or_path or "its base model"
+    base, expert = in_markdown(named), in_markdown(config.expert or "a text-only reasoning model")
     method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
     return SECTION.format(
         start=_start(name),
@@ -101,13 +103,16 @@ def _section(config: DriftSettings, name: str | None) -> str:
         toward="" if config.drift_target == "base" else f", steered toward {expert}",
         method=method.format(base=base, expert=expert),
         base=base,
-        expert=config.expert or "not recorded",
-        prior=f"{config.prior} (SHA-256 {(config.prior_sha256 or 'not recorded')[:16]})" if config.prior else "none",
-        data=config.trained_on or "not recorded",
+        base_argument=shlex.quote(" ".join(named.split())),
+        expert=in_markdown(config.expert or "not recorded"),
+        prior=in_markdown(f"{config.prior} (SHA-256 {(config.prior_sha256 or 'not recorded')[:16]})")
+        if config.prior
+        else "none",
+        data=in_markdown(config.trained_on or "not recorded"),
         r=config.r,
         lora_alpha=config.lora_alpha,
         rslora=", rank-stabilized" if config.use_rslora else "",
-        guidance=", ".join(guidance).replace("|", "\\|"),
+        guidance=in_markdown(", ".join(guidance)),
         steps=int(config.drift_steps),
         adapter="path/or/hub-id",
         subfolder=f', subfolder="{name}"' if name else "",

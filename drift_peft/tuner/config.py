@@ -7,13 +7,14 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
+from pydantic import create_model
 
-from ..checkpoints import DRIFT_CONFIG
+from ..checkpoints import DRIFT_CONFIG, Schema, check, read_json
 from .card import update_card
 from .settings import DriftSettings, check_settings, is_rank
 
@@ -141,17 +142,24 @@ class DriftConfig(DriftSettings, LoraConfig):
                     f"'{source}' has no {DRIFT_CONFIG}, so it was not trained with DriftConfig: load it as plain LoRA "
                     "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
                 ) from error
+        own = read_json(path)
         try:
-            own = json.loads(path.read_text(encoding="utf-8"))
+            check(own, _stored_form())
         except ValueError as error:
-            raise ValueError(f"{path} is no valid JSON, so it may be truncated: {error}") from error
-        unknown = sorted(set(own) - _own_fields())
-        if unknown:
+            raise ValueError(f"{path} is damaged ({error}): save the adapter again") from error
+        if unknown := sorted(set(own) - _own_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
         if "prior" in given:
             own["prior_sha256"] = None  # the new file is accepted as it is
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
         return cls(**{**shared, **own, **given})
+
+
+def _stored_form() -> type[Schema]:
+    """What drift_config.json may hold: the settings' own types, whatever of them there is."""
+    hints = get_type_hints(DriftSettings) | {"init_lora_weights": bool | str}
+    types = {name: str if get_origin(hints[name]) is Literal else hints[name] for name in _own_fields()}
+    return create_model("Stored", __base__=Schema, **{name: (kind, None) for name, kind in types.items()})
 
 
 def _own_fields() -> set[str]:

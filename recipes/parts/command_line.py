@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from drift_peft.cli.terminal import spell_out
+from drift_peft.warn import visible
 
 FLAG = re.compile(r"--\w[\w-]*")
 
@@ -83,7 +84,7 @@ def guess(name: str, known: Iterable[str]) -> str:
 
 def stop(script: str, message: str, status: int) -> NoReturn:
     """End with one sentence on stderr."""
-    sentence = f"{script}: error: {' '.join(message.split())}"
+    sentence = f"{script}: error: {visible(' '.join(message.split()))}"
     print(sentence, file=sys.stderr)
     end = SystemExit(sentence)  # for who catches it
     end.code = status

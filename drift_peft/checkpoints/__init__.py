@@ -31,6 +31,7 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
+from .lock import only_writer
 from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, open_expert, watched_adapter
 from .match import MODULES, Match, describe, match_weights
 from .naming import (
@@ -89,6 +90,7 @@ __all__ = [
     "license_name",
     "match_weights",
     "module_kind",
+    "only_writer",
     "open_expert",
     "partial_folder",
     "partial_path",

@@ -21,7 +21,15 @@ def only_writer(output: Path) -> Iterator[None]:
         FileExistsError: another process, or another thread of this one, writes this output.
         FileNotFoundError: there is no folder to write the output into.
         OSError: that folder cannot be written to.
+        ValueError: the output's path is not UTF-8, so that safetensors could not write there in the end.
     """
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output {output} cannot be written: its path is not UTF-8, and safetensors writes to no other: name "
+            "another folder"
+        ) from error
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
     file = output.with_name(f"{output.name}.lock")

@@ -86,6 +86,15 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 there")
+def test_a_path_that_is_not_utf8_is_refused_before_the_work(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    with pytest.raises(ValueError, match="its path is not UTF-8, and safetensors writes to no other"):
+        build_prior("no/expert", "no/base", folder / "p.safetensors")
+    assert os.listdir(folder) == []
+
+
 # Outputs
 
 

@@ -102,9 +102,8 @@ def load_bin(file: Path | BinaryIO, name: str, **options) -> dict[str, torch.Ten
     if not isinstance(content, dict):
         raise ValueError(f"{name} holds a {type(content).__name__}, not tensors by name: give a saved state dict")
     if others := [key for key, value in content.items() if not isinstance(key, str) or not _is_plain(value, options)]:
-        raise ValueError(
-            f"{name} holds {others[0]}, which is no plain tensor: give the model as save_pretrained wrote it"
-        )
+        kind = "no plain tensor by name" if isinstance(content[others[0]], torch.Tensor) else "no tensor"
+        raise ValueError(f"{name} holds {others[0]}, which is {kind}: give the model as save_pretrained wrote it")
     return content
 
 

@@ -18,9 +18,6 @@ def _weight_name(name: str) -> str:
     return name
 
 
-Names = list[Annotated[str, AfterValidator(_weight_name)]]
-
-
 class Statistics(Schema):
     """What was measured of one weight; a matrix has a rank and a fingerprint."""
 
@@ -63,7 +60,7 @@ class Header(Schema):
     """As file.py describes it."""
 
     weights: dict[Annotated[str, AfterValidator(_weight_name)], Statistics]
-    not_steered: Names
+    not_steered: list[Text]
     base: Origin
     expert: Origin | None
     reference: Origin | None

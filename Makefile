@@ -1,5 +1,6 @@
 # make demo    watch DRIFT work, in a minute and a half on two CPU cores
 # make test    the whole test suite
+# make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-cuda test-distributed lint clean
+.PHONY: demo test test-faults test-cuda test-distributed lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -19,6 +20,9 @@ demo: $(INSTALLED)
 # In the order of their names: by default, files of few tests would come last, and those are the slow ones.
 test: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-faults: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults 400
 
 test-cuda: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_cuda.py

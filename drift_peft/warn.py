@@ -1,10 +1,19 @@
-"""A warning that points at the user's own line, however many libraries lie between it and what is wrong."""
+"""A warning that points at the user's own line, however many libraries lie between it and what is wrong; and what a
+file of others says, as a terminal may show it."""
 
+import re
 import sys
 import warnings
 
 LIBRARIES = {"drift_peft", "peft", "transformers", "trl", "accelerate", "torch", "deepspeed", "bitsandbytes"}
 LIBRARIES |= {"schedulefree", "prodigyopt", "lion_pytorch", "functools", "contextlib", "threading", "concurrent"}
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text in which what commands a terminal, such as the escape, is spelled out; tabs and ends of lines stay."""
+    return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
 def warn(message: str) -> None:
@@ -12,4 +21,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level if frame is not None else 2)
+    warnings.warn(visible(message), UserWarning, stacklevel=level if frame is not None else 2)

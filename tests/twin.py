@@ -61,8 +61,8 @@ def make_whole_pair(folder, **changes):
         weights[name] = stats
     metadata = {
         "format": FORMAT,
-        "expert": {},
-        "base": {},
+        "expert": {"id": "expert", "revision": None},
+        "base": {"id": "base", "revision": None},
         "reference": None,
         "rank": 8,
         "dtype": "bfloat16",

@@ -2,6 +2,7 @@
 
 Nothing here knows of priors or of training.
 
+    schema       JSON that others write: its form
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
     sharing      a file of ours that others have or will have: found, hashed, uploaded with its card
@@ -16,12 +17,14 @@ Nothing here knows of priors or of training.
     lora         LoRA adapters read without a model; an expert given as adapter + base
     carry        a LoRA adapter of the text sibling as one of the VLM
     dequantized  the base as a 4-bit model computes with it
+    lock         one writer at a time
+    watch        files that are read for minutes: are they still what they were?
     output       where a result is written until it is complete, and what an interrupted one leaves
     standalone   a copy of a model folder in which named weights are replaced, streaming
 """
 
 from .carry import carry_adapter, scale_adapter
-from .checkpoint import TOKENIZER, Checkpoint
+from .checkpoint import TOKENIZER, Checkpoint, read_config
 from .decoder import Decoder
 from .dequantized import (
     DequantizedCheckpoint,
@@ -31,19 +34,40 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, infinite_alpha, is_adapter, open_expert, recorded_base
+from .lock import only_writer
+from .lora import (
+    DRIFT_CONFIG,
+    adapter_folder,
+    adapter_updates,
+    infinite_alpha,
+    is_adapter,
+    open_expert,
+    recorded_base,
+    watched_adapter,
+)
 from .match import MODULES, Match, describe, match_weights
-from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
-from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
+from .naming import (
+    PROJECTIONS,
+    canonical_name,
+    cross_attention_layers,
+    layer_order,
+    module_kind,
+    pattern_matches,
+    unwrapped,
+)
+from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
 from .rope import warn_of_other_rotations
-from .sharing import file_sha256, find_file, find_license, license_name, upload
+from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
+from .sharing import file_sha256, find_file, find_license, in_markdown, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
+from .watch import Watch
 
 __all__ = [
     "DRIFT_CONFIG",
     "MODULES",
+    "MOST_LAYERS",
     "PROJECTIONS",
     "TOKENIZER",
     "UNFINISHED",
@@ -52,9 +76,13 @@ __all__ = [
     "DequantizedCheckpoint",
     "LowRank",
     "Match",
+    "Origin",
     "Quantization",
     "Rows",
+    "Schema",
+    "Text",
     "Update",
+    "Watch",
     "adapter_folder",
     "adapter_updates",
     "as_peft_reads",
@@ -62,12 +90,15 @@ __all__ = [
     "block_rows",
     "canonical_name",
     "carry_adapter",
+    "check",
+    "claimed_output",
     "cross_attention_layers",
     "describe",
     "download",
     "file_sha256",
     "find_file",
     "find_license",
+    "in_markdown",
     "infinite_alpha",
     "is_adapter",
     "language_model_targets",
@@ -75,13 +106,16 @@ __all__ = [
     "license_name",
     "match_weights",
     "module_kind",
+    "only_writer",
     "open_expert",
     "partial_folder",
     "partial_path",
+    "pattern_matches",
     "quantization_in_training",
     "quantization_of",
+    "read_config",
+    "read_json",
     "recorded_base",
-    "refuse_output",
     "replaced_when_complete",
     "resumable_folder",
     "scale_adapter",
@@ -89,6 +123,7 @@ __all__ = [
     "unwrapped",
     "upload",
     "warn_of_other_rotations",
+    "watched_adapter",
     "write_model",
     "write_tensors",
 ]

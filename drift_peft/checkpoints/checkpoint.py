@@ -6,7 +6,6 @@ shards stay on the hub until one of their tensors is read.
 """
 
 import copy
-import json
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -24,6 +22,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -32,7 +31,9 @@ from .conversion import Conversion, Layout
 from .decoder import Decoder
 from .hub import Repository, download, split_revision
 from .naming import canonical_name
+from .schema import FourBitState, Index, ModelConfig, check, read_json
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
+from .watch import Watch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order of transformers
@@ -85,12 +86,17 @@ class Checkpoint:
             self._names = self._hub.files()
 
         self._refuse_what_is_no_model()
-        self.config, self.text_config = self._read_config(dequantize)
+        self._watch = Watch(self.source, self.folder.glob("*.json") if self._hub is None else ())
+        self.config = read_config(self.folder, self.source)
+        self.text_config = self.config.get_text_config()
+        self._refuse_quantized(dequantize)
         layout = self._choose_layout()
         weight_map = self._read_index(layout) if layout.endswith(".index.json") else {}
         self.files = [self.folder / name for name in sorted(set(weight_map.values())) or [layout]]
         if self._hub is None and (missing := [file.name for file in self.files if not file.is_file()]):
             raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, named in its index: fetch it again")
+        if self._hub is None:
+            self._watch.add(self.files)
         self._open: tuple | None = None  # a shard and its path
         with ThreadPoolExecutor(8) as pool:  # on the hub, each header is a request or two
             self._headers = dict(zip(self.files, pool.map(self._header, self.files), strict=True))
@@ -175,8 +181,12 @@ class Checkpoint:
         """What tells these weights from others: a hub repository's commit, or a folder's files with size and time."""
         if self._hub is not None:
             return [self._hub.name, self._hub.commit]
-        stats = {file.name: file.stat() for file in sorted({*self.files, *self.folder.glob("*.json")})}
-        return [str(self.folder), [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]]
+        states = sorted(self._watch.states().items())
+        return [str(self.folder), [[file.relative_to(self.folder).as_posix(), *state] for file, state in states]]
+
+    def refuse_changed(self) -> None:
+        """ValueError if a file of a local folder is no longer what it was when this object was made."""
+        self._watch.check()
 
     @property
     def auto_class(self):
@@ -201,7 +211,7 @@ class Checkpoint:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of `tensor(key)`, without reading it."""
         if key in self._four_bit:
-            return tuple(self._state(key)["shape"])
+            return tuple(self._state(key).shape)
         if key in self.keys:
             return self._headers[self.keys[key]][key][0]
         conversion = self._conversion(key)
@@ -210,7 +220,7 @@ class Checkpoint:
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of `tensor(key)`, without reading it."""
         if key in self._four_bit:
-            return getattr(torch, self._state(key)["dtype"])
+            return getattr(torch, self._state(key).dtype)
         if key in self.keys:
             return self._headers[self.keys[key]][key][1]
         return self.dtype(next(iter(self._conversion(key).sources)))
@@ -275,6 +285,7 @@ class Checkpoint:
         return self._shard(self._where[key]).tensor(key)
 
     def _shard(self, file: Path):
+        self._watch.check(file)  # which also spares the process a SIGBUS where a mapped file was cut
         opened = self._open
         if opened is None or opened[0] != file:
             opened = self._open = file, open_shard(self.fetch(file))
@@ -285,7 +296,7 @@ class Checkpoint:
             return self._hub.header(file.relative_to(self.folder).as_posix())
         return open_shard(file).header()
 
-    def _state(self, raw: str) -> dict:
+    def _state(self, raw: str) -> FourBitState:
         key = next(key for part, key in self._four_bit[raw].items() if part.startswith(STATE))
         return four_bit_state(self._read(key))
 
@@ -304,32 +315,14 @@ class Checkpoint:
                 raise ValueError(f"{where} is {_GGUF}")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
-    def _read_config(self, four_bit_too: bool) -> tuple:
-        try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            text_config = config.get_text_config()
-        except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-            if self._brings_code():
-                raise ValueError(
-                    f"{self.source} brings its own code, which is not run: give the repository that was converted for "
-                    "transformers, whose name mostly ends in -hf"
-                ) from error
-            reason = _reason(error)
-            raise ValueError(f"transformers cannot read the config.json of {self.source}: {reason}") from error
-        for part in (config, text_config):
+    def _refuse_quantized(self, four_bit_too: bool) -> None:
+        for part in (self.config, self.text_config):
             if quantization := dict(getattr(part, "quantization_config", None) or {}):
                 method = quantization.get("quant_method", "an unnamed method")
                 if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
                     raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
                 if not four_bit_too:
                     raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
-        return config, text_config
-
-    def _brings_code(self) -> bool:
-        try:
-            return "auto_map" in json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError:
-            return False
 
     def _choose_layout(self) -> str:
         """The single file or the index that transformers would read."""
@@ -348,12 +341,11 @@ class Checkpoint:
         return single
 
     def _read_index(self, name: str) -> dict[str, str]:
-        """Key -> name of its shard."""
+        """Key -> path of its shard, relative to the folder."""
         try:
-            weight_map = json.loads((self.folder / name).read_text(encoding="utf-8"))["weight_map"]
-            return {str(key): str(shard) for key, shard in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.folder / name} is no index of weights: fetch it again") from error
+            return check(read_json(self.folder / name), Index).weight_map
+        except ValueError as error:
+            raise ValueError(f"{self.folder / name} is no index of weights ({error}): fetch it again") from error
 
     def _place_keys(self, weight_map: dict[str, str]) -> dict[str, Path]:
         """Every key -> the one shard that holds it."""
@@ -361,7 +353,8 @@ class Checkpoint:
         for file in self.files:
             for key in self._headers[file]:
                 if key in where:
-                    raise ValueError(f"{self.source} holds {key} in both {where[key].name} and {file.name}")
+                    both = " and ".join(f.relative_to(self.folder).as_posix() for f in (where[key], file))
+                    raise ValueError(f"{self.source} holds {key} in both {both}")
                 where[key] = file
         for key, name in weight_map.items():
             if key not in self._headers[self.folder / name]:
@@ -377,6 +370,27 @@ class Checkpoint:
             if raw not in self._where or not any(part.startswith(STATE) for part in parts):
                 raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
         return dict(found)
+
+
+def read_config(folder: Path, source: str) -> PreTrainedConfig:
+    """The config.json of a folder, as transformers reads it. No code that comes with it is run.
+
+    Raises:
+        ValueError: it cannot be read, or speaks of more layers than any model has.
+    """
+    given = None
+    try:
+        given = check(read_json(folder / "config.json"), ModelConfig)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.get_text_config()
+        return config
+    except Exception as error:  # each class has its own way to say that its configuration is not for it
+        if given is not None and given.auto_map is not None:
+            raise ValueError(
+                f"{source} brings its own code, which is not run: give the repository that was converted for "
+                "transformers, whose name mostly ends in -hf"
+            ) from error
+        raise ValueError(f"transformers cannot read the config.json of {source}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ bitsandbytes keeps W in blocks of 64 weights, each a 4-bit code of W divided by 
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from .checkpoint import Checkpoint
 from .lora import DRIFT_CONFIG
+from .schema import DriftRecord, check, read_json
 from .update import BLOCK
 
 SHARED, NESTED = 64, 256  # weights that share a scale, and scales that do; transformers knows no others
@@ -62,7 +62,10 @@ def quantization_in_training(adapter: Path, checkpoint: Checkpoint) -> Quantizat
             f"adapter {adapter} was trained on a base that {method} had quantized{bits}, and only 4-bit bases of "
             "bitsandbytes can be compared or dequantized: merge onto the base, without verify"
         )
-    config = BitsAndBytesConfig.from_dict(record)
+    try:
+        config = BitsAndBytesConfig.from_dict(record)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{adapter / DRIFT_CONFIG} holds no quantization of bitsandbytes: {error}") from error
     double = " with double quantization" if config.bnb_4bit_use_double_quant else ""
     return Quantization(config, f"{config.bnb_4bit_quant_type}{double}")
 
@@ -70,10 +73,13 @@ def quantization_in_training(adapter: Path, checkpoint: Checkpoint) -> Quantizat
 def _record(adapter: Path) -> dict | None:
     """What `quantization_of` said when the adapter was trained; None if that is not recorded."""
     file = adapter / DRIFT_CONFIG
+    if not file.is_file():
+        return None
+    content = read_json(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("quantization") if file.is_file() else None
+        return check(content, DriftRecord).quantization
     except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON, so it may be truncated: {error}") from error
+        raise ValueError(f"{file} is damaged ({error}): save the adapter again") from error
 
 
 def assumed_quantization(checkpoint: Checkpoint) -> BitsAndBytesConfig:

@@ -104,14 +104,20 @@ class Repository:
         path = self.folder / file
         if str(path) not in self._brought:
             return
+        # The client knows which bytes other revisions share, and where it keeps those that repositories share.
+        cache = scan_cache_dir(self.folder.parents[2])
+        cached = [f for repo in cache.repos for revision in repo.revisions for f in revision.files]
         if path.exists():
-            # The client knows which bytes other revisions share, and where it keeps those that repositories share.
-            cache = scan_cache_dir(self.folder.parents[2])
-            entries = [f for repo in cache.repos for r in repo.revisions for f in r.files if f.file_path == path]
+            entries = [entry for entry in cached if entry.file_path == path]
+            # It takes the name away first. Who is killed then finds the bytes by this note.
+            self._note(self._brought | {str(entry.blob_path) for entry in entries})
             cache.delete_files(*entries).execute()
             if path.exists():
                 warn(f"{path} could not be freed: the hub's cache around it is damaged")
-        self._note(self._brought - {str(path)})
+        bytes_left = {noted for noted in self._brought if Path(noted).parent == self.folder.parents[1] / "blobs"}
+        for blob in bytes_left - {str(entry.blob_path) for entry in cached if entry.file_path != path}:
+            Path(blob).unlink(missing_ok=True)
+        self._note(self._brought - bytes_left - {str(path)})
 
     def _note(self, brought: set[str]) -> None:
         if self._record is not None:

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint
 from .hub import Repository, download, split_revision
-from .naming import canonical_name, unwrapped
+from .naming import canonical_name, pattern_matches, unwrapped
+from .schema import AdapterConfig, check, read_json
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
+from .watch import Watch
 
 CONFIG = "adapter_config.json"
 DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
@@ -53,6 +54,7 @@ class AdaptedCheckpoint(Checkpoint):
         self, adapter: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
     ):
         self._adapter, self._updates = adapter_folder(adapter, revision), {}
+        self._files = watched_adapter(self._adapter, str(adapter))
         config = _read_config(self._adapter)
         if not (base := config.base_model_name_or_path):
             raise ValueError(f"adapter {adapter} does not say what it adapts: base_model_name_or_path in its {CONFIG}")
@@ -79,8 +81,11 @@ class AdaptedCheckpoint(Checkpoint):
     def identity(self) -> list:
         if self.revision is not None:
             return [*super().identity, self.source, self.revision]
-        stats = {name: (self._adapter / name).stat() for name in FILES if (self._adapter / name).exists()}
-        return [*super().identity, self.source, [[n, stat.st_size, stat.st_mtime_ns] for n, stat in stats.items()]]
+        return [*super().identity, self.source, [[f.name, *state] for f, state in self._files.states().items()]]
+
+    def refuse_changed(self) -> None:
+        super().refuse_changed()
+        self._files.check()
 
     def dtype(self, raw: str) -> torch.dtype:
         return torch.float32 if raw in self._updates else super().dtype(raw)
@@ -119,6 +124,11 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def watched_adapter(folder: Path, source: str) -> Watch:
+    """Its files, before they are read."""
+    return Watch(source, [folder / name for name in FILES])
+
+
 def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[str, Update]:
     """Raw key of the checkpoint -> what the adapter adds to it.
 
@@ -138,8 +148,9 @@ def recorded_base(folder: Path) -> str | None:
 def _read_config(folder: Path) -> LoraConfig:
     """The adapter's config; what cannot be merged is refused by name."""
     try:
+        check(read_json(folder / CONFIG), AdapterConfig)
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # each type of adapter has its own way to say that its configuration is not for it
         raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
     if type(config) is not LoraConfig:
         raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
@@ -213,8 +224,8 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
         )
     A, B = (parts.pop(name) for name in names)
     # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    r = _of_pattern(config.rank_pattern, module, config.r)
+    alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
     if A.dim() == B.dim() > 2:
         raise ValueError(f"adapter {folder} adapts {module}, which is a convolution; {IN_MEMORY}")
     if (A.dim(), B.dim()) != (2, 2) or A.shape[0] != r or B.shape[1] != r:
@@ -234,6 +245,11 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
     if "lora_B.bias" in parts:
         updates["bias"] = Whole(module, scaling * parts["lora_B.bias"].float(), added=True)
     return updates
+
+
+def _of_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches the module's name."""
+    return next((value for key, value in (patterns or {}).items() if pattern_matches(key, module)), default)
 
 
 def _token_rows(config: LoraConfig, module: str) -> list[int]:

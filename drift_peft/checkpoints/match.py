@@ -134,8 +134,8 @@ def _dimensions(one: Checkpoint, other: Checkpoint) -> Iterator[tuple]:
 
 def _select_layers(base: Checkpoint, only: Sequence[int] | None, skip_first: int) -> set[int]:
     depth = len(base.decoder)
-    if outside := [layer for layer in only or () if not 0 <= layer < depth]:
-        raise ValueError(f"only_layers names layer {outside[0]}, but {base.source} has the layers 0 to {depth - 1}")
+    if (outside := next((layer for layer in only or () if not 0 <= layer < depth), None)) is not None:
+        raise ValueError(f"only_layers names layer {outside}, but {base.source} has the layers 0 to {depth - 1}")
     if skip_first >= depth:
         raise ValueError(f"skip_first={skip_first} leaves none of the {depth} layers of {base.source}")
     layers = {layer for layer in (range(depth) if only is None else only) if layer >= skip_first}

@@ -10,8 +10,12 @@ without a model, and files that no version of transformers reads.
 import re
 from collections.abc import Sequence
 
+import regex
+
 PROJECTIONS = ("attn", "mlp")
 """Presets of what is a matrix in a layer."""
+
+MATCHING = 1.0  # seconds for a regular expression and a name, which take microseconds
 
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:base_model\.model|base_layer|module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -78,6 +82,22 @@ def module_kind(canonical: str) -> str | None:
         return None
     mixer = "mixer" in parts and not any(map(_TOKEN_WISE.fullmatch, parts))
     return "attn" if mixer or any(map(_MIXING.fullmatch, parts)) else "mlp"
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """As PEFT's rank_pattern: the expression matches the name, or its end after a dot.
+
+    Raises:
+        ValueError: it is no regular expression, or takes more than a second for one name, as (a+)+ may for ever.
+    """
+    try:
+        return regex.fullmatch(rf"(?:.*\.)?(?:{pattern})", name, timeout=MATCHING) is not None
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    except TimeoutError as error:
+        raise ValueError(
+            f"the regular expression {pattern!r} takes too long for {name}: write a simpler one"
+        ) from error
 
 
 def layer_order(canonical: str) -> list[str | int]:

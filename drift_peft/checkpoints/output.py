@@ -1,4 +1,7 @@
-"""`<output>.partial/`: where a result is written until it is complete; nothing half-written carries its name."""
+"""`<output>.partial/`: where a result is written until it is complete; nothing half-written carries its name.
+
+Whoever works there holds the lock of lock.py.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .lock import only_writer
+
 SETTINGS, UNFINISHED = "settings.json", ".tmp"
 SHORT = 80  # characters of values that an error shows
+
+
+@contextlib.contextmanager
+def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None]:
+    """Be the only one who writes this file; refused at once if it could not be written in the end.
+
+    Args:
+        overwrite: whether there may be such a file.
+        example: what a file in a folder would be called, for an error.
+
+    Raises:
+        FileExistsError: it exists, or another process writes it.
+        IsADirectoryError, FileNotFoundError, OSError: it is a folder, or cannot be written.
+    """
+    _refuse_folder(output, example)
+    with only_writer(output):
+        _refuse_folder(output, example)
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
+        yield
 
 
 @contextlib.contextmanager
@@ -36,16 +61,23 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable_folder(output: Path, settings: dict, afresh: bool = False, parts: str = "weights") -> Iterator[Path]:
+def resumable_folder(
+    output: Path,
+    settings: dict,
+    afresh: bool = False,
+    parts: str = "weights",
+    final: tuple[type[BaseException], ...] = (),
+) -> Iterator[Path]:
     """The folder `<output>.partial/`, with what an interrupted run of the same settings has finished there.
 
-    It is gone when all went well, or when nothing was finished. Else it stays, and the exception that ended the run
-    gets a note (`__notes__`) that says so. Files are finished if they are called `*.safetensors`.
+    It is gone when all went well, when nothing was finished, or after a `final` error. Else it stays, and the exception
+    that ended the run gets a note (`__notes__`) that says so. Files are finished if they are called `*.safetensors`.
 
     Args:
         settings: name -> value, as JSON holds it, of whatever determines the result.
         afresh: throw away what a run of other settings has left, instead of refusing.
         parts: what the files hold, in the note's words.
+        final: errors that the same run would end in again.
 
     Raises:
         FileNotFoundError, OSError: as for `partial_folder`.
@@ -69,22 +101,13 @@ def resumable_folder(output: Path, settings: dict, afresh: bool = False, parts: 
         yield partial
     except BaseException as error:
         finished = [*partial.glob("*.safetensors")]
-        if not finished:
+        if not finished or isinstance(error, final):
             shutil.rmtree(partial, ignore_errors=True)
         else:
             note = f"{partial} keeps the {len(finished)} {parts} that are done: run the same again to go on from there"
             error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note is not in Python 3.10
         raise
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_output(output: Path, overwrite: bool, example: str) -> None:
-    """Raise IsADirectoryError, FileExistsError or FileNotFoundError if a file could not be written there in the end."""
-    if output.is_dir():
-        raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / example}")
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
-    partial_path(output)
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -104,10 +127,13 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def partial_path(output: Path) -> Path:
-    """`<output>.partial`. FileNotFoundError if there is no folder to write the output into."""
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
+    """`<output>.partial`."""
     return output.with_name(output.name + ".partial")
+
+
+def _refuse_folder(output: Path, example: str) -> None:
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / example}")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Also 4-bit weights of bitsandbytes, which are several tensors in such files and 
 """
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -13,6 +14,8 @@ from typing import BinaryIO
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import SafetensorError, safe_open
+
+from .schema import FourBitState, check
 
 Header = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Key -> shape and dtype, as stored."""
@@ -98,14 +101,25 @@ def load_bin(file: Path | BinaryIO, name: str, **options) -> dict[str, torch.Ten
         raise ValueError(f"{name} is truncated or no torch file: fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} holds a {type(content).__name__}, not tensors by name: give a saved state dict")
-    if others := [key for key, value in content.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"{name} holds {others[0]}, which is no tensor: give the model as save_pretrained wrote it")
+    if others := [key for key, value in content.items() if not isinstance(key, str) or not _is_plain(value, options)]:
+        kind = "no plain tensor by name" if isinstance(content[others[0]], torch.Tensor) else "no tensor"
+        raise ValueError(f"{name} holds {others[0]}, which is {kind}: give the model as save_pretrained wrote it")
     return content
 
 
-def four_bit_state(packed: torch.Tensor) -> dict:
-    """What `quant_state.bitsandbytes__*` says: shape, dtype, quant_type, blocksize, …"""
-    return json.loads(bytes(packed.tolist()))
+def _is_plain(value: object, options: dict) -> bool:
+    """Numbers one behind the other, in memory: not sparse, quantized, or without any."""
+    if not isinstance(value, torch.Tensor) or value.is_quantized or value.is_nested:
+        return False
+    return value.layout is torch.strided and value.device.type == options["map_location"]
+
+
+def four_bit_state(packed: torch.Tensor) -> FourBitState:
+    """What `quant_state.bitsandbytes__*` says. ValueError if it is none."""
+    try:
+        return check(json.loads(bytes(packed.tolist())), FourBitState)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"a 4-bit weight has no state that bitsandbytes wrote ({error})") from error
 
 
 def dequantize(weight: torch.Tensor, companions: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -114,7 +128,21 @@ def dequantize(weight: torch.Tensor, companions: dict[str, torch.Tensor]) -> tor
     Args:
         weight: the packed numbers.
         companions: what `FOUR_BIT` finds beside it, such as "absmax", by name.
+
+    Raises:
+        ValueError: they do not fit together, which bitsandbytes would not notice before it reads past their ends.
     """
+    told = four_bit_state(next(tensor for name, tensor in companions.items() if name.startswith(STATE)))
+    numbers = math.prod(told.shape)
+    scales = -(-numbers // told.blocksize)
+    nested = told.nested_blocksize is not None and told.nested_dtype is not None and told.nested_offset is not None
+    wanted = {"absmax": (scales, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
+    if nested:
+        wanted["nested_absmax"] = -(-scales // told.nested_blocksize), torch.float32
+        wanted["nested_quant_map"] = 256, torch.float32
+    held = {name: (t.numel(), t.dtype) for name, t in companions.items() if not name.startswith(STATE)}
+    if held != wanted or weight.numel() * weight.element_size() != -(-numbers // 2):
+        raise ValueError(f"a 4-bit weight says that it is {told.shape}, and the tensors beside it are of another one")
     state = QuantState.from_dict(dict(companions), device=torch.device("cpu"))
     shape = state.shape
     # As one row: bitsandbytes 0.50 on a CPU lets blocks of 64 start anew in each row, which is not how they were made.

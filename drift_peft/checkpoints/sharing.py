@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-from ..warn import warn
+from ..warn import visible, warn
 from .hub import download, split_revision
+
+_MARKUP = re.compile(r"[`<>\[\]\\*~]|://|www\.", re.IGNORECASE)  # of links, images and the like
 
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
 
@@ -99,3 +102,11 @@ def license_name(found: dict | None) -> str:
     if found is None:
         return NOT_READ
     return str(found.get("license_name") or found.get("license") or NOT_STATED)
+
+
+def in_markdown(text: str) -> str:
+    """Text from elsewhere in one line of a card: as code, in which nothing is a link or an image, where it has signs of
+    these, and else as it is."""
+    line = visible(" ".join(text.split())).encode("utf-8", "backslashreplace").decode()
+    line = line.replace("|", "\\|")  # which would end a table's cell
+    return f"`{line.replace('`', chr(39))}`" if _MARKUP.search(line.replace("\\|", "")) else line

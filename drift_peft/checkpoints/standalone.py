@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import INDEX, SINGLE, Checkpoint, download
 from .conversion import Conversion
+from .lock import only_writer
 from .output import partial_folder
 from .update import block_rows
 
@@ -36,16 +37,51 @@ def replaced_when_complete(
 ) -> Iterator[Path]:
     """`<output>.partial/` to work in, renamed to the output at the end, or gone if anything failed.
 
+    An existing folder is `<output>.replaced` for the moment between two renames. Who is killed in this moment leaves it
+    under that name, and whoever writes this output next puts it back first.
+
     Args:
         overwrite: replace an existing folder, if it is one of this kind or empty.
         sources: what is read meanwhile, and so must not lie in the output.
         kind: "model" (a folder with config.json) or "adapter" (with adapter_config.json).
 
     Raises:
-        FileExistsError: the output exists and may not be overwritten, is of another kind, or holds one of the sources.
+        FileExistsError: the output exists and may not be overwritten, is of another kind, or holds one of the sources;
+            or another process writes it.
         FileNotFoundError, OSError: there is no place for it, or it cannot be written.
     """
     output = output.resolve()
+    with only_writer(output):
+        _put_back(output)
+        _refuse_folder(output, overwrite, sources, kind)
+        with partial_folder(output) as partial:
+            yield partial
+            _replace(output, partial)
+        shutil.rmtree(_replaced(output), ignore_errors=True)
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")
+
+
+def _put_back(output: Path) -> None:
+    """What was killed between its two renames has left the output's place empty."""
+    if not output.exists() and _replaced(output).exists():
+        os.replace(_replaced(output), output)
+
+
+def _replace(output: Path, partial: Path) -> None:
+    if output.exists():
+        shutil.rmtree(_replaced(output), ignore_errors=True)
+        os.replace(output, _replaced(output))
+    try:
+        os.replace(partial, output)
+    except OSError:
+        _put_back(output)
+        raise
+
+
+def _refuse_folder(output: Path, overwrite: bool, sources: Collection[str | Path], kind: str) -> None:
     if output.exists():
         if not overwrite:
             raise FileExistsError(f"output {output} exists: name another folder, or pass overwrite=True (--overwrite)")
@@ -54,19 +90,6 @@ def replaced_when_complete(
         for source in sources:
             if Path(source).exists() and Path(source).resolve().is_relative_to(output):
                 raise FileExistsError(f"output {output} holds {source}, which is merged: name another folder")
-    old = output.with_name(output.name + ".replaced")
-    with partial_folder(output) as partial:
-        yield partial
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(output, old)
-        try:
-            os.replace(partial, output)
-        except OSError:
-            if old.exists():
-                os.replace(old, output)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_model(
@@ -92,7 +115,7 @@ def write_model(
 
     Raises:
         ValueError: a replaced tensor is not finite or cannot be written back into the form that the files have, or
-            the model is not stored as safetensors.
+            the model is not stored as safetensors, or was written to meanwhile.
         OSError: the folder could not be written.
     """
     if others := [file.name for file in checkpoint.files if file.suffix != ".safetensors"]:
@@ -106,6 +129,7 @@ def write_model(
         for file in companions:
             (folder / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.folder / file, folder / file)
+        checkpoint.refuse_changed()
     except OSError as error:
         if error.errno is None:  # of a source, and it says so itself
             raise
@@ -122,8 +146,10 @@ def _write_shards(
     stored = _Stored(checkpoint, replaced, blocks)
     with tqdm(total=len(stored.keys), desc="merging", unit="weight", disable=not progress) as bar:
         for file in checkpoint.files:
-            shutil.copyfile(checkpoint.fetch(file), folder / file.name)
-            with open(folder / file.name, "r+b") as shard:
+            copied = folder / file.relative_to(checkpoint.folder)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.fetch(file), copied)
+            with open(copied, "r+b") as shard:
                 offsets = _tensor_offsets(shard)
                 for raw in (raw for raw in stored.keys if checkpoint.keys[raw] == file):
                     bar.set_postfix_str(raw, refresh=False)
@@ -223,6 +249,6 @@ def _companions(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.revision:
         folder = download(checkpoint.source, checkpoint.revision, STANDALONE)
     files = {file for pattern in STANDALONE for file in folder.glob(pattern) if file.is_file()}
-    sharded = checkpoint.files[0].name != SINGLE  # else an index is of other files
+    sharded = checkpoint.files != [checkpoint.folder / SINGLE]  # else an index is of other files
     files = {f for f in files if (sharded and f.name == INDEX) or not any(map(f.match, NOT_COPIED))}
     return sorted((file.relative_to(folder) for file in files), key=lambda file: (file.name == "config.json", file))

@@ -30,6 +30,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         spell_out(sys.stdout, sys.stderr)
         read_utf8()
         hush()
+        if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # so that a mapped file that is cut while it is read ends in words
         options = vars(parser().parse_args(argv))
         raise_at_ctrl_c()
         options.pop("run")(**options)
@@ -59,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
         if interrupted and not (isinstance(error, KeyboardInterrupt) and message):
             message = "interrupted"
-        print(f"drift-peft: error: {'; '.join([message, *getattr(error, '__notes__', ())])}", file=sys.stderr)
+        from ..warn import visible
+
+        sentence = "; ".join([str(message), *getattr(error, "__notes__", ())])
+        print(f"drift-peft: error: {visible(sentence)}", file=sys.stderr)
         if not interrupted:
             return 1
         exec("")  # or Python ends by the signal, where it came while a string was executed, as dataclasses do on import

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Sequence
 
+# The library's own, which to import would take seconds. A test holds them equal.
+MOST_LAYERS = 2000
+
 
 def layers(numbers: Sequence[str] | None) -> list[int] | None:
     """0 4 8-27 -> the numbers.
 
     Raises:
-        ValueError: one is neither a number nor a range.
+        ValueError: one is neither a number nor a range, or names more layers than any model has.
     """
     found = []
     for number in numbers or ():
@@ -16,5 +19,7 @@ def layers(numbers: Sequence[str] | None) -> list[int] | None:
         between = match and range(int(match[1]), int(match[2] or match[1]) + 1)
         if not between:
             raise ValueError(f"--only-layers takes numbers and ranges, such as 0 4 8-27, got {number}")
+        if between.stop > MOST_LAYERS:
+            raise ValueError(f"--only-layers names layer {between.stop - 1}, and no model has more than {MOST_LAYERS}")
         found += between
     return found or None

@@ -2,6 +2,7 @@
 
 answers    questions and answers as a model's inputs, and what it says of each answer token
 distance   KL divergence from the VLM, of which the k largest probabilities are known
+header     the form of its header
 file       the file of a keep set, read and written
 share      its card on the hub
 questions  what is asked: the built-in questions.txt, or a file of the user's own

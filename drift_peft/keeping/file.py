@@ -30,8 +30,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoints import file_sha256, find_file, upload, write_tensors
+from ..checkpoints import check, file_sha256, find_file, upload, write_tensors
 from .answers import Sample
+from .header import Header
 from .share import model_card
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ class KeepSet(Sequence[Sample]):
         try:
             self.metadata = json.loads(header)
             written = self.metadata["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(damaged) from error
         if written != FORMAT:
             raise ValueError(
                 f"{source} is a keep set of format {written}, not {FORMAT}: read it with another drift_peft"
             )
         try:
+            check(self.metadata, Header)
             whole = self._read_indices()
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ValueError(damaged) from error
@@ -210,7 +212,6 @@ class KeepSet(Sequence[Sample]):
             "top_logprobs": [tokens, self.k],
         }
         self.kinds = Counter(header["questions"][question][0] for question in self._samples[:, 1].tolist())
-        said = ("vlm", "model_type", "vocabulary", "tokenizer", "processor", "image_mode", "seed", "generation")
         return (
             {name: part.get_shape() for name, part in slices.items()} == shapes
             and {name: part.get_dtype() for name, part in slices.items()} == DTYPES
@@ -219,7 +220,6 @@ class KeepSet(Sequence[Sample]):
             )
             and int(self._samples.min()) >= 0
             and int(self._samples[:, 0].max()) < len(self._image_ends)
-            and all(key in header for key in said)
         )
 
 

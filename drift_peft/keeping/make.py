@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoints import UNFINISHED, refuse_output, resumable_folder, write_tensors
+from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
 from .file import FILE_NAME, FORMAT, KeepSet, decode_image, vocabulary_rows, write_keep_set
 from .pictures import read_pictures
 from .questions import read_questions
@@ -80,8 +80,8 @@ def make_keep_set(
         ValueError: an argument is out of range; the model has no processor with a chat template; there are no images,
             or not enough for so many samples; a question or an image cannot be read; the GPU has no room; the server
             refuses, gives no log probabilities, or names what is no token of the VLM.
-        OSError: the model or the images are not found, the output exists or cannot be written, or holds another run's
-            work; the server does not answer.
+        OSError: the model or the images are not found, the output exists or cannot be written, another process writes
+            it, or it holds another run's work; the server does not answer.
         ImportError: pillow is missing, or datasets where a data set is read.
     """
     numbers = {"samples": samples, "max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}
@@ -91,47 +91,47 @@ def make_keep_set(
     if not isinstance(seed, int):
         raise ValueError(f"seed must be an integer, got {seed!r}")
     output = Path(output)
-    refuse_output(output, overwrite, example=FILE_NAME)
     asked = (
         questions if isinstance(questions, Sequence) and not isinstance(questions, str) else read_questions(questions)
     )
     if server is not None and (isinstance(model_or_id, nn.Module) or load_in_4bit):
         raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
-    vlm = Vlm(model_or_id, processor, load_in_4bit)
-    if top_k > (rows := vocabulary_rows(vlm.config)):
-        raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
-    vlm_or_server = vlm
-    if server is not None:
-        vlm_or_server = Server(server, vlm.origin["id"], vlm.processor.tokenizer, rows, vlm.places, api_key)
-    pictures = read_pictures(images, samples, seed)
-    pairs = _pairs(len(pictures), len(asked), samples)
+    with claimed_output(output, overwrite, example=FILE_NAME):
+        vlm = Vlm(model_or_id, processor, load_in_4bit)
+        if top_k > (rows := vocabulary_rows(vlm.config)):
+            raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+        vlm_or_server = vlm
+        if server is not None:
+            vlm_or_server = Server(server, vlm.origin["id"], vlm.processor.tokenizer, rows, vlm.places, api_key)
+        pictures = read_pictures(images, samples, seed)
+        pairs = _pairs(len(pictures), len(asked), samples)
 
-    generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
-    facts = {**vlm.facts, "format": FORMAT, "k": top_k, "seed": seed, "generation": generation}
-    facts["questions"] = [[kind, question] for kind, question in asked]
-    machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
-    with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
-        starts = range(0, samples, batch_size)
-        files = [folder / f"{start:08d}.safetensors" for start in starts]
-        missing = [start for start, file in zip(starts, files, strict=True) if not _is_finished(file)]
-        done = samples - sum(len(pairs[start : start + batch_size]) for start in missing)
-        with tqdm(desc="keep set", total=samples, initial=done, unit="answer", disable=not progress) as bar:
-            for start in missing:
-                batch = pairs[start : start + batch_size]
-                answers = vlm_or_server.answer(
-                    [decode_image(pictures[image], vlm.image_mode) for image, _ in batch],
-                    [asked[question][1] for _, question in batch],
-                    max_new_tokens,
-                    top_k,
-                )
-                _keep(folder / f"{start:08d}.safetensors", answers)
-                bar.update(len(batch))
-        answers = [answer for file in files for answer in _split(load_file(file))]
-        decode = vlm.processor.tokenizer.decode
-        facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
-        write_keep_set(folder, output, pictures, pairs, answers, facts)
-    return KeepSet.load(output)
+        generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
+        facts = {**vlm.facts, "format": FORMAT, "k": top_k, "seed": seed, "generation": generation}
+        facts["questions"] = [[kind, question] for kind, question in asked]
+        machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
+        with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
+            starts = range(0, samples, batch_size)
+            files = [folder / f"{start:08d}.safetensors" for start in starts]
+            missing = [start for start, file in zip(starts, files, strict=True) if not _is_finished(file)]
+            done = samples - sum(len(pairs[start : start + batch_size]) for start in missing)
+            with tqdm(desc="keep set", total=samples, initial=done, unit="answer", disable=not progress) as bar:
+                for start in missing:
+                    batch = pairs[start : start + batch_size]
+                    answers = vlm_or_server.answer(
+                        [decode_image(pictures[image], vlm.image_mode) for image, _ in batch],
+                        [asked[question][1] for _, question in batch],
+                        max_new_tokens,
+                        top_k,
+                    )
+                    _keep(folder / f"{start:08d}.safetensors", answers)
+                    bar.update(len(batch))
+            answers = [answer for file in files for answer in _split(load_file(file))]
+            decode = vlm.processor.tokenizer.decode
+            facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
+            write_keep_set(folder, output, pictures, pairs, answers, facts)
+        return KeepSet.load(output)
 
 
 def _pairs(images: int, questions: int, samples: int) -> list[tuple[int, int]]:

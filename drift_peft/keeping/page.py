@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints import partial_folder, refuse_output
+from ..checkpoints import claimed_output, partial_folder
 from .file import KeepSet
 from .summary import CAPTION, entropy, keep_rows, keep_summary
 
@@ -33,9 +33,8 @@ def write_page(keep_set: KeepSet, html: str | Path, overwrite: bool = False) -> 
     output = Path(html)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the page {html} needs a name that ends in .html")
-    refuse_output(output, overwrite, example="keep.html")
-    content = render_page(keep_set).encode()
-    with partial_folder(output) as folder:
+    with claimed_output(output, overwrite, example="keep.html"), partial_folder(output) as folder:
+        content = render_page(keep_set).encode()
         try:
             (folder / output.name).write_bytes(content)
             os.replace(folder / output.name, output)

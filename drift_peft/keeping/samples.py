@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from ..checkpoints import partial_folder, refuse_output
+from ..checkpoints import claimed_output, partial_folder
 from .file import KeepSet, upright
 
 PLACEHOLDER = "<image>"
@@ -76,8 +76,7 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
     kept, left_out = training_samples(keep_set)
     if is_folder and output.parent.is_dir():
         output.mkdir(exist_ok=True)
-    refuse_output(file, overwrite, example=FILE_NAME)
-    with partial_folder(file) as folder:
+    with claimed_output(file, overwrite, example=FILE_NAME), partial_folder(file) as folder:
         try:
             (folder / pictures.name).mkdir()
             places: dict[int, str] = {}

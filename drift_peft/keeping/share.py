@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import find_license, license_name
+from ..checkpoints import find_license, in_markdown, license_name
 
 CARD = """\
 ---
@@ -59,13 +59,13 @@ def model_card(
     data = ModelCardData(base_model=vlm if on_hub else None, tags=["drift-peft", "peft"])
     content = CARD.format(
         data=data.to_yaml(),
-        vlm=vlm,
+        vlm=in_markdown(vlm),
         samples=sum(kinds.values()),
         images=images,
         k=header["k"],
-        table="\n".join(f"| {kind} | {number} |" for kind, number in kinds.items()),
+        table="\n".join(f"| {in_markdown(kind)} | {number} |" for kind, number in kinds.items()),
         sha256=sha256,
         source=source,
-        license=license_name(find_license(header["vlm"], token)),
+        license=in_markdown(license_name(find_license(header["vlm"], token))),
     )
     return ModelCard(content)

@@ -23,6 +23,7 @@ from ..checkpoints import (
     quantization_in_training,
     replaced_when_complete,
     split_revision,
+    watched_adapter,
     write_model,
 )
 from .belongs import refuse_other_base
@@ -93,13 +94,15 @@ def merge_adapter(
         FileExistsError, FileNotFoundError, OSError: the output, the adapter or the base cannot be written or read.
         ValueError: the base is no full-precision model, or not the one that the adapter was trained on (see `force`);
             the adapter has a part that cannot be merged, or that does not fit the base; it was not trained on a 4-bit
-            base, where that is asked for; nothing changed; a merged weight is not finite; the verification failed, or
-            the model in fp32 is larger than the memory that is free for it.
+            base, where that is asked for; nothing changed; a merged weight is not finite; the base or the adapter was
+            written to meanwhile; the verification failed, or the model in fp32 is larger than the memory that is free
+            for it.
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
+        watch = watched_adapter(folder_of_adapter, str(adapter))
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
         checkpoint = Checkpoint(base)
@@ -129,6 +132,7 @@ def merge_adapter(
         verification = None
         if verify:
             verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)
+        watch.check()
     return MergeReport(
         Path(output),
         modules=len({update.module for update in updates.values()}),

@@ -144,7 +144,7 @@ def merge_baseline(
     Raises:
         ValueError: an argument is out of range or has no meaning for the method, a checkpoint is no full-precision
             model, weights do not match or are not finite, the expert has nothing in common with the base (see `force`),
-            or nothing changed.
+            a model was written to meanwhile, or nothing changed.
         OSError: a checkpoint is not found, or the output exists or cannot be written.
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
@@ -181,6 +181,8 @@ def merge_baseline(
             change = refuse_other(Path(output), checkpoint, names, blocks, claim)
         else:
             change = write_model(checkpoint, folder, names, blocks, progress)
+        for source in sources.values():
+            source.refuse_changed()
         if change == 0:
             raise ValueError(
                 f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "

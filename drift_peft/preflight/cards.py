@@ -8,12 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_type_hints
 
-from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from ..checkpoints import download, split_revision
+from ..checkpoints import download, read_config, split_revision
 from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
 from .recipe import as_meant, read_recipe
 
@@ -41,7 +40,7 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
     return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})
 
 
-def read_config(base: str) -> PretrainedConfig:
+def base_config(base: str) -> PretrainedConfig:
     """The config of a model, of which nothing else is downloaded.
 
     Raises:
@@ -51,11 +50,7 @@ def read_config(base: str) -> PretrainedConfig:
     folder = Path(base) if Path(base).exists() else download(*split_revision(base), ("config.json",))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{base} has no config.json: give the folder that save_pretrained wrote, or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"transformers cannot read the config.json of {base}: {reason}") from error
+    config = read_config(folder, base)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{base} is quantized: give the full-precision model, which is quantized when it is loaded")
     return config
@@ -130,7 +125,7 @@ def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:
         ValueError: a setting is wrong, or the base is no full-precision vision-language model.
     """
     settings = read_settings(recipe, changes)
-    return estimate_summary(Memory(read_config(settings.base), settings.base), settings)
+    return estimate_summary(Memory(base_config(settings.base), settings.base), settings)
 
 
 def estimate_summary(memory: Memory, settings: Settings) -> dict:

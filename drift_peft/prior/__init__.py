@@ -1,5 +1,6 @@
 """Δ = W_expert − W_vlm: taken from two checkpoints, kept in a file, combined, shared.
 
+header   the form of its header
 file     the file of a prior, read and written
 svd      truncated SVD with its captured energy
 delta    Δ of one weight, measured and decomposed

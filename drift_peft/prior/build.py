@@ -22,15 +22,16 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import (
     MODULES,
+    MOST_LAYERS,
     UNFINISHED,
     Checkpoint,
     Match,
+    claimed_output,
     describe,
     layer_order,
     match_weights,
     open_expert,
     partial_path,
-    refuse_output,
     resumable_folder,
     warn_of_other_rotations,
     write_tensors,
@@ -99,8 +100,10 @@ def build_prior(
 
     Raises:
         ValueError: an argument is out of range, a model cannot be used as it is, weights do not match or are not
-            finite, the expert has nothing in common with base or reference (see `force`), or two are the same model.
-        OSError: a checkpoint is not found, the output exists or cannot be written, or holds another build's work.
+            finite, the expert has nothing in common with base or reference (see `force`), two are the same model, or
+            one was written to meanwhile. Of such a build nothing is kept.
+        OSError: a checkpoint is not found, the output exists or cannot be written, another process writes it, or it
+            holds another build's work.
     """
     settings = _check_ranks(rank, energy, max_rank)
     settings |= {"modules": _check_modules(modules), "only_layers": _check_layers(only_layers, skip_first)}
@@ -111,46 +114,47 @@ def build_prior(
     output = Path(output)
     if exist_ok and overwrite:
         raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
-    refuse_output(output, overwrite or exist_ok, example="prior.safetensors")
+    with claimed_output(output, overwrite or exist_ok, example="prior.safetensors"):
+        # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
+        record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
+        sources = {"expert": open_expert(expert, dequantize=dequantize, record=record)}
+        sources["base"] = Checkpoint(base, dequantize=dequantize)
+        if reference is not None:
+            sources["reference"] = open_expert(reference, dequantize=dequantize)
+        if sources["expert"].sees and not sources["base"].sees and not force:
+            raise ValueError(
+                f"expert {expert} is a vision-language model and base {base} a text model: the base is what will be "
+                "trained, so change their places, or pass force=True (--force) if this is what you want"
+            )
+        match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
+        if exist_ok and output.exists():
+            prior = ReasoningPrior.load(output)
+            refuse_other(prior, output, sources, match, settings)
+            return prior
+        _warn(sources, match)
 
-    # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
-    record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
-    sources = {"expert": open_expert(expert, dequantize=dequantize, record=record)}
-    sources["base"] = Checkpoint(base, dequantize=dequantize)
-    if reference is not None:
-        sources["reference"] = open_expert(reference, dequantize=dequantize)
-    if sources["expert"].sees and not sources["base"].sees and not force:
-        raise ValueError(
-            f"expert {expert} is a vision-language model and base {base} a text model: the base is what will be "
-            "trained, so change their places, or pass force=True (--force) if this is what you want"
-        )
-    match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
-    if exist_ok and output.exists():
-        prior = ReasoningPrior.load(output)
-        refuse_other(prior, output, sources, match, settings)
-        return prior
-    _warn(sources, match)
-
-    inputs = {role: source.origin for role, source in sources.items()}
-    inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
-    machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__, "format": FORMAT}
-    everything = {**inputs, **settings, "dequantize": dequantize, **machine}
-    with resumable_folder(output, everything, afresh=overwrite) as folder:
-        files = {name: folder / f"{name}.safetensors" for name in match.keys}
-        _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
-        weights = {name: _finished(file) for name, file in files.items()}
-        steered = {name: stats for name, stats in weights.items() if stats["delta_norm"] > 0}
-        if steered:
-            metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
-            metadata |= {role: source.origin for role, source in sources.items()}
-            metadata |= {"without_counterpart": match.without_counterpart, "weights": steered}
-            metadata["not_steered"] = [name for name in weights if name not in steered]
-            # No variable for the mapped tensors: Windows deletes no file that is still mapped.
-            write_prior(folder, output, {k: t for n in steered for k, t in load_file(files[n]).items()}, metadata)
-    if not steered:
-        models = f"{expert} and {reference or base}"
-        raise ValueError(f"Δ is zero in all {len(weights)} weights: {models} are the same model")
-    return ReasoningPrior.load(output)
+        inputs = {role: source.origin for role, source in sources.items()}
+        inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
+        machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        everything = {**inputs, **settings, "dequantize": dequantize, **machine, "format": FORMAT}
+        with resumable_folder(output, everything, afresh=overwrite, final=(ValueError,)) as folder:
+            files = {name: folder / f"{name}.safetensors" for name in match.keys}
+            _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
+            for source in sources.values():
+                source.refuse_changed()
+            weights = {name: _finished(file) for name, file in files.items()}
+            steered = {name: stats for name, stats in weights.items() if stats["delta_norm"] > 0}
+            if steered:
+                metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
+                metadata |= {role: source.origin for role, source in sources.items()}
+                metadata |= {"without_counterpart": match.without_counterpart, "weights": steered}
+                metadata["not_steered"] = [name for name in weights if name not in steered]
+                # No variable for the mapped tensors: Windows deletes no file that is still mapped.
+                write_prior(folder, output, {k: t for n in steered for k, t in load_file(files[n]).items()}, metadata)
+        if not steered:
+            models = f"{expert} and {reference or base}"
+            raise ValueError(f"Δ is zero in all {len(weights)} weights: {models} are the same model")
+        return ReasoningPrior.load(output)
 
 
 def _check_ranks(rank: int | None, energy: float | None, max_rank: int | None) -> dict:
@@ -181,11 +185,13 @@ def _check_modules(modules: Sequence[str]) -> list[str]:
 
 def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[int] | None:
     """The layers in order; whether the base has them is not known yet."""
+    if only_layers is not None and not len(only_layers):
+        raise ValueError("only_layers is empty: leave it out for all layers")
+    if only_layers is not None and len(only_layers) > MOST_LAYERS:
+        raise ValueError(f"only_layers names {len(only_layers)} layers, and no model has more than {MOST_LAYERS}")
     for name, values in (("only_layers", () if only_layers is None else only_layers), ("skip_first", [skip_first])):
         if wrong := [value for value in values if not isinstance(value, int) or value < 0]:
             raise ValueError(f"{name} takes whole numbers from 0 on, got {wrong[0]!r}")
-    if only_layers is not None and not len(only_layers):
-        raise ValueError("only_layers is empty: leave it out for all layers")
     return None if only_layers is None else sorted(set(only_layers))
 
 

@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import file_sha256, find_file, layer_order, partial_folder, refuse_output, write_tensors
+from ..checkpoints import (
+    Watch,
+    check,
+    claimed_output,
+    file_sha256,
+    find_file,
+    layer_order,
+    partial_folder,
+    write_tensors,
+)
+from .header import Header
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +94,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
 
     def __init__(self, path: Path, source: str):
         self.path, self.source = path, source
+        self._watch = Watch(source, [path])
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -95,13 +106,13 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             self.metadata = json.loads(header)
             written = self.metadata["format"]
             if written == FORMAT:
-                self._names = sorted(self.metadata["weights"], key=layer_order)
-                promised = {key: kind for name in self._names for key, kind in self._promised(name).items()}
-        except (ValueError, KeyError, TypeError) as error:
+                check(self.metadata, Header)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{source} is no prior: its header is damaged, so build or fetch it again") from error
         if written != FORMAT:
             raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
-        self._check_tensors(promised)
+        self._names = sorted(self.metadata["weights"], key=layer_order)
+        self._check_tensors({key: kind for name in self._names for key, kind in self._promised(name).items()})
         self._check_numbers()
 
     @classmethod
@@ -141,6 +152,10 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             raise KeyError(f"{self.source} has no weight {name} ({why})")
         return {key.rpartition(".")[2]: self._file.get_tensor(key) for key in self._promised(name)}
 
+    def refuse_changed(self) -> None:
+        """ValueError if the file is another one by now, or has been written to."""
+        self._watch.check()
+
     def probes(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """What recognizes the base: (name, U [out, i], Vh [i, in], u_iᵀ·W_base·v_i [i]), i ≤ 8, of at most 16 weights.
 
@@ -172,18 +187,11 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         return f"{type(self).__name__}({self.source!r}, {len(self)} weights, rank {self.rank})"
 
     def _promised(self, name: str) -> dict[str, tuple[list[int], str]]:
-        """Key -> (shape, dtype) of each tensor that the header speaks of; a header that does not say raises."""
+        """Key -> (shape, dtype) of each tensor that the header speaks of."""
         stats = self.metadata["weights"][name]
-        probed = (*stats.get("fingerprint", ()), *stats.get("probe", ()))
-        if not all(map(math.isfinite, (*(stats[key] for key in (*MEASURED, "energy")), *probed))):
-            raise ValueError(f"the statistics of {name} are not finite")
-        if stats["delta_norm"] <= 0 or min(*stats["shape"], stats.get("rank", 1)) < 1:
-            raise ValueError(f"there is nothing of {name}")
         if len(stats["shape"]) == 1:
             return {f"{name}.delta": (stats["shape"], "F32")}
         (rows, columns), rank, probes = stats["shape"], stats["rank"], len(stats.get("probe", ()))
-        if len(stats["fingerprint"]) > rank:
-            raise ValueError(f"the fingerprint of {name} is longer than its rank")
         factors = {"U": ([rows, rank], "BF16"), "S": ([rank], "F32"), "Vh": ([rank, columns], "BF16")}
         if probes:
             factors |= {"probe_U": ([rows, probes], "BF16"), "probe_Vh": ([probes, columns], "BF16")}
@@ -225,8 +233,8 @@ def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises:
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: the output could not be written in the end.
     """
-    refuse_output(Path(output), overwrite, example=FILE_NAME)
-    with partial_folder(Path(output)) as partial:
+    output = Path(output)
+    with claimed_output(output, overwrite, example=FILE_NAME), partial_folder(output) as partial:
         yield partial
 
 

@@ -56,7 +56,8 @@ class ReasoningPrior(PriorFile):
         parents = [(prior if isinstance(prior, cls) else cls.load(prior), c) for prior, c in pairs]
         check_parents(parents)
         rank = max(prior.rank for prior, _ in parents) if rank is None else check_rank(rank)
-        return _write_weights(output, overwrite, combined_weights(parents, rank), combined_header(parents, rank))
+        files, header = [prior for prior, _ in parents], combined_header(parents, rank)
+        return _write_weights(output, overwrite, files, combined_weights(parents, rank), header)
 
     def truncate(self, rank: int, output: str | Path, overwrite: bool = False) -> ReasoningPrior:
         """Write the prior with min(rank, k) singular directions per weight as a new one. Vectors stay as they are.
@@ -65,10 +66,10 @@ class ReasoningPrior(PriorFile):
             ValueError: rank < 1.
             OSError: the output exists or cannot be written.
         """
-        header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"])}
+        header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"] or self.rank)}
         if rank < self.rank:  # what is captured is no longer what `energy` asked for
             header |= {key: None for key in ("energy", "max_rank") if key in header}
-        return _write_weights(output, overwrite, truncated_weights(self, rank), header)
+        return _write_weights(output, overwrite, [self], truncated_weights(self, rank), header)
 
     def as_lora(
         self, scale: float, output: str | Path, base: str | Path | None = None, overwrite: bool = False
@@ -120,11 +121,17 @@ class ReasoningPrior(PriorFile):
         """Write the prior to another file, byte for byte the same. Raises what `partial_output` raises."""
         with partial_output(path, overwrite) as folder:
             shutil.copyfile(self.path, folder / FILE_NAME)
+            self.refuse_changed()
             os.replace(folder / FILE_NAME, path)
 
 
-def _write_weights(output: str | Path, overwrite: bool, weights: Iterable[Weight], header: dict) -> ReasoningPrior:
-    """Write these weights as a prior; what the header calls not steered is so unless it is among them."""
+def _write_weights(
+    output: str | Path, overwrite: bool, parents: Iterable[PriorFile], weights: Iterable[Weight], header: dict
+) -> ReasoningPrior:
+    """Write these weights of the parents as a prior; what the header calls not steered is so unless it is among them.
+
+    ValueError if a parent's file is changed meanwhile.
+    """
     with partial_output(output, overwrite) as folder:
         stats, files = {}, []
         for name, tensors, measured in weights:
@@ -134,6 +141,8 @@ def _write_weights(output: str | Path, overwrite: bool, weights: Iterable[Weight
             write_tensors(files[-1], {f"{name}.{key}": tensor for key, tensor in tensors.items()})
         if not stats:
             raise ValueError("the sum is zero in every weight, so it would steer nothing: choose other coefficients")
+        for parent in parents:
+            parent.refuse_changed()
         header = {**header, "weights": stats, "not_steered": [n for n in header["not_steered"] if n not in stats]}
         # No variable for the mapped tensors: Windows deletes no file that is still mapped.
         write_prior(folder, output, {k: t for file in files for k, t in load_file(file).items()}, header)

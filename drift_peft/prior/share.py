@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from ..checkpoints import (
     PROJECTIONS,
     Checkpoint,
     as_peft_reads,
     find_license,
+    in_markdown,
     language_model_targets,
     license_name,
     module_kind,
@@ -106,14 +108,17 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     )
     content = CARD.format(
         data=data.to_yaml(),
-        base=header["base"]["id"],
-        formula=formula(header),
+        base=in_markdown(header["base"]["id"]),
+        formula=in_markdown(formula(header)),
         rank=prior.rank,
         table=_table(header["weights"]),
         sha256=prior.sha256,
         source=repo_id or FILE_NAME,
         recipe=_recipe(header),
-        licences="\n".join(f"- {role} {id}: {license_name(found)}" for (role, id, _), found in licences.items()),
+        licences="\n".join(
+            f"- {role} {in_markdown(id)}: {in_markdown(license_name(found))}"
+            for (role, id, _), found in licences.items()
+        ),
     )
     return ModelCard(content)
 
@@ -181,15 +186,25 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
         targets, modules = _in_memory(prior, checkpoint)
-        tensors, ranks = {}, {}
+        files, ranks = [], {}
         for name, module in modules.items():
             weight = prior[name]
             root = (abs(scale) * weight.S).sqrt()
             # B·A = scale·U diag(S) Vh
-            tensors[f"base_model.model.{module}.lora_A.weight"] = root[:, None] * weight.Vh.float()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = math.copysign(1, scale) * weight.U.float() * root
+            factors = {
+                f"base_model.model.{module}.lora_A.weight": root[:, None] * weight.Vh.float(),
+                f"base_model.model.{module}.lora_B.weight": math.copysign(1, scale) * weight.U.float() * root,
+            }
             ranks[module] = len(weight.S)
-        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+            # To disk at once: mapped back below, the factors do not add up in memory.
+            files.append(folder / f"{len(files)}.safetensors")
+            write_tensors(files[-1], factors)
+        prior.refuse_changed()
+        mapped = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        write_tensors(folder / "adapter_model.safetensors", mapped, {"format": "pt"})
+        mapped.clear()  # Windows deletes no file that is still mapped
+        for file in files:
+            file.unlink()
         (r, _), *_ = Counter(ranks.values()).most_common(1)
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
         LoraConfig(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..checkpoints import in_markdown
 from .settings import DriftSettings
 
 START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
@@ -43,7 +45,7 @@ model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
 As a model of its own, in the base's precision:
 
 ```
-drift-peft merge --base {base} --adapter {folder} -o merged --verify
+drift-peft merge --base {base_argument} --adapter {folder} -o merged --verify
 ```
 {end}
 """
@@ -88,24 +90,26 @@ def _start(name: str | None) -> str:
 
 
 def _section(config: DriftSettings, name: str | None) -> str:
-    base = config.base_model_name_or_path or "its base model"
-    expert = config.expert or "a text-only reasoning model"
-    table = {"base": base if config.merged is None else f"{base}, which is {config.merged.words}"}
+    named = config.base_model_name_or_path or "its base model"
+    base, expert = in_markdown(named), in_markdown(config.expert or "a text-only reasoning model")
+    words = config.merged and in_markdown(config.merged.words)
+    table = {"base": base if config.merged is None else f"{base}, which is {words}"}
     if config.prior or config.guides:
-        table["expert"] = config.expert or "not recorded"
+        table["expert"] = in_markdown(config.expert or "not recorded")
         digest = (config.prior_sha256 or "not recorded")[:16]
-        table["prior"] = f"{config.prior} (SHA-256 {digest})" if config.prior else "none"
-    table["training data"] = config.trained_on or "not recorded"
+        table["prior"] = in_markdown(f"{config.prior} (SHA-256 {digest})") if config.prior else "none"
+    table["training data"] = in_markdown(config.trained_on or "not recorded")
     rslora = ", rank-stabilized" if config.use_rslora else ""
     table["LoRA"] = f"r = {config.r}, alpha = {config.lora_alpha}{rslora}"
     if config.guides:
         method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
         method = "with [DRIFT](https://arxiv.org/abs/2510.15050): " + method
-        table |= {"guidance": _guidance(config).replace("|", "\\|"), "guided optimizer steps": int(config.drift_steps)}
+        table |= {"guidance": in_markdown(_guidance(config)), "guided optimizer steps": int(config.drift_steps)}
     else:
         method = f"by plain LoRA fine-tuning, without {'a prior' if config.prior is None else 'guidance'}"
         method += f", from a start in the main directions of {BEYOND}" if config.init_lora_weights == "drift" else ""
-    merged = config.merged and MERGED.format(words=config.merged.words, command=config.merged.command, base=base)
+    argument = shlex.quote(" ".join(named.split()))
+    merged = config.merged and MERGED.format(words=words, command=config.merged.command, base=argument)
     return SECTION.format(
         start=_start(name),
         end=END,
@@ -113,6 +117,7 @@ def _section(config: DriftSettings, name: str | None) -> str:
         toward=f", steered toward {expert}" if config.pulls else "",
         method=method.format(base=base, expert=expert),
         base=base,
+        base_argument=argument,
         rows="\n".join(f"| {key} | {value} |" for key, value in table.items()),
         merged=merged or "",
         adapter="path/or/hub-id",

@@ -7,13 +7,14 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
+from pydantic import create_model
 
-from ..checkpoints import DRIFT_CONFIG, infinite_alpha
+from ..checkpoints import DRIFT_CONFIG, Schema, check, infinite_alpha, read_json
 from .card import update_card
 from .settings import DriftSettings, check_settings, is_rank
 
@@ -161,13 +162,21 @@ class DriftConfig(DriftSettings, LoraConfig):
                 path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
             except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
                 return None
+        own = read_json(path)
         try:
-            own = json.loads(path.read_text(encoding="utf-8"))
+            check(own, _stored_form())
         except ValueError as error:
-            raise ValueError(f"{path} is no valid JSON, so it may be truncated: {error}") from error
+            raise ValueError(f"{path} is damaged ({error}): save the adapter again") from error
         if unknown := sorted(set(own) - _own_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
         return own
+
+
+def _stored_form() -> type[Schema]:
+    """What drift_config.json may hold: the settings' own types, whatever of them there is."""
+    hints = get_type_hints(DriftSettings) | {"init_lora_weights": bool | str}
+    types = {name: str if get_origin(hints[name]) is Literal else hints[name] for name in _own_fields()}
+    return create_model("Stored", __base__=Schema, **{name: (kind, None) for name, kind in types.items()})
 
 
 def _own_fields() -> set[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..checkpoints import module_kind
+from ..checkpoints import module_kind, pattern_matches
 from ..prior import MergedDelta
 
 SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
@@ -191,8 +190,8 @@ def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """As PEFT's rank_pattern: the expression matches the name, or its end after a dot; `.weight` is left out."""
-    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name.removesuffix(".weight")) is not None
+    """As PEFT's rank_pattern; `.weight` is left out."""
+    return pattern_matches(pattern, name.removesuffix(".weight"))
 
 
 def _check_spectrum(spectrum: Any) -> None:
@@ -221,8 +220,10 @@ def _check_patterns(config: DriftSettings) -> None:
     for name, keys in (("drift_modules", listed or []), ("drift_alpha_pattern", config.drift_alpha_pattern)):
         for key in keys:
             try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
+                if not isinstance(key, str):
+                    raise ValueError("it is no text")
+                pattern_matches(key, "")
+            except ValueError as error:
                 raise ValueError(f"{name} holds {key!r}, which is no regular expression: {error}.") from error
     for key, alpha in config.drift_alpha_pattern.items():
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:

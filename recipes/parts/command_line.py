@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.terminal import spell_out
+from drift_peft.warn import visible
 
 FLAG = re.compile(r"--\w[\w-]*")
 
@@ -95,7 +96,7 @@ def guess(name: str, known: Iterable[str]) -> str:
 
 def stop(script: str, message: str, status: int) -> NoReturn:
     """End with one sentence on stderr. After Ctrl-C, whose error this is, that is left to `run_script`."""
-    sentence = f"{script}: error: {' '.join(message.split())}"
+    sentence = f"{script}: error: {visible(' '.join(message.split()))}"
     if not ctrl_c_came():
         print(sentence, file=sys.stderr)
     end = SystemExit(sentence)  # for who catches it

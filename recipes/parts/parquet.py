@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from datasets.table import embed_table_storage, table_cast
 
+from drift_peft.checkpoints import only_writer
+
 from .loading import FEATURES
 
 
@@ -16,17 +18,21 @@ def write_parquet(dataset, output: Path) -> int:
 
     Returns:
         its rows; a file of none is not written.
+
+    Raises:
+        FileExistsError: another process writes it.
     """
     unfinished, rows = output.with_name(f"{output.name}.tmp"), 0
-    try:
-        with pq.ParquetWriter(unfinished, FEATURES.arrow_schema) as writer:
-            for batch in dataset.with_format("arrow").iter(batch_size=64):
-                writer.write_table(embed_table_storage(table_cast(batch, FEATURES.arrow_schema)))
-                rows += len(batch)
-        if rows:
-            os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with only_writer(output):
+        try:
+            with pq.ParquetWriter(unfinished, FEATURES.arrow_schema) as writer:
+                for batch in dataset.with_format("arrow").iter(batch_size=64):
+                    writer.write_table(embed_table_storage(table_cast(batch, FEATURES.arrow_schema)))
+                    rows += len(batch)
+            if rows:
+                os.replace(unfinished, output)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return rows
 
 

@@ -32,9 +32,9 @@ def with_replay(
     answers, left_out = training_samples(keep_set)
     columns = {"messages": [], "images": []}
     for picture, messages in answers:
-        messages, images, _ = read_sample({"messages": messages, "images": [keep_set.image_file(picture)]})
-        columns["messages"].append(messages)
-        columns["images"].append([{"bytes": image, "path": None} for image in images])
+        sample = read_sample({"messages": messages, "images": [keep_set.image_file(picture)]})
+        columns["messages"].append(sample.messages)
+        columns["images"].append([{"bytes": image, "path": None} for image in sample.images])
     dropped = Counter(left_out)
     kept = within_length(datasets.Dataset.from_dict(columns, FEATURES), processor, max_tokens, dropped=dropped)
     wanted = max(1, round(share / (1 - share) * len(dataset)))

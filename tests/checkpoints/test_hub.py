@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub import Hub
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import DeleteCacheStrategy, constants, hf_hub_download
 from test_checkpoint import Malicious, save_four_bit, save_tokenizer, to_bin
 from tiny import save_layout, tiny_llm
 
@@ -277,6 +277,31 @@ def test_a_killed_build_still_knows_what_it_brought(hub, llm, tmp_path, monkeypa
     assert not opened.keys[Q].exists() and os.path.exists(cached)
     linked = {path.resolve().name for path in opened.folder.iterdir()}
     assert opened.keys[UP].resolve().name in linked and blobs(tmp_path).keys() == linked
+
+
+def test_killed_while_it_frees_a_file(hub, llm, tmp_path, record, monkeypatch):
+    """The client takes a file's name away before its bytes, and nobody who looks for the name would find these."""
+    hub.add("org/model", llm)
+    opened = Checkpoint("org/model", record=record)
+    before = blobs(tmp_path)
+    opened.tensor(Q)
+
+    class Killed(BaseException):
+        pass
+
+    def execute(strategy):
+        for file in strategy.files:
+            file.unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeleteCacheStrategy, "execute", execute)
+        with pytest.raises(Killed):
+            opened.release(opened.keys[Q])
+    assert len(blobs(tmp_path)) == len(before) + 1
+    opened = Checkpoint("org/model", record=record)
+    opened.release(opened.keys[Q])
+    assert blobs(tmp_path) == before and json.loads(record.read_text()) == []
 
 
 def test_without_the_record_nothing_of_an_earlier_run_is_freed(hub, llm, record):

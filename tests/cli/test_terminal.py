@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import entry
+from command import entry, run
 from sample_prior import sample_prior
 
 import drift_peft
@@ -79,3 +79,20 @@ def test_every_sign_that_the_package_writes_has_a_spelling():
     signs -= set("🤗\udc80\udcff")  # on model cards alone, which are files; bytes of arguments
     assert len(signs) > 10 and signs <= SPELLED.keys()
     assert "".join(SPELLED.values()).isascii()
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_header_commands_no_terminal(as_json, tmp_path, capsys):
+    origin = {"id": f"expert{HOSTILE}", "revision": None}
+    sample_prior(tmp_path / "p.safetensors", layers=1, expert=origin)
+    status, out, _ = run(capsys, "prior", "inspect", tmp_path / "p.safetensors", *as_json)
+    assert status == 0 and not {*HOSTILE} & {*out} - {*"]0;owned[2J31m"} and "\\u001b" in out
+    assert not as_json or json.loads(out)["expert"] == origin
+
+
+def test_an_error_commands_no_terminal(tmp_path, capsys):
+    status, _, err = run(capsys, "prior", "inspect", tmp_path / f"{HOSTILE}.safetensors")
+    assert status == 1 and "\\u001b]0;owned\\u0007" in err and "\x1b" not in err

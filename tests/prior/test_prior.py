@@ -18,6 +18,8 @@ from drift_peft.prior.file import FILE_NAME, FORMAT, HEADER_KEY, partial_output,
 NAMES = ["layers.2.mlp.up_proj.weight", "layers.10.self_attn.q_proj.weight"]
 VECTOR = "layers.2.self_attn.q_proj.bias"
 MEASURED = {"delta_norm": 2.0, "base_norm": 9.0, "cosine": 0.99}
+HEADER = {"format": FORMAT, "rank": 64, "reference": None, "dtype": "bfloat16", "seed": 0, "modules": ["attn", "mlp"]}
+HEADER |= {role: {"id": role, "revision": None} for role in ("base", "expert")}
 STATS = {"shape": [6, 5], **MEASURED, "rank": 3, "energy": 0.75}
 
 
@@ -29,7 +31,7 @@ def write(path, **header):
     weights = {name: {**STATS, "fingerprint": [0.5, -0.25, 1.0]} for name in NAMES}
     tensors[f"{VECTOR}.delta"] = torch.randn(6)
     weights[VECTOR] = {"shape": [6], **MEASURED, "energy": 1.0}
-    metadata = {"format": FORMAT, "rank": 64, "not_steered": ["layers.3.mlp.up_proj.weight"], "weights": weights}
+    metadata = {**HEADER, "not_steered": ["layers.3.mlp.up_proj.weight"], "weights": weights}
     with partial_output(path) as folder:
         write_prior(folder, path, tensors, metadata | header)
     return tensors
@@ -215,7 +217,7 @@ def test_changed_metadata(tmp_path, case):
     tensors = write(path)
     weights = edit(ReasoningPrior.load(path).metadata["weights"])
     with partial_output(path, overwrite=True) as folder:
-        write_prior(folder, path, tensors, {"format": FORMAT, "rank": 64, "not_steered": [], "weights": weights})
+        write_prior(folder, path, tensors, {**HEADER, "not_steered": [], "weights": weights})
     with pytest.raises(ValueError, match=message) as caught:
         ReasoningPrior.load(path)
     assert "\n" not in str(caught.value) and "fetch it again" in str(caught.value)

@@ -15,6 +15,7 @@ from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, build_prior, merge_adapter
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
+from drift_peft.prior import share
 
 NAMES = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.1.mlp.up_proj.weight"]
 
@@ -320,3 +321,37 @@ def test_nothing_but_an_adapter_is_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds .*q, which"):
         ReasoningPrior.load(tmp_path / "lora" / "q").as_lora(1, tmp_path / "lora", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"p", "base", "lora"}
+
+
+# What others put in
+
+
+def test_a_card_holds_no_markup_of_others(tmp_path):
+    hostile = "x\n```\n[click](https://evil.example) ![](http://evil.example/x.png) <img src=x> www.evil.example | y"
+    base = {"id": hostile, "revision": hostile}
+    expert = model_folder(tmp_path / "expert", f"license: {json.dumps(hostile)}")
+    prior = random_prior(tmp_path / "p", base=base, expert=expert)
+    card = prior.model_card("user/prior")
+    assert not [line for line in card.text.splitlines() if line.startswith("```") and line not in ("```", "```python")]
+    outside = re.sub(r"^```.*?^```$", "", card.text, flags=re.M | re.S)
+    assert "evil" in outside and "evil" not in re.sub(r"`[^`\n]+`", "", outside)
+    assert outside.count("evil") == 3 * outside.count("click")  # all of them in one line each
+
+
+def test_export_writes_each_weight_at_once(tmp_path, monkeypatch):
+    """Not all factors in fp32 at the end: what is joined is mapped from files."""
+    vlm = tiny_vlm("qwen2_5_vl")
+    save_layout(vlm, tmp_path / "base")
+    save_layout(tiny_expert("qwen2_5_vl", vlm)[0], tmp_path / "expert")
+    prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "p", rank=2, progress=False)
+    written = []
+
+    def write(file, tensors, metadata=None, real=share.write_tensors):
+        written.append(len(tensors))
+        real(file, tensors, metadata)
+
+    monkeypatch.setattr(share, "write_tensors", write)
+    adapter = prior.as_lora(1.0, tmp_path / "adapter")
+    assert written == [2] * 14 + [28]
+    assert {file.name for file in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert len([*adapter.glob("*.safetensors")]) == 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from html import escape
 from pathlib import Path
 
-from ...checkpoints import partial_folder, refuse_output
+from ...checkpoints import claimed_output, partial_folder
 from .plot import draw_prior
 from .tables import prior_notes, prior_title
 
@@ -27,22 +28,23 @@ def write_report(
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: an output could not be written.
     """
     outputs = {Path(path): example for path, example in ((plot, "prior.png"), (html, "prior.html")) if path is not None}
-    for output, example in outputs.items():
-        refuse_output(output, overwrite, example)
-    contents = {}
-    if plot is not None:
-        contents[Path(plot)] = draw_prior(summary, Path(plot).suffix[1:].lower() or "png")
-    if html is not None:
-        if Path(html).suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"the page {html} needs a name that ends in .html")
-        contents[Path(html)] = render_page(summary).encode()
-    for output, content in contents.items():
-        with partial_folder(output) as folder:
-            try:
-                (folder / output.name).write_bytes(content)
-                os.replace(folder / output.name, output)
-            except OSError as error:
-                raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+    with contextlib.ExitStack() as claims:
+        for output, example in outputs.items():
+            claims.enter_context(claimed_output(output, overwrite, example))
+        contents = {}
+        if plot is not None:
+            contents[Path(plot)] = draw_prior(summary, Path(plot).suffix[1:].lower() or "png")
+        if html is not None:
+            if Path(html).suffix.lower() not in (".html", ".htm"):
+                raise ValueError(f"the page {html} needs a name that ends in .html")
+            contents[Path(html)] = render_page(summary).encode()
+        for output, content in contents.items():
+            with partial_folder(output) as folder:
+                try:
+                    (folder / output.name).write_bytes(content)
+                    os.replace(folder / output.name, output)
+                except OSError as error:
+                    raise OSError(f"output {output} cannot be written: {error.strerror}") from error
 
 
 def render_page(summary: dict) -> str:

@@ -1,0 +1,61 @@
+"""One writer at a time: a lock beside the output, which ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextlib.contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Hold `<output>.lock`, which says who works there and is gone afterwards.
+
+    That of a killed process stays and holds nobody up.
+
+    Raises:
+        FileExistsError: another process, or another thread of this one, writes this output.
+        FileNotFoundError: there is no folder to write the output into.
+        OSError: that folder cannot be written to.
+        ValueError: the output's path is not UTF-8, so that safetensors could not write there in the end.
+    """
+    try:
+        str(output).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output {output} cannot be written: its path is not UTF-8, and safetensors writes to no other: name "
+            "another folder"
+        ) from error
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
+    file = output.with_name(f"{output.name}.lock")
+    holder = _read(file)  # now, since older versions of filelock empty the file as they try
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = _read(file) or holder or "another process"
+        raise FileExistsError(
+            f"output {output} is being written by {who}: wait until it is done, or name another output"
+        ) from error
+    except OSError as error:
+        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+    try:
+        with contextlib.suppress(OSError):  # of a full disk; Windows lets nobody write into a locked file
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps open files; there, filelock deletes it
+            file.unlink()  # while it is held: who takes it now makes another
+        lock.release()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""

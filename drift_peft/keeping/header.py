@@ -1,0 +1,34 @@
+"""The header of a keep set's file: its form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from ..checkpoints import Origin, Schema, Text
+
+
+class Tokenizer(Schema):
+    size: PositiveInt
+    sha256: str
+
+
+class Generation(Schema):
+    max_new_tokens: PositiveInt
+
+
+class Header(Schema):
+    """As file.py describes it."""
+
+    vlm: Origin
+    model_type: str
+    vocabulary: PositiveInt
+    tokenizer: Tokenizer
+    processor: str
+    image_mode: str
+    k: PositiveInt
+    seed: int
+    generation: Generation
+    questions: list[Annotated[list[Text], Field(min_length=2, max_length=2)]]
+    answers: list[Text] = Field(min_length=1)

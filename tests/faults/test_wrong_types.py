@@ -1,0 +1,162 @@
+"""Wrong types in every JSON document that others write: a sentence, whatever it is."""
+
+import copy
+import json
+
+import pytest
+import torch
+from dense_prior import dense_prior
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import save_layout, tiny_llm
+
+from drift_peft import DriftConfig, KeepSet, ReasoningPrior
+from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
+from drift_peft.checkpoints.dequantized import quantization_in_training
+from drift_peft.checkpoints.lora import open_expert
+from drift_peft.prior.combine import formula
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+FEW, MANY = 25, 500  # values that are put in somewhere
+WRONG = [None, [], {}, "", "x", 0, -1, 1.5, float("nan"), True, [None], {"a": None}, [[]], "\ud800", 10**30]
+WRONG += [{"a": {"b": [1]}}, ["x"]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """base/ in shards, adapter/ of it that was steered, p.safetensors."""
+    folder = tmp_path_factory.mktemp("schema")
+    model = tiny_llm("llava")
+    save_layout(model, folder / "base", max_shard_size="60KB")
+    generator = torch.Generator().manual_seed(0)
+    weights = {Q.removeprefix("model."): [torch.randn(6, 5, generator=generator) for _ in range(2)]}
+    weights["norm.weight"] = [torch.randn(5, generator=generator) for _ in range(2)]
+    dense_prior(folder / "p.safetensors", weights, rank=2)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    wrapped.save_pretrained(folder / "adapter")
+    steered = DriftConfig(prior=folder / "p.safetensors", drift_modules=["attn"])
+    steered.quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    steered.save_pretrained(folder / "steered")
+    return folder
+
+
+def places(content, path=()):
+    """The path of each value in a JSON document; of lists, the first two entries."""
+    yield path
+    parts = (
+        content.items() if isinstance(content, dict) else enumerate(content[:2] if isinstance(content, list) else ())
+    )
+    for key, part in parts:
+        yield from places(part, (*path, key))
+
+
+def put(content, path, value):
+    if not path:
+        return value
+    content = copy.deepcopy(content)
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return content
+
+
+def read_base(folder):
+    opened = Checkpoint(folder / "base")
+    assert opened.language_model and opened.model is not None
+    opened.tensor(Q)
+
+
+def read_steered(folder):
+    DriftConfig.from_pretrained(folder / "steered")
+    quantization_in_training(folder / "steered", Checkpoint(folder / "base"))
+
+
+JSON = {
+    "config.json": ("base/config.json", read_base),
+    "index": (f"base/{INDEX}", read_base),
+    "adapter_config.json": ("adapter/adapter_config.json", lambda folder: open_expert(folder / "adapter").tensor(Q)),
+    "drift_config.json": ("steered/drift_config.json", read_steered),
+}
+
+
+def attack(content, ledger, fault, read):
+    """Put a wrong value into a random place, again and again: read(document) ends well or in a sentence."""
+    examples = FEW if ledger.seconds is None else MANY
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from([*places(content)]), st.sampled_from(WRONG))
+    def put_in(path, value):
+        refused = held = False
+        try:
+            read(json.dumps(put(content, path, value)))  # what is not looked at may be anything
+            held = True
+        except (ValueError, OSError) as error:
+            refused, held = True, "\n" not in str(error) and str(error).count(" ") >= 4
+            assert held, str(error)
+        finally:
+            ledger.add(fault, refused, held)
+
+    put_in()
+
+
+@pytest.mark.parametrize("kind", JSON)
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_types_are_a_sentence(kind, folder, ledger):
+    name, read = JSON[kind]
+    file = folder / name
+    before = file.read_text()
+
+    def write(document):
+        file.write_text(document)
+        read(folder)
+
+    try:
+        attack(json.loads(before), ledger, f"wrong types in {kind}", write)
+    finally:
+        file.write_text(before)
+
+
+def test_wrong_types_in_the_header_of_a_prior(folder, tmp_path, ledger):
+    tensors = load_file(folder / "p.safetensors")
+
+    def write(header):
+        save_file(tensors, tmp_path / "q.safetensors", metadata={"drift_prior": header})
+        prior = ReasoningPrior.load(tmp_path / "q.safetensors")
+        assert formula(prior.metadata) and [*prior.values()] and [*prior.probes()]
+        prior.truncate(1, tmp_path / "r.safetensors", overwrite=True)
+
+    header = ReasoningPrior.load(folder / "p.safetensors").metadata
+    attack(header, ledger, "wrong types in the header of a prior", write)
+
+
+def test_wrong_types_in_the_header_of_a_keep_set(tmp_path, ledger):
+    tensors = {
+        "images": torch.zeros(4, dtype=torch.uint8),
+        "image_ends": torch.tensor([4]),
+        "samples": torch.zeros(1, 2, dtype=torch.int32),
+        "tokens": torch.zeros(2, dtype=torch.int32),
+        "token_ends": torch.tensor([2]),
+        "top_tokens": torch.zeros(2, 3, dtype=torch.int32),
+        "top_logprobs": -torch.ones(2, 3),
+    }
+    header = {"format": 1, "vlm": {"id": "org/vlm", "revision": None}, "model_type": "llava", "vocabulary": 9, "k": 3}
+    header |= {"tokenizer": {"size": 9, "sha256": "0"}, "processor": "P", "image_mode": "RGB", "seed": 0}
+    header |= {"generation": {"max_new_tokens": 2}, "questions": [["kind", "what?"]], "answers": ["this"]}
+
+    def write(document):
+        save_file(tensors, tmp_path / "k.safetensors", metadata={"drift_keep": document})
+        keep_set = KeepSet.load(tmp_path / "k.safetensors")
+        assert keep_set.kinds and keep_set.image_file(0) and repr(keep_set)
+
+    write(json.dumps(header))
+    attack(header, ledger, "wrong types in the header of a keep set", write)

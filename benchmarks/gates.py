@@ -44,12 +44,9 @@ WORLD = WORLDS["qwen"]
 FULL_RANK = 256  # no matrix here has more
 PROMPTS = 200
 PRIORS = {"Δ": None, "Δ from the ancestor": WORLD.base}  # title -> reference
-GATED = [  # prior, settings of gate_prior; what matters most first
-    ("Δ", {"keep_weight": 0.3}),
-    ("Δ from the ancestor", {"keep_weight": 1.0}),
-    ("Δ", {"keep_weight": 1.0}),
-    ("Δ from the ancestor", {"keep_weight": 3.0}),
-    ("Δ", {"keep_weight": 0.1}),
+GATED = [  # prior, settings of gate_prior
+    *(("Δ", {"keep_weight": weight}) for weight in (0.03, 0.1, 0.3, 1.0)),
+    *(("Δ from the ancestor", {"keep_weight": weight}) for weight in (1.0, 3.0)),
     ("Δ", {"objective": "frism", "alpha": 1.0}),
 ]
 # Of task arithmetic; of smaller ones, and of other merges, the study's runs on validation digits say enough.

@@ -6,7 +6,6 @@ import experts
 import keep_sets
 import pytest
 import torch
-from command import run
 from dense_prior import stored
 from kept_models import assert_close, kl_of_sample, load, processor_of
 from peft import get_peft_model
@@ -128,18 +127,19 @@ def test_gates_of_0_and_1(share, setup):
     assert share == 0 or not torch.allclose(found, plain, atol=1e-3)
 
 
-def test_training_nears_both(setup):
+def test_training_nears_both(setup, folder):
     """From gates that are half open: the expert's answers come nearer, and with a large κ the VLM's."""
-    model, _, modules, gates, _, (keep_feed, text_feed) = setup
+    model, _, modules, gates, sets, _ = setup
+    feeds = [Feed(each, processor_of(folder), len(each), 0) for each in sets]  # the same batch each time
     found = {}
     for weight in (1e-3, 100.0):
         for each in gates.values():
             each.gamma.data.zero_()
         with frozen(model, False), gated(modules, gates):
-            steps = [*train_gates(model, [*gates.values()], keep_feed, text_feed, weight, 0.0, 20, 0.3, 10**6)]
-        found[weight] = [torch.tensor(kl) for kl in zip(*steps, strict=True)]
+            steps = [*train_gates(model, [*gates.values()], *feeds, weight, 0.0, 6, 0.3, 10**6)]
+        found[weight] = [*zip(*steps, strict=True)]
     (_, text), (keep, _) = found[1e-3], found[100.0]
-    assert text[-4:].mean() < text[:4].mean() and keep[-4:].mean() < keep[:4].mean()
+    assert text[-1] < 0.98 * text[0] and keep[-1] < 0.8 * keep[0]
 
 
 # What is written
@@ -148,7 +148,7 @@ def test_training_nears_both(setup):
 def test_a_gated_prior_is_the_prior_times_its_gates(folder):
     prior, made = (ReasoningPrior.load(folder / f"{name}.safetensors") for name in ("prior", "gated"))
     assert [*made] == [*prior]
-    base = {name: module.weight for name, module in fitting_modules(load(folder), made).items()}
+    base = {name: module.weight.detach() for name, module in fitting_modules(load(folder), made).items()}
     for name in prior:
         gates, whole, W = torch.tensor(made.metadata["weights"][name]["gates"]), prior[name], base[name].double()
         assert ((gates > 0) & (gates < 1)).all() and gates.std() > 0
@@ -195,9 +195,9 @@ def test_a_gated_prior_is_a_prior(folder, tmp_path):
 
 
 def test_frism_asks_no_expert(folder, tmp_path):
-    made = gate(folder, tmp_path / "g.safetensors", objective="frism", expert=None, texts=None, alpha=50.0, steps=20)
+    made = gate(folder, tmp_path / "g.safetensors", objective="frism", expert=None, texts=None, alpha=50.0, steps=8)
     gates = torch.cat([torch.tensor(stats["gates"]) for stats in made.metadata["weights"].values()])
-    assert gates.mean() > 0.7 and "expert" not in made.metadata["gated"]
+    assert gates.mean() > 0.6 and "expert" not in made.metadata["gated"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["g.safetensors"]
 
 

@@ -1,4 +1,4 @@
-"""The VLM's own answers to unlabelled images, in a file, and how far a model has gone from them.
+"""The VLM's own answers to unlabelled images, in a file, and how far a model has gone from them; an expert's to text.
 
 answers     questions and answers as a model's inputs, and what it says of each answer token
 distance    KL divergence from the VLM, of which the k largest probabilities are known

@@ -4,13 +4,16 @@ import experts
 import pytest
 import torch
 import transformers as tf
-from tiny_vlm import CHAT
+from keep_sets import PLACES
+from tiny import tiny_vlm
+from tiny_vlm import CHAT, PROCESSORS, tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from drift_peft.keeping import AnswerSet, Feed, Vlm, make_answer_set, read_texts
 from drift_peft.keeping import make as batches
+from drift_peft.keeping.answers import answer_logits, answered, placed, prompts
 from drift_peft.keeping.expert import Expert
 from drift_peft.keeping.spelling import Spelling
 
@@ -62,6 +65,19 @@ def test_a_feed_reads_them_as_the_vlm_is_asked(folder):
         ids = processor.tokenizer(asked(sample.question)).input_ids
         assert row[mask.bool()].tolist() == [*ids, *sample.tokens.tolist()]
     assert "pixel_values" not in part.inputs and len(part.top_tokens) == int(part.said.sum())
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_text_alone_is_what_every_family_takes(family):
+    """In a batch with a longer one as alone, in train mode too."""
+    processor, image = PROCESSORS[family]
+    processor, model = processor(tokenizer(64), chat_template=CHAT.replace("IMAGE", image)), tiny_vlm(family).train()
+    logits = []
+    for questions in (["7"], ["7", "1 + 2 = ? how many"]):
+        inputs = prompts(processor, [None] * len(questions), questions)
+        whole, said = answered(inputs, [torch.tensor([9, 10])] * len(questions), 0)
+        logits.append(answer_logits(model, placed(whole, model), said.shape[1])[0])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
 # Tokens of another tokenizer

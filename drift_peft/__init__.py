@@ -13,6 +13,7 @@ _ROOMS = {  # public name -> the room that it comes from
     "KeepSet": "keeping",
     "ReasoningPrior": "prior",
     "build_prior": "prior",
+    "gate_prior": "merge",
     "guide": "tuner",
     "keep": "keeping",
     "language_model_targets": "checkpoints",

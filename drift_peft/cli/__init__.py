@@ -13,6 +13,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     prior_inspect   what a prior holds
     prior_combine   weighted sum of priors
     prior_truncate  the same prior at a lower rank
+    prior_gate      the prior with each singular direction weighed
     prior_export    the prior itself as a LoRA adapter
     prior_push      upload to the hub, with a model card
     keep            the verbs of keep sets

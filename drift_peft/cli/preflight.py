@@ -21,14 +21,26 @@ def flags(parser: Parser) -> None:
         metavar="KEY=VALUE",
         help="settings that win over it, such as max_tokens=2048",
     )
+    add("--gates", action="store_true", help="what gating its prior takes (drift-peft prior gate), instead of training")
     add("--json", dest="as_json", action="store_true", help="print as JSON")
 
 
-def run(recipe: str, set: list[str], as_json: bool) -> None:
+def run(recipe: str, set: list[str], gates: bool, as_json: bool) -> None:
     changes = dict(_setting(text) for text in set)
-    from ..preflight import cards_table, keeping_sentence, preflight_summary, preflight_table
+    from ..preflight import (
+        cards_table,
+        gating_summary,
+        gating_table,
+        keeping_sentence,
+        preflight_summary,
+        preflight_table,
+    )
     from .show import show
 
+    if gates:
+        summary = gating_summary(recipe, changes)
+        show(summary, as_json, gating_table(summary))
+        return
     summary = preflight_summary(recipe, changes)
     sentences = filter(None, [keeping_sentence(summary)])
     show(summary, as_json, preflight_table(summary), cards_table(summary), *sentences)

@@ -1,30 +1,37 @@
-"""The VLM's own answers to unlabelled images, in a file, and how far a model has gone from them.
+"""The VLM's own answers to unlabelled images, in a file, and how far a model has gone from them; an expert's to text.
 
-answers    questions and answers as a model's inputs, and what it says of each answer token
-distance   KL divergence from the VLM, of which the k largest probabilities are known
-header     the form of its header
-file       the file of a keep set, read and written
-share      its card on the hub
-questions  what is asked: the built-in questions.txt, or a file of the user's own
-pictures   the images that are asked about: of a folder, a data set, training data
-vlm        the VLM that answers in this process
-server     the VLM that answers behind a server of OpenAI's protocol
-make       a VLM and unlabelled images -> keep set, resumable
-summary    a keep set in numbers and as tables
-page       its contact sheet; page.html is the template
-measure    how far a model has gone from each answer
-registry   what acts on models in this process, from any thread
-samples    the hard form: a keep set as ordinary training samples
-steps      around every optimizer step: what keeps, then what guides
-feed       batches of a keep set in their order, read while the model trains
-kept       a model that is kept: what is added to its gradients
-trainer    its distance from the VLM in Trainer's logs
-four_bit   bitsandbytes on a CPU
-train      keep: a model that trains stays near the VLM
+answers     questions and answers as a model's inputs, and what it says of each answer token
+distance    KL divergence from the VLM, of which the k largest probabilities are known
+header      the form of its header
+file        the file of a keep set, read and written
+share       its card on the hub
+questions   what is asked: the built-in questions.txt, or a file of the user's own
+pictures    the images that are asked about: of a folder, a data set, training data
+answering   a model that answers: loaded, and asked for what it finds likeliest
+vlm         the VLM that answers in this process
+server      the VLM that answers behind a server of OpenAI's protocol
+make        a VLM and unlabelled images -> keep set, resumable
+answer_set  the file of an expert's own answers to prompts in text, read and written
+spelling    an expert's tokens in those of the VLM
+expert      a text-only expert and prompts -> answer set, resumable
+summary     a keep set in numbers and as tables
+page        its contact sheet; page.html is the template
+measure     how far a model has gone from each answer
+registry    what acts on models in this process, from any thread
+samples     the hard form: a keep set as ordinary training samples
+steps       around every optimizer step: what keeps, then what guides
+feed        batches of a keep set in their order, read while the model trains
+kept        a model that is kept: what is added to its gradients
+trainer     its distance from the VLM in Trainer's logs
+four_bit    bitsandbytes on a CPU
+train       keep: a model that trains stays near the VLM
 """
 
-from .answers import Sample
+from .answer_set import AnswerSet
+from .answers import Sample, answer_logits, placed
 from .distance import bucketed_kl
+from .expert import make_answer_set, read_texts
+from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
 from .kept import is_kept, keep_telemetry
@@ -41,14 +48,18 @@ from .vlm import Vlm
 
 __all__ = [
     "Act",
+    "AnswerSet",
     "Distance",
+    "Feed",
     "KeepSet",
     "Known",
+    "Part",
     "Registry",
     "Sample",
     "Vlm",
     "act_in_steps",
     "add_to_trainers",
+    "answer_logits",
     "bucketed_kl",
     "is_kept",
     "keep",
@@ -56,8 +67,11 @@ __all__ = [
     "keep_summary",
     "keep_table",
     "keep_telemetry",
+    "make_answer_set",
     "make_keep_set",
     "measure",
+    "placed",
+    "read_texts",
     "summarize",
     "training_samples",
     "write_page",

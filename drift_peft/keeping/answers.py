@@ -1,4 +1,5 @@
-"""Questions about images and their answers as a model's inputs, and what it says of each answer token.
+"""Questions, about images or in text alone, and their answers as a model's inputs, and what it says of each answer
+token.
 
 The same for whoever makes a keep set, trains with one or measures with one, so that a model that has not changed is at
 a distance of zero.
@@ -22,17 +23,18 @@ if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image, and the VLM's own answer.
+    """One question about one image, and the VLM's own answer; or a prompt in text, and the expert's.
 
     Attributes:
-        image, question, kind: what was asked; `kind` is what sort of question it is, such as "count".
+        image, question, kind: what was asked; `kind` is what sort of question it is, such as "count". A prompt in text
+            has no image.
         answer: in words.
         tokens: [T] the answer, with the token that ends it where it was ended.
         top_tokens: [T, k] the k most likely tokens in the place of each.
         top_logprobs: [T, k] their log probabilities, in fp32, in descending order.
     """
 
-    image: Image
+    image: Image | None
     question: str
     kind: str
     answer: str
@@ -41,21 +43,25 @@ class Sample:
     top_logprobs: Tensor
 
 
-def prompts(processor: Any, images: Sequence[Image], questions: Sequence[str]) -> dict[str, Tensor]:
-    """What the model takes for these questions up to where its answers begin, padded on the left.
+def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[str]) -> dict[str, Tensor]:
+    """What the model takes for these questions up to where its answers begin, padded on the left. Either all of them
+    are about an image, or none is.
 
     Raises:
         ValueError: the processor has no chat template.
     """
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"{type(processor).__name__} has no chat template, which says where an answer begins")
+    shown = [[] if image is None else [{"type": "image"}] for image in images]
     turns = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}] for question in questions
+        [{"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
+        for picture, question in zip(shown, questions, strict=True)
     ]
+    pictures = {"images": [[image] for image in images]} if any(shown) else {}
     texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
-        inputs = processor(text=texts, images=[[image] for image in images], padding=True, return_tensors="pt")
+        inputs = processor(text=texts, **pictures, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
     return dict(inputs)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +112,49 @@ def make_keep_set(
         machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
-            starts = range(0, samples, batch_size)
-            files = [folder / f"{start:08d}.safetensors" for start in starts]
-            missing = [start for start, file in zip(starts, files, strict=True) if not _is_finished(file)]
-            done = samples - sum(len(pairs[start : start + batch_size]) for start in missing)
-            with tqdm(desc="keep set", total=samples, initial=done, unit="answer", disable=not progress) as bar:
-                for start in missing:
-                    batch = pairs[start : start + batch_size]
-                    answers = vlm_or_server.answer(
-                        [decode_image(pictures[image], vlm.image_mode) for image, _ in batch],
-                        [asked[question][1] for _, question in batch],
-                        max_new_tokens,
-                        top_k,
-                    )
-                    _keep(folder / f"{start:08d}.safetensors", answers)
-                    bar.update(len(batch))
-            answers = [answer for file in files for answer in _split(load_file(file))]
+
+            def ask(start: int) -> list[dict[str, Tensor]]:
+                batch = pairs[start : start + batch_size]
+                return vlm_or_server.answer(
+                    [decode_image(pictures[image], vlm.image_mode) for image, _ in batch],
+                    [asked[question][1] for _, question in batch],
+                    max_new_tokens,
+                    top_k,
+                )
+
+            answers = answers_in_batches(folder, samples, batch_size, ask, "keep set", progress)
             decode = vlm.processor.tokenizer.decode
             facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
             write_keep_set(folder, output, pictures, pairs, answers, facts)
         return KeepSet.load(output)
+
+
+def answers_in_batches(
+    folder: Path,
+    samples: int,
+    batch_size: int,
+    ask: Callable[[int], list[dict[str, Tensor]]],
+    title: str,
+    progress: bool,
+) -> list[dict[str, Tensor]]:
+    """All answers in their order, of which those in the folder are not asked for again.
+
+    Args:
+        folder: of `resumable_folder`.
+        ask: number of a batch's first sample -> its answers, each with `tokens` [T], `top_tokens` and `top_logprobs`
+            [T, k].
+        title: what the progress bar calls it.
+    """
+    starts = range(0, samples, batch_size)
+    files = [folder / f"{start:08d}.safetensors" for start in starts]
+    missing = {start: file for start, file in zip(starts, files, strict=True) if not _is_finished(file)}
+    done = samples - sum(min(batch_size, samples - start) for start in missing)
+    with tqdm(desc=title, total=samples, initial=done, unit="answer", disable=not progress) as bar:
+        for start, file in missing.items():
+            answers = ask(start)
+            _keep(file, answers)
+            bar.update(len(answers))
+    return [answer for file in files for answer in _split(load_file(file))]
 
 
 def _pairs(images: int, questions: int, samples: int) -> list[tuple[int, int]]:

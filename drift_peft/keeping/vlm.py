@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from .answers import answer_logits, answered, prompts, taken
+from .answering import evaluated, greedy, load_model
+from .answers import answer_logits, answered, placed, prompts
 from .file import tokenizer_identity, vocabulary_rows
 
 if TYPE_CHECKING:
@@ -81,27 +81,17 @@ class Vlm:
         found = {value for key, value in self.config.to_dict().items() if PLACES.fullmatch(key)}
         return sorted(value for value in found if isinstance(value, int))
 
+    @property
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, as far as they are not there already."""
+        return self._checkpoint.model if self._given is None else self._given
+
     @cached_property
     def model(self) -> nn.Module:
         """With its weights, on the GPU if there is one."""
         if self._given is not None:
             return self._given
-        from transformers import BitsAndBytesConfig
-
-        options = {"revision": self.origin["revision"], "dtype": "auto", "trust_remote_code": False}
-        if torch.cuda.is_available():
-            options["device_map"] = "auto"
-        if self.load_in_4bit:
-            whole, projections = self._checkpoint.model, self._checkpoint.decoder.projections
-            linear = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-                llm_int8_skip_modules=[name for name in linear if name not in projections],
-            )
-        return self._checkpoint.auto_class.from_pretrained(self.origin["id"], **options).eval()
+        return load_model(self._checkpoint, self.load_in_4bit)
 
     @torch.no_grad()
     def answer(
@@ -115,7 +105,7 @@ class Vlm:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
         try:
-            with _evaluated(self.model):
+            with evaluated(self.model):
                 return self._answer(images, questions, max_new_tokens, k)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -124,8 +114,8 @@ class Vlm:
             ) from error
 
     def _answer(self, images, questions, max_new_tokens: int, k: int) -> list[dict[str, Tensor]]:
-        inputs = self._placed(prompts(self.processor, images, questions))
-        answers = self._generate(inputs, max_new_tokens)
+        inputs = placed(prompts(self.processor, images, questions), self.model)
+        answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
         whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
         logits = answer_logits(self.model, whole, said.shape[1])
         scored = []
@@ -135,41 +125,6 @@ class Vlm:
                 raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
             scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})
         return [{name: tensor.cpu() for name, tensor in answer.items()} for answer in scored]
-
-    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[Tensor]:
-        """The likeliest token each time, whatever the model's own settings say of sampling and repetition."""
-        from transformers import GenerationConfig
-
-        model = getattr(self.model, "get_base_model", lambda: self.model)()  # inside PEFT's wrapper, adapted as it is
-        tokenizer, own = self.processor.tokenizer, model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            bos_token_id=own.bos_token_id,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=self.places or None,
-        )
-        model.generation_config = greedy  # what generate() is given, it fills up from here
-        try:
-            generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
-        finally:
-            model.generation_config = own
-        ends = torch.tensor([] if ends is None else ends).to(generated).flatten()
-        ended = torch.isin(generated, ends)
-        # Up to the first token that ends it, and with that one.
-        return [
-            row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)
-        ]
-
-    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the model's device, images in its dtype."""
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
-            for name, value in inputs.items()
-        }
 
     def _load_processor(self) -> Any:
         from transformers import AutoProcessor
@@ -191,18 +146,6 @@ class Vlm:
             )
         if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards each module is in the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _fingerprint(model: nn.Module) -> str:

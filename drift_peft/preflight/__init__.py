@@ -4,9 +4,11 @@ dry_run  the activations of a training step, on tensors without memory
 recipe   the YAML of a recipe, read as it is meant
 memory   what training takes on the GPU, by part
 cards    which cards a recipe fits, and what to change where it does not
+gating   what gating a prior takes, in place of training
 """
 
 from .cards import cards_table, keeping_sentence, preflight_summary, preflight_table
+from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
 from .recipe import as_meant, check_type, read_recipe, read_yaml
 
@@ -16,6 +18,8 @@ __all__ = [
     "as_meant",
     "cards_table",
     "check_type",
+    "gating_summary",
+    "gating_table",
     "keeping_sentence",
     "preflight_summary",
     "preflight_table",

@@ -28,13 +28,15 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ..checkpoints import Decoder
 from ..keeping import bucketed_kl
+from ..merge import Gate
+from ..prior import PriorWeight
 
 PHASES = "forward pass", "loss", "backward pass"
 # What there is in the layers and after them grows with their number, what there is before them does not.
 MOMENTS = "before the layers", *PHASES, "gradient before the layers"
 PHASE_OF = dict(zip(MOMENTS, (PHASES[0], *PHASES, PHASES[2]), strict=True))
 MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
-STORED = 32  # log probabilities that a keep set has of each answer token
+TOP_K = 32  # log probabilities that are known of each answer token
 TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
 
 
@@ -51,6 +53,7 @@ class Step:
     label_smoothing: float = 0.0
     think_tokens: bool = False
     answer: int = 0  # tokens at the end of each sample that a pass of keeping compares; 0 is a step on the task
+    gated: int | None = None  # how many directions of each projection are gated, where that is what is trained
 
 
 class Live(TorchDispatchMode):
@@ -85,6 +88,19 @@ class FourBit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return _FourBit.apply(x.to(self.weight.dtype), self.weight.shape, self.bias).to(x.dtype)
+
+
+class Gated(FourBit):
+    """With a gate beside it, in place of LoRA."""
+
+    def __init__(self, out: int, inner: int, bias: bool, dtype: torch.dtype, k: int):
+        super().__init__(inner, out, bias, "meta", dtype)
+        U, S, Vh = (torch.empty(shape, device="meta") for shape in ((out, k), (k,), (k, inner)))
+        self.requires_grad_(False)
+        self.gate = Gate(PriorWeight(U, S, Vh, 0.0, 0.0, 0.0, 0.0, ()), torch.device("meta"), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.gate(x)
 
 
 class _FourBit(torch.autograd.Function):
@@ -249,8 +265,12 @@ def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
         weight = weight.clone().requires_grad_()
     if step.answer:  # all logits of its tokens at once
         logits = linear(hidden[:, -step.answer - 1 :], weight).float()[:, :-1].flatten(0, 1)
-        known = len(logits), STORED
+        known = len(logits), TOP_K
         return bucketed_kl(logits, torch.zeros(known, dtype=torch.long), torch.zeros(known)).sum()
+    if step.gated:
+        rows = linear(hidden, weight).flatten(0, 1)
+        top = torch.zeros(len(rows), TOP_K, dtype=torch.long)
+        return bucketed_kl(rows, top, torch.zeros(top.shape)).mean()
     if not step.label_smoothing:
         return _ChunkedLoss.apply(hidden.flatten(0, 1).clone(), weight)
     logits = linear(hidden, weight).float()  # accelerate hands them to the loss in fp32
@@ -274,11 +294,17 @@ def _adapted(decoder: Decoder, step: Step, layers: tuple[int, ...]) -> nn.Module
         parent, _, child = path.rpartition(".")
         for layer in [layer for i, layer in zip(layers, getattr(module, inside), strict=True) if i == int(index)]:
             old = layer.get_submodule(path)
+            parent_module = layer.get_submodule(parent)
+            if step.gated:
+                k = min(step.gated, old.out_features, old.in_features)
+                gated = Gated(old.out_features, old.in_features, old.bias is not None, step.dtype, k)
+                setattr(parent_module, child, gated)
+                continue
             new = FourBit(old.in_features, old.out_features, old.bias is not None, "meta", step.dtype)
             new = Linear4bit(new.requires_grad_(False), "default", config=lora, r=step.r)
             for factor in (new.lora_A, new.lora_B):
                 factor.float()  # PEFT gives them the dtype of a weight that is not packed
-            setattr(layer.get_submodule(parent), child, new)
+            setattr(parent_module, child, new)
     if step.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions

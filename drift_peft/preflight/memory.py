@@ -200,20 +200,40 @@ class Memory:
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
             **self._steering(settings),
         }
+        return self._largest(settings, always, settings.step, {"guidance, 32 bits": self._guidance(settings)})
+
+    def _largest(self, settings: Settings, always: dict, step: Step, in_the_optimizer: dict) -> Estimate:
+        """What is always there, and the most that is added to it at some moment of a step."""
         moments = {
             f"{phase} of the language model": {
                 "activations kept in all layers": layers,
                 "other activations at that moment": rest,
             }
-            for phase, (layers, rest) in self.step_peaks(settings.step).items()
+            for phase, (layers, rest) in self.step_peaks(step).items()
         }
         moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
-        if settings.keeps:
-            moments |= self._keeping(settings, trained)
-        moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
+        if settings.keeps and not step.gated:
+            moments |= self._keeping(settings, always["adapter, 32 bits"] // 4)
+        moments["step of the optimizer"] = in_the_optimizer
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
         outside = {"workspaces of cuBLAS and the like": WORKSPACES, "CUDA context": CONTEXT}
         return Estimate(settings, {**always, **parts, **outside}, moment)
+
+    def gating(self, settings: Settings, tokens: int) -> Estimate:
+        """What gate_prior takes in its place, with so many tokens at a time. The base is in 4 bits, and so is the
+        expert, which answers before it is loaded and takes no more."""
+        size = settings.dtype.itemsize
+        shapes = [(m.out_features, m.in_features) for m in self.projections.values()]
+        k = settings.prior_rank
+        settings = replace(settings, per_device_train_batch_size=1, max_tokens=tokens)
+        step = Step(1, tokens, settings.dtype, checkpointing=settings.gradient_checkpointing, gated=k)
+        always = {
+            FOUR_BIT: NF4 * self.weights[FOUR_BIT],
+            **{part: size * self.weights[part] for part in SIXTEEN_BIT},
+            "prior, 16 bits": size * sum(min(k, *shape) * sum(shape) for shape in shapes),
+            "gates, their gradients and Adam": 5 * 4 * sum(min(k, *shape) for shape in shapes),
+        }
+        return self._largest(settings, always, step, {})
 
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""

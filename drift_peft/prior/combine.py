@@ -1,4 +1,4 @@
-"""Truncated priors and weighted sums of priors, without ever forming a matrix of a weight's size.
+"""Truncated and gated priors and weighted sums of priors, without ever forming a matrix of a weight's size.
 
 Side by side, the factors of low-rank matrices are those of their sum,
 
@@ -11,7 +11,7 @@ R_U diag(…) R_Vᵀ is left for the SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -39,6 +39,43 @@ def truncated_weights(prior: PriorFile, rank: int) -> Iterator[Weight]:
             tensors |= {"U": U, "S": S, "Vh": Vh}
             stats = {**stats, "rank": rank, "energy": _energy(S, stats["delta_norm"])}
             stats["fingerprint"] = stats["fingerprint"][:rank]
+        yield name, tensors, stats
+
+
+def gated_weights(
+    prior: PriorFile, gates: Mapping[str, torch.Tensor], products: Mapping[str, torch.Tensor]
+) -> Iterator[Weight]:
+    """U diag(g·S) Vh of every weight, each singular direction times its gate, the largest first again.
+
+    Nothing of it is left out, so its captured energy is 1. As in a combined prior, what recognizes the base are the
+    parent's directions, with its fingerprint.
+
+    Args:
+        gates: canonical name -> g [k], in the order of the prior's directions.
+        products: canonical name -> u_iᵀ·W_base·v_i [k], for the cosine of W and W + Δ.
+    """
+    probes = {name: (U, Vh, values) for name, U, Vh, values in prior.probes()}
+    for name in prior:
+        tensors, stats = prior.tensors(name), prior.metadata["weights"][name]
+        S = gates[name].to(tensors["S"]) * tensors["S"]
+        order = S.argsort(descending=True, stable=True)
+        norm, inner = S.double().norm().item(), (S * products[name].to(S)).double().sum().item()
+        base = stats["base_norm"]
+        moved = math.sqrt(max(0.0, base**2 + 2 * inner + norm**2))  # ‖W + Δ‖
+        stats = {
+            **{key: stats[key] for key in ("shape", "rank", "base_norm")},
+            "delta_norm": norm,
+            "cosine": min(1.0, (base**2 + inner) / (base * moved)) if base and moved else 0.0,
+            "energy": 1.0,
+            "fingerprint": [],
+            "ungated_norm": tensors["S"].double().norm().item(),
+            "gates": [round(gate, 4) for gate in gates[name].tolist()],
+        }
+        tensors = {"U": tensors["U"][:, order].contiguous(), "S": S[order], "Vh": tensors["Vh"][order].contiguous()}
+        if name in probes:
+            U, Vh, values = probes[name]
+            stats["probe"] = values.tolist()
+            tensors |= {"probe_U": U.contiguous(), "probe_Vh": Vh.contiguous()}
         yield name, tensors, stats
 
 
@@ -77,7 +114,7 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
 def combined_header(parents: Sequence[tuple[PriorFile, float]], rank: int) -> dict:
     """Header of the sum without its weights; `not_steered` names every weight that any parent speaks of."""
     names = {name for prior, _ in parents for name in (*prior, *prior.metadata["not_steered"])}
-    inherited = ("expert", "reference", "parents")
+    inherited = ("expert", "reference", "parents", "gated")
     first = parents[0][0].metadata
     return {
         **{key: first[key] for key in ("format", "base", "dtype")},
@@ -136,7 +173,10 @@ def combined_weights(parents: Sequence[tuple[PriorFile, float]], rank: int) -> I
 
 
 def formula(header: dict) -> str:
-    """What a prior's Δ is, from its header: `expert − base`, `expert − reference`, or a weighted sum of such."""
+    """What a prior's Δ is, from its header: `expert − base`, `expert − reference`, one of these gated, or a weighted
+    sum of such."""
+    if "gated" in header:
+        return f"gated({formula({key: value for key, value in header.items() if key != 'gated'})})"
     if "parents" in header:
         terms = (f"{p['weight']:+g}·({formula({**p, 'base': header['base']})})" for p in header["parents"])
         return " ".join(terms).removeprefix("+")

@@ -3,7 +3,9 @@
 Keys are `<canonical name>.U`, `.S` and `.Vh` for matrices, `<canonical name>.delta` for vectors (norms, biases). The
 header holds one JSON string (several keys would be written in random order, and the same prior would not be the same
 bytes): format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is zero (`not_steered`), and
-the statistics of each weight (`weights`). A combined prior names its `parents` in place of an expert.
+the statistics of each weight (`weights`). A combined prior names its `parents` in place of an expert. A gated one says
+where its gates came from (`gated`), and of each weight the gate of every direction of the prior that it was made of
+(`gates`), in that one's order, and ‖U diag(S) Vh‖ there (`ungated_norm`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class PriorWeight:
         cosine: cos(W_expert, W_base).
         energy: captured energy ΣS² / ‖Δ‖_F².
         fingerprint: u_iᵀ W_base v_i for the first min(8, k) i, to recognize the base, quantized or not; empty in a
-            combined prior, which has probes instead (`ReasoningPrior.probes`).
+            combined or gated prior, which has probes instead (`ReasoningPrior.probes`).
     """
 
     U: torch.Tensor

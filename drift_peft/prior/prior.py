@@ -9,9 +9,18 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ..checkpoints import write_tensors
-from .combine import Weight, check_parents, check_rank, combined_header, combined_weights, truncated_weights
+from .combine import (
+    Weight,
+    check_parents,
+    check_rank,
+    combined_header,
+    combined_weights,
+    gated_weights,
+    truncated_weights,
+)
 from .file import FILE_NAME, PriorFile, partial_output, write_prior
 from .report import prior_html, prior_summary
 from .share import export_lora, model_card, push
@@ -70,6 +79,29 @@ class ReasoningPrior(PriorFile):
         if rank < self.rank:  # what is captured is no longer what `energy` asked for
             header |= {key: None for key in ("energy", "max_rank") if key in header}
         return _write_weights(output, overwrite, [self], truncated_weights(self, rank), header)
+
+    def gated(
+        self,
+        gates: Mapping[str, Tensor],
+        products: Mapping[str, Tensor],
+        output: str | Path,
+        origin: dict,
+        overwrite: bool = False,
+    ) -> ReasoningPrior:
+        """Write U diag(g·S) Vh, each singular direction times its gate, as a new prior.
+
+        Args:
+            gates: canonical name of each weight -> g [k], in the order of its directions.
+            products: likewise u_iᵀ·W_base·v_i [k].
+            output: file to write.
+            origin: where the gates came from, as JSON holds it: `gated` of the header, beside the hash of this prior.
+            overwrite: replace an existing output.
+
+        Raises:
+            OSError: the output exists or cannot be written.
+        """
+        header = {**self.metadata, "gated": {"prior": self.sha256, **origin}}
+        return _write_weights(output, overwrite, [self], gated_weights(self, gates, products), header)
 
     def as_lora(
         self, scale: float, output: str | Path, base: str | Path | None = None, overwrite: bool = False

@@ -24,6 +24,8 @@ def refuse_other(prior: PriorFile, output: Path, sources: dict[str, Checkpoint],
     header, way_out = prior.metadata, "name another output, or pass overwrite=True (--overwrite)"
     if "parents" in header:
         raise FileExistsError(f"output {output} exists and was combined from other priors: {way_out}")
+    if "gated" in header:
+        raise FileExistsError(f"output {output} exists and was gated: {way_out}")
     for key, wanted in settings.items():
         if (had := header.get(key)) != wanted:
             raise FileExistsError(f"output {output} exists and was built with {key}={had}, not {wanted}: {way_out}")

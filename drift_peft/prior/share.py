@@ -160,6 +160,8 @@ def _table(weights: dict[str, dict]) -> str:
 
 def _recipe(header: dict) -> str:
     """The call that makes such a prior again."""
+    if "gated" in header:
+        return _gate_recipe(header)
     if "parents" in header:
         parts = (f"    (ReasoningPrior.load(…), {p['weight']:g}),  # sha256 {p['sha256']}" for p in header["parents"])
         return "\n".join(["ReasoningPrior.combine([", *parts, f'], "{FILE_NAME}", rank={header["rank"]})'])
@@ -169,6 +171,24 @@ def _recipe(header: dict) -> str:
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
     return "\n".join(["build_prior(", *(f"    {key}={json.dumps(value)}," for key, value in given.items()), ")"])
+
+
+def _gate_recipe(header: dict) -> str:
+    """The calls that make the prior that was gated, and gate it."""
+    gated, settings = header["gated"], ("objective", "keep_weight", "alpha", "steps", "rate", "batch_size", "seed")
+    expert = json.dumps(gated["expert"]["id"]) if "expert" in gated else None
+    lines = [
+        "gate_prior(",
+        f'    "{FILE_NAME}",  # sha256 {gated["prior"]}',
+        f"    base={json.dumps(gated['base']['id'])},",
+        f"    expert={expert},",
+        f"    keep_set=…,  # sha256 {gated['keep_set']}",
+        f"    texts={'…' if expert else None},",
+        '    output="gated.safetensors",',
+        *(f"    {key}={json.dumps(gated[key])}," for key in settings if key in gated),
+        ")",
+    ]
+    return "\n".join([_recipe({key: value for key, value in header.items() if key != "gated"}), *lines])
 
 
 # Stock PEFT

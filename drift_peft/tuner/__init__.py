@@ -28,6 +28,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from ..keeping import keep_4bit_differentiable
 from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
 from .config import DriftConfig
+from .fit import check_fingerprint, fitting_modules, weight_products
 from .guide import guide
 from .model import DriftModel
 from .settings import is_guided
@@ -38,10 +39,13 @@ __all__ = [
     "BATCH_ELEMENTS",
     "DriftConfig",
     "DriftModel",
+    "check_fingerprint",
+    "fitting_modules",
     "guide",
     "is_guided",
     "keep_4bit_differentiable",
     "telemetry",
+    "weight_products",
 ]
 
 # To PEFT, DRIFT is LoRA, so that all that PEFT does for LoRA (adapters side by side, hot-swapping, weight conversions)

@@ -45,32 +45,11 @@ def check_fit(
             of weights that are not steered.
     """
     canonical_name = prior_names(model)
-    modules = {}  # canonical name of a weight or bias in the prior -> the base module that holds it
     steered, unsteered = [], []
-    for name, module in model.named_modules():
-        if ".base_layer" in name:
-            continue
-        for parameter in ("weight", "bias"):
-            canonical = canonical_name(f"{name}.{parameter}")
-            if canonical in prior and _has(module, parameter):
-                modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     for parameter in targets:
         canonical = canonical_name(parameter)
         (steered if canonical in prior else unsteered).append((parameter, canonical))
-    missing = [name for name in prior if name not in modules]
-    if missing:
-        raise ValueError(
-            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
-            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
-        )
-    for canonical, module in modules.items():
-        here = _shape(module, canonical)
-        there = prior.metadata["weights"][canonical]["shape"]
-        if here != there:
-            raise ValueError(
-                f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
-                "here; build a prior for this base with build_prior."
-            )
+    modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
         example = f", such as {unsteered[0][0].removesuffix('.weight')}" if unsteered else ""
@@ -91,7 +70,7 @@ def check_fit(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
             f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
-    merged = _check_fingerprint(model, modules, prior)
+    merged = check_fingerprint(model, modules, prior)
     names = [name for _, name in steered] + tensors
     if merged is not None and drift.pulls and all(merged.scale_of(name) == 1 for name in names):
         raise ValueError(
@@ -99,6 +78,95 @@ def check_fit(
             'plain LoRA, hold it there with drift_scale="decoupled" and drift_target="base", or merge less.'
         )
     return merged
+
+
+def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Module]:
+    """Canonical name of each weight or bias in the prior -> the base module that holds it.
+
+    Raises:
+        ValueError: weights of the prior are missing here, or have another shape.
+    """
+    canonical_name = prior_names(model)
+    modules = {}
+    for name, module in model.named_modules():
+        if ".base_layer" in name:
+            continue
+        for parameter in ("weight", "bias"):
+            canonical = canonical_name(f"{name}.{parameter}")
+            if canonical in prior and _has(module, parameter):
+                modules[canonical] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    missing = [name for name in prior if name not in modules]
+    if missing:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for another model: {len(missing)} of its {len(prior)} weights, "
+            f"such as {missing[0]}, are not in this one; build a prior for this base with build_prior."
+        )
+    for canonical, module in modules.items():
+        here = _shape(module, canonical)
+        there = prior.metadata["weights"][canonical]["shape"]
+        if here != there:
+            raise ValueError(
+                f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
+                "here; build a prior for this base with build_prior."
+            )
+    return modules
+
+
+@torch.no_grad()
+def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> MergedDelta | None:
+    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little.
+
+    A base that says it is W_base + λΔ has u_iᵀ·W_base·v_i + λ·u_iᵀ·Δ·v_i. If it is nearer to the stored values
+    themselves, the prior was built for the merged base, and nothing was taken from its Δ.
+
+    Args:
+        modules: of `fitting_modules`.
+
+    Returns:
+        what the base has taken in of Δ, if it has.
+
+    Raises:
+        ValueError: they are another base's.
+    """
+    claim = read_merge(getattr(model, "config", None))
+    fingerprints, predictions, found = [], [], []
+    for name, U, Vh, stored in prior.probes():
+        tensors = [*modules[name].parameters(), *modules[name].buffers()]
+        if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
+            continue
+        with whole(tensors):
+            found.append(weight_products(model, modules[name], U, Vh))
+        fingerprints.append(stored)
+        predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
+    if not found:
+        return claim
+    stored, added, here = map(torch.cat, (fingerprints, predictions, found))
+    off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
+    allowed = FINGERPRINT_TOLERANCE * stored.norm().item()
+    if off_merged < off and off_merged <= allowed + PREDICTION_TOLERANCE * added.norm().item():
+        return claim
+    if off <= allowed:
+        return None
+    if claim is not None:
+        raise ValueError(
+            f"The base says that it is {claim.words}, but its weights are not what the prior '{prior.source}' makes of "
+            f"that: its fingerprint is off by {off_merged / stored.norm().item():.0%}; name the prior of this Δ, or "
+            "build one for this base with build_prior."
+        )
+    raise ValueError(
+        f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+        f"{off / stored.norm().item():.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
+        "for this base with build_prior."
+    )
+
+
+@torch.no_grad()
+def weight_products(model: nn.Module, module: nn.Module, U: Tensor, Vh: Tensor) -> Tensor:
+    """u_iᵀ·W·v_i [k] in fp32, on the CPU, of the columns of U [out, k] and the rows of Vh [k, in]; W is a module's
+    weight in this model, however it is stored."""
+    device = next(iter([*module.parameters(), *module.buffers()])).device
+    WV = _products(module, Vh.to(device), getattr(model, "dtype", torch.float32))
+    return (U.to(WV).mT * WV).sum(-1).cpu()
 
 
 def targeted_modules(model: nn.Module, config: LoraConfig) -> set[str]:
@@ -170,46 +238,6 @@ def _shape(module: nn.Module, canonical: str) -> list[int]:
     if canonical.endswith(".weight") and hasattr(module, "out_features"):
         return [module.out_features, module.in_features]
     return list(shape(getattr(module, canonical.rpartition(".")[2])))
-
-
-@torch.no_grad()
-def _check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> MergedDelta | None:
-    """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little.
-
-    A base that says it is W_base + λΔ has u_iᵀ·W_base·v_i + λ·u_iᵀ·Δ·v_i. If it is nearer to the stored values
-    themselves, the prior was built for the merged base, and nothing was taken from its Δ.
-    """
-    claim = read_merge(getattr(model, "config", None))
-    fingerprints, predictions, found = [], [], []
-    for name, U, Vh, stored in prior.probes():
-        tensors = [*modules[name].parameters(), *modules[name].buffers()]
-        if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
-            continue
-        with whole(tensors):
-            WV = _products(modules[name], Vh.to(tensors[0].device), getattr(model, "dtype", torch.float32))
-        found.append((U.to(WV).mT * WV).sum(-1).cpu())
-        fingerprints.append(stored)
-        predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
-    if not found:
-        return claim
-    stored, added, here = map(torch.cat, (fingerprints, predictions, found))
-    off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
-    allowed = FINGERPRINT_TOLERANCE * stored.norm().item()
-    if off_merged < off and off_merged <= allowed + PREDICTION_TOLERANCE * added.norm().item():
-        return claim
-    if off <= allowed:
-        return None
-    if claim is not None:
-        raise ValueError(
-            f"The base says that it is {claim.words}, but its weights are not what the prior '{prior.source}' makes of "
-            f"that: its fingerprint is off by {off_merged / stored.norm().item():.0%}; name the prior of this Δ, or "
-            "build one for this base with build_prior."
-        )
-    raise ValueError(
-        f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
-        f"{off / stored.norm().item():.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
-        "for this base with build_prior."
-    )
 
 
 def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:

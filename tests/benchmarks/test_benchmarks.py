@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import fits_24gb
+import gates
 import keep_cost
 import merge
 import prior_build
@@ -119,6 +120,19 @@ def test_spectrum_in_its_smallest_size(capsys, monkeypatch):
     _, result = ran(spectra, capsys, "--seeds", 1, "--steps", 1, "--size", 2)
     assert list(result["scores"]) == ["flat", "p = 2"]
     assert all(0 <= score <= 1 for scores in result["scores"].values() for score in scores.values())
+
+
+def test_gates_in_their_smallest_size(tmp_path, capsys, monkeypatch):
+    for name, value in (("FULL_RANK", 2), ("PROMPTS", 2), ("KEEP_SET", {**gates.KEEP_SET, "samples": 4})):
+        monkeypatch.setattr(gates, name, value)
+    sizes = "--seeds", 1, "--steps", 1, "--size", 2, "--out", tmp_path, "--only", "κ = 0.1"
+    printed, result = ran(gates, capsys, *sizes)
+    (title,) = result["rows"]
+    assert title == "gates, Δ, κ = 0.1" and result["rows"][title]["seeds"] == 1
+    assert result["merges"] == 54 and "merge without training" in printed
+    before = (tmp_path / "gates.jsonl").read_bytes()
+    assert ran(gates, capsys, *sizes)[1] == result and (tmp_path / "gates.jsonl").read_bytes() == before
+    assert gates.beats((2, 3), (1, 2)) and not gates.beats((2, 2), (1, 2))
 
 
 def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """drift-peft preflight: what training takes, against real steps, hand-computed sizes and TRL's own settings."""
 
+import inspect
 import json
 import warnings
 from dataclasses import fields, replace
@@ -24,11 +25,14 @@ from trl import SFTConfig
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-from drift_peft import DriftConfig, language_model_targets
+from drift_peft import DriftConfig, gate_prior, language_model_targets
 from drift_peft.checkpoints import Decoder
+from drift_peft.merge.gates import Gate, frozen, gated
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.cards import CARDS, USABLE, advise, cards_table, fits, read_settings
+from drift_peft.preflight.gating import gating_table
 from drift_peft.preflight.memory import CONTEXT, STATE, WORKSPACES, Memory, Settings, patches
+from drift_peft.prior import PriorWeight
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +157,25 @@ def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing
     peaks = Memory(config, "tiny").step_peaks(step)
     for phase in dry.PHASES:
         assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+
+
+def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
+    config, k = layers_of("qwen2_5_vl", [FULL] * 4), 16
+    step = dry.Step(1, 512, gated=k)
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = in_4_bits(model, tmp_path, not_quantized(config)).requires_grad_(False)
+    decoder, gates = model.get_decoder(), {}
+    modules = {name: m for name, m in decoder.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    for name, m in modules.items():
+        U, Vh = torch.zeros(m.out_features, k), torch.zeros(k, m.in_features)
+        gates[name] = Gate(PriorWeight(U, torch.ones(k), Vh, 1.0, 1.0, 1.0, 1.0, ()), torch.device("cpu"), step.dtype)
+        gates[name].gamma.grad = torch.zeros(k)
+    with frozen(model, checkpointing=True), gated(modules, gates):
+        moments = dry.take(step, decoder, decoder.layers[0], model.get_output_embeddings().weight)
+    peaks = Memory(config, "tiny").step_peaks(step)
+    for phase in dry.PHASES:
+        real = max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase)
+        assert sum(peaks[phase]) == pytest.approx(real, rel=0.1), phase
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -368,6 +391,24 @@ def test_the_command(recipe, capsys):
     out = " ".join(out.split())
     assert status == 0 and "CUDA context" in out and "1 x 128 tokens, each with 1 image of 16 patches" in out
     assert "24 GB" in out and "fits, with" in out and "94% of a card" in out
+
+
+def test_what_gating_takes(recipe, capsys):
+    status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
+    summary = json.loads(out)
+    assert status == 0 and summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
+    shapes = [(m.out_features, m.in_features) for m in Memory(TINY(), "tiny").projections.values()]
+    prior = 2 * sum(min(64, *shape) * sum(shape) for shape in shapes)
+    assert summary["parts_gb"]["prior, 16 bits"] == pytest.approx(prior / 1e9)
+    assert summary["tokens"] == 200 * 8 * (400 + 512) and summary["sequences"] == summary["tokens"] / 128
+    defaults = {name: p.default for name, p in inspect.signature(gate_prior).parameters.items()}
+    assert (defaults["steps"], defaults["batch_size"], defaults["max_new_tokens"], defaults["top_k"]) == (
+        200,
+        8,
+        512,
+        32,
+    )
+    assert "1.5 million tokens: as long as training on 11400 sequences" in str(gating_table(summary).caption)
 
 
 def test_nothing_but_the_config_is_downloaded(recipe, capsys, tmp_path, monkeypatch):

@@ -14,6 +14,10 @@ from .plot import draw_prior
 from .tables import prior_notes, prior_title
 
 TEMPLATE = Path(__file__).with_name("page.html")
+GATES = """\
+<h2>What the gates take</h2>
+<p>A gate between 0 and 1 weighs each singular direction of the prior that this one was made of, the largest first.</p>
+<div class="plots" id="gates" style="--least: 30rem"></div>"""
 _COLUMNS = ("relative_norm", "cosine", "energy", "rank", "delta_norm", "shape")
 
 
@@ -48,7 +52,8 @@ def write_report(
 
 
 def render_page(summary: dict) -> str:
-    """`prior_summary` as an HTML page: the verdict, plots, what each rank holds, a sortable table of the weights."""
+    """`prior_summary` as an HTML page: the verdict, plots, what the gates take of it if there are gates, what each rank
+    holds, a sortable table of the weights."""
     verdict, total = summary["verdict"], summary["total"]
     heading = [f"<span>{part}</span>" for part in escape(prior_title(summary)).replace(" − ", "\n−&nbsp;").split("\n")]
     tiles = {
@@ -65,6 +70,7 @@ def render_page(summary: dict) -> str:
         "verdict": verdict["title"],
         **{key: escape(verdict[key]) for key in ("distance", "merging", "rank", "basis")},
         "tiles": "".join(f'<div class="card"><b>{value}</b>{name}</div>' for name, value in tiles.items()),
+        "gates": GATES if summary["gates"] else "",
         "ranks": _rank_rows(summary),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in prior_notes(summary)),
         "data": _data(summary),
@@ -97,6 +103,7 @@ def _data(summary: dict) -> str:
         "rows": summary["rows"],
         "projections": summary["projections"],
         "spectra": summary["spectra"],
+        "gates": summary["gates"],
         "weights": [[name, *(w.get(key) for key in _COLUMNS)] for name, w in summary["weights"].items()],
     }
     return json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")

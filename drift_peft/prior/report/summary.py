@@ -20,7 +20,8 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
 
     A group of weights has `relative_norm` ‖Δ‖/‖W_base‖ (None where the base is zero, as a bias may be) and captured
     `energy` ΣS²/‖Δ‖², each of its weights taken together; the lowest, mean and highest cosine of W_expert and W_base
-    (`cosine`, `mean_cosine`, `highest_cosine`); and `energy_by_rank`, the energy of its matrices truncated to a rank.
+    (`cosine`, `mean_cosine`, `highest_cosine`); and `energy_by_rank`, the energy of its matrices truncated to a rank. A
+    gated prior's also has `taken`, the share ‖gated Δ‖²/‖Δ‖² of what the prior held before.
 
     Args:
         rank: `energy` is that of Δ truncated to it, which is what an adapter of this rank is steered by.
@@ -28,7 +29,8 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
     Returns:
         The header with `sha256`; its `weights` with `layer` (None outside of the layers), `modules` (their kind),
         `projection` and `relative_norm` besides; the groups `rows` by layer and kind, `projections` and `kinds` over
-        all layers, and the `total`; the pooled spectrum by kind (`spectra`); the `verdict`.
+        all layers, and the `total`; the pooled spectrum by kind (`spectra`); the gates by kind and direction (`gates`,
+        empty if there are none); the `verdict`.
 
     Raises:
         ValueError: rank < 1.
@@ -72,6 +74,7 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
         "kinds": groups("modules"),
         "total": total,
         "spectra": _spectra(weights, squares),
+        "gates": _gates(weights),
         "verdict": verdict(weights, total["energy_by_rank"], combined="parents" in header),
         "weights": weights,
     }
@@ -116,10 +119,31 @@ def _statistics(names: Sequence[str], weights: dict, squares: dict, ranks: Seque
         "mean_cosine": math.fsum(cosines) / len(cosines),
         "highest_cosine": max(cosines),
         "energy": math.fsum(w["energy"] * w["delta_norm"] ** 2 for w in group) / delta,
+        **_taken(group),
         "energy_by_rank": {
             k: math.fsum(squares[name][:k].sum().item() for name in matrices) / of_matrices for k in ranks if matrices
         },
     }
+
+
+def _taken(group: Sequence[dict]) -> dict[str, float]:
+    if not all("gates" in w for w in group):
+        return {}
+    return {"taken": math.fsum(w["delta_norm"] ** 2 for w in group) / math.fsum(w["ungated_norm"] ** 2 for w in group)}
+
+
+def _gates(weights: dict) -> list[dict]:
+    """`mean`, `least` and `most` of the gates on the i-th direction of each kind's matrices, as far as all have it."""
+    members = defaultdict(list)
+    for stats in weights.values():
+        if "gates" in stats:
+            members[stats["modules"]].append(stats["gates"])
+    found = []
+    for kind, gates in sorted(members.items()):
+        each = torch.tensor([row[: min(map(len, gates))] for row in gates], dtype=torch.float64)
+        values = {"mean": each.mean(0), "least": each.amin(0), "most": each.amax(0)}
+        found.append({"modules": kind, **{name: value.tolist() for name, value in values.items()}})
+    return found
 
 
 def _spectra(weights: dict, squares: dict) -> list[dict]:

@@ -20,10 +20,12 @@ def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     ranks = [k for k in summary["total"]["energy_by_rank"] if k < summary["rank"]][-3:]
     heads = ["layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest"]
     heads += [f"k={k}" for k in (*ranks, summary["rank"])]
+    heads += ["taken"] if summary["gates"] else []
     rows = []
     for row in [*summary["rows"], {"layer": "all", "modules": "", **summary["total"]}]:
         numbers = (row[key] for key in ("relative_norm", "mean_cosine", "cosine"))
-        energies = *(row["energy_by_rank"].get(k) for k in ranks), row["energy"]
+        energies = [*(row["energy_by_rank"].get(k) for k in ranks), row["energy"]]
+        energies += [row["taken"]] if summary["gates"] else []
         cells = ["–" if row["layer"] is None else str(row["layer"]), row["modules"], str(row["weights"])]
         cells += ["–" if x is None else f"{x:.3f}" for x in numbers]
         rows.append(cells + ["–" if x is None else f"{x:.1%}" for x in energies])
@@ -64,6 +66,12 @@ def prior_title(summary: dict) -> str:
 def prior_notes(summary: dict) -> list[str]:
     """What else is to be known about a prior, a sentence each."""
     notes = []
+    if summary["gates"]:
+        taken, (least, most) = summary["total"]["taken"], gate_range(summary)
+        notes.append(
+            f"Gated: of what the prior held, {taken:.1%} of its energy is taken; the gates of its directions run from "
+            f"{least:.2f} to {most:.2f}."
+        )
     ranks = {w["rank"] for w in summary["weights"].values() if "rank" in w}
     if len(ranks) > 1:
         notes.append(f"The ranks of the weights run from {min(ranks)} to {max(ranks)}.")
@@ -76,6 +84,11 @@ def prior_notes(summary: dict) -> list[str]:
     if missing := summary.get("without_counterpart"):
         notes.append(f"Not steered for want of a counterpart: {describe(missing)}.")
     return notes
+
+
+def gate_range(summary: dict) -> tuple[float, float]:
+    """The lowest and the highest gate of all."""
+    return min(min(kind["least"]) for kind in summary["gates"]), max(max(kind["most"]) for kind in summary["gates"])
 
 
 def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> dict:

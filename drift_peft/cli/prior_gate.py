@@ -1,0 +1,56 @@
+"""drift-peft prior gate: the prior with each singular direction weighed."""
+
+from __future__ import annotations
+
+from .parser import Parser
+
+HELP = "weigh each singular direction of a prior, without labels"
+DESCRIPTION = (
+    "Train one gate for each singular direction of a prior, so that VLM + gated Δ answers text as the expert does and "
+    "images as the VLM does, and write the gated prior."
+)
+EXAMPLE = r"""drift-peft prior gate prior.safetensors --base Qwen/Qwen2.5-VL-7B-Instruct \
+  --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --keep keep.safetensors \
+  --texts prompts.txt -o gated.safetensors --load-in-4bit"""
+
+OBJECTIVES = "expert", "frism"  # the library's own, which to import would take seconds. A test holds them equal.
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
+    add("--base", required=True, help="the VLM that it was built for: folder, hub id or id@revision")
+    add("--expert", help="text-only model that answers --texts; none with --objective frism")
+    add("--keep", required=True, metavar="KEEP_SET", help="keep set of the VLM: file or hub id")
+    add("--texts", metavar="FILE", help="prompts in text, one a line; in a .jsonl file a string of JSON a line")
+    add("-o", "--output", required=True, help="file to write, such as gated.safetensors")
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default="expert",
+        metavar="NAME",
+        help="expert: near its answers in text; frism: as much of Δ as the keep set allows (default: %(default)s)",
+    )
+    add("--keep-weight", type=float, default=0.3, help="the larger, the nearer to the VLM (default: %(default)s)")
+    add("--alpha", type=float, default=1.0, help="of frism: the larger, the more of Δ is taken (default: %(default)s)")
+    add("--steps", type=int, default=200, metavar="N", help="steps of Adam (default: %(default)s)")
+    add("--rate", type=float, default=0.1, help="its learning rate (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind (default: %(default)s)")
+    add("--max-tokens", type=int, default=512, metavar="N", help="so many at a time (default: %(default)s)")
+    add("--answers", metavar="FILE", help="the expert's answers (default: beside the output); used if they are there")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there (default: %(default)s)")
+    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
+    add("--load-in-4bit", action="store_true", help="load both models in NF4")
+    add("--seed", type=int, default=0, help="seed of the order of the answers (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(prior: str, keep: str, as_json: bool, **settings) -> None:
+    from ..merge import gate_prior
+    from ..prior.report import prior_summary, prior_table
+    from .show import show
+
+    summary = prior_summary(gate_prior(prior, keep_set=keep, **settings))
+    show(summary, as_json, prior_table(summary))

@@ -1,0 +1,87 @@
+"""A model that answers: loaded as it lies on disk, and asked for what it finds likeliest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import Checkpoint
+from .answers import taken
+
+
+def load_model(checkpoint: Checkpoint, load_in_4bit: bool) -> nn.Module:
+    """On the GPU if there is one, and in evaluation mode; its language model's projections in NF4, or all as it is."""
+    from transformers import BitsAndBytesConfig
+
+    origin = checkpoint.origin
+    options = {"revision": origin["revision"], "dtype": "auto", "trust_remote_code": False}
+    if torch.cuda.is_available():
+        options["device_map"] = "auto"
+    if load_in_4bit:
+        whole, projections = checkpoint.model, checkpoint.decoder.projections
+        linear = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=[name for name in linear if name not in projections],
+        )
+    return checkpoint.auto_class.from_pretrained(origin["id"], **options).eval()
+
+
+def greedy(
+    model: nn.Module, tokenizer: Any, inputs: dict[str, Tensor], max_new_tokens: int, suppressed: Sequence[int] = ()
+) -> list[Tensor]:
+    """The likeliest token each time, whatever the model's own settings say of sampling and repetition.
+
+    Args:
+        inputs: prompts, padded on the left.
+        suppressed: tokens that no answer may hold.
+
+    Returns:
+        Of each prompt the tokens of its answer, with the one that ends it where it was ended.
+    """
+    from transformers import GenerationConfig
+
+    model = getattr(model, "get_base_model", lambda: model)()  # inside PEFT's wrapper, adapted as it is
+    own = model.generation_config
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=ends_of(model, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[*suppressed] or None,
+    )
+    model.generation_config = settings  # what generate() is given, it fills up from here
+    try:
+        generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
+    finally:
+        model.generation_config = own
+    ended = torch.isin(generated, torch.tensor(ends_of(model, tokenizer)).to(generated))
+    # Up to the first token that ends it, and with that one.
+    return [row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)]
+
+
+def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as the model's generation config has them, or else the tokenizer."""
+    own = model.generation_config.eos_token_id
+    ends = own if own is not None else tokenizer.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,212 @@
+"""A text-only expert and prompts -> its own answers in the tokens of a VLM, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import Checkpoint, claimed_output, resumable_folder
+from .answer_set import FILE_NAME, FORMAT, AnswerSet, write_answer_set
+from .answering import ends_of, evaluated, greedy, load_model
+from .answers import answer_logits, answered
+from .file import tokenizer_identity, vocabulary_rows
+from .make import answers_in_batches
+from .spelling import Spelling
+from .vlm import Vlm
+
+OPENED = re.compile(r"<think>\s*$")  # what a chat template lays into a reasoner's mouth
+
+
+class Expert:
+    """A text-only model by its folder or hub id; or a natively multimodal one, which is asked in text alone.
+
+    Attributes:
+        origin: its id and revision.
+        tokenizer: with a chat template.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: there is no such model.
+        ValueError: it is no model, or its tokenizer has no chat template.
+    """
+
+    def __init__(self, source: str | Path, load_in_4bit: bool = False):
+        from transformers import AutoTokenizer
+
+        self.load_in_4bit, self._checkpoint = load_in_4bit, Checkpoint(source, dequantize=True)
+        self.origin, self.identity = self._checkpoint.origin, self._checkpoint.identity
+        id, revision = self.origin["id"], self.origin["revision"]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, trust_remote_code=False)
+        except Exception as error:  # each class has its own way to say that its files are not there
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{id} has no tokenizer that transformers can load ({reason})") from error
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{id} has no chat template, which says where an answer begins: give an instruct model")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "left"
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """With its weights, on the GPU if there is one."""
+        return load_model(self._checkpoint, self.load_in_4bit)
+
+    def asked(self, prompt: str) -> str:
+        """A prompt as a user's turn of its chat template, up to where the answer begins.
+
+        Raises:
+            ValueError: the template leaves the prompt out.
+        """
+        for content in (prompt, [{"type": "text", "text": prompt}]):  # templates of multimodal models want a list
+            turn = [{"role": "user", "content": content}]
+            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            if prompt.strip() in text:
+                return text
+        raise ValueError(f"the chat template of {self.origin['id']} leaves out a prompt: {prompt[:60]!r}")
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int
+    ) -> list[dict[str, Tensor]]:
+        """The greedy answer to each prompt, as `Spelling.answer` has it.
+
+        Raises:
+            ValueError: there is no room for the batch on the GPU, or the model gives NaN.
+        """
+        try:
+            with evaluated(self.model):
+                return self._answer(prompts, max_new_tokens, spelling, k)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the GPU has no room for {len(prompts)} prompts at a time: pass a smaller batch_size (--batch-size), "
+                "or load_in_4bit=True (--load-in-4bit)"
+            ) from error
+
+    def _answer(self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int):
+        texts = [self.asked(prompt) for prompt in prompts]
+        inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")  # the template has
+        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
+        whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
+        logits = answer_logits(self.model, whole, said.shape[1])
+        if not logits[said.to(logits.device)].isfinite().all():
+            raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
+        opened = [OPENED.search(text) for text in texts]
+        return [
+            spelling.answer(tokens.tolist(), row[places.to(row.device)], k, found[0] if found else "")
+            for tokens, row, places, found in zip(answers, logits, said, opened, strict=True)
+        ]
+
+
+def make_answer_set(
+    expert: str | Path,
+    vlm: Vlm,
+    texts: str | Path | Sequence[str],
+    output: str | Path,
+    max_new_tokens: int = 512,
+    top_k: int = 32,
+    load_in_4bit: bool = False,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> AnswerSet:
+    """Have an expert answer prompts in text, and write what it says in the tokens of a VLM; or take the output of such
+    a call with the same expert, prompts and settings.
+
+    Each answer takes the likeliest token each time, and keeps the `top_k` largest probabilities of each of its tokens.
+    An interrupted run goes on as one of `make_keep_set` does.
+
+    Args:
+        expert: text-only model: folder, hub id or `id@revision`.
+        vlm: in whose tokens; its weights are not loaded for this.
+        texts: prompts, or a file of them (`read_texts`).
+        output: file to write.
+        max_new_tokens: an answer is cut there.
+        top_k: how many log probabilities of each answer token.
+        load_in_4bit: load the expert's projections in NF4, and the rest as it is.
+        batch_size: prompts at a time.
+        overwrite: replace an existing output, and throw away what an interrupted run with other settings has left.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: there are no prompts; the expert has no chat template; the two models' tokens have too little in
+            common; the GPU has no room.
+        OSError: the expert or the file of prompts is not found; the output was made in another way, or cannot be
+            written.
+    """
+    prompts, output = read_texts(texts), Path(output)
+    model = Expert(expert, load_in_4bit)
+    if top_k > (rows := vocabulary_rows(vlm.config)):
+        raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+    facts = {
+        "format": FORMAT,
+        "expert": model.origin,
+        "identity": hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": tokenizer_identity(vlm.processor),
+        "k": top_k,
+        "generation": {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit},
+        "prompts": prompts,
+    }
+    if output.is_file() and not overwrite:
+        return _if_alike(AnswerSet.load(output), facts)
+    machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    everything = {**facts, "batch_size": batch_size, **machine}
+    claimed = claimed_output(output, overwrite, example=FILE_NAME)
+    with claimed, resumable_folder(output, everything, overwrite, "batches") as folder:
+        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends_of(model.model, model.tokenizer), rows)
+
+        def ask(start: int) -> list[dict[str, Tensor]]:
+            return model.answer(prompts[start : start + batch_size], max_new_tokens, spelling, top_k)
+
+        answers = answers_in_batches(folder, len(prompts), batch_size, ask, "expert's answers", progress)
+        decode = vlm.processor.tokenizer.decode
+        facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
+        write_answer_set(folder, output, answers, facts)
+    return AnswerSet.load(output)
+
+
+def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
+    """Prompts as they are given, or of a file: one a line; in a .jsonl file as strings of JSON, which may have several
+    lines.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no prompt, or a line is none.
+    """
+    if isinstance(texts, (str, Path)):
+        path = Path(texts)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file of prompts {path}")
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        texts = [_string(line, path) for line in lines] if path.suffix == ".jsonl" else lines
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a prompt must be a text that is not empty, got {text!r}")
+    if not texts:
+        raise ValueError("there are no prompts for the expert to answer: give at least one")
+    return [*texts]
+
+
+def _string(line: str, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is no JSON, {line[:40]!r}: write a string a line") from error
+
+
+def _if_alike(found: AnswerSet, facts: dict) -> AnswerSet:
+    for key, wanted in facts.items():
+        if found.metadata[key] != wanted:
+            raise FileExistsError(
+                f"{found.source} exists and was made with another {key}: name another file for the answers, or pass "
+                "overwrite=True (--overwrite)"
+            )
+    return found

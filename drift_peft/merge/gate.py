@@ -1,0 +1,169 @@
+"""A prior, a VLM's keep set and an expert's answers in text -> the same prior with each singular direction weighed.
+
+Only one model is in memory at a time: the expert answers first, into a file, and then the gates are trained on the VLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..checkpoints import PROJECTIONS, claimed_output, module_kind
+from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
+from ..prior import ReasoningPrior
+from ..tuner import check_fingerprint, fitting_modules, weight_products
+from .gates import Gate, frozen, gated, train_gates
+
+OBJECTIVES = "expert", "frism"
+LAST = 20  # steps whose mean divergences the header gives
+
+
+def gate_prior(
+    prior: ReasoningPrior | str | Path,
+    base: nn.Module | str | Path,
+    expert: str | Path | None,
+    keep_set: KeepSet | str | Path,
+    texts: str | Path | Sequence[str] | None,
+    output: str | Path,
+    objective: str = "expert",
+    keep_weight: float = 0.3,
+    alpha: float = 1.0,
+    steps: int = 200,
+    rate: float = 0.1,
+    batch_size: int = 8,
+    max_tokens: int = 512,
+    answers: str | Path | None = None,
+    max_new_tokens: int = 512,
+    top_k: int = 32,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: bool = True,
+    seed: int = 0,
+    processor: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ReasoningPrior:
+    """Weigh each singular direction of a prior, and write U diag(σ(γ)·S) Vh as a new one.
+
+    One γ for each direction is trained with Adam, from 0 on, where every direction is half taken; nothing needs labels.
+    What is minimized is κ·KL(VLM || gated) on the keep set + KL(expert || gated) on the expert's own answers to prompts
+    in text (`objective="expert"`), or that of FRISM (arXiv 2601.21187), KL(VLM || gated) on the keep set −
+    α·‖σ(γ)·S‖²/‖S‖², which asks for as much of Δ as the VLM's answers allow and needs no expert.
+
+    The expert's answers are made first and kept beside the output. A run that is interrupted there goes on with the
+    same call; the gates, which take minutes, are trained from the start.
+
+    Args:
+        prior: of attention and MLP projections, or its path or hub id.
+        base: the VLM that it was built for: folder, hub id or `id@revision`; or the model in memory, with a processor.
+        expert: text-only model: folder, hub id or `id@revision`. None with `objective="frism"`.
+        keep_set: of the VLM, from `make_keep_set`, or its path or hub id.
+        texts: prompts for the expert, or a file of them, one a line (.jsonl: a string of JSON a line). None with
+            `objective="frism"`.
+        output: file to write.
+        objective: "expert" or "frism".
+        keep_weight: κ: the larger, the more the VLM stays as it is.
+        alpha: α of FRISM's: the larger, the more of Δ is taken.
+        steps: of Adam.
+        rate: its learning rate.
+        batch_size: answers of the keep set, and of the expert, a step.
+        max_tokens: how many go through the model at a time; what is longer is one sample.
+        answers: file of the expert's answers; `<output>` with `.answers.safetensors` by default. One that is there
+            already is used if it was made of the same expert, prompts and settings.
+        max_new_tokens, top_k: of the expert's answers, as of `make_keep_set`.
+        load_in_4bit: load the projections of both language models in NF4, and the rest as it is.
+        gradient_checkpointing: less memory, a third more time.
+        seed: of the order of the answers.
+        processor: of the VLM, if not the one that lies with it.
+        overwrite: replace an existing output; its answers are kept.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: an argument is out of range; the prior holds other weights than projections, is gated already, or
+            is of another base; the keep set is of another VLM; the expert's tokens are not the VLM's; the GPU has no
+            room.
+        OSError: something is not found; the output exists, or the answers were made in another way.
+    """
+    _check_numbers(keep_weight=keep_weight, alpha=alpha, rate=rate)
+    _check_numbers(int, steps=steps, batch_size=batch_size, max_tokens=max_tokens)
+    _check_objective(objective, expert, texts)
+    output = Path(output)
+    with claimed_output(output, overwrite, example="gated.safetensors"):
+        pass  # written in the end, and refused now if it could not be
+    prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
+    _check_prior(prior)
+    keep_set = keep_set if isinstance(keep_set, KeepSet) else KeepSet.load(keep_set)
+    vlm = Vlm(base, processor, load_in_4bit)
+    keep_set.check(vlm.processor)
+    keep_set.check_model(vlm)
+    fitting_modules(vlm.skeleton, prior)
+    said = None
+    if objective == "expert":
+        file = output.with_suffix(".answers.safetensors") if answers is None else Path(answers)
+        said = make_answer_set(
+            expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress=progress
+        )
+    origin = {
+        "objective": objective,
+        **({"alpha": alpha} if said is None else {"keep_weight": keep_weight, "expert": said.metadata["expert"]}),
+        **({} if said is None else {"answers": said.sha256, "prompts": len(said)}),
+        **{"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit},
+        **{"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed},
+    }
+    kept = Feed(keep_set, vlm.processor, batch_size, seed)
+    answered = None if said is None else Feed(said, vlm.processor, batch_size, seed)
+    model = vlm.model
+    modules = fitting_modules(model, prior)
+    keep_4bit_differentiable(model)
+    check_fingerprint(model, modules, prior)
+    gates = {name: Gate(prior[name], _device(modules[name]), model.dtype) for name in prior}
+    train = train_gates(model, [*gates.values()], kept, answered, keep_weight, alpha, steps, rate, max_tokens)
+    try:
+        with frozen(model, gradient_checkpointing), gated(modules, gates):
+            found = [*tqdm(train, desc="gates", total=steps, unit="step", disable=not progress)][-LAST:]
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has no room for {max_tokens} tokens at a time: pass a smaller max_tokens (--max-tokens), or "
+            "load_in_4bit=True (--load-in-4bit)"
+        ) from error
+    names = ("keep_kl", "text_kl") if said is not None else ("keep_kl",)
+    origin |= {name: math.fsum(step[i] for step in found) / len(found) for i, name in enumerate(names)}
+    products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
+    taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}
+    return prior.gated(taken, products, output, origin, overwrite)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _check_numbers(kind: type = float, **numbers: Any) -> None:
+    what, kinds = ("whole number ≥ 1", int) if kind is int else ("number > 0", (int, float))
+    for name, value in numbers.items():
+        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be a {what}, got {value!r}")
+
+
+def _check_objective(objective: str, expert: Any, texts: Any) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if objective == "expert" and (expert is None or texts is None):
+        raise ValueError("objective 'expert' needs an expert and texts that it answers: give both, or take 'frism'")
+    if objective == "frism" and (expert is not None or texts is not None):
+        raise ValueError("objective 'frism' asks no expert: give neither an expert nor texts, or take 'expert'")
+
+
+def _check_prior(prior: ReasoningPrior) -> None:
+    if "gated" in prior.metadata:
+        raise ValueError(f"{prior.source} is gated already: gate the prior that it was made of")
+    others = [name for name in prior if module_kind(name) not in PROJECTIONS]
+    if others:
+        raise ValueError(
+            f"{prior.source} holds {others[0]}, and gates weigh attention and MLP projections alone: build a prior of "
+            "these (--modules attn mlp)"
+        )

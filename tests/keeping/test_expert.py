@@ -1,0 +1,201 @@
+"""An expert's own answers in text, in the VLM's tokens: against its own logits, across tokenizers, and interrupted."""
+
+import experts
+import pytest
+import torch
+import transformers as tf
+from keep_sets import PLACES
+from tiny import tiny_vlm
+from tiny_vlm import CHAT, PROCESSORS, tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+
+from drift_peft.keeping import AnswerSet, Feed, Vlm, make_answer_set, read_texts
+from drift_peft.keeping import make as batches
+from drift_peft.keeping.answers import answer_logits, answered, placed, prompts
+from drift_peft.keeping.expert import Expert
+from drift_peft.keeping.spelling import Spelling
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = experts.save_folder(tmp_path_factory.mktemp("expert"))
+    make(folder, folder / "answers.safetensors")
+    return folder
+
+
+def make(folder, output, texts=experts.PROMPTS, **changes):
+    return make_answer_set(folder / "expert", Vlm(folder / "base"), texts, output, **experts.SETTINGS | changes)
+
+
+def asked(prompt):
+    return f"user:  {prompt} </s>assistant: "
+
+
+def test_answers_are_the_experts_own(folder):
+    """Greedy, one prompt at a time in fp64, with its own probabilities."""
+    found = AnswerSet.load(folder / "answers.safetensors")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder / "expert").double().eval()
+    words = tf.AutoTokenizer.from_pretrained(folder / "expert")
+    ends, lengths = model.generation_config.eos_token_id, set()
+    assert len(found) == 5 and [sample.question for sample in found] == experts.PROMPTS
+    for sample in found:
+        ids = words(asked(sample.question), return_tensors="pt", add_special_tokens=False).input_ids
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
+        logits = model(torch.cat([ids, tokens], 1)).logits[0, ids.shape[1] - 1 : -1]
+        p = torch.softmax(logits, -1)
+        p[:, words.eos_token_id] += sum(p[:, end] for end in ends if end != words.eos_token_id)  # any end is an end
+        p[:, [end for end in ends if end != words.eos_token_id]] = 0
+        top = p.topk(5)
+        spelled = [words.eos_token_id if token in ends else token for token in tokens[0].tolist()]
+        assert sample.tokens.tolist() == spelled and sample.image is None
+        assert sample.top_tokens.equal(top.indices)
+        torch.testing.assert_close(sample.top_logprobs.double(), top.values.log(), atol=1e-4, rtol=0)
+        lengths.add(len(spelled))
+    assert len(lengths) > 1
+
+
+def test_a_feed_reads_them_as_the_vlm_is_asked(folder):
+    found, processor = AnswerSet.load(folder / "answers.safetensors"), Vlm(folder / "base").processor
+    found.check(processor)
+    (part,) = Feed(found, processor, 2, 0).read(0, 10**6)
+    for row, mask, i in zip(part.inputs["input_ids"], part.inputs["attention_mask"], [0, 1], strict=True):
+        sample = found[Feed(found, processor, 2, 0).indices(0)[i]]
+        ids = processor.tokenizer(asked(sample.question)).input_ids
+        assert row[mask.bool()].tolist() == [*ids, *sample.tokens.tolist()]
+    assert "pixel_values" not in part.inputs and len(part.top_tokens) == int(part.said.sum())
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_text_alone_is_what_every_family_takes(family):
+    """In a batch with a longer one as alone, in train mode too."""
+    processor, image = PROCESSORS[family]
+    processor, model = processor(tokenizer(64), chat_template=CHAT.replace("IMAGE", image)), tiny_vlm(family).train()
+    logits = []
+    for questions in (["7"], ["7", "1 + 2 = ? how many"]):
+        inputs = prompts(processor, [None] * len(questions), questions)
+        whole, said = answered(inputs, [torch.tensor([9, 10])] * len(questions), 0)
+        logits.append(answer_logits(model, placed(whole, model), said.shape[1])[0])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+# Tokens of another tokenizer
+
+
+def letters(*special):
+    """A tokenizer of single letters, in whose vocabulary these come first."""
+    words = {word: i for i, word in enumerate([*special, *"abcdefghijklmnopqrstuvwxyz<>/ "])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0])
+
+
+def test_what_has_no_counterpart_is_spelled():
+    expert, base = letters("<end>", "</think>"), letters("<stop>", "<other>", "<third>")
+    theirs, ours = expert.get_vocab(), base.get_vocab()
+    spelling = Spelling(expert, base, [theirs["<end>"]], rows=40)
+    logits = torch.randn(3, 36, generator=torch.Generator().manual_seed(0))  # with rows beyond the vocabulary
+    said = [theirs[token] for token in ("x", "</think>", "<end>")]
+    answer = spelling.answer(said, logits, k=40, opened="<think> ")
+    words = "<think> x</think>"
+    assert answer["tokens"].tolist() == [ours[letter] for letter in words] + [ours["<stop>"]]
+    p = torch.zeros(len(answer["tokens"]), 40).scatter(1, answer["top_tokens"], answer["top_logprobs"].exp())
+    q = torch.softmax(logits, -1)
+    for place, row in ((8, 0), (9, 1), (17, 2)):  # x, the first letter of </think>, the end
+        expected = torch.zeros(40)
+        for token, here in theirs.items():
+            expected[ours[{"<end>": "<stop>", "</think>": "<"}.get(token, token)]] += q[row, here]
+        torch.testing.assert_close(p[place], expected)
+    certain = [i for i in range(18) if i not in (8, 9, 17)]
+    assert p[certain, answer["tokens"][certain]].allclose(torch.ones(len(certain)))
+    assert answer["top_logprobs"].isfinite().all() and (answer["top_logprobs"].diff(dim=1) <= 0).all()
+    assert all(len(set(row)) == 40 for row in answer["top_tokens"].tolist())
+
+
+def test_another_language_is_refused():
+    other = letters("<end>", *(f"word{i}" for i in range(9)))
+    with pytest.raises(ValueError, match=r"only \d\d% of the expert's tokens are tokens of the base too"):
+        Spelling(other, letters("<end>"), [0], rows=40)
+
+
+# What a chat template makes of a prompt
+
+
+def test_prompts_reach_the_expert(folder, monkeypatch):
+    expert = Expert(folder / "expert")
+    assert expert.asked("1 + 2") == asked("1 + 2")  # a template that wants a list of parts
+    expert.tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"  # one that wants text
+    assert expert.asked("1 + 2") == "<1 + 2>"
+    expert.tokenizer.chat_template = "{% for m in messages %}nothing{% endfor %}"
+    with pytest.raises(ValueError, match=r"the chat template of .* leaves out a prompt: '1 \+ 2'"):
+        expert.asked("1 + 2")
+
+
+def test_what_is_laid_into_its_mouth_is_part_of_the_answer(folder, tmp_path):
+    vlm, expert = Vlm(folder / "base"), Expert(folder / "expert")
+    expert.tokenizer.chat_template = CHAT.replace("assistant: ", "assistant: <think> ")
+    spelling = Spelling(expert.tokenizer, vlm.processor.tokenizer, [2], 64)
+    (answer,) = expert.answer(["1 + 2"], 3, spelling, 5)
+    opened = vlm.processor.tokenizer("<think>").input_ids
+    assert answer["tokens"][: len(opened)].tolist() == opened
+    assert answer["top_logprobs"][: len(opened), 0].tolist() == [0.0] * len(opened)
+
+
+# Files and interruptions
+
+
+def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monkeypatch):
+    output, keep, count = tmp_path / "a.safetensors", batches._keep, iter(range(10))
+    with monkeypatch.context() as patch:
+
+        def kept(*args):
+            if next(count) == 2:
+                raise KeyboardInterrupt
+            keep(*args)
+
+        patch.setattr(batches, "_keep", kept)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            make(folder, output)
+    assert "keeps the 2 batches that are done" in caught.value.__notes__[0] and not output.exists()
+    with pytest.raises(FileExistsError, match="an interrupted build that differs in k "):
+        make(folder, output, top_k=4)
+    asked, answer = [], Expert.answer
+    monkeypatch.setattr(Expert, "answer", lambda *args: asked.append(len(args[1])) or answer(*args))
+    assert make(folder, output).path.read_bytes() == (folder / "answers.safetensors").read_bytes()
+    assert make(folder, output).path == output and asked == [1]  # 5 prompts in batches of 2, of which 2 were there
+    with pytest.raises(FileExistsError, match="was made with another prompts"):
+        make(folder, output, texts=["7"])
+    assert len(make(folder, output, texts=["7"], overwrite=True)) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_of_prompts(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n  two = 2\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('"one\\ntwo"\n"three"\n', encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == ["one", "  two = 2"]
+    assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo", "three"]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n', encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text("one\n", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("\n", encoding="utf-8")
+    for texts, said in (
+        (tmp_path / "no.txt", "there is no file of prompts"),
+        (tmp_path / "b.jsonl", "a prompt must be a text"),
+        (tmp_path / "c.jsonl", "has a line that is no JSON, 'one'"),
+        (tmp_path / "c.txt", "there are no prompts"),
+        ([""], "a prompt must be a text"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            read_texts(texts)
+
+
+def test_damaged_files_are_refused(folder, tmp_path):
+    whole = (folder / "answers.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(whole[:-8])
+    for path, said in (
+        (tmp_path / "torn.safetensors", "is no answer set: it is truncated"),
+        (folder / "keep.safetensors", "is a safetensors file but no answer set"),
+        (tmp_path / "none.safetensors", "there is no answer set"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            AnswerSet.load(path)

@@ -63,6 +63,12 @@ def read_image(value, root: Root) -> dict:
     return {"bytes": None, "path": str(Path(value).absolute())}
 
 
+def image_mode(processor) -> str:
+    """What a processor takes: RGB, or L where it normalizes a single channel."""
+    mean = getattr(processor.image_processor, "image_mean", None)
+    return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
+
+
 def _check(file: str | bytes, name: str) -> None:
     def opened():
         return PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)

@@ -16,5 +16,10 @@ teachers      who writes chains of thought: a model in this process, or a server
 journal       answers on disk as they come
 answers       what counts as the right answer
 scoring       the frozen scorer: the final answer of a response, and whether it is right
+intervals     means, and their 95 % intervals by a bootstrap over samples
+ways          what a comparison compares: what each way changes in a recipe
+search        settings of the leading ways, tuned with optuna
+frontier      task against keeping: which ways nothing beats, which one to take, the picture
+choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, read and written
 """

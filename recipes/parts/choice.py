@@ -30,7 +30,7 @@ def summarize(measured: dict[str, Measured], titles: dict[str, str], choice: str
         for key, less in (("above_first", found.right - first.right), ("below_choice", chosen.right - found.right)):
             numbers[key] = [100 * float(less.mean()), *(100 * bound for bound in interval(less))]
         if found.kl is not None:
-            numbers["kl"] = [found.cost, *interval(found.kl)]
+            numbers["kl"] = [max(0.0, value) for value in (found.cost, *interval(found.kl))]  # of rounding
             numbers["agreement"] = 100 * float(found.agreement.mean())
         ways[name] = numbers | found.facts
     return {"samples": len(first.right), "first": next(iter(measured)), "choice": choice, "ways": ways}
@@ -42,13 +42,19 @@ def _by_category(found: Measured) -> dict[str, float]:
 
 
 def columns(result: dict) -> tuple[list[str], list[list[str]]]:
-    """The heads of the table, and the cells of each way."""
+    """The heads of the table, some of two lines, and the cells of each way."""
     ways = result["ways"]
     categories = list(ways[result["first"]]["categories"])
     categories = categories if len(categories) > 1 else []
     kept = "kl" in ways[result["first"]]
-    heads = ["way", *categories, "right", f"- {ways[result['first']]['title']} [95 %]", "choice - it [95 %]"]
-    heads += ["KL, nats a token [95 %]", "same tokens"] if kept else []
+    heads = [
+        "way",
+        *(name.replace(" ", "\n", 1) for name in categories),
+        "right",
+        f"- {ways[result['first']]['title']}\n[95 %]",
+        "choice - it\n[95 %]",
+    ]
+    heads += ["KL in nats\n[95 %]", "same\ntokens"] if kept else []
     rows = []
     for name, numbers in ways.items():
         mark = " *" if name == result["choice"] else " ·" if numbers["frontier"] else ""
@@ -78,7 +84,7 @@ def compared_table(result: dict) -> Table:
     heads, rows = columns(result)
     table = Table(title=told(result), box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=head == "way")
+        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -98,6 +104,7 @@ def write_choice(result: dict, way: Way, settings: dict, steps: int | None, outp
             flags = [part for key, value in content.items() for part in (f"--{key}", str(value))]
             command = f"drift-peft transplant {shlex.join(flags)} -o transplanted"
     heads, rows = columns(result)
+    heads = [head.replace("\n", " ") for head in heads]
     widths = [max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     comments = [f"{way.title}: the choice of recipes/compare.py {result['recipe']}", "", f"  {command}", ""]

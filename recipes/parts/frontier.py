@@ -77,13 +77,14 @@ def draw(measured: dict[str, Measured], titles: dict[str, str], choice: str, out
         right = 100 * found.right.mean()
         low, high = (100 * bound for bound in interval(found.right))
         left, most = interval(found.kl)
-        place = {"xerr": [[found.cost - left], [most - found.cost]], "yerr": [[right - low], [high - right]]}
+        around = {"xerr": [found.cost - left, most - found.cost], "yerr": [right - low, high - right]}
+        place = {axis: [[max(0.0, width)] for width in widths] for axis, widths in around.items()}  # of rounding
         marker = {"fmt": "*", "ms": 16} if name == choice else {"fmt": "o", "ms": 7}
         axes.errorbar(found.cost, right, **place, **marker, elinewidth=0.8, color=f"C{i % 10}", label=titles[name])
     line = sorted((measured[name].cost, 100 * measured[name].right.mean()) for name in frontier(measured))
     axes.plot(*zip(*line, strict=True), color="0.6", lw=1, zorder=0, label="frontier")
     axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.01)
     axes.set_xlabel("distance from the VLM's own answers, in nats a token (less is better)")
     axes.set_ylabel("right answers in percent")
     axes.grid(alpha=0.3)

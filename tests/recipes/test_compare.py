@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import compare
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -197,6 +198,45 @@ def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, 
         facts = comparison.train(way, tmp_path / "drift", 7, "train")
         assert facts == comparison.train(way, tmp_path / "drift", 7, "train") == {"steps": 15, "minutes": 0.5}
     assert runs == [(5, "t.parquet", 7, ()), (15, "t.parquet", 7, ()), (15, "t.parquet", 7, ())]
+
+
+def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts, tmp_path):
+    """Tried on validation samples after training on the others, then trained on all, and written as the choice. There
+    are no images here, and so nothing to keep."""
+    settings = {"base": "b", "data": str(texts), "method": "sft", "use_cpu": True, "learning_rate": 1e-3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o", "images_per_sample": 1}))
+    output, trained, asked = tmp_path / "out", [], []
+
+    def launch(script, *flags):
+        flags = dict(zip(map(str, flags[::2]), flags[1::2], strict=True))
+        if Path(script).name == "sft_vlm.py":
+            recipe = yaml.safe_load(Path(flags["--config"]).read_text())
+            trained.append((Path(recipe["data"]).stem, recipe["learning_rate"]))
+            folder = Path(recipe["output_dir"])
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"results": {"steps": 9, "train_runtime": 60}}))
+            return
+        asked.append(Path(flags["--data"]).stem)
+        rate = trained[-1][1] if "--adapter" in flags else 0
+        rows = [{"category": "all", "correct": rate > 1e-3} for _ in range(2)]
+        flags["-o"].write_text(json.dumps({"samples": rows}))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    flags = [str(tmp_path / "recipe.yaml"), "-o", str(output), "--held-out", "2", "--search", "4"]
+    compare.main(flags)
+    numbers = len(trained), len(asked)
+    compare.main(flags)
+    assert numbers == (len(trained), len(asked)) == (6, 7)
+    assert [name for name, _ in trained] == ["train", *["fitting"] * 4, "train"] and trained[1] == ("fitting", 1e-3)
+    assert asked == ["test"] * 2 + ["validation"] * 4 + ["test"]
+    best = next(rate for _, rate in trained[1:] if rate > 1e-3)
+    assert trained[-1] == ("train", best)
+    choice = yaml.safe_load((output / "choice.yaml").read_text(encoding="utf-8"))
+    assert choice == settings | {"output_dir": "o", "images_per_sample": 1, "learning_rate": best}
+    result = json.loads((output / "compared.json").read_text(encoding="utf-8"))
+    assert [way["right"] for way in result["ways"].values()] == [0, 0, 100] and "kl" not in result["ways"]["base"]
+    sizes = {name: len(datasets.Dataset.from_parquet(str(output / f"{name}.parquet"))) for name in ("train", "fitting")}
+    assert sizes == {"train": 6, "fitting": 4} and not (output / "compared.png").exists()
 
 
 def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):

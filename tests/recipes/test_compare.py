@@ -8,6 +8,8 @@ from pathlib import Path
 
 import compare
 import datasets
+import digits_pair
+import evaluate
 import numpy as np
 import pytest
 import yaml
@@ -106,6 +108,24 @@ def test_a_search_goes_on_with_the_trial_that_it_was_stopped_at(tmp_path):
         ValueError, match=r"s holds trials of merged-0.5, drift, and leading are now drift: move it away"
     ):
         search(9, ways[1:], settings, measure, tmp_path / "s")
+
+
+def test_the_demos_world_is_a_pair_as_users_have_them(tmp_path, capsys):
+    """With exams by category, which its VLM answers as in the demo, from images of a single channel."""
+    digits_pair.main([str(tmp_path / "d"), "--size", "9"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"python recipes/compare.py {tmp_path / 'd' / 'recipe.yaml'} -o ")
+    for recipe, images in (("recipe", True), ("text", False)):
+        settings = compare.read_recipe(tmp_path / "d" / f"{recipe}.yaml")
+        dataset, _, _ = compare.read_data(Namespace(test=None), settings)
+        assert len(dataset) == 200 and compare.has_images(dataset) == images
+    flags = ["--model", settings["base"], "--data", tmp_path / "d" / "test.jsonl", "--prompt", ""]
+    evaluate.main([*map(str, flags), "--max-new-tokens", "48", "-o", str(tmp_path / "r.json"), "--batch-size", "36"])
+    result = json.loads((tmp_path / "r.json").read_text())
+    categories = result["categories"]
+    assert result["total"]["samples"] == 36
+    assert [*categories] == ["2-3 operations", "4-5 operations", "perception", "text reasoning"]
+    assert categories["perception"]["correct"] >= 8 > 4 >= categories["4-5 operations"]["correct"]
 
 
 @pytest.fixture

@@ -276,7 +276,8 @@ def compare(args: Namespace) -> dict:
     if keep_sets:
         draw(measured, titles, chosen, args.output / "compared.png")
     (way,) = (way for way in ways if way.name == chosen)
-    write_choice(result, way, settings, args.steps, args.output / "choice.yaml")
+    budget = None if args.steps is None and args.minutes is None else result["ways"][chosen].get("steps")
+    write_choice(result, way, settings, budget, args.output / "choice.yaml")
     return result
 
 
@@ -334,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(result))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=160)
+        console = Console() if sys.stdout.isatty() else Console(width=180)
         console.print(compared_table(result))
         print(f"The choice is {result['ways'][result['choice']]['title']}: {args.output / 'choice.yaml'}")
 

@@ -68,7 +68,7 @@ def columns(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _difference(found: list[float]) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found)
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*found)
 
 
 def _number(value: float | None) -> str:
@@ -84,16 +84,20 @@ def compared_table(result: dict) -> Table:
     heads, rows = columns(result)
     table = Table(title=told(result), box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=head == "way")
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def write_choice(result: dict, way: Way, settings: dict, steps: int | None, output: Path) -> None:
-    """The chosen way as a recipe, with the command that makes it and the numbers of all ways in comments."""
+def write_choice(result: dict, way: Way, settings: dict, steps: float | None, output: Path) -> None:
+    """The chosen way as a recipe, with the command that makes it and the numbers of all ways in comments.
+
+    Args:
+        steps: that it was given, if the recipe does not say how many.
+    """
     if way.trains is not None:
-        content = way.recipe(settings, max_steps=steps or settings.get("max_steps"))
+        content = way.recipe(settings, max_steps=settings.get("max_steps") if steps is None else int(steps))
         command = f"python recipes/sft_vlm.py --config {output}"
     else:
         names = ("expert", "base", "reference") if way.scale is not None else ("base",)

@@ -242,7 +242,7 @@ def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts
         flags["-o"].write_text(json.dumps({"samples": rows}))
 
     monkeypatch.setattr(compare, "launch", launch)
-    flags = [str(tmp_path / "recipe.yaml"), "-o", str(output), "--held-out", "2", "--search", "4"]
+    flags = [str(tmp_path / "recipe.yaml"), "-o", str(output), "--held-out", "2", "--search", "4", "--steps", "9"]
     compare.main(flags)
     numbers = len(trained), len(asked)
     compare.main(flags)
@@ -252,7 +252,7 @@ def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts
     best = next(rate for _, rate in trained[1:] if rate > 1e-3)
     assert trained[-1] == ("train", best)
     choice = yaml.safe_load((output / "choice.yaml").read_text(encoding="utf-8"))
-    assert choice == settings | {"output_dir": "o", "images_per_sample": 1, "learning_rate": best}
+    assert choice == settings | {"output_dir": "o", "images_per_sample": 1, "learning_rate": best, "max_steps": 9}
     result = json.loads((output / "compared.json").read_text(encoding="utf-8"))
     assert [way["right"] for way in result["ways"].values()] == [0, 0, 100] and "kl" not in result["ways"]["base"]
     sizes = {name: len(datasets.Dataset.from_parquet(str(output / f"{name}.parquet"))) for name in ("train", "fitting")}

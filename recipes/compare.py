@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             result = compare(args)
         except KeyboardInterrupt:
-            told = "stopped; the same command goes on" if (args.output / "ledger.jsonl").exists() else "stopped"
+            told = "stopped; the same command goes on" if args.output.exists() else "stopped"
             raise KeyboardInterrupt(told) from None
     if args.json:
         print(json.dumps(result))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from parts.command_line import Parser, in_one_sentence, run_script
+from parts.intervals import RESAMPLES, SEED, resample
 from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
 from parts.reading import RULES, UNFINISHED, answer_rule
 from parts.scoring import mark, scorer
@@ -28,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-RESAMPLES, SEED, CHUNK = 10_000, 0, 250
 PUBLISHED = json.loads(Path(__file__).with_name("eval").joinpath("published.json").read_text("utf-8"))
 REASONING = ["MathVista", "MathVision", "MathVerse", "WeMath strict", "WeMath loose", "LogicVista"]  # of table 2
 AVERAGE = "Avg."
@@ -91,13 +91,6 @@ def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[st
         strict.append(float(all(steps)) if whole[0] else 0.5 * all(steps))
         loose.append(float(any(steps)) if whole[0] else 0.5 * all(steps))
     return {f"{benchmark} strict": np.array(strict), f"{benchmark} loose": np.array(loose)}
-
-
-def resample(differences: np.ndarray, seed) -> np.ndarray:
-    """Means over units drawn with replacement, of a table [units, columns]: [RESAMPLES, columns]."""
-    generator, number = np.random.default_rng(seed), len(differences)
-    chunks = (generator.integers(number, size=(CHUNK, number)) for _ in range(RESAMPLES // CHUNK))
-    return np.concatenate([differences[drawn].mean(1) for drawn in chunks])
 
 
 def score(models: dict[str, dict[str, list[Answer]]]) -> dict:

@@ -35,6 +35,7 @@ from parts.arguments import RunArguments, TrainArguments, parse
 from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
+from parts.images import image_mode
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.replay import with_replay
@@ -133,16 +134,23 @@ def run_or_prior(named: str | None, origin: dict | None) -> str | None:
     return f"{origin['id']}@{origin['revision']}" if origin["revision"] else origin["id"]
 
 
+def check_keep(run: RunArguments, images: int | None) -> None:
+    """Refuse a keep set that is to be made of nothing; `images` is how many the data have, None of a stream."""
+    if run.keep is None or not is_missing(run.keep) or run.keep_images is not None or images:
+        return
+    why = "none is made of a stream" if images is None else f"{run.data} has no images to make it of"
+    raise ValueError(f"there is no keep set {run.keep}, and {why}: name a folder of pictures in keep_images")
+
+
 def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> KeepSet | None:
-    """The VLM's own answers to questions about the data's images, made if they are not there."""
+    """The VLM's own answers to questions about the data's images, or about others, made if they are not there."""
     if run.keep is None:
         return None
     if is_missing(run.keep):
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"there is no keep set {run.keep}, and none is made of a stream: make one beforehand")
         Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
-        how = {"questions": run.keep_questions, "samples": run.keep_samples, "max_new_tokens": run.keep_max_new_tokens}
-        make_keep_set(run.base, dataset, run.keep, **how, load_in_4bit=load_in_4bit)
+        how = {"questions": run.keep_questions, "samples": run.keep_samples, "top_k": run.keep_top_k}
+        how |= {"max_new_tokens": run.keep_max_new_tokens, "load_in_4bit": load_in_4bit}
+        make_keep_set(run.base, dataset if run.keep_images is None else run.keep_images, run.keep, **how)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
     return KeepSet.load(run.keep)
 
@@ -174,15 +182,16 @@ def split_last(turns: list[dict]) -> dict:
 
 
 def describe(dataset: Dataset) -> dict:
-    """Number of samples, and SHA-256 over conversations and images; of a stream neither is known."""
+    """Number of samples and of images, and SHA-256 over both; of a stream none is known."""
     if not isinstance(dataset, Dataset):
-        return {"samples": None, "sha256": None}
-    digest = hashlib.sha256()
+        return {"samples": None, "images": None, "sha256": None}
+    digest, images = hashlib.sha256(), 0
     for row in dataset.cast_column("images", List(Image(decode=False))):
         digest.update(json.dumps(row["messages"], sort_keys=True).encode())
         for image in row["images"]:
             digest.update(image["bytes"] or Path(image["path"]).read_bytes())
-    return {"samples": len(dataset), "sha256": digest.hexdigest()}
+        images += len(row["images"])
+    return {"samples": len(dataset), "images": images, "sha256": digest.hexdigest()}
 
 
 def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:
@@ -197,6 +206,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
+    dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
     check_template(dataset, processor, train.chat_template_path)
     data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
@@ -204,6 +214,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
     for key, text in dropped.unread.items():
         print(f"not read: {key}, such as {text}")
+    check_keep(run, data["images"])
     prior = open_prior(run)
     start = open_start(run, base, prior, beside(train.output_dir, "base"))
     keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)

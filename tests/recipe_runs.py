@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sft_vlm
-from tiny_vlm import save_pair, save_pictures
+from tiny_vlm import save_pair, save_pictures, save_texts
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIGS = RECIPES / "configs"
@@ -25,6 +25,7 @@ FAMILY = {  # configuration -> family of its base
     "qwen3_5_9b_opus": "qwen3_5",
     "gemma4_e4b_opus": "gemma4",
     "lfm2_5_vl_1_6b_thinking": "lfm2_vl",
+    "qwen2_5_vl_7b_text": "qwen2_5_vl",
 }
 SMALL = {"prior_rank": 8, "r": 4, "lora_alpha": 8, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
 SMALL |= {"keep_samples": 4, "keep_batch_size": 2}
@@ -47,8 +48,13 @@ def flags(**settings):
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return save_texts(tmp_path_factory.mktemp("texts"))
+
+
 @pytest.fixture
-def train(pair, data, tmp_path, monkeypatch):
+def train(pair, data, texts, tmp_path, monkeypatch):
     """Run the script on a tiny pair; what is given wins over what is set here. Returns the trainer and output_dir."""
 
     def run(family="qwen2_5_vl", config=None, **settings):
@@ -57,9 +63,12 @@ def train(pair, data, tmp_path, monkeypatch):
         folder = pair(family)
         paths = {"base": folder / "base", "expert": folder / "expert", "prior": folder / "prior.safetensors"}
         paths["reference"] = folder / "base"  # so that Δ = expert − base; those of the YAMLs lie on the hub
+        paths["data"] = data
         if config is not None:
             paths["keep"] = folder / "keep.safetensors"
-        settings = {**paths, "data": data, "output_dir": tmp_path / "run", "use_cpu": True, **settings}
+            if "\nkeep_images:" in Path(config).read_text(encoding="utf-8"):  # on text alone
+                paths |= {"keep": folder / "keep_text.safetensors", "keep_images": data, "data": texts}
+        settings = {**paths, "output_dir": tmp_path / "run", "use_cpu": True, **settings}
         start = ["--config", str(config)] if config else []
         given = {name: value for name, value in settings.items() if value is not None}
         return sft_vlm.main(start + flags(**given)), Path(settings["output_dir"])

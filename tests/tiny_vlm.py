@@ -144,3 +144,13 @@ def save_pictures(folder, count=8):
         lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "data.jsonl"
+
+
+def save_texts(folder, count=8):
+    """Write `data.jsonl`: such sums without pictures."""
+    lines = []
+    for i in range(count):
+        turns = [("user", f"how many {i} + 1 ?"), ("assistant", f"<think> {i} + 1 = {i + 1} </think> {i + 1}")]
+        lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"

@@ -24,5 +24,10 @@ units         a value and its unit
 equality      whether two answers are the same
 answers       whether a response is right: read, and compared in a process of its own
 scoring       the frozen scorer, and what stands for its version
+intervals     means, and their 95 % intervals by a bootstrap over samples
+ways          what a comparison compares: what each way changes in a recipe
+search        settings of the leading ways, tuned with optuna
+frontier      task against keeping: which ways nothing beats, which one to take, the picture
+choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, read and written
 """

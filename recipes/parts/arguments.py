@@ -20,7 +20,7 @@ from .command_line import Parser, guess
 @dataclass
 class RunArguments:
     base: str = field(metadata={"help": "vision-language model in full precision: folder, hub id or id@revision"})
-    data: str = field(metadata={"help": "chains of thought about images: file, folder or hub id; see data.py"})
+    data: str = field(metadata={"help": "chains of thought, about images or text: file, folder or hub id; see data.py"})
     method: Literal["drift", "sft"] = field(
         default="drift", metadata={"help": "drift: steered by the prior; sft: plain LoRA fine-tuning, without a prior"}
     )
@@ -47,7 +47,11 @@ class RunArguments:
     keep: str | None = field(
         default=None, metadata={"help": "keep set, file.safetensors, made of the data's images if it is not there"}
     )
+    keep_images: str | None = field(
+        default=None, metadata={"help": "pictures to make it of, if not the data's: folder, file or hub data set"}
+    )
     keep_samples: int = field(default=300, metadata={"help": "answers of the keep set, if it is made"})
+    keep_top_k: int = field(default=32, metadata={"help": "log probabilities that it has of each token, if it is made"})
     keep_questions: str | None = field(default=None, metadata={"help": "file of questions for it; built-in if none"})
     keep_max_new_tokens: int = field(default=64, metadata={"help": "its longest answer; longer ones are cut there"})
     keep_weight: float = field(default=1.0, metadata={"help": "weight of the distance from the keep set's answers"})

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from .images import image_mode
+
 PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
@@ -141,8 +143,12 @@ class Local:
         import torch
         from trl.data_utils import prepare_multimodal_messages
 
+        mode = image_mode(self.processor)
         inputs = self.processor.apply_chat_template(
-            [prepare_multimodal_messages(messages, images=images) for messages, images in conversations],
+            [
+                prepare_multimodal_messages(messages, images=[image.convert(mode) for image in images])
+                for messages, images in conversations
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -21,6 +21,7 @@ from drift_peft.cli.terminal import spell_out
 
 SCRIPTS = sorted(file.stem for file in RECIPES.glob("*.py"))
 DEFAULTS = {  # script -> some of its flags, with their defaults
+    "compare": {"--held-out HELD_OUT": "100", "--merge-first MERGE_FIRST [MERGE_FIRST ...]": "[0.5]"},
     "data": {"--split SPLIT": "train", "--on-bad {drop,fail}": "drop"},
     "distill": {"--model MODEL": "russwang/ThinkLite-VL-7B", "--max-tokens MAX_TOKENS": "4096"},
     "evaluate": {"--split SPLIT": "test", "--max-new-tokens MAX_NEW_TOKENS": "16384"},
@@ -141,7 +142,9 @@ def test_a_run_that_cannot_be_drawn_is_one_sentence(content, sentence, tmp_path,
 
 
 INTERRUPTED = {  # script -> what Ctrl-C falls into, arguments
+    "compare": ("parts.arguments.parse", ["recipe.yaml", "-o", "compared"]),
     "data": ("parts.loading.load_messages", ["a.jsonl", "-o", "a.parquet"]),
+    "digits_pair": ("drift_peft.demo.world.make_samples", ["digits"]),
     "distill": ("parts.loading.load_messages", ["a.jsonl", "-o", "a.parquet", "--server", "http://127.0.0.1:9"]),
     "evaluate": ("parts.loading.load_messages", ["--model", "m", "--data", "a.jsonl", "-o", "a.json"]),
     "plot_run": ("parts.curves.plot_run", ["run.json", "a.png"]),

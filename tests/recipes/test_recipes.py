@@ -76,6 +76,8 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
         and run["settings"]["learning_rate"] == 1e-4
     )
     assert run["data"]["samples"] == 8 and run["data"]["dropped"] == {}
+    assert run["data"]["images"] == (0 if name.endswith("_text") else 8) and run["keep"]["samples"] == 4
+    assert all("drift/keep_kl" in entry for entry in run["history"] if "loss" in entry)
     assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
     assert Image.open(output / "telemetry.png").width > 500
     card = (output / "README.md").read_text(encoding="utf-8")

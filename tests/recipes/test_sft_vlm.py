@@ -124,3 +124,11 @@ def test_every_configuration_names_a_keep_set(name):
     assert settings["keep"] == f"keep/{base}.safetensors"
     assert (settings["keep_weight"], settings["keep_samples"], settings["keep_questions"]) == (1.0, 300, None)
     assert settings["keep_batch_size"] == 4 and "replay" not in settings
+
+
+def test_a_keep_set_of_text_alone_asks_for_pictures_before_anything_is_loaded(train, texts, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"no keep set .*k.safetensors, and .*data.jsonl has no images to make it of: "
+    ):
+        train(**FAST, data=texts, keep=tmp_path / "k.safetensors")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "k.safetensors").exists()

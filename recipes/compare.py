@@ -1,0 +1,344 @@
+"""Compare the ways to bring an expert's skill into a VLM on your own data: one table, one picture, one recipe.
+
+    python recipes/compare.py recipe.yaml -o compared
+    python recipes/compare.py recipe.yaml -o compared --test test.jsonl --steps 300 --ways base sft drift drift-keep
+    python recipes/compare.py recipe.yaml -o compared --search 20
+
+The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, SFT, SFT after a part of Δ
+was merged, and DRIFT, each trained one also with keeping: all on the same samples, with the same seeds and budget. They
+are examined on samples that were held out of the data, or on --test, and on the VLM's own answers about the images of
+these, which no way has trained on. The same command goes on where it was stopped.
+
+The output folder then holds `compared.json`; `compared.png`, right answers over the distance from the VLM; and
+`choice.yaml`, the recipe of the way to take, with its numbers. `ways/` has a folder for each way and seed. Checkpoints
+and merged bases are deleted when their way is measured: a run of its recipe makes them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+from parts.checkpoints import checkpoints, newest_whole
+from parts.choice import compared_table, summarize, write_choice
+from parts.command_line import Parser, in_one_sentence, run_script
+from parts.frontier import Measured, choose, draw, frontier
+from parts.journal import Journal
+from parts.outputs import write_result
+from parts.teachers import PROMPT
+from parts.ways import KINDS, OUTPUT, Way, ways_of
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RECIPES = Path(__file__).parent
+PROBED = 5  # steps by which the pace of a way is known
+HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
+
+
+class Failed(RuntimeError):
+    """Another script has ended with a mistake, and has said which."""
+
+
+def launch(*command: object) -> None:
+    """A script or a module in a process of its own, whose memory is free afterwards; what it prints is progress here.
+
+    Raises:
+        Failed: it has failed; it has said why.
+    """
+    told = [*map(str, command)]
+    if subprocess.run([sys.executable, *told], stdout=sys.stderr.fileno()).returncode:
+        raise Failed(f"python {shlex.join(told)} has failed, as is said above; mend it, and the same command goes on")
+
+
+@dataclass
+class Comparison:
+    """What is the same for all ways.
+
+    Attributes:
+        settings: of the recipe.
+        data: train, test, and with a search fitting and validation, which are parts of train -> file.
+        keep_sets: exam -> keep set to measure with; empty if there are no images to make one of.
+        ledger: what is finished, by way, exam and seed.
+    """
+
+    args: Namespace
+    settings: dict
+    data: dict[str, str]
+    keep_sets: dict[str, Path]
+    ledger: Journal
+
+    def runs(self, way: Way, exam: str) -> dict[str, tuple[int, Path]]:
+        """Line of the ledger -> seed and folder. What is not trained has one, and so has what a search tries."""
+        seeds = self.args.seeds if exam == "test" and way.trains is not None else self.args.seeds[:1]
+        folder = self.args.output / ("ways" if exam == "test" else "search") / way.name
+        return {f"{way.name}, {exam}, seed {seed}": (seed, folder / f"seed{seed}") for seed in seeds}
+
+    def measure(self, way: Way, exam: str = "test") -> Measured:
+        """Make a way and examine it, as far as that is not finished."""
+        for line, (seed, folder) in self.runs(way, exam).items():
+            if line in self.ledger.answers:
+                continue
+            print(f"{way.title}: {folder}", file=sys.stderr, flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = {} if way.trains is None else self.train(way, folder, seed, HELD_OUT[exam])
+            if way.scale is not None:
+                self.transplant(way, folder / "adapter")
+            self.examine(folder, exam)
+            for left in (folder / "adapter-base", *checkpoints(folder / "adapter")):
+                shutil.rmtree(left, ignore_errors=True)
+            self.ledger.add(line, facts)
+        return self.read(way, exam)
+
+    def train(self, way: Way, folder: Path, seed: int, data: str) -> dict:
+        """Run sft_vlm.py, or go on with it. Returns steps and minutes."""
+        output, recipe = folder / "adapter", folder / "recipe.yaml"
+        own = {"data": self.data[data], "split": None, "images": None, "streaming": None, **dict.fromkeys(OUTPUT)}
+        settings = way.recipe(self.settings, **own | {"output_dir": str(output), "seed": seed})
+
+        def run(steps: int | None) -> dict:
+            content = settings if steps is None else {**settings, "max_steps": steps}
+            recipe.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            resumes = newest_whole(output) is not None
+            if not resumes:
+                shutil.rmtree(output, ignore_errors=True)  # of a run that was killed before its first checkpoint
+            launch(RECIPES / "sft_vlm.py", "--config", recipe, *["--resume-from-checkpoint", "true"] * resumes)
+            return results()
+
+        def results() -> dict:
+            return json.loads((output / "run.json").read_text(encoding="utf-8"))["results"]
+
+        steps = self.args.steps
+        if self.args.minutes is not None:
+            pace = f"{folder.relative_to(self.args.output).as_posix()}, pace"
+            if pace not in self.ledger.answers:
+                shutil.rmtree(output, ignore_errors=True)
+                seconds = run(PROBED)["train_runtime"] / PROBED
+                shutil.rmtree(output)
+                self.ledger.add(pace, {"seconds": seconds})
+            steps = max(1, int(60 * self.args.minutes / self.ledger.answers[pace]["seconds"]))
+        found = results() if (output / "run.json").exists() else run(steps)
+        return {"steps": found["steps"], "minutes": found["train_runtime"] / 60}
+
+    def transplant(self, way: Way, output: Path) -> None:
+        from drift_peft import transplant
+        from drift_peft.checkpoints import is_adapter
+
+        names = {key: self.settings[key] for key in ("expert", "base")}
+        delta = {}
+        if not is_adapter(names["expert"]):  # else it goes over as it is
+            delta = {"reference": self.settings.get("reference"), "rank": self.settings.get("prior_rank", 64)}
+        if not output.exists():
+            transplant(**names, output=output, **delta, scale=way.scale)
+
+    def examine(self, folder: Path, exam: str) -> None:
+        base, adapter = folder / "adapter-base", folder / "adapter"
+        model = ["--model", base if base.exists() else self.settings["base"]]
+        model += ["--adapter", adapter] if adapter.exists() else []
+        size = ["--batch-size", self.args.batch_size]
+        asked = ["--prompt", self.args.prompt, "--max-new-tokens", self.args.max_new_tokens]
+        if not (folder / "right.json").exists():
+            data = ["--data", self.data[exam]]
+            launch(RECIPES / "evaluate.py", *model, *data, *asked, *size, "-o", folder / "right.json")
+        if self.keep_sets and not (folder / "kept.json").exists():
+            launch(RECIPES / "evaluate.py", *model, "--keep", self.keep_sets[exam], *size, "-o", folder / "kept.json")
+
+    def read(self, way: Way, exam: str) -> Measured:
+        """What the runs of a way have answered, mean over the seeds."""
+        folders = [folder for _, folder in self.runs(way, exam).values()]
+
+        def mean(file: str, *keys: str) -> np.ndarray:
+            found = []
+            for folder in folders:
+                rows = json.loads((folder / file).read_text(encoding="utf-8"))
+                for key in keys[:-1]:
+                    rows = rows[key]
+                found.append([row[keys[-1]] for row in rows])
+            return np.array(found, float).mean(0)
+
+        samples = json.loads((folders[0] / "right.json").read_text(encoding="utf-8"))["samples"]
+        kept = {key: mean("kept.json", "answers", "model", key) for key in ("kl", "agreement") if self.keep_sets}
+        facts = [self.ledger.answers[line] for line in self.runs(way, exam)]
+        told = {key: float(np.mean([each[key] for each in facts])) for key in facts[0]}
+        categories = [sample["category"] for sample in samples]
+        return Measured(mean("right.json", "samples", "correct"), **kept, categories=categories, facts=told)
+
+
+def read_data(args: Namespace, settings: dict) -> tuple[Dataset, Dataset | None, str]:
+    """The samples of the recipe, those of --test, and a SHA-256 over what both say.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    from parts.loading import load_messages
+
+    how = {"images": settings.get("images"), "on_bad": settings.get("on_bad", "drop")}
+    dataset, _ = load_messages(settings["data"], split=settings.get("split", "train"), **how)
+    tested = load_messages(args.test, split="test", on_bad="fail")[0] if args.test else None
+    digest = hashlib.sha256()
+    for each in (dataset, tested):
+        digest.update(json.dumps(each and each["messages"][:]).encode())
+    return dataset, tested, digest.hexdigest()
+
+
+def split(dataset: Dataset, args: Namespace) -> dict[str, str]:
+    """The samples to train on and those that are held out, as files.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    from parts.parquet import write_parquet
+
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    sizes = {"test": 0 if args.test else args.held_out, "validation": args.held_out if args.search else 0}
+    if 2 * sum(sizes.values()) > len(dataset):
+        told = f"{sum(sizes.values())} of the {len(dataset)} samples of the data would be held out"
+        raise ValueError(f"{told}: hold out fewer with --held-out, or name other samples with --test")
+    test, rest = order[: sizes["test"]], order[sizes["test"] :]
+    rows = {"test": test, "train": rest}
+    if args.search:
+        rows |= {"validation": rest[: args.held_out], "fitting": rest[args.held_out :]}
+    files = {name: args.output / f"{name}.parquet" for name, numbers in rows.items() if numbers}
+    for name, file in files.items():
+        if not file.exists():
+            write_parquet(dataset.select(sorted(rows[name])), file)
+    return {"test": args.test, **{name: str(file) for name, file in files.items()}}
+
+
+def has_images(dataset: Dataset) -> bool:
+    return any(map(len, dataset.with_format("arrow")["images"]))
+
+
+def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictured: bool) -> dict[str, Path]:
+    """The VLM's own answers to measure with, about the images that were held out, or else about keep_images."""
+    images = {exam: data[exam] if pictured else settings.get("keep_images") for exam in HELD_OUT if exam in data}
+    if None in images.values():
+        return {}
+    questions = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
+    numbers = ["--samples", args.keep_samples, "--batch-size", args.batch_size, "--seed", 1]
+    numbers += ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
+    files = {exam: args.output / f"keep_{exam}.safetensors" for exam in images}
+    for exam, file in files.items():
+        if not file.exists():
+            base = ["--base", settings["base"], "--images", images[exam], "-o", file]
+            launch("-m", "drift_peft", "keep", "make", *base, *questions, *numbers)
+    return files
+
+
+def read_recipe(file: Path) -> dict:
+    """Its settings, once sft_vlm.py's own parser has found nothing wrong with them."""
+    from parts.arguments import parse
+
+    parse(["--config", str(file)], __doc__)
+    return {key: value for key, value in yaml.safe_load(file.read_text(encoding="utf-8")).items() if value is not None}
+
+
+def compare(args: Namespace) -> dict:
+    """All of it; what is written as compared.json.
+
+    Raises:
+        ValueError, OSError, yaml.YAMLError: a mistake in the recipe, the flags or the data.
+        Failed: a run has failed.
+    """
+    settings = read_recipe(args.recipe)
+    args.output.mkdir(parents=True, exist_ok=True)
+    flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
+    asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
+    dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
+    keep = settings.get("keep")
+    if keep is None and (has_images(dataset) or "keep_images" in settings):
+        keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
+    ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep)
+    with Journal(args.output / "ledger.jsonl", asked) as ledger:
+        data = split(dataset, args)
+        keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
+        comparison = Comparison(args, settings, data, keep_sets, ledger)
+        measured = {way.name: comparison.measure(way) for way in ways}
+        if args.search:
+            way = tune(comparison, ways, measured)
+            ways.append(way)
+            measured[way.name] = comparison.measure(way)
+    chosen = choose(measured, args.budget)
+    titles = {way.name: way.title for way in ways}
+    result = {"recipe": str(args.recipe), "seeds": args.seeds, **asked, **summarize(measured, titles, chosen)}
+    write_result(result, args.output / "compared.json")
+    if keep_sets:
+        draw(measured, titles, chosen, args.output / "compared.png")
+    (way,) = (way for way in ways if way.name == chosen)
+    budget = None if args.steps is None and args.minutes is None else result["ways"][chosen].get("steps")
+    write_choice(result, way, settings, budget, args.output / "choice.yaml")
+    return result
+
+
+def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured]) -> Way:
+    """The best of the settings that a search has tried for the trained ways of the frontier, on validation samples."""
+    from parts.search import search
+
+    trained = [way for way in ways if way.trains is not None]
+    if not trained:
+        raise ValueError("--search tunes ways that are trained, and none is compared: name one with --ways")
+    leading = [way for way in trained if way.name in frontier(measured)] or trained
+    found: dict[str, Measured] = {}
+
+    def measure(way: Way) -> tuple[float, float]:
+        found[way.name] = comparison.measure(way, "validation")
+        return float(found[way.name].right.mean()), found[way.name].cost
+
+    args = comparison.args
+    tried = search(args.search, leading, comparison.settings, measure, args.output / "search.journal", args.seeds[0])
+    chosen = choose({way.name: comparison.measure(way, "validation") for way in tried}, args.budget)
+    return next(way for way in tried if way.name == chosen)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("compare.py", __doc__)
+    add = parser.add_argument
+    add("recipe", type=Path, help="YAML of sft_vlm.py, such as one of configs/")
+    add("-o", "--output", type=Path, required=True, help="folder to write, and to go on in")
+    add("--test", help="samples with known answers to examine on, instead of some of the data; see evaluate.py")
+    add("--held-out", type=int, default=100, help="samples to hold out of the data, once more for --search")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, help="of every way that is trained; otherwise the recipe's")
+    budget.add_argument("--minutes", type=float, help="instead: as many steps as fit, by the pace of the first ones")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the training runs; more than one give their mean")
+    add("--ways", nargs="+", choices=KINDS, default=[], help="which to compare; otherwise all that the recipe allows")
+    add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
+    add("--merge-first", type=float, nargs="+", default=[0.5], help="λ of what is merged before training")
+    add("--search", type=int, default=0, metavar="N", help="tune the leading ways in so many trials, with optuna")
+    add("--budget", type=float, help="most that the choice may cost, in nats a token from the VLM's own answers")
+    add("--keep-samples", type=int, default=100, help="answers of the VLM to measure with")
+    add("--batch-size", type=int, default=8, help="questions at a time, where nothing is trained")
+    add("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
+    add("--prompt", default=PROMPT, help='what is added to each question of an exam; "" for nothing')
+    add("--json", action="store_true", help="print the numbers as JSON")
+    args = parser.parse_args(arguments)
+    for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is above 0, not {getattr(args, name)}")
+    with in_one_sentence("compare.py", ValueError, OSError, ImportError, yaml.YAMLError, Failed):
+        try:
+            result = compare(args)
+        except KeyboardInterrupt:
+            told = "stopped; the same command goes on" if args.output.exists() else "stopped"
+            raise KeyboardInterrupt(told) from None
+    if args.json:
+        print(json.dumps(result))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=180)
+        console.print(compared_table(result))
+        print(f"The choice is {result['ways'][result['choice']]['title']}: {args.output / 'choice.yaml'}")
+
+
+if __name__ == "__main__":
+    run_script("compare.py", main)

@@ -1,0 +1,117 @@
+"""What a comparison says: its numbers, its table, and the recipe of the way to take."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import yaml
+from rich import box
+from rich.table import Table
+
+from .frontier import Measured, frontier
+from .intervals import interval
+from .ways import Way
+
+RULE = """\
+Of the ways that these samples cannot tell from the best one, it is the one that keeps most. It was chosen on these very
+samples, so its own number is rather too high than too low."""
+
+
+def summarize(measured: dict[str, Measured], titles: dict[str, str], choice: str) -> dict:
+    """What compared.json says of the ways. Differences are paired, with 95 % intervals, in percent."""
+    first, chosen = next(iter(measured.values())), measured[choice]
+    best = frontier(measured)
+    ways = {}
+    for name, found in measured.items():
+        numbers = {"title": titles[name], "right": 100 * float(found.right.mean()), "frontier": name in best}
+        numbers["categories"] = _by_category(found)
+        for key, less in (("above_first", found.right - first.right), ("below_choice", chosen.right - found.right)):
+            numbers[key] = [100 * float(less.mean()), *(100 * bound for bound in interval(less))]
+        if found.kl is not None:
+            numbers["kl"] = [max(0.0, value) for value in (found.cost, *interval(found.kl))]  # of rounding
+            numbers["agreement"] = 100 * float(found.agreement.mean())
+        ways[name] = numbers | found.facts
+    return {"samples": len(first.right), "first": next(iter(measured)), "choice": choice, "ways": ways}
+
+
+def _by_category(found: Measured) -> dict[str, float]:
+    names = np.array(found.categories)
+    return {name: 100 * float(found.right[names == name].mean()) for name in sorted(set(found.categories))}
+
+
+def columns(result: dict) -> tuple[list[str], list[list[str]]]:
+    """The heads of the table, some of two lines, and the cells of each way."""
+    ways = result["ways"]
+    categories = list(ways[result["first"]]["categories"])
+    categories = categories if len(categories) > 1 else []
+    kept = "kl" in ways[result["first"]]
+    heads = [
+        "way",
+        *(name.replace(" ", "\n", 1) for name in categories),
+        "right",
+        f"- {ways[result['first']]['title']}\n[95 %]",
+        "choice - it\n[95 %]",
+    ]
+    heads += ["KL in nats\n[95 %]", "same\ntokens"] if kept else []
+    rows = []
+    for name, numbers in ways.items():
+        mark = " *" if name == result["choice"] else " ·" if numbers["frontier"] else ""
+        row = [numbers["title"] + mark, *(f"{numbers['categories'][c]:.0f}" for c in categories)]
+        row += [f"{numbers['right']:.1f}", *map(_difference, (numbers["above_first"], numbers["below_choice"]))]
+        if kept:
+            kl, low, high = numbers["kl"]
+            row += [f"{kl:.3f} [{low:.3f}, {high:.3f}]", f"{numbers['agreement']:.1f}"]
+        rows.append([*row, *(_number(numbers.get(key)) for key in ("steps", "minutes"))])
+    return [*heads, "steps", "minutes"], rows
+
+
+def _difference(found: list[float]) -> str:
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*found)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 1 else f"{value:.0f}"
+
+
+def told(result: dict) -> str:
+    seeds = ", ".join(map(str, result["seeds"]))
+    return f"right answers in percent on {result['samples']} samples, seed {seeds}; * is the choice, · the frontier"
+
+
+def compared_table(result: dict) -> Table:
+    heads, rows = columns(result)
+    table = Table(title=told(result), box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "way" else "right", no_wrap=head == "way")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_choice(result: dict, way: Way, settings: dict, steps: float | None, output: Path) -> None:
+    """The chosen way as a recipe, with the command that makes it and the numbers of all ways in comments.
+
+    Args:
+        steps: that it was given, if the recipe does not say how many.
+    """
+    if way.trains is not None:
+        content = way.recipe(settings, max_steps=settings.get("max_steps") if steps is None else int(steps))
+        command = f"python recipes/sft_vlm.py --config {output}"
+    else:
+        names = ("expert", "base", "reference") if way.scale is not None else ("base",)
+        content = {key: settings[key] for key in names if key in settings}
+        command = "nothing is trained: no way is better than the VLM as it is, as far as these samples tell"
+        if way.scale is not None:
+            content |= {"rank": settings.get("prior_rank", 64), "scale": way.scale}
+            flags = [part for key, value in content.items() for part in (f"--{key}", str(value))]
+            command = f"drift-peft transplant {shlex.join(flags)} -o transplanted"
+    heads, rows = columns(result)
+    heads = [head.replace("\n", " ") for head in heads]
+    widths = [max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    comments = [f"{way.title}: the choice of recipes/compare.py {result['recipe']}", "", f"  {command}", ""]
+    comments += [told(result), *lines, "", *RULE.splitlines(), ""]
+    head = "".join(f"# {line}".rstrip() + "\n" for line in comments)
+    output.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The ways that compare.py knows, from nothing to everything: what each changes in the user's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+KINDS = ("base", "transplant", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
+OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row of the table.
+
+    Attributes:
+        name: of its folder.
+        title: in the table.
+        kind: one of KINDS.
+        scale: λ of a transplant, which is not trained.
+        trains: what sft_vlm.py takes in place of the recipe's own settings; None of a way that is not trained. A
+            value of None takes the key out.
+    """
+
+    name: str
+    title: str
+    kind: str
+    scale: float | None = None
+    trains: dict | None = field(default=None, hash=False)
+
+    def recipe(self, settings: dict, **more) -> dict:
+        """The recipe of this way: the user's settings, with its own and with `more` in their place."""
+        changed = {**settings, **self.trains, **more}
+        return {key: value for key, value in changed.items() if value is not None}
+
+    def tuned(self, trial: int, found: dict) -> Way:
+        """This way with the settings that a search has found."""
+        told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+        return replace(
+            self, name=f"{self.name}-trial{trial}", title=f"{self.title}, {told}", trains={**self.trains, **found}
+        )
+
+
+def ways_of(settings: dict, kinds: list[str], scales: list[float], shares: list[float], keep: Path | None) -> list[Way]:
+    """The ways that a recipe has what it takes for, of the kinds that are asked for, in the order of KINDS.
+
+    Args:
+        settings: the recipe's.
+        scales: of transplants.
+        shares: of Δ that is merged first.
+        keep: keep set of the ways that keep; None leaves them out.
+
+    Raises:
+        ValueError: a kind is asked for, and what it takes is missing.
+    """
+    plain, kept = {"keep": None}, {"keep": str(keep)}
+    sft, drift = ({"method": method, "merge_first": None} for method in ("sft", "drift"))
+    table = {
+        "base": [Way("base", "VLM as it is", "base")],
+        "transplant": [Way(f"transplant-{λ:g}", f"transplant {λ:g}", "transplant", scale=λ) for λ in scales],
+        # gated: a prior of gate_prior is a way without training too, as an adapter (ReasoningPrior.as_lora): its row
+        # goes here, its name into KINDS, and how it is made beside the transplant in compare.py.
+        "sft": [Way("sft", "SFT", "sft", trains=sft | plain)],
+        "sft-keep": [Way("sft-keep", "SFT, keeping", "sft-keep", trains=sft | kept)],
+        "merged": [_merged(λ, "merged", "", sft | plain) for λ in shares],
+        "merged-keep": [_merged(λ, "merged-keep", ", keeping", sft | kept) for λ in shares],
+        "drift": [Way("drift", "DRIFT", "drift", trains=drift | plain)],
+        "drift-keep": [Way("drift-keep", "DRIFT, keeping", "drift-keep", trains=drift | kept)],
+    }
+    missing = {}
+    for kind in KINDS:
+        if kind.startswith(("transplant", "merged")) and "expert" not in settings:
+            missing[kind] = "the recipe names no expert"
+        elif kind.startswith("drift") and "prior" not in settings:
+            missing[kind] = "the recipe names no prior"
+        elif kind.endswith("-keep") and keep is None:
+            missing[kind] = "the recipe names neither a keep set nor images to make it of"
+    for kind in kinds:
+        if kind in missing:
+            raise ValueError(f"{kind} cannot be compared: {missing[kind]}")
+    return [way for kind in KINDS if kind not in missing and (not kinds or kind in kinds) for way in table[kind]]
+
+
+def _merged(share: float, kind: str, told: str, trains: dict) -> Way:
+    return Way(f"{kind}-{share:g}", f"merged {share:g}, then SFT{told}", kind, trains={**trains, "merge_first": share})

@@ -1,0 +1,283 @@
+"""recipes/compare.py: which ways there are, what is chosen of them, and the whole way on a tiny pair."""
+
+import importlib
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import compare
+import datasets
+import digits_pair
+import evaluate
+import numpy as np
+import pytest
+import yaml
+from parts.frontier import Measured, choose, draw, frontier
+from parts.intervals import interval
+from parts.search import search
+from parts.ways import KINDS, ways_of
+from PIL import Image
+from recipe_runs import FAST
+
+from drift_peft.cli import main as drift_peft
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+SETTINGS = {"base": "b", "data": "d", "prior": "p.safetensors", "expert": "e", "keep": "own", "output_dir": "o"}
+
+
+def found(right, kl):
+    return Measured(np.array(right, float), np.full(5, float(kl)), np.full(5, 1 - kl / 10), ["all"] * len(right))
+
+
+def test_each_way_is_the_recipe_with_what_it_changes():
+    ways = {way.name: way for way in ways_of({**SETTINGS, "merge_first": 0.9}, [], [0.5], [0.2], Path("k"))}
+    assert [*ways] == [
+        "base", "transplant-0.5", "sft", "sft-keep", "merged-0.2", "merged-keep-0.2", "drift", "drift-keep"
+    ]  # fmt: skip
+    assert ways["base"].trains is None and ways["transplant-0.5"].scale == 0.5
+    kept = {key: value for key, value in SETTINGS.items() if key != "keep"}
+    for name, own in (
+        ("sft", {"method": "sft"}),
+        ("sft-keep", {"method": "sft", "keep": "k"}),
+        ("merged-0.2", {"method": "sft", "merge_first": 0.2}),
+        ("merged-keep-0.2", {"method": "sft", "merge_first": 0.2, "keep": "k"}),
+        ("drift", {"method": "drift"}),
+        ("drift-keep", {"method": "drift", "keep": "k"}),
+    ):
+        assert ways[name].recipe({**SETTINGS, "merge_first": 0.9}) == kept | own
+    plain = {"base": "b", "data": "d"}
+    assert [way.kind for way in ways_of(plain, [], [0.5], [0.2], None)] == ["base", "sft"]
+    for kind, told in (
+        ("drift", "drift cannot be compared: the recipe names no prior"),
+        ("merged", "merged cannot be compared: the recipe names no expert"),
+        ("sft-keep", "names neither a keep set nor images to make it of"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ways_of(plain, [kind], [0.5], [0.2], None)
+
+
+def test_the_choice_keeps_most_of_what_cannot_be_told_from_the_best():
+    """20 samples: 19 and 17 right are told apart no more than their paired interval says; 10 are."""
+    best, alike, worse, beaten = (np.arange(20) < n for n in (19, 18, 10, 9))
+    measured = {"base": found(worse, 0), "a": found(best, 0.9), "b": found(alike, 0.3), "c": found(beaten, 0.5)}
+    assert frontier(measured) == ["base", "a", "b"]
+    assert interval(best - alike.astype(float))[0] == 0 and interval(best - worse.astype(float))[0] > 0
+    assert choose(measured) == "b"
+    assert choose(measured, budget=0.2) == "base"
+    with pytest.raises(ValueError, match=r"no way costs at most 0\.1 nats a token: the least is 0\.3"):
+        choose({"a": measured["a"], "b": measured["b"]}, budget=0.1)
+
+
+def test_the_picture_shows_every_way(tmp_path):
+    measured = {"base": found([0, 1] * 5, 0), "a": found([1, 1] * 5, 2)}
+    draw(measured, {"base": "VLM", "a": "DRIFT"}, "a", tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").width > 500
+
+
+def test_a_search_goes_on_with_the_trial_that_it_was_stopped_at(tmp_path):
+    """It begins with the ways' own settings, stays in the ranges, and tries nothing twice."""
+    settings = {**SETTINGS, "learning_rate": 1e-3}
+    ways = ways_of(settings, ["merged", "drift"], [], [0.5], None)
+    asked = []
+
+    def measure(way, fails=None):
+        asked.append(way)
+        if len(asked) == fails:
+            raise KeyboardInterrupt
+        recipe = way.recipe(settings)
+        return recipe["learning_rate"], recipe.get("merge_first", 0)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(8, ways, settings, lambda way: measure(way, fails=5), tmp_path / "s")
+    tried = search(8, ways, settings, measure, tmp_path / "s")
+    assert asked[4] == asked[5] and asked[4].trains == asked[5].trains and len(asked) == 9
+    assert [way.name for way in tried] == [way.name for way in asked[:4] + asked[5:]]
+    assert search(8, ways, settings, None, tmp_path / "s") == tried
+    own = [way.recipe(settings) for way in tried[:2]]
+    assert own[0]["merge_first"] == 0.5 and [each["learning_rate"] for each in own] == [1e-3] * 2
+    assert len({str(way.trains) for way in tried}) == 8
+    for way in tried:
+        recipe = way.recipe(settings)
+        assert 2e-4 <= recipe["learning_rate"] <= 5e-3
+        assert ("drift_alpha" in way.trains) == (recipe["method"] == "drift") != ("merge_first" in recipe)
+        assert 0.06 <= recipe.get("drift_alpha", 0.3) <= 1.5 and 0.1 <= recipe.get("merge_first", 0.5) <= 0.9
+    with pytest.raises(
+        ValueError, match=r"s holds trials of merged-0.5, drift, and leading are now drift: move it away"
+    ):
+        search(9, ways[1:], settings, measure, tmp_path / "s")
+
+
+def test_the_demos_world_is_a_pair_as_users_have_them(tmp_path, capsys):
+    """With exams by category, which its VLM answers as in the demo, from images of a single channel."""
+    digits_pair.main([str(tmp_path / "d"), "--size", "9"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"python recipes/compare.py {tmp_path / 'd' / 'recipe.yaml'} -o ")
+    for recipe, images in (("recipe", True), ("text", False)):
+        settings = compare.read_recipe(tmp_path / "d" / f"{recipe}.yaml")
+        dataset, _, _ = compare.read_data(Namespace(test=None), settings)
+        assert len(dataset) == 200 and compare.has_images(dataset) == images
+    flags = ["--model", settings["base"], "--data", tmp_path / "d" / "test.jsonl", "--prompt", ""]
+    evaluate.main([*map(str, flags), "--max-new-tokens", "48", "-o", str(tmp_path / "r.json"), "--batch-size", "36"])
+    result = json.loads((tmp_path / "r.json").read_text())
+    categories = result["categories"]
+    assert result["total"]["samples"] == 36
+    assert [*categories] == ["2-3 operations", "4-5 operations", "perception", "text reasoning"]
+    assert categories["perception"]["correct"] >= 8 > 4 >= categories["4-5 operations"]["correct"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The commands that were run, in this process."""
+    commands = []
+
+    def launch(*command):
+        script, *flags = map(str, command)
+        commands.append([script, *flags])
+        if script == "-m":
+            return drift_peft(flags[1:])
+        importlib.import_module(Path(script).stem).main(flags)
+
+    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr("sft_vlm.plot_run", lambda history, output: None)
+    return commands
+
+
+def test_a_comparison_goes_on_where_it_was_stopped_and_ends_in_one_recipe(
+    launched, pair, data, tmp_path, monkeypatch, capsys
+):
+    folder = pair("qwen2_5_vl")
+    settings = {key: str(folder / key) for key in ("base", "expert")} | {"prior": str(folder / "p.safetensors")}
+    settings |= {**FAST, "data": str(data), "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "compared"
+    recipe.write_text(yaml.safe_dump(settings))
+    flags = [recipe, "-o", output, "--held-out", 3, "--steps", 1, "--keep-samples", 3, "--max-new-tokens", 3]
+    flags += ["--scales", 0.5, "--ways", "base", "transplant", "merged-keep"]
+    run = compare.launch
+
+    def stopped(*command):
+        if "--adapter" in command and "--keep" in command and "transplant-0.5" not in str(command):
+            raise KeyboardInterrupt
+        run(*command)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="stopped; the same command goes on"):
+        patch.setattr(compare, "launch", stopped)
+        compare.main([*map(str, flags)])
+    launched.clear()
+    compare.main([*map(str, flags)])
+    (again,) = launched
+    assert "--keep" in again and "merged-keep-0.5" in str(again)
+    capsys.readouterr()
+    compare.main([*map(str, flags), "--json"])
+    assert len(launched) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((output / "compared.json").read_text())
+
+    assert result["samples"] == 3 and [*result["ways"]] == ["base", "transplant-0.5", "merged-keep-0.5"]
+    base, transplanted, trained = result["ways"].values()
+    assert base["kl"][0] < min(transplanted["kl"][0], trained["kl"][0]) and base["agreement"] == 100
+    assert trained["steps"] == 1 and "steps" not in base
+    assert base["above_first"] == [0, 0, 0]
+    place = output / "ways" / "merged-keep-0.5" / "seed0"
+    run_record = json.loads((place / "adapter" / "run.json").read_text())
+    assert run_record["data"]["samples"] == 5 and run_record["merged_first"]["scale"] == 0.5 and run_record["keep"]
+    assert not (place / "adapter-base").exists() and not [*(place / "adapter").glob("checkpoint-*")]
+    assert Image.open(output / "compared.png").width > 500
+    text = (output / "choice.yaml").read_text(encoding="utf-8")
+    assert re.match(
+        r"# VLM as it is: the choice of recipes/compare.py .*recipe.yaml\n#\n#   nothing is trained: ", text
+    )
+    assert all(f"# {way['title']}" in text for way in result["ways"].values())
+    assert yaml.safe_load(text) == {"base": settings["base"]}
+    with pytest.raises(SystemExit, match=r"ledger.jsonl holds answers of other settings: --steps \(1, now 2\)"):
+        compare.main([*map(str, flags), "--steps", "2"])
+
+
+def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
+    """A kill between the two runs leaves nothing of the first one that would be taken for the second."""
+    (way,), args = ways_of(SETTINGS, ["drift"], [], [], None), Namespace(output=tmp_path, steps=None, minutes=0.5)
+    runs = []
+
+    def launch(script, _, recipe, *flags):
+        content = yaml.safe_load(Path(recipe).read_text())
+        runs.append((content["max_steps"], content["data"], content["seed"], flags))
+        Path(content["output_dir"]).mkdir(parents=True)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        results = {"steps": content["max_steps"], "train_runtime": 2.0 * content["max_steps"]}
+        (Path(content["output_dir"]) / "run.json").write_text(json.dumps({"results": results}))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    (tmp_path / "drift").mkdir()
+    with compare.Journal(tmp_path / "l.jsonl", {}) as ledger:
+        comparison = compare.Comparison(args, SETTINGS, {"train": "t.parquet"}, {}, ledger)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.train(way, tmp_path / "drift", 7, "train")
+        facts = comparison.train(way, tmp_path / "drift", 7, "train")
+        assert facts == comparison.train(way, tmp_path / "drift", 7, "train") == {"steps": 15, "minutes": 0.5}
+    assert runs == [(5, "t.parquet", 7, ()), (15, "t.parquet", 7, ()), (15, "t.parquet", 7, ())]
+
+
+def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts, tmp_path):
+    """Tried on validation samples after training on the others, then trained on all, and written as the choice. There
+    are no images here, and so nothing to keep."""
+    settings = {"base": "b", "data": str(texts), "method": "sft", "use_cpu": True, "learning_rate": 1e-3}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o", "images_per_sample": 1}))
+    output, trained, asked = tmp_path / "out", [], []
+
+    def launch(script, *flags):
+        flags = dict(zip(map(str, flags[::2]), flags[1::2], strict=True))
+        if Path(script).name == "sft_vlm.py":
+            recipe = yaml.safe_load(Path(flags["--config"]).read_text())
+            trained.append((Path(recipe["data"]).stem, recipe["learning_rate"]))
+            folder = Path(recipe["output_dir"])
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"results": {"steps": 9, "train_runtime": 60}}))
+            return
+        asked.append(Path(flags["--data"]).stem)
+        rate = trained[-1][1] if "--adapter" in flags else 0
+        rows = [{"category": "all", "correct": rate > 1e-3} for _ in range(2)]
+        flags["-o"].write_text(json.dumps({"samples": rows}))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    flags = [str(tmp_path / "recipe.yaml"), "-o", str(output), "--held-out", "2", "--search", "4", "--steps", "9"]
+    compare.main(flags)
+    numbers = len(trained), len(asked)
+    compare.main(flags)
+    assert numbers == (len(trained), len(asked)) == (6, 7)
+    assert [name for name, _ in trained] == ["train", *["fitting"] * 4, "train"] and trained[1] == ("fitting", 1e-3)
+    assert asked == ["test"] * 2 + ["validation"] * 4 + ["test"]
+    best = next(rate for _, rate in trained[1:] if rate > 1e-3)
+    assert trained[-1] == ("train", best)
+    choice = yaml.safe_load((output / "choice.yaml").read_text(encoding="utf-8"))
+    assert choice == settings | {"output_dir": "o", "images_per_sample": 1, "learning_rate": best, "max_steps": 9}
+    result = json.loads((output / "compared.json").read_text(encoding="utf-8"))
+    assert [way["right"] for way in result["ways"].values()] == [0, 0, 100] and "kl" not in result["ways"]["base"]
+    sizes = {name: len(datasets.Dataset.from_parquet(str(output / f"{name}.parquet"))) for name in ("train", "fitting")}
+    assert sizes == {"train": 6, "fitting": 4} and not (output / "compared.png").exists()
+
+
+def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base": "b", "data": str(data), "method": "sft", "use_cpu": True}))
+    usual = [str(recipe), "-o", str(tmp_path / "out")]
+    for more, told in (
+        (["--held-out", "5"], "5 of the 8 samples of the data would be held out: hold out fewer with --held-out"),
+        (["--held-out", "0"], "--held-out is above 0, not 0"),
+        (["--ways", "drfit"], r"--ways takes one of base, .*, not drfit; did you mean drift\?"),
+        (["--held-out", "2", "--ways", "drift"], "drift cannot be compared: the recipe names no prior"),
+    ):
+        with pytest.raises(SystemExit, match=told):
+            compare.main([*usual, *more])
+    assert len(KINDS) == 8
+
+
+def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):
+    compare.launch("-c", "print('it ran')")
+    with pytest.raises(
+        compare.Failed, match=r"python -c 'raise SystemExit\(3\)' has failed, .* the same command goes on"
+    ):
+        compare.launch("-c", "raise SystemExit(3)")
+    assert capfd.readouterr().err == "it ran\n"  # stdout is for the result

@@ -16,6 +16,11 @@ and merged bases are deleted when their way is measured: a run of its recipe mak
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("compare.py: stopped")
+
 import hashlib
 import json
 import shlex
@@ -260,7 +265,7 @@ def compare(args: Namespace) -> dict:
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
     ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep)
-    with Journal(args.output / "ledger.jsonl", asked) as ledger:
+    with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         data = split(dataset, args)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep_sets, ledger)

@@ -9,6 +9,11 @@ and the latter; `unlabelled/`, 240 pictures for a keep set, and `questions.txt`,
 
 from __future__ import annotations
 
+from drift_peft.cli.interrupt import end_at_ctrl_c
+
+if __name__ == "__main__":  # before what takes its time to import
+    end_at_ctrl_c("digits_pair.py: stopped")
+
 import json
 from pathlib import Path
 

@@ -23,13 +23,14 @@ class Journal:
 
     Args:
         settings: name -> value of whatever makes an answer another one; the first line of the file.
+        text: what each answer has in words; None where answers are of another kind.
 
     Raises:
         ValueError: the file is of other settings or damaged, or another process is writing.
     """
 
-    def __init__(self, path: Path, settings: dict):
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: dict, text: str | None = "response"):
+        self.path, self.settings, self.text = path, settings, text
         self.answers: dict[str, dict] = {}
         self._file = None
         self._lock, self._process = threading.Lock(), FileLock(f"{path}.lock")
@@ -86,7 +87,7 @@ class Journal:
         lines = []
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                lines.append(_check(json.loads(line), answer=number > 1))
+                lines.append(_check(json.loads(line), ["question", self.text] if number > 1 else []))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of {self.path} is damaged ({error}): delete that line") from error
         if lines:
@@ -97,12 +98,12 @@ class Journal:
             os.truncate(self.path, len(whole))
 
 
-def _check(line, answer: bool) -> dict:
-    """A line of the file: the settings, or an answer."""
+def _check(line, texts: list[str | None]) -> dict:
+    """A line of the file: the settings, or an answer, which has these in words."""
     if not isinstance(line, dict):
         raise ValueError("it is no object")
-    if answer and not (isinstance(line.get("question"), str) and isinstance(line.get("response"), str)):
-        raise ValueError("it has no question with a response")
+    if not all(isinstance(line.get(name), str) for name in texts if name is not None):
+        raise ValueError(f"it has no {' with a '.join(filter(None, texts))}")
     return line
 
 

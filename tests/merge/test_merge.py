@@ -311,7 +311,7 @@ REFUSED = {
     ),
     "index is a list": (
         lambda p: ((p / "base" / "model.safetensors").unlink(), (p / "base" / f"{SINGLE}.index.json").write_text("[]")),
-        "index.json is no index of weights: fetch it again",
+        r"index.json is no index of weights .*got \[\].*: fetch it again",
     ),
     "eight bits": (
         lambda p: edit_tensors(p / "base", lambda t: t.update({W: t[W].to(torch.int8)})),
@@ -323,15 +323,15 @@ REFUSED = {
     ),
     "nan as alpha": (
         lambda p: edit_config(p / "adapter", lora_alpha=math.nan),
-        "has lora_alpha=nan in its adapter_conf",
+        "adapter_config.json of adapter .*: lora_alpha should be a finite number, got NaN",
     ),
     "a pattern of inf": (
         lambda p: edit_config(p / "adapter", alpha_pattern={"q_proj": math.inf}),
-        r"has alpha_pattern\['q_proj'\]=inf in its adapter_config.json, which is no finite number",
+        "adapter_config.json of adapter .*: alpha_pattern.q_proj should be a finite number, got Infinity",
     ),
     "alpha as text": (
         lambda p: edit_config(p / "adapter", lora_alpha="16"),
-        "has lora_alpha='16' in its adapter_config",
+        'adapter_config.json of adapter .*: lora_alpha should be a valid number, got "16"',
     ),
     "base is empty": (lambda p: (shutil.rmtree(p / "base"), (p / "base").mkdir()), "is an empty folder"),
     "output exists": (lambda p: (p / "merged").mkdir(), r"exists: name another folder, or pass overwrite=True"),

@@ -56,7 +56,7 @@ def adapted(made, folder):
 
 def part(samples, tokens, vocabulary):
     ids = torch.randint(7, 64, (samples, tokens))
-    known = samples * ANSWER, dry.STORED
+    known = samples * ANSWER, dry.TOP_K
     top = torch.randint(vocabulary, known), torch.full(known, -8.0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["attention_mask"][0, :9] = 0  # padding, as the shorter questions have it

@@ -9,7 +9,6 @@ import time
 import pytest
 import sft_vlm
 from openai_server import OpenAI
-from parts import answers
 from parts.arguments import parse
 from parts.journal import journal_path
 from recipe_runs import RECIPES
@@ -43,7 +42,7 @@ def test_ctrl_c_says_where_the_answers_are_and_the_same_command_goes_on(tmp_path
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_the_judge_ends_at_ctrl_c_without_a_traceback():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, answers.__file__], **pipes) as judge:
+    with subprocess.Popen([sys.executable, "-m", "parts.equality"], cwd=RECIPES, **pipes) as judge:
         assert judge.stdout.readline() == "ready\n"
         judge.send_signal(signal.SIGINT)
         _, err = judge.communicate(timeout=60)
@@ -60,7 +59,7 @@ def test_ctrl_c_while_a_script_imports_is_one_sentence(tmp_path):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "sft_vlm.py: stopped before anything had begun\n")
+    assert (process.returncode, err) == (130, "sft_vlm.py: stopped\n")
 
 
 @pytest.mark.parametrize("written", [["--config={}"], ["--config", "{}"], ["--config", "none.yaml", "--config={}"]])

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from .cards import CARDS, USABLE, fits, read_config, read_settings
+from .cards import CARDS, USABLE, base_config, fits, read_settings
 from .memory import Memory
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
@@ -22,7 +22,7 @@ def gating_summary(recipe: str | Path, changes: dict | None = None) -> dict:
     Raises: as `preflight_summary`.
     """
     settings = read_settings(recipe, changes)
-    now = Memory(read_config(settings.base), settings.base).gating(settings, TOKENS)
+    now = Memory(base_config(settings.base), settings.base).gating(settings, TOKENS)
     tokens = STEPS * ANSWERS * (KEPT + SAID)
     return {
         "base": settings.base,

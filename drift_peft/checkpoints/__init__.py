@@ -8,6 +8,7 @@ Nothing here knows of priors or of training.
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
+    peft_names   how PEFT rewrites names for transformers 5
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
@@ -30,10 +31,11 @@ from .dequantized import (
     quantization_of,
 )
 from .hub import download, split_revision
-from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, is_adapter, open_expert
+from .lora import DRIFT_CONFIG, adapter_folder, adapter_updates, is_adapter, lora_variants, open_expert
 from .match import MODULES, Match, describe, match_weights
 from .naming import PROJECTIONS, canonical_name, cross_attention_layers, layer_order, module_kind, unwrapped
 from .output import UNFINISHED, partial_folder, partial_path, refuse_output, resumable_folder, write_tensors
+from .peft_names import convert_peft_config_for_transformers
 from .sharing import file_sha256, find_file, find_license, license_name, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
@@ -60,6 +62,7 @@ __all__ = [
     "block_rows",
     "canonical_name",
     "carry_adapter",
+    "convert_peft_config_for_transformers",
     "cross_attention_layers",
     "describe",
     "download",
@@ -70,6 +73,7 @@ __all__ = [
     "language_model_targets",
     "layer_order",
     "license_name",
+    "lora_variants",
     "match_weights",
     "module_kind",
     "open_expert",

@@ -60,7 +60,7 @@ class Repository:
         if record is not None and not hasattr(HFCacheInfo, "delete_files"):
             raise ValueError(
                 f"huggingface_hub {huggingface_hub.__version__} cannot free single files of its cache: leave out "
-                "delete_shards, or install huggingface_hub 1.33 or newer"
+                "delete_shards, or install huggingface_hub 1.32 or newer"
             )
         self.name = name
         self.folder = download(name, revision, DESCRIPTIONS)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoints import file_sha256, find_file, layer_order, partial_folder, refuse_output, write_tensors
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 HEADER_KEY, FORMAT = "drift_prior", 1
 FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository

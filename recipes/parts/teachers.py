@@ -7,7 +7,7 @@ import io
 import json
 import random
 import threading
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
@@ -192,7 +192,7 @@ def _retry_after(response: httpx2.Response) -> float | None:
         seconds = float(header)
     except ValueError:
         try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(timezone.utc)).total_seconds()
+            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
         except (ValueError, TypeError):
             return None
     return min(max(seconds, 0.0), LONGEST_WAIT)

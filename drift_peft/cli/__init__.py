@@ -31,6 +31,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..builds import explained
+
 __all__ = ["main"]
 
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = vars(parser().parse_args(argv))
         options.pop("run")(**options)
     except (ValueError, OSError, KeyError, ImportError, KeyboardInterrupt) as error:
+        error = explained(error) if isinstance(error, ImportError) else error
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or "interrupted"
         print(f"drift-peft: error: {'; '.join([message, *getattr(error, '__notes__', ())])}", file=sys.stderr)
         if not isinstance(error, KeyboardInterrupt):

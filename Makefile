@@ -3,6 +3,9 @@
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
+# make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
+# make test-newest        the same with the newest ones, in .venv-newest
+# make dist     wheel and source distribution in dist/, checked for an index of packages
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 
 PYTHON ?= python3
@@ -11,7 +14,7 @@ BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-cuda test-distributed lint clean
+.PHONY: demo test test-faults test-cuda test-distributed test-oldest test-newest run-in lint dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -30,14 +33,41 @@ test-cuda: $(INSTALLED)
 test-distributed: $(DEEPSPEED)/.installed
 	PYTHONPATH=$(abspath $(DEEPSPEED)) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
 
+# Environments of their own. What an older version lacks is skipped, and -rs says which test and why.
+test-oldest: .venv-oldest/.installed
+	$(MAKE) run-in ENVIRONMENT=.venv-oldest
+
+test-newest: .venv-newest/.installed
+	$(MAKE) run-in ENVIRONMENT=.venv-newest
+
+run-in:
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(ENVIRONMENT)/bin/python -m pytest --numprocesses auto --dist loadfile \
+		--no-loadscope-reorder -rs
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
+
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 # Installs once, and again only when the dependencies have changed.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"
 	touch $@
 
 # Beside the environment: transformers behaves differently where it finds DeepSpeed. Its setup.py imports torch, and
@@ -49,4 +79,4 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist .pytest_cache .ruff_cache .hypothesis

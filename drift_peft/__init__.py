@@ -29,7 +29,12 @@ __all__ = [*_ROOMS]
 def __getattr__(name: str):
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    except (ImportError, RuntimeError) as error:
+        from .builds import explained
+
+        raise explained(error) from error
     globals()[name] = value
     return value
 

@@ -9,10 +9,12 @@ and the latter; `unlabelled/`, 240 pictures for a keep set, and `questions.txt`,
 
 from __future__ import annotations
 
+from drift_peft.builds import explain_imports
 from drift_peft.cli.interrupt import end_at_ctrl_c
 
 if __name__ == "__main__":  # before what takes its time to import
     end_at_ctrl_c("digits_pair.py: stopped")
+    explain_imports("digits_pair.py")
 
 import json
 from pathlib import Path

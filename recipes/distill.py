@@ -18,10 +18,12 @@ there. The result holds the questions as they were, without the prompt, and the 
 
 from __future__ import annotations
 
+from drift_peft.builds import explain_imports
 from drift_peft.cli.interrupt import end_at_ctrl_c
 
 if __name__ == "__main__":  # before what takes its time to import
     end_at_ctrl_c("distill.py: stopped")
+    explain_imports("distill.py")
 
 import hashlib
 import json

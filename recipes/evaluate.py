@@ -16,10 +16,12 @@ without it.
 
 from __future__ import annotations
 
+from drift_peft.builds import explain_imports
 from drift_peft.cli.interrupt import end_at_ctrl_c
 
 if __name__ == "__main__":  # before what takes its time to import
     end_at_ctrl_c("evaluate.py: stopped")
+    explain_imports("evaluate.py")
 
 import hashlib
 import json

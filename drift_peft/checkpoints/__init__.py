@@ -9,6 +9,7 @@ Nothing here knows of priors or of training.
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
+    peft_names   how PEFT rewrites names for transformers 5
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
@@ -41,6 +42,7 @@ from .lora import (
     adapter_updates,
     infinite_alpha,
     is_adapter,
+    lora_variants,
     open_expert,
     recorded_base,
     watched_adapter,
@@ -56,6 +58,7 @@ from .naming import (
     unwrapped,
 )
 from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
+from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .sharing import file_sha256, find_file, find_license, in_markdown, license_name, upload
@@ -92,6 +95,7 @@ __all__ = [
     "carry_adapter",
     "check",
     "claimed_output",
+    "convert_peft_config_for_transformers",
     "cross_attention_layers",
     "describe",
     "download",
@@ -104,6 +108,7 @@ __all__ = [
     "language_model_targets",
     "layer_order",
     "license_name",
+    "lora_variants",
     "match_weights",
     "module_kind",
     "only_writer",

@@ -7,17 +7,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import (
+    HFCacheInfo,
     HfFileSystem,
     constants,
-    get_cached_repo_tree,
     hf_hub_download,
+    list_repo_files,
     parse_safetensors_file_metadata,
     scan_cache_dir,
     snapshot_download,
 )
 from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -51,10 +52,16 @@ class Repository:
         folder: its snapshot in the cache.
 
     Raises:
+        ValueError: a record is given, and the installed huggingface_hub cannot free files.
         FileNotFoundError, PermissionError, OSError: see `download`.
     """
 
     def __init__(self, name: str, revision: str | None = None, record: Path | None = None):
+        if record is not None and not hasattr(HFCacheInfo, "delete_files"):
+            raise ValueError(
+                f"huggingface_hub {huggingface_hub.__version__} cannot free single files of its cache: leave out "
+                "delete_shards, or install huggingface_hub 1.32 or newer"
+            )
         self.name = name
         self.folder = download(name, revision, DESCRIPTIONS)
         self.commit = self.folder.name  # the cache names a snapshot's folder after its commit
@@ -63,10 +70,12 @@ class Repository:
         self._brought: set[str] = set(json.loads(record.read_text(encoding="utf-8"))) if known else set()
 
     def files(self) -> set[str]:
-        """Names of its files; of those in the cache where it was never listed and there is no network."""
+        """Names of its files; of those in the cache where there is no network."""
         try:
-            return {file.path for file in get_cached_repo_tree(self.name, revision=self.commit)}
-        except CachedRepoTreeNotFoundError:
+            return {*list_repo_files(self.name, revision=self.commit)}
+        except Exception as error:  # of one HTTP library or another, by the client's version
+            if isinstance(error, HfHubHTTPError):
+                raise
             return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
 
     def header(self, file: str) -> Header:

@@ -30,6 +30,7 @@ DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
 FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 # Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
+UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "arrow_config")  # by PEFT 0.18 and 0.19
 IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
 
 
@@ -154,7 +155,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
     if type(config) is not LoraConfig:
         raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
-    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name != "use_dora"]
+    variants = [name for name in lora_variants() if name != "use_dora"]
     others = ["use_qalora", "target_parameters", "layer_replication"]
     used = [name for name in [*variants, *others] if getattr(config, name, None)]
     used += ["init_lora_weights"] if config.init_lora_weights not in STARTS else []
@@ -174,6 +175,12 @@ def infinite_alpha(config: LoraConfig) -> str | None:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             return f"{name}={alpha!r}"
     return None
+
+
+def lora_variants() -> list[str]:
+    """Names of the fields of PEFT's `LoraConfig` that ask for a variant of LoRA, in PEFT's order."""
+    known = [f for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") or f.name in UNMARKED_VARIANTS]
+    return [f.name for f in known]
 
 
 PART = re.compile(

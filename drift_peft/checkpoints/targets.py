@@ -15,14 +15,11 @@ from collections.abc import Container, Iterable
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_adapter_state_dict_for_transformers,
-    convert_peft_config_for_transformers,
-)
 from torch import nn
 
 from ..warn import warn
 from .decoder import Decoder
+from .peft_names import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 
 
 def language_model_targets(

@@ -35,6 +35,8 @@ import faulthandler
 import sys
 from collections.abc import Sequence
 
+from ..builds import explained
+
 __all__ = ["main"]
 
 
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.pop("run")(**options)
     except (Exception, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt) or ctrl_c_came()
+        error = explained(error)
         if not interrupted and not isinstance(error, (ValueError, OSError, KeyError, ImportError)):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)

@@ -27,7 +27,7 @@ from .answers import Sample
 from .file import tokenizer_identity
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 HEADER_KEY, FORMAT = "drift_answers", 1
 FILE_NAME = "answers.safetensors"

@@ -36,9 +36,10 @@ from .header import Header
 from .share import model_card
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from huggingface_hub import ModelCard
     from PIL.Image import Image
-    from typing_extensions import Self
 
 HEADER_KEY, FORMAT = "drift_keep", 1
 FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub repository

@@ -38,7 +38,7 @@ from ..checkpoints import (
 from .header import Header
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 HEADER_KEY, FORMAT = "drift_prior", 1
 FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -25,6 +26,8 @@ from .file import FILE_NAME, PriorFile, partial_output, write_prior
 from .report import prior_html, prior_summary
 from .share import export_lora, model_card, push
 
+Part = TypeVar("Part", bound="str | Path | ReasoningPrior")
+
 
 class ReasoningPrior(PriorFile):
     """Canonical weight name -> PriorWeight, or PriorVector for a vector, read from the file on access.
@@ -40,7 +43,7 @@ class ReasoningPrior(PriorFile):
     @classmethod
     def combine(
         cls,
-        parts: Mapping[str | Path | ReasoningPrior, float] | Iterable[tuple[str | Path | ReasoningPrior, float]],
+        parts: Mapping[Part, float] | Iterable[tuple[Part, float]],
         output: str | Path,
         rank: int | None = None,
         overwrite: bool = False,

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
-from ..checkpoints import DRIFT_CONFIG, Schema, check, infinite_alpha, read_json
+from ..checkpoints import DRIFT_CONFIG, Schema, check, infinite_alpha, lora_variants, read_json
 from .card import update_card
 from .settings import DriftSettings, check_settings, is_rank
 
@@ -42,8 +42,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
         default="drift",
         metadata={
+            **LoraConfig.__dataclass_fields__["init_lora_weights"].metadata,
             "help": "'drift': lora_A starts in the top right singular vectors of Δ and lora_B at 0; or PEFT's own.",
-            "lora_variants": LoraConfig.__dataclass_fields__["init_lora_weights"].metadata["lora_variants"],
         },
     )
 
@@ -85,8 +85,7 @@ class DriftConfig(DriftSettings, LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "
                 f"{', '.join(map(repr, STARTS))}; starts that change the base weight also change Δ."
             )
-        variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
-        refused = [v for v in [*variants, "use_qalora", "layer_replication"] if getattr(self, v, None)]
+        refused = [v for v in [*lora_variants(), "use_qalora", "layer_replication"] if getattr(self, v, None)]
         refused = [v for v in refused if v not in PLAIN_CHAIN_RULE]
         if refused:
             raise ValueError(

@@ -7,14 +7,19 @@ import functools
 import re
 from collections.abc import Iterable
 
-from peft import PeftModel, mixed_model
+from peft import PeftModel, mixed_model, peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import nn
+from torch import Tensor, nn
 
-from ..checkpoints import Decoder, language_model_targets, module_kind, quantization_of
+from ..checkpoints import (
+    Decoder,
+    convert_peft_config_for_transformers,
+    language_model_targets,
+    module_kind,
+    quantization_of,
+)
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
@@ -108,29 +113,6 @@ class DriftModel(LoraModel):
         super().delete_adapter(adapter_name)
         _forget(modules, adapter_name)
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict, **kwargs):
-        config.weights_loaded = True  # no field of the config, so it is not stored
-        return super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
-        )
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
-        """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
-        weights = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
-        )
-        starts_at_zero = config.init_lora_weights in ZERO_STARTS and not getattr(config, "weights_loaded", False)
-        guided = [s for s in steered_of(model) if s.adapter == adapter_name and s.alpha]
-        if starts_at_zero and guided and not any(int(s.config.drift_steps) for s in guided):
-            if any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
-                warn(
-                    f"The adapter '{adapter_name}' was trained, but the guidance never ran: its optimizer does not "
-                    "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA."
-                )
-        return weights
-
 
 def _unmixed(check):
     """PEFT's models of mixed adapter types make their layers past DriftModel, so nothing there would be guided."""
@@ -164,6 +146,46 @@ def _grown(inject_adapter):
 
 
 LoraModel.inject_adapter = _grown(LoraModel.inject_adapter)
+
+
+def _noting_weights(load_from_state_dict):
+    """An adapter whose weights are loaded did not start where its config says."""
+
+    @functools.wraps(load_from_state_dict)
+    def wrapper(self: LoraModel, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
+        for name, config in self.peft_config.items():
+            if any(f".lora_B.{name}." in key for key in state_dict):
+                config.weights_loaded = True  # no field of the config, so it is not stored
+        load_from_state_dict(self, state_dict, *args, **kwargs)
+
+    return wrapper
+
+
+LoraModel._load_from_state_dict = _noting_weights(LoraModel._load_from_state_dict)
+
+
+def _telling_unguided(get_state_dict):
+    """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
+
+    @functools.wraps(get_state_dict)
+    def wrapper(model: PeftModel, state_dict=None, adapter_name: str = "default", **kwargs) -> dict[str, Tensor]:
+        weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
+        guided = [s for s in steered_of(model) if s.adapter == adapter_name and s.alpha]
+        if not guided or any(int(s.config.drift_steps) for s in guided):
+            return weights
+        config = model.peft_config[adapter_name]
+        starts_at_zero = config.init_lora_weights in ZERO_STARTS and not getattr(config, "weights_loaded", False)
+        if starts_at_zero and any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
+            warn(
+                f"The adapter '{adapter_name}' was trained, but the guidance never ran: its optimizer does not "
+                "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA."
+            )
+        return weights
+
+    return wrapper
+
+
+peft_model.get_peft_model_state_dict = _telling_unguided(peft_model.get_peft_model_state_dict)
 
 
 def _with_steering(print_trainable):

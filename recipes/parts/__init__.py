@@ -1,6 +1,5 @@
 """What the recipes' scripts share.
 
-interrupt     Ctrl-C while a script is still importing
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
 checkpoints   which checkpoints are whole, and so what training goes on from

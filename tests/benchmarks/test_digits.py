@@ -20,6 +20,7 @@ from digits_study.priors import make_priors
 from digits_study.report import write
 from digits_study.run import DEFAULTS, movement, perform, scores, training_samples, unmarked
 from digits_study.worlds import CELL, SIDE, WORLDS, FoldedDigits, llava_processor, mirrored
+from digits_study.worlds import FOLDER as STUDY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,8 @@ from drift_peft.demo.train import load
 from drift_peft.demo.world import Digits, make_samples
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(not STUDY.is_dir(), reason="the source distribution lacks the study's checkpoints")
 
 SMALL = {"steps": 2, "samples": 8, "size": 4}
 

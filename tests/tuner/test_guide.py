@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from older import known, variant
 from pairs import drift, load, train, wrap
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 
 from drift_peft import ReasoningPrior, guide
 
@@ -66,19 +66,19 @@ def test_guide_again_keeps_what_training_started_from(pairs):
 VARIANTS = {
     "DoraLinearVariant": {"use_dora": True},
     "DoraEmbeddingVariant": {"use_dora": True, "target_modules": ["embed_tokens"]},
-    "KasaLinearVariant": {"kasa_config": KasaConfig()},
-    "MontecloraLinearVariant": {"monteclora_config": MontecloraConfig()},
+    "KasaLinearVariant": variant("kasa_config", "KasaConfig"),
+    "MontecloraLinearVariant": variant("monteclora_config", "MontecloraConfig"),
     "MiCALinearVariant": {"init_lora_weights": "mica"},
-    "BdLoraLinearVariant": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2)},
+    "BdLoraLinearVariant": variant("use_bdlora", "BdLoraConfig", target_modules_bd_a=["q_proj"], nblocks=2),
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_with_another_chain_rule(pairs, variant):
+@pytest.mark.parametrize("name", [known(name, settings) for name, settings in VARIANTS.items()])
+def test_variants_with_another_chain_rule(pairs, name):
     folder = pairs("llama")
-    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **VARIANTS[variant]})
+    lora = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **VARIANTS[name]})
     model = get_peft_model(load(folder, "llama"), lora)
-    with pytest.raises(ValueError, match=f"uses {variant}, whose chain rule is not plain LoRA's: train it without"):
+    with pytest.raises(ValueError, match=f"uses {name}, whose chain rule is not plain LoRA's: train it without"):
         guide(model, str(folder / "prior.safetensors"))
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
+from older import known, variant
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.config import VeloraConfig
 from reference import norm, schedule, spectrum
 from twin import (
     ALPHA,
@@ -269,12 +269,12 @@ LORA = {
     "parameters": {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
     "tokens": {"trainable_token_indices": {"embed_tokens": [8, 12]}},  # such as <think> and </think>
     "alora": {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM", "backward": backward_with_invocation},
-    "velora": {"velora_config": VeloraConfig(num_groups=8, init_type="random")},
+    "velora": variant("velora_config", "VeloraConfig", num_groups=8, init_type="random"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*aLoRA|.*target_parameters")
-@pytest.mark.parametrize("lora", LORA)
+@pytest.mark.parametrize("lora", [known(name, settings) for name, settings in LORA.items()])
 @two_modes
 def test_settings_of_lora(pair, scale, target, lora):
     start = assert_guided_like_oracle(pair, sgd, scale, target, **LORA[lora])
@@ -285,7 +285,7 @@ def test_settings_of_lora(pair, scale, target, lora):
 
 
 @pytest.mark.filterwarnings("ignore:.*aLoRA")
-@pytest.mark.parametrize("lora", ["alora", "velora"])
+@pytest.mark.parametrize("lora", [known(name, LORA[name]) for name in ("alora", "velora")])
 def test_variants_with_the_plain_chain_rule_act_as_plain_lora(pair, lora):
     """W + s·B·A in the forward pass: of aLoRA on all tokens where the invocation comes first."""
     ids = torch.cat([torch.tensor([[3, 4]] * len(BATCH)), BATCH], 1)

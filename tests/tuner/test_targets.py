@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers as tf
+from older import rewrites_omni_targets, rewrites_targets
 from pairs import IDS, Pair, untouched
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -50,6 +51,7 @@ def drift(pair, **settings):
 ATTENTION = {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"}
 
 
+@rewrites_targets
 def test_a_mixture_is_adapted_where_peft_can_say_so(moe, tmp_path):
     with pytest.warns(
         UserWarning, match=r"3 projections, such as model.layers.0.mlp.gate_proj, cannot be adapted: PEFT"
@@ -81,6 +83,7 @@ def test_the_layers_of_a_mixture_that_are_asked_for(moe, layers, tmp_path):
     assert adapted_modules(model.get_base_model(), ["default"]) == one
 
 
+@rewrites_targets
 def test_all_linear_is_what_peft_takes_it_for():
     plain = get_peft_model(qwen3_moe(), LoraConfig(r=4, target_modules="all-linear"))
     held = DriftConfig(r=4, target_modules="all-linear", drift_target="base", drift_scale="decoupled")
@@ -89,6 +92,7 @@ def test_all_linear_is_what_peft_takes_it_for():
     assert names[0] == names[1] and len(names[0]) == 14
 
 
+@rewrites_targets
 @pytest.mark.parametrize(
     ("targets", "difference"),
     [
@@ -109,6 +113,7 @@ def test_targets_that_peft_reads_as_something_else_are_refused(moe, targets, dif
     assert untouched(model)
 
 
+@rewrites_omni_targets
 def test_language_model_targets_of_an_omni_thinker_miss_the_audio_tower():
     """PEFT's conversion leaves of an expression only the last parts of the names, which the towers have too."""
     model = tf.Qwen3OmniMoeThinkerForConditionalGeneration._from_config(omni_thinker())
@@ -269,6 +274,7 @@ def test_a_model_without_a_decoder_wants_targets(pair):
 # guide
 
 
+@rewrites_targets
 def test_guide_sees_what_peft_has_adapted(moe):
     with pytest.warns(UserWarning, match="cannot be adapted"):
         targets = language_model_targets(qwen3_moe(mlp_only_layers=[0]))

@@ -30,12 +30,13 @@ from .page import write_page
 from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
-from .trainer import add_to_trainers
+from .trainer import KeepCallback, add_to_trainers
 from .vlm import Vlm
 
 __all__ = [
     "Act",
     "Distance",
+    "KeepCallback",
     "KeepSet",
     "Sample",
     "Vlm",

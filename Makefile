@@ -2,15 +2,18 @@
 # make test    the whole test suite
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
+# make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
+INTEGRATIONS := $(VENV)/integrations
+TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-cuda test-distributed lint clean
+.PHONY: demo test test-cuda test-distributed test-integrations lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -25,6 +28,13 @@ test-cuda: $(INSTALLED)
 
 test-distributed: $(DEEPSPEED)/.installed
 	PYTHONPATH=$(abspath $(DEEPSPEED)) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
+
+# A process for each: they patch transformers, and bring TRL in different versions.
+test-integrations: $(TOOLS:%=$(INTEGRATIONS)/%/.installed)
+	for tool in $(TOOLS); do \
+		PYTHONPATH=$(abspath $(INTEGRATIONS))/$$tool CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+			$(BIN)/python -m pytest tests/integrations/test_$$tool.py || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,6 +52,13 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt \
 		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Without their dependencies, which are in the list as far as a step on a CPU needs them: torchvision, xformers and
+# others come for CUDA alone.
+$(INTEGRATIONS)/%/.installed: tests/integrations/%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
 	touch $@
 
 clean:

@@ -69,7 +69,7 @@ def test_lora_is_steered_at_every_step(write, tmp_path):
 
 
 def test_a_wrong_key_ends_it_before_anything_is_loaded(write):
-    with pytest.raises(ValueError, match="^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
         load_cfg(write(drift_alhpa=0.5))
 
 
@@ -78,4 +78,7 @@ def test_every_key_has_its_type_in_axolotls_schema():
 
     assert set(DriftArgs.model_fields) >= {"drift_prior", "drift_alpha", "drift_keep", "drift_keep_weight"}
     assert DriftArgs(drift_alpha="0.5").drift_alpha == 0.5 and DriftArgs().drift_alpha is None
-    assert DriftConfig.__dataclass_fields__["drift_scale"].metadata["help"] == DriftArgs.model_fields["drift_scale"].description
+    assert (
+        DriftConfig.__dataclass_fields__["drift_scale"].metadata["help"]
+        == DriftArgs.model_fields["drift_scale"].description
+    )

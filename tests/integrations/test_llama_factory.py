@@ -74,7 +74,7 @@ def test_lora_is_steered_at_every_step(llama_factory, recipe):
 
 
 def test_a_wrong_key_ends_it_before_anything_is_loaded(llama_factory, recipe):
-    with pytest.raises(ValueError, match="^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
         llama_factory("train", **recipe, drift_alhpa=0.5)
     with pytest.raises(SystemExit, match="must be train, got 'sft'"):
         llama_factory("sft", **recipe)
@@ -82,7 +82,9 @@ def test_a_wrong_key_ends_it_before_anything_is_loaded(llama_factory, recipe):
 
 def test_the_plugin_of_v1_is_steered_at_every_step(llama_factory, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("USE_V1", "1")
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"sums": {"path": str(tmp_path / "v1.json"), "source": "local"}}))
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump({"sums": {"path": str(tmp_path / "v1.json"), "source": "local"}})
+    )
     turns = [("user", "how many ?", 0.0), ("assistant", "4 + 3 = 7", 1.0)]
     sample = [
         {"role": role, "content": [{"type": "text", "value": text}], "loss_weight": weight}

@@ -43,5 +43,5 @@ def test_lora_is_steered_at_every_step_and_after_a_restart(swift):
 
 
 def test_a_wrong_key_is_one_sentence(swift):
-    with pytest.raises(ValueError, match="^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
         swift(drift_alhpa=0.5)

@@ -3,6 +3,7 @@
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
+# make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
 # make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
 # make test-newest        the same with the newest ones, in .venv-newest
 # make dist     wheel and source distribution in dist/, checked for an index of packages
@@ -12,9 +13,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
+INTEGRATIONS := $(VENV)/integrations
+TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-cuda test-distributed test-oldest test-newest run-in lint dist clean
+.PHONY: demo test test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -43,6 +46,13 @@ test-newest: .venv-newest/.installed
 run-in:
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(ENVIRONMENT)/bin/python -m pytest --numprocesses auto --dist loadfile \
 		--no-loadscope-reorder -rs
+
+# A process for each: they patch transformers, and bring TRL in different versions.
+test-integrations: $(TOOLS:%=$(INTEGRATIONS)/%/.installed)
+	for tool in $(TOOLS); do \
+		PYTHONPATH=$(abspath $(INTEGRATIONS))/$$tool CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+			$(BIN)/python -m pytest tests/integrations/test_$$tool.py || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -76,6 +86,13 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt \
 		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Without their dependencies, which are in the list as far as a step on a CPU needs them: torchvision, xformers and
+# others come for CUDA alone.
+$(INTEGRATIONS)/%/.installed: tests/integrations/%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ import pytest
 
 import drift_peft
 
-ROOMS = ("cli", "demo", "preflight", "merge", "tuner", "keeping", "prior", "checkpoints")  # from the roof down
+ROOMS = ("cli", "demo", "integrations", "preflight", "merge", "tuner", "keeping", "prior", "checkpoints")  # downwards
 ROOT = Path(drift_peft.__file__).parent
 PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("*/**/__init__.py"))
 GROUND = {"drift_peft", "drift_peft.builds", "drift_peft.warn"}  # what every room may stand on

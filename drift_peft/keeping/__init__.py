@@ -43,7 +43,7 @@ from .samples import training_samples, write_samples
 from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
-from .trainer import add_to_trainers
+from .trainer import KeepCallback, add_to_trainers
 from .vlm import Vlm
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "AnswerSet",
     "Distance",
     "Feed",
+    "KeepCallback",
     "KeepSet",
     "Known",
     "Part",

@@ -34,9 +34,11 @@ from .model import DriftModel
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
 from .telemetry import telemetry
+from .trainer import DriftCallback
 
 __all__ = [
     "BATCH_ELEMENTS",
+    "DriftCallback",
     "DriftConfig",
     "DriftModel",
     "check_fingerprint",

@@ -1,0 +1,59 @@
+"""The tuner `drift` of ms-swift. A file of one line makes it known, and `--model_kwargs` holds its settings:
+
+    echo "import drift_peft.integrations.ms_swift" > drift.py
+    swift sft --external_plugins drift.py --tuner_type drift --lora_rank 16 \\
+        --model_kwargs '{"drift_prior": "prior.safetensors", "drift_alpha": 0.3}' …
+
+ms-swift has no flags for the settings of somebody else's tuner. LoRA's are its own: --lora_rank, --lora_alpha, … By
+default `--target_modules` means the projections that the prior covers.
+"""
+
+from __future__ import annotations
+
+from peft import PeftModel, get_peft_model
+
+from ..tuner import DriftConfig
+from .settings import PluginSettings
+
+try:
+    from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
+    from swift.tuner_plugin import PeftTuner, tuners_map
+except ImportError as error:
+    raise ImportError(
+        f"drift_peft.integrations.ms_swift is a plugin of ms-swift, which cannot be imported here ({error}): install "
+        "ms-swift beside drift_peft."
+    ) from error
+
+
+class DriftTuner(PeftTuner):
+    """LoRA with DriftConfig; it saves what stock PEFT saves."""
+
+    @staticmethod
+    def prepare_model(args, model):
+        settings = PluginSettings.read(args.model_kwargs)
+        language_model = args.target_modules == ["all-linear"] and args.freeze_vit and args.freeze_aligner
+        config = settings.config(
+            task_type=args.task_type.upper(),
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=None if language_model else get_target_modules(args, model),
+            modules_to_save=get_modules_to_save(args, model, args.task_type) or None,
+            bias=args.lora_bias,
+            use_rslora=args.use_rslora,
+            use_dora=args.use_dora,
+        )
+        model = get_peft_model(model, config)
+        if settings.keeps:
+            settings.keep(model, args.get_model_processor(load_model=False)[1])
+        return model
+
+    @staticmethod
+    def from_pretrained(model, model_id, **kwargs):
+        """Plain LoRA, steered again where it is trained further."""
+        if kwargs.get("is_trainable"):
+            kwargs["config"] = DriftConfig.from_pretrained(model_id)
+        return PeftModel.from_pretrained(model, model_id, **kwargs)
+
+
+tuners_map["drift"] = DriftTuner

@@ -1,0 +1,76 @@
+"""The keys that steer and keep, one list for all tools: the fields of DriftConfig and the arguments of keep()."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from ..keeping import keep
+from ..tuner import DriftConfig, guide
+
+GUIDANCE = {"drift_prior": "prior"}  # key -> field of DriftConfig
+GUIDANCE |= {f.name: f.name for f in fields(DriftConfig) if f.name.startswith("drift_") and f.name != "drift_steps"}
+KEEPING = {"drift_keep": "keep_set"}  # key -> argument of keep()
+KEEPING |= {f"drift_keep_{name}": name for name in list(inspect.signature(keep).parameters)[3:]}  # weight, bound, …
+
+
+@dataclass
+class PluginSettings:
+    """What a tool's file or flags say of guidance and keeping; made by `read`."""
+
+    guidance: dict[str, Any]  # of `DriftConfig` and `guide`
+    keeping: dict[str, Any]  # of `keep`, without the model and its processor
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> PluginSettings:
+        """Take the `drift_…` keys out of a tool's settings; the others are the tool's own.
+
+        Raises:
+            ValueError: a key is unknown (the nearest known one is named), a value of the guidance is out of range, or
+                there is nothing to steer or keep with.
+        """
+        own = {key: value for key, value in values.items() if key.startswith("drift_")}
+        known = {**GUIDANCE, **KEEPING}
+        for key in own:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean '{near[0]}'?" if near else "."
+                raise ValueError(f"'{key}' is no setting of drift_peft{hint}")
+        settings = cls(*({keys[k]: v for k, v in own.items() if k in keys} for keys in (GUIDANCE, KEEPING)))
+        if settings.guides:
+            settings.config()
+        elif not settings.keeps or len(settings.guidance) > ("prior" in settings.guidance):
+            raise ValueError(
+                "drift_prior is missing: set it to a prior's file or hub id to steer with, or drift_keep alone to keep "
+                "a keep set's answers."
+            )
+        if not settings.keeps and len(settings.keeping) > ("keep_set" in settings.keeping):
+            raise ValueError("drift_keep is missing: set it to a keep set's file or hub id, or leave out drift_keep_….")
+        return settings
+
+    @property
+    def guides(self) -> bool:
+        return self.guidance.get("prior") is not None or self.guidance.get("drift_target") == "base"
+
+    @property
+    def keeps(self) -> bool:
+        return self.keeping.get("keep_set") is not None
+
+    def config(self, **lora) -> DriftConfig:
+        """A DriftConfig with these settings and LoRA's."""
+        return DriftConfig(**self.guidance, **lora)
+
+    def guide(self, model: nn.Module) -> None:
+        """Steer a model that the tool has wrapped, or trains in full."""
+        if self.guides:
+            guide(model, **self.guidance)
+
+    def keep(self, model: nn.Module, processor: Any) -> None:
+        """Keep the model near a keep set's answers."""
+        if self.keeps:
+            keep(model, processor=processor, **self.keeping)

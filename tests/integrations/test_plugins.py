@@ -1,0 +1,79 @@
+"""What the plugins share, and what they say where their tool is not installed."""
+
+import importlib
+import sys
+
+import pytest
+from datasets import Dataset
+from pairs import IDS, load
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from drift_peft import telemetry
+from drift_peft.integrations.settings import PluginSettings
+from drift_peft.integrations.steer import SteerCallback
+
+TOOLS = {"axolotl": "axolotl", "ms_swift": "swift", "llama_factory": "llamafactory"}  # file -> what it imports
+REFUSED = [
+    (
+        {"drift_prior": "p", "drift_alhpa": 0.3},
+        "'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'?",
+    ),
+    ({"drift_steps": 3, "drift_prior": "p"}, "'drift_steps' is no setting"),  # DriftConfig's own count
+    ({"drift_prior": "p", "drift_alpha": -1.0}, "set drift_alpha=1.0"),
+    ({"drift_alpha": 0.3}, "drift_prior is missing"),
+    ({"lora_r": 16}, "drift_prior is missing"),
+    ({"drift_alpha": 0.3, "drift_keep": "k"}, "drift_prior is missing"),
+    ({"drift_prior": "p", "drift_keep_weight": 1.0}, "drift_keep is missing"),
+]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_without_the_tool_one_sentence_says_so(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, TOOLS[name], None)
+    monkeypatch.delitem(sys.modules, f"drift_peft.integrations.{name}", raising=False)
+    with pytest.raises(
+        ImportError, match=f"drift_peft.integrations.{name} .* cannot be imported .*: install .* beside"
+    ):
+        importlib.import_module(f"drift_peft.integrations.{name}")
+
+
+@pytest.mark.parametrize(("values", "told"), REFUSED, ids=[told for _, told in REFUSED])
+def test_settings_that_are_refused(values, told):
+    with pytest.raises(ValueError) as error:
+        PluginSettings.read(values)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_keys_are_the_fields_of_drift_config_and_the_arguments_of_keep():
+    values = {"drift_prior": "p", "drift_sketch": None, "drift_keep": "k", "drift_keep_bound": None, "lora_r": 16}
+    settings = PluginSettings.read(values)
+    assert settings.guidance == {"prior": "p", "drift_sketch": None}
+    assert settings.keeping == {"keep_set": "k", "bound": None}
+    assert settings.config(r=3).drift_sketch is None and settings.config(r=3).r == 3
+    held = PluginSettings.read({"drift_target": "base", "drift_scale": "decoupled"})  # which needs no prior
+    assert held.guides and not held.keeps
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_trainer_with_the_callback_is_steered_at_every_step_and_logs_it(folder, tmp_path, full):
+    model = load(folder, "llama")
+    if not full:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    settings = PluginSettings.read({"drift_prior": str(folder / "prior.safetensors")})
+    options = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    data = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
+    callback = SteerCallback(settings, processor=lambda: pytest.fail("nothing is kept"))
+    run = Trainer(model, TrainingArguments(tmp_path, **options), train_dataset=data, callbacks=[callback])
+    run.train()
+    assert telemetry(run.model)["guided_steps"] == 2
+    assert [logs["drift/guided_steps"] for logs in run.state.log_history[:2]] == [1, 2]
+
+
+def test_a_trainer_with_the_callback_is_kept(monkeypatch):
+    """With the processor, which is asked for only then."""
+    told = {}
+    monkeypatch.setattr("drift_peft.integrations.settings.keep", lambda model, **said: told.update(said, model=model))
+    settings = PluginSettings.read({"drift_keep": "k.safetensors", "drift_keep_weight": 0.5})
+    SteerCallback(settings, processor=lambda: "processor").on_init_end(None, None, None, model="model")
+    assert told == {"model": "model", "processor": "processor", "keep_set": "k.safetensors", "weight": 0.5}

@@ -4,10 +4,11 @@
     python recipes/compare.py recipe.yaml -o compared --test test.jsonl --steps 300 --ways base sft drift drift-keep
     python recipes/compare.py recipe.yaml -o compared --search 20
 
-The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, SFT, SFT after a part of Δ
-was merged, and DRIFT, each trained one also with keeping: all on the same samples, with the same seeds and budget. They
-are examined on samples that were held out of the data, or on --test, and on the VLM's own answers about the images of
-these, which no way has trained on. The same command goes on where it was stopped.
+The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, the prior gated on the
+expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping: all
+on the same samples, with the same seeds and budget. They are examined on samples that were held out of the data, or on
+--test, and on the VLM's own answers about the images of these, which no way has trained on. The same command goes on
+where it was stopped.
 
 The output folder then holds `compared.json`; `compared.png`, right answers over the distance from the VLM; and
 `choice.yaml`, the recipe of the way to take, with its numbers. `ways/` has a folder for each way and seed. Checkpoints
@@ -76,13 +77,15 @@ class Comparison:
     Attributes:
         settings: of the recipe.
         data: train, test, and with a search fitting and validation, which are parts of train -> file.
-        keep_sets: exam -> keep set to measure with; empty if there are no images to make one of.
+        keep: keep set of the ways that keep, made by the first of them; None if there are no images to make it of.
+        keep_sets: exam -> another keep set to measure with; empty if there are no images to make one of.
         ledger: what is finished, by way, exam and seed.
     """
 
     args: Namespace
     settings: dict
     data: dict[str, str]
+    keep: str | None
     keep_sets: dict[str, Path]
     ledger: Journal
 
@@ -100,8 +103,10 @@ class Comparison:
             print(f"{way.title}: {folder}", file=sys.stderr, flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             facts = {} if way.trains is None else self.train(way, folder, seed, HELD_OUT[exam])
-            if way.scale is not None:
+            if way.kind == "transplant":
                 self.transplant(way, folder / "adapter")
+            elif way.kind == "gated":
+                self.gate(folder)
             self.examine(folder, exam)
             for left in (folder / "adapter-base", *checkpoints(folder / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
@@ -148,6 +153,27 @@ class Comparison:
             delta = {"reference": self.settings.get("reference"), "rank": self.settings.get("prior_rank", 64)}
         if not output.exists():
             transplant(**names, output=output, **delta, scale=way.scale)
+
+    def gate(self, folder: Path) -> None:
+        """The recipe's prior, gated on its keep set and the expert's answers, as adapter. What is not there is made."""
+        from parts.arguments import is_missing
+
+        names = {key: self.settings[key] for key in ("expert", "base", "prior")}
+        pair = ["--expert", names["expert"], "--base", names["base"]]
+        gated, in_4bit = folder / "gated.safetensors", [] if self.settings.get("use_cpu") else ["--load-in-4bit"]
+        if is_missing(names["prior"]):
+            reference = ["--reference", self.settings["reference"]] if "reference" in self.settings else []
+            rank = ["--rank", self.settings.get("prior_rank", 64)]
+            launch("-m", "drift_peft", "prior", "build", *pair, *reference, *rank, "-o", names["prior"])
+        if is_missing(self.keep):
+            images = self.settings.get("keep_images") or self.data["train"]
+            longest = ["--max-new-tokens", self.settings.get("keep_max_new_tokens", 64), *in_4bit]
+            make_keep_set(self.settings, images, self.keep, self.settings.get("keep_samples", 300), *longest)
+        if not gated.exists():
+            asked = ["--keep", self.keep, "--texts", self.args.texts, *top_k(self.settings), *in_4bit]
+            launch("-m", "drift_peft", "prior", "gate", names["prior"], *pair, *asked, "-o", gated)
+        if not (folder / "adapter").exists():
+            launch("-m", "drift_peft", "prior", "export", gated, "--scale", 1, "-o", folder / "adapter")
 
     def examine(self, folder: Path, exam: str) -> None:
         base, adapter = folder / "adapter-base", folder / "adapter"
@@ -232,15 +258,22 @@ def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictur
     images = {exam: data[exam] if pictured else settings.get("keep_images") for exam in HELD_OUT if exam in data}
     if None in images.values():
         return {}
-    questions = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
-    numbers = ["--samples", args.keep_samples, "--batch-size", args.batch_size, "--seed", 1]
-    numbers += ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
     files = {exam: args.output / f"keep_{exam}.safetensors" for exam in images}
     for exam, file in files.items():
         if not file.exists():
-            base = ["--base", settings["base"], "--images", images[exam], "-o", file]
-            launch("-m", "drift_peft", "keep", "make", *base, *questions, *numbers)
+            size = ["--batch-size", args.batch_size, "--seed", 1]
+            make_keep_set(settings, images[exam], file, args.keep_samples, *size)
     return files
+
+
+def make_keep_set(settings: dict, images: str, file: str | Path, samples: int, *flags: object) -> None:
+    told = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
+    made = ["--base", settings["base"], "--images", images, "-o", file, "--samples", samples]
+    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *flags)
+
+
+def top_k(settings: dict) -> list:
+    return ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
 
 
 def read_recipe(file: Path) -> dict:
@@ -266,11 +299,12 @@ def compare(args: Namespace) -> dict:
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
-    ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep)
+    texts = None if args.texts is None else hashlib.sha256(args.texts.read_bytes()).hexdigest()
+    ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep, texts)
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         data = split(dataset, args)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
-        comparison = Comparison(args, settings, data, keep_sets, ledger)
+        comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         measured = {way.name: comparison.measure(way) for way in ways}
         if args.search:
             way = tune(comparison, ways, measured)
@@ -321,6 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seeds", type=int, nargs="+", default=[0], help="of the training runs; more than one give their mean")
     add("--ways", nargs="+", choices=KINDS, default=[], help="which to compare; otherwise all that the recipe allows")
     add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
+    add("--texts", type=Path, metavar="FILE", help="prompts for the expert, one a line, whose answers gate the prior")
     add("--merge-first", type=float, nargs="+", default=[0.5], help="λ of what is merged before training")
     add("--search", type=int, default=0, metavar="N", help="tune the leading ways in so many trials, with optuna")
     add("--budget", type=float, help="most that the choice may cost, in nats a token from the VLM's own answers")

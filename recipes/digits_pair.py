@@ -3,8 +3,9 @@
     python recipes/digits_pair.py digits
 
 In the folder: `train.jsonl`, 200 pictures of two and three operations with their chains of thought; `text.jsonl`, as
-many chains about text alone; `test.jsonl`, exams by category; `recipe.yaml` and `text.yaml`, which train on the former
-and the latter; `unlabelled/`, 240 pictures for a keep set, and `questions.txt`, which it asks about them.
+many chains about text alone; `prompts.txt`, their questions, which the expert is asked; `test.jsonl`, exams by
+category; `recipe.yaml` and `text.yaml`, which train on pictures and on text; `unlabelled/`, 240 pictures for a keep
+set, and `questions.txt`, which it asks about them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def write_world(folder: Path, size: int, seed: int) -> None:
         (folder / name).mkdir(parents=True)
     rng, digits = np.random.default_rng([seed, 1]), Digits("train")
     write_samples({"solve": make_samples(200, ["solve"], rng, digits, operations=(2, 3))}, folder, "train")
-    write_samples({"solve": make_samples(200, ["solve"], rng)}, folder, "text")
+    solved = make_samples(200, ["solve"], rng)
+    write_samples({"solve": solved}, folder, "text")
+    asked = "".join(f"{sample.symbols}{sample.question}\n" for sample in solved)
+    (folder / "prompts.txt").write_text(asked, encoding="utf-8")
     for i, image in enumerate(unlabelled(digits, seed)):
         image.save(folder / "unlabelled" / f"{i:03d}.png")
     tests = exams("test", seed, size)
@@ -86,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.folder.exists():
             raise FileExistsError(f"{args.folder} exists: name another folder")
         write_world(args.folder, args.size, args.seed)
-    flags = f'--test {args.folder}/test.jsonl --prompt "" --max-new-tokens 48 --batch-size 100'
-    print(f"python recipes/compare.py {args.folder}/recipe.yaml -o {args.folder}/compared {flags}")
+    flags = f'--texts {args.folder}/prompts.txt --test {args.folder}/test.jsonl --prompt "" --max-new-tokens 48'
+    print(f"python recipes/compare.py {args.folder}/recipe.yaml -o {args.folder}/compared {flags} --batch-size 100")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List
-from parts.arguments import RunArguments, TrainArguments, parse
+from parts.arguments import RunArguments, TrainArguments, is_missing, parse
 from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
@@ -91,10 +91,6 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
             "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
             "which mixes the keep set's answers into the training data instead"
         )
-
-
-def is_missing(prior: str) -> bool:
-    return prior.endswith(".safetensors") and not Path(prior).exists()  # without the ending, it is a hub id
 
 
 def open_prior(run: RunArguments) -> ReasoningPrior | None:

@@ -134,6 +134,11 @@ _LORA = ["r", "lora_alpha", "lora_dropout", "use_rslora"]
 DriftArguments = make_dataclass("DriftArguments", map(_mirror, _LORA + _DRIFT))
 
 
+def is_missing(made: str) -> bool:
+    """Whether a prior or a keep set is yet to be made. Without the ending, it is a hub id."""
+    return made.endswith(".safetensors") and not Path(made).exists()
+
+
 class RecipeParser(Parser, TrlParser):
     """TRL's, with the same sentences about a wrong key of the YAML that --config names as about a wrong flag."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-KINDS = ("base", "transplant", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
+KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
 
 
@@ -41,7 +40,14 @@ class Way:
         )
 
 
-def ways_of(settings: dict, kinds: list[str], scales: list[float], shares: list[float], keep: Path | None) -> list[Way]:
+def ways_of(
+    settings: dict,
+    kinds: list[str],
+    scales: list[float],
+    shares: list[float],
+    keep: str | None,
+    texts: str | None = None,
+) -> list[Way]:
     """The ways that a recipe has what it takes for, of the kinds that are asked for, in the order of KINDS.
 
     Args:
@@ -49,6 +55,7 @@ def ways_of(settings: dict, kinds: list[str], scales: list[float], shares: list[
         scales: of transplants.
         shares: of Δ that is merged first.
         keep: keep set of the ways that keep; None leaves them out.
+        texts: SHA-256 of the prompts for the expert, whose answers gate the prior; None leaves that out.
 
     Raises:
         ValueError: a kind is asked for, and what it takes is missing.
@@ -58,8 +65,7 @@ def ways_of(settings: dict, kinds: list[str], scales: list[float], shares: list[
     table = {
         "base": [Way("base", "VLM as it is", "base")],
         "transplant": [Way(f"transplant-{λ:g}", f"transplant {λ:g}", "transplant", scale=λ) for λ in scales],
-        # gated: a prior of gate_prior is a way without training too, as an adapter (ReasoningPrior.as_lora): its row
-        # goes here, its name into KINDS, and how it is made beside the transplant in compare.py.
+        "gated": [Way(f"gated-{(texts or '')[:8]}", "gated prior", "gated")],
         "sft": [Way("sft", "SFT", "sft", trains=sft | plain)],
         "sft-keep": [Way("sft-keep", "SFT, keeping", "sft-keep", trains=sft | kept)],
         "merged": [_merged(λ, "merged", "", sft | plain) for λ in shares],
@@ -69,12 +75,14 @@ def ways_of(settings: dict, kinds: list[str], scales: list[float], shares: list[
     }
     missing = {}
     for kind in KINDS:
-        if kind.startswith(("transplant", "merged")) and "expert" not in settings:
+        if kind.startswith(("transplant", "gated", "merged")) and "expert" not in settings:
             missing[kind] = "the recipe names no expert"
-        elif kind.startswith("drift") and "prior" not in settings:
+        elif kind.startswith(("gated", "drift")) and "prior" not in settings:
             missing[kind] = "the recipe names no prior"
-        elif kind.endswith("-keep") and keep is None:
+        elif kind.endswith(("gated", "-keep")) and keep is None:
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
+        elif kind == "gated" and texts is None:
+            missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
     for kind in kinds:
         if kind in missing:
             raise ValueError(f"{kind} cannot be compared: {missing[kind]}")

@@ -17,9 +17,11 @@ from parts.frontier import Measured, choose, draw, frontier
 from parts.intervals import interval
 from parts.search import search
 from parts.ways import KINDS, ways_of
+from peft import LoraConfig
 from PIL import Image
 from recipe_runs import FAST
 
+from drift_peft import ReasoningPrior
 from drift_peft.cli import main as drift_peft
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,11 +35,13 @@ def found(right, kl):
 
 
 def test_each_way_is_the_recipe_with_what_it_changes():
-    ways = {way.name: way for way in ways_of({**SETTINGS, "merge_first": 0.9}, [], [0.5], [0.2], Path("k"))}
+    ways = {way.name: way for way in ways_of({**SETTINGS, "merge_first": 0.9}, [], [0.5], [0.2], "k", "0123456789")}
     assert [*ways] == [
-        "base", "transplant-0.5", "sft", "sft-keep", "merged-0.2", "merged-keep-0.2", "drift", "drift-keep"
+        "base", "transplant-0.5", "gated-01234567", "sft", "sft-keep", "merged-0.2", "merged-keep-0.2", "drift",
+        "drift-keep",
     ]  # fmt: skip
     assert ways["base"].trains is None and ways["transplant-0.5"].scale == 0.5
+    assert ways["gated-01234567"].trains is None
     kept = {key: value for key, value in SETTINGS.items() if key != "keep"}
     for name, own in (
         ("sft", {"method": "sft"}),
@@ -57,6 +61,8 @@ def test_each_way_is_the_recipe_with_what_it_changes():
     ):
         with pytest.raises(ValueError, match=told):
             ways_of(plain, [kind], [0.5], [0.2], None)
+    with pytest.raises(ValueError, match="the expert is asked nothing: name a file of prompts with --texts"):
+        ways_of(SETTINGS, ["gated"], [], [], "k")
 
 
 def test_the_choice_keeps_most_of_what_cannot_be_told_from_the_best():
@@ -195,6 +201,28 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_ends_in_one_recipe(
         compare.main([*map(str, flags), "--steps", "2"])
 
 
+def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
+    """The prior and the keep set that the recipe names, and the expert's answers; then an adapter like the others."""
+    digits_pair.main([str(tmp_path / "d"), "--size", "1"])
+    settings = compare.read_recipe(tmp_path / "d" / "recipe.yaml") | {"keep_samples": 4, "prior_rank": 2}
+    texts = tmp_path / "two.txt"
+    texts.write_text("".join((tmp_path / "d" / "prompts.txt").read_text().splitlines(keepends=True)[:2]))
+    (way,) = ways_of(settings, ["gated"], [], [], settings["keep"], "0123")
+    args = Namespace(output=tmp_path, texts=texts, seeds=[0, 1])
+    comparison = compare.Comparison(args, settings, {}, settings["keep"], {}, None)
+    ((seed, folder),) = comparison.runs(way, "test").values()
+    folder.mkdir(parents=True)
+    run = compare.launch
+    monkeypatch.setattr(compare, "launch", lambda *told: run(*told, *["--steps", 2] * ("gate" in told)))
+    for _ in range(2):
+        comparison.gate(folder)
+    verbs = [["prior", "build"], ["keep", "make"], ["prior", "gate"], ["prior", "export"]]
+    assert [told[2:4] for told in launched] == verbs
+    gated = ReasoningPrior.load(folder / "gated.safetensors").metadata["gated"]
+    assert seed == 0 and gated["prompts"] == 2 and gated["steps"] == 2
+    assert LoraConfig.from_pretrained(folder / "adapter").r == 2
+
+
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
     """A kill between the two runs leaves nothing of the first one that would be taken for the second."""
     (way,), args = ways_of(SETTINGS, ["drift"], [], [], None), Namespace(output=tmp_path, steps=None, minutes=0.5)
@@ -212,7 +240,7 @@ def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, 
     monkeypatch.setattr(compare, "launch", launch)
     (tmp_path / "drift").mkdir()
     with compare.Journal(tmp_path / "l.jsonl", {}) as ledger:
-        comparison = compare.Comparison(args, SETTINGS, {"train": "t.parquet"}, {}, ledger)
+        comparison = compare.Comparison(args, SETTINGS, {"train": "t.parquet"}, None, {}, ledger)
         with pytest.raises(KeyboardInterrupt):
             comparison.train(way, tmp_path / "drift", 7, "train")
         facts = comparison.train(way, tmp_path / "drift", 7, "train")
@@ -271,7 +299,7 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     ):
         with pytest.raises(SystemExit, match=told):
             compare.main([*usual, *more])
-    assert len(KINDS) == 8
+    assert len(KINDS) == 9
 
 
 def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):

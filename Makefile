@@ -1,5 +1,6 @@
 # make demo    watch DRIFT work, in a minute and a half on two CPU cores
 # make test    the whole test suite
+# make test-slow          what takes half a minute a test, on top of that
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
@@ -17,7 +18,7 @@ INTEGRATIONS := $(VENV)/integrations
 TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint dist clean
+.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 # In the order of their names: by default, files of few tests would come last, and those are the slow ones.
 test: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+test-slow: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --slow -m slow
 
 test-faults: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --faults 400

@@ -1,11 +1,14 @@
 """What several test files share: tiny pairs of base and expert with their priors, one of them with a known Δ."""
 
 import os
+import signal
 from functools import cache
 
 # Before torch looks for one: all tests but those of test_cuda.py put their inputs on the CPU, and models in 4 bits go
 # to a GPU by themselves. `make test-cuda` lets them see it.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, whose programs would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -14,6 +17,18 @@ from tiny import save_layout, tiny_llm
 
 from drift_peft import build_prior
 from drift_peft.checkpoints.naming import PROJECTIONS, module_kind
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes half a minute a test, marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long: make test-slow"))
+
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 

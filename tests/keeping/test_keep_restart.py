@@ -1,6 +1,5 @@
 """An interrupted keep set: what is done is kept, and the same call ends in the bytes of an uninterrupted one."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 from keep_sets import SETTINGS, make
 from openai_server import OpenAI
+from processes import CONTEXT
 
 from drift_peft.keeping import make as module
 
@@ -37,14 +37,12 @@ def interrupt(monkeypatch, after, error=KeyboardInterrupt):
 def test_killed_at_any_moment(folder, tmp_path, monkeypatch):
     """SIGKILL at random moments, over several runs; each process forks from one that has imported everything."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drift_peft.keeping", "transformers.models.auto.modeling_auto", "PIL.Image"])
     output = tmp_path / "keep.safetensors"
     settings = {**SETTINGS, "samples": 24, "batch_size": 2, "max_new_tokens": 3}
 
     def start():
         arguments = folder / "base", folder / "pictures", output
-        process = context.Process(target=module.make_keep_set, args=arguments, kwargs=settings)
+        process = CONTEXT.Process(target=module.make_keep_set, args=arguments, kwargs=settings)
         process.start()
         return process, time.monotonic()
 

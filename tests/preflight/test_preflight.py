@@ -136,17 +136,28 @@ def real_step(model, step):
 FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "family, layer_types",
+    "family, layer_types, checkpointing",
     [
-        ("qwen2_5_vl", [FULL] * 4),
-        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL]),
-        ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR]),
-        ("qwen3_5", [FULL, LINEAR, FULL, FULL]),
-        ("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR]),
-        ("lfm2_vl", [CONV, CONV, FULL, CONV]),
-        ("gemma4", [SLIDING, FULL] * 4),  # of which the last two layers use the keys and values of two before
+        ("qwen2_5_vl", [FULL] * 4, True),
+        ("qwen2_5_vl", [FULL] * 4, False),
+        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True),
+        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False),
+        pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
+        ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False),
+        ("qwen3_5", [FULL, LINEAR, FULL, FULL], True),
+        pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], False, marks=slow),
+        pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
+        ("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], False),
+        ("lfm2_vl", [CONV, CONV, FULL, CONV], True),
+        ("lfm2_vl", [CONV, CONV, FULL, CONV], False),
+        # of which the last two layers use the keys and values of two before
+        ("gemma4", [FULL] * 8, True),
+        pytest.param("gemma4", [SLIDING, FULL] * 4, True, marks=slow),
+        pytest.param("gemma4", [SLIDING, FULL] * 4, False, marks=slow),
     ],
 )
 def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing, tmp_path):
@@ -178,6 +189,7 @@ def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
         assert sum(peaks[phase]) == pytest.approx(real, rel=0.1), phase
 
 
+@slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_activations_of_gemma_3n(checkpointing, tmp_path):
     """Of its language model alone: its vision tower is timm's."""
@@ -294,7 +306,13 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     assert memory.tower(wanted) == 16 * memory.tower(one)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "recipes" / "configs").glob("*.yaml"))])
+def recipes():
+    for file in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
+        many = file.stem.startswith(("qwen3_5", "gemma4"))  # of linear attention's loops, and of kinds of layers
+        yield pytest.param(file.stem, marks=[slow] if many else [])
+
+
+@pytest.mark.parametrize("name", recipes())
 def test_what_a_recipe_says_it_takes_is_the_estimate_at_the_published_size(name):
     recipe = replace(read_settings(ROOT / "recipes" / "configs" / f"{name}.yaml"), keep=None)
     config, weights = BASES[recipe.base]

@@ -1,6 +1,5 @@
 """An interrupted build: what is done is kept, and the same build ends in the bytes of one that was not interrupted."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import Hub
+from processes import CONTEXT
 from tiny import edit_config, save_layout, tiny_llm
 
 from drift_peft.checkpoints import output as output_module
@@ -64,13 +64,11 @@ def interrupt(monkeypatch, after, error=KeyboardInterrupt):
 def test_killed_at_any_moment(pair, monkeypatch):
     """SIGKILL at random moments, over several builds; each process forks from one that has imported everything."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drift_peft.prior.build"])
     output, partial = pair / "p.safetensors", pair / "p.safetensors.partial"
 
     def start():
         arguments = {"rank": 16, "progress": False}
-        process = context.Process(target=build_prior, args=(pair / "expert", pair / "vlm", output), kwargs=arguments)
+        process = CONTEXT.Process(target=build_prior, args=(pair / "expert", pair / "vlm", output), kwargs=arguments)
         process.start()
         return process, time.monotonic()
 

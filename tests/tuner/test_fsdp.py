@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint.state_dict as checkpoint
 from pairs import Pair
 from peft import PeftModel, get_peft_model
+from processes import on_two
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -231,7 +232,7 @@ def sharded(tmp_path_factory):
     """A pair whose prior has norms too, and what both processes have found."""
     pair = make_whole_pair(tmp_path_factory.mktemp("fsdp"))
     pair.base.save_pretrained(pair.folder / "base")
-    torch.multiprocessing.spawn(worker, (pair.folder,), nprocs=2)
+    on_two(worker, pair.folder)
     return pair, [torch.load(pair.folder / f"fsdp{rank}.pt") for rank in (0, 1)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pairs import Pair
 from peft.tuners.lora import LoraLayer
+from processes import on_two
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 from twin import (
@@ -237,7 +238,7 @@ def ddp_worker(rank, folder):
 
 def test_two_processes_equal_one(pair):
     """DDP over gloo, with and without accumulation under no_sync, against one process with the whole batch."""
-    torch.multiprocessing.spawn(ddp_worker, (pair.folder,), nprocs=2)
+    on_two(ddp_worker, pair.folder)
     ranks = [torch.load(pair.folder / f"rank{rank}.pt") for rank in (0, 1)]
     for scale, target in DDP_MODES:
         model = steered(pair, scale, target)

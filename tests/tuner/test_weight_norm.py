@@ -8,6 +8,7 @@ import torch
 from pairs import Pair
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from processes import on_two
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from twin import (
@@ -217,7 +218,7 @@ def worker(rank, folder):
 
 
 def test_two_processes_equal_one(pair):
-    torch.multiprocessing.spawn(worker, (pair.folder,), nprocs=2)
+    on_two(worker, pair.folder)
     one, other = (torch.load(pair.folder / f"weight{rank}.pt") for rank in (0, 1))
     model = weight_normed(pair, sketch=16)
     start = state(model)

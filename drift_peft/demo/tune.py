@@ -34,10 +34,14 @@ def tune(keys: list[str]) -> dict:
     return result
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m drift_peft.demo.tune", description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", default=TRAINED, metavar="METHOD")
-    keys = parser.parse_args().methods
+    keys = parser.parse_args(argv).methods
     if unknown := set(keys) - set(TRAINED):
         parser.error(f"nothing to tune for {', '.join(sorted(unknown))}: name some of {', '.join(TRAINED)}")
     tune(keys)
+
+
+if __name__ == "__main__":
+    main()

@@ -222,7 +222,14 @@ def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkey
 def test_as_a_program(module):
     result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip().endswith(__version__)
-    result = subprocess.run([sys.executable, "-m", module, "targets", "x"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", module, "prior"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(
+        "drift-peft: error: a command is missing"
+    )
+
+
+def test_a_mistake_as_a_program():
+    result = subprocess.run([sys.executable, "-m", "drift_peft", "targets", "x"], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("drift-peft: error: x ")
 
 

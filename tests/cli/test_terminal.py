@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command import entry, run
 from sample_prior import sample_prior
+from terminals import terminal
 
 import drift_peft
 from drift_peft.cli.terminal import SPELLED
@@ -54,8 +55,13 @@ def test_help_and_errors(encoding, variables):
 
 
 @TERMINALS
-def test_tables(encoding, variables, prior):
-    status, out, _ = ran(encoding, variables, "prior", "inspect", prior)
+def test_tables(encoding, variables, prior, monkeypatch):
+    if variables is POSIX:
+        status, out, _ = ran(encoding, variables, "prior", "inspect", prior)
+    else:
+        with terminal(monkeypatch, encoding) as printed:
+            status = entry.load()(["prior", "inspect", str(prior)])
+            out, _ = printed()
     base = "Zoë × ?" if encoding == "cp1252" else "Zo? x ?"
     assert status == 0 and f"- {base}" in " ".join(out.split())
     assert "+---" in out and "||Delta||/||W||" in out and "-8.2 to +0.6" in out

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
 
 from drift_peft import demo
+from drift_peft.demo import tune
 from drift_peft.demo.compare import CHECKPOINTS, EXPERT, METHODS, VLM, learning_rates
 from drift_peft.demo.evaluate import accuracy, ask, encode, exams, is_right
 from drift_peft.demo.train import load, task_arithmetic
@@ -162,10 +163,10 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
 
 
-def test_tuning_refuses_what_does_not_train():
-    command = [sys.executable, "-m", "drift_peft.demo.tune", "vlm"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "nothing to tune for vlm: name some of lora" in done.stderr
+def test_tuning_refuses_what_does_not_train(capsys):
+    with pytest.raises(SystemExit) as end:
+        tune.main(["vlm"])
+    assert end.value.code == 2 and "nothing to tune for vlm: name some of lora" in capsys.readouterr().err
 
 
 def test_every_method_that_trains_was_tuned_on_the_same_grid():

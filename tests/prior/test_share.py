@@ -145,7 +145,8 @@ def test_push_and_load(tmp_path, hub):
     assert hub.fetched("user/prior") == ["prior.safetensors"] * 2  # and nothing else
 
 
-def test_the_hub_says_no(tmp_path, hub):
+def test_the_hub_says_no(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
     prior = random_prior(tmp_path / "p")
     hub.add("org/vlm", {"README.md": b"# A model"})
     hub.fail("org/expert", status=403, code="GatedRepo")

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
 import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.outputs import write_result
 from parts.saving import write_json
 from recipe_runs import CONFIGS, RECIPES
+from terminals import terminal
 
 from drift_peft.cli.terminal import spell_out
 
@@ -209,16 +211,20 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_the_same_sentence(oth
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_without_unicode_shows_tables_and_mistakes(encoding, tmp_path):
+def test_a_terminal_without_unicode_shows_tables_and_mistakes(encoding, tmp_path, monkeypatch):
     lines = [{"question": "a", "answer": answer} for answer in (r"\boxed{5}", "5")]
     (tmp_path / "Δ−…a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments):
-        command = [sys.executable, RECIPES / "data.py", "Δ−…a.jsonl", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        return done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)
+        with terminal(monkeypatch, encoding) as printed:
+            status = 0
+            try:
+                run_script("data.py", lambda: data.main(["Δ−…a.jsonl", *arguments]))
+            except SystemExit as end:
+                status = end.code
+            return status, *printed()
 
     dots = "..." if encoding == "ascii" else "…"
     status, out, _ = run("-o", "Δ.parquet", "--boxed")

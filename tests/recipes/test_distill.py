@@ -194,7 +194,7 @@ def test_so_many_questions_are_asked_at_a_time(tmp_path):
     assert 1 < server.busiest <= 3
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
+def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
     source, output = save_questions(tmp_path, 40), tmp_path / "out.parquet"
     journal = journal_path(output)
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -213,8 +213,8 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
         paid = {line["question"]: line["response"] for line in journal_lines_whole(journal)}
         assert 9 <= len(paid) < 40
         server.asked.clear()
-        completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        left = json.loads(completed.stdout)["left"]
+        distill.main(command[2:])
+        left = json.loads(capsys.readouterr().out)["left"]
     assert left == dict.fromkeys(["samples", "asked", "answered", "well-formed", "correct", "unique"], 40)
     assert len(server.asked) == len(set(server.asked)) == 40 - len(paid)  # nothing twice
     assert result(output) == {i: right(f"what is {i} + 1 ?") for i in range(40)}  # nothing lost

@@ -2,20 +2,20 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
+import plot_run as plot_run_command
 import pytest
 import sft_vlm
 import torch
 import yaml
 from parts.arguments import parse
+from parts.command_line import run_script
 from parts.curves import plot_run
 from peft import PeftModel
 from PIL import Image
-from recipe_runs import CONFIGS, FAMILY, FAST, RECIPES, SIZES, SMALL
+from recipe_runs import CONFIGS, FAMILY, FAST, SIZES, SMALL
 from safetensors.torch import load_file
 from tiny import tiny_llm
 from tiny_vlm import PROCESSORS
@@ -323,15 +323,18 @@ def test_a_run_can_be_drawn_again(tmp_path):
     plot_run(history, tmp_path / "run.png")
     (tmp_path / "run.json").write_text(json.dumps({"history": history}))
     again = tmp_path / "again.png"
-    subprocess.run([sys.executable, RECIPES / "plot_run.py", tmp_path / "run.json", again], check=True)
+    plot_run_command.main([str(tmp_path / "run.json"), str(again)])
     assert again.read_bytes() == (tmp_path / "run.png").read_bytes()
     plot_run([{"step": 1, "train_loss": 2}], tmp_path / "short.png")  # fewer steps than logging_steps
     assert Image.open(tmp_path / "short.png").width == Image.open(again).width
 
 
-def test_the_command_ends_in_one_sentence(tmp_path):
-    command = [sys.executable, RECIPES / "sft_vlm.py", "--config", CONFIGS / "qwen2_5_vl_7b_r1.yaml", "--lr", "1e-4"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith("sft_vlm.py: error: unknown flag --lr")
+def test_the_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", str(CONFIGS / "qwen2_5_vl_7b_r1.yaml"), "--lr", "1e-4"]
+    with pytest.raises(SystemExit) as end:
+        run_script("sft_vlm.py", lambda: sft_vlm.main(command))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert err.strip().splitlines()[-1].startswith("sft_vlm.py: error: unknown flag --lr")
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,6 @@ of memory.
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forks import fork_context
 from models import qwen2_5_vl_7b
 from prior_build import forget, peak_memory, timed
 
@@ -108,7 +108,7 @@ def measure(merge: Callable, folder: Path) -> dict:
     """A pass in a process of its own: its time, without the imports, and its peak memory."""
     base, adapter, output = folder / "base", folder / "adapter", folder / "output"
     forget(base, adapter)
-    context = multiprocessing.get_context("spawn")
+    context = fork_context("drift_peft.merge", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(sender, (merge, base, adapter, output)))
     process.start()

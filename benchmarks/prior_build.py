@@ -10,7 +10,6 @@ model: 26 GB of temporary files. The build and the floor read from the disk, not
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forks import fork_context
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum
 
 from drift_peft import ReasoningPrior, build_prior
@@ -70,7 +70,7 @@ def _build(connection, arguments: dict) -> None:
 
 def build(expert: Path, base: Path, output: Path, rank: int) -> dict:
     """`build_prior` in a process of its own: its time, without the imports, and its peak memory."""
-    context = multiprocessing.get_context("spawn")
+    context = fork_context("drift_peft.prior")
     receiver, sender = context.Pipe(duplex=False)
     arguments = {"expert": expert, "base": base, "output": output, "rank": rank}
     process = context.Process(target=_build, args=(sender, arguments))

@@ -47,7 +47,7 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-STEPS = {"expert": 300, "tower": 800, "vlm": 500}
+STEPS = {"expert": 120, "tower": 800, "vlm": 500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 BATCH = 16
 

@@ -1,6 +1,7 @@
 """benchmarks/: each runs in its smallest size, and measures what it says."""
 
 import json
+import multiprocessing.util
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +36,7 @@ def test_the_pair_has_the_spectrum_that_it_claims(decay, tmp_path):
 
 
 def test_prior_build_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    multiprocessing.util.get_temp_dir()  # that of the processes, which stays
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     prior_build.main(["--shrink", "32", "--rank", "8", "--decay", "0.25"])
     printed = capsys.readouterr().out
@@ -136,6 +138,7 @@ def test_gates_in_their_smallest_size(tmp_path, capsys, monkeypatch):
 
 
 def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):
+    multiprocessing.util.get_temp_dir()  # that of the processes, which stays
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     merge.main(["--smallest", "--no-memory"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

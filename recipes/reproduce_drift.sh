@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The paper's comparison (arXiv 2510.15050, tables 2, 3 and 6) with LoRA on one card of 24 GB: a night to train, and as
+# long again to ask five models eight benchmarks.
+#
+#   VLMEVALKIT=../VLMEvalKit bash recipes/reproduce_drift.sh [recipe.yaml] [flags of sft_vlm.py …]
+#
+# The recipe is configs/qwen2_5_vl_7b_r1.yaml unless named. Its prior and its keep set are made by the first run. Trained
+# are SFT, SFT after half of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
+# The same command goes on wherever it was stopped.
+#
+#   OUT          folder of all that comes out, runs/reproduce by default
+#   PYTHON       with drift_peft[recipes]; python by default
+#   VLMEVALKIT   its checkout, as recipes/EVALUATION.md installs it; nothing is asked without it
+#   VLMEVAL_PYTHON, LMMS_EVAL_PYTHON   of these tools' own environments; the tripwires are asked if the latter is set
+#   DRY_RUN=1    prints the commands, and runs none
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipe=$here/configs/qwen2_5_vl_7b_r1.yaml
+[[ ${1:-} == *.yaml ]] && recipe=$1 && shift
+python=${PYTHON:-python}
+out=${OUT:-runs/reproduce}
+ways=(sft merged drift drift-keep)
+
+run() {
+  printf '+%s\n' "$(printf ' %q' "$@")"
+  [[ -n ${DRY_RUN:-} ]] || "$@"
+}
+
+train() { # name, its settings
+  local name=$1 resume=()
+  shift
+  if [[ -d $out/$name-merged ]]; then return; fi
+  if compgen -G "$out/$name/checkpoint-*" > /dev/null; then resume=(--resume-from-checkpoint true); fi
+  run "$python" "$here/sft_vlm.py" --config "$recipe" --output-dir "$out/$name" --merge true "${resume[@]}" "$@"
+}
+
+train sft --method sft --keep-weight 0 "$@"
+train merged --method sft --merge-first 0.5 --keep-weight 0 "$@"
+train drift --method drift --keep-weight 0 "$@"
+train drift-keep --method drift "$@"
+
+if [[ -z ${VLMEVALKIT:-} ]]; then
+  echo "The models are in $out/*-merged. To ask them, name VLMEvalKit's checkout: VLMEVALKIT=../VLMEvalKit"
+  exit
+fi
+[[ $out == /* ]] || out=$PWD/$out
+base=$(sed -n 's/^base: *\([^ #]*\).*/\1/p' "$recipe")
+run "$python" -c '
+import json, sys
+from pathlib import Path
+content = json.loads(Path(sys.argv[1]).read_text())
+settings = content["model"]["base"]
+named = (argument.partition("=")[::2] for argument in sys.argv[3:])
+content["model"] = {name: settings | {"model_path": path} for name, path in named}
+Path(sys.argv[2]).write_text(json.dumps(content, indent=2))
+' "$here/eval/vlmevalkit_qwen2_5_vl.json" "$out/vlmevalkit.json" "base=$base" \
+  "sft=$out/sft-merged" "merged=$out/merged-merged" "drift=$out/drift-merged" "drift-keep=$out/drift-keep-merged"
+(
+  run cd "$VLMEVALKIT"
+  export PRED_FORMAT=tsv
+  run "${VLMEVAL_PYTHON:-$python}" run.py --config "$out/vlmevalkit.json" --mode infer --reuse --work-dir "$out/answers"
+)
+for pair in sft:drift merged:drift sft:drift-keep; do
+  run "$python" "$here/score.py" --base "$out/answers/base" --sft "$out/answers/${pair%:*}" \
+    --drift "$out/answers/${pair#*:}" -o "$out/scores-${pair/:/-}.json"
+done
+if [[ -n ${LMMS_EVAL_PYTHON:-} ]]; then
+  for name in base "${ways[@]}"; do
+    model=$out/$name-merged
+    [[ $name == base ]] && model=$base
+    run "$LMMS_EVAL_PYTHON" -m lmms_eval --config "$here/eval/lmms_eval_perception.yaml" \
+      --model_args "pretrained=$model,device_map=auto" --output_path "$out/perception/$name"
+  done
+fi

@@ -94,4 +94,9 @@ def open_ledger(file: Path, folder: Path) -> Ledger:
 
 
 FULL = Plan()
-SMALLEST = Plan(("vlm", "drift-ancestor-keep"), 1, 2, {"steps": 1, "samples": 4, "size": 2, "keep_images": 4, "r": 2})
+SMALLEST = Plan(
+    ("vlm", "gates", "drift-ancestor-keep"),
+    1,
+    2,
+    {"steps": 1, "gate_steps": 1, "samples": 4, "size": 2, "keep_images": 4, "r": 2},
+)

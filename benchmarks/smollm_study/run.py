@@ -20,7 +20,16 @@ from transformers import (
     set_seed,
 )
 
-from drift_peft import DriftConfig, build_prior, keep, language_model_targets, make_keep_set, merge_adapter
+from drift_peft import (
+    DriftConfig,
+    ReasoningPrior,
+    build_prior,
+    gate_prior,
+    keep,
+    language_model_targets,
+    make_keep_set,
+    merge_adapter,
+)
 from drift_peft.demo.evaluate import ask, encode
 from drift_peft.merge import merge_baseline
 from drift_peft.tuner import keep_4bit_differentiable
@@ -28,7 +37,7 @@ from drift_peft.tuner import keep_4bit_differentiable
 from .abilities import abilities
 from .make import autocast
 from .ways import WAYS, Way
-from .world import ASKED, Pictures, Sample, draw_many, exams, is_right
+from .world import ASKED, Pictures, Sample, draw_many, exams, is_right, text_chain
 
 DEFAULTS = {"steps": 150, "samples": 200, "size": 100, "keep_images": 120, "r": 16}
 BATCH, PRIOR_RANK = 16, 64
@@ -81,6 +90,10 @@ def finished(way: Way, settings: dict, seed: int, folder: Path, home: Path, devi
     if scale:
         base, reference = home / "base", folder / "base" if way.ancestor else None
         merge_baseline("task_arithmetic", expert, vlm, base, reference, scale=scale, progress=False)
+    if way.gated:
+        adapter = gated_prior(way, settings, seed, folder, home, device).as_lora(1.0, home / "adapter")
+        merge_adapter(vlm, adapter, home / "merged", progress=False)
+        return home / "merged"
     if not way.trains:
         return base
     model, processor = load(base, device, four_bit=True)
@@ -113,6 +126,18 @@ def prior_of(folder: Path, ancestor: bool) -> Path:
         folder / "expert", folder / "vlm", output, PRIOR_RANK, reference=reference, exist_ok=True, progress=False
     )
     return output
+
+
+def gated_prior(way: Way, settings: dict, seed: int, folder: Path, home: Path, device) -> ReasoningPrior:
+    """On the VLM in 16 bits, with other prompts for the expert than it was taught on."""
+    rng = np.random.default_rng([seed, 5])
+    texts = [text_chain(rng).question for _ in range(settings["samples"])]
+    kept = keep_set_of(folder, settings["keep_images"], device)
+    given = {name: settings[name] for name in ("keep_weight", "gate_steps") if name in settings}
+    given = {name.removeprefix("gate_"): value for name, value in given.items()}
+    sizes = {"max_new_tokens": 96, "batch_size": 8, "seed": seed, "progress": False}
+    pair = prior_of(folder, way.ancestor), folder / "vlm", folder / "expert"
+    return gate_prior(*pair, kept, texts, home / "gated.safetensors", **given, **sizes)
 
 
 def keep_set_of(folder: Path, images: int, device: torch.device) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 RATES = tuple({"rate": rate} for rate in (1e-4, 3e-4, 1e-3))
 SCALES = tuple({"scale": scale} for scale in (0.3, 0.6, 0.9))
+WEIGHTS = tuple({"keep_weight": weight} for weight in (0.1, 0.3, 1.0))
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Way:
         title: its name.
         trains: an adapter on the 4-bit base, which is merged into the full-precision one afterwards.
         merged: λ of the Δ that is added to the VLM beforehand; where nothing is trained, `scale` of the grid is it.
+        gated: the prior's directions are weighed by the expert's answers in text and the VLM's own about images; the
+            grid is over κ, the weight of the latter.
         ancestor: Δ is the expert less the ancestor, not less the VLM.
         drift: settings of DriftConfig; None trains plain LoRA.
         kept: near the VLM's own answers to images without labels.
@@ -25,6 +28,7 @@ class Way:
     title: str
     trains: bool = True
     merged: float = 0.0
+    gated: bool = False
     ancestor: bool = False
     drift: dict | None = None
     kept: bool = False
@@ -44,6 +48,8 @@ WAYS = {
     "vlm": Way("VLM as it is", trains=False, grid=()),
     "task-arithmetic": Way("task arithmetic", trains=False, grid=SCALES),
     "task-arithmetic-ancestor": Way("task arithmetic, Δ from the ancestor", False, ancestor=True, grid=SCALES),
+    "gates": Way("gates", trains=False, gated=True, grid=WEIGHTS),
+    "gates-ancestor": Way("gates, Δ from the ancestor", False, gated=True, ancestor=True, grid=WEIGHTS),
     **TRAINED,
     **KEPT,
 }

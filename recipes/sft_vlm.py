@@ -86,7 +86,7 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
     if run.merge_first == 1 and drift.pulls:
         raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
-    if run.keep is not None and run.keep_weight and not run.replay and drift.drift_norm == "weight":
+    if run.keep is not None and not run.replay and drift.drift_norm == "weight":
         raise ValueError(
             "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
             "which mixes the keep set's answers into the training data instead"

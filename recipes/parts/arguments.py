@@ -78,6 +78,8 @@ class RunArguments:
             raise ValueError(f"replay is a share of the training samples, at least 0 and below 1, got {self.replay}")
         if self.replay and self.keep is None:
             raise ValueError(f"replay={self.replay} takes the answers of a keep set: name one with keep")
+        if not self.keep_weight and not self.replay:
+            self.keep = None  # so that none is made
         if self.replay and self.streaming:
             raise ValueError(
                 f"replay={self.replay} is a share of the data, whose size streaming does not know: leave out either"

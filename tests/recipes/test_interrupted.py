@@ -111,6 +111,13 @@ def test_a_value_is_read_as_it_is_meant(line, name, value, written):
     assert found == value and (type(found) is type(value) or name == "save_strategy")
 
 
+@pytest.mark.parametrize(
+    ("more", "named"), [("", "k"), ("\nkeep_weight: 0", None), ("\nkeep_weight: 0\nreplay: 0.1", "k")]
+)
+def test_a_keep_set_without_weight_is_none(more, named, written):
+    assert written(f"keep: k{more}")[0].keep == named
+
+
 @pytest.mark.parametrize(("line", "sentence"), [
     ("logging_steps: null", "logging_steps has no value: give it one, or leave the key out"),
     ("max_tokens:", "max_tokens has no value: give it one, or leave the key out"),

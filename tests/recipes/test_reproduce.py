@@ -44,12 +44,12 @@ def test_its_commands_are_ones_that_the_scripts_take(tmp_path):
     for command in trained:
         run, drift, train = parse([*command, "--use-cpu"], sft_vlm.__doc__)
         assert run.merge and train.max_steps == 9 and run.base == "Qwen/Qwen2.5-VL-7B-Instruct"
-        found[train.output_dir.rpartition("/")[2]] = (run.method, run.merge_first, run.keep_weight, drift.drift_alpha)
+        found[train.output_dir.rpartition("/")[2]] = (run.method, run.merge_first, run.keep is not None, drift.drift_alpha)
     assert found == {
-        "sft": ("sft", None, 0, 0),
-        "merged": ("sft", 0.5, 0, 0),
-        "drift": ("drift", None, 0, 0.3),
-        "drift-keep": ("drift", None, 1, 0.3),
+        "sft": ("sft", None, False, 0),
+        "merged": ("sft", 0.5, False, 0),
+        "drift": ("drift", None, False, 0.3),
+        "drift-keep": ("drift", None, True, 0.3),
     }
     assert [command[1:3] for command in commands[4:6]] == [["kit"], ["run.py", "--config"]]
     assert [command[1] for command in commands[6:9]] == [str(RECIPES / "score.py")] * 3

@@ -1,5 +1,6 @@
 """What several test files share: tiny pairs of base and expert with their priors, one of them with a known Δ."""
 
+import gc
 import os
 import signal
 from functools import cache
@@ -21,6 +22,10 @@ from drift_peft.checkpoints.naming import PROJECTIONS, module_kind
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also what takes half a minute a test, marked slow")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports have made: a Trainer collects garbage several times, and would look at all of it
 
 
 def pytest_collection_modifyitems(config, items):

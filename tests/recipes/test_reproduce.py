@@ -44,7 +44,12 @@ def test_its_commands_are_ones_that_the_scripts_take(tmp_path):
     for command in trained:
         run, drift, train = parse([*command, "--use-cpu"], sft_vlm.__doc__)
         assert run.merge and train.max_steps == 9 and run.base == "Qwen/Qwen2.5-VL-7B-Instruct"
-        found[train.output_dir.rpartition("/")[2]] = (run.method, run.merge_first, run.keep is not None, drift.drift_alpha)
+        found[train.output_dir.rpartition("/")[2]] = (
+            run.method,
+            run.merge_first,
+            run.keep is not None,
+            drift.drift_alpha,
+        )
     assert found == {
         "sft": ("sft", None, False, 0),
         "merged": ("sft", 0.5, False, 0),

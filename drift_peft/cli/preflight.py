@@ -41,7 +41,10 @@ def run(recipe: str, set: list[str], gates: bool, as_json: bool) -> None:
         summary = gating_summary(recipe, changes)
         show(summary, as_json, gating_table(summary))
         return
-    summary = preflight_summary(recipe, changes)
+    from rich.console import Console
+
+    with Console(stderr=True).status("counting what the layers keep; with linear attention this takes minutes"):
+        summary = preflight_summary(recipe, changes)
     sentences = filter(None, [keeping_sentence(summary)])
     show(summary, as_json, preflight_table(summary), cards_table(summary), *sentences)
 

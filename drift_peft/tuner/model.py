@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..checkpoints import (
     Decoder,
+    auto_class_of,
     convert_peft_config_for_transformers,
     language_model_targets,
     module_kind,
     quantization_of,
+    shown,
 )
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, read_merge
@@ -49,6 +51,8 @@ class DriftModel(LoraModel):
         trains = isinstance(config, DriftConfig) and not config.inference_mode
         if trains:  # before anything is forgotten: what is refused stays as it is
             _refuse_unready(model, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+        if isinstance(config, DriftConfig):
+            config.loaded_by = auto_class_of(getattr(model, "config", None)).__name__
         _forget(model.modules(), adapter_name)  # one of this name may have been deleted, past this class even
         if not isinstance(config, DriftConfig):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -274,9 +278,9 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
 
 
 def _experts(header: dict) -> list[str]:
-    """The ids of the experts that a prior, or what it was combined from, was made from."""
+    """The names of the experts that a prior, or what it was combined from, was made from."""
     if header.get("expert"):
-        return [header["expert"]["id"]]
+        return [shown(header["expert"]["id"])]
     return [expert for parent in header.get("parents", ()) for expert in _experts(parent)]
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from command import run
+from huggingface_hub import ModelCard
 from keep_sets import make, save_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -260,7 +261,9 @@ def test_an_adapter_holds_the_best_of_delta(vlms, tmp_path, family, ranks):
     assert report.energy == pytest.approx(float(held / whole), abs=1e-3)
     # Its factors are the prior's, which are in bf16.
     assert close(logits(PeftModel.from_pretrained(vlm, tmp_path / "out")), expected, start, 1e-2)
-    assert str(folder / "expert") in (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "# expert in vlm" in card.text and str(folder) not in str(card) and card.data.base_model is None
+    assert card.data.pipeline_tag == "image-text-to-text" and f"--max-lora-rank {8 if 'rank' in ranks else 16}" in card.text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 1.5 * config["r"] and not config["rank_pattern"]
 

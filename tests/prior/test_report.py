@@ -218,10 +218,10 @@ def test_notes(tmp_path):
 
 
 def test_names_are_no_markup(tmp_path):
-    names = {"expert": "/моделі/[red]эксперт[/red] :smile:", "base": "基础[/]$x$"}
+    names = {"expert": "/моделі/[red]эксперт[bold] :smile:", "base": "基础[link]$x$"}
     origins = {role: {"id": name, "revision": None} for role, name in names.items()}
     summary = prior_summary(sample_prior(tmp_path / "p.safetensors", 1, **origins))
-    assert f"Δ = {names['expert']} − {names['base']}" in printed(prior_table(summary), width=200)
+    assert "Δ = [red]эксперт[bold] :smile: − 基础[link]$x$" in printed(prior_table(summary), width=200)
     with pytest.warns(UserWarning, match="missing from font"):  # matplotlib's font has no Chinese
         assert draw_prior(summary)[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -104,7 +104,8 @@ def transplant(
     """Bring what a text-only fine-tune has learned into a VLM of its family, without training.
 
     A LoRA adapter becomes one of the VLM without loss. Of a full fine-tune, an adapter holds Δ of the attention and MLP
-    projections at a rank; `merged` adds all of Δ, with norms and biases. Embedding, head and everything beside the
+    projections at a rank; `merged` adds all of Δ, with norms and biases: W + λ·Δ, task arithmetic (arXiv 2212.04089,
+    section 2). Embedding, head and everything beside the
     language model stay the VLM's. Works in `<output>.partial/`, renamed when complete and gone if anything fails.
 
     Args:
@@ -132,6 +133,11 @@ def transplant(
             VLM, with the names on both sides; an adapter holds more than s·B·A of linear layers, by name; the expert
             adds nothing; the keep set is of another model; or no scale costs less than the budget.
         OSError: something is not found, or the output exists or cannot be written.
+
+    Example:
+        >>> report = transplant(expert=EXPERT, base=VLM, output="untrained", rank=8, scale=0.5, progress=False)
+        >>> report.modules, 0 < report.energy < 1
+        (28, True)
     """
     _check_arguments(scale, keep, budget, load_in_4bit, batch_size)
     given = [source for source in (expert, base, reference, keep) if source is not None]

@@ -62,8 +62,9 @@ prior = ReasoningPrior.load("{source}")  # to look inside; a DriftConfig needs t
 model = get_peft_model(vlm, DriftConfig(prior="{source}", r=16, lora_alpha=32, task_type="CAUSAL_LM"))
 ```
 
-where `vlm` is {base}, in full precision or 4 bit. A prior is no model: what is trained with it is loaded and served as any
-LoRA adapter. `drift-peft prior export {source} --scale 0.5 -o adapter` makes one of the prior itself, to compare with.
+where `vlm` is {base}, in full precision or 4 bit. A prior is no model: what is trained with it is loaded and served as
+any LoRA adapter. `drift-peft prior export {source} --scale 0.5 -o adapter` makes one of the prior itself, to compare
+with.
 
 The prior was made with
 

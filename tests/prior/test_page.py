@@ -49,7 +49,8 @@ plot.dispatchEvent(new PointerEvent("pointermove", {clientX: place.right - 5, cl
 found.pointed = readout();
 key("ArrowLeft");
 found.left = readout();
-const pointer = (name, type) => plot.dispatchEvent(new PointerEvent(name, {pointerType: type, clientX: place.left + 50}));
+const pointer = (name, type) => plot.dispatchEvent(
+  new PointerEvent(name, {pointerType: type, clientX: place.left + 50}));
 pointer("pointerleave", "mouse"), found.gone = readout();
 pointer("pointerdown", "touch"), pointer("pointerleave", "touch"), found.touched = readout();
 found.next = document.querySelector("pre").textContent;

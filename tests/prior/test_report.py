@@ -233,8 +233,8 @@ def test_a_notebook_shows_the_verdict_and_the_table(prior, tmp_path):
     rows = [row.split("<td>")[1:] for row in html.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]]
     told = prior_rows(summary)[1]
     assert [[cell.split("<")[0] for cell in row] for row in rows] == told and len(told) > LAYERS
-    named = sample_prior(tmp_path / "p.safetensors", 1, expert={"id": "<b>x</b>", "revision": None})
-    assert "<b>x</b>" not in named._repr_html_() and escape("<b>x</b>") in named._repr_html_()
+    named = sample_prior(tmp_path / "p.safetensors", 1, expert={"id": "<b>x<i>", "revision": None})
+    assert "<b>x<i>" not in named._repr_html_() and escape("<b>x<i>") in named._repr_html_()
 
 
 def test_figure(prior, tmp_path):

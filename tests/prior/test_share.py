@@ -329,7 +329,7 @@ def test_nothing_but_an_adapter_is_overwritten(tmp_path):
 
 def test_a_card_holds_no_markup_of_others(tmp_path):
     hostile = "x\n```\n[click](https://evil.example) ![](http://evil.example/x.png) <img src=x> www.evil.example | y"
-    base = {"id": hostile, "revision": hostile}
+    base = {"id": hostile.replace("/", ":"), "revision": hostile}  # of a path, the card would have the last part alone
     expert = model_folder(tmp_path / "expert", f"license: {json.dumps(hostile)}")
     prior = random_prior(tmp_path / "p", base=base, expert=expert)
     card = prior.model_card("user/prior")

@@ -81,7 +81,13 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
     assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
     assert Image.open(output / "telemetry.png").width > 500
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert "| expert | expert |" in card and "![" in card and str(pair(FAMILY[name])) not in card and "data.jsonl |" in card and "| 2 |" in card
+    assert (
+        "| expert | expert |" in card
+        and "![" in card
+        and str(pair(FAMILY[name])) not in card
+        and "data.jsonl |" in card
+        and "| 2 |" in card
+    )
 
 
 def test_the_loss_is_on_the_answer_and_images_keep_their_positions(train):

@@ -77,7 +77,9 @@ def render_page(summary: dict) -> str:
     fields = {
         "title": escape(prior_title(summary)),
         "heading": " ".join(heading),
-        "facts": escape(f"{expert}base {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"),
+        "facts": escape(
+            f"{expert}base {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"
+        ),
         "level": verdict["level"] or "unknown",
         "verdict": verdict["title"],
         **{key: escape(verdict[key]) for key in ("distance", "merging", "rank", "basis")},

@@ -50,8 +50,8 @@ def make_keep_set(
     """Have a VLM answer questions about images that nobody has labelled, and write what it says as a keep set.
 
     Each answer takes the likeliest token each time, and keeps the `top_k` largest log probabilities (natural ones) of
-    each of its tokens. Images are drawn at random and take turns with the questions; where there are fewer images than samples, an
-    image gets several questions. The file holds the images as their files are.
+    each of its tokens. Images are drawn at random and take turns with the questions; where there are fewer images than
+    samples, an image gets several questions. The file holds the images as their files are.
 
     A run that was interrupted or killed leaves `<output>.partial/`. The same call goes on from there and ends in the
     same bytes as an uninterrupted one; a call with other settings is refused until that folder is gone.

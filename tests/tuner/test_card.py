@@ -3,14 +3,20 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from pairs import drift, load, train
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from drift_peft import DriftConfig, ReasoningPrior, merge_baseline
+import drift_peft.demo
+from drift_peft import DriftConfig, ReasoningPrior, build_prior, keep, make_keep_set, merge_baseline
 from drift_peft.cli import main
+from drift_peft.demo.world import Digits
 
+CHECKPOINTS = Path(drift_peft.demo.__file__).parent / "checkpoints"
 SECTION = "<!-- drift_peft: "
 
 
@@ -194,3 +200,53 @@ def test_what_goes_on_keeps_what_is_known(folder, tmp_path):
     train(model, 2).save_pretrained(tmp_path)
     found = rows(ModelCard.load(tmp_path / "README.md"))
     assert found["expert"] == "expert" and found["guided optimizer steps"] == "5"
+
+
+def test_a_vlms_card_is_ready_for_the_hub(tmp_path, monkeypatch):
+    """Trained by Trainer and kept: the card says with what, shows the run, has no path, and its code runs."""
+    monkeypatch.chdir(tmp_path)
+    vlm, rows_of_digits = CHECKPOINTS / "vlm", Digits("train")
+    prior = build_prior(CHECKPOINTS / "reasoner", vlm, tmp_path / "p.safetensors", rank=4, progress=False)
+    images = [rows_of_digits.draw("7-3", np.random.default_rng(0))]
+    how = {"samples": 2, "max_new_tokens": 4, "top_k": 4, "progress": False}
+    keep_set = make_keep_set(vlm, images, tmp_path / "k.safetensors", [("read", "read?"), ("at", "at1?")], **how)
+    model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.float32)
+    model = get_peft_model(model, DriftConfig(prior=prior.source, r=4, rank_pattern={"q_proj": 2}))
+    keep(model, keep_set, AutoProcessor.from_pretrained(vlm), batch_size=2)
+    sample = {"input_ids": torch.arange(10, 20), "labels": torch.arange(10, 20)}
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    settings |= {"max_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "warmup_steps": 1}
+    Trainer(model, TrainingArguments("run", **settings), train_dataset=[sample] * 4).train()
+    model.save_pretrained("adapter")
+    assert "](telemetry.png)" not in Path("adapter", "README.md").read_text()
+    Path("adapter", "telemetry.png").touch()
+    model.create_or_update_model_card("adapter")
+
+    text = Path("adapter", "README.md").read_text()
+    card = ModelCard(text)
+    assert str(tmp_path) not in text and str(CHECKPOINTS) not in text and "/vlm" not in text
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model is None
+    found = rows(card)
+    assert found["training"].startswith("1 steps of 4 samples, learning rate 0.001 (linear, 1 warm-up steps), adamw")
+    assert found["kept near"] == (
+        f"2 answers of vlm itself (k.safetensors, SHA-256 {keep_set.sha256[:16]}), 2 every step, weight 1, bound 1"
+    )
+    assert "](telemetry.png)" in card.text and "--enable-lora" not in card.text  # vLLM takes no rank pattern
+    (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    Path("vlm").symlink_to(vlm)
+    names = {}
+    exec(python.replace("path/or/hub-id", "adapter"), names)
+    assert isinstance(names["model"], PeftModel) and type(names["processor"]).__name__ == keep_set.metadata["processor"]
+
+
+def test_a_hub_base_keeps_its_name(folder, tmp_path):
+    """Also where transformers was given its snapshot in the cache."""
+    model = get_peft_model(load(folder, "llama"), drift(folder))
+    base = model.get_base_model()
+    base.config._name_or_path = model.peft_config["default"].base_model_name_or_path = (
+        "/cache/hub/models--org--vlm/snapshots/0a1b"
+    )
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "org/vlm" and "base_model:adapter:org/vlm" in card.data.tags
+    assert rows(card)["base"] == "org/vlm" and "/cache" not in str(card)

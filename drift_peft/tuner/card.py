@@ -91,13 +91,10 @@ def update_card(folder: Path, config: DriftSettings) -> None:
 
 def _fill_in(data: ModelCardData, config: DriftSettings) -> None:
     """What the hub reads: the task, and models by their hub ids alone, since PEFT writes the path of a local base."""
-    base = data.get("base_model")
-    if isinstance(base, str):
+    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {"drift-peft", "lora"}
+    if isinstance(base := data.get("base_model"), str):
         data["base_model"] = hub_id(base)
-    tags = {"drift-peft", "lora"}
-    for tag in data.tags or []:
-        of, _, model = tag.rpartition(":")
-        tags |= {tag} if not of.startswith("base_model") else {f"{of}:{hub_id(model)}"} if hub_id(model) else set()
+        tags |= {f"base_model:adapter:{hub_id(base)}"} if hub_id(base) else set()
     data["tags"] = sorted(tags)
     if config.loaded_by == AutoModelForImageTextToText.__name__ and data.pipeline_tag in (None, "text-generation"):
         data["pipeline_tag"] = TASK

@@ -1,5 +1,6 @@
 """The notebook runs from top to bottom, on the demo's tiny models in the place of SmolVLM and SmolLM2."""
 
+import os
 import re
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def ran(tmp_path_factory):
             cell.source = SETTINGS
         elif "install" in tags:
             cell.source = ""
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     return folder, notebook.cells
 
 

@@ -1,5 +1,9 @@
 """DRIFT for PEFT: LoRA adapters of a vision-language model, steered toward a text-only reasoning expert.
 
+In the examples of docstrings EXPERT and VLM are folders or hub ids of one family, `vlm` is the VLM as transformers
+loads it, `processor` its processor, IMAGES a folder of pictures, and `train` a training loop. The tests run them on the
+demo's checkpoints.
+
 Public names are loaded on first use (PEP 562), so that `import drift_peft` and the command line's help take no time.
 """
 

@@ -56,7 +56,7 @@ from drift_peft import (
     merge_baseline,
     telemetry,
 )
-from drift_peft.checkpoints import Checkpoint, Decoder, split_revision
+from drift_peft.checkpoints import Checkpoint, Decoder, shown, split_revision
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
 
@@ -238,7 +238,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     turns = dataset.features["messages"]
     columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types
     dataset = dataset.map(split_last, input_columns="messages", remove_columns="messages", features=columns)
-    dataset.info.dataset_name = run.data  # as the model card calls it
+    dataset.info.dataset_name = shown(run.data)  # as the model card calls it
 
     dtype = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
     train.model_init_kwargs = {"dtype": dtype, "revision": start.revision, **(train.model_init_kwargs or {})}
@@ -290,6 +290,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
         record["history"] = trainer.state.log_history
         write_json(record, output / "run.json")
         plot_run(record["history"], output / "telemetry.png")
+        trainer.model.create_or_update_model_card(str(output))  # which shows the picture
     return trainer, record
 
 

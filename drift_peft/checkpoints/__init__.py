@@ -6,6 +6,7 @@ Nothing here knows of priors or of training.
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
     sharing      a file of ours that others have or will have: found, hashed, uploaded with its card
+    serving      how an adapter is loaded, merged and served, as the cards tell it
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
@@ -61,7 +62,8 @@ from .output import UNFINISHED, claimed_output, partial_folder, partial_path, re
 from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
-from .sharing import file_sha256, find_file, find_license, in_markdown, license_name, upload
+from .serving import TASK, auto_class_of, how_to_load, how_to_serve
+from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, license_name, shown, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
@@ -72,6 +74,7 @@ __all__ = [
     "MODULES",
     "MOST_LAYERS",
     "PROJECTIONS",
+    "TASK",
     "TOKENIZER",
     "UNFINISHED",
     "Checkpoint",
@@ -90,6 +93,7 @@ __all__ = [
     "adapter_updates",
     "as_peft_reads",
     "assumed_quantization",
+    "auto_class_of",
     "block_rows",
     "canonical_name",
     "carry_adapter",
@@ -102,6 +106,9 @@ __all__ = [
     "file_sha256",
     "find_file",
     "find_license",
+    "how_to_load",
+    "how_to_serve",
+    "hub_id",
     "in_markdown",
     "infinite_alpha",
     "is_adapter",
@@ -124,6 +131,7 @@ __all__ = [
     "replaced_when_complete",
     "resumable_folder",
     "scale_adapter",
+    "shown",
     "split_revision",
     "unwrapped",
     "upload",

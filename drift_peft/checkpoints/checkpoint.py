@@ -13,18 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..warn import warn
 from .conversion import Conversion, Layout
@@ -32,6 +21,7 @@ from .decoder import Decoder
 from .hub import Repository, download, split_revision
 from .naming import canonical_name
 from .schema import FourBitState, Index, ModelConfig, check, read_json
+from .serving import auto_class_of
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
 from .watch import Watch
 
@@ -191,11 +181,7 @@ class Checkpoint:
     @property
     def auto_class(self):
         """The transformers auto class that loads this model."""
-        kind = type(self.config)
-        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return AutoModelForImageTextToText
-        talks = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
-        return AutoModelForMultimodalLM if talks else AutoModelForCausalLM
+        return auto_class_of(self.config)
 
     @property
     def sees(self) -> bool:

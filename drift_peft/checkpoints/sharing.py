@@ -13,6 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from ..warn import visible, warn
 from .hub import download, split_revision
 
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b")  # the place of a snapshot in the hub's cache
 _MARKUP = re.compile(r"[`<>\[\]\\*~]|://|www\.", re.IGNORECASE)  # of links, images and the like
 
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
@@ -76,6 +78,30 @@ def upload(
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"{source} could not be uploaded to {repo_id}: {reason}") from error
+
+
+def hub_id(source: str) -> str | None:
+    """The hub id that a model has, also where it was named by its snapshot in the hub's cache; None of another path.
+
+    >>> hub_id("/cache/hub/models--org--vlm/snapshots/0a1b2c"), hub_id("org/vlm"), hub_id("/data/vlm")
+    ('org/vlm', 'org/vlm', None)
+    """
+    if cached := _CACHED.search(source):
+        return "/".join(cached.groups())
+    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else None
+
+
+def shown(source: str) -> str:
+    """What cards and headings call a model or file: its hub id, with a revision if one was named, or the last part of
+    its path, which tells nothing of the disk that it lies on.
+
+    >>> shown("/data/models/vlm"), shown("org/vlm@v1")
+    ('vlm', 'org/vlm@v1')
+    """
+    name, at, revision = source.partition("@")
+    if name := hub_id(name):
+        return f"{name}{at}{revision}"
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or source
 
 
 def find_license(origin: dict, token: str | None) -> dict | None:

@@ -38,6 +38,12 @@ def language_model_targets(
 
     Raises:
         ValueError: no module would be hit.
+
+    Example:
+        >>> attention = ["layers.0.self_attn.q_proj.weight", "layers.1.self_attn.q_proj.weight"]
+        >>> config = LoraConfig(target_modules=language_model_targets(vlm, attention))
+        >>> len(get_peft_model(vlm, config).targeted_module_names)
+        2
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = Decoder(base)

@@ -34,7 +34,7 @@ from .expert import make_answer_set, read_texts
 from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
-from .kept import is_kept, keep_telemetry
+from .kept import is_kept, keep_telemetry, keep_words
 from .make import make_keep_set
 from .measure import Distance, measure, summarize
 from .page import write_page
@@ -68,6 +68,7 @@ __all__ = [
     "keep_summary",
     "keep_table",
     "keep_telemetry",
+    "keep_words",
     "make_answer_set",
     "make_keep_set",
     "measure",

@@ -58,6 +58,14 @@ class KeepSet(Sequence[Sample]):
         metadata: the header, as described at the top of `file`.
         kinds: kind of question -> how many samples are of it.
         k: how many log probabilities are known of each answer token.
+
+    Example:
+        >>> keep_set = KeepSet.load("keep.safetensors")
+        >>> len(keep_set), keep_set.k, sorted(keep_set.kinds.items())
+        (4, 8, [('count', 2), ('read', 2)])
+        >>> sample = keep_set[0]  # with n answer tokens: tokens [n], top_tokens and top_logprobs [n, k]
+        >>> sample.top_logprobs.shape == (len(sample.tokens), 8)
+        True
     """
 
     def __init__(self, path: Path, source: str):
@@ -104,7 +112,11 @@ class KeepSet(Sequence[Sample]):
 
     def check(self, processor: Any) -> None:
         """ValueError unless this processor is of the class, and its tokenizer has the tokens, that the set was made
-        with. Tokens that were added since then are no matter."""
+        with. Tokens that were added since then are no matter.
+
+        Example:
+            >>> KeepSet.load("keep.safetensors").check(processor)
+        """
         kind, made_with = type(processor).__name__, self.metadata["processor"]
         if kind != made_with:
             raise ValueError(f"{self.source} was made with a {made_with}, not a {kind}: {self._way_out}")
@@ -114,7 +126,11 @@ class KeepSet(Sequence[Sample]):
 
     def check_model(self, model: nn.Module) -> None:
         """ValueError unless the model is of the VLM's type and has its vocabulary. Its weights may be others: those of
-        a merged or quantized base, or an adapter's."""
+        a merged or quantized base, or an adapter's.
+
+        Example:
+            >>> KeepSet.load("keep.safetensors").check_model(vlm)
+        """
         kind, made_with = model.config.model_type, self.metadata["model_type"]
         if kind != made_with:
             raise ValueError(f"{self.source} holds a {made_with}'s answers, and the model is a {kind}: {self._way_out}")
@@ -138,17 +154,31 @@ class KeepSet(Sequence[Sample]):
         Raises:
             ValueError: `repo_id` is no hub id.
             OSError: the hub does not take it: no network, no token, no permission.
+
+        Example:
+            >>> keep_set.push_to_hub("me/keep", private=True)  # doctest: +SKIP
         """
         files = {FILE_NAME: self.path, "README.md": str(self.model_card(repo_id, token)).encode()}
         return upload(self.source, repo_id, files, private, token, commit_message or "Upload a keep set", revision)
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
-        """What `push_to_hub` writes as README.md; looks the VLM's licence up in its card."""
+        """What `push_to_hub` writes as README.md; looks the VLM's licence up in its card.
+
+        Example:
+            >>> KeepSet.load("keep.safetensors").model_card("me/keep").data.pipeline_tag
+            'image-text-to-text'
+        """
         source, images = repo_id or FILE_NAME, len(self._image_ends)
         return model_card(self.metadata, source, self.sha256, self.kinds, images, token)
 
     def image_file(self, i: int) -> bytes:
-        """The i-th image as the file that it came from; `image_of` says whose it is."""
+        """The i-th image as the file that it came from; `image_of` says whose it is.
+
+        Example:
+            >>> keep_set = KeepSet.load("keep.safetensors")
+            >>> keep_set.image_file(keep_set.image_of(0))[1:4]
+            b'PNG'
+        """
         return self._part("images", self._image_ends, i).numpy().tobytes()
 
     def image_of(self, i: int) -> int:

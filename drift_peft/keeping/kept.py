@@ -24,9 +24,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
-from .answers import Sample, answer_logits, placed
+from ..checkpoints import shown
+from .answers import answer_logits, placed
 from .distance import bucketed_kl
 from .feed import Feed, Part, mixed
+from .file import KeepSet
 from .registry import Known, Registry
 from .steps import Act, act_in_steps
 
@@ -50,7 +52,7 @@ class Keeping:
     def __init__(
         self,
         model: nn.Module,
-        keep_set: Sequence[Sample],
+        keep_set: KeepSet,
         processor: Any,
         weight: float,
         bound: float | None,
@@ -222,6 +224,18 @@ def keep_telemetry(model: nn.Module) -> dict[str, float]:
         if keeping.kl is not None:
             return {"keep_kl": keeping.kl.item(), "keep_ratio": keeping.ratio.item()}
     return {}
+
+
+def keep_words(model: nn.Module) -> str | None:
+    """What keeps the model and how, for its card; None if nothing does."""
+    for keeping in keepings_of(model):
+        keep_set, often = keeping.feed.keep_set, "every step" if keeping.every == 1 else f"every {keeping.every} steps"
+        bound = "no bound" if keeping.bound is None else f"bound {keeping.bound:g}"
+        return (
+            f"{len(keep_set)} answers of {shown(keep_set.metadata['vlm']['id'])} itself ({shown(keep_set.source)}, "
+            f"SHA-256 {keep_set.sha256[:16]}), {keeping.feed.batch_size} {often}, weight {keeping.weight:g}, {bound}"
+        )
+    return None
 
 
 def _alive() -> list[Keeping]:

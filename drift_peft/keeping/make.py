@@ -49,9 +49,9 @@ def make_keep_set(
 ) -> KeepSet:
     """Have a VLM answer questions about images that nobody has labelled, and write what it says as a keep set.
 
-    Each answer takes the likeliest token each time, and keeps the `top_k` largest log probabilities of each of its
-    tokens. Images are drawn at random and take turns with the questions; where there are fewer images than samples, an
-    image gets several questions. The file holds the images as their files are.
+    Each answer takes the likeliest token each time, and keeps the `top_k` largest log probabilities (natural ones) of
+    each of its tokens. Images are drawn at random and take turns with the questions; where there are fewer images than
+    samples, an image gets several questions. The file holds the images as their files are.
 
     A run that was interrupted or killed leaves `<output>.partial/`. The same call goes on from there and ends in the
     same bytes as an uninterrupted one; a call with other settings is refused until that folder is gone.
@@ -83,6 +83,14 @@ def make_keep_set(
         OSError: the model or the images are not found, the output exists or cannot be written, another process writes
             it, or it holds another run's work; the server does not answer.
         ImportError: pillow is missing, or datasets where a data set is read.
+
+    Example:
+        >>> made = make_keep_set(
+        ...     VLM, IMAGES, "keep.safetensors", [("read", "read?"), ("count", "count?")],
+        ...     samples=4, top_k=8, progress=False,
+        ... )
+        >>> made
+        KeepSet('keep.safetensors', 4 samples, k 8)
     """
     numbers = {"samples": samples, "max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}
     for name, value in numbers.items():

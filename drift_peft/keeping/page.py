@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints import claimed_output, partial_folder
+from ..checkpoints import claimed_output, partial_folder, shown
 from .file import KeepSet
 from .summary import CAPTION, entropy, keep_rows, keep_summary
 
@@ -53,7 +53,7 @@ def render_page(keep_set: KeepSet) -> str:
     heads, rows = keep_rows(summary)
     facts = f"{len(samples)} answers about {summary['images']} images; {CAPTION}; sha256 {summary['sha256'][:16]}"
     fields = {
-        "title": escape(f"Keep set of {summary['vlm']['id']}"),
+        "title": escape(f"Keep set of {shown(summary['vlm']['id'])}"),
         "facts": escape(facts),
         "head": "".join(f'<th scope="col">{head}</th>' for head in heads),
         "rows": "\n".join(f"<tr>{_cells(cells, i, last=i + 1 == len(rows))}</tr>" for i, cells in enumerate(rows)),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import find_license, in_markdown, license_name
+from ..checkpoints import TASK, find_license, hub_id, in_markdown, license_name, shown
 
 CARD = """\
 ---
@@ -29,11 +26,14 @@ SHA-256 of the file: `{sha256}`.
 ## Use
 
 ```python
-from drift_peft import KeepSet
+from drift_peft import KeepSet, keep
 
 keep_set = KeepSet.load("{source}")
 keep_set[0]  # image, question, answer, tokens and their log probabilities
+keep(model, keep_set, processor)  # and train: any loop, LoRA or full fine-tuning
 ```
+
+where `model` is {vlm}, or what was merged or quantized from it, and `processor` its processor.
 
 ## Licences
 
@@ -55,11 +55,10 @@ def model_card(
         token: for the card of a private or gated model.
     """
     vlm = header["vlm"]["id"]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", vlm) and not Path(vlm).exists()
-    data = ModelCardData(base_model=vlm if on_hub else None, tags=["drift-peft", "peft"])
+    data = ModelCardData(base_model=hub_id(vlm), pipeline_tag=TASK, tags=["drift-peft", "peft"])
     content = CARD.format(
         data=data.to_yaml(),
-        vlm=in_markdown(vlm),
+        vlm=in_markdown(shown(vlm)),
         samples=sum(kinds.values()),
         images=images,
         k=header["k"],

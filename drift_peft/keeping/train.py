@@ -27,10 +27,11 @@ def keep(
 ) -> nn.Module:
     """Keep a model near the VLM whose answers a keep set holds, from its next optimizer step on.
 
-    Before each step, w·∇L_keep of a fresh batch of the keep set is added to the gradients of whatever the optimizer
-    trains, L_keep = mean KL(VLM || model) over the answer tokens. No loop, trainer or loss has to know of it: LoRA,
-    steered or not, and full fine-tuning, with plain PyTorch, Trainer, TRL, accelerate or DDP. Calling it again replaces
-    the settings; `keep(model, None)` or weight=0 ends it. Returns the model.
+    Before each step, k = w·∇L_keep of a fresh batch of the keep set is added to the gradients g of whatever the
+    optimizer trains: g ← g + k·min(1, ρ·‖g‖/‖k‖). L_keep is the mean KL(VLM || model) over the answer tokens, in nats.
+    This is ours, not of the paper. No loop, trainer or loss has to know of it: LoRA, steered or not, and full
+    fine-tuning, with plain PyTorch, Trainer, TRL, accelerate or DDP. Calling it again replaces the settings;
+    `keep(model, None)` or weight=0 ends it. Returns the model.
 
     Args:
         model: as the training loop calls it.
@@ -45,6 +46,13 @@ def keep(
     Raises:
         ValueError: the set was made with another processor, tokenizer or type of model; or a value is out of range.
         FileNotFoundError: there is no such keep set.
+
+    Example:
+        >>> model = get_peft_model(vlm, DriftConfig(prior="prior.safetensors", r=8, task_type="CAUSAL_LM"))
+        >>> model = keep(model, "keep.safetensors", processor, batch_size=2)
+        >>> train(model)
+        >>> telemetry(model)["keep_kl"] > 0  # nats an answer token
+        True
     """
     _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
     kept = _unwrapped(model)

@@ -70,6 +70,8 @@ def merge_adapter(
 ) -> MergeReport:
     """Merge a LoRA adapter (ours or stock PEFT's) into its full-precision base: W' = W + s·B·A.
 
+    W [out, in], B [out, r], A [r, in] (LoRA, arXiv 2106.09685, section 4), with s = α/r or as the adapter says.
+
     DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
     merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
     adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too
@@ -97,6 +99,11 @@ def merge_adapter(
             base, where that is asked for; nothing changed; a merged weight is not finite; the base or the adapter was
             written to meanwhile; the verification failed, or the model in fp32 is larger than the memory that is free
             for it.
+
+    Example:
+        >>> report = merge_adapter(base=VLM, adapter="adapter", output="merged", progress=False)
+        >>> report.modules, report.output.name
+        (28, 'merged')
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")

@@ -113,7 +113,12 @@ def merge_baseline(
     exist_ok: bool = False,
     progress: bool = True,
 ) -> BaselineReport:
-    """Merge a text-only expert into the language model of a VLM by one of `METHODS`; see the module's docstring.
+    """Merge a text-only expert into the language model of a VLM by one of `METHODS`.
+
+    They are the rivals in table 2 of DRIFT (arXiv 2510.15050), with the settings of its table 9: task_arithmetic (arXiv
+    2212.04089), ties (2306.01708), dare_linear and dare_ties (2311.03099), layer_swap (2410.01335). With the task
+    vectors τ = W − W_reference, task_arithmetic is W_reference + Σ w·τ; with a scale λ, W_vlm + λ·Δ. The others'
+    formulas stand at the top of the module.
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
     stays byte for byte as it is; but W_vlm + λ·Δ by task_arithmetic says in its config.json that it is that, and a
@@ -146,6 +151,11 @@ def merge_baseline(
             model, weights do not match or are not finite, the expert has nothing in common with the base (see `force`),
             a model was written to meanwhile, or nothing changed.
         OSError: a checkpoint is not found, or the output exists or cannot be written.
+
+    Example:
+        >>> report = merge_baseline("task_arithmetic", EXPERT, VLM, "half-way", scale=0.5, progress=False)
+        >>> report.merged  # weights
+        49
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
     modules = [modules] if isinstance(modules, str) else modules

@@ -88,6 +88,14 @@ def gate_prior(
             is of another base; the keep set is of another VLM; the expert's tokens are not the VLM's; the GPU has no
             room.
         OSError: something is not found; the output exists, or the answers were made in another way.
+
+    Example:
+        >>> gated = gate_prior(
+        ...     "prior.safetensors", VLM, EXPERT, "keep.safetensors", ["7-3+4solve?", "1+8solve?"], "gated.safetensors",
+        ...     steps=2, batch_size=2, max_new_tokens=8, top_k=8, progress=False,
+        ... )
+        >>> {round(gate, 1) for weight in gated.metadata["weights"].values() for gate in weight["gates"]} >= {0.5}
+        True
     """
     _check_numbers(keep_weight=keep_weight, alpha=alpha, rate=rate)
     _check_numbers(int, steps=steps, batch_size=batch_size, max_tokens=max_tokens)

@@ -17,17 +17,24 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
 
 from ..checkpoints import (
     PROJECTIONS,
+    TASK,
     Checkpoint,
     Match,
     carry_adapter,
+    how_to_load,
+    how_to_serve,
+    hub_id,
+    in_markdown,
     is_adapter,
     match_weights,
     open_expert,
     replaced_when_complete,
     scale_adapter,
+    shown,
 )
 from ..keeping import KeepSet
 from ..prior import ReasoningPrior, build_prior
@@ -45,11 +52,13 @@ CARD = """\
 
 W + {scale:g}·Δ: a plain LoRA adapter of {base}, made without training by `drift-peft transplant`. Δ is {delta}.{cost}
 
-```python
-from peft import PeftModel
+## Use
 
-model = PeftModel.from_pretrained(vlm, "path or hub id of this adapter")  # vlm is {base}
-```
+With PEFT alone:
+
+{load}
+
+{serve}
 """
 
 
@@ -95,7 +104,8 @@ def transplant(
     """Bring what a text-only fine-tune has learned into a VLM of its family, without training.
 
     A LoRA adapter becomes one of the VLM without loss. Of a full fine-tune, an adapter holds Δ of the attention and MLP
-    projections at a rank; `merged` adds all of Δ, with norms and biases. Embedding, head and everything beside the
+    projections at a rank; `merged` adds all of Δ, with norms and biases: W + λ·Δ, task arithmetic (arXiv 2212.04089,
+    section 2). Embedding, head and everything beside the
     language model stay the VLM's. Works in `<output>.partial/`, renamed when complete and gone if anything fails.
 
     Args:
@@ -123,6 +133,11 @@ def transplant(
             VLM, with the names on both sides; an adapter holds more than s·B·A of linear layers, by name; the expert
             adds nothing; the keep set is of another model; or no scale costs less than the budget.
         OSError: something is not found, or the output exists or cannot be written.
+
+    Example:
+        >>> report = transplant(expert=EXPERT, base=VLM, output="untrained", rank=8, scale=0.5, progress=False)
+        >>> report.modules, 0 < report.energy < 1
+        (28, True)
     """
     _check_arguments(scale, keep, budget, load_in_4bit, batch_size)
     given = [source for source in (expert, base, reference, keep) if source is not None]
@@ -166,7 +181,7 @@ def transplant(
         costs = [] if scales is None else scales.costs
         report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
         if not merged:
-            _card(report, expert, vlm, None if lora else reference or base).save(result / "README.md")
+            _card(report, result, expert, vlm, None if lora else reference or base).save(result / "README.md")
         for part in result.iterdir():
             part.rename(folder / part.name)
     return report
@@ -239,11 +254,14 @@ def _energy(prior: ReasoningPrior) -> float:
     return held / math.fsum(weight["delta_norm"] ** 2 for weight in stats)
 
 
-def _card(report: TransplantReport, expert: str | Path, vlm: Checkpoint, origin: str | Path | None) -> ModelCard:
-    """Of an adapter. `origin`: what Δ is taken from; None for a LoRA adapter's own."""
+def _card(
+    report: TransplantReport, folder: Path, expert: str | Path, vlm: Checkpoint, origin: str | Path | None
+) -> ModelCard:
+    """Of an adapter in a folder. `origin`: what Δ is taken from; None for a LoRA adapter's own."""
+    expert, base = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
     delta = f"that of the LoRA adapter {expert}, as it is"
     if origin is not None:
-        delta = f"{expert} − {origin}, with {report.energy:.1%} of its energy"
+        delta = f"{expert} − {in_markdown(shown(str(origin)))}, with {report.energy:.1%} of its energy"
     cost = ""
     if report.costs:
         (measured,) = (each for each in report.costs if each.scale == report.scale)
@@ -251,7 +269,14 @@ def _card(report: TransplantReport, expert: str | Path, vlm: Checkpoint, origin:
             f"\n\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from it, and would have chosen "
             f"{measured.agreement:.1%} of their tokens too."
         )
-    hub = vlm.source if vlm.revision else None
-    data = ModelCardData(base_model=hub, library_name="peft", tags=["drift-peft", "lora"])
-    names = {"expert": expert, "base": vlm.source, "scale": report.scale, "delta": delta, "cost": cost}
+    data = ModelCardData(
+        base_model=hub_id(vlm.source),
+        library_name="peft",
+        pipeline_tag=TASK if vlm.sees else None,
+        tags=["drift-peft", "lora"],
+    )
+    named, adapter, loaded_by = shown(vlm.source), "path/or/hub-id", vlm.auto_class.__name__
+    names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": cost}
+    names["load"] = how_to_load(named, base, loaded_by, adapter)
+    names["serve"] = how_to_serve(named, loaded_by, adapter, LoraConfig.from_pretrained(folder).r)
     return ModelCard(CARD.format(data=data.to_yaml(), **names))

@@ -71,6 +71,9 @@ def build_prior(
 ) -> ReasoningPrior:
     """Take Δ between a text-only expert and the language model of a VLM, and write it as a low-rank prior.
 
+    Δ = W_expert − W_base of each weight W [out, in] (DRIFT, arXiv 2510.15050, equation 2), or W_expert − W_reference
+    (table 10), as U diag(S) Vh with U [out, k], S [k], Vh [k, in], decomposed in fp32.
+
     A build that was interrupted or killed leaves `<output>.partial/`. The same call goes on from there and ends in the
     same bytes as an uninterrupted one; a call with other settings is refused until that folder is gone.
 
@@ -104,6 +107,14 @@ def build_prior(
             one was written to meanwhile. Of such a build nothing is kept.
         OSError: a checkpoint is not found, the output exists or cannot be written, another process writes it, or it
             holds another build's work.
+
+    Example:
+        >>> prior = build_prior(expert=EXPERT, base=VLM, output="prior.safetensors", rank=8, progress=False)
+        >>> prior
+        ReasoningPrior('prior.safetensors', 28 weights, rank 8)
+        >>> weight = prior["layers.0.self_attn.q_proj.weight"]
+        >>> weight.U.shape, weight.S.shape, weight.Vh.shape
+        (torch.Size([128, 8]), torch.Size([8]), torch.Size([8, 128]))
     """
     settings = _check_ranks(rank, energy, max_rank)
     settings |= {"modules": _check_modules(modules), "only_layers": _check_layers(only_layers, skip_first)}

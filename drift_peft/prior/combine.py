@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from ..checkpoints import shown
 from .file import PriorFile
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
@@ -181,7 +182,7 @@ def formula(header: dict) -> str:
         terms = (f"{p['weight']:+g}·({formula({**p, 'base': header['base']})})" for p in header["parents"])
         return " ".join(terms).removeprefix("+")
     origins = header["expert"], header["reference"] or header["base"]
-    return " − ".join(o["id"] + (f"@{o['revision'][:8]}" if o["revision"] else "") for o in origins)
+    return " − ".join(shown(o["id"]) + (f"@{o['revision'][:8]}" if o["revision"] else "") for o in origins)
 
 
 def _weighted_sum(

@@ -147,7 +147,12 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         return PriorWeight(**factors, **measured, energy=stats["energy"], fingerprint=tuple(stats["fingerprint"]))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """All that the file holds of one weight, memory-mapped: last part of the key -> tensor. KeyError if nothing."""
+        """All that the file holds of one weight, memory-mapped: last part of the key -> tensor. KeyError if nothing.
+
+        Example:
+            >>> sorted(ReasoningPrior.load("prior.safetensors").tensors("layers.0.mlp.up_proj.weight"))
+            ['S', 'U', 'Vh']
+        """
         if name not in self.metadata["weights"]:
             near = difflib.get_close_matches(str(name), self, n=3)
             why = "its Δ is zero" if name in self.metadata["not_steered"] else f"nearest: {', '.join(near) or 'none'}"
@@ -164,6 +169,11 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         They are the first singular directions of the weights' own Δ, or of a parent's in a combined prior. Names alone
         decide which weights these are. The embedding and the head, twenty times as large as the others, are among them
         only where there is nothing else.
+
+        Example:
+            >>> name, U, Vh, values = next(ReasoningPrior.load("prior.safetensors").probes())
+            >>> U.shape[1] == len(Vh) == len(values) == 8
+            True
         """
         stats = self.metadata["weights"]
         names = [name for name in self if stats[name].get("probe") or stats[name].get("fingerprint")]

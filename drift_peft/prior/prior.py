@@ -38,6 +38,13 @@ class ReasoningPrior(PriorFile):
         path: the file.
         source: path or hub id as given to `load`.
         metadata: the header, as described at the top of `file`.
+
+    Example:
+        >>> prior = ReasoningPrior.load("prior.safetensors")
+        >>> len(prior), prior.rank
+        (28, 8)
+        >>> round(prior["layers.0.mlp.up_proj.weight"].cosine, 2)  # of the weight in both models
+        0.95
     """
 
     @classmethod
@@ -63,6 +70,11 @@ class ReasoningPrior(PriorFile):
         Raises:
             ValueError: the priors are of different bases, a coefficient is not finite, all are 0, or the sum is.
             OSError: a prior is not found, or the output exists or cannot be written.
+
+        Example:
+            >>> both = ReasoningPrior.combine({"prior.safetensors": 0.7, "far.safetensors": 0.3}, "both.safetensors")
+            >>> both.rank
+            8
         """
         pairs = parts.items() if isinstance(parts, Mapping) else parts
         parents = [(prior if isinstance(prior, cls) else cls.load(prior), c) for prior, c in pairs]
@@ -77,6 +89,10 @@ class ReasoningPrior(PriorFile):
         Raises:
             ValueError: rank < 1.
             OSError: the output exists or cannot be written.
+
+        Example:
+            >>> ReasoningPrior.load("prior.safetensors").truncate(4, "small.safetensors")
+            ReasoningPrior('small.safetensors', 28 weights, rank 4)
         """
         header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"] or self.rank)}
         if rank < self.rank:  # what is captured is no longer what `energy` asked for
@@ -123,6 +139,10 @@ class ReasoningPrior(PriorFile):
         Raises:
             ValueError: the scale is 0 or not finite, the base is another model, or there is no projection in the prior.
             OSError: the base is not found, or the output exists or cannot be written.
+
+        Example:
+            >>> ReasoningPrior.load("prior.safetensors").as_lora(0.5, "half").name
+            'half'
         """
         return export_lora(self, scale, output, base, overwrite)
 
@@ -141,11 +161,19 @@ class ReasoningPrior(PriorFile):
         Raises:
             ValueError: `repo_id` is no hub id.
             OSError: the hub does not take it: no network, no token, no permission.
+
+        Example:
+            >>> prior.push_to_hub("me/prior", private=True)  # doctest: +SKIP
         """
         return push(self, repo_id, private, token, commit_message, revision)
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
-        """What `push_to_hub` writes as README.md; looks the parents' licences up in their cards."""
+        """What `push_to_hub` writes as README.md; looks the parents' licences up in their cards.
+
+        Example:
+            >>> ReasoningPrior.load("prior.safetensors").model_card("me/prior").data.pipeline_tag
+            'image-text-to-text'
+        """
         return model_card(self, repo_id, token)
 
     def _repr_html_(self) -> str:
@@ -153,7 +181,11 @@ class ReasoningPrior(PriorFile):
         return prior_html(prior_summary(self))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the prior to another file, byte for byte the same. Raises what `partial_output` raises."""
+        """Write the prior to another file, byte for byte the same. Raises what `partial_output` raises.
+
+        Example:
+            >>> ReasoningPrior.load("prior.safetensors").save("copy.safetensors")
+        """
         with partial_output(path, overwrite) as folder:
             shutil.copyfile(self.path, folder / FILE_NAME)
             self.refuse_changed()

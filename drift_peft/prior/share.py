@@ -15,14 +15,17 @@ from safetensors.torch import load_file
 
 from ..checkpoints import (
     PROJECTIONS,
+    TASK,
     Checkpoint,
     as_peft_reads,
     find_license,
+    hub_id,
     in_markdown,
     language_model_targets,
     license_name,
     module_kind,
     replaced_when_complete,
+    shown,
     upload,
     write_tensors,
 )
@@ -59,7 +62,11 @@ prior = ReasoningPrior.load("{source}")  # to look inside; a DriftConfig needs t
 model = get_peft_model(vlm, DriftConfig(prior="{source}", r=16, lora_alpha=32, task_type="CAUSAL_LM"))
 ```
 
-where `vlm` is {base}, in full precision or 4 bit. It was made with
+where `vlm` is {base}, in full precision or 4 bit. A prior is no model: what is trained with it is loaded and served as
+any LoRA adapter. `drift-peft prior export {source} --scale 0.5 -o adapter` makes one of the prior itself, to compare
+with.
+
+The prior was made with
 
 ```python
 {recipe}
@@ -100,15 +107,16 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     header = prior.metadata
     origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
     licences = {key: find_license(origin, token) for key, origin in origins.items()}
-    models = [id for _, id, _ in origins if re.fullmatch(r"[\w.-]+/[\w.-]+", id) and not Path(id).exists()]
+    models = filter(None, (hub_id(id) for _, id, _ in origins))
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
+        pipeline_tag=TASK,
         tags=["drift-peft", "peft"],
         **_common_license([*licences.values()]),
     )
     content = CARD.format(
         data=data.to_yaml(),
-        base=in_markdown(header["base"]["id"]),
+        base=in_markdown(shown(header["base"]["id"])),
         formula=in_markdown(formula(header)),
         rank=prior.rank,
         table=_table(header["weights"]),
@@ -116,7 +124,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         source=repo_id or FILE_NAME,
         recipe=_recipe(header),
         licences="\n".join(
-            f"- {role} {in_markdown(id)}: {in_markdown(license_name(found))}"
+            f"- {role} {in_markdown(shown(id))}: {in_markdown(license_name(found))}"
             for (role, id, _), found in licences.items()
         ),
     )
@@ -166,7 +174,7 @@ def _recipe(header: dict) -> str:
         parts = (f"    (ReasoningPrior.load(…), {p['weight']:g}),  # sha256 {p['sha256']}" for p in header["parents"])
         return "\n".join(["ReasoningPrior.combine([", *parts, f'], "{FILE_NAME}", rank={header["rank"]})'])
     roles = [role for role in ("expert", "base", "reference") if header[role]]
-    given = {role: "@".join(filter(None, (header[role]["id"], header[role]["revision"]))) for role in roles}
+    given = {role: "@".join(filter(None, (shown(header[role]["id"]), header[role]["revision"]))) for role in roles}
     ranks = ("energy", "max_rank") if header.get("energy") else ("rank",)
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
@@ -176,11 +184,11 @@ def _recipe(header: dict) -> str:
 def _gate_recipe(header: dict) -> str:
     """The calls that make the prior that was gated, and gate it."""
     gated, settings = header["gated"], ("objective", "keep_weight", "alpha", "steps", "rate", "batch_size", "seed")
-    expert = json.dumps(gated["expert"]["id"]) if "expert" in gated else None
+    expert = json.dumps(shown(gated["expert"]["id"])) if "expert" in gated else None
     lines = [
         "gate_prior(",
         f'    "{FILE_NAME}",  # sha256 {gated["prior"]}',
-        f"    base={json.dumps(gated['base']['id'])},",
+        f"    base={json.dumps(shown(gated['base']['id']))},",
         f"    expert={expert},",
         f"    keep_set=…,  # sha256 {gated['keep_set']}",
         f"    texts={'…' if expert else None},",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import in_markdown
+from ..checkpoints import TASK, how_to_load, how_to_serve, hub_id, in_markdown, shown
+from ..prior import MergedDelta
 from .settings import DriftSettings
 
 START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
@@ -32,24 +35,23 @@ Trained {method}. The adapter itself is plain LoRA.
 |---|---|
 {rows}
 
-## Use
+{picture}## Use
 
 With PEFT alone:
 
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {base}
-```
+{load}
 {merged}
-As a model of its own, in the base's precision:
-
-```
-drift-peft merge --base {base_argument} --adapter {folder} -o merged --verify
-```
+{serve}
 {end}
 """
 
+PICTURE = "telemetry.png"  # what the recipes call it
+SHOWN_PICTURE = f"""\
+## Training
+
+![Loss, and where the adapter stands against Δ, step by step]({PICTURE})
+
+"""
 MERGED = """
 The adapter belongs to this base, to {words}, and to no other. To make it again:
 
@@ -72,8 +74,10 @@ def update_card(folder: Path, config: DriftSettings) -> None:
         if not path.is_file() or ModelCard.load(path).data.library_name != "peft":
             return
     card = ModelCard.load(path)
-    card.data["tags"] = sorted({*(card.data.tags or []), "drift-peft", "lora"})
-    section = _section(config, name)
+    if isinstance(base := card.data.get("base_model"), str) and hub_id(base) is None:  # as Trainer and TRL write it
+        card.text = card.text.replace(f"[{base}](https://huggingface.co/{base})", shown(base))
+    _fill_in(card.data, config)
+    section = _section(config, name, (path.parent / PICTURE).is_file())
     marked = re.compile(re.escape(_start(name)) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
     if marked.search(card.text):
         card.text = marked.sub(lambda _: section, card.text)
@@ -85,22 +89,42 @@ def update_card(folder: Path, config: DriftSettings) -> None:
     os.replace(temporary, path)
 
 
+def _fill_in(data: ModelCardData, config: DriftSettings) -> None:
+    """What the hub reads: the task, and models by their hub ids alone, since PEFT writes the path of a local base."""
+    tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {"drift-peft", "lora"}
+    if isinstance(base := data.get("base_model"), str):
+        data["base_model"] = hub_id(base)
+        tags |= {f"base_model:adapter:{hub_id(base)}"} if hub_id(base) else set()
+    data["tags"] = sorted(tags)
+    if config.loaded_by == AutoModelForImageTextToText.__name__ and data.pipeline_tag in (None, "text-generation"):
+        data["pipeline_tag"] = TASK
+
+
 def _start(name: str | None) -> str:
     return START.format(name=f", adapter {name}" if name else "")
 
 
-def _section(config: DriftSettings, name: str | None) -> str:
-    named = config.base_model_name_or_path or "its base model"
+def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
+    named = shown(config.base_model_name_or_path or "its base model")
     base, expert = in_markdown(named), in_markdown(config.expert or "a text-only reasoning model")
-    words = config.merged and in_markdown(config.merged.words)
-    table = {"base": base if config.merged is None else f"{base}, which is {words}"}
+    merged = config.merged and _without_paths(config.merged)
+    words = merged and in_markdown(merged.words)
+    table = {"base": base if merged is None else f"{base}, which is {words}"}
     if config.prior or config.guides:
         table["expert"] = in_markdown(config.expert or "not recorded")
         digest = (config.prior_sha256 or "not recorded")[:16]
-        table["prior"] = in_markdown(f"{config.prior} (SHA-256 {digest})") if config.prior else "none"
-    table["training data"] = in_markdown(config.trained_on or "not recorded")
+        table["prior"] = in_markdown(f"{shown(config.prior)} (SHA-256 {digest})") if config.prior else "none"
+    table["training data"] = in_markdown(shown(config.trained_on) if config.trained_on else "not recorded")
+    if config.training is not None:
+        table["training"] = config.training
     rslora = ", rank-stabilized" if config.use_rslora else ""
-    table["LoRA"] = f"r = {config.r}, alpha = {config.lora_alpha}{rslora}"
+    dropout = f", dropout = {config.lora_dropout:g}" if config.lora_dropout else ""
+    table["LoRA"] = f"r = {config.r}, alpha = {config.lora_alpha}{rslora}{dropout}"
+    if config.quantization:
+        quantized = filter(None, (config.quantization.get(key) for key in ("quant_method", "bnb_4bit_quant_type")))
+        table["base in training"] = f"quantized: {' '.join(getattr(kind, 'value', kind) for kind in quantized)}"
+    if config.keeping is not None:
+        table["kept near"] = in_markdown(config.keeping)
     if config.guides:
         method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
         method = "with [DRIFT](https://arxiv.org/abs/2510.15050): " + method
@@ -109,7 +133,8 @@ def _section(config: DriftSettings, name: str | None) -> str:
         method = f"by plain LoRA fine-tuning, without {'a prior' if config.prior is None else 'guidance'}"
         method += f", from a start in the main directions of {BEYOND}" if config.init_lora_weights == "drift" else ""
     argument = shlex.quote(" ".join(named.split()))
-    merged = config.merged and MERGED.format(words=words, command=config.merged.command, base=argument)
+    again = merged and MERGED.format(words=words, command=merged.command, base=argument)
+    adapter, folder = "path/or/hub-id", f"path/{name}" if name else "path/or/hub-id"
     return SECTION.format(
         start=_start(name),
         end=END,
@@ -117,13 +142,22 @@ def _section(config: DriftSettings, name: str | None) -> str:
         toward=f", steered toward {expert}" if config.pulls else "",
         method=method.format(base=base, expert=expert),
         base=base,
-        base_argument=argument,
         rows="\n".join(f"| {key} | {value} |" for key, value in table.items()),
-        merged=merged or "",
-        adapter="path/or/hub-id",
-        subfolder=f', subfolder="{name}"' if name else "",
-        folder=f"path/{name}" if name else "path/or/hub-id",
+        picture=SHOWN_PICTURE if picture else "",
+        load=how_to_load(named, base, config.loaded_by, adapter, name),
+        merged=again or "",
+        serve=how_to_serve(named, config.loaded_by, folder, config.r if _is_even(config) else None),
     )
+
+
+def _is_even(config: DriftSettings) -> bool:
+    """Is the adapter of one rank and one scaling, and nothing but factors? vLLM takes no other beside its base."""
+    return not (config.rank_pattern or config.alpha_pattern or config.modules_to_save or config.bias != "none")
+
+
+def _without_paths(merged: MergedDelta) -> MergedDelta:
+    roles = {role: getattr(merged, role) for role in ("base", "expert", "reference")}
+    return replace(merged, **{role: origin and {**origin, "id": shown(origin["id"])} for role, origin in roles.items()})
 
 
 def _guidance(config: DriftSettings) -> str:

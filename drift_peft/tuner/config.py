@@ -37,6 +37,14 @@ class DriftConfig(DriftSettings, LoraConfig):
     Raises:
         TypeError: an unknown field (the nearest known one is named).
         ValueError: a value out of range, a LoRA variant with another chain rule, or no prior to train with.
+
+    Example:
+        >>> config = DriftConfig(prior="prior.safetensors", r=8, lora_alpha=16, task_type="CAUSAL_LM")
+        >>> config.drift_scale, config.drift_target, config.drift_alpha
+        ('adaptive', 'residual', 0.3)
+        >>> model = get_peft_model(vlm, config)
+        >>> model.get_base_model().model.visual.blocks[0].attn.qkv  # the vision tower is left alone
+        Linear(in_features=64, out_features=192, bias=True)
     """
 
     init_lora_weights: bool | str = field(  # PEFT reads which LoRA variants a start may ask for from this metadata
@@ -101,16 +109,29 @@ class DriftConfig(DriftSettings, LoraConfig):
     # On disk: what stock PEFT writes for LoRA, and our settings beside it.
 
     def to_lora(self) -> LoraConfig:
-        """The same adapter as stock PEFT knows it; `init_lora_weights` is True where the start is ours."""
+        """The same adapter as stock PEFT knows it; `init_lora_weights` is True where the start is ours.
+
+        Example:
+            >>> config = DriftConfig(prior="prior.safetensors", r=8)
+            >>> type(config.to_lora()).__name__, config.to_lora().init_lora_weights
+            ('LoraConfig', True)
+        """
         lora = {f.name: getattr(self, f.name) for f in fields(LoraConfig)}
         lora["init_lora_weights"] = True if self.init_lora_weights == "drift" else self.init_lora_weights
         return LoraConfig(**lora)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields, with the guided steps so far as a plain number."""
         return {**super().to_dict(), "drift_steps": int(self.drift_steps)}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write `adapter_config.json` (plain LoRA) and `drift_config.json` (the settings, the prior, guided steps)."""
+        """Write `adapter_config.json` (plain LoRA) and `drift_config.json` (the settings, the prior, guided steps).
+
+        Example:
+            >>> DriftConfig(prior="prior.safetensors", r=8).save_pretrained("settings")
+            >>> DriftConfig.stored("settings")["drift_target"]
+            'residual'
+        """
         self.to_lora().save_pretrained(save_directory, **kwargs)
         own = {name: value for name, value in self.to_dict().items() if name in _own_fields()}
         path = Path(save_directory, DRIFT_CONFIG)
@@ -130,6 +151,10 @@ class DriftConfig(DriftSettings, LoraConfig):
         Raises:
             TypeError: an unknown keyword.
             ValueError: the folder or hub repository has no `drift_config.json`, or it holds unknown settings.
+
+        Example:
+            >>> config = DriftConfig.from_pretrained("adapter", drift_alpha=0.1)  # an adapter's folder
+            >>> model = PeftModel.from_pretrained(vlm, "adapter", config=config, is_trainable=True)
         """
         source = os.fspath(pretrained_model_name_or_path)
         hub, _, _ = PeftConfig._split_kwargs(kwargs)
@@ -154,6 +179,10 @@ class DriftConfig(DriftSettings, LoraConfig):
 
         Raises:
             ValueError: it holds unknown settings, or is no JSON.
+
+        Example:
+            >>> DriftConfig.stored("adapter")["drift_steps"]
+            2
         """
         path = Path(source, subfolder or "", DRIFT_CONFIG)
         if not path.is_file():

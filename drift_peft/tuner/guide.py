@@ -28,7 +28,8 @@ def guide(
 
     Everything trainable that has a Δ in the prior is steered: the LoRA adapters, and tensors that are trained
     themselves, such as all weights of a model without adapters (the paper's own setting). An adapter's start stays as
-    it is, and so does what it saves. Calling it again replaces the settings. Returns the model.
+    it is, and so does what it saves. Calling it again replaces the settings. Returns the model. At each optimizer step
+    the bias of DRIFT (arXiv 2510.15050, equations 3 and 4) is subtracted from the gradients, which are then complete.
 
     Tensors that are trained themselves are steered by what is still missing, Δ − (W − W_0), and so a copy of W_0 is
     kept beside them; the paper's constant direction, drift_target="delta", needs none.
@@ -42,6 +43,14 @@ def guide(
         TypeError: an unknown setting.
         ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
             chain rule, was wrapped with DriftConfig, or does not fit the prior; or a setting is out of range.
+
+    Example:
+        >>> targets = language_model_targets(vlm)
+        >>> model = get_peft_model(vlm, LoraConfig(r=8, target_modules=targets))  # or Unsloth's, or TRL's
+        >>> model = guide(model, "prior.safetensors", drift_alpha=0.3)
+        >>> train(model)
+        >>> telemetry(model)["guided_steps"]
+        2
     """
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)

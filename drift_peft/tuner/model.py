@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..checkpoints import (
     Decoder,
+    auto_class_of,
     convert_peft_config_for_transformers,
     language_model_targets,
     module_kind,
     quantization_of,
+    shown,
 )
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, read_merge
@@ -38,17 +40,31 @@ HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 class DriftModel(LoraModel):
     """What `get_peft_model(model, DriftConfig(…))` makes. The forward pass is PEFT's own; gradients are guided.
 
-    Plain `LoraConfig`s pass through as in LoraModel, in models of their own and beside a DriftConfig.
+    W + s·B·A with A [r, in] and B [out, r] is biased as DRIFT biases W (arXiv 2510.15050, equations 3 and 4): a
+    direction X [out, in] in the space of the weight reaches the factors by the chain rule, as s·Bᵀ·X and s·X·Aᵀ. Plain
+    `LoraConfig`s pass through as in LoraModel, in models of their own and beside a DriftConfig.
 
     Raises:
         ValueError: the prior belongs to another model, or none of the targets has a Δ. The model is then untouched.
+
+    Example:
+        >>> model = get_peft_model(vlm, DriftConfig(prior="prior.safetensors", r=8, task_type="CAUSAL_LM"))
+        >>> type(model.base_model).__name__
+        'DriftModel'
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's own; what the settings guide is then registered, and the adapter gets its start.
+
+        Raises:
+            ValueError: as of the class.
+        """
         config = self.peft_config[adapter_name]
         trains = isinstance(config, DriftConfig) and not config.inference_mode
         if trains:  # before anything is forgotten: what is refused stays as it is
             _refuse_unready(model, adapter_name, kwargs.get("low_cpu_mem_usage", False))
+        if isinstance(config, DriftConfig):
+            config.loaded_by = auto_class_of(getattr(model, "config", None)).__name__
         _forget(model.modules(), adapter_name)  # one of this name may have been deleted, past this class even
         if not isinstance(config, DriftConfig):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -274,9 +290,9 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
 
 
 def _experts(header: dict) -> list[str]:
-    """The ids of the experts that a prior, or what it was combined from, was made from."""
+    """The names of the experts that a prior, or what it was combined from, was made from."""
     if header.get("expert"):
-        return [header["expert"]["id"]]
+        return [shown(header["expert"]["id"])]
     return [expert for parent in header.get("parents", ()) for expert in _experts(parent)]
 
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers.utils import PushToHubMixin
 
 from ..checkpoints import DRIFT_CONFIG
+from ..keeping import keep_words
 from .card import update_card
 from .config import DriftConfig
 
@@ -22,6 +23,8 @@ def _kept(write):
     def wrapper(model: PeftModel, output_dir: str):
         write(model, output_dir)
         for name, config in model.peft_config.items():
+            if isinstance(config, DriftConfig):
+                config.keeping = keep_words(model)
             folder = Path(output_dir, "" if name == "default" else name)
             if isinstance(config, DriftConfig) and (folder / DRIFT_CONFIG).is_file():
                 update_card(folder, config)

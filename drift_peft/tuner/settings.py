@@ -89,6 +89,9 @@ class DriftSettings:
     expert: ClassVar[str | None] = None  # of the prior
     merged: ClassVar[MergedDelta | None] = None  # the part of Δ that the base has taken in
     trained_on: ClassVar[str | None] = None  # name of the data set
+    training: ClassVar[str | None] = None  # Trainer's settings, in words
+    keeping: ClassVar[str | None] = None  # what keeps the model, in words
+    loaded_by: ClassVar[str | None] = None  # the name of the auto class that loads the base
 
     @property
     def guides(self) -> bool:

@@ -37,6 +37,13 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
 
     Raises:
         ValueError: nothing of the model is steered or kept (or, with `prior`, no LoRA layer has a Δ).
+
+    Example:
+        >>> model = get_peft_model(vlm, DriftConfig(prior="prior.safetensors", r=8, task_type="CAUSAL_LM"))
+        >>> train(model)
+        >>> seen = telemetry(model)
+        >>> seen["guided_steps"], 0 < seen["absorbed"] < 1, 0 < seen["alignment/attn"] < 1
+        (2, True, True)
     """
     if prior is None:
         found = steered_of(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..keeping import add_to_trainers
 from .steered import steered_of
@@ -23,6 +23,7 @@ class DriftCallback(TrainerCallback):
             name = None
         for config in {id(s.config): s.config for s in steered_of(model)}.values():
             config.trained_on = name or config.trained_on
+            config.training = _training(args, state)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in logs and (steered := steered_of(model)):
@@ -30,6 +31,18 @@ class DriftCallback(TrainerCallback):
             numbers = {f"drift/{name}": value for name, value in telemetry(model).items() if kinds or "/" not in name}
             logs.update(numbers)
             state.log_history[-1].update(numbers)
+
+
+def _training(args: TrainingArguments, state: TrainerState) -> str:
+    """The settings of a run in words, for the model card."""
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    schedule, optimizer = (getattr(value, "value", value) for value in (args.lr_scheduler_type, args.optim))
+    warm_up = f", {steps} warm-up steps" if (steps := args.get_warmup_steps(state.max_steps)) else ""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return (
+        f"{state.max_steps} steps of {samples} samples, learning rate {args.learning_rate:g} ({schedule}{warm_up}), "
+        f"{optimizer}, weight decay {args.weight_decay:g}, {precision}, seed {args.seed}"
+    )
 
 
 def register_callback() -> None:

@@ -11,8 +11,11 @@ PANELS = {  # title -> what it shows, by its name in the logs
     "cosine of adapter and Δ": ("drift/alignment",),
     "last step: cosine of gradient and direction": ("drift/gradient_cosine",),
     "last step: bias over gradient": ("drift/bias_ratio",),
+    "kept: nats from the VLM per answer token": ("drift/keep_kl",),
     "learning rate": ("learning_rate",),
 }
+SHARES = ("drift/absorbed", "drift/alignment")  # drawn from 0 to 1, so that runs compare and a small share looks small
+COLUMNS = 2
 
 
 def plot_run(history: list[dict], output: Path) -> None:
@@ -22,13 +25,14 @@ def plot_run(history: list[dict], output: Path) -> None:
     """
     names = {name for entry in history for name in entry}
     shown = {title: wanted for title, wanted in PANELS.items() if names.intersection(wanted)}
-    rows = max(1, -(-len(shown) // 3))
-    figure = Figure(figsize=(15, 4 * rows), layout="constrained")
+    rows = max(1, -(-len(shown) // COLUMNS))
+    figure = Figure(figsize=(9, 2.8 * rows), layout="constrained")  # inches: legible at the width of a web page
     if not shown:
         figure.suptitle("Nothing was logged: logging_steps is more than there were steps.")
-    axes = figure.subplots(rows, 3, squeeze=False).flat
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
     for (title, wanted), panel in zip(shown.items(), axes, strict=False):
-        for name in sorted(n for n in names if n in wanted or n.rpartition("/")[0] in wanted):
+        drawn = sorted(n for n in names if n in wanted or n.rpartition("/")[0] in wanted)
+        for name in drawn:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             total = name in wanted
             panel.plot(
@@ -37,15 +41,19 @@ def plot_run(history: list[dict], output: Path) -> None:
                 lw=2 if total else 1,
                 alpha=1 if total else 0.6,
             )
+        if drawn[0] in SHARES:
+            low, high = panel.get_ylim()
+            panel.set_ylim(min(0, low), max(1, high))
         panel.set_title(title)
         panel.set_xlabel("optimizer step")
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+        if len(drawn) > 1:
+            panel.legend(frameon=False)
     for panel in list(axes):
         panel.set_visible(False)
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
-        figure.savefig(unfinished, format=output.suffix[1:], dpi=110)
+        figure.savefig(unfinished, format=output.suffix[1:], dpi=160)
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)  # of a full disk

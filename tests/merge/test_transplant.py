@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from command import run
+from huggingface_hub import ModelCard
 from keep_sets import make, save_folder
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -260,8 +262,11 @@ def test_an_adapter_holds_the_best_of_delta(vlms, tmp_path, family, ranks):
     assert report.energy == pytest.approx(float(held / whole), abs=1e-3)
     # Its factors are the prior's, which are in bf16.
     assert close(logits(PeftModel.from_pretrained(vlm, tmp_path / "out")), expected, start, 1e-2)
-    assert str(folder / "expert") in (tmp_path / "out" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "# expert in vlm" in card.text and str(folder) not in str(card) and card.data.base_model is None
+    assert card.data.pipeline_tag == "image-text-to-text" and "drift-peft merge" in card.text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] <= int(re.search(r"--max-lora-rank (\d+)", card.text)[1]) <= 2 * max(4, config["r"])
     assert config["lora_alpha"] == 1.5 * config["r"] and not config["rank_pattern"]
 
 

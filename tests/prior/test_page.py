@@ -3,20 +3,17 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 import sys
 
 import pytest
+from browser import browser, in_browser
 from sample_prior import BETWEEN, sample_prior
 
+from drift_peft.checkpoints import shown
 from drift_peft.cli import main
 from drift_peft.prior.report.page import render_page
 from drift_peft.prior.report.summary import prior_summary
 from drift_peft.prior.report.tables import prior_notes
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH (Debian: apt-get install chromium)")
 
 # Names that would break out of an element, of the script, or fill in a field of the template.
 EXPERT, BASE = '</script><script>alert(1)</script><b title="x">专家 &amp; {{data}}', "./базова <модель> {{title}}"
@@ -52,6 +49,11 @@ plot.dispatchEvent(new PointerEvent("pointermove", {clientX: place.right - 5, cl
 found.pointed = readout();
 key("ArrowLeft");
 found.left = readout();
+const pointer = (name, type) => plot.dispatchEvent(
+  new PointerEvent(name, {pointerType: type, clientX: place.left + 50}));
+pointer("pointerleave", "mouse"), found.gone = readout();
+pointer("pointerdown", "touch"), pointer("pointerleave", "touch"), found.touched = readout();
+found.next = document.querySelector("pre").textContent;
 found.width = innerWidth;
 found.wider = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 found.scaled = all("svg.plot").filter((plot) => Math.abs(plot.viewBox.baseVal.width - plot.clientWidth) > 1).length;
@@ -75,25 +77,9 @@ def page(summary):
     return render_page(summary)
 
 
-def in_browser(page, folder, *flags, width=1280):
-    """What the probe found on the page in a frame of this width, and what the browser's console says."""
-    file = folder / "page.html"
-    frame = html.escape(page.replace("</body>", f"{PROBE}</body>"))
-    style = f'style="width: {width}px; height: 900px; border: 0"'
-    head = '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-    file.write_text(f'{head}<body><iframe srcdoc="{frame}" {style}></iframe></body>', encoding="utf-8")
-    options = "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"
-    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", *flags]
-    command += ["--virtual-time-budget=3000", "--dump-dom", file.as_uri()]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
-    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    dump = re.search(r'<pre id="found">(.*?)</pre>', result.stdout, re.DOTALL)
-    return (json.loads(html.unescape(dump[1])) if dump else None), console
-
-
 @pytest.fixture(scope="module")
 def desktop(page, tmp_path_factory):
-    return in_browser(page, tmp_path_factory.mktemp("desktop"))
+    return in_browser(page, PROBE, tmp_path_factory.mktemp("desktop"))
 
 
 @browser
@@ -101,7 +87,7 @@ def test_it_renders(desktop, summary):
     found, console = desktop
     assert console == []
     assert found["loaded"] == [] and found["broken"] == 0 and found["bold"] == 0
-    assert found["title"] == f"Δ = {EXPERT} − {BASE}" == found["heading"].replace("\u00a0", " ")
+    assert found["title"] == f"Δ = {shown(EXPERT)} − {shown(BASE)}" == found["heading"].replace("\u00a0", " ")
     assert (found["width"], found["wider"], found["scaled"]) == (1280, 0, 0)
     lines = {"attn": 3, "mlp": 3, "norm": 3, "bias": 3}
     norms, cosines, energies, projections, sigmas, ranks = found["plots"]
@@ -144,7 +130,8 @@ def test_sorting(desktop, summary):
 @browser
 def test_numbers_are_read_out(desktop, summary):
     found, _ = desktop
-    for layer, text in ((2, found["pointed"]), (1, found["left"])):
+    assert found["gone"] == "Touch or point at a layer to read its numbers."
+    for layer, text in ((2, found["pointed"]), (1, found["left"]), (0, found["touched"])):
         rows = [row for row in summary["rows"] if row["layer"] == layer]
         told = ", ".join(f"{row['modules']} {row['relative_norm']:.3f}" for row in rows)
         assert text == f"layer {layer}: {told}"
@@ -152,8 +139,9 @@ def test_numbers_are_read_out(desktop, summary):
 
 @browser
 def test_phone_and_dark(page, desktop, tmp_path):
-    found, console = in_browser(page, tmp_path, "--blink-settings=preferredColorScheme=0", width=390)
+    found, console = in_browser(page, PROBE, tmp_path, "--blink-settings=preferredColorScheme=0", width=390)
     assert console == [] and (found["width"], found["wider"], found["scaled"]) == (390, 0, 0)
+    assert "-o keep.safetensors" in found["next"] and EXPERT in found["next"]
     assert found["overlapping"] == 0 == desktop[0]["overlapping"]
     light, dark = (sum(map(int, re.findall(r"\d+", f["background"])[:3])) for f in (desktop[0], found))
     assert dark < 100 < 600 < light
@@ -163,13 +151,13 @@ def test_phone_and_dark(page, desktop, tmp_path):
 @pytest.mark.parametrize("only", ["", "norm|bias", "lm_head"])
 def test_small_priors(only, tmp_path):
     summary = prior_summary(sample_prior(tmp_path / "p.safetensors", 1, rank=1, extras=bool(only), only=only))
-    found, console = in_browser(render_page(summary), tmp_path)
+    found, console = in_browser(render_page(summary), PROBE, tmp_path)
     assert console == [] and found["broken"] == 0 and len(found["rows"]) == len(summary["weights"])
 
 
 @browser
 def test_the_console_is_heard(page, tmp_path):
-    _, console = in_browser(page.replace("plots();", "plots(); absent();"), tmp_path)
+    _, console = in_browser(page.replace("plots();", "plots(); absent();"), PROBE, tmp_path)
     assert "absent is not defined" in console[0]
 
 

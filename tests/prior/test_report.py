@@ -218,10 +218,10 @@ def test_notes(tmp_path):
 
 
 def test_names_are_no_markup(tmp_path):
-    names = {"expert": "/моделі/[red]эксперт[/red] :smile:", "base": "基础[/]$x$"}
+    names = {"expert": "/моделі/[red]эксперт[bold] :smile:", "base": "基础[link]$x$"}
     origins = {role: {"id": name, "revision": None} for role, name in names.items()}
     summary = prior_summary(sample_prior(tmp_path / "p.safetensors", 1, **origins))
-    assert f"Δ = {names['expert']} − {names['base']}" in printed(prior_table(summary), width=200)
+    assert "Δ = [red]эксперт[bold] :smile: − 基础[link]$x$" in printed(prior_table(summary), width=200)
     with pytest.warns(UserWarning, match="missing from font"):  # matplotlib's font has no Chinese
         assert draw_prior(summary)[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -233,8 +233,8 @@ def test_a_notebook_shows_the_verdict_and_the_table(prior, tmp_path):
     rows = [row.split("<td>")[1:] for row in html.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]]
     told = prior_rows(summary)[1]
     assert [[cell.split("<")[0] for cell in row] for row in rows] == told and len(told) > LAYERS
-    named = sample_prior(tmp_path / "p.safetensors", 1, expert={"id": "<b>x</b>", "revision": None})
-    assert "<b>x</b>" not in named._repr_html_() and escape("<b>x</b>") in named._repr_html_()
+    named = sample_prior(tmp_path / "p.safetensors", 1, expert={"id": "<b>x<i>", "revision": None})
+    assert "<b>x<i>" not in named._repr_html_() and escape("<b>x<i>") in named._repr_html_()
 
 
 def test_figure(prior, tmp_path):

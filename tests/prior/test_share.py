@@ -43,9 +43,10 @@ def test_card_of_a_prior(tmp_path):
     card = prior.model_card("user/prior")
     assert card.data.license == "mit" and card.data.license_name is None
     assert card.data.tags == ["drift-peft", "peft"] and card.data.base_model is None  # local folders are no hub ids
-    assert 'prior="user/prior"' in card.text and f'base="{tmp_path / "vlm"}",' in card.text
-    assert f"- base {tmp_path / 'vlm'}: mit\n- expert {expert}: mit" in card.text and prior.sha256 in card.text
-    assert f"Δ = {expert} − {tmp_path / 'vlm'}" in card.text and "rank 2" in card.text
+    assert 'prior="user/prior"' in card.text and 'base="vlm",' in card.text and str(tmp_path) not in str(card)
+    assert "- base vlm: mit\n- expert expert: mit" in card.text and prior.sha256 in card.text
+    assert "Δ = expert − vlm" in card.text and "rank 2" in card.text
+    assert card.data.pipeline_tag == "image-text-to-text"
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", card.text, re.M))
     q, bias, up = (prior[name] for name in NAMES)
     for kind, weights in {"attn": [q], "bias": [bias], "mlp": [up], "all": [q, bias, up]}.items():
@@ -96,10 +97,10 @@ def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
     reference = {"id": folders["llm"], "revision": None}
     code = random_prior(tmp_path / "c", base=folders["vlm"], expert=folders["code"], reference=reference)
     card = code.model_card()
-    assert f"reference {folders['llm']}: llm" in card.text and f"Δ = {folders['code']} − {folders['llm']}" in card.text
+    assert "reference llm: llm" in card.text and "Δ = code − llm" in card.text
     card = ReasoningPrior.combine({math: 0.7, code: -0.3}, tmp_path / "sum").model_card()
     assert card.data.license_name == "vlm-and-math-and-code-and-llm"
-    assert f"Δ = 0.7·({folders['math']} − {folders['vlm']}) -0.3·({folders['code']} − {folders['llm']})" in card.text
+    assert "Δ = 0.7·(math − vlm) -0.3·(code − llm)" in card.text
     assert f"0.7),  # sha256 {math.sha256}" in card.text
     for python in re.findall(r"```python\n(.*?)```", card.text, re.S):
         compile(python.replace("…", "'p'"), "card", "exec")
@@ -109,7 +110,7 @@ def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
         "base": {"id": folders["math"], "revision": None},
     }
     card = random_prior(tmp_path / "a", base=folders["vlm"], expert=lora, energy=0.9, max_rank=8).model_card()
-    assert f"- expert's base {folders['math']}: math" in card.text
+    assert "- expert's base math: math" in card.text
     assert "    energy=0.9,\n    max_rank=8,\n    modules=" in card.text and " rank=" not in card.text
 
 
@@ -329,7 +330,7 @@ def test_nothing_but_an_adapter_is_overwritten(tmp_path):
 
 def test_a_card_holds_no_markup_of_others(tmp_path):
     hostile = "x\n```\n[click](https://evil.example) ![](http://evil.example/x.png) <img src=x> www.evil.example | y"
-    base = {"id": hostile, "revision": hostile}
+    base = {"id": hostile.replace("/", ":"), "revision": hostile}  # of a path, the card would have the last part alone
     expert = model_folder(tmp_path / "expert", f"license: {json.dumps(hostile)}")
     prior = random_prior(tmp_path / "p", base=base, expert=expert)
     card = prior.model_card("user/prior")

@@ -10,6 +10,7 @@ import pytest
 import sft_vlm
 import torch
 import yaml
+from matplotlib.figure import Figure
 from parts.arguments import parse
 from parts.command_line import run_script
 from parts.curves import plot_run
@@ -81,7 +82,13 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
     assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
     assert Image.open(output / "telemetry.png").width > 500
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert f"| expert | {pair(FAMILY[name]) / 'expert'} |" in card and "data.jsonl |" in card and "| 2 |" in card
+    assert (
+        "| expert | expert |" in card
+        and "![" in card
+        and str(pair(FAMILY[name])) not in card
+        and "data.jsonl |" in card
+        and "| 2 |" in card
+    )
 
 
 def test_the_loss_is_on_the_answer_and_images_keep_their_positions(train):
@@ -338,3 +345,16 @@ def test_the_command_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
     assert end.value.code == 2 and not out
     assert err.strip().splitlines()[-1].startswith("sft_vlm.py: error: unknown flag --lr")
     assert not list(tmp_path.iterdir())
+
+
+def test_shares_of_delta_are_drawn_from_0_to_1(tmp_path, monkeypatch):
+    """Unless they go beyond, as the paper's constant direction lets them."""
+    figures = []
+    monkeypatch.setattr("parts.curves.Figure", lambda **settings: figures.append(Figure(**settings)) or figures[-1])
+    for last, limits in ((0.1, (0, 1)), (3.0, (0, 3.0))):
+        history = [{"step": i, "loss": 2.0, "drift/absorbed": i * last, "drift/keep_kl": 0.1} for i in (0, 1)]
+        plot_run(history, tmp_path / "run.png")
+        panels = {panel.get_title(): panel for panel in figures[-1].axes}
+        low, high = panels["of Δ absorbed by the adapter"].get_ylim()
+        assert limits[0] - 0.2 <= low <= limits[0] and limits[1] <= high < limits[1] * 1.1
+        assert "kept: nats from the VLM per answer token" in panels

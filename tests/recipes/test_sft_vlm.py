@@ -57,6 +57,7 @@ def test_the_card_that_is_pushed_has_ours_in_it(train):
     trainer.create_model_card(model_name="mine")
     card = (output / "README.md").read_text(encoding="utf-8")
     assert card.count("<!-- drift_peft: ") == 1 and "| guided optimizer steps | 2 |" in card and "TRL" in card
+    assert str(output.parent) not in card and "pipeline_tag: image-text-to-text" in card
 
 
 def test_the_base_is_kept_near_its_own_answers(train, pair, tmp_path):

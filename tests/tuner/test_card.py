@@ -3,14 +3,20 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from pairs import drift, load, train
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from drift_peft import DriftConfig, ReasoningPrior, merge_baseline
+import drift_peft.demo
+from drift_peft import DriftConfig, ReasoningPrior, build_prior, keep, make_keep_set, merge_baseline
 from drift_peft.cli import main
+from drift_peft.demo.world import Digits
 
+CHECKPOINTS = Path(drift_peft.demo.__file__).parent / "checkpoints"
 SECTION = "<!-- drift_peft: "
 
 
@@ -33,15 +39,15 @@ def test_it_says_what_the_adapter_is(folder, tmp_path):
     card = saved(folder, tmp_path, use_rslora=True, drift_alpha=0.3, drift_modules="q_proj|k_proj", drift_spectrum=0)
     prior = ReasoningPrior.load(folder / "prior.safetensors")
     assert rows(card) == {
-        "base": str(folder / "base"),
-        "expert": str(folder / "expert"),
-        "prior": f"{folder / 'prior.safetensors'} (SHA-256 {prior.sha256[:16]})",
+        "base": "base",
+        "expert": "expert",
+        "prior": f"prior.safetensors (SHA-256 {prior.sha256[:16]})",
         "training data": "not recorded",
         "LoRA": "r = 4, alpha = 8, rank-stabilized",
         "guidance": r"adaptive toward residual, strength 0.3, spectrum = 0, modules = q_proj\|k_proj",
         "guided optimizer steps": "3",
     }
-    assert f"# LoRA adapter for {folder / 'base'}, steered toward {folder / 'expert'}\n" in card.text
+    assert "# LoRA adapter for base, steered toward expert\n" in card.text
     assert "the gradient of the adapter was biased toward what" in card.text
     assert "[More Information Needed]" not in card.text and "- PEFT " in card.text
     assert card.data.tags == sorted({"drift-peft", "lora", *card.data.tags}) and card.data.library_name == "peft"
@@ -54,7 +60,7 @@ def test_its_code_runs(folder, tmp_path):
     exec(python.replace("path/or/hub-id", str(tmp_path)), names)
     assert isinstance(names["model"], PeftModel)
     (command,) = re.findall(r"```\n(drift-peft merge .*)\n```", card.text)
-    assert command == f"drift-peft merge --base {folder / 'base'} --adapter path/or/hub-id -o merged --verify"
+    assert command == "drift-peft merge --base base --adapter path/or/hub-id -o merged --verify"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +77,8 @@ def test_it_says_what_the_guidance_did(folder, tmp_path, settings, expert, metho
     train(model).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert method in card.text
-    assert rows(card)["expert"] == (str(folder / "expert") if expert else "not recorded")
-    assert rows(card)["prior"].startswith(str(folder) if expert else "none")
+    assert rows(card)["expert"] == ("expert" if expert else "not recorded")
+    assert rows(card)["prior"].startswith("prior.safetensors (" if expert else "none")
     assert ("steered toward" in card.text) == (settings["drift_target"] == "factors")
 
 
@@ -96,11 +102,13 @@ def test_it_says_that_the_base_is_a_merged_one_and_how_to_make_it_again(folder, 
     model = get_peft_model(load(Path(), "llama"), drift(folder))
     train(model).save_pretrained(tmp_path / "adapter")
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
-    words = f"{folder / 'base'} + 0.5·({folder / 'expert'} − {folder / 'base'})"
+    words = "base + 0.5·(expert − base)"
     assert rows(card)["base"] == f"base, which is {words}"
     assert f"The adapter belongs to this base, to {words}, and to no other." in card.text
     (command,) = re.findall(r"```\n(drift-peft merge-baseline .*)\n```", card.text)
     (tmp_path / "base").rename(tmp_path / "before")
+    for role in ("expert", "base"):  # which the card does not know the place of
+        command = command.replace(f"--{role} {role}", f"--{role} {folder / role}")
     assert main(command.split()[1:]) == 0
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == made
 
@@ -111,7 +119,7 @@ def test_a_combined_prior_names_all_its_experts(folder, tmp_path):
     once = ReasoningPrior.combine({prior: 0.6, other: 0.2}, tmp_path / "once")
     ReasoningPrior.combine({once: 1, prior: 0.2}, tmp_path / "twice")
     get_peft_model(load(folder, "llama"), DriftConfig(prior=tmp_path / "twice", r=4)).save_pretrained(tmp_path / "a")
-    assert rows(ModelCard.load(tmp_path / "a" / "README.md"))["expert"] == f"{folder / 'expert'} and org/coder"
+    assert rows(ModelCard.load(tmp_path / "a" / "README.md"))["expert"] == "expert and org/coder"
 
 
 def test_every_save_writes_the_section_anew_and_once(folder, tmp_path):
@@ -159,7 +167,7 @@ def test_an_adapter_with_a_name_has_a_section_in_the_card_above_its_folder(folde
     train(model).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert rows(card)["guided optimizer steps"] == "3" and "[More Information Needed]" not in card.text
-    assert f"# LoRA adapter reasoning for {folder / 'base'}, steered" in card.text
+    assert "# LoRA adapter reasoning for base, steered" in card.text
     (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
     names = {"vlm": load(folder, "llama")}
     exec(python.replace("path/or/hub-id", str(tmp_path)), names)
@@ -191,4 +199,54 @@ def test_what_goes_on_keeps_what_is_known(folder, tmp_path):
     model = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
     train(model, 2).save_pretrained(tmp_path)
     found = rows(ModelCard.load(tmp_path / "README.md"))
-    assert found["expert"] == str(folder / "expert") and found["guided optimizer steps"] == "5"
+    assert found["expert"] == "expert" and found["guided optimizer steps"] == "5"
+
+
+def test_a_vlms_card_is_ready_for_the_hub(tmp_path, monkeypatch):
+    """Trained by Trainer and kept: the card says with what, shows the run, has no path, and its code runs."""
+    monkeypatch.chdir(tmp_path)
+    vlm, rows_of_digits = CHECKPOINTS / "vlm", Digits("train")
+    prior = build_prior(CHECKPOINTS / "reasoner", vlm, tmp_path / "p.safetensors", rank=4, progress=False)
+    images = [rows_of_digits.draw("7-3", np.random.default_rng(0))]
+    how = {"samples": 2, "max_new_tokens": 4, "top_k": 4, "progress": False}
+    keep_set = make_keep_set(vlm, images, tmp_path / "k.safetensors", [("read", "read?"), ("at", "at1?")], **how)
+    model = AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.float32)
+    model = get_peft_model(model, DriftConfig(prior=prior.source, r=4, rank_pattern={"q_proj": 2}))
+    keep(model, keep_set, AutoProcessor.from_pretrained(vlm), batch_size=2)
+    sample = {"input_ids": torch.arange(10, 20), "labels": torch.arange(10, 20)}
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    settings |= {"max_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True, "warmup_steps": 1}
+    Trainer(model, TrainingArguments("run", **settings), train_dataset=[sample] * 4).train()
+    model.save_pretrained("adapter")
+    assert "](telemetry.png)" not in Path("adapter", "README.md").read_text()
+    Path("adapter", "telemetry.png").touch()
+    model.create_or_update_model_card("adapter")
+
+    text = Path("adapter", "README.md").read_text()
+    card = ModelCard(text)
+    assert str(tmp_path) not in text and str(CHECKPOINTS) not in text and "/vlm" not in text
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model is None
+    found = rows(card)
+    assert found["training"].startswith("1 steps of 4 samples, learning rate 0.001 (linear, 1 warm-up steps), adamw")
+    assert found["kept near"] == (
+        f"2 answers of vlm itself (k.safetensors, SHA-256 {keep_set.sha256[:16]}), 2 every step, weight 1, bound 1"
+    )
+    assert "](telemetry.png)" in card.text and "--enable-lora" not in card.text  # vLLM takes no rank pattern
+    (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    Path("vlm").symlink_to(vlm)
+    names = {}
+    exec(python.replace("path/or/hub-id", "adapter"), names)
+    assert isinstance(names["model"], PeftModel) and type(names["processor"]).__name__ == keep_set.metadata["processor"]
+
+
+def test_a_hub_base_keeps_its_name(folder, tmp_path):
+    """Also where transformers was given its snapshot in the cache."""
+    model = get_peft_model(load(folder, "llama"), drift(folder))
+    base = model.get_base_model()
+    base.config._name_or_path = model.peft_config["default"].base_model_name_or_path = (
+        "/cache/hub/models--org--vlm/snapshots/0a1b"
+    )
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "org/vlm" and "base_model:adapter:org/vlm" in card.data.tags
+    assert rows(card)["base"] == "org/vlm" and "/cache" not in str(card)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -18,6 +19,16 @@ GATES = """\
 <h2>What the gates take</h2>
 <p>A gate between 0 and 1 weighs each singular direction of the prior that this one was made of, the largest first.</p>
 <div class="plots" id="gates" style="--least: 30rem"></div>"""
+NEXT = """\
+# Without training: the expert's Δ as an adapter of the VLM, as a first thing to compare with
+drift-peft transplant --expert {expert} --base {base} -o untrained
+
+# The VLM's own answers to your images, without labels: training then stays near them
+drift-peft keep make --base {base} --images FOLDER -o keep.safetensors
+
+# Training, in the loop that you have
+model = get_peft_model(vlm, DriftConfig(prior="prior.safetensors", r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+keep(model, "keep.safetensors", processor)"""
 _COLUMNS = ("relative_norm", "cosine", "energy", "rank", "delta_norm", "shape")
 
 
@@ -55,6 +66,7 @@ def render_page(summary: dict) -> str:
     """`prior_summary` as an HTML page: the verdict, plots, what the gates take of it if there are gates, what each rank
     holds, a sortable table of the weights."""
     verdict, total = summary["verdict"], summary["total"]
+    expert = f"Expert {summary['expert']['id']}, " if summary.get("expert") else ""
     heading = [f"<span>{part}</span>" for part in escape(prior_title(summary)).replace(" − ", "\n−&nbsp;").split("\n")]
     tiles = {
         "mean cosine of expert and base": f"{verdict['mean_cosine']:.3f}" if verdict["level"] else "–",
@@ -65,18 +77,28 @@ def render_page(summary: dict) -> str:
     fields = {
         "title": escape(prior_title(summary)),
         "heading": " ".join(heading),
-        "facts": escape(f"for {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"),
+        "facts": escape(
+            f"{expert}base {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"
+        ),
         "level": verdict["level"] or "unknown",
         "verdict": verdict["title"],
         **{key: escape(verdict[key]) for key in ("distance", "merging", "rank", "basis")},
         "tiles": "".join(f'<div class="card"><b>{value}</b>{name}</div>' for name, value in tiles.items()),
         "gates": GATES if summary["gates"] else "",
         "ranks": _rank_rows(summary),
+        "next": _next_step(summary),
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in prior_notes(summary)),
         "data": _data(summary),
     }
     # One pass, so that a name that looks like a field stays a name.
     return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _next_step(summary: dict) -> str:
+    """Commands and Python for what comes after a prior, with the ids as they were given."""
+    base = shlex.quote(summary["base"]["id"])
+    expert = shlex.quote(summary["expert"]["id"]) if summary.get("expert") else "EXPERT"
+    return escape(NEXT.format(base=base, expert=expert), quote=False)
 
 
 def _rank_rows(summary: dict) -> str:

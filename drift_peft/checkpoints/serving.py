@@ -1,0 +1,104 @@
+"""How an adapter is loaded, merged and served, as the cards tell it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
+
+TASK = "image-text-to-text"  # what the hub calls it: the pipeline tag of a VLM, and of what is made for one
+LEAST_RANK = 8  # of vLLM's --max-lora-rank, which takes powers of two
+
+WITH_PEFT = """\
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})  # vlm is {words}
+```"""
+WITH_PROCESSOR = """\
+```python
+from peft import PeftModel
+from transformers import {auto_class}, AutoProcessor
+
+vlm = {auto_class}.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})
+processor = AutoProcessor.from_pretrained("{base}")
+```"""
+BESIDE = """\
+vLLM serves the adapter beside its base, where it supports LoRA on this architecture:
+
+```
+vllm serve {argument} --enable-lora --max-lora-rank {rank} --lora-modules drift={folder}
+```
+
+"""
+MERGED = """\
+As a model of its own, in the base's precision:
+
+```
+drift-peft merge --base {argument} --adapter {folder} -o merged --verify
+```
+
+vLLM serves the merged folder as it serves the base:
+
+```
+vllm serve merged
+```
+
+llama.cpp runs it where its converter knows the architecture:
+
+```
+python convert_hf_to_gguf.py merged{tower}
+```"""
+TOWER = "\npython convert_hf_to_gguf.py merged --mmproj  # the vision tower, a file of its own"
+
+
+def auto_class_of(config: Any) -> type:
+    """The transformers auto class that loads a model of this configuration."""
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    talks = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if talks else AutoModelForCausalLM
+
+
+def how_to_load(base: str, words: str, loaded_by: str | None, adapter: str, subfolder: str | None = None) -> str:
+    """Python that loads an adapter with PEFT alone.
+
+    Args:
+        base: what it is loaded by.
+        words: the base in Markdown.
+        loaded_by: name of its auto class; without that of a VLM, it is taken as loaded.
+        adapter, subfolder: what the adapter is loaded by.
+    """
+    plain = loaded_by in (None, AutoModelForCausalLM.__name__)
+    return (WITH_PEFT if plain else WITH_PROCESSOR).format(
+        base=base.replace("\\", "\\\\").replace('"', '\\"'),
+        words=words,
+        auto_class=loaded_by,
+        adapter=adapter,
+        subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+    )
+
+
+def how_to_serve(base: str, loaded_by: str | None, folder: str, rank: int | None) -> str:
+    """Commands that serve an adapter: beside its base, and merged.
+
+    Args:
+        base, loaded_by: as of `how_to_load`.
+        folder: the adapter's.
+        rank: its rank; None of an adapter that vLLM cannot take beside its base, such as one of several ranks.
+    """
+    values = {"argument": shlex.quote(" ".join(base.split())), "folder": folder}
+    largest = None if rank is None else max(LEAST_RANK, 1 << (rank - 1).bit_length())
+    beside = "" if rank is None else BESIDE.format(**values, rank=largest)
+    tower = TOWER if loaded_by == AutoModelForImageTextToText.__name__ else ""
+    return beside + MERGED.format(**values, tower=tower)

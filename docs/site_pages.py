@@ -2,7 +2,8 @@
 
 A line of a page that says {{ … }} becomes:
 
-    {{ fields }}          DriftConfig's own fields, as help(DriftConfig) has them; {{ lora fields }}: those of LoraConfig
+    {{ fields }}          DriftConfig's own fields, as help(DriftConfig) has them
+    {{ lora fields }}     those that it has of LoraConfig
     {{ commands }}        every command of drift-peft, as its --help has it
     {{ families }}        the table of benchmarks/results/families.txt
     {{ docstring FILE }}  the docstring at the top of a Python file
@@ -185,4 +186,6 @@ def families() -> str:
     told = (
         f"Of the {counts['types']} types of transformers {counts['transformers']}, {counts['works']} go the whole way."
     )
-    return f"{told}\n\n" + table(head, [[f"`{name}`", *map(in_markdown, cells)] for name, *cells in body])
+    short = table(head[:-1], [[f"`{name}`", *map(in_markdown, cells[:-1])] for name, *cells in body])
+    notes = "\n".join(f"- `{row[0]}`: {in_markdown(row[-1])}" for row in body if row[-1])
+    return f"{told}\n\n{short}\n\n## What is left out, or why not\n\n{notes}"

@@ -40,7 +40,7 @@ PICTURES = "benchmarks/results/*.png"
 MARK = re.compile(r"^\{\{ (.+?) \}\}$", re.M)
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?://|#)[^)\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```$|^    .*?$)", re.M | re.S)
-WIDTH = 100  # of --help
+WIDTH = 88  # of --help
 
 
 def on_files(files, config):
@@ -140,8 +140,9 @@ def lora_fields() -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Help texts hold asterisks, angle brackets and line breaks that are no markup."""
-    return re.sub(r"\s+", " ", re.sub(r"([*<_])", r"\\\1", text)).strip()
+    """Help texts hold asterisks, angle brackets and line breaks that are no markup, where they are not `code`."""
+    parts = re.sub(r"\s+", " ", text).strip().split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*<_])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def commands() -> str:

@@ -7,6 +7,7 @@ A line of a page that says {{ … }} becomes:
     {{ commands }}        every command of drift-peft, as its --help has it
     {{ families }}        the table of benchmarks/results/families.txt
     {{ docstring FILE }}  the docstring at the top of a Python file
+    {{ block FILE }}      the first block of Python in a Markdown file
     {{ file FILE }}       a Markdown file that stands elsewhere; {{ file FILE > Heading }}: that section of it;
                           {{ file FILE - Heading }}: all but that section
 
@@ -36,7 +37,7 @@ PAGES = {  # files that are pages of the site, too
     "recipes/README.md": "guides/recipes.md",
     "recipes/EVALUATION.md": "guides/evaluation.md",
 }
-PICTURES = "benchmarks/results/*.png"
+PICTURES = "benchmarks/results/**/*.png", "benchmarks/results/**/*.svg"
 MARK = re.compile(r"^\{\{ (.+?) \}\}$", re.M)
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?://|#)[^)\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```$|^    .*?$)", re.M | re.S)
@@ -47,7 +48,7 @@ def on_files(files, config):
     """The pictures of the benchmarks are files of the site."""
     from mkdocs.structure.files import File
 
-    for path in sorted(ROOT.glob(PICTURES)):
+    for path in sorted(path for pattern in PICTURES for path in ROOT.glob(pattern)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
@@ -69,7 +70,10 @@ def inserted(what: str, page: str) -> str:
         text = ROOT.joinpath(path).read_text(encoding="utf-8")
         return relinked(section(text, heading, keep=sign == ">"), posixpath.dirname(path), page)
     if kind == "docstring":
-        return f"```text\n{ast.get_docstring(ast.parse(ROOT.joinpath(name).read_text(encoding='utf-8')))}\n```"
+        text = ast.get_docstring(ast.parse(ROOT.joinpath(name).read_text(encoding="utf-8")))
+        return "\n".join(line if line.startswith("    ") else escaped(line) for line in text.splitlines())
+    if kind == "block":
+        return re.search(r"^```python\n.*?^```$", ROOT.joinpath(name).read_text(encoding="utf-8"), re.M | re.S)[0]
     return {"fields": own_fields, "lora fields": lora_fields, "commands": commands, "families": families}[what]()
 
 
@@ -140,9 +144,14 @@ def lora_fields() -> str:
 
 
 def in_markdown(text: str) -> str:
-    """Help texts hold asterisks, angle brackets and line breaks that are no markup, where they are not `code`."""
-    parts = re.sub(r"\s+", " ", text).strip().split("`")
-    return "`".join(part if i % 2 else re.sub(r"([*<_])", r"\\\1", part) for i, part in enumerate(parts))
+    """A help text in one line."""
+    return escaped(re.sub(r"\s+", " ", text).strip())
+
+
+def escaped(text: str) -> str:
+    """Plain text holds asterisks and angle brackets that are no markup, where they are not `code`."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*<_\\])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def commands() -> str:

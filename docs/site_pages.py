@@ -151,7 +151,9 @@ def in_markdown(text: str) -> str:
 def escaped(text: str) -> str:
     """Plain text holds asterisks and angle brackets that are no markup, where they are not `code`."""
     parts = text.split("`")
-    return "`".join(part if i % 2 else re.sub(r"([*<_\\])", r"\\\1", part) for i, part in enumerate(parts))
+    return "`".join(
+        part if i % 2 else re.sub(r"([*_\\])", r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(parts)
+    )
 
 
 def commands() -> str:

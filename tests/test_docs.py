@@ -154,7 +154,7 @@ def test_pages_take_in_what_stands_elsewhere():
     assert site_pages.whole_page("[r](../../benchmarks/RESULTS.md#x)", "guides/data.md") == "[r](../results.md#x)"
     assert site_pages.whole_page("![i](../images/idea.svg)", "guides/data.md") == "![i](../images/idea.svg)"
     assert site_pages.whole_page("[s](../recipes/score.py)", "limits.md") == "s"
-    assert site_pages.in_markdown("a_b * `c_d`\n  e") == r"a\_b \* `c_d` e"
+    assert site_pages.in_markdown("a_b * `<c_d>`\n <e>") == r"a\_b \* `<c_d>` &lt;e>"
     with pytest.raises(ValueError, match="no file"):
         site_pages.whole_page("[s](nowhere.md)", "limits.md")
 

@@ -7,6 +7,7 @@
 # make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
 # make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
 # make test-newest        the same with the newest ones, in .venv-newest
+# make docs     the documentation in build/site, without network; a link that leads nowhere is an error
 # make dist     wheel and source distribution in dist/, checked for an index of packages
 # PYTHON=python3.12 and VENV=path choose another interpreter and another virtual environment.
 
@@ -18,7 +19,7 @@ INTEGRATIONS := $(VENV)/integrations
 TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint dist clean
+.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -62,6 +63,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV)
+
+# The notice is about a successor of the theme.
+docs: $(INSTALLED)
+	CUDA_VISIBLE_DEVICES= NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(INSTALLED)
 	rm -rf dist

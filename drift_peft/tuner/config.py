@@ -16,6 +16,7 @@ from pydantic import create_model
 
 from ..checkpoints import DRIFT_CONFIG, Schema, check, infinite_alpha, lora_variants, read_json
 from .card import update_card
+from .described import documented
 from .settings import DriftSettings, check_settings, is_rank
 
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
@@ -25,6 +26,7 @@ STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
 PLAIN_CHAIN_RULE = ("alora_invocation_tokens", "velora_config")
 
 
+@documented(LoraConfig)
 @dataclass
 class DriftConfig(DriftSettings, LoraConfig):
     """LoRA whose gradients are biased toward a reasoning prior (DRIFT, arXiv 2510.15050, equations 3 and 4).
@@ -52,6 +54,7 @@ class DriftConfig(DriftSettings, LoraConfig):
         metadata={
             **LoraConfig.__dataclass_fields__["init_lora_weights"].metadata,
             "help": "'drift': lora_A starts in the top right singular vectors of Δ and lora_B at 0; or PEFT's own.",
+            "range": ", ".join(map(repr, STARTS)),
         },
     )
 

@@ -24,47 +24,87 @@ class DriftSettings:
 
     prior: str | None = field(
         default=None,
-        metadata={"help": "Prior file, or hub id (`id@revision`); None at strength 0 or with drift_target='base'."},
+        metadata={
+            "help": "The prior that steers: its file, or its hub id (`id@revision`).",
+            "range": "None at strength 0 or with drift_target='base' alone",
+        },
     )
     drift_alpha: float = field(
         default=0.3,  # of the adaptive scale: benchmarks/RESULTS.md, chosen by the exams over images
-        metadata={"help": "Strength a ≥ 0 of the pull toward the expert; 0 is plain LoRA. The paper's α is −a."},
+        metadata={
+            "help": "Strength a of the pull toward the expert; 0 is plain LoRA. The paper's α is −a.",
+            "range": "a finite number ≥ 0",
+        },
     )
     drift_scale: Literal["adaptive", "gradnorm", "absolute", "decoupled"] = field(
         default="adaptive",
-        metadata={"help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead."},
+        metadata={
+            "help": "How the bias is scaled against the gradient; 'decoupled' acts after the step instead.",
+            "range": "'decoupled' with drift_target='factors' or 'base' alone",
+        },
     )
     drift_target: Literal["residual", "delta", "factors", "base"] = field(
         default="residual",
-        metadata={"help": "What the bias points to: Δ − sBA, Δ, the SVD's own factors, or the base (sBA = 0)."},
+        metadata={
+            "help": "What the bias points to: Δ − sBA, Δ, the SVD's own factors, or the base (sBA = 0).",
+            "range": "'base' with drift_scale='decoupled' alone",
+        },
     )
     drift_rank: int | None = field(
-        default=None, metadata={"help": "Rank to which Δ is truncated; None: the adapter's own rank."}
+        default=None,
+        metadata={
+            "help": "Rank to which Δ is truncated; None: the adapter's own rank.",
+            "range": "None, or a whole number ≥ 1; None with drift_target='factors'",
+        },
     )
     drift_norm: Literal["factor", "weight"] = field(
         default="factor",
-        metadata={"help": "Whose norm and cosine scale the bias: each LoRA factor's, or the weight gradient's."},
+        metadata={
+            "help": "Whose norm and cosine scale the bias: each LoRA factor's, or the weight gradient's.",
+            "range": "'weight' with drift_target='residual' or 'delta' alone",
+        },
     )
     drift_sketch: int | None = field(
         default=64,
-        metadata={"help": "drift_norm='weight': columns of the sketch that ‖G‖ is taken from; None keeps G itself."},
+        metadata={
+            "help": "drift_norm='weight': columns of the sketch that ‖G‖ is taken from; None keeps G itself.",
+            "range": "None, or a whole number ≥ 1",
+        },
     )
     drift_spectrum: str | float = field(
         default="full",
-        metadata={"help": "Weight of Δ's singular directions: 'full' S, 'flat' all alike, or a power p for S^p."},
+        metadata={
+            "help": "Weight of Δ's singular directions: 'full' S, 'flat' all alike, or a power p for S^p.",
+            "range": "'full', 'flat', or a number between 0 and 4",
+        },
     )
     drift_modules: str | list[str] | None = field(
         default=None,
-        metadata={"help": "Where the bias acts: presets attn, mlp, bias, norm, head, embed or regular expressions."},
+        metadata={
+            "help": "Where the bias acts: presets attn, mlp, bias, norm, head, embed or regular expressions.",
+            "range": "None for everything that the prior has, one name, or a list of them; each has to match something",
+        },
     )
     drift_alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Regular expression of weight names -> strength there."}
+        default_factory=dict,
+        metadata={
+            "help": "Regular expression of weight names -> strength there.",
+            "range": "finite numbers ≥ 0; each expression has to match something",
+        },
     )
     drift_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which the strength grows linearly from 0."}
+        default=0,
+        metadata={
+            "help": "Optimizer steps over which the strength grows linearly from 0.",
+            "range": "a whole number ≥ 0",
+        },
     )
     drift_decay_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays."}
+        default=None,
+        metadata={
+            "help": "Optimizer steps after the warm-up over which it goes to 0; None: it stays.",
+            "range": "None, or a whole number ≥ 1",
+        },
     )
     drift_log_kinds: bool = field(
         default=False,

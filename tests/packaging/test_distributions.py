@@ -98,7 +98,7 @@ def test_links_lead_to_the_files_of_this_version(tmp_path):
     assert f"Project-URL: Repository, {ADDRESS}\n" in text
     for target in re.findall(rf"\]\({re.escape(ADDRESS)}/(?:blob|raw)/{tag}/([^)#]+)", text):
         assert (ROOT / target).exists(), target
-    assert f"]({ADDRESS}/raw/{tag}/benchmarks/results/digits_frontier.png)" in text
+    assert f"]({ADDRESS}/raw/{tag}/docs/images/idea.svg)" in text
 
 
 def test_the_stub_names_what_is_public():

@@ -1,0 +1,180 @@
+"""The documentation: its Python runs on the demo's checkpoints, its commands and messages are those of the code."""
+
+import ast
+import json
+import re
+import shlex
+from importlib.util import find_spec
+
+import pytest
+import site_pages
+import yaml
+from peft import LoraConfig
+from test_readme import CHECKPOINTS, ROOT, blocks, run, train
+
+from drift_peft import DriftConfig
+from drift_peft.cli.commands import parser
+from drift_peft.demo.compare import QUESTIONS, unlabelled
+from drift_peft.demo.world import Digits
+from drift_peft.tuner import describe, own_fields
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+TEXTS = {**{page: DOCS / page for page in PAGES}, "README.md": ROOT / "README.md"}
+TEXTS |= {name: ROOT / name for name in ("recipes/README.md", "recipes/EVALUATION.md", "CONTRIBUTING.md")}
+RUN = ["guides/own-loop.md", "guides/trl.md", "reference/config.md"]
+
+
+def read(page):
+    return TEXTS[page].read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def given():
+    """What the guides' blocks take from their reader: models, images, samples, a loop."""
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}]
+    return {
+        "EXPERT": CHECKPOINTS / "reasoner",
+        "VLM": CHECKPOINTS / "vlm",
+        "train": train,
+        "images": unlabelled(Digits("train"), 0)[:8],
+        "questions": QUESTIONS,
+        "sizes": {"samples": 8, "max_new_tokens": 4, "top_k": 4},
+        "rows": [{"messages": turns}] * 2,
+        "settings": {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"},
+    }
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_python_of_a_guide_runs_in_order(page, given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ran = run(blocks(read(page)), page, given)
+    if page.startswith("guides/"):
+        assert "guided_steps': 2" in capsys.readouterr().out
+    if page == "guides/own-loop.md":
+        assert (tmp_path / "merged" / "model.safetensors").is_file()
+        assert (tmp_path / "half" / "model.safetensors").is_file()
+        assert ran[-2]["model"].peft_config["default"].drift_steps == 2  # continued from the saved adapter
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_block_can_be_read(page):
+    """Python compiles, YAML is YAML, and each drift-peft command line is one that its parser takes."""
+    for block in blocks(read(page)):
+        compile(block, page, "exec")
+    for block in blocks(read(page), "yaml"):
+        assert isinstance(yaml.safe_load(block), dict)
+    for words in commands(read(page)):
+        parser().parse_args(words)
+
+
+def commands(text):
+    """The drift-peft command lines of a page's plain blocks, without comments."""
+    for block in blocks(text, ""):
+        for line in re.findall(r"^drift-peft (.+)$", block.replace("\\\n", " "), re.M):
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_scripts_and_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for block in blocks(read(page), ""):
+        for target in re.findall(r"^make ([\w-]+)", block, re.M):
+            assert f"\n{target}:" in makefile
+        for script in re.findall(r"python (recipes/\S+\.py|benchmarks/\S+\.py)", block):
+            assert (ROOT / script).is_file()
+        for module in re.findall(r"python -m (drift_peft[\w.]*)", block):
+            assert find_spec(module)
+
+
+@pytest.fixture(scope="module")
+def messages():
+    """Every string of the code, with … where a value stands."""
+    found = []
+    for folder in ("drift_peft", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(found)
+
+
+def test_each_message_of_troubleshooting_stands_in_the_code(messages):
+    quoted = re.findall(r"^> (.+)$", read("troubleshooting.md"), re.M)
+    assert len(quoted) > 30
+    assert not [message for message in quoted if message not in messages]
+
+
+def test_every_field_is_documented_from_one_source():
+    """help(DriftConfig) and the site name each field that is not LoRA's, with type, default, range and meaning."""
+    page, text = site_pages.own_fields(), DriftConfig.__doc__
+    fields = describe(DriftConfig, own_fields(DriftConfig, LoraConfig))
+    assert {field.name for field in fields} > {name for name in DriftConfig.__dataclass_fields__ if "drift_" in name}
+    for field in fields:
+        head = f"    {field.name} (`{field.type}`, defaults to `{field.default}`):\n"
+        said = re.sub(r"\s+", " ", text.partition(head)[2])
+        assert field.meaning and said.startswith(f" {field.meaning}" + f" Allowed: {field.range}." * bool(field.range))
+        assert f"### `{field.name}`\n\n{site_pages.in_markdown(field.meaning)}" in page
+    automatic = {"prior_sha256", "drift_steps", "quantization", "drift_log_kinds"}
+    assert {field.name for field in fields if not field.range} == automatic
+
+
+@pytest.mark.parametrize(
+    ("name", "outside"),
+    [
+        ("drift_alpha", -0.1),
+        ("drift_scale", "cosine"),
+        ("drift_target", "expert"),
+        ("drift_target", "base"),
+        ("drift_scale", "decoupled"),
+        ("drift_rank", 0),
+        ("drift_norm", "layer"),
+        ("drift_sketch", 0),
+        ("drift_spectrum", 4.5),
+        ("drift_modules", []),
+        ("drift_alpha_pattern", {"q_proj": -1.0}),
+        ("drift_warmup_steps", -1),
+        ("drift_decay_steps", 0),
+        ("init_lora_weights", "pissa"),
+        ("prior", None),
+    ],
+)
+def test_what_a_field_does_not_allow_is_refused(name, outside):
+    with pytest.raises(ValueError, match=name.removeprefix("init_")):
+        DriftConfig(**{"prior": "p.safetensors", name: outside})
+
+
+def test_pages_take_in_what_stands_elsewhere():
+    text = site_pages.whole_page("{{ file recipes/README.md > Layouts of the data }}", "guides/data.md")
+    assert text.lstrip().startswith("What counts is a row's own keys") and "## Things to know" not in text
+    rest = site_pages.whole_page("{{ file recipes/README.md - Layouts of the data }}", "guides/recipes.md")
+    assert text.strip() not in rest and "## Things to know" in rest
+    assert site_pages.whole_page("[r](../../benchmarks/RESULTS.md#x)", "guides/data.md") == "[r](../results.md#x)"
+    assert site_pages.whole_page("![i](../images/idea.svg)", "guides/data.md") == "![i](../images/idea.svg)"
+    assert site_pages.whole_page("[s](../recipes/score.py)", "limits.md") == "s"
+    assert site_pages.in_markdown("a_b * `<c_d>`\n <e>") == r"a\_b \* `<c_d>` &lt;e>"
+    with pytest.raises(ValueError, match="no file"):
+        site_pages.whole_page("[s](nowhere.md)", "limits.md")
+
+
+def test_links_to_the_repository_have_its_address(monkeypatch):
+    monkeypatch.setenv("DRIFT_PEFT_URL", "https://example.org/d/")
+    link = "[s](https://example.org/d/blob/main/recipes/score.py)"
+    assert site_pages.whole_page("[s](../recipes/score.py)", "limits.md") == link
+
+
+def test_the_command_line_s_page_has_every_verb():
+    page = site_pages.commands()
+    for one in site_pages.all_parsers(parser()):
+        assert f"## `{one.prog}`" in page
+        for flag in one._option_string_actions:
+            assert flag in page
+
+
+def test_the_families_page_has_every_type():
+    printed = (ROOT / "benchmarks" / "results" / "families.txt").read_text(encoding="utf-8")
+    types, page = re.findall(r"^│ ([\w.-]+) ", printed, re.M), site_pages.families()
+    assert len(types) == json.loads(printed.splitlines()[-1])["types"]
+    assert all(f"| `{name}` |" in page for name in types)

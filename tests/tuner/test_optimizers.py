@@ -100,7 +100,7 @@ def test_an_optimizer_that_maximizes_is_refused(pair):
         train(model, optim.SGD(trainable(model), lr=0.05, maximize=True))
 
 
-@pytest.mark.parametrize("drift_norm", ["factor", "weight"])
+@pytest.mark.parametrize("drift_norm", ["factor", pytest.param("weight", marks=pytest.mark.slow)])
 def test_a_compiled_model(pair, drift_norm):
     """Gradients accumulated by the compiled model give the same steps."""
     torch._dynamo.reset()  # it does not look at a module's hooks when it takes up what it compiled for another one

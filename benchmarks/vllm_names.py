@@ -34,7 +34,7 @@ from every_type import TYPES, tiny_base
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from tiny import FAMILIES, MIXED, tiny_vlm
+from tiny import FAMILIES, tiny_vlm
 
 from drift_peft import DriftConfig
 from drift_peft.checkpoints import export_for_vllm
@@ -47,6 +47,7 @@ BESIDE = {  # type -> what vLLM reads of its text config beyond what transformer
     "lfm2_vl": {"conv_dim": 64, "conv_use_xavier_init": True, "block_dim": 64, "block_norm_eps": 1e-5},
     "qwen3_vl_moe": {"norm_topk_prob": True},
 }
+FROM_MIXED = "gemma4", "lfm2_vl"  # of tiny.py, where the type's default lacks a vision tower or is too large
 PARTIAL = "glm4v", "glm_ocr"  # of whose heads vLLM rotates the half that the hub's files name
 ALL, SOME, NONE = "all", "SOME", "NONE"
 NO_MODEL, NO_LORA, REFUSES, OURS, NOT_BUILT = "no model", "no LoRA", "refuses", "not adapted", "not built here"
@@ -127,7 +128,7 @@ def prepare(vllm: Path) -> None:
 
 def save_adapter(model_type: str, folder: Path) -> int:
     """A config.json and an adapter of ours for it. Returns the number of its modules."""
-    base = tiny_vlm(model_type) if model_type in FAMILIES | MIXED else tiny_base(model_type)
+    base = tiny_vlm(model_type) if model_type in {*FAMILIES, *FROM_MIXED} else tiny_base(model_type)
     base.config.architectures = [type(base).__name__]
     text = base.config.get_text_config()
     vars(text).update(BESIDE.get(model_type, {}))

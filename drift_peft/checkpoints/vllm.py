@@ -25,8 +25,8 @@ VERSION = "0.33.0"
 SERVED = frozenset(
     "aya_vision chameleon emu3 exaone4_5 gemma3 gemma4 glm4v glm_ocr got_ocr2 granite4_vision idefics2 idefics3 "
     "internvl janus kimi_k25 lfm2_vl llama4 llava llava_next llava_next_video mistral3 mllama ovis2 paligemma "
-    "perception_lm qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_omni_moe_thinker qwen3_vl shieldgemma2 "
-    "smolvlm video_llama_3 video_llava vipllava".split()
+    "perception_lm qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl "
+    "qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava".split()
 )
 RENAMED = {"lfm2_vl": (".conv.", ".short_conv.")}  # type -> part of a name in transformers, in vLLM
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be

@@ -5,6 +5,7 @@
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
 # make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
+# make test-peft          PEFT's own LoRA tests, with drift_peft imported and with DriftConfig in LoraConfig's place
 # make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
 # make test-newest        the same with the newest ones, in .venv-newest
 # make docs     the documentation in build/site, without network; a link that leads nowhere is an error
@@ -16,10 +17,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
 INTEGRATIONS := $(VENV)/integrations
+PEFT_SUITE := $(VENV)/peft-suite
 TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint docs dist clean
+.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-peft test-oldest test-newest run-in
+.PHONY: lint docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -40,6 +43,9 @@ test-cuda: $(INSTALLED)
 
 test-distributed: $(DEEPSPEED)/.installed
 	PYTHONPATH=$(abspath $(DEEPSPEED)) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
+
+test-peft: $(PEFT_SUITE)/.fetched
+	PYTHONPATH=$(abspath $(PEFT_SUITE))/needs $(BIN)/python tests/peft_suite/run.py $(PEFT_SUITE)/peft
 
 # Environments of their own. What an older version lacks is skipped, and -rs says which test and why.
 test-oldest: .venv-oldest/.installed
@@ -102,6 +108,17 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 $(INTEGRATIONS)/%/.installed: tests/integrations/%.txt $(INSTALLED)
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
+
+# The source distribution of the pinned version has PEFT's tests; what they import is put beside the environment.
+$(PEFT_SUITE)/.fetched: tests/peft_suite/needs.txt constraints.txt $(INSTALLED)
+	rm -rf $(PEFT_SUITE)
+	mkdir -p $(PEFT_SUITE)/peft
+	$(BIN)/python -m pip install --quiet setuptools wheel
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PEFT_SUITE)/needs -r $<
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --no-binary peft -c constraints.txt \
+		--dest $(PEFT_SUITE) peft
+	tar -xzf $(PEFT_SUITE)/peft-*.tar.gz --strip-components 1 -C $(PEFT_SUITE)/peft
 	touch $@
 
 clean:

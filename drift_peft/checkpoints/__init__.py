@@ -17,6 +17,7 @@ Nothing here knows of priors or of training.
     rope         how models rotate queries and keys, and a warning where that differs
     update       what an adapter makes of one tensor
     lora         LoRA adapters read without a model; an expert given as adapter + base
+    vllm         a LoRA adapter as vLLM serves it, or why it cannot
     carry        a LoRA adapter of the text sibling as one of the VLM
     dequantized  the base as a 4-bit model computes with it
     lock         one writer at a time
@@ -67,6 +68,7 @@ from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, 
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
+from .vllm import export_for_vllm
 from .watch import Watch
 
 __all__ = [
@@ -103,6 +105,7 @@ __all__ = [
     "cross_attention_layers",
     "describe",
     "download",
+    "export_for_vllm",
     "file_sha256",
     "find_file",
     "find_license",

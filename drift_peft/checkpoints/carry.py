@@ -1,10 +1,10 @@
 """A LoRA adapter under the names of another model: what was trained on the text sibling, as an adapter of the VLM.
 
 The names are those that PEFT has on the class which transformers builds of the VLM's configuration; vLLM and
-llama.cpp's converter take these. But vLLM reads one scaling α/r for all modules, and llama.cpp one α, over the rank of
-each tensor: neither knows PEFT's patterns, and llama.cpp no rank-stabilized scaling. So every module gets the largest
-rank, by rows and columns of zeros, and the scaling that most of them have; what another one has more or less is in its
-lora_B, in fp32. The update s·B·A of each stays what it was.
+llama.cpp's converter take these. But llama.cpp reads one α for all modules, over the rank of each tensor: it knows
+neither PEFT's patterns nor rank-stabilized scaling (vLLM 0.33 knows both). So every module gets the largest rank, by
+rows and columns of zeros, and the scaling that most of them have; what another one has more or less is in its lora_B,
+in fp32. The update s·B·A of each stays what it was.
 """
 
 from __future__ import annotations

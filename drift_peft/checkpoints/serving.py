@@ -33,10 +33,11 @@ model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})
 processor = AutoProcessor.from_pretrained("{base}")
 ```"""
 BESIDE = """\
-vLLM serves the adapter beside its base, where it supports LoRA on this architecture:
+vLLM serves the adapter beside its base. `export` writes it under vLLM's names, and refuses what vLLM would leave out:
 
 ```
-vllm serve {argument} --enable-lora --max-lora-rank {rank} --lora-modules drift={folder}
+drift-peft export {folder} --for vllm -o served
+vllm serve {argument} --enable-lora --max-lora-rank {rank} --lora-modules drift=served
 ```
 
 """

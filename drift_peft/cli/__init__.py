@@ -25,6 +25,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     merge           adapter + full-precision base -> standalone model
     merge_baseline  expert + VLM -> VLM without training
     transplant      text fine-tune or LoRA adapter -> adapter of the VLM, or VLM, without training
+    export          an adapter under the names that a server finds its modules by
     demo            the whole way on a small embedded world
     preflight       will training fit the GPU?
 """

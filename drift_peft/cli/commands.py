@@ -1,7 +1,7 @@
 """All verbs, in the order of the help."""
 
 from .. import __version__
-from . import demo, keep, merge, merge_baseline, preflight, prior, targets, transplant
+from . import demo, export, keep, merge, merge_baseline, preflight, prior, targets, transplant
 from .parser import Parser
 
 VERBS = {
@@ -11,6 +11,7 @@ VERBS = {
     "merge": merge,
     "merge-baseline": merge_baseline,
     "transplant": transplant,
+    "export": export,
     "demo": demo,
     "preflight": preflight,
 }

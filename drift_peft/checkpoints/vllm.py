@@ -1,0 +1,116 @@
+"""A LoRA adapter as vLLM serves it beside its base, or why it cannot.
+
+vLLM loads an adapter whose names are not its own without a word, and answers as the base does (vllm-project/vllm#48019,
+#34186). What it does with each type was measured with its own code, version 0.33.0: `benchmarks/vllm_names.py` and
+`benchmarks/results/vllm_names.txt`. Of the types of SERVED it finds every module, but for the short convolutions of
+LFM2-VL: it has another name for them, and would leave them out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import read_config
+from .hub import download, split_revision
+from .lora import CONFIG, adapter_folder, read_updates, recorded_base
+from .naming import canonical_name
+from .output import write_tensors
+from .schema import read_json
+from .standalone import replaced_when_complete
+from .update import LowRank
+
+VERSION = "0.33.0"
+SERVED = frozenset(
+    "aya_vision chameleon emu3 exaone4_5 gemma3 gemma4 glm4v glm_ocr got_ocr2 granite4_vision idefics2 idefics3 "
+    "internvl janus kimi_k25 lfm2_vl llama4 llava llava_next llava_next_video mistral3 mllama ovis2 paligemma "
+    "perception_lm qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl "
+    "qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava".split()
+)
+RENAMED = {"lfm2_vl": (".conv.", ".short_conv.")}  # type -> part of a name in transformers, in vLLM
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the folder, the modules that vLLM finds, those under a name of its own, and its flag."""
+
+    output: str
+    modules: int
+    renamed: int
+    max_lora_rank: int
+
+
+def export_for_vllm(
+    adapter: str | Path, output: str | Path, base: str | None = None, overwrite: bool = False
+) -> Export:
+    """Write a LoRA adapter under the names that vLLM 0.33 finds its modules by; for vLLM alone where they differ.
+
+    Args:
+        adapter: folder, hub id or `id@revision`.
+        output: folder to write.
+        base: the model that it was trained on, of which config.json is read; None: the one that the adapter names.
+
+    Raises:
+        FileNotFoundError: there is no such adapter or base.
+        FileExistsError: the output exists, and `overwrite` is False.
+        ValueError: vLLM cannot serve it, by the name of what stands against it: the type of the base, DoRA, saved
+            modules, biases, trained tokens, patterns of ranks, a rank beyond 512, modules beside the language model.
+    """
+    folder = adapter_folder(adapter)
+    if not (base := base or recorded_base(folder)):
+        raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
+    place = Path(base) if Path(base).exists() else download(*split_revision(base, None), ("config.json",))
+    model_type = read_config(place, str(base)).model_type
+    if model_type not in SERVED:
+        raise ValueError(
+            f"vLLM {VERSION} was not found to serve adapters of models of type {model_type} whole: merge {adapter} "
+            "into its base (drift-peft merge), and serve that"
+        )
+    config = read_json(folder / CONFIG)
+    factors = _factors(folder, adapter)
+    _refuse(config, factors, adapter)
+    ours, theirs = RENAMED.get(model_type, (".", "."))
+    names = {module: module.replace(ours, theirs, 1) for module in factors}
+    tensors = {}
+    for module, update in factors.items():
+        tensors[f"base_model.model.{names[module]}.lora_A.weight"] = update.A
+        tensors[f"base_model.model.{names[module]}.lora_B.weight"] = update.B
+    renamed = sum(module != name for module, name in names.items())
+    config["target_modules"] = sorted({key.split(".")[-3] for key in tensors})
+    with replaced_when_complete(Path(output), overwrite, [folder], kind="adapter") as partial:
+        write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return Export(str(output), len(factors), renamed, next(rank for rank in RANKS if rank >= config["r"]))
+
+
+def _factors(folder: Path, adapter: str | Path) -> dict[str, LowRank]:
+    """Module -> its factors; refused by name where it is more than that, or not the language model's."""
+    factors = {}
+    for name, (update, *more) in read_updates(folder).items():
+        if more or not isinstance(update, LowRank) or update.magnitude is not None or update.start is not None:
+            raise ValueError(
+                f"adapter {adapter} holds more than LoRA factors of {name} (use_dora, modules_to_save, bias, "
+                "trainable_token_indices, or weights of its base), which vLLM does not serve: merge it (drift-peft "
+                "merge)"
+            )
+        if not (canonical_name(name) or "").startswith("layers."):
+            raise ValueError(
+                f"adapter {adapter} adapts {name}, and vLLM serves the language model's layers alone: merge it "
+                "(drift-peft merge)"
+            )
+        factors[update.module] = update
+    return factors
+
+
+def _refuse(config: dict, factors: dict[str, LowRank], adapter: str | Path) -> None:
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
+        raise ValueError(
+            f"adapter {adapter} has a {patterns[0]}, whose names are not vLLM's: merge it (drift-peft merge), or train "
+            "with one rank and one lora_alpha"
+        )
+    if (rank := max(len(update.A) for update in factors.values())) > RANKS[-1]:
+        raise ValueError(
+            f"adapter {adapter} has rank {rank}, and vLLM takes {RANKS[-1]} at most: merge it (drift-peft merge)"
+        )

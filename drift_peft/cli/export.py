@@ -1,0 +1,41 @@
+"""drift-peft export: an adapter in the form that a server takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from .parser import Parser
+
+HELP = "an adapter under the names that a server finds its modules by"
+DESCRIPTION = (
+    "vLLM serves the base in silence where an adapter's names are not its own. This writes the adapter under vLLM's "
+    "names, counts the modules, and refuses by name what vLLM does not serve; merge that."
+)
+EXAMPLE = "drift-peft export adapter --for vllm -o served"
+
+
+def flags(parser: Parser) -> None:
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", help="LoRA adapter: folder, hub id or id@revision")
+    add("--for", dest="server", required=True, choices=("vllm",), help="who shall serve it")
+    add("-o", "--output", required=True, help="folder to write")
+    add("--base", help="where the base's config is now (default: the one that the adapter names)")
+    add("--overwrite", action="store_true", help="replace an existing adapter folder")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def run(adapter: str, server: str, output: str, base: str | None, overwrite: bool, as_json: bool) -> None:
+    from rich.table import Table
+
+    from ..checkpoints import export_for_vllm
+    from .show import show
+
+    report = export_for_vllm(adapter, output, base, overwrite)
+    table = Table(show_header=False, title=f"adapter {report.output} for vLLM")
+    table.add_row("modules that it finds", str(report.modules))
+    table.add_row("under a name of its own", str(report.renamed))
+    table.add_row(
+        "serve with", f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME={report.output}"
+    )
+    show(asdict(report), as_json, table)

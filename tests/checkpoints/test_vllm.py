@@ -1,0 +1,64 @@
+"""Adapters as vLLM serves them. That it does is `benchmarks/vllm_names.py`, which needs vLLM."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_vlm
+
+from drift_peft.checkpoints import export_for_vllm, language_model_targets
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """family, settings -> adapter on a tiny base whose config.json is there."""
+
+    def save(family, **settings):
+        folder, model = tmp_path_factory.mktemp(family), tiny_vlm(family)
+        model.config.save_pretrained(folder / "base")
+        settings = {"r": 2, "target_modules": language_model_targets(model), **settings}
+        model = get_peft_model(model, LoraConfig(base_model_name_or_path=str(folder / "base"), **settings))
+        model.save_pretrained(folder / "adapter")
+        return folder / "adapter"
+
+    return save
+
+
+@pytest.mark.parametrize("family, renamed", [("qwen2_5_vl", 0), ("lfm2_vl", 2)])
+def test_the_names_are_those_of_vllm(saved, tmp_path, family, renamed):
+    adapter = saved(family)
+    report = export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base")
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "out"))
+    assert {name.replace(".conv.", ".short_conv.") for name in before} == after.keys()
+    assert all(torch.equal(t, after[name.replace(".conv.", ".short_conv.")]) for name, t in before.items())
+    assert (report.modules, report.renamed, report.max_lora_rank) == (len(before) // 2, renamed, 8)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {name.split(".")[-3] for name in after} == {*config["target_modules"]}
+
+
+@pytest.mark.parametrize(
+    "family, settings, said",
+    [
+        ("llava_onevision", {}, "models of type llava_onevision whole: merge"),
+        ("llava", {"use_dora": True}, "more than LoRA factors of .*use_dora"),
+        ("qwen2_5_vl", {"bias": "lora_only"}, "more than LoRA factors of .*bias"),
+        ("llava", {"modules_to_save": ["lm_head"]}, "more than LoRA factors of .*lm_head.*modules_to_save"),
+        ("llava", {"target_modules": ["fc1"]}, "adapts .*fc1.*the language model's layers alone"),
+        ("llava", {"rank_pattern": {"q_proj": 4}}, "has a rank_pattern"),
+        ("llava", {"r": 513, "target_modules": r".*language_model.layers.0.self_attn.q_proj"}, "rank 513.* 512 at"),
+    ],
+)
+def test_what_vllm_does_not_serve_is_refused(saved, tmp_path, family, settings, said):
+    adapter = saved(family, **settings)
+    with pytest.raises(ValueError, match=said):
+        export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_adapter_without_modules_is_refused(saved, tmp_path):
+    adapter = saved("qwen2_5_vl")
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds no weights"):
+        export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base")

@@ -3,6 +3,7 @@
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
+# make mutants  faults put into the code, one at a time: which do the tests see? FILES="tuner/step prior/svd" SAMPLE=30
 # make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
 # make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
 # make test-newest        the same with the newest ones, in .venv-newest
@@ -13,11 +14,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
+MUTMUT := $(VENV)/mutmut
 INTEGRATIONS := $(VENV)/integrations
 TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-cuda test-distributed test-integrations test-oldest test-newest run-in lint dist clean
+.PHONY: demo test test-faults test-cuda test-distributed mutants test-integrations test-oldest test-newest run-in lint dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -35,6 +37,10 @@ test-cuda: $(INSTALLED)
 
 test-distributed: $(DEEPSPEED)/.installed
 	PYTHONPATH=$(abspath $(DEEPSPEED)) DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/distributed
+
+mutants: $(MUTMUT)/.installed
+	PYTHONPATH=$(abspath $(MUTMUT)) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+		$(BIN)/python benchmarks/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(FILES)
 
 # Environments of their own. What an older version lacks is skipped, and -rs says which test and why.
 test-oldest: .venv-oldest/.installed
@@ -86,6 +92,11 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt \
 		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Beside the environment, and without the rest of its dependencies: what makes mutants needs none of its interface.
+$(MUTMUT)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(MUTMUT) mutmut libcst
 	touch $@
 
 # Without their dependencies, which are in the list as far as a step on a CPU needs them: torchvision, xformers and

@@ -53,20 +53,27 @@ from rich.table import Table
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-# The quickest test files that call all of a file. Slow ones whose calls others make too are left out.
+# The quickest tests that call all of a file. Slow ones whose calls others make too are left out.
+LORA = ["test_it_says_where_it_comes_from", "test_adapter_and_base_on_the_hub", "test_a_four_bit_base"]
 TESTS = {
-    "tuner/guidance": ["tuner/test_guidance"],
-    "tuner/batches": ["tuner/test_batches"],
-    "tuner/step": ["tuner/test_batches"],
-    "tuner/steered": ["tuner/test_batches"],
-    "tuner/capture": ["tuner/test_capture"],
-    "checkpoints/naming": ["checkpoints/test_naming"],
-    "checkpoints/match": ["checkpoints/test_match_rules"],
-    "checkpoints/lora": ["checkpoints/test_adapter_files"],
-    "checkpoints/update": ["checkpoints/test_update"],
-    "prior/delta": ["prior/test_delta"],
-    "prior/svd": ["prior/test_svd"],
+    "tuner/guidance": ["tuner/test_guidance.py"],
+    "tuner/batches": ["tuner/test_batches.py"],
+    "tuner/step": ["tuner/test_batches.py"],
+    "tuner/steered": ["tuner/test_batches.py"],
+    "tuner/capture": ["tuner/test_capture.py"],
+    "checkpoints/naming": ["checkpoints/test_naming.py"],
+    "checkpoints/match": ["checkpoints/test_match_rules.py"],
+    "checkpoints/lora": ["checkpoints/test_adapter_files.py", *(f"checkpoints/test_lora.py::{test}" for test in LORA)],
+    "checkpoints/update": ["checkpoints/test_update.py"],
+    "prior/delta": ["prior/test_delta.py"],
+    "prior/svd": ["prior/test_svd.py"],
 }
+SLOW = [
+    "tuner/test_guidance.py::test_without_a_loss",
+    "tuner/test_guidance.py::test_adaptive_pushes",
+    "tuner/test_guidance.py::test_homogeneity",
+    "checkpoints/test_naming.py::test_targets",
+]
 SURVIVORS = Path(__file__).with_name("survivors.yaml")  # file -> mutant -> why it needs no test
 PATIENCE = 10  # times what a mutant's tests took on the code as it is, and as many seconds
 UNCHANGED = re.compile(r",?\s*\b(?:strict|device)=(?:None|True|False|self\.device|[\w.]+\.device)|,\s*(?=\))")
@@ -170,8 +177,8 @@ class Mutants:
         gc.freeze()  # what a fork does not touch, it does not copy
         for name, mutants in targets.items():
             module = module_of(name)
-            paths = {ROOT / "tests" / f"{test}.py" for test in TESTS[name]}
-            tests = sorted((item for item in session.items if item.path in paths), key=self.seconds.get)
+            own = tuple(f"tests/{test}" for test in TESTS[name])
+            tests = sorted((item for item in session.items if item.nodeid.startswith(own)), key=self.seconds.get)
             for mutant in tqdm(mutants, name, file=sys.__stderr__):
                 function = function_of(module, mutant.function)
                 callers = [test for test in tests if (name, mutant.function) in called[test]]
@@ -257,8 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
     hypothesis.settings.load_profile("mutants")
     plugin = Mutants(files, args.sample, args.seed)
-    tests = dict.fromkeys(f"{ROOT}/tests/{test}.py" for name in files for test in TESTS[name])
+    tests = dict.fromkeys(f"{ROOT}/tests/{test}" for name in files for test in TESTS[name])
     options = ["-qq", "--capture=sys", "--no-header", "--no-summary", "--tb=line", "-p", "no:cacheprovider"]
+    options += [f"--deselect=tests/{test}" for test in SLOW]
     if status := pytest.main([*options, f"--rootdir={ROOT}", *tests], plugins=[plugin]):
         sys.exit(int(status))
     report(plugin, Console())

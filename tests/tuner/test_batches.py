@@ -4,6 +4,7 @@ are given, against the oracle."""
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,20 @@ from torch import nn
 from drift_peft import DriftConfig
 from drift_peft.prior import PriorVector, PriorWeight
 from drift_peft.tuner import batches, steered
-from drift_peft.tuner.batches import bias_gradients, groups_of, pull_parameters
+from drift_peft.tuner import step as step_module
+from drift_peft.tuner.batches import TORCH, bias_gradients, groups_of, pull_parameters
 from drift_peft.tuner.sharding import Storage
-from drift_peft.tuner.steered import STEERED, Stack, SteeredAdapter, SteeredTensor, lora_factor, steered_of
+from drift_peft.tuner.steered import (
+    STEERED,
+    Stack,
+    SteeredAdapter,
+    SteeredTensor,
+    lora_factor,
+    lora_layers,
+    steered_of,
+    trainable_tensors,
+)
+from drift_peft.tuner.step import _engine_step
 
 OUT, IN, R, K = 5, 4, 3, 6
 SCALES = ("absolute", "gradnorm", "adaptive")
@@ -301,6 +313,28 @@ def test_the_same_gradients_are_biased_once():
     step(model, optimizer=optimizer)
     assert model.config.repeated_steps == 2
     assert not any(torch.equal(p.grad, g) for p, g in zip(model.trained(), biased, strict=True))
+
+
+class Discarding(torch.optim.Optimizer):
+    """Its step takes the gradients of all but the first layer away, as some do that are done with them."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            p -= 0.1 * p.grad
+            p.grad = p.grad if i < 2 else None
+
+
+def test_a_step_that_discards_gradients_is_followed_by_what_is_left():
+    model = Layers(settings("decoupled", "factors"))
+    expected = model.expected(0.7, "decoupled", "factors", 0.1)[:2]
+    expected += [p.detach() - 0.1 * p.grad for p in model.trained()[2:]]
+    Discarding(model.trained()).step()
+    for p, value in zip(model.trained(), expected, strict=True):
+        close(p, value)
 
 
 def test_maximize_is_refused():
@@ -621,3 +655,117 @@ def test_adapters_whose_factors_are_not_what_peft_says():
     flat.layers[0].lora_A["default"].weight.data = torch.zeros(R * IN)
     with pytest.raises(RuntimeError, match="is flattened: guidance under FSDP1 is not available"):
         flat.steered[0].batch_key()
+
+
+# What there is in a model
+
+
+class Text(nn.Module):
+    """One projection with a bias and a norm, both under the names that a text model has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(IN, OUT)})})])
+        self.norm = nn.LayerNorm(IN)
+        self.other = nn.Linear(IN, IN)  # which no text model has
+        for name in ("default", "second"):
+            config = LoraConfig(r=R, target_modules=["up_proj"], modules_to_save=["norm"])
+            inject_adapter_in_model(config, self, name)
+
+
+def test_layers_of_an_adapter_or_of_the_active_ones():
+    model = Text()
+    layer = model.layers[0]["mlp"]["up_proj"]
+    name = "layers.0.mlp.up_proj.weight"
+    layer.set_adapter("second")
+    assert [*lora_layers(model)] == [(name, layer, "second")]
+    assert [*lora_layers(model, "default")] == [(name, layer, "default")]
+    assert [*lora_layers(model, "third")] == []
+    inject_adapter_in_model(LoraConfig(r=R, target_modules=["other"]), model, "third")
+    assert [*lora_layers(model, "third")] == [("other.weight", model.other, "third")]  # the model's own name
+
+
+def test_tensors_that_train():
+    model = Text()
+    base = model.layers[0]["mlp"]["up_proj"].base_layer
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert [*trainable_tensors(model)] == []
+    saved, kept = model.norm.modules_to_save, model.norm.original_module
+    saved["second"].weight.requires_grad_(True)
+    base.bias.requires_grad_(True)
+    model.other.bias.requires_grad_(True)
+    kept.bias.requires_grad_(True)  # which is not what the forward pass uses
+    found = [*trainable_tensors(model)]
+    assert [each[:3] for each in found] == [
+        ("layers.0.mlp.up_proj.bias", base, "bias"),
+        ("norm.weight", saved["second"], "weight"),
+    ]
+    assert found[0][3] is None and torch.equal(found[1][3], kept.weight) and not found[1][3].requires_grad
+    base.bias.requires_grad_(False)
+    of_one = [each[:3] for each in trainable_tensors(model, "default")]  # active or not
+    assert of_one == [("norm.weight", saved["default"], "weight"), ("norm.bias", saved["default"], "bias")]
+
+
+# DeepSpeed's engine
+
+
+def engine_of(model, monkeypatch, applied=True, **changes):
+    """An engine whose gradients are scaled by 8, and what deepspeed.py says of it."""
+    optimizer = torch.optim.SGD(model.trained(), lr=0.1)
+    engine = nn.Identity()
+    engine.optimizer, engine.module, engine.was_step_applied = optimizer, model, lambda: applied
+    fake = {
+        "storage_of": {id(engine): TORCH},
+        "groups_of": {id(engine): {id(p): optimizer.param_groups[0] for p in model.trained()}},
+        "loss_scale_of": {id(engine): 8.0},
+    }
+    asked = {name: (lambda it, of=of: of[id(it)]) for name, of in (fake | changes).items()}
+    monkeypatch.setattr(step_module, "deepspeed", SimpleNamespace(**asked))
+    return engine
+
+
+def by_hand(model):
+    with torch.no_grad():
+        for p in model.trained():
+            p -= 0.1 * p.grad / 8
+    return "done"
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize(("scale", "target"), [("absolute", "residual"), ("decoupled", "factors")])
+def test_around_the_step_of_an_engine(scale, target, applied, monkeypatch):
+    model = Layers(settings(scale, target))
+    expected = model.expected(0.7, scale, target, 0.1)
+    plain = [p.detach() - 0.1 * p.grad for p in model.trained()]
+    for p in model.trained():
+        p.grad *= 8
+    engine = engine_of(model, monkeypatch, applied)
+    assert _engine_step(engine, lambda: by_hand(model)) == "done"
+    for p, pulled, alone in zip(model.trained(), expected, plain, strict=True):
+        close(p, pulled if applied or scale == "absolute" else alone)
+    assert model.config.drift_steps == applied
+    assert engine.optimizer.param_groups[0]["drift_steps.default"] == applied
+
+
+def test_an_engine_that_trains_nothing_of_ours(monkeypatch):
+    model = Layers(settings())
+    engine = engine_of(model, monkeypatch, storage_of={})
+    step_module.deepspeed.storage_of = lambda engine: None
+    plain = [p.detach() - 0.1 * p.grad / 8 for p in model.trained()]
+    assert _engine_step(engine, lambda: by_hand(model)) == "done"
+    assert all(torch.equal(p, value) for p, value in zip(model.trained(), plain, strict=True))
+    assert model.config.drift_steps == 0
+
+
+@pytest.mark.parametrize(("reaches", "imported", "trains"), [(0, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
+def test_copies_that_guidance_does_not_reach(reaches, imported, trains, monkeypatch):
+    model = Layers(settings())
+    theirs = {id(p) for p in model.trained()[2:]} if trains else set()
+    answers = {"reaches": lambda: reaches, "imported": lambda: imported, "trains": lambda p: id(p) in theirs}
+    monkeypatch.setattr(step_module, "deepspeed", SimpleNamespace(**answers))
+    if (reaches, imported, trains) == (0, 1, 1):
+        with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO trains copies of the parameters, .* use 0\.19"):
+            step(model)
+    else:
+        step(model)

@@ -157,3 +157,20 @@ def test_the_tap_is_the_identity():
     assert len(taps) == 2 and torch.equal(layer(x), plain(x))
     for factor in "AB":
         assert torch.equal(lora_factor(layer, factor, "default").grad, lora_factor(plain, factor, "default").grad)
+
+
+def test_under_autocast():
+    entry, layer = layer_of(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(randn(2, 3, IN, seed=1).float())
+    y.float().tanh().square().sum().backward()
+    assert_measures(entry, layer, tolerance=0.05)
+
+
+def test_processes_add_their_sums(monkeypatch):
+    entry, layer = layer_of()
+    backward(layer, 1)
+    G = layer.base_layer.weight.grad
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))  # two that saw the same
+    assert_measures(entry, layer, G)  # the step's gradient is their mean

@@ -40,7 +40,7 @@ test-distributed: $(DEEPSPEED)/.installed
 
 mutants: $(MUTMUT)/.installed
 	PYTHONPATH=$(abspath $(MUTMUT)) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
-		$(BIN)/python benchmarks/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(FILES)
+		$(BIN)/python benchmarks/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(FILES)
 
 # Environments of their own. What an older version lacks is skipped, and -rs says which test and why.
 test-oldest: .venv-oldest/.installed

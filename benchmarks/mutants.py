@@ -1,18 +1,18 @@
 """Do the tests see a fault in the code? Small faults are put into it, one at a time, and each should make a test fail.
 
-make mutants [SAMPLE=300] [FILES="guidance svd"]
+make mutants [FILES="tuner/guidance prior/svd"] [SAMPLE=30] [SEED=1]
 
-The faults (mutants) are mutmut's: another operator, number or constant, a name's value lost, an argument lost, either
-branch of a condition. How they run is our own, since most of these tests need seconds of imports and a pair of models:
-per file, one process collects its tests and runs each of them once, to see which functions it calls; then it forks for
-each mutant, changes the code of the one function in memory, and runs the tests that call it, quickest first, until one
-fails. What outlasts ten times the tests' own time counts as seen too.
+The faults (mutants) are mutmut's: another operator, number or constant, a value or an argument lost, either branch of
+a condition. How they run is our own, since these tests need many seconds of imports: one process collects them and runs
+each of them once, to see which functions it calls. Then it forks for each mutant, changes the code of that one function
+in memory, and runs the tests that call it, quickest first, until one fails. What outlasts ten times the tests' own time
+counts as seen too.
 
 Not changed: what stands outside of functions, the wording of errors, annotations, `strict=` of zip, which asserts
 something, and `device=`, since these tests run on one. Hypothesis searches as it always does, but does not shrink.
 
-A survivor is a mutant that no test saw. Those that need no test are in `benchmarks/survivors.yaml`, with why; they stay
-in the count.
+A survivor is a mutant that no test of the table saw. `benchmarks/survivors.yaml` says of those that need no test, why;
+they stay in the count.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-# The quickest tests that call all of a file. Slow ones whose calls others make too are left out.
+# The quickest tests that call all of a file; SLOW ones among them, whose calls others make too, are left out.
 LORA = ["test_it_says_where_it_comes_from", "test_adapter_and_base_on_the_hub", "test_a_four_bit_base"]
 TESTS = {
     "tuner/guidance": ["tuner/test_guidance.py"],

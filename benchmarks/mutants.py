@@ -56,7 +56,7 @@ ROOT = Path(__file__).parent.parent
 # The quickest tests that call all of a file; SLOW ones among them, whose calls others make too, are left out.
 LORA = ["test_it_says_where_it_comes_from", "test_adapter_and_base_on_the_hub", "test_a_four_bit_base"]
 TESTS = {
-    "tuner/guidance": ["tuner/test_guidance.py"],
+    "tuner/guidance": ["tuner/test_guidance.py", "tuner/test_settings.py::test_schedule_by_hand"],
     "tuner/batches": ["tuner/test_batches.py"],
     "tuner/step": ["tuner/test_batches.py"],
     "tuner/steered": ["tuner/test_batches.py"],

@@ -16,7 +16,7 @@ from drift_peft import DriftConfig
 from drift_peft.prior import PriorVector, PriorWeight
 from drift_peft.tuner import batches, steered
 from drift_peft.tuner import step as step_module
-from drift_peft.tuner.batches import TORCH, bias_gradients, groups_of, pull_parameters
+from drift_peft.tuner.batches import bias_gradients, groups_of, pull_parameters
 from drift_peft.tuner.sharding import Storage
 from drift_peft.tuner.steered import (
     STEERED,
@@ -283,9 +283,9 @@ def test_the_place_in_the_schedule_comes_back_with_the_optimizer(config_steps):
         close(p, value, 1e-7)
 
 
-def test_two_optimizers_make_one_iteration():
+def test_several_optimizers_make_one_iteration():
     model = Layers(settings("absolute", drift_warmup_steps=4))
-    parts = [torch.optim.SGD(model.trained()[:2], lr=0.1), torch.optim.SGD(model.trained()[2:], lr=0.1)]
+    parts = [torch.optim.SGD(model.trained()[i : i + 2], lr=0.1) for i in (0, 2, 4)]
     for iteration in range(3):
         expected = model.grads(iteration).expected(0.7 * iteration / 4, "absolute", "residual", 0.1)
         for optimizer in parts:
@@ -293,7 +293,7 @@ def test_two_optimizers_make_one_iteration():
         for p, value in zip(model.trained(), expected, strict=True):
             close(p, value)
         assert model.config.drift_steps == iteration + 1
-        assert [o.param_groups[0]["drift_steps.default"] for o in parts] == [iteration + 1] * 2
+        assert [o.param_groups[0]["drift_steps.default"] for o in parts] == [iteration + 1] * 3
 
 
 def test_the_same_gradients_are_biased_once():
@@ -578,7 +578,7 @@ def test_the_scaling_is_read_at_each_step():
         assert_steps_as_the_oracle(model.grads(), "absolute", "delta")
     stack = model.steered[0].stack
     first = stack.scaling(torch.float32)
-    assert first.tolist() == [4.0, 6.0, 8.0] and stack.scaling(torch.float32) is first
+    assert first.dtype == torch.float32 and first.tolist() == [4.0, 6.0, 8.0] and stack.scaling(torch.float32) is first
     assert stack.scaling(torch.float64).dtype == torch.float64
 
 
@@ -710,18 +710,33 @@ def test_tensors_that_train():
 # DeepSpeed's engine
 
 
+class Noting(Storage):
+    """What an engine keeps elsewhere; here it notes only that it was asked."""
+
+    asked = False
+
+    def gradients(self, parameters):
+        self.asked = True
+        return super().gradients(parameters)
+
+    def weights(self, parameters):
+        self.asked = True
+        return super().weights(parameters)
+
+
 def engine_of(model, monkeypatch, applied=True, **changes):
     """An engine whose gradients are scaled by 8, and what deepspeed.py says of it."""
     optimizer = torch.optim.SGD(model.trained(), lr=0.1)
     engine = nn.Identity()
     engine.optimizer, engine.module, engine.was_step_applied = optimizer, model, lambda: applied
     fake = {
-        "storage_of": {id(engine): TORCH},
+        "storage_of": {id(engine): (storage := Noting())},
         "groups_of": {id(engine): {id(p): optimizer.param_groups[0] for p in model.trained()}},
         "loss_scale_of": {id(engine): 8.0},
     }
     asked = {name: (lambda it, of=of: of[id(it)]) for name, of in (fake | changes).items()}
     monkeypatch.setattr(step_module, "deepspeed", SimpleNamespace(**asked))
+    engine.storage = storage
     return engine
 
 
@@ -744,7 +759,7 @@ def test_around_the_step_of_an_engine(scale, target, applied, monkeypatch):
     assert _engine_step(engine, lambda: by_hand(model)) == "done"
     for p, pulled, alone in zip(model.trained(), expected, plain, strict=True):
         close(p, pulled if applied or scale == "absolute" else alone)
-    assert model.config.drift_steps == applied
+    assert model.config.drift_steps == applied and engine.storage.asked
     assert engine.optimizer.param_groups[0]["drift_steps.default"] == applied
 
 

@@ -222,6 +222,12 @@ def test_all_that_does_not_fit_is_listed():
     assert "layers.0.mlp.up_proj.weight claimed by one and two in the expert" in refused(expert, Source("b", depth=12))
 
 
+def test_outputs_that_differ_in_number():
+    expert = Source("e")
+    expert.shapes["e.layers.0.mlp.up_proj.weight"] = (12, 8)
+    assert "layers.0.mlp.up_proj.weight is [12, 8] in the expert, [16, 8] in the base" in refused(expert)
+
+
 def test_twenty_that_do_not_fit_are_all_told():
     expert = Source("e", depth=20)
     for i in range(20):

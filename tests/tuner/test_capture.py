@@ -88,6 +88,12 @@ def test_what_rescales_the_gradient_rescales_the_sums(factor):
     close(inner[0] / factor, (G * (U * S @ Vh)).sum() / factor, 1e-5)
 
 
+def test_a_small_gradient_is_measured_as_a_large_one():
+    entry, layer = layer_of()
+    backward(layer, 1, share=1e-6)
+    close(1e6 * measured(entry, layer)[0][0], 1e6 * layer.base_layer.weight.grad.norm(), 1e-5)
+
+
 def test_without_any_gradient_there_is_none():
     entry, layer = layer_of()
     backward(layer, 1, share=0.0)
@@ -140,6 +146,7 @@ def test_evaluation_and_frozen_factors_leave_nothing():
 def test_a_copy_starts_sums_of_its_own():
     entry, layer = layer_of()
     backward(layer, 1)
+    entry.capture.x = randn(1)  # as between the two hooks of a forward pass
     capture = copy.copy(entry.capture)
     assert (capture.x, capture.sums, capture.inner, capture.stale) == (None, None, None, True)
     assert capture.sketch is None and capture.name == entry.capture.name and entry.capture.sums is not None

@@ -4,6 +4,7 @@
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes
+# make mutants  faults put into the code, one at a time: which do the tests see? FILES="tuner/step prior/svd" SAMPLE=30
 # make test-integrations  a few steps of axolotl, LLaMA-Factory, ms-swift and Unsloth, each beside the environment
 # make test-peft          PEFT's own LoRA tests, with drift_peft imported and with DriftConfig in LoraConfig's place
 # make test-oldest        the test suite with the lowest versions that pyproject.toml allows, in .venv-oldest
@@ -16,13 +17,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEEPSPEED := $(VENV)/deepspeed
+MUTMUT := $(VENV)/mutmut
 INTEGRATIONS := $(VENV)/integrations
 PEFT_SUITE := $(VENV)/peft-suite
 TOOLS := axolotl llama_factory ms_swift unsloth
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-faults test-cuda test-distributed test-integrations test-peft test-oldest test-newest run-in
-.PHONY: lint docs dist clean
+.PHONY: demo test test-slow test-faults test-cuda test-distributed mutants test-integrations test-peft test-oldest test-newest
+.PHONY: run-in lint docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
@@ -46,6 +48,10 @@ test-distributed: $(DEEPSPEED)/.installed
 
 test-peft: $(PEFT_SUITE)/.fetched
 	PYTHONPATH=$(abspath $(PEFT_SUITE))/needs $(BIN)/python tests/peft_suite/run.py $(PEFT_SUITE)/peft
+
+mutants: $(MUTMUT)/.installed
+	PYTHONPATH=$(abspath $(MUTMUT)) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 \
+		$(BIN)/python benchmarks/mutants.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(FILES)
 
 # Environments of their own. What an older version lacks is skipped, and -rs says which test and why.
 test-oldest: .venv-oldest/.installed
@@ -101,6 +107,11 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt \
 		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
+# Beside the environment, and without the rest of its dependencies: what makes mutants needs none of its interface.
+$(MUTMUT)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --target $(MUTMUT) mutmut libcst
 	touch $@
 
 # Without their dependencies, which are in the list as far as a step on a CPU needs them: torchvision, xformers and

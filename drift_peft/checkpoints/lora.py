@@ -162,19 +162,7 @@ def _read_config(folder: Path) -> LoraConfig:
     if used:
         values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
         raise ValueError(f"adapter {folder} uses {values}, which is more than W + s·B·A; {IN_MEMORY}")
-    if wrong := infinite_alpha(config):
-        raise ValueError(f"adapter {folder} has {wrong} in its {CONFIG}, which is no finite number: save it again")
     return config
-
-
-def infinite_alpha(config: LoraConfig) -> str | None:
-    """The first lora_alpha or entry of alpha_pattern that is no finite number, with its value."""
-    alphas = {"lora_alpha": config.lora_alpha}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            return f"{name}={alpha!r}"
-    return None
 
 
 def lora_variants() -> list[str]:
@@ -275,7 +263,7 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
             return load_file(safe)
         if pickled.is_file():
             return load_bin(pickled, str(pickled), map_location="cpu")
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except SafetensorError as error:
         raise ValueError(f"adapter {folder} is truncated or damaged ({error}): save or fetch it again") from error
     raise FileNotFoundError(f"adapter {folder} holds neither {safe.name} nor {pickled.name}")
 

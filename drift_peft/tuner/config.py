@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
-from ..checkpoints import DRIFT_CONFIG, Schema, check, infinite_alpha, lora_variants, read_json
+from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, read_json
 from .card import update_card
 from .described import documented
 from .settings import DriftSettings, check_settings, is_rank
@@ -89,7 +90,7 @@ class DriftConfig(DriftSettings, LoraConfig):
     def _check_lora(self) -> None:
         if not is_rank(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
-        if wrong := infinite_alpha(self):
+        if wrong := _infinite_alpha(self):
             raise ValueError(f"{wrong} is no finite number: lora_alpha and alpha_pattern scale the adapter.")
         if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
             raise ValueError(
@@ -201,6 +202,16 @@ class DriftConfig(DriftSettings, LoraConfig):
         if unknown := sorted(set(own) - _own_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
         return own
+
+
+def _infinite_alpha(config: LoraConfig) -> str | None:
+    """The first lora_alpha or entry of alpha_pattern that is no finite number, with its value."""
+    alphas = {"lora_alpha": config.lora_alpha}
+    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            return f"{name}={alpha!r}"
+    return None
 
 
 def _stored_form() -> type[Schema]:

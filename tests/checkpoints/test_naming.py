@@ -1,6 +1,7 @@
 """naming.py: one canonical name whatever wrote or wraps a weight, and targets that hit the language model alone."""
 
 import re
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -18,6 +19,7 @@ from drift_peft.checkpoints.naming import (
     cross_attention_layers,
     layer_order,
     module_kind,
+    pattern_matches,
 )
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -102,6 +104,21 @@ def test_module_kinds():
         "layers.0.mlp.experts.gate_up_proj": None,
         "layers.0.self_attn.q_proj.lora_A.default.weight": None,
         "layers.0.cross_attn.q_proj.weight": None,
+        "layers.0.mixer.in_proj.weight": "attn",
+        "layers.0.mixer.up_proj.weight": "mlp",  # of a layer without a mixer of tokens, under the same name
+        "layers.0.mixer.shared_experts.down_proj.weight": "mlp",
+        "layers.0.conv.in_proj.weight": "attn",
+        "layers.0.block.weight": "mlp",
+        "layers.0.weight": None,
+        "layers.0.norm.weight": "norm",
+        "layers.0.norm.scale.weight": "mlp",  # what the module itself is called counts
+        "layers.0.self_attn.sinks": None,
+        "layers.0.self_attn.gate.bias": None,
+        "norm.inner.weight": None,
+        "lm_head.bias": "bias",
+        "lm_head.inner.weight": None,
+        "embed_tokens.bias": "bias",
+        "rotary.weight": None,
     }
     assert {name: module_kind(name) for name in kinds} == kinds
     assert {name for name in kinds if module_kind(name) in PROJECTIONS} == {
@@ -160,7 +177,18 @@ def test_targets_that_hit_nothing_are_refused():
         language_model_targets(tiny_llm("llava"), ["layers.7.mlp.up_proj.weight"])
 
 
+def test_patterns_match_a_name_or_its_end():
+    name = "layers.1.self_attn.q_proj"
+    assert all(
+        pattern_matches(pattern, name) for pattern in ("q_proj", r"layers\..*proj", "self_attn.q_proj", "x|q_proj")
+    )
+    assert not any(pattern_matches(pattern, name) for pattern in ("_proj", "q_pro", "layers", "Q_PROJ", ""))
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: "):
+        pattern_matches("(", name)
+
+
 def test_cross_attention_layers_of_configs():
+    assert cross_attention_layers(SimpleNamespace(cross_attention_layers=[2])) == (2,)  # of a text model alone
     assert {family: cross_attention_layers(FAMILIES[family][0]()) for family in ("llava", "qwen2_vl", "mllama")} == {
         "llava": (), "qwen2_vl": (), "mllama": (1, 3),
     }  # fmt: skip

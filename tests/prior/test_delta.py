@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drift_peft.prior import delta as module
-from drift_peft.prior.delta import take_delta
+from drift_peft.prior.delta import measure_delta, take_delta
 
 LABELS = {"expert": "q of there", "base": "q of here", "reference": "q of elsewhere"}
+LABELS_OF_TWO = {"expert": LABELS["expert"], "base": LABELS["base"]}
 
 
 def sources(shape, roles, dtype, seed):
@@ -82,6 +83,46 @@ def test_energy_takes_the_smallest_rank_that_reaches_it(energy, max_rank, seed):
     assert [len(factors["S"]), *factors["U"].shape, *factors["Vh"].shape] == [k, 24, k, k, 32]
     assert stats["energy"] == pytest.approx(float(shares[k - 1]), abs=1e-5)
     assert len(stats["fingerprint"]) == min(8, k)
+
+
+@pytest.mark.parametrize("rows", [None, {"expert": torch.tensor([5, 0]), "base": torch.tensor([1, 2])}])
+def test_what_is_measured_without_factors(rows):
+    tensors = sources([6, 4], ["expert", "base"], torch.float32, 3)
+    before = dict(tensors)
+    found = measure_delta(tensors, rows)
+    assert tensors == before  # they stay with the caller
+    W = {role: (t if rows is None else t[rows[role]]).double() for role, t in tensors.items()}
+    cosine = float(torch.cosine_similarity(W["expert"].flatten(), W["base"].flatten(), dim=0))
+    assert found == {
+        "delta_norm": pytest.approx(float((W["expert"] - W["base"]).norm()), rel=1e-6),
+        "base_norm": pytest.approx(float(W["base"].norm()), rel=1e-6),
+        "cosine": pytest.approx(cosine, rel=1e-5),
+        "cosines": {"base": pytest.approx(cosine, rel=1e-5)},
+    }
+    tensors["base"][1, 0] = math.nan
+    with pytest.raises(ValueError, match="a weight holds NaN or infinite values"):
+        measure_delta(tensors, rows)
+
+
+def test_cosines_with_the_base_and_the_reference():
+    tensors = sources([6, 4], LABELS, torch.float32, 3)
+    _, stats = take(tensors)
+    for role in ("base", "reference"):
+        expected = torch.cosine_similarity(tensors["expert"].flatten(), tensors[role].flatten(), dim=0)
+        assert stats["cosines"][role] == pytest.approx(float(expected), abs=1e-6)
+    assert stats["cosine"] == stats["cosines"]["base"] and stats["cosines"].keys() == {"base", "reference"}
+
+
+def test_the_seed_is_that_of_the_svd():
+    tensors = sources([90, 80], ["expert", "base"], torch.float32, 3)
+    first, again, other = (take_delta(dict(tensors), None, 1, None, seed, LABELS_OF_TWO)[0] for seed in (5, 5, 6))
+    assert torch.equal(first["S"], again["S"]) and not torch.equal(first["S"], other["S"])
+
+
+def test_a_difference_too_small_for_a_norm():
+    base = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match="q of there differs by so little that the norm of Δ vanishes in fp32"):
+        take({"expert": base + 1e-30, "base": base})
 
 
 def test_no_factors_where_delta_is_zero():

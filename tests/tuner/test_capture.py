@@ -1,0 +1,183 @@
+"""capture.py at its lowest level: one adapted layer, whose dense G autograd gives, and what the sums make of it."""
+
+import copy
+
+import pytest
+import torch
+from test_batches import IN, OUT, R, close, randn, weighted
+
+from drift_peft.tuner.capture import _omega, weight_gradient
+from drift_peft.tuner.steered import lora_factor
+
+
+def layer_of(sketch=None, dtype=torch.float64):
+    model = weighted(count=1)
+    model.config.drift_sketch = sketch
+    entry = model.steer(0)
+    layer = model.layers[0].to(dtype)
+    layer.base_layer.weight.requires_grad_(True)
+    entry.model = model  # which lives as long as its entry here
+    return entry, layer
+
+
+def backward(layer, seed, share=1.0, dtype=torch.float64):
+    """A loss of two sequences of three tokens."""
+    (share * layer(randn(2, 3, IN, seed=seed).to(dtype)).tanh().square().sum()).backward()
+
+
+def measured(entry, layer):
+    g_B = lora_factor(layer, "B", "default").grad
+    s = torch.tensor([layer.scaling["default"]], dtype=g_B.dtype)
+    return weight_gradient([entry.capture], g_B[None], R, s)
+
+
+def assert_measures(entry, layer, G=None, tolerance=1e-5):
+    """‖G‖ and ⟨G, Δ_r⟩ of the dense G."""
+    G = layer.base_layer.weight.grad if G is None else G
+    U, S, Vh = (entry.prior[key].double() for key in ("U", "S", "Vh"))
+    for found, expected in zip(measured(entry, layer), (G.double().norm(), (G * (U * S @ Vh)).sum()), strict=True):
+        close(found[0], expected, tolerance * (1 + abs(expected)))
+
+
+def test_passes_add_up_until_the_gradients_are_discarded():
+    entry, layer = layer_of()
+    for discard in (lambda: layer.zero_grad(), lambda: layer.zero_grad(set_to_none=False), lambda: None):
+        backward(layer, 1)
+        backward(layer, 2)
+        assert_measures(entry, layer)
+        discard()
+    entry.capture.stale = True  # a step took them
+    layer.zero_grad()
+    backward(layer, 3)
+    assert_measures(entry, layer)
+    assert entry.capture.sums.dtype == torch.float32 and entry.capture.sums.shape == (OUT, IN + R)
+
+
+def test_forward_passes_of_one_backward_pass_belong_together():
+    entry, layer = layer_of()
+    for _ in range(2):
+        layer.zero_grad()
+        x, y = randn(4, IN, seed=1), randn(4, IN, seed=2)
+        (layer(x).tanh().square().sum() + layer(y).sin().sum()).backward()
+        assert_measures(entry, layer)
+
+
+def test_what_a_step_leaves_is_not_counted_again():
+    entry, layer = layer_of()
+    backward(layer, 1)
+    before = layer.base_layer.weight.grad.clone()
+    entry.capture.stale = True
+    with pytest.raises(RuntimeError, match="saw no backward pass through the adapter of layers"):
+        measured(entry, layer)
+    layer.zero_grad()
+    backward(layer, 2)
+    assert_measures(entry, layer)
+    assert not torch.equal(layer.base_layer.weight.grad, before)
+
+
+@pytest.mark.parametrize("factor", [3.0, 0.01, -2.0, 1e-30])
+def test_what_rescales_the_gradient_rescales_the_sums(factor):
+    entry, layer = layer_of()
+    backward(layer, 1)
+    for p in (lora_factor(layer, "B", "default"), layer.base_layer.weight):
+        p.grad.mul_(factor)
+    G = layer.base_layer.weight.grad
+    U, S, Vh = (entry.prior[key].double() for key in ("U", "S", "Vh"))
+    norm, inner = measured(entry, layer)
+    close(norm[0] / abs(factor), G.norm() / abs(factor), 1e-5)
+    close(inner[0] / factor, (G * (U * S @ Vh)).sum() / factor, 1e-5)
+
+
+def test_a_small_gradient_is_measured_as_a_large_one():
+    entry, layer = layer_of()
+    backward(layer, 1, share=1e-6)
+    close(1e6 * measured(entry, layer)[0][0], 1e6 * layer.base_layer.weight.grad.norm(), 1e-5)
+
+
+def test_without_any_gradient_there_is_none():
+    entry, layer = layer_of()
+    backward(layer, 1, share=0.0)
+    norm, inner = measured(entry, layer)
+    assert norm.tolist() == inner.tolist() == [0.0]
+
+
+def test_a_sketch_replaces_the_norm_alone():
+    entry, layer = layer_of(sketch=2)
+    backward(layer, 1)
+    G = layer.base_layer.weight.grad
+    omega = _omega(IN, 2, torch.device("cpu"), torch.float64)
+    norm, inner = measured(entry, layer)
+    close(norm[0], (G @ omega).norm(), 1e-5)
+    U, S, Vh = (entry.prior[key].double() for key in ("U", "S", "Vh"))
+    close(inner[0], (G * (U * S @ Vh)).sum(), 1e-4)
+    assert entry.capture.sums.shape == (OUT, 2 + R)
+
+
+def test_omega():
+    cpu = torch.device("cpu")
+    omega = _omega(400, 50, cpu, torch.float64)
+    assert omega.shape == (400, 50) and omega.dtype == torch.float64
+    assert float(omega.var()) == pytest.approx(1 / 50, rel=0.03) and abs(float(omega.mean())) < 0.003
+    _omega.cache_clear()
+    assert torch.equal(_omega(400, 50, cpu, torch.float64), omega)  # in every process
+    assert not torch.equal(_omega(401, 50, cpu, torch.float64)[:400], omega)
+
+
+@pytest.mark.parametrize("sketch", [None, 2])
+def test_bf16(sketch):
+    entry, layer = layer_of(sketch, torch.bfloat16)
+    backward(layer, 1, dtype=torch.bfloat16)
+    assert entry.capture.sums.dtype == entry.capture.inner.dtype == torch.float32
+    if sketch is None:
+        assert_measures(entry, layer, tolerance=0.05)
+
+
+def test_evaluation_and_frozen_factors_leave_nothing():
+    entry, layer = layer_of()
+    with torch.no_grad():
+        layer(randn(2, IN))
+    assert entry.capture.x is None and entry.capture.sums is None and entry.capture.stale
+    for factor in "AB":
+        lora_factor(layer, factor, "default").requires_grad_(False)
+    layer(randn(2, IN)).sum().backward()
+    assert entry.capture.sums is None and entry.capture.x is None
+
+
+def test_a_copy_starts_sums_of_its_own():
+    entry, layer = layer_of()
+    backward(layer, 1)
+    entry.capture.x = randn(1)  # as between the two hooks of a forward pass
+    capture = copy.copy(entry.capture)
+    assert (capture.x, capture.sums, capture.inner, capture.stale) == (None, None, None, True)
+    assert capture.sketch is None and capture.name == entry.capture.name and entry.capture.sums is not None
+
+
+def test_the_tap_is_the_identity():
+    entry, layer = layer_of()
+    taps = entry.capture.handles
+    plain = copy.deepcopy(layer)
+    plain.drift["default"].release()
+    x = randn(2, 3, IN, seed=4)
+    for each in (layer, plain):
+        each.zero_grad()
+        each(x).tanh().square().sum().backward()
+    assert len(taps) == 2 and torch.equal(layer(x), plain(x))
+    for factor in "AB":
+        assert torch.equal(lora_factor(layer, factor, "default").grad, lora_factor(plain, factor, "default").grad)
+
+
+def test_under_autocast():
+    entry, layer = layer_of(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(randn(2, 3, IN, seed=1).float())
+    y.float().tanh().square().sum().backward()
+    assert_measures(entry, layer, tolerance=0.05)
+
+
+def test_processes_add_their_sums(monkeypatch):
+    entry, layer = layer_of()
+    backward(layer, 1)
+    G = layer.base_layer.weight.grad
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2))  # two that saw the same
+    assert_measures(entry, layer, G)  # the step's gradient is their mean

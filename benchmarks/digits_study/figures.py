@@ -145,7 +145,7 @@ def draw_sweep(results: dict, name: str, file: Path) -> bool:
         return False
     exams = {TASK: "the task", PERCEPTION: "perception", "text reasoning": "text", "images": "image mean"}
     labels = list(SWEEPS[name].values)
-    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
+    slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
     figure = Figure(figsize=(WIDTH, 1.8 * len(worlds) + 0.5 + bool(slanted)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(worlds), len(exams), squeeze=False, sharex=True, sharey=True)
     for line, (key, world) in zip(panels, worlds.items(), strict=True):

@@ -177,16 +177,18 @@ def test_the_report_says_what_wins(tmp_path):
 
 def test_a_row_is_shown_when_every_run_of_it_is_there(tmp_path):
     ledger = Ledger(tmp_path / "digits.jsonl")
-    plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", "lora-keep"), sweeps=())
+    plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", "lora-keep", "drift-keep"), sweeps=())
     filled(ledger, replace(plan, methods=("vlm", "drift")), lambda run: 0.5)
-    runs = plan.tuning_runs("qwen", "lora-keep")
-    for run in runs[:-1]:
+    for run in plan.tuning_runs("qwen", "drift-keep")[:-1]:
         ledger.add(run, ledger[plan.tuning_runs("qwen", "drift")[0]])
     page = report(ledger, plan, tmp_path)["RESULTS.md"]
-    assert "| LoRA, keeping | not run yet |" in page and re.search(r"Not run yet in `qwen`: .*; LoRA, keeping;", page)
+    assert "| DRIFT, keeping | not run yet |" in page and re.search(r"Not run yet in `qwen`: .*; DRIFT, keeping;", page)
     assert "Keeping, which is to cure that, has not been run yet" in page
-    filled(ledger, plan, lambda run: 0.5)
-    assert re.search(r"\| LoRA, keeping \| (\*\*)?\d+ ± \d", report(ledger, plan, tmp_path)["RESULTS.md"])
+    filled(ledger, plan, lambda run: {"drift-keep": 0.8}.get(run["method"], 0.4))
+    page = report(ledger, plan, tmp_path)["RESULTS.md"]
+    assert re.search(r"\| DRIFT, keeping \| \*\*8\d ± \d", page)
+    assert re.search(r"Keeping makes DRIFT better in `qwen`, by \d\d\.\d points \[", page)
+    assert re.search(r"With keeping in both, DRIFT compared with LoRA is better in `qwen`, by \d\d\.\d points \[", page)
 
 
 def test_a_comparison_names_what_speaks_most_against_it():

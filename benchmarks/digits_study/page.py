@@ -137,10 +137,14 @@ def change_our_mind(worlds: dict) -> list[str]:
 
 def runs(results: dict) -> str:
     missing = results["known_missing"]
-    said = [f"{results['runs']} runs are shown, which took {results['hours']} core hours."]
+    said = [
+        f"{results['runs']} runs of the plan are done.",
+        f"They took {results['hours']} hours, each on one core, in part beside other work.",
+    ]
     if missing:
         said.append(
-            f"At least {missing} more are planned and not run yet; `python benchmarks/digits.py` goes on with them."
+            f"At least {missing} more are planned and not run yet; `python benchmarks/digits.py` goes on with them. "
+            "Tuning that is not complete decides nothing here."
         )
     else:
         said.append("No run of the plan is missing.")

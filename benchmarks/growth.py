@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from forks import fork_context
 from known_pair import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, make_base, make_expert, shapes
 from models import qwen2_5_vl_7b, random_nf4, random_prior
 from prior_build import forget, peak_memory, timed
@@ -127,10 +127,7 @@ def _run(connection, function: Callable, arguments: tuple) -> None:
 def alone(function: Callable, source: Path, other: Path, output: Path, *rest) -> tuple[float, float | None]:
     """Seconds, and GB beyond the process before the call, of making an output of two folders; in processes of their
     own, forked from one that has the imports where that can be done. The last output stays."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        context.set_forkserver_preload(["drift_peft", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"])
+    context = fork_context("drift_peft.merge", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     seconds, memory = [], []
     for _ in range(REPEATS):
         forget(source, other)
@@ -297,33 +294,38 @@ STYLES = {
 
 
 def draw(rows: list[dict], default: Sizes, file: Path) -> None:
-    """A panel for each quantity, against each size in multiples of its default; dotted, what the arithmetic says."""
+    """A panel for each quantity, all on the same axes: its cost against each size, both in multiples of the default's.
+
+    Each line has its size and its exponent at its end; dotted, what the arithmetic says.
+    """
     from matplotlib.figure import Figure  # here: measuring needs none
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    for quantity, axes in zip(QUANTITIES, figure.subplots(2, 3).flat, strict=True):
-        axes.set_title(f"{quantity}: {quantity.words}", fontsize=10)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+    from drift_peft.demo.figures import DPI, WIDTH, label_ends
+
+    figure = Figure(figsize=(WIDTH, 7.5), dpi=DPI, layout="constrained")
+    panels = figure.subplots(3, 2, sharex=True, sharey=True)
+    for quantity, axes in zip(QUANTITIES, panels.flat, strict=True):
         drawn = [row for row in rows if row["quantity"] == str(quantity) and row["exponent"] is not None]
+        axes.set_title(f"{quantity}\n{quantity.words}", fontsize=9)
         for row in drawn:
             color, marker = STYLES[row["varied"]]
             middle = row["values"].index(getattr(default, row["varied"]))
-            x = [value / row["values"][middle] for value in row["values"]]
-            axes.plot(x, row["measured"], color=color, marker=marker, label=f"{row['varied']}: {row['exponent']:.2f}")
-            arithmetic = [row["measured"][middle] * count / row["counted"][middle] for count in row["counted"]]
-            axes.plot(x, arithmetic, color=color, ls=":")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-        axes.grid(alpha=0.3)
+            x, y, counted = (
+                [value / row[key][middle] for value in row[key]] for key in ("values", "measured", "counted")
+            )
+            axes.plot(x, counted, color=color, ls=":", lw=1)
+            axes.plot(x, y, color=color, marker=marker, ms=4, lw=1.3, label=f"{row['varied']} {row['exponent']:.2f}")
+        for axis, scale in (("x", axes.set_xscale), ("y", axes.set_yscale)):
+            scale("log", base=2)
+            getattr(axes, f"{axis}axis").set_major_formatter("×{x:g}")
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if drawn:
-            low, high = axes.get_ylim()
-            axes.set_ylim(min(low, high / 40), high * 1.5)  # what does not grow is drawn flat
-            axes.legend(title="exponent of", loc="upper left", frameon=False, fontsize=9)
-    figure.supxlabel(f"size, in multiples of its default: {words(default)}", fontsize=10)
-    figure.savefig(file, dpi=120)
+    for axes in panels.flat:
+        label_ends(axes, gap=0.1)
+    figure.supxlabel(f"size, in multiples of its default: {words(default)}", fontsize=9)
+    figure.supylabel("cost, in multiples of the default's", fontsize=9)
+    figure.savefig(file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ on the same samples, with the same seeds and budget. They are examined on sample
 --test, and on the VLM's own answers about the images of these, which no way has trained on. The same command goes on
 where it was stopped.
 
-The output folder then holds `compared.json`; `compared.png`, right answers over the distance from the VLM; and
+The output folder then holds `compared.json`; `compared.png`, right answers beside the distance from the VLM; and
 `choice.yaml`, the recipe of the way to take, with its numbers. `ways/` has a folder for each way and seed. Checkpoints
 and merged bases are deleted when their way is measured: a run of its recipe makes them again.
 """

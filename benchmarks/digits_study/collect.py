@@ -9,7 +9,7 @@ from drift_peft.demo.evaluate import MEASURES
 
 from .intervals import interval
 from .ledger import Ledger
-from .methods import METHODS
+from .methods import METHODS, VARIANTS
 from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores
 from .worlds import WORLDS
@@ -23,7 +23,7 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift", "merge-lora", "Better than merging, then LoRA?"),
     ("decoupled", "merge-lora", ""),
     ("hold", "merge-lora", "Held, or left free (each with its own λ)?"),
-    ("hold", "drift", "Held near a merged base, or steered inside the adapter?"),
+    ("hold", "drift", "Held near a merged VLM, or steered inside the adapter?"),
     ("decoupled", "drift", "Outside the gradient or in it?"),
     ("drift", "full", "Better than full fine-tuning?"),
     ("drift", "full-drift", "Better than DRIFT as published?"),
@@ -37,7 +37,10 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift-hierarchical", "drift", "Δ from the ancestor, or from the VLM?"),
     ("decoupled-hierarchical", "decoupled", ""),
     ("drift-ancestor", "merge-lora-ancestor", "Both with Δ from the ancestor, each tuned:"),
+    ("drift-ancestor", "merge-lora", ""),
+    ("drift", "merge-lora-ancestor", ""),
     ("merge-lora-ancestor", "merge-lora", ""),
+    ("drift-ancestor", "drift", "Δ from the ancestor, tuned too:"),
     ("drift-keep", "drift", "What keeping adds to DRIFT:"),
     ("drift-ancestor-keep", "drift-ancestor", ""),
     ("lora-keep", "lora", "And to its rivals:"),
@@ -62,10 +65,14 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift", "drift-weak", "A weaker expert?"),
     ("drift", "drift-nf4", "What 4 bit costs:"),
     ("lora", "lora-nf4", ""),
+    *((key, "drift", "") for key in VARIANTS),
 )
 
-# DRIFT inside the adapter, whose rivals are listed.
-LEADERS = ("drift", "decoupled", "drift-ancestor", "drift-keep", "drift-ancestor-keep")
+# DRIFT inside the adapter, whose rivals are listed: those that keep nothing either, and those that keep too.
+LEADERS = {
+    "without keeping": ("drift", "decoupled", "drift-ancestor"),
+    "keeping": ("drift-keep", "drift-ancestor-keep"),
+}
 RIVAL = "lora"  # what a user would do without us: every row is compared with it, seed by seed
 
 
@@ -175,23 +182,30 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
     rows = {m: found for m in methods if (found := row(ledger, plan, world, m, criterion))}
     done = {m: answers(ledger, plan.test_runs(ledger, world, m, criterion=criterion), plan.size) for m in rows}
 
-    leaders = [m for m in LEADERS if m in rows]
-    leader = max(leaders, key=lambda m: best_validation(ledger, plan, world, m, criterion), default=None)
-
     def difference(a: str, b: str) -> tuple[float, float, float]:
         return mean_over(criterion, done[a] - done[b])
+
+    def led(leaders: tuple[str, ...]) -> dict:
+        there = [m for m in leaders if m in rows]
+        leader = max(there, key=lambda m: best_validation(ledger, plan, world, m, criterion), default=None)
+        alike = [m for m in done if leader and m != leader and bool(METHODS[m].kept) == bool(METHODS[leader].kept)]
+        return {"leader": leader, "leads": {m: difference(m, leader) for m in alike}}
 
     return {
         "rows": rows,
         "duels": {f"{a} {b}": difference(a, b) for a, b, _ in DUELS if a in done and b in done},
-        "leader": leader,
-        "leads": {k: difference(k, leader) for k in done if k != leader} if leader else {},
+        "leaders": {kind: led(leaders) for kind, leaders in LEADERS.items()},
     }
 
 
 def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:
-    """Sweep -> method -> value -> row; what has not been run is left out."""
+    """Sweep -> method -> value -> row, with its difference from the chosen value; what has not been run is left out."""
     result = {}
+
+    def against_chosen(method: str, change: Change) -> tuple[float, float, float] | None:
+        found = [answers(ledger, plan.test_runs(ledger, world, method, c), plan.size) for c in (change, None)]
+        return mean_over("images", found[0] - found[1]) if found[1] is not None else None
+
     for name in filter(lambda name: plan.sweeps_in(world, name), plan.sweeps):
         found = {}
         for method in filter(methods.__contains__, SWEEPS[name].methods):
@@ -202,6 +216,8 @@ def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:
                 for label, change in SWEEPS[name].values.items()
             }
             found[method] = {label: value for label, value in values.items() if value}
+            for label, value in found[method].items():
+                value["against chosen"] = against_chosen(method, SWEEPS[name].values[label])
         found = {method: values for method, values in found.items() if len(values) > 1}  # one alone varies nothing
         if found:
             result[name] = found

@@ -1,4 +1,4 @@
-"""The library's default, and how much depends on each of its settings."""
+"""The library's defaults: what they rest on, and how much depends on each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from drift_peft import DriftConfig
 
 from .methods import VARIANTS
 from .plan import SWEEPS
-from .words import percent
+from .verdict import duels
+from .words import Difference, compared, listed, percent, places, points
 
 CHOSEN = {  # sweep -> the value that the tables' DRIFT has
     "strength": "×1",
@@ -16,15 +17,81 @@ CHOSEN = {  # sweep -> the value that the tables' DRIFT has
     "modules": "attention and MLP",
     "schedule": "constant",
 }
+KEEPING = ("keep_weight", "keep_batch_size", "keep_every", "keep_images", "keep_top_k")
+
+
+def rests_on(results: dict, worlds: dict) -> list[str]:
+    """A bullet for each default: what the study says for and against it."""
+    config = {key: field.default for key, field in DriftConfig.__dataclass_fields__.items()}
+    lines = []
+    others = {key: duels(worlds, "images", key, "drift") for key in ("decoupled", *VARIANTS)}
+    others = {key: next(iter(d.values())) for key, d in others.items() if d}
+    if others:
+        closest, better = max(others, key=lambda k: others[k][0]), [k for k, d in others.items() if d[1] > 0]
+        title = results["titles"][closest].removeprefix("DRIFT, ")
+        said = f"{listed(results['titles'][k] for k in better)} is better" if better else "none is better"
+        lines.append(
+            f"- **Scale `{config['drift_scale']}`, target `{config['drift_target']}`.** Of {len(others)} other forms, "
+            f"each with its own rate and strength, {said} in `{next(iter(worlds))}`; the closest is {title}."
+        )
+    edge = [f"`{key}`" for key, world in worlds.items() if "drift_alpha" in row_of(world).get("edge", ())]
+    if edge:
+        lines.append(
+            f"- **Strength `drift_alpha` {config['drift_alpha']:g}.** Validation chose the smallest strength that was "
+            f"offered in {places(edge, worlds)}; a smaller one may be better, and the runs with keeping offer it."
+        )
+    lines += [line for name, chosen in CHOSEN.items() for line in depends(worlds, name, chosen)]
+    if found := duels(worlds, "images", "drift-ancestor", "drift"):
+        lines.append(
+            "- **Δ from the ancestor, where it is known** (`reference=`). Each tuned, it is "
+            f"{compared(found, worlds)}, compared with Δ from the VLM."
+        )
+    if not any(name in world["sweeps"] for world in worlds.values() for name in KEEPING):
+        lines.append(
+            "- **The weight of keeping, its batch and its images.** They come from trials on validation digits that "
+            "are not among these runs. The study has not varied them yet."
+        )
+    return lines
+
+
+def depends(worlds: dict, name: str, chosen: str) -> list[str]:
+    """One sweep of DRIFT's: which values are level with the chosen one, where, and which costs most."""
+    found: dict[str, dict[str, Difference]] = {}  # value -> world -> the value less the chosen one
+    for key, world in worlds.items():
+        for label, row in world["sweeps"].get(name, {}).get("drift", {}).items():
+            if label != chosen and row["against chosen"]:
+                found.setdefault(label, {})[f"`{key}`"] = row["against chosen"]
+    if not found:
+        return []
+    there = list(dict.fromkeys(key for differences in found.values() for key in differences))
+    alike: dict[tuple[str, ...], list[str]] = {}  # worlds -> values that are level there
+    costs: dict[tuple[str, str], Difference] = {}
+    for label, differences in found.items():
+        if level := tuple(key for key, (_, _, high) in differences.items() if high >= 0):
+            alike.setdefault(level, []).append(f"*{label}*")
+        costs |= {(label, key): d for key, d in differences.items() if d[2] < 0}
+    parts = []
+    for level, labels in alike.items():
+        where = "" if len(level) == len(there) else f" in {listed(level)}"
+        parts.append(f"{listed(labels)} {'is' if len(labels) == 1 else 'are'} level{where}")
+    if costs:
+        label, key = worst = min(costs, key=lambda pair: costs[pair][0])
+        parts.append(f"*{label}* costs most, {points(costs[worst])}" + (f" in {key}" if len(there) > 1 else ""))
+    return [f"- **{SWEEPS[name].title}: {chosen}** ({listed(there)}). {'; '.join(parts)}."]
+
+
+def row_of(world: dict) -> dict:
+    return world["chosen by"]["images"]["rows"].get("drift", {})
 
 
 def recommendation(results: dict, worlds: dict) -> list[str]:
+    """Every value of every sweep that a default rests on."""
     config = {key: field.default for key, field in DriftConfig.__dataclass_fields__.items()}
     lines = [
-        "\n## The default, and what depends on it\n",
+        "\n## The defaults, and what depends on them\n",
         f"`DriftConfig` has scale `{config['drift_scale']}`, target `{config['drift_target']}` and a = "
         f"{config['drift_alpha']:g} by default, on attention and MLP, with as many singular directions of Δ as the "
-        "adapter has rank, and no warm-up or decay. DRIFT's `images` where one setting changes and the rest stays as "
+        "adapter has rank, and no warm-up or decay. DRIFT's image mean where one setting changes and the rest stays as "
         "chosen in that world, what was chosen in bold:\n",
     ]
     head = len(lines)

@@ -1,66 +1,108 @@
-"""The study's pictures: reasoning against perception, sweeps, and losses."""
+"""The study's pictures: the task against perception, sweeps, and losses.
+
+Made to be read 830 pixels wide: the same axes everywhere, names beside what they name, Okabe and Ito's colours, which
+colour-blind eyes can tell apart.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from .methods import COMPUTE, CONTROLS, KEPT, NF4, STARTS, TEXT, TRAINING_FREE, VARIANTS
+from drift_peft.demo.figures import DPI, WIDTH, label_ends
+
 from .plan import SWEEPS
 
-COLOURS = {  # of what is followed through all figures
-    "vlm": "black",
-    "swap": "dimgray",
-    "lora": "tab:blue",
-    "full": "tab:cyan",
-    "full-drift": "tab:olive",
-    "merge-lora": "tab:orange",
-    "drift": "tab:red",
-    "decoupled": "tab:purple",
-    "hold": "tab:green",
-    "start": "tab:brown",
-    "drift-ancestor": "hotpink",
-    "merge-lora-ancestor": "gold",
-    "lora-keep": "navy",
-    "drift-keep": "darkred",
-    "drift-ancestor-keep": "deeppink",
-    "merge-lora-ancestor-keep": "darkgoldenrod",
+COLOURS = {  # of a way, whatever its Δ is taken from and whether it keeps
+    "vlm": "#000000",
+    "lora": "#0072b2",
+    "full": "#56b4e9",
+    "merge-lora": "#e69f00",
+    "full-drift": "#cc79a7",
+    "drift": "#d55e00",
+    "decoupled": "#009e73",
+    "hold": "#777777",
 }
-GREYS = (  # what stays in the background
-    (TRAINING_FREE, "merges without training", "darkgray"),
-    (STARTS, "LoRA with PEFT's other starts", "tab:pink"),
-    (VARIANTS, "DRIFT's other scales and targets", "mistyrose"),
-    (KEPT | COMPUTE | TEXT, "others kept, or trained longer", "lightgreen"),
+NAMES = {
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+    "merge-lora": "merged, then LoRA",
+    "full-drift": "full DRIFT",
+    "drift": "DRIFT",
+    "decoupled": "DRIFT, decoupled",
+    "hold": "merged, then held LoRA",
+}
+FIVE = {  # the points of the one figure, with Δ from the VLM
+    "vlm": "VLM",
+    "lora": "LoRA",
+    "full-drift": "full DRIFT,\nas published",
+    "merge-lora": "merged,\nthen LoRA",
+    "drift": "DRIFT",
+}
+SIDES = (  # of a point, where its label may stand: offset in points, and how it is aligned there
+    *((7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")),
+    *((6, 6, "left", "bottom"), (-6, 6, "right", "bottom"), (6, -6, "left", "top"), (-6, -6, "right", "top")),
+    *((14, 14, "left", "bottom"), (-14, 14, "right", "bottom"), (14, -14, "left", "top"), (-14, -14, "right", "top")),
 )
-REASONING, PERCEPTION = "2-3 operations", "perception"
+TASK, PERCEPTION = "2-3 operations", "perception"
 
 
 def draw_frontier(results: dict, file: Path) -> None:
-    """Reasoning over images against perception, a point with 95 % intervals for each method; the frontier is drawn."""
+    """The task against perception, five ways in each world with 95 % intervals, and where keeping takes them."""
     worlds = {key: world for key, world in results["worlds"].items() if rows_of(world)}
-    figure = Figure(figsize=(5.5 * len(worlds) + 2.5, 5.5), layout="constrained")
-    handles = {}
-    for axes, world in zip(figure.subplots(1, len(worlds), squeeze=False)[0], worlds.values(), strict=True):
-        points = {}
-        for key, row in rows_of(world).items():
-            if key in CONTROLS or key in NF4:
-                continue
-            (x, *xs), (y, *ys) = ([100 * v for v in row["scores"][name]] for name in (PERCEPTION, REASONING))
-            points[key] = (x, y)
-            title, colour = results["titles"][key], COLOURS.get(key)
-            if colour is None:
-                title, colour = next(group for keys, *group in GREYS if key in keys)
-            bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
-            handles[title] = axes.errorbar(x, y, **bars, fmt="o", ms=6 if key in COLOURS else 4, color=colour, lw=1)
-        axes.plot(*zip(*frontier(points.values()), strict=True), color="gray", linestyle=":", zorder=0)
-        axes.set_title(world["title"])
-        axes.set_xlabel("perception, % right")
-        axes.set_ylabel("reasoning over images (2-3 operations), % right")
-        axes.set_xlim(-3, 103)
-        axes.set_ylim(-3, 103)
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    figure.savefig(file, dpi=100)
+    figure = Figure(figsize=(WIDTH, 0.9 + 2.5 * 3 / max(3, len(worlds))), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(worlds), squeeze=False, sharex=True, sharey=True)[0]
+    drawn = []
+    for axes, (key, world) in zip(panels, worlds.items(), strict=True):
+        rows, points = rows_of(world), {}
+        for way in (way for way in FIVE if way in rows):
+            points[way] = put(axes, rows[way], COLOURS[way])
+            if (kept := f"{way}-keep") in rows:
+                points[kept] = put(axes, rows[kept], COLOURS[way])
+                arrow = {"arrowstyle": "->", "color": COLOURS[way], "lw": 1.2, "shrinkA": 4, "shrinkB": 4}
+                axes.annotate("", points[kept], points[way], arrowprops=arrow)
+        axes.plot(*zip(*frontier(points.values()), strict=True), color="gray", linestyle=":", lw=1, zorder=0)
+        axes.set_title(f"{key}: {world['title']}", fontsize=9)
+        axes.set(xlim=(-3, 112), ylim=(-3, 109), xticks=range(0, 101, 25), yticks=range(0, 101, 25))
+        plain(axes)
+        drawn.append((axes, points))
+    figure.supxlabel("perception, % right", fontsize=9)
+    panels[0].set_ylabel("the task, % right", fontsize=9)
+    figure.draw_without_rendering()  # now everything has its place
+    for axes, points in drawn:
+        label_points(axes, {FIVE[way]: points[way] for way in FIVE if way in points})
+    figure.savefig(file)
+
+
+def put(axes: Axes, row: dict, colour: str) -> tuple[float, float]:
+    """A row as a point with its intervals."""
+    (x, *xs), (y, *ys) = ([100 * v for v in row["scores"][name]] for name in (PERCEPTION, TASK))
+    bars = {"xerr": [[x - xs[0]], [xs[1] - x]], "yerr": [[y - ys[0]], [ys[1] - y]]}
+    axes.errorbar(x, y, **bars, fmt="o", ms=5, color=colour, lw=1)
+    return x, y
+
+
+def label_points(axes: Axes, labels: dict[str, tuple[float, float]]) -> None:
+    """Write each label beside its point, on the first side where it meets neither a bar nor another label."""
+    taken = [
+        Bbox(segment).padded(3)
+        for bars in axes.collections
+        for segment in map(axes.transData.transform, bars.get_segments())
+    ]
+    for text, point in labels.items():
+        for x, y, across, along in SIDES:
+            at = {"xytext": (x, y), "textcoords": "offset points", "ha": across, "va": along}
+            label = axes.annotate(text, point, **at, fontsize=8, linespacing=1)
+            box = label.get_window_extent()
+            corners = (axes.bbox.contains(box.x0, box.y0), axes.bbox.contains(box.x1, box.y1))
+            if all(corners) and not any(box.overlaps(other) for other in taken):
+                break
+            if (x, y, across, along) != SIDES[-1]:
+                label.remove()
+        taken.append(box.padded(6))
 
 
 def frontier(points) -> list[tuple[float, float]]:
@@ -71,52 +113,81 @@ def frontier(points) -> list[tuple[float, float]]:
 
 
 def rows_of(world: dict) -> dict:
-    """The rows whose settings were chosen by the exams over images."""
+    """The rows whose settings were chosen by the image mean."""
     return world["chosen by"]["images"]["rows"]
 
 
+def plain(axes: Axes) -> None:
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def style(method: str) -> dict:
+    """A line's: dashed with Δ from the ancestor, squares with keeping."""
+    kept, ancestor = method.endswith("-keep"), "-ancestor" in method
+    way = method.removesuffix("-keep").removesuffix("-ancestor")
+    label = NAMES[way] + kept * ", keeping" + ancestor * "\nΔ from the ancestor"
+    look = {"color": COLOURS[way], "marker": "s" if kept else "o", "ls": "--" if ancestor else "-"}
+    return {"label": label, "ms": 3.5, "lw": 1.3, **look}
+
+
+def name_ends(axes: Axes, line: float = 0.1) -> None:
+    """Name each line at its end; `line` is the height of a line of text, as a share of the axes'."""
+    lines = max(label.count("\n") + 1 for label in (drawn.get_label() for drawn in axes.get_lines()))
+    label_ends(axes, gap=line * lines)
+
+
 def draw_sweep(results: dict, name: str, file: Path) -> bool:
-    """A sweep's four exams over its values, a row of panels per world. False if nothing of it has been run."""
+    """A sweep's exams over its values, a row of panels per world, in percent. False if nothing of it has been run."""
     worlds = {k: w for k, w in results["worlds"].items() if name in w["sweeps"]}
     if not worlds:
         return False
-    exams = ("2-3 operations", "perception", "text reasoning", "images")
-    figure = Figure(figsize=(4.2 * len(exams), 3.4 * len(worlds)), layout="constrained")
-    panels = figure.subplots(len(worlds), len(exams), squeeze=False)
-    for line, world in zip(panels, worlds.values(), strict=True):
+    exams = {TASK: "the task", PERCEPTION: "perception", "text reasoning": "text", "images": "image mean"}
+    labels = list(SWEEPS[name].values)
+    slanted = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if max(map(len, labels)) > 4 else {}
+    figure = Figure(figsize=(WIDTH, 1.8 * len(worlds) + 0.5 + bool(slanted)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(worlds), len(exams), squeeze=False, sharex=True, sharey=True)
+    for line, (key, world) in zip(panels, worlds.items(), strict=True):
         for axes, exam in zip(line, exams, strict=True):
             for method, values in world["sweeps"][name].items():
-                labels = [label for label in SWEEPS[name].values if label in values]
-                middle, low, high = zip(*(values[label]["scores"][exam] for label in labels), strict=True)
-                places = [list(SWEEPS[name].values).index(label) for label in labels]
-                colour = COLOURS.get(method)
-                axes.plot(places, [100 * v for v in middle], "o-", color=colour, label=results["titles"][method])
-                axes.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15)
-            axes.set_xticks(range(len(SWEEPS[name].values)), list(SWEEPS[name].values), fontsize=8)
-            axes.set_title(f"{world['title']}: {exam}", fontsize=9)
-        line[0].set_ylabel("% right")
-    panels[0][-1].legend(fontsize=7)
-    figure.supxlabel(SWEEPS[name].title, fontsize=10)
-    figure.savefig(file, dpi=90)
+                shown = [label for label in labels if label in values]
+                middle, low, high = zip(*(values[label]["scores"][exam] for label in shown), strict=True)
+                places, look = [labels.index(label) for label in shown], style(method)
+                axes.plot(places, [100 * v for v in middle], **look)
+                axes.fill_between(
+                    places, [100 * v for v in low], [100 * v for v in high], color=look["color"], alpha=0.15
+                )
+            axes.set(ylim=(-3, 103), yticks=range(0, 101, 25), xlim=(-0.3, len(labels) - 0.7))
+            axes.set_xticks(range(len(labels)), labels, **slanted)
+            plain(axes)
+        line[0].set_ylabel(f"{key}, % right", fontsize=9)
+        name_ends(line[-1])
+    for axes, title in zip(panels[0], exams.values(), strict=True):
+        axes.set_title(title, fontsize=9)
+    figure.supxlabel(SWEEPS[name].title, fontsize=9)
+    figure.savefig(file)
     return True
 
 
 def draw_losses(results: dict, file: Path) -> bool:
-    """Training loss by tenths of the training, for the methods that are followed. False if nothing was trained."""
+    """Training loss by tenths of the training, of the ways that every world has. False if nothing was trained."""
     worlds = {k: w for k, w in results["worlds"].items() if any("loss" in row for row in rows_of(w).values())}
     if not worlds:
         return False
-    figure = Figure(figsize=(5 * len(worlds), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(worlds), squeeze=False)[0]
-    for axes, world in zip(panels, worlds.values(), strict=True):
-        for key, colour in COLOURS.items():
-            if "loss" in rows_of(world).get(key, {}):
-                loss = rows_of(world)[key]["loss"]
-                axes.plot(range(1, len(loss) + 1), loss, color=colour, label=results["titles"][key])
+    ways = [key for key in COLOURS if all("loss" in rows_of(world).get(key, {}) for world in worlds.values())]
+    figure = Figure(figsize=(WIDTH, 2.9), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(worlds), squeeze=False, sharey=True)[0]
+    for axes, (key, world) in zip(panels, worlds.items(), strict=True):
+        for way in ways:
+            loss = rows_of(world)[way]["loss"]
+            axes.plot(range(1, len(loss) + 1), loss, **style(way))
         axes.set_yscale("log")
-        axes.set_title(world["title"])
-        axes.set_xlabel("tenth of the training")
-    panels[0].set_ylabel("training loss")
-    panels[-1].legend(fontsize=7)
-    figure.savefig(file, dpi=90)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(key, fontsize=9)
+        plain(axes)
+    figure.supxlabel("tenth of the training", fontsize=9)
+    panels[0].set_ylabel("training loss", fontsize=9)
+    name_ends(panels[-1], 0.08)
+    figure.savefig(file)
     return True

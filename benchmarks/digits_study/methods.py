@@ -34,10 +34,10 @@ class Method:
         drift: settings of DriftConfig (of `guide` with trains="full"); None trains without guidance.
         prior: which prior steers: "plain", "hierarchical", "negated", "random", "wrong", "weak"; with "hierarchical",
             what is merged beforehand is Δ from the ancestor too.
-        four_bit: trained on NF4, then merged into the full-precision base.
+        four_bit: trained on NF4, then merged into the full-precision VLM.
         kept: "kl" keeps the model near the VLM's own answers to unlabelled images (`keep`), "replay" mixes them into
             the training samples; None keeps nothing.
-        settings: fixed for this method; `merged` is λ of the Δ that is added to the base before anything else.
+        settings: fixed for this method; `merged` is λ of the Δ that is added to the VLM before anything else.
         grid: the candidates; none where there is nothing to choose.
         like: whose chosen candidate a control takes, instead of choosing one of its own.
     """
@@ -74,7 +74,7 @@ TRAINING_FREE = {
     "dare-linear": Method("DARE, linear", None, "dare_linear", grid=DENSITIES),
     "dare-ties": Method("DARE, TIES", None, "dare_ties", grid=DENSITIES),
     "layer-swap": Method("layers swapped", None, "task_arithmetic", grid=grid(scale=[1.0], only_layers=LAYERS)),
-    "swap": Method("the whole reasoner swapped in", None, "task_arithmetic", settings={"scale": 1.0}),
+    "swap": Method("the whole expert swapped in", None, "task_arithmetic", settings={"scale": 1.0}),
     "export": Method(
         "the prior as a LoRA adapter", None, "export", grid=grid(scale=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
     ),
@@ -183,7 +183,7 @@ NF4 = {
 }
 
 PRIORS = {  # variants of Δ, as priors for the two ways to steer
-    "hierarchical": "Δ from the base",
+    "hierarchical": "Δ from the ancestor, settings of Δ from the VLM",
     "negated": "−Δ",
     "random": "Δ's singular values, random vectors",
     "wrong": "Δ of a wrong expert",

@@ -2,7 +2,7 @@
 or trained differently, so that no conclusion rests on one model.
 
     qwen    the demo's: Qwen2.5-VL that reads a row of digits, and a Qwen2 that reasons
-    far     the demo's VLM with an expert trained much longer and further from the base, so that merging is broken
+    far     the demo's VLM with an expert trained much longer and further from the ancestor, so that merging is broken
     llava   another ancestor family and seed: LLaVA with a CLIP tower, whose image is a square of 4x4 cells, and a Llama
 
 The checkpoints that the demo does not hold are made by ``python -m digits_study.worlds`` in benchmarks/ and committed,
@@ -97,7 +97,7 @@ def llama_settings() -> dict:
 
 
 def llava_with_vision(base: LlamaForCausalLM) -> LlavaForConditionalGeneration:
-    """The base language model with a new CLIP tower of two layers and a projector."""
+    """The ancestor with a new CLIP tower of two layers and a projector."""
     vision = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,

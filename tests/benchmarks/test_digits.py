@@ -19,6 +19,7 @@ from digits_study.plan import FULL, SMALLEST, SWEEPS
 from digits_study.priors import make_priors
 from digits_study.report import write
 from digits_study.run import DEFAULTS, movement, perform, scores, training_samples, unmarked
+from digits_study.words import compared
 from digits_study.worlds import CELL, SIDE, WORLDS, FoldedDigits, llava_processor, mirrored
 from digits_study.worlds import FOLDER as STUDY
 from hypothesis import given
@@ -148,24 +149,61 @@ def test_the_ledger_goes_on_after_a_kill_and_refuses_other_checkpoints(tmp_path,
     ledgers.definition.cache_clear()
 
 
+def report(ledger, plan, folder):
+    """The page and its appendices, by name, as they are written."""
+    write(collect(ledger, plan), folder, folder / "RESULTS.md")
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")}
+
+
 def test_the_report_says_what_wins(tmp_path):
     ledger = Ledger(tmp_path / "digits.jsonl")
     shares = {"vlm": 0.2, "lora": 0.4, "merge-lora": 0.7, "drift": 0.6}
     plan = replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=("steps", "rate"))
     filled(ledger, plan, lambda run: shares[run["method"]])
     results = collect(ledger, plan)
-    write(results, tmp_path, tmp_path / "RESULTS.md")
-    page = (tmp_path / "RESULTS.md").read_text()
-    assert re.search(r"`qwen`: merged, then LoRA by \+\d+\.\d \[\+.*\] beats DRIFT \(\d\d ± \d\)", page)
-    assert page.index(
-        "**A simple rival wins** over the best of DRIFT inside the adapter: merged, then LoRA by +"
-    ) < page.index("**DRIFT against LoRA**")
-    assert "| Is DRIFT better than LoRA? DRIFT − LoRA | +" in page
-    assert results["known_missing"] == 0 and "(all)" in page
-    assert re.search(r"Learning rate, times the chosen one: `qwen` ×0.5 \d+ ± \d+, \*\*×1 \d+ ± \d+\*\*", page)
+    pages = report(ledger, plan, tmp_path)
+    page, every = pages["RESULTS.md"], "\n".join(pages.values())
+    assert re.search(r"`qwen`: merged, then LoRA by \+\d+\.\d \[\+.*\] beats DRIFT \(\d\d ± \d\)", every)
+    assert re.search(r"DRIFT compared with its strongest rival, .* is worse in every world, by \d+\.\d points \[", page)
+    assert re.search(r"DRIFT is better than LoRA in every world, by \d\d\.\d points \[.*\] where it gains least", page)
+    assert "| Is DRIFT better than LoRA? DRIFT − LoRA | +" in pages["appendix_comparisons.md"]
+    assert results["known_missing"] == 0 and "No run of the plan is missing." in page
+    assert re.search(r"Learning rate, times the chosen one: `qwen` ×0.5 \d+ ± \d+, \*\*×1 \d+ ± \d+\*\*", every)
     pictures = {file.name for file in tmp_path.glob("*.png")}
     assert pictures == {f"digits_{name}.png" for name in ("frontier", "rate", "steps")}
-    assert all(f"]({file.name})" in page.replace("./", "") for file in tmp_path.glob("*.png"))
+    assert all(f"]({file.name})" in every.replace("./", "") for file in tmp_path.glob("*.png"))
+    assert all(re.search(rf"\]\((\./)?{name}\)", page) for name in pages if name != "RESULTS.md")
+
+
+def test_a_row_is_shown_when_every_run_of_it_is_there(tmp_path):
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", "lora-keep", "drift-keep"), sweeps=())
+    filled(ledger, replace(plan, methods=("vlm", "drift")), lambda run: 0.5)
+    for run in plan.tuning_runs("qwen", "drift-keep")[:-1]:
+        ledger.add(run, ledger[plan.tuning_runs("qwen", "drift")[0]])
+    page = report(ledger, plan, tmp_path)["RESULTS.md"]
+    assert "| DRIFT, keeping | not run yet |" in page and re.search(r"Not run yet in `qwen`: .*; DRIFT, keeping;", page)
+    assert "Keeping, which is to cure that, has not been run yet" in page
+    filled(ledger, plan, lambda run: {"drift-keep": 0.8}.get(run["method"], 0.4))
+    page = report(ledger, plan, tmp_path)["RESULTS.md"]
+    assert re.search(r"\| DRIFT, keeping \| \*\*8\d ± \d", page)
+    assert re.search(r"Keeping makes DRIFT better in `qwen`, by \d\d\.\d points \[", page)
+    assert re.search(r"With keeping in both, DRIFT compared with LoRA is better in `qwen`, by \d\d\.\d points \[", page)
+
+
+def test_a_comparison_names_what_speaks_most_against_it():
+    better, level, worse = (0.05, 0.01, 0.09), (-0.01, -0.03, 0.01), (-0.04, -0.06, -0.02)
+    of = ("`a`", "`b`", "`c`")
+    assert compared({"`a`": better, "`b`": (0.03, 0.02, 0.04)}, of[:2]) == (
+        "better in every world, by 3.0 points [2.0, 4.0] where it gains least"
+    )
+    assert compared({"`a`": better, "`b`": better}, of).startswith("better in `a` and `b`, by")  # `c` is not run yet
+    assert compared({"`a`": better, "`b`": level}, of) == (
+        "better in `a` and level in `b`, where the difference is −1.0 [−3.0, +1.0]"
+    )
+    assert compared({"`a`": better, "`b`": level, "`c`": worse}, of) == (
+        "better in `a`, level in `b` and worse in `c`, by 4.0 points [2.0, 6.0]"
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
@@ -256,6 +294,13 @@ def test_the_worlds_are_what_they_are_called():
     assert max(means["task-arithmetic"], means["swap"]) < 0.7 * means["vlm"]  # merging is broken
 
 
+def test_a_part_of_the_plan_can_be_run_alone(tmp_path):
+    assert digits.chosen("method", ["drift", "lora"], SMALLEST.methods) == ("lora", "drift")
+    assert digits.chosen("world", None, SMALLEST.worlds) == SMALLEST.worlds
+    with pytest.raises(ValueError, match="'drft' is no method of this plan, which has vlm, lora, drift"):
+        digits.main(["--smallest", "--out", str(tmp_path), "--methods", "drft"])
+
+
 def test_the_smallest_study_from_runs_to_report(tmp_path, capsys):
     arguments = ["--smallest", "--out", str(tmp_path / "out"), "--priors", str(tmp_path / "priors"), "--processes", "2"]
     digits.main([*arguments, "--minutes", "0"])
@@ -264,8 +309,8 @@ def test_the_smallest_study_from_runs_to_report(tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     # tuning, a row for each method (two where the criteria choose differently), three more strengths
     assert last["missing"] == 0 and 0 <= last["runs"] - 2 * CANDIDATES - 2 * (3 + 3) <= 2 * 2
-    page = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert "## Qwen2.5-VL + Qwen2" in page and "Strength, times the chosen one" in page
+    pages = "\n".join(file.read_text() for file in (tmp_path / "out").glob("*.md"))
+    assert "## Qwen2.5-VL + Qwen2" in pages and "Strength, times the chosen one" in pages
     before = (tmp_path / "out" / "digits.jsonl").read_bytes()
     digits.main(arguments)
     assert (tmp_path / "out" / "digits.jsonl").read_bytes() == before

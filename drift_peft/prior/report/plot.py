@@ -23,6 +23,8 @@ STYLES = {
 def draw_prior(summary: dict, format: str = "png") -> bytes:
     """`prior_summary` as a figure of six plots, in a format that matplotlib writes, such as png, svg or pdf.
 
+    It is made to be read 830 pixels wide.
+
     Raises:
         ImportError: matplotlib is missing.
         ValueError: matplotlib does not write this format.
@@ -32,24 +34,26 @@ def draw_prior(summary: dict, format: str = "png") -> bytes:
     except ImportError as error:
         raise ImportError('the plot needs matplotlib: pip install "drift_peft[report]"') from error
 
-    figure = Figure(figsize=(15, 9.5), layout="constrained")
-    (norms, cosines, energies), (projections, sigmas, ranks) = figure.subplots(2, 3)
+    figure = Figure(figsize=(8.3, 9.5), layout="constrained")
+    (norms, projections), (cosines, sigmas), (energies, ranks) = figure.subplots(3, 2)
     _draw_layers(summary, norms, cosines, energies)
     _draw_projections(summary, projections)
     _draw_spectra(summary, sigmas, ranks)
     for axes in figure.axes:
-        axes.title.set_size(11)
+        axes.title.set_size(9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.label.set_size(8)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     kinds = [group["modules"] for group in summary["kinds"]]
     handles = [norms.plot([], [], **_style(kind), label=kind)[0] for kind in kinds]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    figure.suptitle(textwrap.fill(prior_title(summary), 130), fontsize=13, parse_math=False)
+    norms.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=8)  # norms are drawn from 0
+    figure.suptitle(textwrap.fill(prior_title(summary), 95), fontsize=10, parse_math=False)
     verdict = summary["verdict"]
-    words = textwrap.fill(f"{verdict['distance']} {verdict['merging']}", 160)
-    figure.supxlabel(words, fontsize=10, parse_math=False)
+    words = textwrap.fill(f"{verdict['distance']} {verdict['merging']}", 110)
+    figure.supxlabel(words, fontsize=9, parse_math=False)
     file = io.BytesIO()
-    figure.savefig(file, format=format, dpi=130)
+    figure.savefig(file, format=format, dpi=160)
     return file.getvalue()
 
 
@@ -60,7 +64,7 @@ def _style(kind: str) -> dict:
 
 def _draw_layers(summary: dict, norms, cosines, energies) -> None:
     norms.set_title("relative norm ‖Δ‖/‖W‖ by layer")
-    cosines.set_title("cosine of expert and base by layer: mean, lowest to highest")
+    cosines.set_title("cosine of expert and base by layer, mean and range")
     energies.set_title(f"captured energy at rank {summary['rank']} by layer")
     by_kind: dict[str, list[dict]] = {}
     for row in summary["rows"]:
@@ -84,7 +88,7 @@ def _draw_layers(summary: dict, norms, cosines, energies) -> None:
     for axes in (norms, cosines, energies):
         axes.set_xticks(layers[:: max(1, len(layers) // 8)])
         axes.set_xlabel("layer" if layers else "the prior holds nothing inside the layers")
-    cosines.set_xlabel(f"{cosines.get_xlabel()} (dotted: close above {CLOSE:.2f}, far apart below {FAR:.2f})")
+    cosines.set_xlabel(f"{cosines.get_xlabel()} (dotted: close above {CLOSE:.2f}, far below {FAR:.2f})")
 
 
 def _draw_projections(summary: dict, axes) -> None:
@@ -100,7 +104,7 @@ def _draw_projections(summary: dict, axes) -> None:
 
 
 def _draw_spectra(summary: dict, sigmas, ranks) -> None:
-    sigmas.set_title("singular values σᵢ/‖Δ‖, root mean square of the weights")
+    sigmas.set_title("singular values σᵢ/‖Δ‖, RMS over the weights")
     ranks.set_title("captured energy by rank, range over the weights")
     for spectrum in summary["spectra"]:
         color, marker, line = STYLES[spectrum["modules"]]

@@ -1,0 +1,149 @@
+"""The study's verdict in five sentences and their counterpart, generated from its numbers."""
+
+from __future__ import annotations
+
+from .methods import ANCESTOR, TRAINING
+from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points, signed
+
+DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
+OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
+
+
+def verdict(worlds: dict) -> list[str]:
+    """Five sentences by the image mean."""
+    return [f"{number}. {sentence}" for number, sentence in enumerate(
+        (
+            against_others(worlds, "images"),
+            against_merging(worlds, "images"),
+            cost(worlds),
+            keeping(worlds),
+            is_it_delta(worlds),
+        ),
+        start=1,
+    )]  # fmt: skip
+
+
+def counterpart(worlds: dict) -> list[str]:
+    """What the other way to choose and compare says, and the other form of DRIFT."""
+    return [sentence for sentence in (
+        against_others(worlds, "all"),
+        same_delta(worlds),
+        against_merging(worlds, "all"),
+        held(worlds),
+        other_form(worlds),
+    ) if NOT_RUN not in sentence]  # fmt: skip
+
+
+def duel(world: dict, criterion: str, first: str, second: str) -> Difference | None:
+    return world["chosen by"][criterion]["duels"].get(f"{first} {second}")
+
+
+def duels(worlds: dict, criterion: str, first: str, second: str) -> dict[str, Difference]:
+    """`world` -> the first less the second, where both have been run."""
+    found = {f"`{key}`": duel(world, criterion, first, second) for key, world in worlds.items()}
+    return {place: difference for place, difference in found.items() if difference is not None}
+
+
+def against_others(worlds: dict, criterion: str) -> str:
+    """DRIFT against the ways that need no merging: where it is better than all of them, and the exceptions."""
+    found = {other: duels(worlds, criterion, "drift", other) for other in OTHERS}
+    found = {OTHERS[other]: differences for other, differences in found.items() if differences}
+    if not found:
+        return f"DRIFT against LoRA: {NOT_RUN}."
+    pairs = {(other, place): d for other, differences in found.items() for place, d in differences.items()}
+    sentence = f"By the {MEANS[criterion]}, DRIFT is better than {listed(found)}"
+    there = places((place for _, place in pairs), worlds)
+    wanting = {pair: d for pair, d in pairs.items() if d[1] <= 0}
+    if not wanting:
+        other, place = least = min(pairs, key=lambda pair: pairs[pair][0])
+        where = f"(against {other}, in {place})"
+        return f"{sentence} in {there}, by {points(pairs[least])} where it gains least {where}."
+    said = [f"against {other} in {place} ({signed(d)})" for (other, place), d in wanting.items()]
+    return f"{sentence} in {there}, except {listed(said)}."
+
+
+def against_merging(worlds: dict, criterion: str) -> str:
+    """DRIFT and its strongest rival, each with the Δ that validation prefers: from the VLM or from the ancestor."""
+    found = {}
+    for key, world in worlds.items():
+        ours, theirs = (preferred(world, criterion, forms) for forms in (DRIFT, MERGED))
+        if ours and theirs and (difference := duel(world, criterion, ours, theirs)):
+            found[f"`{key}`"] = difference
+    if not found:
+        return f"DRIFT against merging first: {NOT_RUN}."
+    return (
+        f"By the {MEANS[criterion]}, DRIFT compared with its strongest rival, which merges a part of Δ into the VLM "
+        f"and then trains LoRA, is {compared(found, worlds)}."
+    )
+
+
+def same_delta(worlds: dict) -> str:
+    """The same with Δ from the VLM in both, which is what a user without the ancestor can do."""
+    found = duels(worlds, "images", "drift", "merge-lora")
+    return (
+        f"With Δ from the VLM in both, DRIFT compared with that rival is {compared(found, worlds)}."
+        if found
+        else NOT_RUN
+    )
+
+
+def preferred(world: dict, criterion: str, forms: tuple[str, ...]) -> str | None:
+    """The form that is best on validation digits, of those whose rows are there."""
+    there = [form for form in forms if form in world["chosen by"][criterion]["rows"]]
+    return max(there, key=lambda f: max(c[criterion] for c in world["tuning"][f].values()), default=None)
+
+
+def cost(worlds: dict) -> str:
+    """What the trained ways lose in perception without keeping."""
+    lost = {}
+    for key, world in worlds.items():
+        rows = world["chosen by"]["images"]["rows"]
+        if "vlm" in rows:
+            ways = [rows[way]["scores"]["perception"][0] for way in TRAINING | ANCESTOR if way in rows]
+            lost |= {f"`{key}`": rows["vlm"]["scores"]["perception"][0] - max(ways)} if ways else {}
+    if not lost:
+        return f"The cost in perception: {NOT_RUN}."
+    least = 100 * min(lost.values())
+    if least <= 0:
+        return "Not every way that trains without keeping costs perception."
+    where = places(lost, worlds)
+    return f"Every way that trains without keeping costs perception, {least:.0f} points of it or more in {where}."
+
+
+def keeping(worlds: dict) -> str:
+    """What keeping adds to DRIFT, and DRIFT with keeping against its rivals with keeping, where they have been run."""
+    gained = duels(worlds, "images", "drift-keep", "drift")
+    if not gained:
+        return "Keeping, which is to cure that, has not been run yet: no row with keeping stands in the table below."
+    sentences = [f"Keeping makes DRIFT {compared(gained, worlds)}."]
+    for rival, name in (("merge-lora-keep", "merging a part of Δ and then training LoRA"), ("lora-keep", "LoRA")):
+        if found := duels(worlds, "images", "drift-keep", rival):
+            sentences.append(f"With keeping in both, DRIFT compared with {name} is {compared(found, worlds)}.")
+    if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
+        sentences.append(f"In {listed(missing)} it has not been run yet.")
+    return " ".join(sentences)
+
+
+def is_it_delta(worlds: dict) -> str:
+    found = duels(worlds, "images", "drift", "drift-random")
+    if not found:
+        return f"DRIFT against the same pull along random directions: {NOT_RUN}."
+    return f"Compared with the same pull along random directions instead of Δ's, DRIFT is {compared(found, worlds)}."
+
+
+def held(worlds: dict) -> str:
+    """Our own other way, which does what DRIFT does not: it keeps the expert's reasoning in text."""
+    found = {criterion: duels(worlds, criterion, "hold", "drift") for criterion in MEANS}
+    if not found["images"]:
+        return NOT_RUN
+    return (
+        f"Our own other way merges most of Δ and holds LoRA near it. By the {MEANS['all']}, compared with DRIFT, it is "
+        f"{compared(found['all'], worlds)}. By the {MEANS['images']} it is {compared(found['images'], worlds)}."
+    )
+
+
+def other_form(worlds: dict) -> str:
+    found = duels(worlds, "images", "decoupled", "decoupled-random")
+    if not found:
+        return NOT_RUN
+    return f"DRIFT's decoupled form, compared with the same pull along random directions, is {compared(found, worlds)}."

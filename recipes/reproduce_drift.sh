@@ -5,7 +5,7 @@
 #   VLMEVALKIT=../VLMEvalKit bash recipes/reproduce_drift.sh [recipe.yaml] [flags of sft_vlm.py …]
 #
 # The recipe is configs/qwen2_5_vl_7b_r1.yaml unless named. Its prior and its keep set are made by the first run. Trained
-# are SFT, SFT after half of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
+# are SFT, SFT after a fifth of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
 # The same command goes on wherever it was stopped.
 #
 #   OUT          folder of all that comes out, runs/reproduce by default
@@ -36,7 +36,7 @@ train() { # name, its settings
 }
 
 train sft --method sft --keep-weight 0 "$@"
-train merged --method sft --merge-first 0.5 --keep-weight 0 "$@"
+train merged --method sft --merge-first 0.2 --keep-weight 0 "$@"
 train drift --method drift --keep-weight 0 "$@"
 train drift-keep --method drift "$@"
 

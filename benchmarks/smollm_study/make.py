@@ -1,11 +1,13 @@
 """The three checkpoints: the ancestor as it is, an expert taught to calculate in text, and a VLM taught to see.
 
-Each is made once into a folder. What is there already is left alone, so an interrupted making goes on with the next.
+Each is made once into a folder. What is there already is left alone, and an interrupted training goes on from the last
+hundred of its steps.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,9 +49,10 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-STEPS = {"expert": 120, "tower": 800, "vlm": 500}
+STEPS = {"expert": 120, "tower": 800, "vlm": 2000}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 BATCH = 16
+EVERY = 100  # steps after which training can go on
 
 
 def make_all(folder: Path, device: torch.device, steps: dict[str, int] = STEPS) -> None:
@@ -60,6 +63,7 @@ def make_all(folder: Path, device: torch.device, steps: dict[str, int] = STEPS) 
             unfinished = folder / f"{name}.partial"
             make(folder, unfinished, device, steps)
             unfinished.rename(folder / name)
+            (folder / f"{name}.state").unlink(missing_ok=True)
 
 
 def make_base(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
@@ -86,7 +90,11 @@ def make_expert(folder: Path, output: Path, device: torch.device, steps: dict[st
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).to(device)
     processor = make_processor(folder)
     rng = np.random.default_rng(1)
-    train(model, lambda: encode(processor, [text_chain(rng) for _ in range(BATCH)]), steps["expert"], 1e-4, "expert")
+
+    def batch():
+        return encode(processor, [text_chain(rng) for _ in range(BATCH)])
+
+    train(model, batch, rng, steps["expert"], 1e-4, folder / "expert.state")
     save(model, AutoTokenizer.from_pretrained(folder / "base"), output)
 
 
@@ -98,12 +106,13 @@ def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, 
         device
     )
     rng, pictures = np.random.default_rng(2), Pictures("train")
-    teach_tower(model, processor, pictures, rng, steps["tower"])
+    if not (folder / "vlm.state").exists():
+        teach_tower(model, processor, pictures, rng, steps["tower"])
 
     def batch():
         return encode(processor, [pictures.draw(str(rng.choice(KINDS)), rng) for _ in range(BATCH)])
 
-    train(model, batch, steps["vlm"], 2e-4, "vlm")
+    train(model, batch, rng, steps["vlm"], 2e-4, folder / "vlm.state")
     save(model, processor, output)
 
 
@@ -158,18 +167,36 @@ def teach_tower(model, processor, pictures: Pictures, rng: np.random.Generator, 
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def train(model, batch: Callable[[], dict], steps: int, rate: float, name: str) -> None:
-    """AdamW with a cosine schedule, all weights, in bfloat16 where that is faster than it is wrong: autocast."""
+def train(model, batch: Callable[[], dict], rng: np.random.Generator, steps: int, rate: float, state: Path) -> None:
+    """AdamW with a cosine schedule, all weights, in bfloat16 where that is faster than it is wrong: autocast.
+
+    Args:
+        batch: draws the next samples.
+        rng: what it draws with.
+        state: file to go on from; written every EVERY steps.
+    """
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done = 0
+    if state.exists():
+        saved = torch.load(state, map_location=model.device, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        rng.bit_generator.state, done = saved["rng"], saved["steps"]
     model.train()
-    for _ in (bar := trange(steps, desc=name)):
+    for i in (bar := trange(done, steps, initial=done, total=steps, desc=state.stem)):
         inputs = batch().to(model.device)
         with autocast(model.device):
             loss = answer_loss(model, **inputs)
         step(loss, optimizer, schedule, parameters)
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if (i + 1) % EVERY == 0 and i + 1 < steps:
+            unfinished = state.with_name(f"{state.name}.tmp")
+            held = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**held, "rng": rng.bit_generator.state, "steps": i + 1}, unfinished)
+            os.replace(unfinished, state)
 
 
 def answer_loss(model, labels: torch.Tensor, **inputs) -> torch.Tensor:

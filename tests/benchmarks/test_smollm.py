@@ -1,5 +1,6 @@
 """benchmarks/smollm.py on a tiny language model in SmolLM2's place: its world, its making, its runs and its tables."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ import smollm
 import torch
 import transformers as tf
 from rich.console import Console
-from smollm_study import abilities
+from smollm_study import abilities, make
 from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
 from smollm_study.report import report
@@ -118,6 +119,34 @@ def test_the_vlm_is_smolvlm_and_says_its_images_tokens(made):
     names = processor.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     assert names.count("<image>") == 16 and {"<fake_token_around_image>", "<global-img>"} < {*names}
     assert len(make_processor(made).tokenizer) == len(tf.AutoTokenizer.from_pretrained(made / "base")) + len(IMAGE)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(made, monkeypatch):
+    monkeypatch.setattr(make, "EVERY", 2)
+    processor, place = make_processor(made), made / "some.state"
+
+    def trained(steps):
+        model, rng = (
+            tf.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.float32),
+            np.random.default_rng(0),
+        )
+
+        def batch():
+            if steps and rng.bit_generator.state == steps[-1]:
+                raise KeyboardInterrupt
+            seen.append(rng.bit_generator.state)
+            return make.encode(processor, [text_chain(rng) for _ in range(2)])
+
+        seen = []
+        with contextlib.suppress(KeyboardInterrupt):
+            make.train(model, batch, rng, 4, 1e-3, place)
+        return model.state_dict(), seen
+
+    whole, states = trained([])
+    place.unlink()
+    assert len(states) == 4 and len(trained(states)[1]) == 3  # stopped before its last step
+    again, resumed = trained([])
+    assert resumed == states[2:] and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):

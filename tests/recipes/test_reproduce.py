@@ -52,7 +52,7 @@ def test_its_commands_are_ones_that_the_scripts_take(tmp_path):
         )
     assert found == {
         "sft": ("sft", None, False, 0),
-        "merged": ("sft", 0.5, False, 0),
+        "merged": ("sft", 0.2, False, 0),
         "drift": ("drift", None, False, 0.3),
         "drift-keep": ("drift", None, True, 0.3),
     }

@@ -234,7 +234,7 @@ def keeping_table(result: dict) -> Table:
         for kind, numbers in summary.items():
             low, high = numbers["kl_interval"]
             least, most = numbers["agreement_interval"]
-            kl = f"{numbers['kl']:.3f} [{low:.3f}, {high:.3f}]"
+            kl = f"{numbers['kl']:z.3f} [{low:z.3f}, {high:z.3f}]"
             agreement = f"{numbers['agreement']:.1%} [{least:.1%}, {most:.1%}]"
             table.add_row(name, kind, str(numbers["answers"]), kl, agreement)
         table.add_section()

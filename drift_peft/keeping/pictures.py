@@ -121,7 +121,7 @@ def _loaded(name: str, **files) -> Any:
     except ImportError as error:
         raise ImportError(MISSING) from error
     repository, revision = split_revision(name)
-    with _explained(name):
+    with _explained(name if files else f"{name}, which is no file or folder here,"):
         splits = datasets.load_dataset(repository, revision=revision, streaming=True, **files)
     return splits["train"] if "train" in splits else next(iter(splits.values()))
 

@@ -44,7 +44,8 @@ def keep(
         seed: of the order of the keep set, and of dropout there. An optimizer that is resumed goes on in this order.
 
     Raises:
-        ValueError: the set was made with another processor, tokenizer or type of model; or a value is out of range.
+        ValueError: the set was made with another processor, tokenizer or type of model; what comes first is no model;
+            or a value is out of range.
         FileNotFoundError: there is no such keep set.
 
     Example:
@@ -54,6 +55,8 @@ def keep(
         >>> telemetry(model)["keep_kl"] > 0  # nats an answer token
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"keep() takes the model first, then the keep set, but got {type(model).__name__} as model.")
     _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
     kept = _unwrapped(model)
     if keep_set is None or weight == 0:

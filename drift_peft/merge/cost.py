@@ -136,5 +136,7 @@ def cost_table(costs: list[Cost], chosen: float) -> Table:
     for cost in sorted(costs, key=lambda cost: cost.scale):
         low, high = cost.kl_interval
         taken = " (taken)" if cost.scale == chosen else ""
-        table.add_row(f"{cost.scale:g}{taken}", f"{cost.kl:.4f}", f"{low:.4f} to {high:.4f}", f"{cost.agreement:.1%}")
+        table.add_row(
+            f"{cost.scale:g}{taken}", f"{cost.kl:z.4f}", f"{low:z.4f} to {high:z.4f}", f"{cost.agreement:.1%}"
+        )
     return table

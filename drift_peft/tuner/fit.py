@@ -52,7 +52,7 @@ def check_fit(
     modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
-        example = f", such as {unsteered[0][0].removesuffix('.weight')}" if unsteered else ""
+        example = f", such as {unsteered[0][0].removesuffix('.weight')}," if unsteered else ""
         raise ValueError(
             f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
             "would be steered: leave target_modules=None to adapt exactly what the prior covers."

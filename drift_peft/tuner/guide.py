@@ -42,7 +42,8 @@ def guide(
     Raises:
         TypeError: an unknown setting.
         ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
-            chain rule, was wrapped with DriftConfig, or does not fit the prior; or a setting is out of range.
+            chain rule, was wrapped with DriftConfig, or does not fit the prior; what comes first is no model; or a
+            setting is out of range.
 
     Example:
         >>> targets = language_model_targets(vlm)
@@ -52,6 +53,8 @@ def guide(
         >>> telemetry(model)["guided_steps"]
         2
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"guide() takes the model first, then the prior, but got {type(model).__name__} as model.")
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):

@@ -62,7 +62,7 @@ def columns(result: dict) -> tuple[list[str], list[list[str]]]:
         row += [f"{numbers['right']:.1f}", *map(_difference, (numbers["above_first"], numbers["below_choice"]))]
         if kept:
             kl, low, high = numbers["kl"]
-            row += [f"{kl:.3f} [{low:.3f}, {high:.3f}]", f"{numbers['agreement']:.1f}"]
+            row += [f"{kl:z.3f} [{low:z.3f}, {high:z.3f}]", f"{numbers['agreement']:.1f}"]
         rows.append([*row, *(_number(numbers.get(key)) for key in ("steps", "minutes"))])
     return [*heads, "steps", "minutes"], rows
 

@@ -309,6 +309,8 @@ def test_sets_of_other_models(model, folder, processor):
         keep(model, keep_set, processor)
     with pytest.raises(FileNotFoundError, match=r"there is no file gone\.safetensors"):
         keep(model, "gone.safetensors", processor)
+    with pytest.raises(ValueError, match=r"keep\(\) takes the model first, then the keep set, but got str as model"):
+        keep("keep.safetensors", model, processor)
     llava = load(folder)
     llava.config.model_type = "llava"
     with pytest.raises(ValueError, match="holds a qwen2_5_vl's answers, and the model is a llava"):

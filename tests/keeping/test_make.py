@@ -324,6 +324,7 @@ def test_images_that_are_refused(folder, pictures, tmp_path):
     refused(
         pictures[0], r"0.png is no data set: name a folder of pictures, or a file of the kinds .json, .jsonl, .parquet"
     )
+    refused(tmp_path / "gone", r"gone, which is no file or folder here, cannot be read as a data set")
     refused([], "there are no images in what was given")
     refused([3], "image 0 is '3': give a path, the bytes of a file, or a picture of PIL")
     refused(["gone.png"], "there is no image gone.png, which is image 0", FileNotFoundError)

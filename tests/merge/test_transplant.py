@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from drift_peft import KeepSet, merge_baseline, transplant
 from drift_peft.checkpoints.naming import canonical_name
 from drift_peft.keeping import measure, summarize
+from drift_peft.merge.cost import Cost, cost_table
 
 IDS = torch.arange(7, 27).reshape(2, 10)
 FAMILIES = ("qwen2_5_vl", "mllama", "qwen3_5", "gemma3")
@@ -350,6 +351,12 @@ def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
     assert files[0] == files[1]
     with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
         go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
+
+
+def test_a_cost_that_is_nothing_has_no_sign():
+    """KL of float32 may come out a little below zero."""
+    cells = [list(column.cells) for column in cost_table([Cost(0, -1e-9, (-2e-8, 1e-9), 1.0)], 1).columns]
+    assert cells[1:3] == [["0.0000"], ["0.0000 to 0.0000"]]
 
 
 def test_auto_takes_the_largest_scale_below_the_budget(kept, tmp_path):

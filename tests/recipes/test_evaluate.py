@@ -160,6 +160,13 @@ def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypat
     assert "holds answers of other settings: max_new_tokens (24, now 8)" in refusal(capsys, *arguments[:-1], "8")
 
 
+def test_a_distance_that_is_nothing_has_no_sign():
+    """KL of float32 may come out a little below zero."""
+    numbers = {"answers": 2, "kl": -1e-9, "kl_interval": [-2e-8, 1e-9], "agreement": 1, "agreement_interval": [1, 1]}
+    columns = evaluate.keeping_table({"keep": "k", "kept": {"model": {"total": numbers}}}).columns
+    assert list(columns[3].cells) == ["0.000 [0.000, 0.000]"]
+
+
 def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
     found = run(model, data, tmp_path / "r.json", "--max_new_tokens", "3", "--batch_size", "14")
     assert all(sample["unfinished"] and not sample["correct"] for sample in found["samples"][:7])

@@ -26,7 +26,7 @@ def test_targets_without_a_delta_are_reported(pairs):
 def test_no_target_with_a_delta(pairs):
     folder = pairs("llava_next")
     model = load(folder, "llava_next")
-    with pytest.raises(ValueError, match=r"None of the 1 targeted modules, such as .*vision_tower.* has a Δ"):
+    with pytest.raises(ValueError, match=r"None of the 1 targeted modules, such as .*vision_tower.*, has a Δ"):
         get_peft_model(model, drift(folder, target_modules=r".*vision_tower.*\.q_proj"))
     assert untouched(model)
 

@@ -98,6 +98,8 @@ def test_guide_refuses(pairs):
     empty = load(folder, "llama").to("meta")
     with pytest.raises(ValueError, match="on the meta device, without weights"):
         guide(empty, prior)
+    with pytest.raises(ValueError, match=r"guide\(\) takes the model first, then the prior, but got ReasoningPrior"):
+        guide(prior, own)
 
 
 @pytest.mark.parametrize(

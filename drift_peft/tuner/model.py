@@ -63,18 +63,19 @@ class DriftModel(LoraModel):
         trains = isinstance(config, DriftConfig) and not config.inference_mode
         if trains:  # before anything is forgotten: what is refused stays as it is
             _refuse_unready(model, adapter_name, kwargs.get("low_cpu_mem_usage", False))
-        if isinstance(config, DriftConfig):
-            config.loaded_by = auto_class_of(getattr(model, "config", None)).__name__
         _forget(model.modules(), adapter_name)  # one of this name may have been deleted, past this class even
         if not isinstance(config, DriftConfig):
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        loaded_by = auto_class_of(getattr(model, "config", None)).__name__
         if not trains:
+            config.loaded_by = loaded_by
             if config.target_modules is None:
                 config.target_modules = language_model_targets(model)
             return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
         # A copy: what is filled in below belongs to this model, and the user may wrap another one with the same config.
         given, config = config, copy.deepcopy(config)
+        config.loaded_by = loaded_by
         self.peft_config[adapter_name] = config
         if config.task_type in HEADS_LATER:
             given.modules_to_save = config.modules_to_save = config.modules_to_save or []

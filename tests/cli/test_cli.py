@@ -187,11 +187,11 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         ([*BUILD, "--max_rank", "much"], 2, "--max-rank takes a whole number, got much"),
         (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
         (["mrege"], 2, "unknown command mrege; did you mean merge?"),
-        (["mrege"], 2, "(choose from prior, keep, targets, merge, merge-baseline, transplant, demo, preflight)"),
+        (["mrege"], 2, "(choose from prior, keep, targets, merge, merge-baseline, transplant, export, demo, preflight)"),
         (
             ["train"],
             2,
-            "unknown command train: choose from prior, keep, targets, merge, merge-baseline, transplant, demo, ",
+            "unknown command train: choose from prior, keep, targets, merge, merge-baseline, transplant, export, ",
         ),
         (["prior"], 2, "a command is missing: one of build, inspect"),
         (["prior", "inspect", "no.safetensors", "--rank", "few"], 2, "--rank takes a whole number, got few"),
@@ -206,7 +206,7 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
         (["targets", "no/where"], 1, "no/where"),
         ([], 2, "a command is missing: one of prior, keep, targets, merge, merge-baseline, transplant"),
-        ([], 2, "merge-baseline, transplant, demo, preflight\n"),
+        ([], 2, "merge-baseline, transplant, export, demo, preflight\n"),
     ],
 )
 def test_errors_are_one_sentence(argv, status, message, capsys, tmp_path, monkeypatch):

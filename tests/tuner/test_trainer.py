@@ -283,7 +283,7 @@ def test_what_the_trainer_saves_is_plain_lora(folder, tmp_path):
             assert torch.equal(model(input_ids=IDS).logits, expected)
         assert DriftConfig.from_pretrained(output).drift_steps == 3
         card = ModelCard.load(output / "README.md")
-        assert f"steered toward {folder / 'expert'}" in card.text and "| guided optimizer steps | 3 |" in card.text
+        assert "steered toward expert" in card.text and "| guided optimizer steps | 3 |" in card.text
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -187,7 +187,11 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         ([*BUILD, "--max_rank", "much"], 2, "--max-rank takes a whole number, got much"),
         (["prior", "buidl"], 2, "unknown command buidl; did you mean build?"),
         (["mrege"], 2, "unknown command mrege; did you mean merge?"),
-        (["mrege"], 2, "(choose from prior, keep, targets, merge, merge-baseline, transplant, export, demo, preflight)"),
+        (
+            ["mrege"],
+            2,
+            "(choose from prior, keep, targets, merge, merge-baseline, transplant, export, demo, preflight)",
+        ),
         (
             ["train"],
             2,

@@ -37,6 +37,7 @@ class Engine:
         self.random = random.Random(0)
         make_inputs(self.inputs)
         self.whole: dict[str, str] = {}  # writer -> digest of its output
+        self.there: dict[str, str] = {}  # the same, of inputs in the folder in which they change
         self.seconds: dict[str, float] = {}  # writer -> how long it takes
         self.writes: dict[str, int] = {}  # writer -> how often it changes the disk
 
@@ -129,6 +130,10 @@ class Engine:
         for folder in (changed, other):
             shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.inputs, changed)
+        if writer not in self.there:  # a prior names the folders that it is of
+            assert self._wait(self._start(writer, inputs=changed)) == 0, self._said()
+            self.there[writer] = digest(self.folder / "out")
+            self._fresh()
         role = self.random.choice(READS[writer])
         pid = self._start(writer, inputs=changed)
         time.sleep(self.random.uniform(0, self.seconds[writer]))
@@ -150,7 +155,7 @@ class Engine:
         found = digest(self.folder / "out")
         self._fresh()
         again = self._wait(self._start(writer, inputs=changed))
-        named = {self.whole[writer], digest(self.folder / "out") if again == 0 else ""}
+        named = {self.there[writer], digest(self.folder / "out") if again == 0 else ""}
         return None if found in named else f"{role}: a mixture of the old and the new, with status 0"
 
     def _afterwards(self, writer: str, status: int | None) -> str | None:

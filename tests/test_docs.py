@@ -9,8 +9,9 @@ from importlib.util import find_spec
 import pytest
 import site_pages
 import yaml
+from examples import train
 from peft import LoraConfig
-from test_readme import CHECKPOINTS, ROOT, blocks, run, train
+from test_readme import CHECKPOINTS, ROOT, blocks, run
 
 from drift_peft import DriftConfig
 from drift_peft.cli.commands import parser

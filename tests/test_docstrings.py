@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from examples import train
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,15 +23,6 @@ NAMES = [*FIRST, *sorted({*drift_peft.__all__} - {*FIRST})]
 
 def load():
     return AutoModelForImageTextToText.from_pretrained(CHECKPOINTS / "vlm", dtype=torch.float32)
-
-
-def train(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.arange(10, 20)[None]
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.fixture(scope="module")

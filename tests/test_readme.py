@@ -32,15 +32,6 @@ def load():
     )
 
 
-def train(model):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ids = torch.arange(10, 20)[None]
-    for _ in range(2):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def run(page_blocks, page, given):
     """Run blocks one after the other, each with these names and a fresh model in 4 bit; returns their names."""
     ran = []

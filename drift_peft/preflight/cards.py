@@ -182,7 +182,12 @@ def preflight_table(summary: dict) -> Table:
         f"at its peak, the {summary['moment']}: {settings['per_device_train_batch_size']} x {settings['max_tokens']} "
         f"tokens, each with {images} image{'s' * (images > 1)} of {summary['patches']} patches"
     )
-    table = Table("part", "GB", title=Text(f"training {summary['base']}"), caption=Text(caption))
+    return parts_table(summary, f"training {summary['base']}", caption)
+
+
+def parts_table(summary: dict, title: str, caption: str) -> Table:
+    """What there is of each part, in GB, and their sum."""
+    table = Table("part", "GB", title=Text(title), caption=Text(caption))
     table.columns[1].justify = "right"
     for part, size in summary["parts_gb"].items():
         if size:

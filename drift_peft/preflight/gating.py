@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
-from .cards import CARDS, USABLE, base_config, fits, read_settings
+from .cards import CARDS, USABLE, base_config, fits, parts_table, read_settings
 from .memory import Memory
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
@@ -45,11 +44,4 @@ def gating_table(summary: dict) -> Table:
         f"{summary['tokens'] / 1e6:.1f} million tokens: as long as training on {summary['sequences']:.0f} sequences of "
         "this recipe"
     )
-    table = Table("part", "GB", title=Text(f"gating a prior of {summary['base']}"), caption=Text(caption))
-    table.columns[1].justify = "right"
-    for part, size in summary["parts_gb"].items():
-        if size:
-            table.add_row(Text(part), f"{size:.2f}")
-    table.add_section()
-    table.add_row("all", f"{summary['total_gb']:.2f}")
-    return table
+    return parts_table(summary, f"gating a prior of {summary['base']}", caption)

@@ -5,12 +5,10 @@ import json
 
 import pytest
 import torch
-from dense_prior import dense_prior
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import save_layout, tiny_llm
+from steered_files import Q, save_steered
 
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior
 from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
@@ -18,7 +16,6 @@ from drift_peft.checkpoints.dequantized import quantization_in_training
 from drift_peft.checkpoints.lora import open_expert
 from drift_peft.prior.combine import formula
 
-Q = "model.layers.0.self_attn.q_proj.weight"
 FEW, MANY = 25, 500  # values that are put in somewhere
 WRONG = [None, [], {}, "", "x", 0, -1, 1.5, float("nan"), True, [None], {"a": None}, [[]], "\ud800", 10**30]
 WRONG += [{"a": {"b": [1]}}, ["x"]]
@@ -26,21 +23,7 @@ WRONG += [{"a": {"b": [1]}}, ["x"]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/ in shards, adapter/ of it that was steered, p.safetensors."""
-    folder = tmp_path_factory.mktemp("schema")
-    model = tiny_llm("llava")
-    save_layout(model, folder / "base", max_shard_size="60KB")
-    generator = torch.Generator().manual_seed(0)
-    weights = {Q.removeprefix("model."): [torch.randn(6, 5, generator=generator) for _ in range(2)]}
-    weights["norm.weight"] = [torch.randn(5, generator=generator) for _ in range(2)]
-    dense_prior(folder / "p.safetensors", weights, rank=2)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    wrapped.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    wrapped.save_pretrained(folder / "adapter")
-    steered = DriftConfig(prior=folder / "p.safetensors", drift_modules=["attn"])
-    steered.quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    steered.save_pretrained(folder / "steered")
-    return folder
+    return save_steered(tmp_path_factory.mktemp("schema"))
 
 
 def places(content, path=()):

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from functools import cache
 
 # Before torch looks for one: all tests but those of test_cuda.py put their inputs on the CPU, and models in 4 bits go
@@ -11,6 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, whose programs would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import jinja2
 import pytest
 import torch
 from pairs import Pair, make_pair
@@ -21,10 +23,12 @@ from drift_peft.checkpoints.naming import PROJECTIONS, module_kind
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also what takes half a minute a test, marked slow")
+    parser.addoption("--slow", action="store_true", help="also what takes many seconds a test, marked slow")
 
 
 def pytest_collection_finish():
+    if processes := sys.modules.get("processes"):
+        processes.start_server()
     gc.freeze()  # what the imports have made: a Trainer collects garbage several times, and would look at all of it
 
 
@@ -35,6 +39,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes long: make test-slow"))
 
 
+jinja2.Template = cache(jinja2.Template)  # of the cards, which huggingface_hub would compile anew for every adapter
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 
 

@@ -1,15 +1,73 @@
 """Processes of the tests, which start at once: one server has imported what they need, for all tests of a process."""
 
+import multiprocessing.forkserver
+import os
+import runpy
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
 import torch
 from forks import fork_context
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 MODELS = "auto.modeling_auto", "llama.modeling_llama", "qwen2_5_vl.modeling_qwen2_5_vl"
-CONTEXT = fork_context(
-    *("drift_peft.tuner", "drift_peft.merge", "torch.distributed.fsdp", "PIL.Image"),
+CONTEXT = fork_context(  # not drift_peft.tuner, with which PEFT comes to know DRIFT
+    *("drift_peft.prior", "drift_peft.keeping", "peft", "torch.distributed.fsdp", "PIL.Image"),
     *(f"transformers.models.{model}" for model in MODELS),
 )
+
+
+def start_server() -> None:
+    """Before a benchmark starts one that has imported something else."""
+    if CONTEXT.get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
 
 
 def on_two(worker, *args) -> None:
     """worker(rank, *args) on ranks 0 and 1; an exception in one of them is raised here."""
     torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method=CONTEXT.get_start_method())
+
+
+class Program:
+    """What `python -c code`, `python script.py` or `python -m module` would do, without the seconds of its imports.
+
+    drift_peft is not among what it finds imported, and PEFT does not know it.
+    """
+
+    def __init__(self, folder: Path, *command: object, cwd: Path | None = None, **environment: str):
+        self.files = [folder / f"{name}{len([*folder.glob('std*')])}" for name in ("stdout", "stderr")]
+        arguments = [*map(str, command)], self.files, cwd or Path.cwd(), {**os.environ, **environment}
+        self.process: BaseProcess = CONTEXT.Process(target=_execute, args=arguments)
+        self.process.start()
+
+    def ended(self) -> tuple[int | None, str, str]:
+        """Exit code (-signal of one that killed it), stdout, stderr."""
+        self.process.join()
+        return self.process.exitcode, *(file.read_text(encoding="utf-8") for file in self.files)
+
+
+def run_program(folder: Path, *command: object, **options) -> str:
+    """What a program printed that ended well."""
+    status, out, err = Program(folder, *command, **options).ended()
+    assert status == 0, err
+    return out
+
+
+def _execute(command: list[str], files: list[Path], cwd: Path, environment: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for descriptor, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "drift_peft"]:
+        del sys.modules[name]
+    assert "DRIFT" not in PEFT_TYPE_TO_CONFIG_MAPPING
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[:0] = command, [str(Path(command[0]).parent)]
+        runpy.run_path(command[0], run_name="__main__")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import sft_vlm
+from PIL import Image
 from tiny_vlm import save_pair, save_pictures, save_texts
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -53,13 +54,17 @@ def texts(tmp_path_factory):
     return save_texts(tmp_path_factory.mktemp("texts"))
 
 
+def blank(history, output):
+    Image.new("1", (1, 1)).save(output)
+
+
 @pytest.fixture
 def train(pair, data, texts, tmp_path, monkeypatch):
     """Run the script on a tiny pair; what is given wins over what is set here. Returns the trainer and output_dir."""
 
-    def run(family="qwen2_5_vl", config=None, **settings):
-        if config is None:  # drawing takes longer than training
-            monkeypatch.setattr(sft_vlm, "plot_run", lambda history, output: None)
+    def run(family="qwen2_5_vl", config=None, draws=False, **settings):
+        if not draws:  # which takes longer than training
+            monkeypatch.setattr(sft_vlm, "plot_run", blank if config else lambda history, output: None)
         folder = pair(family)
         paths = {"base": folder / "base", "expert": folder / "expert", "prior": folder / "prior.safetensors"}
         paths["reference"] = folder / "base"  # so that Δ = expert − base; those of the YAMLs lie on the hub

@@ -286,8 +286,8 @@ def _merge(
 
 @contextlib.contextmanager
 def _as_peft_does(seed: str) -> Iterator[None]:
-    """PEFT's functions draw from torch's global generator, and warn of a density of 1."""
+    """PEFT's functions draw from torch's generator of the CPU, and warn of a density of 1."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
         warnings.filterwarnings("ignore", message="The density .* no pruning")
         yield

@@ -35,6 +35,7 @@ def test_the_pair_has_the_spectrum_that_it_claims(decay, tmp_path):
     assert not torch.equal(deltas[0], deltas[3])  # q_proj and o_proj, of one shape
 
 
+@pytest.mark.slow
 def test_prior_build_in_its_smallest_size(tmp_path, monkeypatch, capsys):
     multiprocessing.util.get_temp_dir()  # that of the processes, which stays
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -64,6 +65,7 @@ def ran(benchmark, capsys, *arguments):
     return printed, json.loads(printed.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_step_overhead_in_its_smallest_size(capsys):
     sizes = "--smallest", "--tokens", 64, 128, "--steps", 2, "--published", "--digits", "--device", "cpu"
     printed, result = ran(step_overhead, capsys, *sizes)
@@ -88,6 +90,7 @@ def test_the_processors_time_of_tiny_adapters(capsys):
     assert longer["rows"][0]["updates"] != row["updates"]
 
 
+@pytest.mark.slow
 def test_keep_cost_in_its_smallest_size(capsys):
     settings = "--tokens", 64, "--answers", 1, 2, "--micro-batches", 2, 1, "--every", 1, 2, "--steps", 1
     printed, result = ran(keep_cost, capsys, "--smallest", *settings, "--device", "cpu")

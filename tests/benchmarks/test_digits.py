@@ -284,8 +284,8 @@ def test_the_worlds_are_what_they_are_called():
     answers = {}
     for key in ("llava", "far"):
         for method, settings in (("vlm", {}), ("task-arithmetic", {"scale": 0.5}), ("swap", {})):
-            result = perform(run_of(method, key, size=40) | {"settings": settings | {"size": 40}}, Path("unused"))
-            answers[key, method] = {name: float(x.mean()) for name, x in scores(result, 40).items()}
+            result = perform(run_of(method, key, size=24) | {"settings": settings | {"size": 24}}, Path("unused"))
+            answers[key, method] = {name: float(x.mean()) for name, x in scores(result, 24).items()}
     for key in ("llava", "far"):
         assert answers[key, "vlm"]["perception"] > 0.8 > 0.3 > answers[key, "vlm"]["2-3 operations"]
         assert answers[key, "swap"]["text reasoning"] > 0.7
@@ -301,6 +301,7 @@ def test_a_part_of_the_plan_can_be_run_alone(tmp_path):
         digits.main(["--smallest", "--out", str(tmp_path), "--methods", "drft"])
 
 
+@pytest.mark.slow
 def test_the_smallest_study_from_runs_to_report(tmp_path, capsys, monkeypatch):
     few = 3
     for key in ("lora", "drift"):  # of the candidates, each of which is a process

@@ -69,6 +69,7 @@ def test_memory_that_was_not_measured_is_said_to_be_missing(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_growth_in_its_smallest_size(tmp_path, monkeypatch, capsys):
     multiprocessing.util.get_temp_dir()  # of multiprocessing itself, for the rest of the session
     (temporary := tmp_path / "temporary").mkdir()

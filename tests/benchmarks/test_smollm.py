@@ -44,9 +44,13 @@ def tiny_base(folder):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, request):
     """The folder and what the whole command printed in its smallest size."""
     folder = tiny_base(tmp_path_factory.mktemp("smollm"))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(abilities, "PROMPTS", abilities.PROMPTS[:2])
+    patch.setattr(abilities, "PROSE", abilities.PROSE[-1:])
+    request.addfinalizer(patch.undo)
     smollm.main(["--smallest", "--folder", str(folder), "--ledger", str(folder / "runs.jsonl"), "--device", "cpu"])
     return folder
 
@@ -160,8 +164,7 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
     assert "DRIFT, Δ from the ancestor, keeping" in printed and "prior-ancestor" in printed
 
 
-def test_the_ancestor_has_lost_nothing_and_a_noisy_model_has(made, monkeypatch):
-    monkeypatch.setattr(abilities, "PROMPTS", abilities.PROMPTS[:2])
+def test_the_ancestor_has_lost_nothing_and_a_noisy_model_has(made):
     tokenizer = tf.AutoTokenizer.from_pretrained(made / "base")
     model = tf.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.bfloat16)
     kept = abilities.abilities(model, tokenizer, made / "base")

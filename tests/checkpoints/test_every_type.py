@@ -217,6 +217,7 @@ def test_keys_of_other_versions_are_found(tmp_path):
     assert Checkpoint(tmp_path / "base").language_model.keys() == names
 
 
+@pytest.mark.slow
 def test_the_sweep_over_types_goes_the_whole_way():
     script = Path(__file__).parents[2] / "benchmarks" / "families.py"
     types = ["gemma3n", "deepseek_ocr2", "llava"]

@@ -10,6 +10,7 @@ from command import entry, run
 from hub import Hub
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from processes import Program
 from tiny import save_layout, tiny_expert, tiny_vlm
 
 from drift_peft import DriftConfig, ReasoningPrior, __version__
@@ -232,9 +233,9 @@ def test_as_a_program(module):
     )
 
 
-def test_a_mistake_as_a_program():
-    result = subprocess.run([sys.executable, "-m", "drift_peft", "targets", "x"], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith("drift-peft: error: x ")
+def test_a_mistake_as_a_program(tmp_path):
+    status, _, err = Program(tmp_path, "-m", "drift_peft", "targets", "x").ended()
+    assert status == 1 and err.splitlines()[-1].startswith("drift-peft: error: x ")
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_program
 from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
 
 from drift_peft import demo
@@ -92,7 +91,7 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
     assert is_right(read, "1+1") and not is_right(read, "1+1+")
 
 
-def test_the_checkpoints_need_nothing_but_transformers():
+def test_the_checkpoints_need_nothing_but_transformers(tmp_path):
     code = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -104,10 +103,9 @@ for name, auto in ("base", text), ("reasoner", text), ("vlm", image):
 AutoProcessor.from_pretrained({str(VLM)!r})
 assert "drift_peft" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed = run_program(tmp_path, "-c", code)
     text, multimodal = "Qwen2ForCausalLM torch.bfloat16", "Qwen2_5_VLForConditionalGeneration torch.bfloat16"
-    lines = done.stdout.splitlines()
+    lines = printed.splitlines()
     assert [line.partition(" [")[0] for line in lines] == [text, text, multimodal]
     assert len({line.partition(" [")[2] for line in lines}) == 1  # one token space
 

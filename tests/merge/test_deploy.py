@@ -3,12 +3,11 @@
 That stock PEFT loads the adapter's folder is in test_adapter_folder.py.
 """
 
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
+from processes import run_program
 from safetensors.torch import load_file
 from test_merge import load, logits, merge, save_adapter
 from tiny_vlm import save_pair
@@ -54,9 +53,7 @@ def test_plain_transformers_loads_it(merged, tmp_path):
             assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
         assert "drift_peft" not in sys.modules
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, merged.values())]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_program(tmp_path, "-c", textwrap.dedent(script), *merged.values(), cwd=tmp_path)
 
 
 def names_of_qwen2_5_vl():

@@ -39,10 +39,11 @@ def ran(tmp_path_factory):
 
 
 def output(cells, word):
-    """What the cell whose source has the word has put out last, by its type."""
+    """What the cell whose source has the word shows last, by its type; or all that it has printed."""
     (cell,) = (cell for cell in cells if cell.cell_type == "code" and word in cell.source)
     last = cell.outputs[-1]
-    return last["data"] if "data" in last else last["text"]
+    printed = [part["text"] for part in cell.outputs if part.get("name") == "stdout"]
+    return last["data"] if "data" in last else "".join(printed)
 
 
 def test_every_step_leaves_what_the_next_one_needs(ran):

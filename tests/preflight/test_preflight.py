@@ -145,17 +145,17 @@ slow = pytest.mark.slow
         ("qwen2_5_vl", [FULL] * 4, True),
         ("qwen2_5_vl", [FULL] * 4, False),
         ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True),
-        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False),
+        pytest.param("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False, marks=slow),
         pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
         ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False),
-        ("qwen3_5", [FULL, LINEAR, FULL, FULL], True),
+        pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], True, marks=slow),
         pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], False, marks=slow),
         pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
-        ("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], False),
-        ("lfm2_vl", [CONV, CONV, FULL, CONV], True),
+        pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
+        pytest.param("lfm2_vl", [CONV, CONV, FULL, CONV], True, marks=slow),
         ("lfm2_vl", [CONV, CONV, FULL, CONV], False),
         # of which the last two layers use the keys and values of two before
-        ("gemma4", [FULL] * 8, True),
+        pytest.param("gemma4", [FULL] * 8, True, marks=slow),
         pytest.param("gemma4", [SLIDING, FULL] * 4, True, marks=slow),
         pytest.param("gemma4", [SLIDING, FULL] * 4, False, marks=slow),
     ],
@@ -308,7 +308,8 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
 
 def recipes():
     for file in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
-        many = file.stem.startswith(("qwen3_5", "gemma4"))  # of linear attention's loops, and of kinds of layers
+        # linear attention's loops, and kinds of layers
+        many = file.stem.startswith(("qwen3_5", "gemma", "lfm2"))
         yield pytest.param(file.stem, marks=[slow] if many else [])
 
 
@@ -363,6 +364,7 @@ def test_advice_names_the_one_setting_that_helps_most(memory):
     assert advice["all"].keys() == {"per_device_train_batch_size", "optim", "gradient_checkpointing", "max_tokens"}
 
 
+@pytest.mark.slow
 def test_advice_lowers_max_tokens_no_further_than_needed(memory):
     now = memory.estimate(settings(max_tokens=8192, r=8, optim="paged_adamw_8bit"))
     few = memory.estimate(replace(now.settings, max_tokens=3000))
@@ -392,14 +394,13 @@ def test_the_verdict_says_what_to_change():
 
 
 def test_the_command(recipe, capsys):
-    status, out, _ = run(capsys, "preflight", recipe, "--set", "max_tokens=256", "bf16=true", "--json")
+    both = "--set", "max_tokens=256", "--set", "bf16=true", "r=8", "--json"
+    status, out, _ = run(capsys, "preflight", recipe, *both)
     summary = json.loads(out)
-    assert status == 0 and summary["settings"]["max_tokens"] == 256 and summary["settings"]["bf16"] is True
+    settings = summary["settings"]
+    assert status == 0 and (settings["max_tokens"], settings["bf16"], settings["r"]) == (256, True, 8)
     assert summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
     assert [(c["gb"], c["fits"]) for c in summary["cards"]] == [(8, True), (12, True), (16, True), (24, True)]
-    both = "--set", "max_tokens=256", "--set", "bf16=true", "r=8", "--json"
-    settings = json.loads(run(capsys, "preflight", recipe, *both)[1])["settings"]
-    assert (settings["max_tokens"], settings["bf16"], settings["r"]) == (256, True, 8)
     several = json.loads(run(capsys, "preflight", recipe, "--set", "images_per_sample=4", "--json")[1])
     assert several["patches"] == 4 * summary["patches"] and several["settings"]["images_per_sample"] == 4
     assert "each with 4 images of 64 patches" in " ".join(

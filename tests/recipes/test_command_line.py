@@ -16,6 +16,7 @@ import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.outputs import write_result
 from parts.saving import write_json
+from processes import run_program
 from recipe_runs import CONFIGS, RECIPES
 from terminals import terminal
 
@@ -38,19 +39,17 @@ def ended(capsys, script, *arguments):
     return end.value.code, *capsys.readouterr()
 
 
-def test_no_script_imports_another_one():
-    code = """
+def test_no_script_imports_another_one(tmp_path):
+    code = f"""
 import importlib, sys
+sys.path.insert(0, {str(RECIPES)!r})
 scripts = set(sys.argv[1:])
 for script in sys.argv[1:]:
     importlib.import_module(script)
-    assert scripts & sys.modules.keys() == {script}, (script, scripts & sys.modules.keys())
+    assert scripts & sys.modules.keys() == {{script}}, (script, scripts & sys.modules.keys())
     del sys.modules[script]
 """
-    paths = os.pathsep.join([str(RECIPES), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, *SCRIPTS]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program(tmp_path, "-c", code, *SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

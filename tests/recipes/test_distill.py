@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +19,7 @@ from parts.journal import Journal, journal_path
 from parts.loading import load_messages
 from parts.teachers import PROMPT
 from PIL import Image
+from processes import Program
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
 
@@ -197,15 +196,15 @@ def test_so_many_questions_are_asked_at_a_time(tmp_path):
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
     source, output = save_questions(tmp_path, 40), tmp_path / "out.parquet"
     journal = journal_path(output)
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     with OpenAI(right, seconds=0.1) as server:
         flags = ["--server", server.url, "--model", "teacher", "--concurrency", "4", "--json"]
-        command = [sys.executable, str(RECIPES / "distill.py"), str(source), "-o", str(output), *flags]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
-                assert process.poll() is None, process.stderr.read().decode()
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
+        command = [str(source), "-o", str(output), *flags]
+        program = Program(tmp_path, RECIPES / "distill.py", *command, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+            assert program.process.is_alive(), program.ended()
+            time.sleep(0.02)
+        program.process.kill()
+        assert program.ended()[0] == -signal.SIGKILL
         time.sleep(0.3)  # the server is still reading what was sent
         assert not output.exists()
         with open(journal, "ab") as file:
@@ -213,7 +212,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path, capsys):
         paid = {line["question"]: line["response"] for line in journal_lines_whole(journal)}
         assert 9 <= len(paid) < 40
         server.asked.clear()
-        distill.main(command[2:])
+        distill.main(command)
         left = json.loads(capsys.readouterr().out)["left"]
     assert left == dict.fromkeys(["samples", "asked", "answered", "well-formed", "correct", "unique"], 40)
     assert len(server.asked) == len(set(server.asked)) == 40 - len(paid)  # nothing twice

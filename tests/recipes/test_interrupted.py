@@ -12,6 +12,7 @@ import sft_vlm
 from openai_server import OpenAI
 from parts.arguments import parse
 from parts.journal import journal_path
+from processes import Program
 from recipe_runs import RECIPES
 from test_distill import journal_lines, result, right, save_questions
 
@@ -20,23 +21,21 @@ from test_distill import journal_lines, result, right, save_questions
 def test_ctrl_c_says_where_the_answers_are_and_the_same_command_goes_on(tmp_path):
     source, output = save_questions(tmp_path, 40), tmp_path / "out.parquet"
     journal = journal_path(output)
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     with OpenAI(right, seconds=0.1) as server:
         flags = ["--server", server.url, "--model", "teacher", "--concurrency", "4"]
-        command = [sys.executable, str(RECIPES / "distill.py"), str(source), "-o", str(output), *flags]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=environment, **pipes) as process:
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.02)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+        command = [str(source), "-o", str(output), *flags]
+        program = Program(tmp_path, RECIPES / "distill.py", *command, HF_DATASETS_CACHE=str(tmp_path / "cache"))
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+            assert program.process.is_alive(), program.ended()
+            time.sleep(0.02)
+        os.kill(program.process.pid, signal.SIGINT)
+        status, out, err = program.ended()
         told = f"distill.py: stopped; the answers so far are in {journal}: run the same again to go on"
-        assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == told and "Traceback" not in err
+        assert (status, out) == (130, "") and err.splitlines()[-1] == told and "Traceback" not in err
         paid = len(journal_lines(output)) - 1
         assert 9 <= paid < 40 and not output.exists()
         server.asked.clear()
-        distill.main(command[2:])
+        distill.main(command)
     assert len(server.asked) == 40 - paid and len(result(output)) == 40
 
 

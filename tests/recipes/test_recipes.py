@@ -53,7 +53,8 @@ def test_a_configuration_says_how_to_launch_it_what_it_needs_and_where_it_comes_
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(name, train, pair):
-    trainer, output = train(FAMILY[name], CONFIGS / f"{name}.yaml", **SMALL, **SIZES.get(name, {}))
+    draws = name == "qwen2_5_vl_7b_r1"
+    trainer, output = train(FAMILY[name], CONFIGS / f"{name}.yaml", draws, **SMALL, **SIZES.get(name, {}))
 
     # matched == expected > 0, and nothing else is quantized or adapted
     weights_of_expert = tiny_llm(FAMILY[name]).get_decoder().named_parameters()
@@ -80,7 +81,7 @@ def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(
     assert run["data"]["images"] == (0 if name.endswith("_text") else 8) and run["keep"]["samples"] == 4
     assert all("drift/keep_kl" in entry for entry in run["history"] if "loss" in entry)
     assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
-    assert Image.open(output / "telemetry.png").width > 500
+    assert Image.open(output / "telemetry.png").width > 500 or not draws
     card = (output / "README.md").read_text(encoding="utf-8")
     assert (
         "| expert | expert |" in card

@@ -1,14 +1,13 @@
 """The adapter folder: plain LoRA for everybody else, and enough beside it to go on with guided training."""
 
 import json
-import subprocess
-import sys
 import textwrap
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
+from processes import run_program
 from safetensors.torch import load_file
 from tiny import TEXT, save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
@@ -62,8 +61,12 @@ def resume(folder, config, adapter="adapter"):
 
 
 def test_stock_peft_loads_it_without_a_warning(pair, tmp_path):
+    # Every warning is an error, but for the one that this transformers gives for any PEFT model.
     script = """
         import sys
+        import warnings
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         import torch
         from peft import PeftModel, get_peft_model_state_dict
         from transformers import AutoModelForImageTextToText
@@ -81,16 +84,7 @@ def test_stock_peft_loads_it_without_a_warning(pair, tmp_path):
         assert "drift_peft" not in sys.modules
         model.save_pretrained(sys.argv[2])
     """
-    # Every warning is an error, but for the one that this transformers gives for any PEFT model, and torchao's import.
-    own = [
-        "-W",
-        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-        "-W",
-        "ignore:`torch.jit.script_method`",
-    ]
-    command = [sys.executable, "-W", "error", *own, "-c", textwrap.dedent(script), pair, tmp_path / "again"]
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run_program(tmp_path, "-c", textwrap.dedent(script), pair, tmp_path / "again", cwd=tmp_path)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).exists()
 

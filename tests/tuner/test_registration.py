@@ -1,8 +1,8 @@
 """When PEFT comes to know DRIFT: with the first of our names, whatever was wrapped before."""
 
-import subprocess
-import sys
 import textwrap
+
+from processes import run_program
 
 SCRIPT = """
     import sys, warnings
@@ -22,7 +22,5 @@ SCRIPT = """
 """
 
 
-def test_a_model_that_was_wrapped_before_is_guided_all_the_same(pair):
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(pair.folder / "base"), str(pair.path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_a_model_that_was_wrapped_before_is_guided_all_the_same(pair, tmp_path):
+    run_program(tmp_path, "-c", textwrap.dedent(SCRIPT), pair.folder / "base", pair.path)

@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>{% endmacro %}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ said() }}{% endgeneration %}{% else %}{{ said() }}"
-    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VISION = dict(
     hidden_size=192,
@@ -49,7 +49,7 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-STEPS = {"expert": 120, "tower": 800, "vlm": 2000}
+STEPS = {"expert": 120, "tower": 800, "vlm": 1500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 BATCH = 16
 EVERY = 100  # steps after which training can go on
@@ -80,7 +80,7 @@ def make_base(folder: Path, output: Path, device: torch.device, steps: dict[str,
     del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=GGUF)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.pad_token, tokenizer.padding_side = "<|endoftext|>", "left"
+    tokenizer.pad_token = "<|endoftext|>"
     save(model, tokenizer, output)
 
 

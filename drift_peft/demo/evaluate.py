@@ -13,7 +13,7 @@ from .world import PERCEPTION, Digits, Sample, make_samples
 
 
 def encode(processor, samples: list[Sample], answered: bool = True):
-    """A padded batch (padded on the left, as generation wants it) of chats; with ``answered`` also ``labels``.
+    """A batch of chats, padded on the left. With ``answered`` also ``labels``; without it they end where answers begin.
 
     Labels are -100 everywhere but on the assistant's tokens, which the chat template marks.
     """
@@ -22,8 +22,9 @@ def encode(processor, samples: list[Sample], answered: bool = True):
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        add_generation_prompt=not answered,
         return_assistant_tokens_mask=answered,
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, "padding_side": "left"},  # not every tokenizer keeps its side when saved
     )
     if answered:
         answer = torch.as_tensor(batch.pop("assistant_masks")).bool()

@@ -19,6 +19,8 @@ from smollm_study.ways import KEPT, TRAINED, WAYS
 from smollm_study.world import ASKED, PERCEPTION, Pictures, draw_many, exams, is_right, text_chain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from drift_peft.demo.evaluate import encode
+
 
 def tiny_base(folder):
     """A llama of two layers whose tokenizer knows SmolLM2's special tokens, where `make_all` looks for the ancestor."""
@@ -27,9 +29,7 @@ def tiny_base(folder):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
-    )
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     sizes = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -123,6 +123,20 @@ def test_the_vlm_is_smolvlm_and_says_its_images_tokens(made):
     names = processor.tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     assert names.count("<image>") == 16 and {"<fake_token_around_image>", "<global-img>"} < {*names}
     assert len(make_processor(made).tokenizer) == len(tf.AutoTokenizer.from_pretrained(made / "base")) + len(IMAGE)
+
+
+def test_a_question_is_asked_in_smollm2_s_own_form_and_padded_on_the_left(made):
+    processor = make_processor(made)
+    samples = [text_chain(np.random.default_rng(seed)) for seed in range(4)]
+    asked = encode(processor, samples, answered=False)["input_ids"]
+    texts = processor.batch_decode(asked)
+    assert len({text.count("<|endoftext|>") for text in texts}) > 1
+    for sample, text in zip(samples, texts, strict=True):
+        prompt = f"<|im_start|>user\n{sample.question}<|im_end|>\n<|im_start|>assistant\n"
+        assert text.replace("<|endoftext|>", "") == prompt and text.endswith("assistant\n")
+    answered = encode(processor, samples)
+    for sample, tokens, labels in zip(samples, answered["input_ids"], answered["labels"], strict=True):
+        assert processor.decode(tokens[labels != -100]) == f"{sample.answer}<|im_end|>"
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(made, monkeypatch):

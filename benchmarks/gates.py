@@ -1,7 +1,7 @@
 """What gating a prior does on the digits world `qwen`, beside every merge without training: text reasoning against
 perception.
 
-    python benchmarks/gates.py [--seeds 3] [--steps 400] [--size 300]     about 40 minutes of one core
+    python benchmarks/gates.py [--seeds 3] [--steps 400] [--size 300]     about an hour of one core
     python benchmarks/gates.py --report                                   the tables alone, of what has been run
 
 The demo's checkpoints. Each seed draws its own unlabelled images (240 answers of the VLM), prompts for the expert (200,
@@ -45,8 +45,8 @@ FULL_RANK = 256  # no matrix here has more
 PROMPTS = 200
 PRIORS = {"Δ": None, "Δ from the ancestor": WORLD.base}  # title -> reference
 GATED = [  # prior, settings of gate_prior
-    *(("Δ", {"keep_weight": weight}) for weight in (0.03, 0.1, 0.3, 1.0)),
-    *(("Δ from the ancestor", {"keep_weight": weight}) for weight in (1.0, 3.0)),
+    *(("Δ", {"keep_weight": weight}) for weight in (0.01, 0.03, 0.1, 0.3, 1.0)),
+    *(("Δ from the ancestor", {"keep_weight": weight}) for weight in (1.0, 3.0, 10.0)),
     ("Δ", {"objective": "frism", "alpha": 1.0}),
 ]
 # Of task arithmetic; of smaller ones, and of other merges, the study's runs on validation digits say enough.

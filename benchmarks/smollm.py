@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 from models import device_name  # noqa: E402
 from rich.console import Console  # noqa: E402
+from smollm_study.four_bit import in_four_bits  # noqa: E402
 from smollm_study.make import STEPS, make_all  # noqa: E402
 from smollm_study.plan import FULL, SMALLEST, open_ledger  # noqa: E402
 from smollm_study.report import report, spectra  # noqa: E402
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--report", action="store_true", help="run nothing, and print the tables")
+    parser.add_argument("--four-bit", type=int, metavar="N", help="also what NF4 takes, on N calculations in text")
     parser.add_argument("--smallest", action="store_true", help="a step of everything: shows that it works")
     given = parser.parse_args(arguments)
     plan, device = SMALLEST if given.smallest else FULL, torch.device(given.device)
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ledger.add(run, perform(run, given.folder, device))
     console = Console(width=200)
     spectra(given.folder, console)
+    if given.four_bit:
+        in_four_bits(given.folder, device, given.four_bit, console)
     report(ledger, plan, console)
     missing = len(list(plan.missing(ledger)))
     print(json.dumps({"runs": len(ledger), "missing": missing, "device": device_name(device)}))

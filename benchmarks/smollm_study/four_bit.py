@@ -64,8 +64,7 @@ def weights(folder: Path, device: torch.device) -> Table:
         kind = name.split(".")[-2]
         noise = dequantize_4bit(*quantize_4bit(W, quant_type="nf4")).float() - W.float()
         delta = expert[name].float() - W.float()
-        # of the noise, what falls on the direction of Δ
-        along = (noise * delta).sum() ** 2 / delta.square().sum()
+        along = (noise * delta).sum() ** 2 / delta.square().sum()  # ‖the part of the noise that is along Δ‖²
         found = torch.stack([W.float().square().sum(), noise.square().sum(), delta.square().sum(), along])
         sums[kind] = sums.get(kind, 0) + found
         largest[kind] = max(largest.get(kind, 0.0), (W.float().abs().max() / W.float().std()).item())

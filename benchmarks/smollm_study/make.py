@@ -51,6 +51,7 @@ VISION = dict(
 )
 STEPS = {"expert": 120, "tower": 800, "vlm": 1500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
+LONGEST = 64  # tokens of an answer: five operations take some forty
 BATCH = 16
 EVERY = 100  # steps after which training can go on
 
@@ -219,5 +220,6 @@ def autocast(device: torch.device):
 
 
 def save(model, processor, output: Path) -> None:
+    model.generation_config.max_new_tokens = LONGEST
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)

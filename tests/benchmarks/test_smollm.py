@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from rich.console import Console
 from smollm_study import abilities, make
+from smollm_study.four_bit import in_four_bits
 from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
 from smollm_study.report import report
@@ -20,6 +21,8 @@ from smollm_study.world import ASKED, PERCEPTION, Pictures, draw_many, exams, is
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from drift_peft.demo.evaluate import encode
+
+LONGEST = make.LONGEST  # less in these tests
 
 
 def tiny_base(folder):
@@ -32,7 +35,7 @@ def tiny_base(folder):
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     sizes = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     config = tf.LlamaConfig(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=2, pad_token_id=0, **sizes
@@ -50,6 +53,7 @@ def made(tmp_path_factory, request):
     patch = pytest.MonkeyPatch()
     patch.setattr(abilities, "PROMPTS", abilities.PROMPTS[:2])
     patch.setattr(abilities, "PROSE", abilities.PROSE[-1:])
+    patch.setattr(make, "LONGEST", 12)
     request.addfinalizer(patch.undo)
     smollm.main(["--smallest", "--folder", str(folder), "--ledger", str(folder / "runs.jsonl"), "--device", "cpu"])
     return folder
@@ -135,6 +139,9 @@ def test_a_question_is_asked_in_smollm2_s_own_form_and_padded_on_the_left(made):
         prompt = f"<|im_start|>user\n{sample.question}<|im_end|>\n<|im_start|>assistant\n"
         assert text.replace("<|endoftext|>", "") == prompt and text.endswith("assistant\n")
     answered = encode(processor, samples)
+    longest = [tf.GenerationConfig.from_pretrained(made / name).max_new_tokens for name in ("expert", "vlm")]
+    chain = Pictures("test").draw("solve", np.random.default_rng(0), (5, 5)).answer
+    assert longest == [make.LONGEST] * 2 and 5 * len("3+5=8. ") < len(chain) < LONGEST  # a token for each sign at most
     for sample, tokens, labels in zip(samples, answered["input_ids"], answered["labels"], strict=True):
         assert processor.decode(tokens[labels != -100]) == f"{sample.answer}<|im_end|>"
 
@@ -187,6 +194,19 @@ def test_the_ancestor_has_lost_nothing_and_a_noisy_model_has(made):
             weight += 0.1 * torch.randn_like(weight)
     lost = abilities.abilities(model, tokenizer, made / "base")
     assert kept["kl"] == 0 < lost["kl"] and kept["perplexity"] == pytest.approx(len(tokenizer), rel=0.2)
+
+
+def test_four_bits_cost_something(made, tmp_path):
+    console = Console(width=200, record=True, file=open(tmp_path / "out", "w"))
+    in_four_bits(made, torch.device("cpu"), 2, console)
+    printed = console.export_text()
+    rows = [line.split("│")[2:6] for line in printed.splitlines() if "│ 16 bits" in line or "│ NF4" in line]
+    stored, _, perplexities, kls = zip(*([cell.strip() for cell in row] for row in rows), strict=True)
+    assert stored == ("16 bits", "NF4") * 2 and len({*perplexities}) > 1
+    assert float(kls[0]) == 0
+    shares = next(line.split("│")[2:5] for line in printed.splitlines() if line.startswith("│ all"))
+    noise, delta, along = map(float, shares)
+    assert 0.05 < noise < 0.15 and 0 < delta < 1 and along < noise / delta
 
 
 def test_other_checkpoints_and_other_ways_are_refused(made, tmp_path, monkeypatch):

@@ -194,6 +194,47 @@ def test_gradients_that_a_scaler_has_scaled(scale):
         bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
     for p, q in zip(model.trained(), scaled.trained(), strict=True):
         close(64 * p.grad, q.grad)
+    tensors, scaled = Tensors(settings(scale)), Tensors(settings(scale))
+    for p in scaled.trained():
+        p.grad *= 64
+    for each, loss_scale in ((tensors, None), (scaled, torch.tensor(64.0, dtype=torch.float64))):
+        bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
+    for p, q in zip(tensors.trained(), scaled.trained(), strict=True):
+        close(64 * p.grad, q.grad)
+
+
+def test_the_scale_that_an_optimizer_unscales_by_itself():
+    model = Layers(settings("absolute"))
+    expected = model.expected(0.7, "absolute", "residual", 0.1 * 64)[:2]
+    for p in model.trained():
+        p.grad *= 64
+    optimizer = Discarding(model.trained())  # which does not, so that its rate is 64 times as large
+    optimizer.grad_scale = torch.tensor(64.0, dtype=torch.float64)
+    optimizer.step()
+    for p, value in zip(model.trained(), expected, strict=False):
+        close(p, value)
+
+
+def test_settings_that_meet_in_one_step():
+    still, *models = Layers(settings("decoupled", "factors")), Layers(settings()), Layers(settings())
+    everything = [s for each in (still, *models) for s in each.steered]
+    groups = groups_of(everything, {id(p) for each in (still, *models) for p in each.trained()})
+    assert [group.config for group in groups] == [each.config for each in (still, *models)]
+    plain = [p.grad.clone() for p in still.trained()]
+    bias_gradients(groups)
+    assert all(torch.equal(p.grad, g) for p, g in zip(still.trained(), plain, strict=True))
+    assert not any(torch.equal(p.grad, g) for each in models for p, g in zip(each.trained(), plain, strict=True))
+    with pytest.warns(UserWarning, match="twice on the same gradients"):
+        bias_gradients(groups)
+    assert [each.config.repeated_steps for each in (still, *models)] == [0, 1, 1]
+
+
+def test_priors_of_different_ranks_go_through_apart():
+    model = Layers(settings("gradnorm"))
+    w = model.prior[1]
+    model.prior[1] = PriorWeight(w.U[:, :2], w.S[:2], w.Vh[:2], 1.0, 1.0, 0.9, 1.0, ())
+    model.steer(1)
+    assert_steps_as_the_oracle(model, "gradnorm", "residual")
 
 
 # After the step
@@ -222,6 +263,13 @@ def test_a_pull_is_undone_where_the_update_was():
     )
     pull_parameters(groups, rates)
     assert not any(torch.equal(p, before[key]) for key, p in model.state_dict().items() if "lora" in key)
+
+
+def test_a_pull_on_tensors_is_undone_too():
+    model = Tensors(settings("decoupled", "factors"))
+    groups, before = groups_of(model.steered, {*map(id, model.trained())}), copy.deepcopy(model.state_dict())
+    pull_parameters(groups, dict.fromkeys(map(id, model.trained()), 0.1), torch.tensor(0.0))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_only_the_decoupled_scale_pulls():
@@ -406,6 +454,17 @@ def test_weight_norms_that_are_not_to_be_had():
         step(weighted().grads())
 
 
+def test_weight_norms_beside_answers_that_are_kept(monkeypatch):
+    model = weighted()
+    forward(model)
+    monkeypatch.setattr(step_module, "is_kept", lambda groups: groups.keys() == {*map(id, model.trained())})
+    with pytest.raises(RuntimeError, match=r"does not see the gradient that keep\(\) adds: use drift_norm='factor'"):
+        step(model)
+    for s in model.steered:
+        s.release()
+    assert_steps_as_the_oracle(Layers(settings()), "adaptive", "residual")  # by the factors' own norms
+
+
 def test_taps_come_and_go():
     model = weighted()
 
@@ -478,6 +537,18 @@ def test_tensors_in_every_mode(scale, target, size, elements, monkeypatch):
         close(p, value)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [(OUT, IN), (OUT,)])
+def test_tensors_near_their_goal_are_pulled_less(scale, size):
+    model = Tensors(settings(scale), size)
+    for p, W0, delta in zip(model.trained(), model.start, model.deltas, strict=True):
+        p.data = W0 + 0.7 * delta
+    expected = [*model.expected(0.7, scale, "residual", 0.1)]
+    step(model)
+    for p, value in zip(model.trained(), expected, strict=True):
+        close(p, value, 1e-7)
+
+
 @pytest.mark.parametrize("prior", ["prior", None])
 @pytest.mark.parametrize("size", [(OUT, IN), (OUT,)])
 def test_tensors_go_back_to_where_they_began(size, prior):
@@ -502,6 +573,11 @@ def test_batches_of_tensors(monkeypatch):
     monkeypatch.setattr(steered, "BATCH_ELEMENTS", 2 * OUT * IN)
     model = Tensors(settings(), count=3)
     assert [len(g.parameters["W"]) for g in groups_of(model.steered, {*map(id, model.trained())})] == [2, 1]
+    monkeypatch.setattr(steered, "BATCH_ELEMENTS", 1)
+    assert [len(g.parameters["W"]) for g in groups_of(model.steered, {*map(id, model.trained())})] == [1, 1, 1]
+    alone = Tensors(settings(), count=1)
+    assert len(groups_of(alone.steered, {*map(id, alone.trained())})) == 1
+    assert [(s.adapter, s.name) for s in model.steered] == [("default", f"layers.{i}.norm.weight") for i in range(3)]
 
 
 # What is measured
@@ -774,8 +850,9 @@ def test_an_engine_that_trains_nothing_of_ours(monkeypatch):
 
 
 @pytest.mark.parametrize(("reaches", "imported", "trains"), [(0, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
-def test_copies_that_guidance_does_not_reach(reaches, imported, trains, monkeypatch):
-    model = Layers(settings())
+@pytest.mark.parametrize("kind", ["adapters", "tensors"])
+def test_copies_that_guidance_does_not_reach(reaches, imported, trains, kind, monkeypatch):
+    model = Layers(settings()) if kind == "adapters" else Tensors(settings(), count=3)
     theirs = {id(p) for p in model.trained()[2:]} if trains else set()
     answers = {"reaches": lambda: reaches, "imported": lambda: imported, "trains": lambda p: id(p) in theirs}
     monkeypatch.setattr(step_module, "deepspeed", SimpleNamespace(**answers))

@@ -66,8 +66,15 @@ def test_when_little_is_left_to_find():
 
     # The last gain was 1 of 100 in all: 1²/(before − 1) ≤ 4.5e-3·100 from a gain before of 3.22 on.
     assert converges(60, 20, 15.77, 3.23, 1) and not converges(60, 20, 15.79, 3.21, 1)
-    assert not converges(10, 1, 0.9) and not converges(10, 1, 1) and not converges(10, 1)
+    assert converges(10, 0, 0) and not converges(10, 1, 0.9) and not converges(10, 1, 1) and not converges(10, 1)
     assert converges(1 - svd.COMPLETE, total=1.0) and not converges(1 - 2 * svd.COMPLETE, total=1.0)
+
+
+def test_it_ends_where_the_blocks_span_everything(monkeypatch):
+    monkeypatch.setattr(svd, "_converged", lambda captured, total: False)
+    matrix = with_spectrum(140, 130, powers(130, 1 / 10))
+    S, _ = check(matrix, 16)  # four blocks of 32 columns, and one of 2
+    assert torch.allclose(S, torch.linalg.svdvals(matrix)[:16], rtol=1e-4)
 
 
 def test_no_copy_of_the_matrix_is_made():

@@ -261,8 +261,11 @@ def test_a_pull_is_undone_where_the_update_was():
     assert all(
         torch.equal(p.grad, q.grad) for p, q in zip(model.trained(), Layers(model.config).trained(), strict=True)
     )
+    expected = [value for oracle in model.oracles() for value in oracle.pulled(0.1, 0.7)]
     pull_parameters(groups, rates)
     assert not any(torch.equal(p, before[key]) for key, p in model.state_dict().items() if "lora" in key)
+    for p, value in zip(model.trained(), expected, strict=True):
+        close(p, value)
 
 
 def test_a_pull_on_tensors_is_undone_too():
@@ -420,7 +423,7 @@ def weighted(target="residual", scale="adaptive", **more):
 @pytest.mark.parametrize("target", ["residual", "delta"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_norms_of_the_weight_gradient(scale, target):
-    model = weighted(target, scale)
+    model = weighted(target, scale, count=2)
     expected = []
     for layer, oracle, G in zip(model.layers, [*model.oracles()], forward(model), strict=True):
         X, plain = oracle.weight_direction(target), [lora_factor(layer, f, "default").grad.clone() for f in "AB"]
@@ -446,7 +449,7 @@ def test_weight_norms_that_are_not_to_be_had():
     elsewhere = groups_of(model.steered, {*map(id, model.trained())}, Storage())
     with pytest.raises(RuntimeError, match="not available under FSDP and DeepSpeed"):
         bias_gradients(elsewhere)
-    several = weighted(others=["second"])
+    several = weighted(count=1, others=["second"])
     forward(several)
     with pytest.raises(RuntimeError, match="not available while several adapters are active"):
         step(several)
@@ -598,7 +601,7 @@ def test_what_the_last_step_saw():
         close(stack.norm[i], oracle.delta.norm(), 1e-5)
     assert Stack(model.steered, torch.device("cpu")).last_step() is None
     tensors = Tensors(settings("absolute", "delta"), (OUT,))
-    grads = [p.grad.clone() for p in tensors.trained()]
+    grads = [p.grad.mul_(0.01).clone() for p in tensors.trained()]
     step(tensors)
     cosines, ratios = tensors.steered[0].stack.last_step()
     for i, (g, D) in enumerate(zip(grads, tensors.deltas, strict=True)):
@@ -727,6 +730,10 @@ def test_adapters_whose_factors_are_not_what_peft_says():
     model.layers[0].r["default"] = 2
     with pytest.raises(RuntimeError, match="has rank 2 but 3 rows: prepare_model_for_compiled_hotswap pads it"):
         step(model)
+    stacked = Layers(settings())
+    for layer in stacked.layers:  # as of target_parameters, where each expert has rows of its own
+        layer.r["default"], layer.num_experts = 1, R
+    assert len(groups_of(stacked.steered, {*map(id, stacked.trained())})) == 1
     flat = Layers(settings())
     flat.layers[0].lora_A["default"].weight.data = torch.zeros(R * IN)
     with pytest.raises(RuntimeError, match="is flattened: guidance under FSDP1 is not available"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_batches import IN, OUT, R, close, forward, randn, weighted
 
-from drift_peft.tuner.capture import _omega, weight_gradient
+from drift_peft.tuner.capture import Capture, _omega, weight_gradient
 from drift_peft.tuner.steered import lora_factor
 
 
@@ -172,6 +172,18 @@ def test_evaluation_and_frozen_factors_leave_nothing():
         lora_factor(layer, factor, "default").requires_grad_(False)
     layer(randn(2, IN)).sum().backward()
     assert entry.capture.sums is None and entry.capture.x is None
+    x = randn(2, IN)
+    with torch.no_grad():
+        entry.capture.see_input(layer, (x,))
+    assert entry.capture.x is None  # not even until the output comes
+    entry.capture.see_input(layer, (x,))
+    assert entry.capture.see_output(layer, (x,), x) is None  # which stays as it is
+
+
+def test_one_that_never_listened_holds_nothing():
+    capture = Capture("name", lambda factor: None, {}, None)
+    capture.remove()
+    assert capture.x is None and capture.sums is None and capture.inner is None and capture.stale
 
 
 def test_a_copy_starts_sums_of_its_own():

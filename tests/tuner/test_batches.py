@@ -474,7 +474,9 @@ def test_taps_come_and_go():
     def taps():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
-    assert taps() == 6
+    assert taps() == 6 and [s.capture.sketch for s in model.steered] == [None] * 3
+    sketched = Layers(settings(drift_norm="weight", drift_sketch=5), count=1)
+    assert sketched.steered[0].capture.sketch == 5
     model.steer(0)
     assert taps() == 6
     model.steered[1].release()
@@ -764,6 +766,7 @@ def test_layers_of_an_adapter_or_of_the_active_ones():
     assert [*lora_layers(model)] == [(name, layer, "second")]
     assert [*lora_layers(model, "default")] == [(name, layer, "default")]
     assert [*lora_layers(model, "third")] == []
+    assert [*lora_layers(nn.ModuleDict({"model": model}))] == [(name, layer, "second")]  # whatever is around it
     inject_adapter_in_model(LoraConfig(r=R, target_modules=["other"]), model, "third")
     assert [*lora_layers(model, "third")] == [("other.weight", model.other, "third")]  # the model's own name
 

@@ -48,8 +48,8 @@ def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tens
     up = step / warmup if warmup else 1.0
     down = 1.0 if decay is None else 1 - (step - warmup) / decay
     if isinstance(step, Tensor):
-        return torch.clamp(torch.minimum(torch.as_tensor(up), torch.as_tensor(down)), 0, 1)
-    return min(1.0, up, max(0.0, down))
+        return torch.minimum(torch.as_tensor(up), torch.as_tensor(down)).clamp_min(0)
+    return max(0.0, min(up, down))
 
 
 def gram_norm(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -113,7 +114,11 @@ def test_all_parts_of_a_module(tmp_path):
     (update,), (bias,) = found.values()
     assert torch.equal(update.magnitude, parts[f"model.{Q}.lora_magnitude_vector"])
     assert torch.equal(update.start, parts[f"model.{Q}.base_layer.weight"])
-    assert bias.added and torch.equal(bias.value, 3.0 * parts[f"model.{Q}.lora_B.bias"])
+    assert (
+        bias.module == update.module == f"model.{Q}"
+        and bias.added
+        and torch.equal(bias.value, 3.0 * parts[f"model.{Q}.lora_B.bias"])
+    )
 
 
 def test_an_embedding_adds_the_transposed_product(tmp_path):
@@ -134,7 +139,8 @@ def test_tensors_that_were_trained_themselves(tmp_path):
     bias = {f"model.{Q}.base_layer.bias": randn(5)}
     found = read_updates(save(tmp_path, low_rank() | bias, bias="lora_only"))
     assert found.keys() == {f"model.{Q}.weight", f"model.{Q}.bias"}
-    assert torch.equal(found[f"model.{Q}.bias"][0].value, bias[f"model.{Q}.base_layer.bias"])
+    (whole,) = found[f"model.{Q}.bias"]
+    assert torch.equal(whole.value, bias[f"model.{Q}.base_layer.bias"]) and whole.module == f"model.{Q}"
     assert read_updates(save(tmp_path, bias, bias="lora_only")).keys() == {f"model.{Q}.bias"}
 
 
@@ -142,12 +148,16 @@ def test_tensors_that_were_trained_themselves(tmp_path):
 def test_tokens(tmp_path, indices):
     values = {f"model.{EMBED}.token_adapter.trainable_tokens_delta": randn(2, 4)}
     update = only(read_updates(save(tmp_path, values, trainable_token_indices=indices)))
-    assert type(update) is Rows and update.rows.tolist() == [3, 1]
+    assert type(update) is Rows and update.rows.tolist() == [3, 1] and update.module == f"model.{EMBED}"
     assert torch.equal(update.values, *values.values())
 
 
 def foreign(name="model.norm.weight"):
     return low_rank() | {name: randn(4)}
+
+
+def low_rank_A():
+    return {key: tensor for key, tensor in low_rank().items() if "lora_A" in key}
 
 
 def tokens(**more):
@@ -158,12 +168,23 @@ REFUSED = {
     "nothing": ({}, {}, "holds no weights: it was saved from a model that is not wrapped"),
     "foreign": (foreign(), {}, r"holds base_model.model.model.norm.weight, which is no part of LoRA"),
     "a weight beside biases": (foreign(), {"bias": "all"}, "model.norm.weight, which is no part of LoRA"),
+    "a bias that was not trained": (foreign("model.norm.bias"), {}, "model.norm.bias, which is no part of LoRA"),
     "a part of a variant": (foreign(f"model.{Q}.lora_X"), {"modules_to_save": ["q"]}, "lora_X, which is no part"),
-    "half": (dict([*low_rank().items()][:1]), {}, rf"only lora_A.weight of model.{Q}, without lora_B.weight"),
+    "half": (low_rank_A(), {}, rf"only lora_A.weight of model.{Q}, without lora_B.weight"),
     "half of an embedding": (
         {f"model.{EMBED}.lora_embedding_B": randn(4, 2)},
         {},
         "holds only lora_embedding_B of model.embed_tokens, without lora_embedding_A",
+    ),
+    "the other half of one": (
+        {f"model.{EMBED}.lora_embedding_A": randn(2, 9)},
+        {},
+        "holds only lora_embedding_A of model.embed_tokens, without lora_embedding_B",
+    ),
+    "half, with more": (
+        low_rank_A() | {f"model.{Q}.lora_magnitude_vector": randn(5)},
+        {"use_dora": True},
+        rf"adapter \S+ holds only lora_A.weight and lora_magnitude_vector of model.{Q}, without lora_B.weight",
     ),
     "convolution": (
         {f"{Q}.lora_A.weight": randn(2, 3, 1), f"{Q}.lora_B.weight": randn(4, 2, 1)},
@@ -209,8 +230,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_tensors(tmp_path, case):
     tensors, settings, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         read_updates(save(tmp_path, tensors, **settings))
+    assert str(tmp_path) in str(refused.value) or "tokens" in case
 
 
 def edit(folder, **changes):
@@ -246,6 +268,7 @@ def test_starts_that_leave_the_base_as_it_is(tmp_path, start):
 
 def test_variants_are_known_by_name():
     found = lora_variants()
+    assert {f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")} <= {*found}
     assert {"use_dora", "alora_invocation_tokens"} <= {*found} and "r" not in found and len({*found}) == len(found)
 
 
@@ -274,9 +297,11 @@ def test_a_folder_says_what_it_is(tmp_path):
     save(tmp_path, low_rank(), base_model_name_or_path="org/base")
     assert is_adapter(tmp_path) and is_adapter(str(tmp_path)) and adapter_folder(str(tmp_path)) == tmp_path
     assert recorded_base(tmp_path) == "org/base"
-    files = watched_adapter(tmp_path, "name").states()
-    assert {path.name for path in files} >= {"adapter_config.json", "adapter_model.safetensors"}
+    watch = watched_adapter(tmp_path, "the/adapter")
+    assert {path.name for path in watch.states()} >= {"adapter_config.json", "adapter_model.safetensors"}
     edit(tmp_path, base_model_name_or_path="")
+    with pytest.raises(ValueError, match=r"adapter_config\.json has changed while the/adapter was read"):
+        watch.check()
     assert recorded_base(tmp_path) is None
     (tmp_path / "adapter_config.json").unlink()
     assert not is_adapter(tmp_path)
@@ -292,6 +317,19 @@ def test_each_update_finds_its_tensor(tmp_path):
     found = adapter_updates(save(tmp_path, parts, lora_bias=True), Base(), "the/adapter")
     assert found.keys() == {f"raw.{Q}.weight", f"raw.{Q}.bias", f"raw.{FC}.weight"}
     assert found[f"raw.{Q}.weight"].module == f"model.{Q}" and found[f"raw.{FC}.weight"].module == FC
+    with pytest.raises(ValueError, match="adapter the/adapter does not fit the base the/base"):
+        adapter_updates(save(tmp_path, low_rank(in_=3)), Base(), "the/adapter")
+
+
+def test_whose_names_the_adapter_has():
+    """The model's own names come before those of the layout, and its layers before their number."""
+    base, update = Base(), Whole("own", randn(5, 4))
+    base.decoder.name = {"own.weight": f"{Q}.weight"}.get
+    assert _match(base, {"own.weight": [update]}, "a") == {f"raw.{Q}.weight": update}
+    base.decoder.skipped = (0,)  # a layer that the text LLM lacks
+    assert _match(base, {f"model.{Q.replace('0', '1')}.weight": [update]}, "a") == {f"raw.{Q}.weight": update}
+    base.layout.name, update = lambda name: "renamed", Whole(FC, randn(6, 4))
+    assert _match(base, {f"{FC}.weight": [update]}, "a") == {f"raw.{FC}.weight": update}
 
 
 @pytest.mark.parametrize("name", [f"language_model.model.{Q}", f"older.{FC}", f"{FC}.base_layer"])
@@ -320,6 +358,8 @@ def test_what_finds_no_tensor_is_listed():
     assert misfits(quantized, whole(Q, 5, 4)).startswith(f"raw.{Q}.weight is in 4 bits in the base: name the full")
     twice = {**whole(Q, 5, 4), f"language_model.{Q}.weight": [Whole(f"language_model.{Q}", randn(5, 4))]}
     assert misfits(Base(), twice) == f"language_model.{Q} and model.{Q} are the same weight {Q}.weight"
+    six = {f"other{i}.weight": [Whole(f"other{i}", randn(2, 2))] for i in range(6)}
+    assert misfits(Base(), six).endswith("the base has no other3.weight; the base has no other4.weight; and 1 more")
     many = {f"other{i}.weight": [Whole(f"other{i}", randn(2, 2))] for i in range(7)}
     listed = misfits(Base(), many)
     assert listed.count("the base has no") == 5 and listed.endswith("; and 2 more")
@@ -335,6 +375,8 @@ def test_a_tied_weight(head):
     found = _match(base, {f"{HEAD}.weight": ends[f"model.{HEAD}.weight"], **whole_of(ends)}, "a")
     assert found.keys() == {f"raw.{EMBED}.weight"} | ({f"raw.{HEAD}.weight"} if head else set())
     assert all(torch.equal(update.value, value) for update in found.values())
+    found = _match(base, {f"{HEAD}.weight": ends[f"model.{HEAD}.weight"], **whole_of(ends), **whole(Q, 5, 4)}, "a")
+    assert f"raw.{Q}.weight" in found  # what comes after them
     assert misfits(base, whole_of(ends)).startswith(
         "embed_tokens shares its weight with the head, and only one is trained"
     )
@@ -362,7 +404,7 @@ def test_an_untied_embedding_is_one_of_its_own():
 def test_alike():
     A, B = randn(2, 4), randn(5, 2)
     one = LowRank("a", A, B, 3.0)
-    assert module._alike(one, LowRank("b", A.clone(), B.clone(), 3.0))
+    assert module._alike(one, LowRank("b", A.clone(), B.clone(), float("3")))
     others = LowRank("a", A, B, 2.0), LowRank("a", A + 1, B, 3.0), LowRank("a", A, B, 3.0, randn(5)), Whole("a", A)
     for other in others:
         assert not module._alike(one, other) and not module._alike(other, one)

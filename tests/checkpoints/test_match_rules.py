@@ -58,7 +58,7 @@ class Decoder:
     def sizes(self):
         for name, shape in self.shapes.items():
             if name.startswith("layers."):
-                yield name, name, torch.Size(shape).numel()
+                yield name, f"model.{name}", torch.Size(shape).numel()  # its canonical name, and the model's own
         for name, size in self.beside:  # in layers that the text model lacks
             yield None, name, size
 
@@ -218,6 +218,7 @@ def test_all_that_does_not_fit_is_listed():
     assert message.startswith("e and b do not match in 24 places: layers.0.mlp.up_proj.weight missing in the expert; ")
     assert "layers.0.self_attn.q_proj.weight is [8, 7] in the expert, [8, 8] in the base; layers.1" in message
     assert message.endswith("; and 4 more") and message.count(";") == 20
+    assert "layers.9.mlp" in message and "layers.10.mlp" not in message  # in the order of the layers
     expert.claims["layers.0.mlp.up_proj.weight"] = ["one", "two"]
     assert "layers.0.mlp.up_proj.weight claimed by one and two in the expert" in refused(expert, Source("b", depth=12))
 
@@ -271,7 +272,7 @@ def test_rows_belong_together_by_token():
     assert {role: row.tolist() for role, row in rows.items()} == {"expert": [3, 2], "base": [0, 4]}
     assert rows["base"].is_contiguous()
     assert found.rows_of("layers.0.self_attn.q_proj.weight", tensors) is None
-    assert Match({}, {}, {}, torch.tensor([[3, 9]])).rows_of("lm_head.weight", tensors)["base"].tolist() == [9]
+    assert Match({}, {}, {}, torch.tensor([[4, 8], [3, 9]])).rows_of("lm_head.weight", tensors)["base"].tolist() == [9]
     assert "the tokenizers of e and b have no token in common" in refused(
         Source("e", vocabulary={"q": 0}), base, modules=["embed"]
     )

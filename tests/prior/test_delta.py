@@ -25,6 +25,13 @@ def take(tensors, rows=None, rank=64, energy=None):
     return take_delta(dict(tensors), rows, rank, energy, 0, labels)
 
 
+def test_all_but_the_base_is_free_once_delta_is_there():
+    tensors = sources((6, 4), LABELS, torch.float32, 0)
+    base = tensors["base"]
+    take_delta(tensors, None, 2, None, 0, LABELS)
+    assert tensors == {"base": base}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=2),

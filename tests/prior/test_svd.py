@@ -60,6 +60,23 @@ def test_flatter_spectra_take_more_passes(monkeypatch):
     assert passes(low_rank) == 2 < passes(steep) < passes(flat) < 400 / (4 + svd.OVERSAMPLING)
 
 
+def test_when_little_is_left_to_find():
+    def converges(*gains, total=1000.0):
+        return svd._converged(torch.tensor(gains, dtype=torch.float64).cumsum(0).tolist(), total)
+
+    # The last gain was 1 of 100 in all: 1²/(before − 1) ≤ 4.5e-3·100 from a gain before of 3.22 on.
+    assert converges(60, 20, 15.77, 3.23, 1) and not converges(60, 20, 15.79, 3.21, 1)
+    assert converges(10, 0, 0) and not converges(10, 1, 0.9) and not converges(10, 1, 1) and not converges(10, 1)
+    assert converges(1 - svd.COMPLETE, total=1.0) and not converges(1 - 2 * svd.COMPLETE, total=1.0)
+
+
+def test_it_ends_where_the_blocks_span_everything(monkeypatch):
+    monkeypatch.setattr(svd, "_converged", lambda captured, total: False)
+    matrix = with_spectrum(140, 130, powers(130, 1 / 10))
+    S, _ = check(matrix, 16)  # four blocks of 32 columns, and one of 2
+    assert torch.allclose(S, torch.linalg.svdvals(matrix)[:16], rtol=1e-4)
+
+
 def test_no_copy_of_the_matrix_is_made():
     class Largest(TorchDispatchMode):
         entries = 0
@@ -137,6 +154,8 @@ def test_same_seed_same_result_and_any_seed_the_same_subspace():
     matrix = with_spectrum(200, 150, torch.arange(1, 151, dtype=torch.float64) ** -0.5)
     one, same, other = (truncated_svd(matrix, 4, seed=seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one[:3], same[:3], strict=True))
+    zero, default = truncated_svd(matrix, 4, seed=0), truncated_svd(matrix, 4)
+    assert all(torch.equal(a, b) for a, b in zip(zero[:3], default[:3], strict=True))
     assert not torch.equal(one[0], other[0])
     assert torch.allclose(one[0] * one[1] @ one[2], other[0] * other[1] @ other[2], atol=0.02)
 

@@ -194,6 +194,47 @@ def test_gradients_that_a_scaler_has_scaled(scale):
         bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
     for p, q in zip(model.trained(), scaled.trained(), strict=True):
         close(64 * p.grad, q.grad)
+    tensors, scaled = Tensors(settings(scale)), Tensors(settings(scale))
+    for p in scaled.trained():
+        p.grad *= 64
+    for each, loss_scale in ((tensors, None), (scaled, torch.tensor(64.0, dtype=torch.float64))):
+        bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
+    for p, q in zip(tensors.trained(), scaled.trained(), strict=True):
+        close(64 * p.grad, q.grad)
+
+
+def test_the_scale_that_an_optimizer_unscales_by_itself():
+    model = Layers(settings("absolute"))
+    expected = model.expected(0.7, "absolute", "residual", 0.1 * 64)[:2]
+    for p in model.trained():
+        p.grad *= 64
+    optimizer = Discarding(model.trained())  # which does not, so that its rate is 64 times as large
+    optimizer.grad_scale = torch.tensor(64.0, dtype=torch.float64)
+    optimizer.step()
+    for p, value in zip(model.trained(), expected, strict=False):
+        close(p, value)
+
+
+def test_settings_that_meet_in_one_step():
+    still, *models = Layers(settings("decoupled", "factors")), Layers(settings()), Layers(settings())
+    everything = [s for each in (still, *models) for s in each.steered]
+    groups = groups_of(everything, {id(p) for each in (still, *models) for p in each.trained()})
+    assert [group.config for group in groups] == [each.config for each in (still, *models)]
+    plain = [p.grad.clone() for p in still.trained()]
+    bias_gradients(groups)
+    assert all(torch.equal(p.grad, g) for p, g in zip(still.trained(), plain, strict=True))
+    assert not any(torch.equal(p.grad, g) for each in models for p, g in zip(each.trained(), plain, strict=True))
+    with pytest.warns(UserWarning, match="twice on the same gradients"):
+        bias_gradients(groups)
+    assert [each.config.repeated_steps for each in (still, *models)] == [0, 1, 1]
+
+
+def test_priors_of_different_ranks_go_through_apart():
+    model = Layers(settings("gradnorm"))
+    w = model.prior[1]
+    model.prior[1] = PriorWeight(w.U[:, :2], w.S[:2], w.Vh[:2], 1.0, 1.0, 0.9, 1.0, ())
+    model.steer(1)
+    assert_steps_as_the_oracle(model, "gradnorm", "residual")
 
 
 # After the step
@@ -220,8 +261,18 @@ def test_a_pull_is_undone_where_the_update_was():
     assert all(
         torch.equal(p.grad, q.grad) for p, q in zip(model.trained(), Layers(model.config).trained(), strict=True)
     )
+    expected = [value for oracle in model.oracles() for value in oracle.pulled(0.1, 0.7)]
     pull_parameters(groups, rates)
     assert not any(torch.equal(p, before[key]) for key, p in model.state_dict().items() if "lora" in key)
+    for p, value in zip(model.trained(), expected, strict=True):
+        close(p, value)
+
+
+def test_a_pull_on_tensors_is_undone_too():
+    model = Tensors(settings("decoupled", "factors"))
+    groups, before = groups_of(model.steered, {*map(id, model.trained())}), copy.deepcopy(model.state_dict())
+    pull_parameters(groups, dict.fromkeys(map(id, model.trained()), 0.1), torch.tensor(0.0))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_only_the_decoupled_scale_pulls():
@@ -372,7 +423,7 @@ def weighted(target="residual", scale="adaptive", **more):
 @pytest.mark.parametrize("target", ["residual", "delta"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_norms_of_the_weight_gradient(scale, target):
-    model = weighted(target, scale)
+    model = weighted(target, scale, count=2)
     expected = []
     for layer, oracle, G in zip(model.layers, [*model.oracles()], forward(model), strict=True):
         X, plain = oracle.weight_direction(target), [lora_factor(layer, f, "default").grad.clone() for f in "AB"]
@@ -398,12 +449,23 @@ def test_weight_norms_that_are_not_to_be_had():
     elsewhere = groups_of(model.steered, {*map(id, model.trained())}, Storage())
     with pytest.raises(RuntimeError, match="not available under FSDP and DeepSpeed"):
         bias_gradients(elsewhere)
-    several = weighted(others=["second"])
+    several = weighted(count=1, others=["second"])
     forward(several)
     with pytest.raises(RuntimeError, match="not available while several adapters are active"):
         step(several)
     with pytest.raises(RuntimeError, match=r"no backward pass through the adapter of layers\.0\.mlp\.up_proj"):
         step(weighted().grads())
+
+
+def test_weight_norms_beside_answers_that_are_kept(monkeypatch):
+    model = weighted()
+    forward(model)
+    monkeypatch.setattr(step_module, "is_kept", lambda groups: groups.keys() == {*map(id, model.trained())})
+    with pytest.raises(RuntimeError, match=r"does not see the gradient that keep\(\) adds: use drift_norm='factor'"):
+        step(model)
+    for s in model.steered:
+        s.release()
+    assert_steps_as_the_oracle(Layers(settings()), "adaptive", "residual")  # by the factors' own norms
 
 
 def test_taps_come_and_go():
@@ -412,7 +474,9 @@ def test_taps_come_and_go():
     def taps():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
-    assert taps() == 6
+    assert taps() == 6 and [s.capture.sketch for s in model.steered] == [None] * 3
+    sketched = Layers(settings(drift_norm="weight", drift_sketch=5), count=1)
+    assert sketched.steered[0].capture.sketch == 5
     model.steer(0)
     assert taps() == 6
     model.steered[1].release()
@@ -478,6 +542,18 @@ def test_tensors_in_every_mode(scale, target, size, elements, monkeypatch):
         close(p, value)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [(OUT, IN), (OUT,)])
+def test_tensors_near_their_goal_are_pulled_less(scale, size):
+    model = Tensors(settings(scale), size)
+    for p, W0, delta in zip(model.trained(), model.start, model.deltas, strict=True):
+        p.data = W0 + 0.7 * delta
+    expected = [*model.expected(0.7, scale, "residual", 0.1)]
+    step(model)
+    for p, value in zip(model.trained(), expected, strict=True):
+        close(p, value, 1e-7)
+
+
 @pytest.mark.parametrize("prior", ["prior", None])
 @pytest.mark.parametrize("size", [(OUT, IN), (OUT,)])
 def test_tensors_go_back_to_where_they_began(size, prior):
@@ -502,6 +578,11 @@ def test_batches_of_tensors(monkeypatch):
     monkeypatch.setattr(steered, "BATCH_ELEMENTS", 2 * OUT * IN)
     model = Tensors(settings(), count=3)
     assert [len(g.parameters["W"]) for g in groups_of(model.steered, {*map(id, model.trained())})] == [2, 1]
+    monkeypatch.setattr(steered, "BATCH_ELEMENTS", 1)
+    assert [len(g.parameters["W"]) for g in groups_of(model.steered, {*map(id, model.trained())})] == [1, 1, 1]
+    alone = Tensors(settings(), count=1)
+    assert len(groups_of(alone.steered, {*map(id, alone.trained())})) == 1
+    assert [(s.adapter, s.name) for s in model.steered] == [("default", f"layers.{i}.norm.weight") for i in range(3)]
 
 
 # What is measured
@@ -522,7 +603,7 @@ def test_what_the_last_step_saw():
         close(stack.norm[i], oracle.delta.norm(), 1e-5)
     assert Stack(model.steered, torch.device("cpu")).last_step() is None
     tensors = Tensors(settings("absolute", "delta"), (OUT,))
-    grads = [p.grad.clone() for p in tensors.trained()]
+    grads = [p.grad.mul_(0.01).clone() for p in tensors.trained()]
     step(tensors)
     cosines, ratios = tensors.steered[0].stack.last_step()
     for i, (g, D) in enumerate(zip(grads, tensors.deltas, strict=True)):
@@ -651,6 +732,10 @@ def test_adapters_whose_factors_are_not_what_peft_says():
     model.layers[0].r["default"] = 2
     with pytest.raises(RuntimeError, match="has rank 2 but 3 rows: prepare_model_for_compiled_hotswap pads it"):
         step(model)
+    stacked = Layers(settings())
+    for layer in stacked.layers:  # as of target_parameters, where each expert has rows of its own
+        layer.r["default"], layer.num_experts = 1, R
+    assert len(groups_of(stacked.steered, {*map(id, stacked.trained())})) == 1
     flat = Layers(settings())
     flat.layers[0].lora_A["default"].weight.data = torch.zeros(R * IN)
     with pytest.raises(RuntimeError, match="is flattened: guidance under FSDP1 is not available"):
@@ -681,6 +766,7 @@ def test_layers_of_an_adapter_or_of_the_active_ones():
     assert [*lora_layers(model)] == [(name, layer, "second")]
     assert [*lora_layers(model, "default")] == [(name, layer, "default")]
     assert [*lora_layers(model, "third")] == []
+    assert [*lora_layers(nn.ModuleDict({"model": model}))] == [(name, layer, "second")]  # whatever is around it
     inject_adapter_in_model(LoraConfig(r=R, target_modules=["other"]), model, "third")
     assert [*lora_layers(model, "third")] == [("other.weight", model.other, "third")]  # the model's own name
 
@@ -774,8 +860,9 @@ def test_an_engine_that_trains_nothing_of_ours(monkeypatch):
 
 
 @pytest.mark.parametrize(("reaches", "imported", "trains"), [(0, 1, 1), (1, 1, 1), (0, 0, 1), (0, 1, 0)])
-def test_copies_that_guidance_does_not_reach(reaches, imported, trains, monkeypatch):
-    model = Layers(settings())
+@pytest.mark.parametrize("kind", ["adapters", "tensors"])
+def test_copies_that_guidance_does_not_reach(reaches, imported, trains, kind, monkeypatch):
+    model = Layers(settings()) if kind == "adapters" else Tensors(settings(), count=3)
     theirs = {id(p) for p in model.trained()[2:]} if trains else set()
     answers = {"reaches": lambda: reaches, "imported": lambda: imported, "trains": lambda p: id(p) in theirs}
     monkeypatch.setattr(step_module, "deepspeed", SimpleNamespace(**answers))

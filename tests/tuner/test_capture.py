@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_batches import IN, OUT, R, close, randn, weighted
+from test_batches import IN, OUT, R, close, forward, randn, weighted
 
-from drift_peft.tuner.capture import _omega, weight_gradient
+from drift_peft.tuner.capture import Capture, _omega, weight_gradient
 from drift_peft.tuner.steered import lora_factor
 
 
@@ -41,14 +41,14 @@ def assert_measures(entry, layer, G=None, tolerance=1e-5):
 
 def test_passes_add_up_until_the_gradients_are_discarded():
     entry, layer = layer_of()
-    for discard in (lambda: layer.zero_grad(), lambda: layer.zero_grad(set_to_none=False), lambda: None):
-        backward(layer, 1)
-        backward(layer, 2)
+    for i, discard in enumerate((layer.zero_grad, lambda: layer.zero_grad(set_to_none=False), lambda: None)):
+        backward(layer, 2 * i)
+        backward(layer, 2 * i + 1)
         assert_measures(entry, layer)
         discard()
     entry.capture.stale = True  # a step took them
     layer.zero_grad()
-    backward(layer, 3)
+    backward(layer, 9)
     assert_measures(entry, layer)
     assert entry.capture.sums.dtype == torch.float32 and entry.capture.sums.shape == (OUT, IN + R)
 
@@ -73,6 +73,30 @@ def test_what_a_step_leaves_is_not_counted_again():
     backward(layer, 2)
     assert_measures(entry, layer)
     assert not torch.equal(layer.base_layer.weight.grad, before)
+
+
+def test_a_step_that_leaves_its_gradients_there_ends_its_sums():
+    entry, layer = layer_of()
+    backward(layer, 1)
+    entry.capture.stale = True
+    backward(layer, 2)
+    of_both_steps, (second, _) = entry.capture.sums, layer_of()
+    second.module.load_state_dict(layer.state_dict())
+    backward(second.module, 2)
+    assert torch.equal(of_both_steps, second.capture.sums)
+
+
+def test_several_layers_at_once():
+    """Each with a scaling of its own, and in a gradient that the step finds larger or smaller, or turned around."""
+    model = weighted(count=3)
+    dense, g_B = forward(model), [lora_factor(layer, "B", "default").grad for layer in model.layers]
+    factors = torch.tensor([0.01, 7.0, -1.0], dtype=torch.float64)
+    s = torch.tensor([layer.scaling["default"] for layer in model.layers], dtype=torch.float64)
+    captures = [entry.capture for entry in model.steered]
+    norm, inner = weight_gradient(captures, torch.stack(g_B) * factors[:, None, None], R, s)
+    deltas = [oracle.delta for oracle in model.oracles()]
+    close(norm, torch.stack([G.norm() for G in dense]) * factors.abs(), 1e-5)
+    close(inner, torch.stack([(G * D).sum() for G, D in zip(dense, deltas, strict=True)]) * factors, 1e-4)
 
 
 @pytest.mark.parametrize("factor", [3.0, 0.01, -2.0, 1e-30])
@@ -101,6 +125,13 @@ def test_without_any_gradient_there_is_none():
     assert norm.tolist() == inner.tolist() == [0.0]
 
 
+def test_where_lora_a_is_zero_nothing_can_be_said():
+    entry, layer = layer_of()
+    torch.nn.init.zeros_(lora_factor(layer, "A", "default"))
+    backward(layer, 1)
+    assert entry.capture.sums.any() and [x.tolist() for x in measured(entry, layer)] == [[0.0], [0.0]]
+
+
 def test_a_sketch_replaces_the_norm_alone():
     entry, layer = layer_of(sketch=2)
     backward(layer, 1)
@@ -110,7 +141,7 @@ def test_a_sketch_replaces_the_norm_alone():
     close(norm[0], (G @ omega).norm(), 1e-5)
     U, S, Vh = (entry.prior[key].double() for key in ("U", "S", "Vh"))
     close(inner[0], (G * (U * S @ Vh)).sum(), 1e-4)
-    assert entry.capture.sums.shape == (OUT, 2 + R)
+    assert entry.capture.sums.shape == (OUT, 2 + R) and entry.capture.sketch == 2
 
 
 def test_omega():
@@ -141,6 +172,18 @@ def test_evaluation_and_frozen_factors_leave_nothing():
         lora_factor(layer, factor, "default").requires_grad_(False)
     layer(randn(2, IN)).sum().backward()
     assert entry.capture.sums is None and entry.capture.x is None
+    x = randn(2, IN)
+    with torch.no_grad():
+        entry.capture.see_input(layer, (x,))
+    assert entry.capture.x is None  # not even until the output comes
+    entry.capture.see_input(layer, (x,))
+    assert entry.capture.see_output(layer, (x,), x) is None  # which stays as it is
+
+
+def test_one_that_never_listened_holds_nothing():
+    capture = Capture("name", lambda factor: None, {}, None)
+    capture.remove()
+    assert capture.x is None and capture.sums is None and capture.inner is None and capture.stale
 
 
 def test_a_copy_starts_sums_of_its_own():

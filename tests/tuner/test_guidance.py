@@ -37,11 +37,12 @@ def random_layer(out=7, in_=5, r=3, k=3, s=2.0, seed=0, others=(), dtype=torch.f
     return layer, (randn(r, in_), randn(out, r))
 
 
-def direction(layers, target, dtype=torch.float64):
+def direction(layers, target, dtype=torch.float64, dims=(-1,)):
     """The library's direction for a list of layers of one shape, as one batched call."""
 
     def batch(pick):
-        return torch.stack([torch.as_tensor(pick(layer), dtype=torch.float64) for layer in layers]).to(dtype)
+        stack = torch.stack([torch.as_tensor(pick(layer), dtype=torch.float64) for layer in layers]).to(dtype)
+        return stack.reshape((*dims, *stack.shape[1:]))
 
     A, B, s = (batch(lambda layer, name=name: getattr(layer, name)) for name in ("A", "B", "s"))
     prior = [batch(lambda layer, name=name: getattr(layer, name)) for name in ("U", "S", "Vh")]
@@ -156,6 +157,24 @@ def test_gram_norm_is_not_the_sum_of_squares():
     close(guidance.gram_norm(U.T, layer.S, Vh), exact)
 
 
+@pytest.mark.parametrize("dims", [(), (6,), (2, 3)])
+def test_what_a_direction_says_of_itself(dims):
+    """‖X‖, its share of ‖Δ_r‖, and where rounding begins; of residuals longer and shorter than Δ_r."""
+    layers = [random_layer(s=0.5 + i, seed=i)[0] for i in range(6 if dims else 1)]
+    for i, layer in enumerate(layers):
+        layer.B = layer.B * (0.1, 1.0)[i % 2]
+    for target in ("residual", "delta"):
+        found = direction(layers, target, dims=dims)
+        X = torch.tensor([norm(layer.weight_direction(target)) for layer in layers])
+        share = torch.tensor([layer.strength(1.0, "gradnorm", target) for layer in layers])
+        for factor, other in zip("AB", "BA", strict=True):
+            floor = [1e-6 * layer.s * x * norm(getattr(layer, other)) for layer, x in zip(layers, X, strict=True)]
+            close(getattr(found, f"floor_{factor}").flatten(), torch.tensor(floor), rtol=1e-6, atol=0)
+        close(found.norm.flatten(), X, rtol=1e-6)
+        close(torch.as_tensor(found.share).expand(dims).flatten(), share, rtol=1e-6)
+        assert found.norm.shape == dims
+
+
 @pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_share_goes_to_zero_with_the_residual(left, dtype):
@@ -188,6 +207,38 @@ def test_gradients_that_are_not_finite_stay_as_they_are(scale, value):
     g_A[0, 0] = value
     got_A, _ = bias([layer], [(g_A, g_B)], 0.7, scale, "residual", torch.float32)
     torch.testing.assert_close(got_A[0], g_A.float(), equal_nan=True)
+
+
+def test_each_gradient_of_a_batch_has_a_norm_of_its_own():
+    g = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    found = guidance.gradient_norm(g * torch.tensor([1e-36, 1.0, 1e30, 0.0])[:, None, None])
+    close(found[:3] / torch.tensor([1e-36, 1.0, 1e30]), guidance.norm(g[:3]), rtol=1e-5)
+    assert found[3] == 0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_a_spectrum_keeps_its_order_and_its_norm(power):
+    S = torch.tensor([[4.0, 2.0, 0.5, 0.0], [9.0, 0.9, 0.1, 0.01]], dtype=torch.float64)
+    found = guidance.spectrum(S, power)
+    close(found.norm(dim=1), S.norm(dim=1))
+    close(found[:, :3] / found[:, :1], (S[:, :3] / S[:, :1]) ** power)
+    close(guidance.spectrum(S[0], power), found[0])
+    assert found[0, 3] == 0 < found[1, 3]  # what is not there is not made, whatever the power
+
+
+def test_a_cosine_is_never_beyond_one_and_zero_of_nothing():
+    zero, one, much = torch.tensor([0.0, 1.0, 1.0 + 1e-6], dtype=torch.float64)
+    assert guidance.cosine(one, one, much) == 1 and guidance.cosine(one, one, -much) == -1
+    assert guidance.cosine(2 * one, 4 * one, one) == 1 / 8
+    assert all(guidance.cosine(g, D, zero) == 0 for g, D in ((zero, one), (one, zero), (zero, zero)))
+
+
+def test_a_direction_at_its_floor_is_none():
+    one = torch.ones(2, dtype=torch.float64)
+    floor = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    assert guidance.multiplier(one, one, one, floor, 1.0, 0.7, "gradnorm").tolist() == [0.7, 0.0]
+    share = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    assert guidance.multiplier(one, one, one, 0.0, share, 1.0, "adaptive").tolist() == [0.5, 0.25]
 
 
 @prop

@@ -11,6 +11,7 @@ Nothing here knows of priors or of training.
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
     peft_names   how PEFT rewrites names for transformers 5
+    peft_version what older versions of PEFT do wrong, refused by name
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
@@ -60,6 +61,7 @@ from .naming import (
 )
 from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
 from .peft_names import convert_peft_config_for_transformers
+from .peft_version import needs_peft
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
@@ -119,6 +121,7 @@ __all__ = [
     "lora_variants",
     "match_weights",
     "module_kind",
+    "needs_peft",
     "only_writer",
     "open_expert",
     "partial_folder",

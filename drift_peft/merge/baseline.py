@@ -38,6 +38,7 @@ from ..checkpoints import (
     Checkpoint,
     block_rows,
     match_weights,
+    needs_peft,
     open_expert,
     replaced_when_complete,
     warn_of_other_rotations,
@@ -162,6 +163,8 @@ def merge_baseline(
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
     recipe = METHODS[method]
+    if recipe.merge in (dare_linear, dare_ties):
+        needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
     given = [source for source in (expert, base, reference) if source is not None]
     if exist_ok and overwrite:
         raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")

@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 
 import pytest
 import torch
+from older import skip_what_loads_processors
 from pairs import Pair, make_pair
 from tiny import save_layout, tiny_llm
 
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes long: make test-slow"))
 
 
+skip_what_loads_processors()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 
 

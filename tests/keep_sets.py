@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from older import needs_processors
 from PIL import Image
 from tiny import save_layout, tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
@@ -15,7 +14,6 @@ SETTINGS = {"samples": 20, "max_new_tokens": 8, "top_k": 5, "batch_size": 4, "pr
 
 
 def save_folder(folder, family, pictures=7):
-    needs_processors()
     base = tiny_vlm(family)
     base.get_output_embeddings().weight.data *= 10  # surer of its answers than random weights are
     save_layout(base, folder / "base")

@@ -17,9 +17,7 @@ from transformers.utils import is_torchvision_available
 def needs(package, version: str, lack: str):
     """The mark of a test that an older version of the package cannot pass."""
     installed = package.__version__
-    return pytest.mark.skipif(
-        Version(installed) < Version(version), reason=f"{package.__name__} {installed} {lack}"
-    )
+    return pytest.mark.skipif(Version(installed) < Version(version), reason=f"{package.__name__} {installed} {lack}")
 
 
 FREES_FILES = hasattr(huggingface_hub.HFCacheInfo, "delete_files")
@@ -36,7 +34,14 @@ saves_biases = needs(peft, "0.21", 'saves no biases with bias="lora_only"')
 ties_weights = needs(peft, "0.19", "ties embedding and head in modules_to_save alone")
 scales_what_dare_keeps = needs(peft, "0.19", "does not divide by dare's density")
 
-TRANSFORMERS_LOADS = Version(peft.__version__) >= Version("0.18.2")
+knows_torchao = needs(peft, "0.19", "does not know the tensors of today's torchao")
+weighs_alone = needs(peft, "0.19", "approximates an adapter that is weighted alone")
+weighs_by_svd = needs(peft, "0.19", "does not save what it combines by svd")
+deletes_saved_modules = needs(peft, "0.19", "does not delete the active adapter with its modules to save")
+transformers_takes_it = needs(peft, "0.18.2", "is refused by transformers itself")
+tells_adapters_apart = needs(peft, "0.21", "saves an adapter whose name holds this one's as well")
+trains_what_was_swapped = needs(peft, "0.21", "freezes an adapter that is swapped in")
+FORGETS_CONFIG = Version(peft.__version__) >= Version("0.19")  # when an adapter is merged and unloaded
 VARIANTS = {"kasa_config", "monteclora_config", "use_bdlora", "arrow_config", "velora_config"}
 
 
@@ -69,7 +74,12 @@ def known_type(*types: str):
     return pytest.mark.skipif(bool(lacking), reason=reason)
 
 
-def needs_processors() -> None:
-    """Skip what loads the processor of a VLM, which transformers before 5.18 cannot without torchvision."""
-    if Version(transformers.__version__) < Version("5.18") and not is_torchvision_available():
-        pytest.skip(f"transformers {transformers.__version__} loads no processor of images without torchvision")
+LOADS_PROCESSORS = Version(transformers.__version__) >= Version("5.18") or is_torchvision_available()
+NO_PROCESSORS = f"transformers {transformers.__version__} loads no processor of images without torchvision"
+loads_processors = pytest.mark.skipif(not LOADS_PROCESSORS, reason=NO_PROCESSORS)
+
+
+def skip_what_loads_processors() -> None:
+    """In this process, wherever a test does it; one whose own processes do it is marked `loads_processors`."""
+    if not LOADS_PROCESSORS:
+        transformers.AutoProcessor.from_pretrained = lambda *_, **__: pytest.skip(NO_PROCESSORS)

@@ -8,7 +8,6 @@ import json
 
 import numpy as np
 import transformers as tf
-from older import needs_processors
 from PIL import Image
 from tiny import save_layout, tiny_expert, tiny_vlm
 from tokenizers import Tokenizer
@@ -125,7 +124,6 @@ PROCESSORS = {  # family -> (what makes its processor, how its chat template wri
 
 def save_pair(folder, family, rows=40):
     """Write `base` and `expert` of a family into the folder; the tokenizer has that many of the model's 64 rows."""
-    needs_processors()
     base = tiny_vlm(family)
     save_layout(base, folder / "base")
     save_layout(tiny_expert(family, base)[0], folder / "expert")

@@ -195,6 +195,7 @@ def swap_decoder(vlm, expert, family):
     ours.norm.load_state_dict(theirs.norm.state_dict())
 
 
+@scales_what_dare_keeps
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_else_stays_as_it_is(trios, tmp_path, family):
     base = trios[family] / "base"
@@ -278,6 +279,7 @@ def test_the_reference_cancels_out_of_weights_that_add_up_to_one(trios, tmp_path
         torch.testing.assert_close(tensor, tensors(same.output)[key], atol=1e-6, rtol=1e-5)
 
 
+@scales_what_dare_keeps
 def test_with_one_task_vector_and_all_entries_every_method_is_task_arithmetic(trios, tmp_path):
     folder = trios["llama"]
     expected = tensors(merge(folder, output=tmp_path / "merged", scale=0.6).output)
@@ -346,6 +348,7 @@ def test_dare_keeps_the_expectation(method):
 # The random choice
 
 
+@scales_what_dare_keeps
 def test_the_seed_decides(trios, tmp_path):
     folder, state = trios["llama"], torch.get_rng_state()
     first = merge(folder, "dare_ties", tmp_path / "first", scale=0.5)
@@ -467,7 +470,9 @@ def test_refused(trio, case, monkeypatch):
 
 def test_dare_is_refused_where_peft_does_not_divide_by_the_density(trio, monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.18.1")
-    message = r"^method 'dare_ties' needs PEFT 0\.19 or newer, since PEFT 0\.18\.1 does not divide .* merge by 'ties'\.$"
+    message = (
+        r"^method 'dare_ties' needs PEFT 0\.19 or newer, since PEFT 0\.18\.1 does not divide .* merge by 'ties'\.$"
+    )
     with pytest.raises(ValueError, match=message):
         merge(trio, "dare_ties", reference=trio / "reference")
 
@@ -514,6 +519,7 @@ def test_an_existing_output_is_replaced_only_when_asked(trio):
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 
 
+@scales_what_dare_keeps
 def test_the_command_line(trio, capsys):
     where = "--expert", trio / "expert", "--base", trio / "base", "-o", trio / "merged"
     status, out, _ = run(capsys, "merge-baseline", "--method", "ties", *where, "--scale", "0.5", "--json")
@@ -533,6 +539,7 @@ def test_the_command_line(trio, capsys):
 # An existing output
 
 
+@scales_what_dare_keeps
 def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
     """Whatever the method; any other is refused and stays as it is."""
     sources = trio / "expert", trio / "base"

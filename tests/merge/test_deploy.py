@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from older import loads_processors
 from safetensors.torch import load_file
 from test_merge import load, logits, merge, save_adapter
 from tiny_vlm import save_pair
@@ -30,6 +31,7 @@ def merged(tmp_path_factory):
     return folders
 
 
+@loads_processors
 def test_plain_transformers_loads_it(merged, tmp_path):
     """In one process for all families: most of its time goes into importing torch and transformers."""
     script = """

@@ -204,7 +204,11 @@ def test_two_modules_in_one_place_are_refused(vlms, tmp_path):
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "lm_head.weight as it was trained itself"),
-        known({"bias": "lora_only"}, {"bias": "lora_only"}, r"q_proj.bias as it was trained itself \(modules_to_save, bias"),
+        known(
+            {"bias": "lora_only"},
+            {"bias": "lora_only"},
+            r"q_proj.bias as it was trained itself \(modules_to_save, bias",
+        ),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.weight, whose rows are tokens"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.weight, whose rows are tokens"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),

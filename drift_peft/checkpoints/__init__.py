@@ -11,7 +11,7 @@ Nothing here knows of priors or of training.
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
     peft_names   how PEFT rewrites names for transformers 5
-    peft_version what older versions of PEFT do wrong, refused by name
+    versions     what older versions of PEFT do wrong, refused by name
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
@@ -61,7 +61,6 @@ from .naming import (
 )
 from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
 from .peft_names import convert_peft_config_for_transformers
-from .peft_version import needs_peft
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
@@ -69,6 +68,7 @@ from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, 
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
+from .versions import needs_peft
 from .vllm import export_for_vllm
 from .watch import Watch
 

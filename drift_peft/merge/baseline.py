@@ -148,9 +148,9 @@ def merge_baseline(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: an argument is out of range or has no meaning for the method, a checkpoint is no full-precision
-            model, weights do not match or are not finite, the expert has nothing in common with the base (see `force`),
-            a model was written to meanwhile, or nothing changed.
+        ValueError: an argument is out of range or has no meaning for the method, PEFT is too old for dare, a
+            checkpoint is no full-precision model, weights do not match or are not finite, the expert has nothing in
+            common with the base (see `force`), a model was written to meanwhile, or nothing changed.
         OSError: a checkpoint is not found, or the output exists or cannot be written.
 
     Example:

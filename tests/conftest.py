@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 import jinja2
 import pytest
 import torch
+from older import skip_what_loads_processors
 from pairs import Pair, make_pair
 from tiny import save_layout, tiny_llm
 
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 jinja2.Template = cache(jinja2.Template)  # of the cards, which huggingface_hub would compile anew for every adapter
+skip_what_loads_processors()
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 
 

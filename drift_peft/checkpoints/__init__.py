@@ -11,6 +11,7 @@ Nothing here knows of priors or of training.
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
     peft_names   how PEFT rewrites names for transformers 5
+    versions     what older versions of PEFT do wrong, refused by name
     targets      PEFT's target_modules for exactly these
     conversion   a file's names and tensors as transformers has them in memory
     match        which weights of two checkpoints belong together
@@ -67,6 +68,7 @@ from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, 
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
+from .versions import needs_peft
 from .vllm import export_for_vllm
 from .watch import Watch
 
@@ -119,6 +121,7 @@ __all__ = [
     "lora_variants",
     "match_weights",
     "module_kind",
+    "needs_peft",
     "only_writer",
     "open_expert",
     "partial_folder",

@@ -135,10 +135,20 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
 
     Raises:
         FileNotFoundError: the folder lacks the adapter's weights.
-        ValueError: the adapter has a part that cannot be merged, by name; or not each of its modules finds one tensor
-            of its shape: all that do not are listed.
+        ValueError: the adapter has a part that cannot be merged, by name, or lacks biases that it trained; or not each
+            of its modules finds one tensor of its shape: all that do not are listed.
     """
-    return _match(checkpoint, read_updates(folder), source)
+    adapter = read_updates(folder)
+    updates = _match(checkpoint, adapter, source)
+    biases = {f"{update.module}.bias" for found in adapter.values() for update in found}
+    if _read_config(folder).bias == "lora_only" and not biases & adapter.keys():
+        find = _finder(checkpoint)
+        if lost := sorted(name for name in biases if find(name)[1]):
+            raise ValueError(
+                f"adapter {source} was trained with bias='lora_only' and lacks {lost[0]}, since PEFT before 0.21 does "
+                "not save such biases: train it again with a newer one, or with bias='all'"
+            )
+    return updates
 
 
 def recorded_base(folder: Path) -> str | None:
@@ -298,7 +308,7 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str
         ((canonical, update),) = ends.items()
         problems.append(
             f"{update.module} shares its weight with {TIED[canonical]}, and only one is trained, which "
-            "ensure_weight_tying=True would have trained as one"
+            "ensure_weight_tying=True of PEFT 0.19 or newer would have trained as one"
         )
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -38,6 +38,7 @@ from ..checkpoints import (
     Checkpoint,
     block_rows,
     match_weights,
+    needs_peft,
     open_expert,
     replaced_when_complete,
     warn_of_other_rotations,
@@ -147,9 +148,9 @@ def merge_baseline(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: an argument is out of range or has no meaning for the method, a checkpoint is no full-precision
-            model, weights do not match or are not finite, the expert has nothing in common with the base (see `force`),
-            a model was written to meanwhile, or nothing changed.
+        ValueError: an argument is out of range or has no meaning for the method, PEFT is too old for dare, a
+            checkpoint is no full-precision model, weights do not match or are not finite, the expert has nothing in
+            common with the base (see `force`), a model was written to meanwhile, or nothing changed.
         OSError: a checkpoint is not found, or the output exists or cannot be written.
 
     Example:
@@ -162,6 +163,8 @@ def merge_baseline(
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
     recipe = METHODS[method]
+    if recipe.merge in (dare_linear, dare_ties):
+        needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
     given = [source for source in (expert, base, reference) if source is not None]
     if exist_ok and overwrite:
         raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")

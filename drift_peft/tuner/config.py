@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
-from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, read_json
+from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json
 from .card import update_card
 from .described import documented
 from .settings import DriftSettings, check_settings, is_rank
@@ -104,6 +104,8 @@ class DriftConfig(DriftSettings, LoraConfig):
                 f"{refused[0]} changes how an adapter acts on the weight, so the guidance of plain LoRA would be "
                 f"wrong for it: leave out {' and '.join(refused)}."
             )
+        if self.bias == "lora_only" and not self.inference_mode:
+            needs_peft((0, 21), "bias='lora_only'", "does not save the biases that it trains", "take bias='all'")
         if self.drift_target == "factors" and min([self.lora_alpha, *self.alpha_pattern.values()]) <= 0:
             raise ValueError(
                 "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from every_type import TYPES, tiny_base, tiny_text_expert
+from older import known_type, known_types
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, rename_keys, save_layout
 from torch import nn
@@ -45,7 +46,7 @@ def mixes_tokens(module):
     return bool(asked & {*inspect.signature(module.forward).parameters})
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", known_types(KINDS))
 def test_names_say_what_the_modules_do(model_type):
     """attn is what mixes tokens, and mlp what acts on one: asked of the modules, as names could lie."""
     decoder = Decoder(tiny_base(model_type))
@@ -56,7 +57,7 @@ def test_names_say_what_the_modules_do(model_type):
         assert module_kind(canonical) == ("attn" if any(map(mixes_tokens, above)) else "mlp"), name
 
 
-@pytest.mark.parametrize("model_type", [*KINDS, *README])
+@pytest.mark.parametrize("model_type", known_types([*KINDS, *README]))
 def test_files_are_read_as_transformers_reads_them(model_type, tmp_path):
     base = tiny_base(model_type)
     expert, delta = tiny_text_expert(base)
@@ -76,7 +77,10 @@ def test_files_are_read_as_transformers_reads_them(model_type, tmp_path):
             assert torch.equal(checkpoint.tensor(key), state[name])
 
 
-@pytest.mark.parametrize("model_type", ["inkling_mm_model", "minimax_m3_vl", "mistral_large4", "kimi_k25", "qwen3_5"])
+WRITTEN = ["inkling_mm_model", "minimax_m3_vl", "mistral_large4", "kimi_k25", "qwen3_5"]
+
+
+@pytest.mark.parametrize("model_type", known_types(WRITTEN))
 def test_what_is_written_is_read_as_what_was_meant(model_type, tmp_path):
     """Tensors that transformers splits, fuses or permutes are put back into the form that the file has."""
     base = tiny_base(model_type)
@@ -92,6 +96,7 @@ def test_what_is_written_is_read_as_what_was_meant(model_type, tmp_path):
         assert torch.equal(merged[name], 2 * value if name in doubled else value), name
 
 
+@known_type("inkling_mm_model")
 def test_what_cannot_be_written_back_is_refused(tmp_path, monkeypatch):
     base = tiny_base("inkling_mm_model")
     base.save_pretrained(tmp_path / "base")
@@ -218,6 +223,7 @@ def test_keys_of_other_versions_are_found(tmp_path):
 
 
 @pytest.mark.slow
+@known_type(*KINDS)
 def test_the_sweep_over_types_goes_the_whole_way():
     script = Path(__file__).parents[2] / "benchmarks" / "families.py"
     types = ["gemma3n", "deepseek_ocr2", "llava"]

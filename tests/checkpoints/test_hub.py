@@ -19,7 +19,7 @@ import pytest
 import torch
 from hub import Hub
 from huggingface_hub import DeleteCacheStrategy, constants, hf_hub_download
-from older import FREES_FILES, leaves_nothing
+from older import CANNOT_FREE, FREES_FILES, leaves_nothing
 from test_checkpoint import Malicious, save_four_bit, save_tokenizer, to_bin
 from tiny import save_layout, tiny_llm
 
@@ -157,7 +157,7 @@ def test_a_cached_repository_needs_no_network(hub, llm, monkeypatch, how, listed
 @pytest.fixture
 def record(tmp_path):
     if not FREES_FILES:
-        pytest.skip(f"huggingface_hub {huggingface_hub.__version__} cannot free single files")
+        pytest.skip(CANNOT_FREE)
     return tmp_path / "downloads.json"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from older import loads_processors
 from processes import run_program
 from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
 
@@ -91,6 +92,7 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
     assert is_right(read, "1+1") and not is_right(read, "1+1+")
 
 
+@loads_processors
 def test_the_checkpoints_need_nothing_but_transformers(tmp_path):
     code = f"""
 import sys

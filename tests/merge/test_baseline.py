@@ -6,11 +6,13 @@ import shutil
 import warnings
 from unittest.mock import patch
 
+import peft
 import pytest
 import torch
 from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from older import scales_what_dare_keeps
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,9 @@ FAMILIES = ("qwen2_5_vl", "llava_next", "idefics2", "mllama", "llama")
 CROSS = {"mllama": (1, 3)}
 IDS = torch.arange(7, 27).reshape(2, 10)
 Q = "layers.0.self_attn.q_proj.weight"
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=scales_what_dare_keeps if "dare" in name else ()) for name in METHODS]
+)
 
 
 def disturb(model, seed, share=0.3):
@@ -120,7 +125,7 @@ def error(found, expected):
 # What is merged
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_formula(trios, tmp_path, monkeypatch, family, method):
     monkeypatch.setattr(drift_peft.checkpoints.update, "BLOCK", 3000)  # several blocks of rows a weight
@@ -152,7 +157,7 @@ def test_the_formula(trios, tmp_path, monkeypatch, family, method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize("reference", [None, "reference"])
 def test_one_scaled_task_vector(trios, tmp_path, method, reference):
     folder = trios["llama"]
@@ -190,6 +195,7 @@ def swap_decoder(vlm, expert, family):
     ours.norm.load_state_dict(theirs.norm.state_dict())
 
 
+@scales_what_dare_keeps
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_else_stays_as_it_is(trios, tmp_path, family):
     base = trios[family] / "base"
@@ -273,6 +279,7 @@ def test_the_reference_cancels_out_of_weights_that_add_up_to_one(trios, tmp_path
         torch.testing.assert_close(tensor, tensors(same.output)[key], atol=1e-6, rtol=1e-5)
 
 
+@scales_what_dare_keeps
 def test_with_one_task_vector_and_all_entries_every_method_is_task_arithmetic(trios, tmp_path):
     folder = trios["llama"]
     expected = tensors(merge(folder, output=tmp_path / "merged", scale=0.6).output)
@@ -288,7 +295,7 @@ shapes = st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 12), 
 numbers = st.floats(-2, 2, width=32)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(shapes, st.tuples(numbers, numbers), st.floats(0.05, 1), st.integers(1, 2), st.data())
 def test_merge_of_one_weight(method, shape, weights, density, count, data):
@@ -324,6 +331,7 @@ def test_ties_where_all_agree_is_the_mean():
     torch.testing.assert_close(merged, R + (1.6 + 2 * 0.2) / 2 * step)
 
 
+@scales_what_dare_keeps
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_keeps_the_expectation(method):
     generator = torch.Generator().manual_seed(0)
@@ -340,6 +348,7 @@ def test_dare_keeps_the_expectation(method):
 # The random choice
 
 
+@scales_what_dare_keeps
 def test_the_seed_decides(trios, tmp_path):
     folder, state = trios["llama"], torch.get_rng_state()
     first = merge(folder, "dare_ties", tmp_path / "first", scale=0.5)
@@ -459,6 +468,15 @@ def test_refused(trio, case, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in trio.rglob("*") if file != trio} == before
 
 
+def test_dare_is_refused_where_peft_does_not_divide_by_the_density(trio, monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    message = (
+        r"^method 'dare_ties' needs PEFT 0\.19 or newer, since PEFT 0\.18\.1 does not divide .* merge by 'ties'\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        merge(trio, "dare_ties", reference=trio / "reference")
+
+
 def test_a_reference_must_be_related_too(trio):
     shutil.rmtree(trio / "reference")
     save_layout(tiny_llm("llava", seed=9), trio / "reference")
@@ -501,6 +519,7 @@ def test_an_existing_output_is_replaced_only_when_asked(trio):
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 
 
+@scales_what_dare_keeps
 def test_the_command_line(trio, capsys):
     where = "--expert", trio / "expert", "--base", trio / "base", "-o", trio / "merged"
     status, out, _ = run(capsys, "merge-baseline", "--method", "ties", *where, "--scale", "0.5", "--json")
@@ -520,6 +539,7 @@ def test_the_command_line(trio, capsys):
 # An existing output
 
 
+@scales_what_dare_keeps
 def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
     """Whatever the method; any other is refused and stays as it is."""
     sources = trio / "expert", trio / "base"

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from older import loads_processors
 from processes import run_program
 from safetensors.torch import load_file
 from test_merge import load, logits, merge, save_adapter
@@ -29,6 +30,7 @@ def merged(tmp_path_factory):
     return folders
 
 
+@loads_processors
 def test_plain_transformers_loads_it(merged, tmp_path):
     """In one process for all families: most of its time goes into importing torch and transformers."""
     script = """

@@ -1,12 +1,14 @@
 """merge_adapter with every kind of LoRA adapter: the folder is what PEFT's own merge in memory makes of the base."""
 
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
+from older import known, ties_weights
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merge import IDS, edit_weights, load, merge
 from tiny import edit_config, edit_tensors, rename_keys, save_layout, save_tokenizer, tiny_llm, tiny_vlm
 
@@ -59,7 +61,7 @@ def assert_same_model(found, expected):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", TEXT)
+@pytest.mark.parametrize("case", [known(case, settings) for case, settings in TEXT.items()])
 def test_adapters_of_a_text_model(tmp_path, case):
     def model():
         return tiny_llm("llava", **BIASED)
@@ -73,12 +75,25 @@ def test_adapters_of_a_text_model(tmp_path, case):
 
 
 @pytest.mark.parametrize("layout", ["hub", "memory"])
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", [known(family, settings) for family, settings in VISION.items()])
 def test_adapters_on_the_vision_tower(tmp_path, family, layout):
     save_layout(tiny_vlm(family), tmp_path / "base", layout)
     expected = trained(tmp_path / "adapter", tiny_vlm(family), **VISION[family])
     merge(tmp_path)
     assert_same_model(load(tmp_path / "merged", family), expected.merge_and_unload())
+
+
+def test_biases_that_were_not_saved_are_missed(tmp_path):
+    """PEFT before 0.21 trains them with bias="lora_only", and saves none."""
+    save_layout(tiny_llm("llava", **BIASED), tmp_path / "base")
+    trained(tmp_path / "adapter", tiny_llm("llava", **BIASED), bias="lora_only", target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if not name.endswith("bias")}, file)
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.self_attn\.q_proj\.bias, since PEFT before 0\.21"):
+        merge(tmp_path)
+    shutil.rmtree(tmp_path / "base")
+    save_layout(tiny_llm("llava"), tmp_path / "base")  # which has none that could have been trained
+    assert merge(tmp_path).modules == 2
 
 
 def test_trained_tokens_bring_their_tokenizer(tmp_path):
@@ -113,7 +128,7 @@ TIED = {
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])
-@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=ties_weights if case != "saved" else ()) for case in TIED])
 def test_a_tied_weight_that_is_trained_as_one(tmp_path, case, stored_twice):
     """PEFT's ensure_weight_tying keeps both ends alike, and writes both."""
     save_layout(tiny_llm("llava", tie_word_embeddings=True), tmp_path / "base")

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from older import loads_processors
 
 import drift_peft.demo
 
@@ -46,6 +47,7 @@ def output(cells, word):
     return last["data"] if "data" in last else "".join(printed)
 
 
+@loads_processors
 def test_every_step_leaves_what_the_next_one_needs(ran):
     folder, cells = ran
     assert {path.name for path in folder.iterdir()} >= {"expert", "prior.safetensors", "keep.safetensors", "adapter"}

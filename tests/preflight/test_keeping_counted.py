@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 import yaml
 from command import run
+from older import loads_processors
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from sft_vlm import not_quantized
@@ -92,7 +93,9 @@ def test_memory_is_that_of_a_real_pass(vocabulary, moment, tmp_path):
     assert counted[1] - counted[0] == 4 * sum(p.numel() for p in parameters)
 
 
-@pytest.mark.parametrize("family", PROCESSORS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=loads_processors if name == "internvl" else ()) for name in PROCESSORS]
+)
 def test_tokens_are_those_that_the_processor_makes(family):
     """Of one image, beside a question and the longest answer."""
     made = (FAMILIES | MIXED)[family][0]()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub import Hub
+from older import frees_files
 from processes import CONTEXT
 from tiny import edit_config, save_layout, tiny_llm
 
@@ -327,6 +328,7 @@ def test_network_loss(pair, hub, monkeypatch):
     assert not set(before) & set(fetched[len(before) :]) - {third}  # what came is not fetched again
 
 
+@frees_files
 def test_shards_are_freed_as_they_are_used_up(pair, hub, monkeypatch):
     hub.add("org/expert", pair / "expert")
     hub.add("org/base", pair / "vlm")

@@ -9,6 +9,7 @@ import torch
 from dense_prior import dense_prior, stored
 from hub import Hub
 from huggingface_hub import ModelCard
+from older import rewrites_targets
 from pairs import load
 from peft import PeftConfig, PeftModel
 from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
@@ -251,6 +252,7 @@ def test_what_a_lora_adapter_cannot_hold(tmp_path):
         vectors.as_lora(1, tmp_path / "none")
 
 
+@rewrites_targets
 def test_what_peft_cannot_adapt_is_left_out(tmp_path):
     """Of mixtures whose first layers are dense, PEFT takes the projections there for experts."""
     base = tiny_vlm("glm4v_moe")

@@ -13,6 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import yaml
+from older import loads_processors
 from parts.frontier import Measured, choose, draw, frontier
 from parts.intervals import interval
 from parts.search import search
@@ -201,6 +202,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_ends_in_one_recipe(
         compare.main([*map(str, flags), "--steps", "2"])
 
 
+@loads_processors
 def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
     """The prior and the keep set that the recipe names, and the expert's answers; then an adapter like the others."""
     digits_pair.main([str(tmp_path / "d"), "--size", "1"])

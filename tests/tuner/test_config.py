@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import peft
 import pytest
 from older import known, variant
 from peft import LoraConfig, PeftConfig, PeftType
@@ -111,6 +112,14 @@ def test_refusals(settings, message):
 def test_unknown_key_names_the_nearest(key, near):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{key}'; did you mean '{near}'\\?"):
         config(**{key: 1})
+
+
+def test_biases_that_peft_would_not_save_are_refused(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.20.0")
+    message = r"^bias='lora_only' needs PEFT 0\.21 or newer, since PEFT 0\.20\.0 does not save .* or take bias='all'\.$"
+    with pytest.raises(ValueError, match=message):
+        config(bias="lora_only")
+    assert config(bias="lora_only", inference_mode=True).bias == "lora_only"
 
 
 def test_unknown_key_without_a_near_one():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from older import transformers_takes_it
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -77,7 +78,9 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("how", PLAIN)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=transformers_takes_it if how == "transformers" else ()) for how in PLAIN]
+)
 def test_training_that_would_be_plain_is_said(pair, trained, how):
     with pytest.warns(
         UserWarning, match=r"checkpoint-1' was trained with guidance, and without its DriftConfig .* plain"
@@ -85,6 +88,7 @@ def test_training_that_would_be_plain_is_said(pair, trained, how):
         PLAIN[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
 
 
+@transformers_takes_it
 def test_nothing_is_said_where_nothing_is_wrong(pair, trained, tmp_path):
     def base():
         return copy.deepcopy(pair.base)

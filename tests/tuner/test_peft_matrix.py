@@ -12,6 +12,16 @@ import torch
 import transformers
 from dense_prior import dense_prior
 from hub import Hub
+from older import (
+    FORGETS_CONFIG,
+    deletes_saved_modules,
+    known,
+    tells_adapters_apart,
+    trains_what_was_swapped,
+    transformers_takes_it,
+    weighs_alone,
+    weighs_by_svd,
+)
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -61,7 +71,7 @@ CASES = {  # -> family, settings beside SETTINGS
     "another start": ("llava", {"init_lora_weights": "gaussian", "lora_dropout": 0.1}),
 }
 SETTINGS = {"r": 4, "lora_alpha": 6}
-every_case = pytest.mark.parametrize("case", CASES)
+every_case = pytest.mark.parametrize("case", [known(case, settings) for case, (_, settings) in CASES.items()])
 some_cases = pytest.mark.parametrize("case", ["plain", "decoupled", "another start"])  # of each family one
 
 
@@ -224,6 +234,7 @@ def test_adapter_model_bin(at, tmp_path):
     assert "adapter_model.bin" in files(tmp_path) and at.same(at.stock(tmp_path), model)
 
 
+@tells_adapters_apart
 @several_adapters
 def test_selected_adapters(at, tmp_path):
     """Though the names of some hold the names of others."""
@@ -298,7 +309,8 @@ def test_merging(at):
     assert telemetry(at.train(model))["guided_steps"] == 4
 
     merged = merged.merge_and_unload(safe_merge=True)
-    assert not any(isinstance(m, BaseTunerLayer) for m in merged.modules()) and not hasattr(merged, "peft_config")
+    assert not any(isinstance(m, BaseTunerLayer) for m in merged.modules())
+    assert hasattr(merged, "peft_config") != FORGETS_CONFIG
     assert {n: p.shape for n, p in merged.state_dict().items()} == {
         n: p.shape for n, p in at.base().state_dict().items()
     }
@@ -347,7 +359,10 @@ def test_unloading(at):
 # Several adapters
 
 
-@several_adapters
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=deletes_saved_modules if c == "head and norm" else ()) for c in CASES if c != "biases"],
+)
 def test_adapters_come_and_go(at):
     base, model = at.base(), at.trained()
     first, steered = at.logits(model), steering(model)
@@ -371,7 +386,7 @@ def test_adapters_come_and_go(at):
     assert torch.equal(at.logits(model.base_model), at.logits(base))
 
 
-@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "dare_ties"])
+@pytest.mark.parametrize("kind", ["linear", "cat", pytest.param("svd", marks=weighs_by_svd), "dare_ties"])
 @pytest.mark.parametrize("case", ["plain", "decoupled"])
 def test_a_weighted_adapter_is_plain_lora(at, tmp_path, kind):
     model = at.trained()
@@ -395,6 +410,7 @@ def test_a_weighted_adapter_is_plain_lora(at, tmp_path, kind):
     assert telemetry(at.train(model, 1))["guided_steps"] == 3
 
 
+@weighs_alone
 @cases_but("biases", "patterns")  # of rank-stabilized scalings PEFT takes no account
 def test_one_weighted_adapter(at):
     model = at.trained()
@@ -406,7 +422,9 @@ def test_one_weighted_adapter(at):
 # Hot-swapping: PEFT swaps the factors alone
 
 
-@pytest.mark.parametrize(("rank", "prepared"), [(4, False), (2, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    ("rank", "prepared"), [pytest.param(4, False, marks=trains_what_was_swapped), (2, False), (8, False), (8, True)]
+)
 @pytest.mark.parametrize("case", ["plain", "decoupled"])
 def test_hot_swapping(at, tmp_path, rank, prepared):
     """Into a model that stock PEFT loaded, and into one that is steered; factors of another rank are padded."""
@@ -437,6 +455,7 @@ def test_auto_classes(at, tmp_path):
         assert at.same(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "causal", dtype=torch.float32), model)
 
 
+@transformers_takes_it
 @every_case
 def test_transformers_loads_it(at, tmp_path):
     model = at.trained()
@@ -447,6 +466,7 @@ def test_transformers_loads_it(at, tmp_path):
     assert at.same(loaded, model)
 
 
+@transformers_takes_it
 @every_case
 def test_transformers_adds_and_saves_it(at, tmp_path):
     model = at.base()
@@ -470,7 +490,7 @@ def pickled(model):
 COPIES = [(copy.deepcopy, case) for case in CASES] + [(pickled, case) for case in CASES if CASES[case][0] != "llava"]
 
 
-@pytest.mark.parametrize(("how", "case"), COPIES)
+@pytest.mark.parametrize(("case", "how"), [known(case, CASES[case][1], how) for how, case in COPIES])
 def test_copies(at, how):
     model = at.trained()
     clone, start = how(model), state(model)
@@ -483,7 +503,9 @@ def test_copies(at, how):
 def test_the_hub(at, tmp_path, monkeypatch):
     """push_to_hub uploads the adapter with both its configurations and the filled-in card, and it loads from there."""
     model = at.trained()
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would keep the address of an earlier hub
+    monkeypatch.setattr(
+        transformers.utils.hub, "_hf_api", None, raising=False
+    )  # it would keep the address of an earlier hub
     with Hub() as hub:
         hub.use(monkeypatch, tmp_path)
         model.push_to_hub("user/adapter", token="hf_x")

@@ -6,6 +6,7 @@ Libraries that are no dependency of this project are tested where they are insta
 import pytest
 import torch
 import transformers
+from older import knows_torchao
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import save_layout, tiny_llm
@@ -94,7 +95,9 @@ FORMATS = {  # -> how to load it, and the class that PEFT wraps its layers in
     "GPTQ": (layer_by_layer(gptq), "GPTQLoraLinear"),
     "AWQ": (layer_by_layer(awq), "AwqLoraLinear"),
 }
-each_format = pytest.mark.parametrize("format", FORMATS)
+each_format = pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=knows_torchao if name == "torchao int8" else ()) for name in FORMATS]
+)
 
 
 def with_factors(model):

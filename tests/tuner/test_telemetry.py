@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from older import saves_biases
 from peft import LoraConfig, get_peft_model
 from reference import Layer, norm, ratio
 from twin import (
@@ -148,6 +149,7 @@ def test_of_a_start_and_of_a_plain_model(pair):
 # What is said loudly
 
 
+@saves_biases
 def test_the_count_of_parameters_says_what_is_steered(pair, whole, capsys):
     model = steered(pair, prior=str(pair.folder / "attn.safetensors"), target_modules=["q_proj", "up_proj"])
     model.print_trainable_parameters()

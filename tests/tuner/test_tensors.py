@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from older import known
 from peft import LoraConfig, PeftModel, get_peft_model
 from twin import (
     ALPHA,
@@ -147,7 +148,7 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("beside", [known(settings, settings) for settings in BESIDE])
 @pytest.mark.parametrize(
     ("scale", "target"),
     [("adaptive", "residual"), ("absolute", "delta"), ("decoupled", "factors"), ("decoupled", "base")],

@@ -229,6 +229,7 @@ def test_a_run_depends_on_nothing_but_its_settings(priors):
     ]
 
 
+@pytest.mark.slow
 def test_controls_pull_elsewhere(priors):
     cosines = {m: perform(run_of(m, steps=8), priors)["cosine"] for m in ("drift", "drift-negated", "drift-random")}
     assert cosines["drift"] > 0.2 and cosines["drift-negated"] < -0.1 and abs(cosines["drift-random"]) < 0.1
@@ -280,6 +281,7 @@ def test_mirrored_chains_reason_about_something_else():
             assert (int(left[0]) - int(left[1:])) % 10 == int(right)
 
 
+@pytest.mark.slow
 def test_the_worlds_are_what_they_are_called():
     answers = {}
     for key in ("llava", "far"):

@@ -34,6 +34,7 @@ def interrupt(monkeypatch, after, error=KeyboardInterrupt):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_any_moment(folder, tmp_path, monkeypatch):
     """SIGKILL at random moments, over several runs; each process forks from one that has imported everything."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

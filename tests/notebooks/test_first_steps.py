@@ -48,6 +48,7 @@ def output(cells, word):
 
 
 @loads_processors
+@pytest.mark.slow
 def test_every_step_leaves_what_the_next_one_needs(ran):
     folder, cells = ran
     assert {path.name for path in folder.iterdir()} >= {"expert", "prior.safetensors", "keep.safetensors", "adapter"}

@@ -147,7 +147,7 @@ slow = pytest.mark.slow
         ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True),
         pytest.param("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False, marks=slow),
         pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
-        ("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False),
+        pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
         pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], True, marks=slow),
         pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], False, marks=slow),
         pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),

@@ -576,6 +576,7 @@ print(peak(2, "a"), peak(7, "b"))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux")

@@ -4,6 +4,7 @@ import multiprocessing.forkserver
 import os
 import runpy
 import sys
+import tempfile
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Program:
     """
 
     def __init__(self, folder: Path, *command: object, cwd: Path | None = None, **environment: str):
-        self.files = [folder / f"{name}{len([*folder.glob('std*')])}" for name in ("stdout", "stderr")]
+        self.files = [Path(tempfile.mkdtemp(dir=folder), name) for name in ("stdout", "stderr")]
         arguments = [*map(str, command)], self.files, cwd or Path.cwd(), {**os.environ, **environment}
         self.process: BaseProcess = CONTEXT.Process(target=_execute, args=arguments)
         self.process.start()

@@ -8,20 +8,15 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from drift_peft.demo.evaluate import ask
 
 from .abilities import abilities
 from .make import make_processor
+from .run import NF4
 from .world import exams, is_right
 
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_compute_dtype=torch.bfloat16,
-    llm_int8_skip_modules=["lm_head"],
-)
 PROJECTIONS = "_proj.weight"
 STORED = {"16 bits": {}, "NF4": {"quantization_config": NF4}}
 

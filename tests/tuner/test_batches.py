@@ -184,25 +184,6 @@ def test_what_has_no_gradient_stays(scale, target, missing):
         close(p, value)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_gradients_that_a_scaler_has_scaled(scale):
-    """absolute adds its bias in the scaled gradient's unit; the others follow the gradient's own norm."""
-    model, scaled = Layers(settings(scale)), Layers(settings(scale))
-    for p in scaled.trained():
-        p.grad *= 64
-    for each, loss_scale in ((model, None), (scaled, torch.tensor(64.0, dtype=torch.float64))):
-        bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
-    for p, q in zip(model.trained(), scaled.trained(), strict=True):
-        close(64 * p.grad, q.grad)
-    tensors, scaled = Tensors(settings(scale)), Tensors(settings(scale))
-    for p in scaled.trained():
-        p.grad *= 64
-    for each, loss_scale in ((tensors, None), (scaled, torch.tensor(64.0, dtype=torch.float64))):
-        bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
-    for p, q in zip(tensors.trained(), scaled.trained(), strict=True):
-        close(64 * p.grad, q.grad)
-
-
 def test_the_scale_that_an_optimizer_unscales_by_itself():
     model = Layers(settings("absolute"))
     expected = model.expected(0.7, "absolute", "residual", 0.1 * 64)[:2]
@@ -522,6 +503,19 @@ class Tensors(nn.Module):
                 yield oracle.pulled(lr, a, target)[0]
             else:
                 yield oracle.W - lr * oracle.biased(p.grad.double(), a, scale, target)[0]
+
+
+@pytest.mark.parametrize("of", [Layers, Tensors])
+@pytest.mark.parametrize("scale", SCALES)
+def test_gradients_that_a_scaler_has_scaled(scale, of):
+    """absolute adds its bias in the scaled gradient's unit; the others follow the gradient's own norm."""
+    model, scaled = of(settings(scale)), of(settings(scale))
+    for p in scaled.trained():
+        p.grad *= 64
+    for each, loss_scale in ((model, None), (scaled, torch.tensor(64.0, dtype=torch.float64))):
+        bias_gradients(groups_of(each.steered, {*map(id, each.trained())}), loss_scale)
+    for p, q in zip(model.trained(), scaled.trained(), strict=True):
+        close(64 * p.grad, q.grad)
 
 
 @every_mode

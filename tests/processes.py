@@ -26,8 +26,16 @@ def start_server() -> None:
 
 
 def on_two(worker, *args) -> None:
-    """worker(rank, *args) on ranks 0 and 1; an exception in one of them is raised here."""
-    torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method=CONTEXT.get_start_method())
+    """worker(rank, *args) on ranks 0 and 1, which makes a group of both; an exception in one of them is raised here."""
+    start_method = CONTEXT.get_start_method()
+    torch.multiprocessing.start_processes(_rank, (worker, *args), nprocs=2, start_method=start_method)
+
+
+def _rank(rank: int, worker, *args) -> None:
+    worker(rank, *args)
+    torch.distributed.barrier()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)  # gloo's destructor waits for a thread that waits for the GIL: one process of some hundreds never ends
 
 
 class Program:

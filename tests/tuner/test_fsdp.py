@@ -167,7 +167,6 @@ def worker(rank, folder, names):
     results["saved"] = save(pair, rank)
     results["fsdp1"] = fsdp1(pair, rank)
     torch.save(results, folder / f"fsdp{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def count_collectives(pair):

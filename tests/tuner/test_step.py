@@ -233,7 +233,6 @@ def ddp_worker(rank, folder):
             wrapped = DistributedDataParallel(model)
             results[scale, target, accumulation] = rank_training(model, wrapped, rank, accumulation)
     torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(pair):

@@ -26,7 +26,8 @@ def fingerprint(world: str) -> str:
 @cache
 def definition(method: str) -> str:
     """Of what a method is beside a run's settings: results of another one must not stand beside it either."""
-    fixed = {key: value for key, value in vars(METHODS[method]).items() if key not in ("title", "grid", "like")}
+    beside = ("title", "grid", "like", "chosen_by")
+    fixed = {key: value for key, value in vars(METHODS[method]).items() if key not in beside}
     if fixed["kept"] is None:  # as it was before there was keeping
         del fixed["kept"]
     return hashlib.sha256(json.dumps([fixed, DEFAULTS], sort_keys=True).encode()).hexdigest()[:16]

@@ -40,6 +40,7 @@ class Method:
         settings: fixed for this method; `merged` is λ of the Δ that is added to the VLM before anything else.
         grid: the candidates; none where there is nothing to choose.
         like: whose chosen candidate a control takes, instead of choosing one of its own.
+        chosen_by: the exams whose mean chooses the candidate, where the plan's criteria do not ask what it is for.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Method:
     settings: dict = field(default_factory=dict)
     grid: tuple[dict, ...] = ()
     like: str | None = None
+    chosen_by: tuple[str, ...] | None = None
 
 
 ADAPTIVE = {"drift_scale": "adaptive", "drift_target": "residual"}
@@ -141,11 +143,17 @@ COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 
     for key in ("lora", "merge-lora-ancestor", "drift-ancestor")
 }
 
-TEXT = {  # chains in text, and no image but those whose answers are kept
-    f"{key}-text": replace(KEPT[f"{key}-keep"], title=f"{KEPT[f'{key}-keep'].title}, text chains alone")
-    for key in ("lora", "merge-lora-ancestor", "drift-ancestor")
-}
-TEXT = {key: replace(m, settings={**m.settings, "chains": "text", "keep_weight": 3.0}) for key, m in TEXT.items()}
+# Chains in text, of as many operations as the expert was taught, and no image but those whose answers are kept.
+TEXT_CHAINS = {"chains": "text", "operations": [1, 2, 3, 4, 5], "keep_weight": 3.0}
+
+
+def in_text(method: Method) -> Method:
+    """The method with chains in text alone, chosen by what it is to learn and what it is to keep."""
+    title, settings = f"{method.title}, text chains alone", method.settings | TEXT_CHAINS
+    return replace(method, title=title, settings=settings, chosen_by=("text reasoning", "perception"))
+
+
+TEXT = {f"{key}-text": in_text(KEPT[f"{key}-keep"]) for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 
 STARTS = {  # PEFT's other starts of an adapter
     "pissa": Method("LoRA, PiSSA start", start="pissa", grid=grid(rate=LORA_RATES)),

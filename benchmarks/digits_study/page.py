@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .defaults import rests_on
-from .verdict import counterpart, duels, verdict
+from .verdict import KEPT, MERGED_KEPT, best_duels, counterpart, duels, verdict
 from .words import NOT_RUN, compared, percent, places
 
 WORLDS = {
@@ -38,9 +38,9 @@ def one_page(results: dict, worlds: dict, figure: str, appendices: dict[str, str
     parts += verdict(worlds)
     if other := counterpart(worlds):
         parts += [
-            "\nIn the second sentence both stand in the form that validation prefers, Δ from the VLM or from the "
-            "ancestor. Two ways are *level* where the interval of their difference holds 0. The counterpart of these "
-            "sentences:\n",
+            "\nIn the second and the fourth sentence each stands in the form that validation prefers, Δ from the VLM "
+            "or from the ancestor. Two ways are *level* where the interval of their difference holds 0. The "
+            "counterpart of these sentences:\n",
             *(f"- {sentence}" for sentence in other),
         ]
     parts += ["\n## The table\n", *table(results, worlds)]
@@ -116,11 +116,16 @@ def cell(row: dict | None, best: bool) -> str:
 
 def change_our_mind(worlds: dict) -> list[str]:
     """What would, and how much of it has been seen already."""
+    merging = (
+        "- **Merging first, with keeping.** If it does as well as DRIFT with keeping in every world, it is the simpler "
+        "way and should be advised."
+    )
+    if found := best_duels(worlds, "images", KEPT, MERGED_KEPT):
+        merging += f" DRIFT compared with it is {compared(found, worlds)}."
     lines = [
         "- **A real pair of models.** These weigh less than 2 MB each, and a small rank holds most of their Δ. What "
         "carries over is a comparison, not a number.",
-        "- **Merging first, with keeping.** If it does as well as DRIFT with keeping in every world, it is the simpler "
-        "way and should be advised.",
+        merging,
     ]
     if found := duels(worlds, "images", "drift-ancestor", "merge-lora-ancestor"):
         lines.append(

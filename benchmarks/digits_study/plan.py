@@ -167,9 +167,9 @@ class Plan:
         return max(candidates, key=lambda pair: self.validation(ledger, pair[1], criterion))[0] if runs else {}
 
     def validation(self, ledger: Ledger, run: dict, criterion: str = "images") -> float:
-        """Mean of the criterion's exams."""
-        right = scores(ledger[run], self.tuning_size)
-        return sum(right[name].mean() for name in CRITERIA[criterion]) / len(CRITERIA[criterion])
+        """Mean of the criterion's exams, or of those that the method is chosen by."""
+        right, exams = scores(ledger[run], self.tuning_size), METHODS[run["method"]].chosen_by or CRITERIA[criterion]
+        return sum(right[name].mean() for name in exams) / len(exams)
 
     def test_runs(
         self, ledger: Ledger, world: str, method: str, change: Change = None, criterion: str = "images"

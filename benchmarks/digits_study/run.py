@@ -159,10 +159,11 @@ def train(model, processor, samples: list[Sample], settings: dict, seed: int, me
 def training_samples(world: World, settings: dict, seed: int) -> list[Sample]:
     """Images of two and three operations; fewer samples are the first of more; the share `noise` has wrong chains.
 
-    With `chains` "text" the same chains are shown as text.
+    With `chains` "text" they are shown as text, and `operations` says how many a chain has.
     """
     digits = None if settings.get("chains") == "text" else world.digits("train")
-    drawn = make_samples(400, ["solve"], np.random.default_rng([seed, 1]), digits, operations=(2, 3))
+    operations = settings.get("operations", (2, 3))
+    drawn = make_samples(400, ["solve"], np.random.default_rng([seed, 1]), digits, operations)
     rng = np.random.default_rng([seed, 3])
     wrong = rng.permutation(settings["samples"])[: round(settings["noise"] * settings["samples"])]
     samples = drawn[: settings["samples"]]

@@ -6,6 +6,7 @@ from .methods import ANCESTOR, TRAINING
 from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points, signed
 
 DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
+KEPT, MERGED_KEPT = ("drift-keep", "drift-ancestor-keep"), ("merge-lora-keep", "merge-lora-ancestor-keep")
 OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
 
 
@@ -64,17 +65,23 @@ def against_others(worlds: dict, criterion: str) -> str:
 
 def against_merging(worlds: dict, criterion: str) -> str:
     """DRIFT and its strongest rival, each with the Δ that validation prefers: from the VLM or from the ancestor."""
-    found = {}
-    for key, world in worlds.items():
-        ours, theirs = (preferred(world, criterion, forms) for forms in (DRIFT, MERGED))
-        if ours and theirs and (difference := duel(world, criterion, ours, theirs)):
-            found[f"`{key}`"] = difference
+    found = best_duels(worlds, criterion, DRIFT, MERGED)
     if not found:
         return f"DRIFT against merging first: {NOT_RUN}."
     return (
         f"By the {MEANS[criterion]}, DRIFT compared with its strongest rival, which merges a part of Δ into the VLM "
         f"and then trains LoRA, is {compared(found, worlds)}."
     )
+
+
+def best_duels(worlds: dict, criterion: str, first: tuple[str, ...], second: tuple[str, ...]) -> dict[str, Difference]:
+    """`world` -> the first less the second, each in the form that validation prefers."""
+    found = {}
+    for key, world in worlds.items():
+        ours, theirs = (preferred(world, criterion, forms) for forms in (first, second))
+        if ours and theirs and (difference := duel(world, criterion, ours, theirs)):
+            found[f"`{key}`"] = difference
+    return found
 
 
 def same_delta(worlds: dict) -> str:
@@ -111,13 +118,23 @@ def cost(worlds: dict) -> str:
 
 
 def keeping(worlds: dict) -> str:
-    """What keeping adds to DRIFT, and DRIFT with keeping against its rivals with keeping, where they have been run."""
-    gained = duels(worlds, "images", "drift-keep", "drift")
+    """What keeping adds to DRIFT, what perception it leaves lost, and DRIFT with keeping against rivals that keep."""
+    gained, left = {}, {}
+    for key, world in worlds.items():
+        rows = world["chosen by"]["images"]["rows"]
+        if way := preferred(world, "images", KEPT):
+            if difference := duel(world, "images", way, way.removesuffix("-keep")):
+                gained[f"`{key}`"] = difference
+            if "vlm" in rows:
+                lost = rows["vlm"]["scores"]["perception"][0] - rows[way]["scores"]["perception"][0]
+                left[f"`{key}`"] = f"{100 * lost:.0f} in `{key}`"
     if not gained:
-        return "Keeping, which is to cure that, has not been run yet: no row with keeping stands in the table below."
+        return "Keeping, which is to cure that, has not been run yet with DRIFT."
     sentences = [f"Keeping makes DRIFT {compared(gained, worlds)}."]
-    for rival, name in (("merge-lora-keep", "merging a part of Δ and then training LoRA"), ("lora-keep", "LoRA")):
-        if found := duels(worlds, "images", "drift-keep", rival):
+    if left:
+        sentences.append(f"Of perception it then loses so many points: {listed(left.values())}.")
+    for rival, name in ((MERGED_KEPT, "merging a part of Δ and then training LoRA"), (("lora-keep",), "LoRA")):
+        if found := best_duels(worlds, "images", KEPT, rival):
             sentences.append(f"With keeping in both, DRIFT compared with {name} is {compared(found, worlds)}.")
     if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
         sentences.append(f"In {listed(missing)} it has not been run yet.")

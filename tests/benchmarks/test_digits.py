@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from drift_peft import ReasoningPrior
 from drift_peft.demo.evaluate import encode
 from drift_peft.demo.train import load
-from drift_peft.demo.world import Digits, make_samples
+from drift_peft.demo.world import PERCEPTION, Digits, make_samples
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -254,6 +254,22 @@ def test_noise_makes_a_share_of_the_chains_wrong():
     assert 40 <= len(changed) <= 50 and [a.symbols for a in clean] == [b.symbols for b in noisy]
     fewer = training_samples(WORLDS["qwen"], DEFAULTS | {"samples": 50}, 0)
     assert [s.symbols for s in fewer] == [s.symbols for s in clean[:50]]
+
+
+def test_text_chains_are_as_long_as_the_experts():
+    settings = DEFAULTS | METHODS["drift-ancestor-text"].settings
+    samples = training_samples(WORLDS["qwen"], settings, 0)
+    assert {len(s.symbols) // 2 for s in samples} == {1, 2, 3, 4, 5} and all(s.image is None for s in samples)
+
+
+def test_what_learns_from_text_is_chosen_by_text_and_by_what_it_keeps(tmp_path):
+    ledger, grid = Ledger(tmp_path / "digits.jsonl"), METHODS["drift-ancestor-text"].grid
+    for i, run in enumerate(FULL.tuning_runs("qwen", "drift-ancestor-text")):
+        right = dict.fromkeys(("2-3 operations", "4-5 operations"), i < 4)
+        right |= dict.fromkeys(("text reasoning", *PERCEPTION), i == 7)
+        answers = {exam: np.packbits(np.full(150, all_of_them)).tobytes().hex() for exam, all_of_them in right.items()}
+        ledger.add(run, {"answers": answers})
+    assert FULL.choose(ledger, "qwen", "drift-ancestor-text") == grid[7]
 
 
 def test_a_folded_image_holds_the_row():

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from models import device_name  # noqa: E402
 from rich.console import Console  # noqa: E402
 from smollm_study.four_bit import in_four_bits  # noqa: E402
+from smollm_study.llama_cpp import round_trip  # noqa: E402
 from smollm_study.make import STEPS, make_all  # noqa: E402
 from smollm_study.plan import FULL, SMALLEST, open_ledger  # noqa: E402
 from smollm_study.report import report, spectra  # noqa: E402
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--report", action="store_true", help="run nothing, and print the tables")
     parser.add_argument("--four-bit", type=int, metavar="N", help="also what NF4 takes, on N calculations in text")
+    parser.add_argument("--llama-cpp", type=Path, metavar="REPOSITORY", help="also through its converter and back")
     parser.add_argument("--smallest", action="store_true", help="a step of everything: shows that it works")
     given = parser.parse_args(arguments)
     plan, device = SMALLEST if given.smallest else FULL, torch.device(given.device)
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spectra(given.folder, console)
     if given.four_bit:
         in_four_bits(given.folder, device, given.four_bit, console)
+    if given.llama_cpp:
+        round_trip(given.folder, given.llama_cpp, console)
     report(ledger, plan, console)
     missing = len(list(plan.missing(ledger)))
     print(json.dumps({"runs": len(ledger), "missing": missing, "device": device_name(device)}))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import sklearn.datasets
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROSE = ("iris.rst", "wine_data.rst", "breast_cancer.rst", "linnerud.rst")  # what scikit-learn says of its data sets
 LENGTH = 512  # tokens of prose at a time
@@ -35,22 +36,30 @@ ANSWER = 48  # tokens of the ancestor's answer that count
 @torch.no_grad()
 def abilities(model, tokenizer, ancestor: Path) -> dict[str, float]:
     """``perplexity`` on prose, and ``kl``: mean KL(ancestor || model) in nats over the ancestor's own answers."""
-    device = model.device
-    base = AutoModelForCausalLM.from_pretrained(ancestor, dtype=torch.bfloat16, device_map={"": device})
-    rows = base.config.vocab_size  # the VLM has a few more, for images
     folder = Path(sklearn.datasets.__file__).parent / "descr"
     prose = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in PROSE)
-    tokens = torch.tensor(tokenizer.encode(prose, add_special_tokens=False), device=device)
+    tokens = torch.tensor(tokenizer.encode(prose, add_special_tokens=False), device=model.device)
     losses = []
     for part in tokens[: len(tokens) // LENGTH * LENGTH].view(-1, 1, LENGTH):
         losses.append(F.cross_entropy(model(input_ids=part).logits[0, :-1].float(), part[0, 1:]))
     total = count = 0.0
+    for ids, theirs in answers_of(ancestor, model.device):
+        length, rows = theirs.shape  # the VLM has a few rows more, for images
+        mine = model(input_ids=ids).logits[0, -length - 1 : -1, :rows].float().log_softmax(-1)
+        total += F.kl_div(mine, theirs, log_target=True, reduction="sum").item()
+        count += length
+    return {"perplexity": round(torch.stack(losses).mean().exp().item(), 3), "kl": round(total / count, 4)}
+
+
+@cache
+def answers_of(ancestor: Path, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prompt and answer [1, tokens], and the log probabilities of the answer's tokens [answer tokens, vocabulary]."""
+    base = AutoModelForCausalLM.from_pretrained(ancestor, dtype=torch.bfloat16, device_map={"": device})
+    tokenizer, found = AutoTokenizer.from_pretrained(ancestor), []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
         asked = ids.shape[1]
         ids = base.generate(ids.to(device), do_sample=False, max_new_tokens=ANSWER)
-        theirs, mine = (m(input_ids=ids).logits[0, asked - 1 : -1, :rows].float() for m in (base, model))
-        kl = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
-        total, count = total + kl.item(), count + ids.shape[1] - asked
-    return {"perplexity": round(torch.stack(losses).mean().exp().item(), 3), "kl": round(total / count, 4)}
+        found.append((ids, base(input_ids=ids).logits[0, asked - 1 : -1].float().log_softmax(-1)))
+    return found

@@ -37,9 +37,9 @@ from drift_peft.tuner import keep_4bit_differentiable
 from .abilities import abilities
 from .make import autocast
 from .ways import WAYS, Way
-from .world import ASKED, Pictures, Sample, draw_many, exams, is_right, text_chain
+from .world import KEPT, Pictures, Sample, draw_many, exams, is_right, text_chain
 
-DEFAULTS = {"steps": 150, "samples": 200, "size": 100, "keep_images": 120, "r": 16}
+DEFAULTS = {"steps": 150, "samples": 200, "size": 100, "keep_images": 240, "r": 16}
 BATCH, PRIOR_RANK = 16, 64
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -141,15 +141,14 @@ def gated_prior(way: Way, settings: dict, seed: int, folder: Path, home: Path, d
 
 
 def keep_set_of(folder: Path, images: int, device: torch.device) -> Path:
-    """The VLM's descriptions of images of every kind; nothing else is asked, and the chains' results least of all."""
+    """The VLM's answers about images of every kind, whether the question fits the image or not."""
     output = folder / f"keep-{images}.safetensors"
     if not output.exists():
         model, processor = load(folder / "vlm", device)
         pictures = Pictures("train")
         shown = [s.image for s in draw_many(images, partial(pictures.draw, "describe"), (3,))]
-        questions = [("describe", question) for question in ASKED["describe"]]
         given = {"samples": images, "max_new_tokens": 24, "batch_size": 40, "processor": processor}
-        make_keep_set(model, shown, output, questions, progress=False, **given)
+        make_keep_set(model, shown, output, KEPT, progress=False, **given)
     return output
 
 

@@ -44,12 +44,13 @@ TRAINED = {
     "drift-ancestor": Way("DRIFT, Δ from the ancestor", ancestor=True, drift=DRIFT),
 }
 KEPT = {f"{key}-keep": replace(way, title=f"{way.title}, keeping", kept=True) for key, way in TRAINED.items()}
-WAYS = {
+WAYS = {  # in the order in which they are run
     "vlm": Way("VLM as it is", trains=False, grid=()),
-    "task-arithmetic": Way("task arithmetic", trains=False, grid=SCALES),
     "task-arithmetic-ancestor": Way("task arithmetic, Δ from the ancestor", False, ancestor=True, grid=SCALES),
-    "gates": Way("gates", trains=False, gated=True, grid=WEIGHTS),
+    **{key: TRAINED[key] for key in ("lora", "drift-ancestor")},
+    **{key: KEPT[key] for key in ("drift-ancestor-keep", "lora-keep", "merge-lora-ancestor-keep")},
     "gates-ancestor": Way("gates, Δ from the ancestor", False, gated=True, ancestor=True, grid=WEIGHTS),
-    **TRAINED,
-    **KEPT,
+    "task-arithmetic": Way("task arithmetic", trains=False, grid=SCALES),
+    "gates": Way("gates", trains=False, gated=True, grid=WEIGHTS),
 }
+WAYS |= {key: way for key, way in (TRAINED | KEPT).items() if key not in WAYS}

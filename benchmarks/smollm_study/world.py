@@ -3,7 +3,7 @@
 Images of 48 x 48 pixels show one of four things: a chain such as 7-3+4 in handwriting, a coloured shape, a bar chart,
 or a printed word. Six kinds of questions are about what is there, and one asks to calculate::
 
-    describe What do you see?                    A red circle.      what a keep set asks, of every image
+    describe What do you see?                    A red circle.      of every image
     read     What is written here?               7-3+4
     place    Which symbol is the third?          3
     colour   What colour is the circle?          red
@@ -54,6 +54,11 @@ ASKED = {  # several ways to ask the same; exams ask in all of them
     "word": ["Which word is printed here?", "Read the word.", "What does the picture say?"],
     "solve": ["What is the result?", "Calculate what is written here.", "Work this out step by step."],
 }
+KEPT = [  # what a keep set asks of every image; never for a place, and never to calculate
+    *(("describe", question) for question in ASKED["describe"]),
+    *((kind, question) for kind in ("read", "bars", "word") for question in ASKED[kind]),
+    *(("colour", question) for question in ("Which colour do you see?", "What colour is it?")),
+]
 PHRASED = ["What is {}?", "Calculate {}.", "Work out {} step by step.", "Please solve {}.", "{} = ?"]
 PEOPLE, THINGS = ("Anna", "Ben", "Carla", "David", "Emma"), ("apples", "coins", "books", "cards", "shells")
 

@@ -13,6 +13,7 @@ import transformers as tf
 from rich.console import Console
 from smollm_study import abilities, make
 from smollm_study.four_bit import in_four_bits
+from smollm_study.llama_cpp import round_trip
 from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
 from smollm_study.report import report
@@ -239,3 +240,10 @@ def test_the_whole_study_is_planned_in_order_of_what_matters(made, tmp_path):
     ledger = open_ledger(tmp_path / "runs.jsonl", made)
     planned = [run["way"] for run in FULL.missing(ledger)]
     assert planned[0] == "vlm" and set(planned) == set(WAYS)
+
+
+def test_a_converter_that_is_not_there_is_an_error_and_nothing_is_printed(made, tmp_path):
+    console = Console(width=200, record=True, file=open(tmp_path / "out", "w"))
+    with pytest.raises(RuntimeError, match=r"wrote no language model\.gguf: .*No such file"):
+        round_trip(made, tmp_path, console)
+    assert not console.export_text()

@@ -109,7 +109,7 @@ SWEEPS = {
         "At every so manieth step", "keep_every", [1, 2, 4, 8], ("lora-keep", "drift-ancestor-keep"), ONCE
     ),
     "keep_images": Sweep.of(
-        "Images of the keep set", "keep_images", [15, 60, 240], ("lora-keep", "drift-ancestor-keep")
+        "Images of the keep set", "keep_images", [15, 60, 240, 960], ("lora-keep", "drift-ancestor-keep")
     ),
     "keep_variety": Sweep.of(
         "What the keep set shows and asks", "keep_variety", list(VARIETIES), ("drift-ancestor-keep",)

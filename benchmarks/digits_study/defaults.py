@@ -17,7 +17,15 @@ CHOSEN = {  # sweep -> the value that the tables' DRIFT has
     "modules": "attention and MLP",
     "schedule": "constant",
 }
-KEEPING = ("keep_weight", "keep_batch_size", "keep_every", "keep_images", "keep_top_k")
+KEPT_CHOSEN = {  # the same of the tables' DRIFT that keeps, with Δ from the ancestor
+    "keep_weight": "1.0",
+    "keep_batch_size": "8",
+    "keep_every": "1",
+    "keep_images": "240",
+    "keep_variety": "as examined",
+    "keep_top_k": "8",
+}
+KEEPER = "drift-ancestor-keep"
 
 
 def rests_on(results: dict, worlds: dict) -> list[str]:
@@ -34,19 +42,22 @@ def rests_on(results: dict, worlds: dict) -> list[str]:
             f"- **Scale `{config['drift_scale']}`, target `{config['drift_target']}`.** Of {len(others)} other forms, "
             f"each with its own rate and strength, {said} in `{next(iter(worlds))}`; the closest is {title}."
         )
-    edge = [f"`{key}`" for key, world in worlds.items() if "drift_alpha" in row_of(world).get("edge", ())]
+    edge = [f"`{key}`" for key, world in worlds.items() if "drift_alpha" in row_of(world, "drift").get("edge", ())]
     if edge:
         lines.append(
             f"- **Strength `drift_alpha` {config['drift_alpha']:g}.** Validation chose the smallest strength that was "
             f"offered in {places(edge, worlds)}; a smaller one may be better, and the runs with keeping offer it."
+            f"{with_keeping(worlds)}"
         )
-    lines += [line for name, chosen in CHOSEN.items() for line in depends(worlds, name, chosen)]
+    lines += [line for name, chosen in CHOSEN.items() for line in depends(worlds, name, chosen, "drift")]
     if found := duels(worlds, "images", "drift-ancestor", "drift"):
         lines.append(
             "- **Δ from the ancestor, where it is known** (`reference=`). Each tuned, it is "
             f"{compared(found, worlds)}, compared with Δ from the VLM."
         )
-    if not any(name in world["sweeps"] for world in worlds.values() for name in KEEPING):
+    kept = [line for name, chosen in KEPT_CHOSEN.items() for line in depends(worlds, name, chosen, KEEPER)]
+    lines += kept
+    if not kept:
         lines.append(
             "- **The weight of keeping, its batch and its images.** They come from trials on validation digits that "
             "are not among these runs. The study has not varied them yet."
@@ -54,11 +65,21 @@ def rests_on(results: dict, worlds: dict) -> list[str]:
     return lines
 
 
-def depends(worlds: dict, name: str, chosen: str) -> list[str]:
-    """One sweep of DRIFT's: which values are level with the chosen one, where, and which costs most."""
+def with_keeping(worlds: dict) -> str:
+    """The strengths that were chosen with keeping, from a grid that begins lower."""
+    found: dict[float, list[str]] = {}
+    for key, world in worlds.items():
+        if settings := row_of(world, KEEPER).get("settings"):
+            found.setdefault(settings["drift_alpha"], []).append(f"`{key}`")
+    said = listed(f"{alpha:g} in {places(keys, worlds)}" for alpha, keys in sorted(found.items())) if found else ""
+    return f" With keeping, and Δ from the ancestor, it chose {said}." if said else ""
+
+
+def depends(worlds: dict, name: str, chosen: str, method: str) -> list[str]:
+    """One sweep of this method: which values are level with the chosen one, where, and which costs most."""
     found: dict[str, dict[str, Difference]] = {}  # value -> world -> the value less the chosen one
     for key, world in worlds.items():
-        for label, row in world["sweeps"].get(name, {}).get("drift", {}).items():
+        for label, row in world["sweeps"].get(name, {}).get(method, {}).items():
             if label != chosen and row["against chosen"]:
                 found.setdefault(label, {})[f"`{key}`"] = row["against chosen"]
     if not found:
@@ -80,8 +101,8 @@ def depends(worlds: dict, name: str, chosen: str) -> list[str]:
     return [f"- **{SWEEPS[name].title}: {chosen}** ({listed(there)}). {'; '.join(parts)}."]
 
 
-def row_of(world: dict) -> dict:
-    return world["chosen by"]["images"]["rows"].get("drift", {})
+def row_of(world: dict, method: str) -> dict:
+    return world["chosen by"]["images"]["rows"].get(method, {})
 
 
 def recommendation(results: dict, worlds: dict) -> list[str]:

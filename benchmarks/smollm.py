@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,6 +29,7 @@ from smollm_study.make import STEPS, make_all  # noqa: E402
 from smollm_study.plan import FULL, SMALLEST, open_ledger  # noqa: E402
 from smollm_study.report import report, spectra  # noqa: E402
 from smollm_study.run import perform  # noqa: E402
+from smollm_study.ways import WAYS  # noqa: E402
 
 from drift_peft.demo.compare import quiet  # noqa: E402
 
@@ -38,19 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ledger", type=Path, default=HERE / "results" / "smollm.jsonl", help="of finished runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), metavar="WAY", help="run these alone")
     parser.add_argument("--report", action="store_true", help="run nothing, and print the tables")
     parser.add_argument("--four-bit", type=int, metavar="N", help="also what NF4 takes, on N calculations in text")
     parser.add_argument("--llama-cpp", type=Path, metavar="REPOSITORY", help="also through its converter and back")
     parser.add_argument("--smallest", action="store_true", help="a step of everything: shows that it works")
     given = parser.parse_args(arguments)
     plan, device = SMALLEST if given.smallest else FULL, torch.device(given.device)
+    part = replace(plan, ways=tuple(given.ways or plan.ways))
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     steps = dict.fromkeys(STEPS, 1) if given.smallest else STEPS
     given.folder.mkdir(parents=True, exist_ok=True)
     make_all(given.folder, device, steps)
     ledger = open_ledger(given.ledger, given.folder)
     while not given.report and (deadline is None or time.monotonic() < deadline):
-        run = next(plan.missing(ledger), None)
+        run = next(part.missing(ledger), None)
         if run is None:
             break
         print(json.dumps(run), file=sys.stderr, flush=True)

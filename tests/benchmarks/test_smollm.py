@@ -186,6 +186,15 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
     assert "DRIFT, Δ from the ancestor, keeping" in printed and "prior-ancestor" in printed
 
 
+def test_ways_can_be_run_alone(made, tmp_path, capsys):
+    smollm.main(
+        ["--smallest", "--folder", str(made), "--ledger", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
+        + ["--ways", "vlm"]
+    )
+    assert {entry["way"] for entry in open_ledger(tmp_path / "runs.jsonl", made)} == {"vlm"}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["missing"] > 0  # of the whole plan
+
+
 def test_the_ancestor_has_lost_nothing_and_a_noisy_model_has(made):
     tokenizer = tf.AutoTokenizer.from_pretrained(made / "base")
     model = tf.AutoModelForCausalLM.from_pretrained(made / "base", dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ from rich.table import Table
 from drift_peft import ReasoningPrior
 
 from .plan import IMAGES, Plan, scores
+from .run import prior_of
 from .ways import WAYS
 from .world import PERCEPTION
 
@@ -51,11 +52,11 @@ def percent(answers: list) -> str:
 
 
 def spectra(folder: Path, console: Console) -> None:
-    """How much of a real Δ its largest directions hold."""
+    """How much of a real Δ its largest directions hold: the expert less the VLM, and less the ancestor."""
     table = Table(title="Share of ‖Δ‖² in the largest singular directions")
     for head in ("prior", "8", "16", "32", "64", "‖Δ‖/‖W‖"):
         table.add_column(head)
-    for file in sorted(folder.glob("prior*.safetensors")):
+    for file in (prior_of(folder, ancestor) for ancestor in (False, True)):
         prior = ReasoningPrior.load(file)
         held, whole, base = np.zeros(4), 0.0, 0.0
         for name in prior:

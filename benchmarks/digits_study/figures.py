@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -35,12 +36,12 @@ NAMES = {
     "decoupled": "DRIFT, decoupled",
     "hold": "merged, then held LoRA",
 }
-FIVE = {  # the points of the one figure, with Δ from the VLM
+FIVE = {  # the points of the one figure
     "vlm": "VLM",
     "lora": "LoRA",
     "full-drift": "full DRIFT,\nas published",
-    "merge-lora": "merged,\nthen LoRA",
-    "drift": "DRIFT",
+    "merge-lora-ancestor": "merged,\nthen LoRA",
+    "drift-ancestor": "DRIFT",
 }
 SIDES = (  # of a point, where its label may stand: offset in points, and how it is aligned there
     *((7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")),
@@ -59,10 +60,11 @@ def draw_frontier(results: dict, file: Path) -> None:
     for axes, (key, world) in zip(panels, worlds.items(), strict=True):
         rows, points = rows_of(world), {}
         for way in (way for way in FIVE if way in rows):
-            points[way] = put(axes, rows[way], COLOURS[way])
+            colour = COLOURS[way.removesuffix("-ancestor")]
+            points[way] = put(axes, rows[way], colour)
             if (kept := f"{way}-keep") in rows:
-                points[kept] = put(axes, rows[kept], COLOURS[way])
-                arrow = {"arrowstyle": "->", "color": COLOURS[way], "lw": 1.2, "shrinkA": 4, "shrinkB": 4}
+                points[kept] = put(axes, rows[kept], colour)
+                arrow = {"arrowstyle": "->", "color": colour, "lw": 1.2, "shrinkA": 4, "shrinkB": 4}
                 axes.annotate("", points[kept], points[way], arrowprops=arrow)
         axes.plot(*zip(*frontier(points.values()), strict=True), color="gray", linestyle=":", lw=1, zorder=0)
         axes.set_title(f"{key}: {world['title']}", fontsize=9)
@@ -73,7 +75,8 @@ def draw_frontier(results: dict, file: Path) -> None:
     panels[0].set_ylabel("the task, % right", fontsize=9)
     figure.draw_without_rendering()  # now everything has its place
     for axes, points in drawn:
-        label_points(axes, {FIVE[way]: points[way] for way in FIVE if way in points})
+        arrows = [(points[way], points[f"{way}-keep"]) for way in FIVE if f"{way}-keep" in points]
+        label_points(axes, {FIVE[way]: points[way] for way in FIVE if way in points}, arrows)
     figure.savefig(file)
 
 
@@ -85,9 +88,11 @@ def put(axes: Axes, row: dict, colour: str) -> tuple[float, float]:
     return x, y
 
 
-def label_points(axes: Axes, labels: dict[str, tuple[float, float]]) -> None:
-    """Write each label beside its point, on the first side where it meets neither a bar nor another label."""
-    taken = [
+def label_points(axes: Axes, labels: dict[str, tuple[float, float]], arrows: list[tuple]) -> None:
+    """Write each label beside its point, on the first side where it meets no bar, no arrow and no other label."""
+    ends = [axes.transData.transform(arrow) for arrow in arrows]
+    along_arrows = [Bbox([at, at]).padded(1) for arrow in ends for at in np.linspace(*arrow, num=50)]
+    taken = along_arrows + [
         Bbox(segment).padded(3)
         for bars in axes.collections
         for segment in map(axes.transData.transform, bars.get_segments())

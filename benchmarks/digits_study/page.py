@@ -48,7 +48,7 @@ def one_page(results: dict, worlds: dict, figure: str, appendices: dict[str, str
         "\n## The task against perception\n",
         f"![The task against perception, five ways in each world]({figure})\n",
         "Up is better at the task, right is better at perception. An arrow leads from a way to the same way with "
-        "keeping, where that has been run. Bars are 95 % intervals, and Δ is from the VLM.",
+        "keeping, where that has been run. Bars are 95 % intervals. DRIFT and merging have Δ from the ancestor.",
     ]
     if bullets := rests_on(results, worlds):
         parts += ["\n## What the defaults rest on\n", *bullets]

@@ -96,9 +96,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
 	touch $@
 
-.venv-newest/.installed: pyproject.toml
+# The newest of everything but torch, whose newest build may be one for GPUs alone.
+.venv-newest/.installed: pyproject.toml constraints.txt
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[test]"
+	grep '^torch==' constraints.txt > .venv-newest/torch.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c .venv-newest/torch.txt -e ".[test]"
 	touch $@
 
 # Beside the environment: transformers behaves differently where it finds DeepSpeed. Its setup.py imports torch, and

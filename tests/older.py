@@ -10,6 +10,7 @@ import pytest
 import transformers
 from packaging.version import Version
 from peft.tuners.lora import config as lora
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_torchvision_available
 
@@ -39,6 +40,9 @@ weighs_alone = needs(peft, "0.19", "approximates an adapter that is weighted alo
 weighs_by_svd = needs(peft, "0.19", "does not save what it combines by svd")
 deletes_saved_modules = needs(peft, "0.19", "does not delete the active adapter with its modules to save")
 transformers_takes_it = needs(peft, "0.18.2", "is refused by transformers itself")
+transformers_adds_it = needs(
+    peft, MIN_PEFT_VERSION, f"is refused by transformers {transformers.__version__}, which asks for {MIN_PEFT_VERSION}"
+)
 tells_adapters_apart = needs(peft, "0.21", "saves an adapter whose name holds this one's as well")
 trains_what_was_swapped = needs(peft, "0.21", "freezes an adapter that is swapped in")
 FORGETS_CONFIG = Version(peft.__version__) >= Version("0.19")  # when an adapter is merged and unloaded

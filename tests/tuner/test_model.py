@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from older import transformers_takes_it
+from older import transformers_adds_it
 from pairs import FAMILIES, IDS, drift, load, train, untouched, wrap
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -317,7 +317,7 @@ def test_a_deleted_adapter_leaves_nothing_behind(pairs):
         telemetry(model)
 
 
-@transformers_takes_it
+@transformers_adds_it
 def test_an_adapter_deleted_by_transformers_leaves_nothing_behind(pairs):
     folder = pairs("llama")
     model = load(folder, "llama")

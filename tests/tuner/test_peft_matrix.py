@@ -18,6 +18,7 @@ from older import (
     known,
     tells_adapters_apart,
     trains_what_was_swapped,
+    transformers_adds_it,
     transformers_takes_it,
     weighs_alone,
     weighs_by_svd,
@@ -466,7 +467,7 @@ def test_transformers_loads_it(at, tmp_path):
     assert at.same(loaded, model)
 
 
-@transformers_takes_it
+@transformers_adds_it
 @every_case
 def test_transformers_adds_and_saves_it(at, tmp_path):
     model = at.base()

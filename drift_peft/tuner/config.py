@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import os
@@ -227,3 +228,9 @@ def _own_fields() -> set[str]:
     """Names of the fields that are ours, so that they go to drift_config.json; but what concerns a run's logs alone."""
     stored = {f.name for f in fields(DriftConfig) if f.metadata.get("stored", True)}
     return stored - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
+
+
+# Else `__new__` hides the fields from inspect.signature, and so from completion in editors.
+DriftConfig.__signature__ = inspect.signature(DriftConfig.__init__).replace(
+    parameters=list(inspect.signature(DriftConfig.__init__).parameters.values())[1:]
+)

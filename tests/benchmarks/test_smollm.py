@@ -187,10 +187,8 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
 
 
 def test_ways_can_be_run_alone(made, tmp_path, capsys):
-    smollm.main(
-        ["--smallest", "--folder", str(made), "--ledger", str(tmp_path / "runs.jsonl"), "--device", "cpu"]
-        + ["--ways", "vlm"]
-    )
+    ledger = str(tmp_path / "runs.jsonl")
+    smollm.main(["--smallest", "--folder", str(made), "--ledger", ledger, "--device", "cpu", "--ways", "vlm"])
     assert {entry["way"] for entry in open_ledger(tmp_path / "runs.jsonl", made)} == {"vlm"}
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["missing"] > 0  # of the whole plan
 

@@ -1,5 +1,7 @@
 """DriftConfig: every refusal by its message, and what stands on disk."""
 
+import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -255,3 +257,9 @@ def test_stored_settings_are_validated_too(tmp_path):
     path.write_text(json.dumps(own)[:-9])
     with pytest.raises(ValueError, match=rf"{DRIFT_CONFIG} .*no valid JSON"):
         DriftConfig.from_pretrained(tmp_path)
+
+
+def test_the_signature_has_every_field_for_completion():
+    parameters = inspect.signature(DriftConfig).parameters
+    assert parameters.keys() == {f.name for f in dataclasses.fields(DriftConfig) if f.init}
+    assert parameters["r"].default == 8 and parameters["prior"].default is None

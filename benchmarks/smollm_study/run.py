@@ -37,7 +37,7 @@ from drift_peft.tuner import keep_4bit_differentiable
 from .abilities import abilities
 from .make import autocast
 from .ways import WAYS, Way
-from .world import KEPT, Pictures, Sample, draw_many, exams, is_right, text_chain
+from .world import KEEP_QUESTIONS, Pictures, Sample, draw_many, exams, is_right, text_chain
 
 DEFAULTS = {"steps": 150, "samples": 200, "size": 100, "keep_images": 240, "r": 16}
 BATCH, PRIOR_RANK = 16, 64
@@ -148,7 +148,7 @@ def keep_set_of(folder: Path, images: int, device: torch.device) -> Path:
         pictures = Pictures("train")
         shown = [s.image for s in draw_many(images, partial(pictures.draw, "describe"), (3,))]
         given = {"samples": images, "max_new_tokens": 24, "batch_size": 40, "processor": processor}
-        make_keep_set(model, shown, output, KEPT, progress=False, **given)
+        make_keep_set(model, shown, output, KEEP_QUESTIONS, progress=False, **given)
     return output
 
 

@@ -54,7 +54,7 @@ ASKED = {  # several ways to ask the same; exams ask in all of them
     "word": ["Which word is printed here?", "Read the word.", "What does the picture say?"],
     "solve": ["What is the result?", "Calculate what is written here.", "Work this out step by step."],
 }
-KEPT = [  # what a keep set asks of every image; never for a place, and never to calculate
+KEEP_QUESTIONS = [  # what a keep set asks of every image; never for a place, and never to calculate
     *(("describe", question) for question in ASKED["describe"]),
     *((kind, question) for kind in ("read", "bars", "word") for question in ASKED[kind]),
     *(("colour", question) for question in ("Which colour do you see?", "What colour is it?")),

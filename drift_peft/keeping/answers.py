@@ -108,7 +108,10 @@ def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
-    return model(**taken(model, inputs), logits_to_keep=length + 1, use_cache=False).logits[:, -length - 1 : -1]
+    width = inputs["input_ids"].shape[1]
+    # Not a number, of which transformers makes a slice: on a CPU a frozen lm_head is copied B times for a slice.
+    places = torch.arange(width - length - 1, width - 1)
+    return model(**taken(model, inputs), logits_to_keep=places, use_cache=False).logits
 
 
 def _joined(prompt: Tensor, kept: Tensor, answer: Tensor) -> Tensor:

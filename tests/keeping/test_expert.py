@@ -80,6 +80,16 @@ def test_text_alone_is_what_every_family_takes(family):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
+def test_logits_are_those_of_the_answers_places_in_one_product():
+    """A slice of the hidden states would have a frozen lm_head copied for each sample on a CPU."""
+    model, blocks = tiny_vlm("qwen2_5_vl").eval(), []
+    model.lm_head.register_forward_pre_hook(lambda _, given: blocks.append((given[0].shape, given[0].is_contiguous())))
+    inputs = {"input_ids": torch.randint(10, 60, (3, 12), generator=torch.Generator().manual_seed(0))}
+    part, whole = answer_logits(model, inputs, 4), model(**inputs).logits
+    assert blocks[0] == ((3, 4, model.lm_head.in_features), True)
+    torch.testing.assert_close(part, whole[:, -5:-1])
+
+
 # Tokens of another tokenizer
 
 

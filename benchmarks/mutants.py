@@ -66,11 +66,12 @@ LORA = [
     "test_a_four_bit_base",
     "test_the_sum_is_taken_in_fp32",
 ]
+LAYERS = ["tuner/test_batches.py", "tuner/test_step_when.py", "tuner/test_steered.py"]
 TESTS = {
     "tuner/guidance": ["tuner/test_guidance.py", "tuner/test_settings.py::test_schedule_by_hand"],
-    "tuner/batches": ["tuner/test_batches.py"],
-    "tuner/step": ["tuner/test_batches.py"],
-    "tuner/steered": ["tuner/test_batches.py"],
+    "tuner/batches": LAYERS,
+    "tuner/step": LAYERS,
+    "tuner/steered": LAYERS,
     "tuner/capture": ["tuner/test_capture.py"],
     "checkpoints/naming": [
         "checkpoints/test_naming.py",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_batches import IN, OUT, R, close, forward, randn, weighted
+from steered_layers import IN, OUT, R, close, forward, randn, weighted
 
 from drift_peft.tuner.capture import Capture, _omega, weight_gradient
 from drift_peft.tuner.steered import lora_factor

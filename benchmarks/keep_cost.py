@@ -7,7 +7,7 @@ A random-weight model at the widths of Qwen2.5-VL-7B, NF4 base, r=16, gradient c
 one sequence, a keep batch of as many answers, each of 48 tokens to a question of 24 about a picture of 448 x 448. Plain
 and kept steps alternate on one model in one process, so that whatever else the machine does hits both; the ratio is the
 median over pairs. On the CPU the time is the processor's, of the thread that trains: another one reads and tokenizes
-keep batches meanwhile. `--digits` does the same on the demo's model, as it trains there and with its own keep set;
+keep batches meanwhile. `--digits` does it on the demo's model instead, as it trains there and with its own keep set;
 elsewhere the batch is random. Memory is that of tensors: CUDA's allocator tells it, and without CUDA all that is made
 in a step is counted, with what was there before it.
 """
@@ -162,7 +162,8 @@ def measure_7b(args: argparse.Namespace, layers: int, device: torch.device) -> l
                 Keeping(model, (), None, 1.0, 1.0, batch_size=1, every=every, seed=0).feed = feed
 
             for every in args.every:
-                row = {"model": f"7B widths, {layers} of 28 layers, NF4", "tokens": micro_batches * length}
+                widths = "narrow" if args.smallest else "7B widths"
+                row = {"model": f"{widths}, {layers} of 28 layers, NF4", "tokens": micro_batches * length}
                 row |= {"answers": answers, "keep_tokens": answers * feed.width, "every": every}
                 setting = Setting({"input_ids": ids, "labels": ids}, micro_batches, every, begin)
                 rows.append({**row, **compare(model, setting, args.steps)})
@@ -214,15 +215,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8], help="of a step, for each of --answers")
     parser.add_argument("--every", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--digits", action="store_true", help="also the demo's model, on the CPU")
+    parser.add_argument("--digits", action="store_true", help="the demo's model instead, on the CPU")
     parser.add_argument("--smallest", action="store_true", help="narrow layers, to see that the script works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if len(args.micro_batches) != len(args.answers):
         parser.error("--micro-batches wants a number for each of --answers")
     device = torch.device(args.device)
-    rows = measure_7b(args, args.layers or (28 if device.type == "cuda" else 1), device)
-    rows += measure_digits(args) if args.digits else []
+    layers = args.layers or (28 if device.type == "cuda" else 1)
+    rows = measure_digits(args) if args.digits else measure_7b(args, layers, device)
     columns = "model", "tokens", "answers", "their tokens", "every", "plain s/step", "kept s/step", "ratio", "quartiles"
     table = Table(*columns, "plain peak GB", "kept peak GB", title=f"one training step on {device_name(device)}")
     for row in rows:

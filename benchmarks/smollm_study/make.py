@@ -49,7 +49,7 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-STEPS = {"expert": 120, "tower": 3000, "vlm": 500}
+STEPS = {"expert": 60, "tower": 3000, "vlm": 500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 LONGEST = 64  # tokens of an answer: five operations take some forty
 BATCH = 16

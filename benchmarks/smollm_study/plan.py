@@ -75,22 +75,26 @@ def scores(result: dict, size: int) -> dict[str, np.ndarray]:
 
 def open_ledger(file: Path, folder: Path) -> Ledger:
     """Runs of other checkpoints, or of a way that was something else, are refused."""
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("base", "expert", "vlm")]
-    checkpoints = hashlib.sha256(b"".join(weights)).hexdigest()[:16]
+    weights = {
+        name: hashlib.sha256((folder / name / "model.safetensors").read_bytes()).digest()
+        for name in ("base", "vlm", "expert")
+    }
 
-    def definition(way: str) -> str:
-        fixed = {key: value for key, value in vars(WAYS[way]).items() if key not in ("title", "grid")}
-        made_of = [fixed, DEFAULTS, BATCH, PRIOR_RANK, NF4.to_dict()]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    def made_of(run: dict) -> dict[str, str]:
+        way = WAYS[run["way"]]
+        fixed = {key: value for key, value in vars(way).items() if key not in ("title", "grid")}
+        settings = json.dumps([fixed, DEFAULTS, BATCH, PRIOR_RANK, NF4.to_dict()], sort_keys=True, default=str)
+        parts = {"checkpoints": b"".join(weights[name] for name in way.models), "way": settings.encode()}
+        return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
 
     def stale(run: dict, entry: dict) -> str | None:
-        if entry["checkpoints"] != checkpoints:
-            return f"on other checkpoints than those in {folder}: make a ledger of their own"
-        if run["way"] not in WAYS or entry["way"] != definition(run["way"]):
+        if run["way"] not in WAYS or entry["way"] != made_of(run)["way"]:
             return f"when the way {run['way']!r} was something else: remove its lines"
+        if entry["checkpoints"] != made_of(run)["checkpoints"]:
+            return f"on other checkpoints than those in {folder}: make a ledger of their own"
         return None
 
-    return Ledger(file, lambda run: {"checkpoints": checkpoints, "way": definition(run["way"])}, stale)
+    return Ledger(file, made_of, stale)
 
 
 FULL = Plan()

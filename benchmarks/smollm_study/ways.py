@@ -34,6 +34,12 @@ class Way:
     kept: bool = False
     grid: tuple[dict, ...] = field(default=RATES)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What it is made of and measured with."""
+        expert = self.gated or self.merged or self.drift is not None or self.grid is SCALES
+        return ("base", "vlm", "expert") if expert else ("base", "vlm")
+
 
 DRIFT = {"drift_alpha": 0.3}  # as the recipes for real pairs have it
 TRAINED = {

@@ -101,7 +101,7 @@ def pick(rng: np.random.Generator, options: Sequence) -> object:
 # Text
 
 
-def text_chain(rng: np.random.Generator, operations: Sequence[int] = (1, 2, 3)) -> Sample:
+def text_chain(rng: np.random.Generator, operations: Sequence[int] = (1, 2, 3, 4, 5)) -> Sample:
     """A chain in words: a phrase, a list of orders, or a story."""
     chain = expression(int(pick(rng, operations)), rng)
     steps = [(chain[i], chain[i + 1]) for i in range(1, len(chain), 2)]

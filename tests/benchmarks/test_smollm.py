@@ -274,3 +274,19 @@ def test_a_converter_that_is_not_there_is_an_error_and_nothing_is_printed(made, 
     with pytest.raises(RuntimeError, match=r"wrote no language model\.gguf: .*No such file"):
         round_trip(made, tmp_path, console)
     assert not console.export_text()
+
+
+def test_another_expert_concerns_those_ways_alone_that_use_it(made, tmp_path):
+    for name in ("base", "expert", "vlm"):
+        (tmp_path / name).mkdir()
+        weights = (made / name / "model.safetensors").read_bytes()
+        (tmp_path / name / "model.safetensors").write_bytes(b"other" if name == "expert" else weights)
+    lines = (made / "runs.jsonl").read_text().splitlines(keepends=True)
+    for line in lines:
+        (tmp_path / "one.jsonl").write_text(line)
+        if json.loads(line)["run"]["way"] == "vlm":
+            assert len(open_ledger(tmp_path / "one.jsonl", tmp_path)) == 1
+        else:
+            with pytest.raises(ValueError, match="on other checkpoints"):
+                open_ledger(tmp_path / "one.jsonl", tmp_path)
+    assert {key for key, way in WAYS.items() if "expert" not in way.models} == {"vlm", "lora", "lora-keep"}

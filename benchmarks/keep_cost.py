@@ -1,7 +1,7 @@
 """What keeping costs: seconds per training step and peak memory with and without `keep`.
 
 python benchmarks/keep_cost.py [--layers 1] [--tokens 1024] [--answers 4 8] [--micro-batches 4 8]
-    [--every 1 4] [--steps 5] [--digits]
+    [--every 1 4] [--steps 5] [--digits --device cpu]
 
 A random-weight model at the widths of Qwen2.5-VL-7B, NF4 base, r=16, gradient checkpointing, AdamW; a training step of
 one sequence, a keep batch of as many answers, each of 48 tokens to a question of 24 about a picture of 448 x 448. Plain
@@ -221,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.micro_batches) != len(args.answers):
         parser.error("--micro-batches wants a number for each of --answers")
+    if args.digits and (args.layers or args.smallest or args.device != "cpu"):
+        parser.error("--digits measures the demo's model on the CPU, where it trains: add --device cpu, and no layers")
     device = torch.device(args.device)
     layers = args.layers or (28 if device.type == "cuda" else 1)
     rows = measure_digits(args) if args.digits else measure_7b(args, layers, device)
@@ -235,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=160)
     console.print(table)
     if device.type != "cuda":
-        console.print("Seconds are the processor's, of the thread that trains. GPU rows: not measured: no CUDA device")
+        console.print("Seconds are the processor's, of the thread that trains.")
+    if device.type != "cuda" and not args.digits:
+        console.print("GPU rows: not measured: no CUDA device")
     print(json.dumps({"benchmark": "keep_cost", "device": device_name(device), "rows": rows}))
 
 

@@ -74,7 +74,7 @@ def scores(result: dict, size: int) -> dict[str, np.ndarray]:
 
 
 def open_ledger(file: Path, folder: Path) -> Ledger:
-    """Runs of other checkpoints, or of a way that was something else, are refused."""
+    """Runs of other checkpoints than their way uses now, or of a way that was something else, are refused."""
     weights = {
         name: hashlib.sha256((folder / name / "model.safetensors").read_bytes()).digest()
         for name in ("base", "vlm", "expert")
@@ -84,7 +84,7 @@ def open_ledger(file: Path, folder: Path) -> Ledger:
         way = WAYS[run["way"]]
         fixed = {key: value for key, value in vars(way).items() if key not in ("title", "grid")}
         settings = json.dumps([fixed, DEFAULTS, BATCH, PRIOR_RANK, NF4.to_dict()], sort_keys=True, default=str)
-        parts = {"checkpoints": b"".join(weights[name] for name in way.models), "way": settings.encode()}
+        parts = {"checkpoints": b"".join(weights[name] for name in way.checkpoints), "way": settings.encode()}
         return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
 
     def stale(run: dict, entry: dict) -> str | None:

@@ -77,7 +77,7 @@ def perform(run: dict, folder: Path, device: torch.device) -> dict:
 
 
 def load(folder: Path, device: torch.device, four_bit: bool = False):
-    """The model and its processor; in 4 bits to be trained, which takes a fifth longer with SDPA on a CPU."""
+    """The model and its processor. `four_bit`: in NF4 and to be trained; SDPA would take longer then on a CPU."""
     training = {"quantization_config": NF4, "attn_implementation": "eager"} if four_bit else {}
     place = {"device_map": {"": device}}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, **place, **training)
@@ -184,8 +184,8 @@ def train(model, processor, samples: list[Sample], settings: dict, seed: int, me
 
 
 def of_answers(batch):
-    """Logits and labels of the longest answer's places alone: batches are padded on the left, and logits are costly."""
+    """Logits and labels of the longest answer and the place before it alone: logits are costly, and padding is left."""
     first, width = int((batch["labels"] != -100).any(dim=0).nonzero()[0]) - 1, batch["labels"].shape[1]
     batch["labels"] = batch["labels"][:, first:]
-    batch["logits_to_keep"] = torch.arange(first, width)  # of a slice a frozen lm_head would be copied for each sample
+    batch["logits_to_keep"] = torch.arange(first, width)  # as in drift_peft.keeping.answers
     return batch

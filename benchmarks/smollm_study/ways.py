@@ -35,9 +35,10 @@ class Way:
     grid: tuple[dict, ...] = field(default=RATES)
 
     @property
-    def models(self) -> tuple[str, ...]:
-        """What it is made of and measured with."""
-        expert = self.gated or self.merged or self.drift is not None or self.grid is SCALES
+    def checkpoints(self) -> tuple[str, ...]:
+        """Those that it is made of and measured with."""
+        scaled = any("scale" in candidate for candidate in self.grid)
+        expert = self.gated or self.merged or self.drift is not None or scaled
         return ("base", "vlm", "expert") if expert else ("base", "vlm")
 
 

@@ -190,7 +190,7 @@ class Pictures:
         return image
 
     def word(self, word: str, rng: np.random.Generator) -> Image.Image:
-        """In the first row, two pixels here or there: a tower of this size learns no word that may lie anywhere."""
+        """At the top left, moved by up to two pixels each way: a tower this small learns no word that lies anywhere."""
         image, draw = blank(rng)
         font = ImageFont.truetype(str(pick(rng, fonts())), int(rng.integers(13, 16)))
         left, top, *_ = draw.textbbox((0, 0), word, font=font)

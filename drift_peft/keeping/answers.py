@@ -108,10 +108,10 @@ def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> Tensor:
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
-    width = inputs["input_ids"].shape[1]
-    # Not a number, of which transformers makes a slice: on a CPU a frozen lm_head is copied B times for a slice.
-    places = torch.arange(width - length - 1, width - 1)
-    return model(**taken(model, inputs), logits_to_keep=places, use_cache=False).logits
+    # transformers makes a slice of a number, and on a CPU torch copies a frozen lm_head for each sample of a slice.
+    last = torch.arange(-length - 1, 0) if inputs["input_ids"].device.type == "cpu" else length + 1
+    logits = model(**taken(model, inputs), logits_to_keep=last, use_cache=False).logits
+    return logits[:, -length - 1 : -1]  # some models know no logits_to_keep, and give all of them
 
 
 def _joined(prompt: Tensor, kept: Tensor, answer: Tensor) -> Tensor:

@@ -289,4 +289,4 @@ def test_another_expert_concerns_those_ways_alone_that_use_it(made, tmp_path):
         else:
             with pytest.raises(ValueError, match="on other checkpoints"):
                 open_ledger(tmp_path / "one.jsonl", tmp_path)
-    assert {key for key, way in WAYS.items() if "expert" not in way.models} == {"vlm", "lora", "lora-keep"}
+    assert {key for key, way in WAYS.items() if "expert" not in way.checkpoints} == {"vlm", "lora", "lora-keep"}

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from keep_sets import PLACES
+from omni import qwen2_5_omni, qwen3_omni
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
 from tokenizers import Regex, Tokenizer
@@ -86,8 +87,17 @@ def test_logits_are_those_of_the_answers_places_in_one_product():
     model.lm_head.register_forward_pre_hook(lambda _, given: blocks.append((given[0].shape, given[0].is_contiguous())))
     inputs = {"input_ids": torch.randint(10, 60, (3, 12), generator=torch.Generator().manual_seed(0))}
     part, whole = answer_logits(model, inputs, 4), model(**inputs).logits
-    assert blocks[0] == ((3, 4, model.lm_head.in_features), True)
+    assert blocks[0] == ((3, 5, model.lm_head.in_features), True)
     torch.testing.assert_close(part, whole[:, -5:-1])
+
+
+@pytest.mark.parametrize("make", [qwen2_5_omni, qwen3_omni])
+def test_a_model_that_gives_all_logits_is_cut(make):
+    thinker = make()[0].thinker.eval()
+    inputs = {"input_ids": torch.randint(10, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        assert thinker(**inputs, logits_to_keep=3).logits.shape[1] == 9
+        torch.testing.assert_close(answer_logits(thinker, inputs, 3), thinker(**inputs).logits[:, -4:-1])
 
 
 # Tokens of another tokenizer

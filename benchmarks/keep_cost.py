@@ -221,8 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.micro_batches) != len(args.answers):
         parser.error("--micro-batches wants a number for each of --answers")
-    if args.digits and (args.layers or args.smallest or args.device != "cpu"):
-        parser.error("--digits measures the demo's model on the CPU, where it trains: add --device cpu, and no layers")
+    sizes = ("layers", "tokens", "answers", "micro_batches", "smallest")
+    if args.digits and (set_ := [name for name in sizes if getattr(args, name) != parser.get_default(name)]):
+        parser.error(f"--digits has the demo's sizes: leave out --{set_[0].replace('_', '-')}")
+    if args.digits and args.device != "cpu":
+        parser.error("--digits measures where the demo trains: add --device cpu")
     device = torch.device(args.device)
     layers = args.layers or (28 if device.type == "cuda" else 1)
     rows = measure_digits(args) if args.digits else measure_7b(args, layers, device)

@@ -102,6 +102,21 @@ def test_keep_cost_in_its_smallest_size(capsys):
     assert "their tokens" in printed and "not measured: no CUDA device" in printed
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--tokens", "64"], "leave out --tokens"),
+        (["--micro-batches", "1", "2"], "leave out --micro-batches"),
+        (["--smallest"], "leave out --smallest"),
+        (["--device", "cuda"], "add --device cpu"),
+    ],
+)
+def test_the_demo_s_cost_of_keeping_takes_no_other_sizes(given, told, capsys):
+    with pytest.raises(SystemExit):
+        keep_cost.main(["--digits", "--device", "cpu", *given])
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no CPU time of children there")
 def test_startup_in_its_smallest_size(capsys):
     import startup

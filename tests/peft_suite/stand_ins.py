@@ -40,6 +40,16 @@ MODELS = {  # id -> class, its configuration
         tf.Gemma3TextConfig,
         {**GROUPED, "head_dim": 4, "sliding_window": 16},
     ),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        tf.Llama4ForCausalLM,
+        tf.Llama4TextConfig,
+        {**GROUPED, "head_dim": 4, "num_local_experts": 4, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 32},
+    ),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        tf.GptOssForCausalLM,
+        tf.GptOssConfig,
+        {**GROUPED, "head_dim": 4, "num_local_experts": 4, "sliding_window": 16},
+    ),
 }
 
 

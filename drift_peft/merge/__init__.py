@@ -4,6 +4,7 @@ verify      the ways to serve an adapter, compared with what was trained
 belongs     is this the model that an adapter was trained on?
 adapter     adapter + full-precision base -> standalone checkpoint
 baseline    expert + VLM -> VLM, the rivals of the DRIFT paper
+card        what a merged model was merged of, the call that did it, and how it is loaded
 same        is an existing folder what a merge would make?
 cost        how far a part of Δ takes the VLM from its own answers
 transplant  text fine-tune or LoRA adapter -> adapter of the VLM, or VLM

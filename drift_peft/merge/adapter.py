@@ -20,13 +20,16 @@ from ..checkpoints import (
     adapter_folder,
     adapter_updates,
     download,
+    in_markdown,
     quantization_in_training,
     replaced_when_complete,
+    shown,
     split_revision,
     watched_adapter,
     write_model,
 )
 from .belongs import refuse_other_base
+from .card import write_card
 from .verify import ONTO, Verification, check_memory, verify_merge
 
 
@@ -75,7 +78,7 @@ def merge_adapter(
     DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
     merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
     adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too
-    (where tokens were trained, the adapter's tokenizer, if it has one).
+    (where tokens were trained, the adapter's tokenizer, if it has one). A card says what was merged: README.md.
     Works in `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
 
     Args:
@@ -136,6 +139,9 @@ def merge_adapter(
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
         if any(isinstance(update, Rows) for update in updates.values()):
             _take_tokenizer(adapter, folder_of_adapter, folder)
+        how = {"base": base, "adapter": adapter, "onto": None if onto == "base" else onto, "force": force}
+        what = f"the LoRA adapter {in_markdown(shown(str(adapter)))}"
+        write_card(folder, checkpoint, what, merge_adapter.__name__, output, how)
         verification = None
         if verify:
             verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)

@@ -37,14 +37,17 @@ from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmeti
 from ..checkpoints import (
     Checkpoint,
     block_rows,
+    in_markdown,
     match_weights,
     needs_peft,
     open_expert,
     replaced_when_complete,
+    shown,
     warn_of_other_rotations,
     write_model,
 )
 from ..prior import LEAST_COSINE, MergedDelta
+from .card import write_card
 from .same import refuse_other
 
 MODULES = ("attn", "mlp", "norm", "bias")
@@ -123,9 +126,9 @@ def merge_baseline(
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
     stays byte for byte as it is; but W_vlm + λ·Δ by task_arithmetic says in its config.json that it is that, and a
-    prior of the VLM serves for training on it (see `prior.MergedDelta`). Works in `<output>.partial/`, renamed when
-    complete and gone if anything fails. Memory holds a few blocks of rows, whatever the model's size; ties sorts one
-    weight at a time, at 36 bytes an entry.
+    prior of the VLM serves for training on it (see `prior.MergedDelta`). A card says what was merged: README.md. Works
+    in `<output>.partial/`, renamed when complete and gone if anything fails. Memory holds a few blocks of rows,
+    whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
 
     Args:
         method: a key of `METHODS`.
@@ -162,6 +165,7 @@ def merge_baseline(
     modules = [modules] if isinstance(modules, str) else modules
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
+    only_layers = None if only_layers is None else [*only_layers]
     recipe = METHODS[method]
     if recipe.merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
@@ -201,8 +205,15 @@ def merge_baseline(
                 f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "
                 "all is lost in rounding to the base's dtype"
             )
-        if claim is not None and not exists:
-            claim.write(folder)
+        if not exists:
+            if claim is not None:
+                claim.write(folder)
+            how = {"method": method, "expert": expert, "base": base, "reference": reference, "density": density}
+            how |= {"scale": weights[0]} if len(weights) == 1 else {"weights": list(weights)}
+            how |= {"modules": [*modules], "only_layers": only_layers, "skip_first": skip_first, "force": force}
+            how["seed"] = seed if recipe.merge in (dare_linear, dare_ties) else None
+            what = f"{in_markdown(shown(str(expert)))}, by {method}"
+            write_card(folder, checkpoint, what, merge_baseline.__name__, output, how)
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )

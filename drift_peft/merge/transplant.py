@@ -40,6 +40,7 @@ from ..keeping import KeepSet
 from ..prior import ReasoningPrior, build_prior
 from .adapter import merge_adapter
 from .baseline import kinds_in, merge_baseline
+from .card import write_card
 from .cost import Cost, Scales
 
 LISTED = 5  # weights that an error spells out
@@ -180,7 +181,12 @@ def transplant(
             result = adapter
         costs = [] if scales is None else scales.costs
         report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
-        if not merged:
+        if merged:
+            how = {"expert": expert, "base": base, "reference": reference, "rank": rank, "energy": energy}
+            how |= {"merged": True, "scale": scale, "force": force}
+            what = f"what {in_markdown(shown(str(expert)))} has learned, {scale:g} times,"
+            write_card(result, vlm, what, transplant.__name__, output, how)
+        else:
             _card(report, result, expert, vlm, None if lora else reference or base).save(result / "README.md")
         for part in result.iterdir():
             part.rename(folder / part.name)

@@ -355,7 +355,7 @@ def test_the_seed_decides(trios, tmp_path):
     again = merge(folder, "dare_ties", tmp_path / "again", scale=0.5)
     other = merge(folder, "dare_ties", tmp_path / "other", scale=0.5, seed=1)
     few = merge(folder, "dare_ties", tmp_path / "few", scale=0.5, only_layers=[1], modules=["mlp"])
-    for file in first.output.iterdir():
+    for file in {*first.output.iterdir()} - {first.output / "README.md"}:  # the card names its folder
         assert file.read_bytes() == (again.output / file.name).read_bytes()
     first, other, few = tensors(first.output), tensors(other.output), tensors(few.output)
     name = "model.layers.1.mlp.up_proj.weight"

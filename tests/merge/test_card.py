@@ -1,0 +1,106 @@
+"""The card of a merged model says what was merged, without a path of this disk, and its call makes the same again."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+import drift_peft
+from drift_peft import merge_adapter, merge_baseline, transplant
+from drift_peft.checkpoints import language_model_targets
+from drift_peft.demo.compare import CHECKPOINTS
+from drift_peft.demo.train import load
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`vlm`, `reasoner` and `base`, the demo's, and `adapter`, a LoRA adapter of the VLM."""
+    folder = tmp_path_factory.mktemp("disk-of-mine")
+    for source in CHECKPOINTS.iterdir():
+        (folder / source.name).symlink_to(source, target_is_directory=True)
+    model, _ = load(folder / "vlm")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=language_model_targets(model)))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def by_adapter(folder, **settings):
+    merge_adapter(folder / "vlm", folder / "adapter", folder / "made", overwrite=True, progress=False, **settings)
+
+
+def by_baseline(folder, method, **settings):
+    given = {"reference": folder / "base"} if "scale" not in settings else {}
+    models = folder / "reasoner", folder / "vlm", folder / "made"
+    merge_baseline(method, *models, overwrite=True, progress=False, **given, **settings)
+
+
+def by_transplant(folder, expert, **settings):
+    models = folder / expert, folder / "vlm", folder / "made"
+    transplant(*models, merged=True, overwrite=True, progress=False, **settings)
+
+
+WAYS = {
+    "adapter": (by_adapter, {}),
+    "task arithmetic": (by_baseline, {"method": "task_arithmetic", "scale": 0.5, "only_layers": range(1, 3)}),
+    "ties": (by_baseline, {"method": "ties", "modules": ["attn", "mlp"]}),
+    "dare": (by_baseline, {"method": "dare_linear", "seed": 3, "density": 0.4}),
+    "layer swap": (by_baseline, {"method": "layer_swap", "skip_first": 0}),
+    "transplanted fine-tune": (by_transplant, {"expert": "reasoner", "scale": 0.3}),
+    "transplanted adapter": (by_transplant, {"expert": "adapter", "scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_call_in_the_card_makes_the_same_model_again(way, folder, monkeypatch):
+    merge, settings = WAYS[way]
+    merge(folder, **settings)
+    made, card = load_file(folder / "made" / WEIGHTS), ModelCard.load(folder / "made" / "README.md")
+    assert str(folder) not in card.content and folder.name not in card.content
+    (call,) = re.findall(r"```python\n((?:merge|transplant).*?)\n```", card.content, re.DOTALL)
+    assert call.count('output="made"') == 1
+    monkeypatch.chdir(folder)
+    exec(call.replace('"made"', '"again", overwrite=True, progress=False'), vars(drift_peft).copy())  # as a user would
+    again = load_file(folder / "again" / WEIGHTS)
+    assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
+
+
+def test_the_card_loads_the_model(folder, monkeypatch):
+    by_adapter(folder)
+    card = ModelCard.load(folder / "made" / "README.md")
+    assert "vlm with the LoRA adapter adapter merged into it" in card.content
+    (use,) = re.findall(r"## Use\n\n```python\n(.*?)\n```", card.content, re.DOTALL)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(use.replace("path/or/hub-id", "made").replace(', device_map="auto"', ""), names)
+    assert type(names["model"]).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert names["processor"].tokenizer is not None
+
+
+def test_models_of_the_hub_are_named_by_their_ids(folder, monkeypatch, tmp_path):
+    for name, source in (("vlm", "vlm"), ("expert", "reasoner")):
+        snapshot = tmp_path / f"hub/models--org--{name}/snapshots/0a1b2c"
+        snapshot.parent.mkdir(parents=True)
+        snapshot.symlink_to((folder / source).resolve(), target_is_directory=True)
+    models = [tmp_path / f"hub/models--org--{name}/snapshots/0a1b2c" for name in ("expert", "vlm")]
+    merge_baseline("task_arithmetic", *models, tmp_path / "made", scale=0.5, progress=False)
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert card.data.base_model == ["org/vlm", "org/expert"] and card.data.base_model_relation == "merge"
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
+    assert 'base="org/vlm"' in card.content and "# made\n" in card.content
+
+
+def test_a_merged_language_model_has_a_tokenizer(folder, tmp_path):
+    merge_baseline(
+        "task_arithmetic", folder / "reasoner", folder / "base", tmp_path / "made", scale=0.5, progress=False
+    )
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert card.data.pipeline_tag is None and "AutoModelForCausalLM, AutoTokenizer" in card.content

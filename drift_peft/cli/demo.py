@@ -18,9 +18,10 @@ def flags(parser: Parser) -> None:
         help="keep everything in this folder: prior, adapter, merged model, results, pictures (default: keep nothing)",
     )
     add("--seed", type=int, default=0, help="seed of data, start and training (default: %(default)s)")
+    add("--processes", type=int, default=2, help="rows at a time, one CPU core each (default: %(default)s)")
 
 
-def run(out: str | None, seed: int) -> None:
+def run(out: str | None, seed: int, processes: int) -> None:
     from ..demo import run as run_demo  # needs the extra `demo`, and says so
 
-    run_demo(out, seed)
+    run_demo(out, seed, processes=processes)

@@ -1,4 +1,5 @@
-"""``python -m drift_peft.demo [--out FOLDER] [--seed 0 | --seeds 3] [--steps 150] [--methods vlm lora drift]``."""
+"""``python -m drift_peft.demo [--out FOLDER] [--seed 0 | --seeds 3] [--steps 150] [--methods vlm lora drift]
+[--processes 2]``."""
 
 import argparse
 
@@ -13,11 +14,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="run seeds 0 to N-1 instead, and print means and spreads")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of every training")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--processes", type=int, default=2, help="rows at a time, one CPU core each")
     arguments = parser.parse_args()
+    given = {"methods": arguments.methods, "steps": arguments.steps, "processes": arguments.processes}
     if arguments.seeds:
-        study(range(arguments.seeds), arguments.out, methods=arguments.methods, steps=arguments.steps)
+        study(range(arguments.seeds), arguments.out, **given)
     else:
-        run(arguments.out, arguments.seed, arguments.methods, steps=arguments.steps)
+        run(arguments.out, arguments.seed, **given)
 
 
 if __name__ == "__main__":

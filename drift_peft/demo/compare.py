@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,14 @@ from transformers.utils import logging as transformers_logging
 
 from ..keeping import make_keep_set
 from ..merge import merge_adapter
-from ..prior import build_prior
+from ..prior import ReasoningPrior, build_prior
 from .evaluate import MEASURES, ask, examine, exams, is_right
 from .train import STEPS, fine_tune, load, task_arithmetic
-from .world import Digits, make_samples
+from .world import Digits, Sample, make_samples
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VLM, EXPERT = CHECKPOINTS / "vlm", CHECKPOINTS / "reasoner"
+PRIOR, KEPT = "prior.safetensors", "keep.safetensors"  # files of a run
 TUNING = Path(__file__).parent / "tuning.json"  # written by drift_peft.demo.tune
 QUESTIONS = [("read", "read?"), ("count", "count?"), *(("at", f"at{place}?") for place in range(1, 6))]
 KEEP_SET = {"samples": 240, "max_new_tokens": 12, "top_k": 8, "batch_size": 60}
@@ -79,6 +82,7 @@ def run(
     split: str = "test",
     rates: dict[str, float] | None = None,
     show: bool = True,
+    processes: int = 1,
 ) -> dict:
     """Build the prior, train, merge and examine every method, and print one table on stdout.
 
@@ -92,6 +96,8 @@ def run(
         split: the digits of the exams.
         rates: learning rate by method; by default those that did best on validation digits (tuning.json).
         show: print the table.
+        processes: methods carried out at a time. Each uses one thread; with more than one, a script that calls this
+            needs `if __name__ == "__main__":`.
 
     Returns:
         What results.json holds: ``scores`` by method and exam (shares of right answers), ``history`` of the adapters,
@@ -99,50 +105,37 @@ def run(
 
     Raises:
         ImportError: an extra of the demo is not installed.
-        ValueError: an unknown method.
+        ValueError: an unknown method, or no process.
     """
     methods = list(methods)
-    check(methods)
+    check(methods, processes)
     with quiet(), working_folder(out) as folder:
         start = time.perf_counter()
         rates = learning_rates() if rates is None else rates
-        prior = build_prior(EXPERT, VLM, folder / "prior.safetensors", overwrite=True)
+        build_prior(EXPERT, VLM, folder / PRIOR, overwrite=True)
         train_digits = Digits("train")
-        samples = make_samples(200, ["solve"], np.random.default_rng([seed, 1]), train_digits, operations=(2, 3))
-        keep_set = folder / "keep.safetensors" if any(METHODS[key].kept for key in methods) else None
-        if keep_set is not None:
-            make_keep_set(VLM, unlabelled(train_digits, seed), keep_set, QUESTIONS, **KEEP_SET, overwrite=True)
+        if any(METHODS[key].kept for key in methods):
+            images = unlabelled(train_digits, seed)
+            make_keep_set(VLM, images, folder / KEPT, QUESTIONS, **KEEP_SET, overwrite=True)
         tests = exams(split, seed, size)
         shown = tests["2-3 operations"][:3] + tests["4-5 operations"][:3]
+        given = {
+            "samples": make_samples(200, ["solve"], np.random.default_rng([seed, 1]), train_digits, operations=(2, 3)),
+            "steps": steps,
+            "seed": seed,
+            "tests": tests,
+            "shown": shown,
+            "progress": processes == 1,
+        }
+        rows = {key: (METHODS[key], folder, folder / key, rates.get(key)) for key in methods}
+        rows = dict(tqdm(carried_out(rows, given, processes), desc="methods", unit="method", total=len(rows)))
 
         result = {"seed": seed, "steps": steps, "size": size, "split": split}
-        result |= {"titles": {key: METHODS[key].title for key in methods}, "rates": {}, "scores": {}, "history": {}}
-        answers = {}
-        for key in tqdm(methods, desc="methods", unit="method"):
-            method, home = METHODS[key], folder / key
-            model_folder = VLM
-            if method.merged:
-                model_folder = home / "base" if method.trained else home / "merged"
-                task_arithmetic(VLM, EXPERT, method.merged, model_folder)
-            if method.trained:
-                result["rates"][key] = rates[key]
-                result["history"][key] = fine_tune(
-                    model_folder,
-                    prior,
-                    samples,
-                    home / "adapter",
-                    rate=rates[key],
-                    drift=method.drift,
-                    keep_set=keep_set if method.kept else None,
-                    steps=steps,
-                    seed=seed,
-                    title=method.title,
-                )
-                merge_adapter(model_folder, home / "adapter", home / "merged", overwrite=True, progress=False)
-                model_folder = home / "merged"
-            model, processor = load(model_folder)
-            result["scores"][key] = examine(model, processor, tests)
-            answers[key] = ask(model, processor, shown)
+        result["titles"] = {key: METHODS[key].title for key in methods}
+        result["rates"] = {key: rates[key] for key in methods if METHODS[key].trained}
+        result["scores"] = {key: rows[key]["scores"] for key in methods}
+        result["history"] = {key: rows[key]["history"] for key in result["rates"]}
+        answers = {key: rows[key]["answers"] for key in methods}
         result["examples"] = [
             {
                 "symbols": sample.symbols,
@@ -166,6 +159,70 @@ def run(
         if out is not None:
             print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
     return result
+
+
+def carried_out(rows: dict[str, tuple], given: dict, processes: int) -> Iterator[tuple[str, dict]]:
+    """Method -> what `carry_out` returns, in the order in which they end; with several processes the longest begin."""
+    if processes == 1:
+        yield from ((key, carry_out(*row, **given)) for key, row in rows.items())
+        return
+    longest = sorted(rows, key=lambda key: (rows[key][0].kept, rows[key][0].trained), reverse=True)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(carry_out, *rows[key], **given): key for key in longest}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def carry_out(
+    method: Method,
+    folder: Path,
+    home: Path,
+    rate: float | None,
+    *,
+    samples: list[Sample],
+    steps: int,
+    seed: int,
+    tests: dict[str, list[Sample]],
+    shown: list[Sample],
+    progress: bool,
+) -> dict:
+    """Merge, train, merge the adapter, examine.
+
+    Args:
+        folder: of the prior and the keep set.
+        home: folder of what this method makes.
+        rate: learning rate; None trains nothing.
+        shown: samples whose answers are wanted word by word.
+
+    Returns:
+        ``scores`` by exam, ``history`` of the adapter, and ``answers`` to `shown`.
+    """
+    with quiet():
+        base, history = VLM, []
+        if method.merged:
+            base = home / "base" if method.trained else home / "merged"
+            task_arithmetic(VLM, EXPERT, method.merged, base)
+        if method.trained:
+            history = fine_tune(
+                base,
+                ReasoningPrior.load(folder / PRIOR),
+                samples,
+                home / "adapter",
+                rate=rate,
+                drift=method.drift,
+                keep_set=folder / KEPT if method.kept else None,
+                steps=steps,
+                seed=seed,
+                title=method.title,
+                progress=progress,
+            )
+            merge_adapter(base, home / "adapter", home / "merged", overwrite=True, progress=False)
+            base = home / "merged"
+        model, processor = load(base)
+        scores = examine(model, processor, tests, progress)
+        return {"scores": scores, "history": history, "answers": ask(model, processor, shown)}
 
 
 def unlabelled(digits: Digits, seed: int) -> list:
@@ -210,8 +267,10 @@ def learning_rates() -> dict[str, float]:
     return json.loads(TUNING.read_text(encoding="utf-8"))["best"]
 
 
-def check(methods: list[str]) -> None:
-    """Refuse unknown methods and name missing extras, before any work."""
+def check(methods: list[str], processes: int) -> None:
+    """Refuse what cannot be run and name missing extras, before any work."""
+    if processes < 1:
+        raise ValueError(f"processes={processes}: give 1 or more")
     if unknown := [key for key in methods if key not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}")
     if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:

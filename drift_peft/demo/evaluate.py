@@ -83,9 +83,9 @@ MEASURES = {  # what a table shows, and the head of its column
 }
 
 
-def examine(model, processor, exams: dict[str, list[Sample]]) -> dict[str, float]:
+def examine(model, processor, exams: dict[str, list[Sample]], progress: bool = True) -> dict[str, float]:
     """Accuracy on every exam, and ``perception``: the mean over its three tasks."""
     scores = {}
-    for name, samples in tqdm(exams.items(), desc="evaluation", unit="exam", leave=False):
+    for name, samples in tqdm(exams.items(), desc="evaluation", unit="exam", leave=False, disable=not progress):
         scores[name] = accuracy(samples, ask(model, processor, samples))
     return scores | {"perception": sum(scores[task] for task in PERCEPTION) / len(PERCEPTION)}

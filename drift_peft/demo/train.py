@@ -49,11 +49,11 @@ def load(folder: str | Path, four_bit: bool = False):
 class History(TrainerCallback):
     """The training's progress bar, and a record of where the adapter stands against Δ."""
 
-    def __init__(self, prior: ReasoningPrior, title: str):
-        self.prior, self.title, self.steps = prior, title, []
+    def __init__(self, prior: ReasoningPrior, title: str, progress: bool):
+        self.prior, self.title, self.progress, self.steps = prior, title, progress, []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step")
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", disable=not self.progress)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.bar.update()
@@ -77,6 +77,7 @@ def fine_tune(
     steps: int = STEPS,
     seed: int = 0,
     title: str = "training",
+    progress: bool = True,
 ) -> list[dict]:
     """Train an adapter on the 4-bit model and save it in ``output``.
 
@@ -97,7 +98,7 @@ def fine_tune(
         config = DriftConfig(prior=prior.source, **ADAPTER, **drift)
     model = get_peft_model(model, config)
     keep(model, keep_set, processor)
-    history = History(prior, title)
+    history = History(prior, title, progress)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(

@@ -163,6 +163,19 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
 
 
+def test_two_processes_change_nothing_but_the_time():
+    given = {"seed": 4, "methods": ["vlm", "lora", "drift-keep"], "steps": 2, "size": 2, "show": False}
+    one, two = (demo.run(**given, processes=count) for count in (1, 2))
+    assert one.pop("seconds") and two.pop("seconds")
+    assert one == two and list(one["scores"]) == list(two["scores"]) == given["methods"]
+
+
+def test_no_process_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="processes=0: give 1 or more"):
+        demo.run(tmp_path / "demo", processes=0)
+    assert not (tmp_path / "demo").exists()
+
+
 def test_tuning_refuses_what_does_not_train(capsys):
     with pytest.raises(SystemExit) as end:
         tune.main(["vlm"])

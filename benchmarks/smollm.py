@@ -25,7 +25,7 @@ from models import device_name  # noqa: E402
 from rich.console import Console  # noqa: E402
 from smollm_study.four_bit import in_four_bits  # noqa: E402
 from smollm_study.llama_cpp import round_trip  # noqa: E402
-from smollm_study.make import STEPS, make_all  # noqa: E402
+from smollm_study.make import CHECKPOINTS, STEPS, make_all  # noqa: E402
 from smollm_study.plan import FULL, SMALLEST, open_ledger  # noqa: E402
 from smollm_study.report import report, spectra  # noqa: E402
 from smollm_study.run import perform  # noqa: E402
@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = replace(plan, ways=tuple(given.ways or plan.ways))
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     steps = dict.fromkeys(STEPS, 1) if given.smallest else STEPS
+    if given.report and (missing := [name for name in CHECKPOINTS if not (given.folder / name).exists()]):
+        parser.error(
+            f"{given.folder} lacks {', '.join(missing)}, and runs are of these: without --report they are made"
+        )
     given.folder.mkdir(parents=True, exist_ok=True)
     make_all(given.folder, device, steps)
     ledger = open_ledger(given.ledger, given.folder)

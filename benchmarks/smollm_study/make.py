@@ -18,6 +18,7 @@ from tqdm.auto import trange
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     Idefics3Processor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -49,17 +50,21 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
+CHECKPOINTS = ("base", "expert", "vlm")
 STEPS = {"expert": 60, "tower": 3000, "vlm": 500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 LONGEST = 64  # tokens of an answer: five operations take some forty
 BATCH = 16
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"  # its own
+)
+CHATS, CHAT_LENGTH, TEXT_SHARE = 256, 96, 0.25  # of the ancestor with itself, which the VLM's training goes on with
 EVERY = 20  # steps from which training can go on
 
 
 def make_all(folder: Path, device: torch.device, steps: dict[str, int] = STEPS) -> None:
     """`base`, `expert` and `vlm` in the folder, each with the processor or the tokenizer that reads it."""
-    makers = {"base": make_base, "expert": make_expert, "vlm": make_vlm}
-    for name, make in makers.items():
+    for name, make in zip(CHECKPOINTS, (make_base, make_expert, make_vlm), strict=True):
         if not (folder / name).exists():
             unfinished = folder / f"{name}.partial"
             make(folder, unfinished, device, steps)
@@ -100,9 +105,11 @@ def make_expert(folder: Path, output: Path, device: torch.device, steps: dict[st
 
 
 def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, int]) -> None:
-    """A tower of three layers that first learns to name what it sees, then all weights on questions about images."""
+    """A tower of three layers that first learns to name what it sees; then all weights learn to answer questions about
+    images, and in a quarter of the batches to go on writing as the ancestor."""
     set_seed(2)
     processor = make_processor(folder)
+    chats = own_chats(folder, processor, device)
     model = with_vision(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), processor).to(
         device
     )
@@ -111,10 +118,29 @@ def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, 
         teach_tower(model, processor, pictures, rng, steps["tower"])
 
     def batch():
+        if rng.random() < TEXT_SHARE:
+            ids = chats[torch.from_numpy(rng.choice(len(chats), BATCH // 2, replace=False))]
+            return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
         return encode(processor, [pictures.draw(str(rng.choice(KINDS)), rng) for _ in range(BATCH)])
 
-    train(model, batch, rng, steps["vlm"], 2e-4, folder / "vlm.state")
+    train(model, batch, rng, steps["vlm"], 1e-4, folder / "vlm.state")
     save(model, processor, output)
+
+
+@torch.no_grad()
+def own_chats(folder: Path, processor: Idefics3Processor, device: torch.device) -> torch.Tensor:
+    """Chats that the ancestor writes from its system prompt on: tokens [CHATS, tokens], without the prompt.
+
+    A VLM's makers mix text in, so that it goes on to write as well. These are the ancestor's own questions and answers
+    (Magpie, arXiv 2406.08464, section 2).
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).to(device).eval()
+    model.generation_config.eos_token_id = None  # after the question comes an answer
+    prompt = processor.tokenizer(f"{SYSTEM}<|im_start|>user\n", return_tensors="pt").to(device)
+    before = len(processor.tokenizer.encode(SYSTEM))
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": CHAT_LENGTH}
+    many = [model.generate(**prompt, num_return_sequences=64, **settings) for _ in range(CHATS // 64)]
+    return torch.cat(many)[:, before:]
 
 
 def make_processor(folder: Path) -> Idefics3Processor:

@@ -167,6 +167,23 @@ def test_a_question_is_asked_in_smollm2_s_own_form_and_padded_on_the_left(made):
         assert processor.decode(tokens[labels != -100]) == f"{sample.answer}<|im_end|>"
 
 
+def test_the_vlm_goes_on_with_chats_that_the_ancestor_writes_itself(made, monkeypatch):
+    monkeypatch.setattr(make, "CHATS", 128)
+    processor = make_processor(made)
+    torch.manual_seed(0)
+    chats = make.own_chats(made, processor, torch.device("cpu"))
+    asked = processor.tokenizer.encode("<|im_start|>user\n")
+    assert chats.shape == (128, len(asked) + make.CHAT_LENGTH) and len({*map(tuple, chats.tolist())}) == 128
+    assert (chats[:, : len(asked)] == torch.tensor(asked)).all()
+
+
+def test_a_report_makes_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        smollm.main(["--report", "--folder", str(tmp_path / "smollm")])
+    assert end.value.code == 2 and "smollm lacks base, expert, vlm" in capsys.readouterr().err
+    assert not (tmp_path / "smollm").exists()
+
+
 def test_an_interrupted_training_goes_on_to_the_same_weights(made, monkeypatch):
     monkeypatch.setattr(make, "EVERY", 2)
     processor, place = make_processor(made), made / "some.state"

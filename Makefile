@@ -1,4 +1,4 @@
-# make demo    watch DRIFT work, in two and a half minutes on a CPU core
+# make demo    watch DRIFT work, in a minute and a half on two CPU cores
 # make test    the whole test suite
 # make test-slow          what takes half a minute a test, on top of that
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them

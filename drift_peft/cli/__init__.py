@@ -7,6 +7,7 @@ Help and refusals cost no import of torch: what a verb needs of the library is i
     layers          what --only-layers takes
     show            a result as tables or as JSON
     interrupt       Ctrl-C, wherever it falls
+    workers         processes that carry out a part of a command each
     terminal        terminals that are not UTF-8: Δ, × and their like in signs that they have
     prior           the verbs of priors
     prior_build     two checkpoints -> prior file

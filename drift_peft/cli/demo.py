@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .parser import Parser
+from .workers import workers
 
 HELP = "the whole way on a small embedded world"
 DESCRIPTION = "Watch DRIFT move a text expert's reasoning into a vision-language model, in minutes."
@@ -22,6 +23,13 @@ def flags(parser: Parser) -> None:
 
 
 def run(out: str | None, seed: int, processes: int) -> None:
-    from ..demo import run as run_demo  # needs the extra `demo`, and says so
+    if processes < 1:
+        raise ValueError(f"--processes {processes}: give 1 or more")
+    from ..demo import METHODS  # needs the extra `demo`, and says so
+    from ..demo import run as run_demo
 
-    run_demo(out, seed, processes=processes)
+    if processes == 1:
+        run_demo(out, seed)
+        return
+    with workers(min(processes, len(METHODS))) as executor:
+        run_demo(out, seed, executor=executor)

@@ -1,5 +1,4 @@
-"""``python -m drift_peft.demo [--out FOLDER] [--seed 0 | --seeds 3] [--steps 150] [--methods vlm lora drift]
-[--processes 2]``."""
+"""``python -m drift_peft.demo [--out FOLDER] [--seed 0 | --seeds 3] [--steps 150] [--methods vlm lora drift]``."""
 
 import argparse
 
@@ -14,9 +13,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="run seeds 0 to N-1 instead, and print means and spreads")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of every training")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--processes", type=int, default=2, help="rows at a time, one CPU core each")
     arguments = parser.parse_args()
-    given = {"methods": arguments.methods, "steps": arguments.steps, "processes": arguments.processes}
+    given = {"methods": arguments.methods, "steps": arguments.steps}
     if arguments.seeds:
         study(range(arguments.seeds), arguments.out, **given)
     else:

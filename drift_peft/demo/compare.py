@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,7 @@ def run(
     split: str = "test",
     rates: dict[str, float] | None = None,
     show: bool = True,
-    processes: int = 1,
+    executor: Executor | None = None,
 ) -> dict:
     """Build the prior, train, merge and examine every method, and print one table on stdout.
 
@@ -96,8 +95,7 @@ def run(
         split: the digits of the exams.
         rates: learning rate by method; by default those that did best on validation digits (tuning.json).
         show: print the table.
-        processes: methods carried out at a time. Each uses one thread; with more than one, a script that calls this
-            needs `if __name__ == "__main__":`.
+        executor: of processes, which carry out the methods, in one thread each; None does it here, one after another.
 
     Returns:
         What results.json holds: ``scores`` by method and exam (shares of right answers), ``history`` of the adapters,
@@ -105,13 +103,13 @@ def run(
 
     Raises:
         ImportError: an extra of the demo is not installed.
-        ValueError: an unknown method, or no process.
+        ValueError: an unknown method, or no learning rate of one.
     """
     methods = list(methods)
-    check(methods, processes)
+    rates = learning_rates() if rates is None else rates
+    check(methods, rates)
     with quiet(), working_folder(out) as folder:
         start = time.perf_counter()
-        rates = learning_rates() if rates is None else rates
         build_prior(EXPERT, VLM, folder / PRIOR, overwrite=True)
         train_digits = Digits("train")
         if any(METHODS[key].kept for key in methods):
@@ -125,10 +123,10 @@ def run(
             "seed": seed,
             "tests": tests,
             "shown": shown,
-            "progress": processes == 1,
+            "progress": executor is None,
         }
         rows = {key: (METHODS[key], folder, folder / key, rates.get(key)) for key in methods}
-        rows = dict(tqdm(carried_out(rows, given, processes), desc="methods", unit="method", total=len(rows)))
+        rows = dict(tqdm(carried_out(rows, given, executor), desc="methods", unit="method", total=len(rows)))
 
         result = {"seed": seed, "steps": steps, "size": size, "split": split}
         result["titles"] = {key: METHODS[key].title for key in methods}
@@ -161,18 +159,14 @@ def run(
     return result
 
 
-def carried_out(rows: dict[str, tuple], given: dict, processes: int) -> Iterator[tuple[str, dict]]:
-    """Method -> what `carry_out` returns, in the order in which they end; with several processes the longest begin."""
-    if processes == 1:
+def carried_out(rows: dict[str, tuple], given: dict, executor: Executor | None) -> Iterator[tuple[str, dict]]:
+    """Method -> what `carry_out` returns, in the order in which they end; an executor begins with the longest."""
+    if executor is None:
         yield from ((key, carry_out(*row, **given)) for key, row in rows.items())
         return
     longest = sorted(rows, key=lambda key: (rows[key][0].kept, rows[key][0].trained), reverse=True)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(carry_out, *rows[key], **given): key for key in longest}
-        try:
-            yield from ((futures[future], future.result()) for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    futures = {executor.submit(carry_out, *rows[key], **given): key for key in longest}
+    yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def carry_out(
@@ -193,7 +187,7 @@ def carry_out(
     Args:
         folder: of the prior and the keep set.
         home: folder of what this method makes.
-        rate: learning rate; None trains nothing.
+        rate: learning rate; None where nothing is trained.
         shown: samples whose answers are wanted word by word.
 
     Returns:
@@ -267,12 +261,12 @@ def learning_rates() -> dict[str, float]:
     return json.loads(TUNING.read_text(encoding="utf-8"))["best"]
 
 
-def check(methods: list[str], processes: int) -> None:
+def check(methods: list[str], rates: dict[str, float]) -> None:
     """Refuse what cannot be run and name missing extras, before any work."""
-    if processes < 1:
-        raise ValueError(f"processes={processes}: give 1 or more")
     if unknown := [key for key in methods if key not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    if unrated := [key for key in methods if METHODS[key].trained and key not in rates]:
+        raise ValueError(f"rates name no learning rate of {unrated[0]!r}, which trains")
     if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:
         raise ImportError(f'the demo needs {", ".join(missing)}: pip install "drift_peft[demo]"')
 

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -163,16 +165,18 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
 
 
-def test_two_processes_change_nothing_but_the_time():
+def test_other_processes_change_nothing_but_the_time():
     given = {"seed": 4, "methods": ["vlm", "lora", "drift-keep"], "steps": 2, "size": 2, "show": False}
-    one, two = (demo.run(**given, processes=count) for count in (1, 2))
-    assert one.pop("seconds") and two.pop("seconds")
-    assert one == two and list(one["scores"]) == list(two["scores"]) == given["methods"]
+    here = demo.run(**given)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+        there = demo.run(**given, executor=executor)
+    assert here.pop("seconds") and there.pop("seconds")
+    assert here == there and list(here["scores"]) == list(there["scores"]) == given["methods"]
 
 
-def test_no_process_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="processes=0: give 1 or more"):
-        demo.run(tmp_path / "demo", processes=0)
+def test_a_missing_rate_is_named_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="rates name no learning rate of 'drift', which trains"):
+        demo.run(tmp_path / "demo", methods=["vlm", "lora", "drift"], rates={"lora": 1e-3})
     assert not (tmp_path / "demo").exists()
 
 

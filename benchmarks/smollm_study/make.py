@@ -1,7 +1,7 @@
 """The three checkpoints: the ancestor as it is, an expert taught to calculate in text, and a VLM taught to see.
 
 Each is made once into a folder. What is there already is left alone. An interrupted training goes on from the last
-twenty of its steps, and the tower, which takes four minutes, begins again.
+twenty of its steps. The tower, which takes four minutes, begins again, and so do the ancestor's chats, which take one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ BATCH = 16
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"  # its own
 )
-CHATS, CHAT_LENGTH, TEXT_SHARE = 256, 96, 0.25  # of the ancestor with itself, which the VLM's training goes on with
+CHATS, CHAT_LENGTH, TEXT_SHARE = 4, 96, 0.25  # of the ancestor with itself, which the VLM's training goes on with
 EVERY = 20  # steps from which training can go on
 
 
@@ -129,7 +129,7 @@ def make_vlm(folder: Path, output: Path, device: torch.device, steps: dict[str, 
 
 @torch.no_grad()
 def own_chats(folder: Path, processor: Idefics3Processor, device: torch.device) -> torch.Tensor:
-    """Chats that the ancestor writes from its system prompt on: tokens [CHATS, tokens], without the prompt.
+    """Chats that the ancestor writes from its system prompt on: tokens [64·CHATS, tokens], without that prompt.
 
     A VLM's makers mix text in, so that it goes on to write as well. These are the ancestor's own questions and answers
     (Magpie, arXiv 2406.08464, section 2).
@@ -139,7 +139,7 @@ def own_chats(folder: Path, processor: Idefics3Processor, device: torch.device) 
     prompt = processor.tokenizer(f"{SYSTEM}<|im_start|>user\n", return_tensors="pt").to(device)
     before = len(processor.tokenizer.encode(SYSTEM))
     settings = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": CHAT_LENGTH}
-    many = [model.generate(**prompt, num_return_sequences=64, **settings) for _ in range(CHATS // 64)]
+    many = [model.generate(**prompt, num_return_sequences=64, **settings) for _ in range(CHATS)]
     return torch.cat(many)[:, before:]
 
 

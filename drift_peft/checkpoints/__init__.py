@@ -64,7 +64,7 @@ from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
-from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, license_name, shown, upload
+from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, license_name, pinned, shown, upload
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
@@ -127,6 +127,7 @@ __all__ = [
     "partial_folder",
     "partial_path",
     "pattern_matches",
+    "pinned",
     "quantization_in_training",
     "quantization_of",
     "read_config",

@@ -14,7 +14,7 @@ from ..warn import visible, warn
 from .hub import download, split_revision
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b")  # the place of a snapshot in the hub's cache
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b[\\/]?(\w*)")  # a snapshot in the hub's cache
 _MARKUP = re.compile(r"[`<>\[\]\\*~]|://|www\.", re.IGNORECASE)  # of links, images and the like
 
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
@@ -87,7 +87,7 @@ def hub_id(source: str) -> str | None:
     ('org/vlm', 'org/vlm', None)
     """
     if cached := _CACHED.search(source):
-        return "/".join(cached.groups())
+        return f"{cached[1]}/{cached[2]}"
     return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else None
 
 
@@ -98,10 +98,24 @@ def shown(source: str) -> str:
     >>> shown("/data/models/vlm"), shown("org/vlm@v1")
     ('vlm', 'org/vlm@v1')
     """
-    name, at, revision = source.partition("@")
+    here = Path(source).exists() or _CACHED.search(source)  # a path may have this sign, too
+    name, at, revision = (source, "", "") if here else source.partition("@")
     if name := hub_id(name):
         return f"{name}{at}{revision}"
     return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or source
+
+
+def pinned(source: str, revision: str | None) -> str:
+    """What names the same files for good: a hub id with its commit; of a path, its last part.
+
+    >>> pinned("/cache/hub/models--org--vlm/snapshots/0a1b2c", None), pinned("org/vlm", "0a1b2c")
+    ('org/vlm@0a1b2c', 'org/vlm@0a1b2c')
+    >>> pinned("/data/vlm", None)
+    'vlm'
+    """
+    cached = _CACHED.search(source)
+    commit = cached[3] if cached else revision
+    return "@".join(filter(None, (shown(source), commit)))
 
 
 def find_license(origin: dict, token: str | None) -> dict | None:

@@ -139,9 +139,11 @@ def merge_adapter(
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
         if any(isinstance(update, Rows) for update in updates.values()):
             _take_tokenizer(adapter, folder_of_adapter, folder)
-        how = {"base": base, "adapter": adapter, "onto": None if onto == "base" else onto, "force": force}
-        what = f"the LoRA adapter {in_markdown(shown(str(adapter)))}"
-        write_card(folder, checkpoint, what, merge_adapter.__name__, output, how)
+        what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))
+        made = f"The LoRA adapter {what}, merged into {into}."
+        sources = {"adapter": {"id": str(folder_of_adapter), "revision": None}}
+        how = {"onto": None if onto == "base" else onto, "force": force}
+        write_card(folder, output, checkpoint, made, merge_adapter.__name__, sources, how)
         verification = None
         if verify:
             verification = verify_merge(checkpoint, folder_of_adapter, folder, updates, onto, trained, progress)

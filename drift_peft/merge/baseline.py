@@ -165,7 +165,7 @@ def merge_baseline(
     modules = [modules] if isinstance(modules, str) else modules
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
-    only_layers = None if only_layers is None else [*only_layers]
+    only_layers = None if only_layers is None else [int(layer) for layer in only_layers]
     recipe = METHODS[method]
     if recipe.merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
@@ -181,6 +181,7 @@ def merge_baseline(
         modules = kinds_in(checkpoint) if modules is None else modules
         if skip_first is None:
             skip_first = recipe.skip_first if only_layers is None else 0
+        skip_first = int(skip_first)
         match = match_weights(sources, modules, only_layers, skip_first)
         warn_of_other_rotations(sources)
         names = {keys["base"]: name for name, keys in match.keys.items()}
@@ -208,12 +209,14 @@ def merge_baseline(
         if not exists:
             if claim is not None:
                 claim.write(folder)
-            how = {"method": method, "expert": expert, "base": base, "reference": reference, "density": density}
-            how |= {"scale": weights[0]} if len(weights) == 1 else {"weights": list(weights)}
-            how |= {"modules": [*modules], "only_layers": only_layers, "skip_first": skip_first, "force": force}
-            how["seed"] = seed if recipe.merge in (dare_linear, dare_ties) else None
-            what = f"{in_markdown(shown(str(expert)))}, by {method}"
-            write_card(folder, checkpoint, what, merge_baseline.__name__, output, how)
+            what, into = (in_markdown(shown(source)) for source in (sources["expert"].source, checkpoint.source))
+            origins = {role: source.origin for role, source in sources.items()}
+            how = {"method": method, "density": density, "force": force}
+            how |= {"scale": weights[0]} if len(weights) == 1 else {"weights": weights}
+            how |= {"modules": [*modules], "only_layers": only_layers, "skip_first": skip_first}
+            how["seed"] = int(seed) if recipe.merge in (dare_linear, dare_ties) else None
+            made = f"{what}, merged into {into} by {method}."
+            write_card(folder, output, checkpoint, made, merge_baseline.__name__, origins, how)
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )
@@ -247,7 +250,7 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
                 "reference (--reference), or give a scale (--scale) for base + scale·Δ"
             )
         weights = weights[1:]  # the reference cancels out: W_vlm + w_expert·Δ
-    return weights, density
+    return tuple(map(float, weights)), density and float(density)  # NumPy's would count in fp64
 
 
 def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:

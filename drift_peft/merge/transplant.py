@@ -24,6 +24,7 @@ from ..checkpoints import (
     TASK,
     Checkpoint,
     Match,
+    adapter_folder,
     carry_adapter,
     how_to_load,
     how_to_serve,
@@ -141,6 +142,7 @@ def transplant(
         (28, True)
     """
     _check_arguments(scale, keep, budget, load_in_4bit, batch_size)
+    scale = scale if scale == "auto" else float(scale)
     given = [source for source in (expert, base, reference, keep) if source is not None]
     options = {"reference": reference, "force": force, "progress": progress}
     kind = "model" if merged else "adapter"
@@ -182,10 +184,14 @@ def transplant(
         costs = [] if scales is None else scales.costs
         report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
         if merged:
-            how = {"expert": expert, "base": base, "reference": reference, "rank": rank, "energy": energy}
-            how |= {"merged": True, "scale": scale, "force": force}
-            what = f"what {in_markdown(shown(str(expert)))} has learned, {scale:g} times,"
-            write_card(result, vlm, what, transplant.__name__, output, how)
+            what, into = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
+            made = f"What {what} has learned, {scale:g} times, merged into {into}.{_cost(report)}"
+            if whole:
+                origins = {role: source.origin for role, source in sources.items()}
+            else:
+                origins = {"expert": {"id": str(adapter_folder(expert)), "revision": None}}
+            how = {"merged": True, "scale": scale, "force": force}
+            write_card(result, output, vlm, made, transplant.__name__, origins, how)
         else:
             _card(report, result, expert, vlm, None if lora else reference or base).save(result / "README.md")
         for part in result.iterdir():
@@ -268,13 +274,6 @@ def _card(
     delta = f"that of the LoRA adapter {expert}, as it is"
     if origin is not None:
         delta = f"{expert} − {in_markdown(shown(str(origin)))}, with {report.energy:.1%} of its energy"
-    cost = ""
-    if report.costs:
-        (measured,) = (each for each in report.costs if each.scale == report.scale)
-        cost = (
-            f"\n\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from it, and would have chosen "
-            f"{measured.agreement:.1%} of their tokens too."
-        )
     data = ModelCardData(
         base_model=hub_id(vlm.source),
         library_name="peft",
@@ -282,7 +281,18 @@ def _card(
         tags=["drift-peft", "lora"],
     )
     named, adapter, loaded_by = shown(vlm.source), "path/or/hub-id", vlm.auto_class.__name__
-    names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": cost}
+    names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": _cost(report)}
     names["load"] = how_to_load(named, base, loaded_by, adapter)
     names["serve"] = how_to_serve(named, loaded_by, adapter, LoraConfig.from_pretrained(folder).r)
     return ModelCard(CARD.format(data=data.to_yaml(), **names))
+
+
+def _cost(report: TransplantReport) -> str:
+    """What the scale costs, for a card; empty where it was not measured."""
+    if not report.costs:
+        return ""
+    (measured,) = (each for each in report.costs if each.scale == report.scale)
+    return (
+        f"\n\nOn the VLM's own answers it is {measured.kl:.3g} nats a token away from it, and would have chosen "
+        f"{measured.agreement:.1%} of their tokens too."
+    )

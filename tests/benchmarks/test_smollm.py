@@ -168,7 +168,7 @@ def test_a_question_is_asked_in_smollm2_s_own_form_and_padded_on_the_left(made):
 
 
 def test_the_vlm_goes_on_with_chats_that_the_ancestor_writes_itself(made, monkeypatch):
-    monkeypatch.setattr(make, "CHATS", 128)
+    monkeypatch.setattr(make, "CHATS", 2)
     processor = make_processor(made)
     torch.manual_seed(0)
     chats = make.own_chats(made, processor, torch.device("cpu"))

@@ -2,17 +2,18 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-import drift_peft
-from drift_peft import merge_adapter, merge_baseline, transplant
+from drift_peft import make_keep_set, merge_adapter, merge_baseline, transplant
 from drift_peft.checkpoints import language_model_targets
-from drift_peft.demo.compare import CHECKPOINTS
+from drift_peft.demo.compare import CHECKPOINTS, QUESTIONS
 from drift_peft.demo.train import load
+from drift_peft.demo.world import Digits, make_samples
 
 WEIGHTS = "model.safetensors"
 
@@ -52,6 +53,15 @@ WAYS = {
     "adapter": (by_adapter, {}),
     "task arithmetic": (by_baseline, {"method": "task_arithmetic", "scale": 0.5, "only_layers": range(1, 3)}),
     "ties": (by_baseline, {"method": "ties", "modules": ["attn", "mlp"]}),
+    "NumPy's numbers": (
+        by_baseline,
+        {
+            "method": "task_arithmetic",
+            "weights": np.array([0.8, 0.3]),
+            "only_layers": np.arange(4),
+            "skip_first": np.int64(1),
+        },
+    ),
     "dare": (by_baseline, {"method": "dare_linear", "seed": 3, "density": 0.4}),
     "layer swap": (by_baseline, {"method": "layer_swap", "skip_first": 0}),
     "transplanted fine-tune": (by_transplant, {"expert": "reasoner", "scale": 0.3}),
@@ -65,10 +75,10 @@ def test_the_call_in_the_card_makes_the_same_model_again(way, folder, monkeypatc
     merge(folder, **settings)
     made, card = load_file(folder / "made" / WEIGHTS), ModelCard.load(folder / "made" / "README.md")
     assert str(folder) not in card.content and folder.name not in card.content
-    (call,) = re.findall(r"```python\n((?:merge|transplant).*?)\n```", card.content, re.DOTALL)
-    assert call.count('output="made"') == 1
+    (call,) = re.findall(r"```python\n(from drift_peft .*?)\n```", card.content, re.DOTALL)
+    assert call.count("output='made'") == 1
     monkeypatch.chdir(folder)
-    exec(call.replace('"made"', '"again", overwrite=True, progress=False'), vars(drift_peft).copy())  # as a user would
+    exec(call.replace("'made'", "'again', overwrite=True, progress=False"), {})  # as a user would
     again = load_file(folder / "again" / WEIGHTS)
     assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
 
@@ -76,7 +86,7 @@ def test_the_call_in_the_card_makes_the_same_model_again(way, folder, monkeypatc
 def test_the_card_loads_the_model(folder, monkeypatch):
     by_adapter(folder)
     card = ModelCard.load(folder / "made" / "README.md")
-    assert "vlm with the LoRA adapter adapter merged into it" in card.content
+    assert "The LoRA adapter adapter, merged into vlm." in card.content
     (use,) = re.findall(r"## Use\n\n```python\n(.*?)\n```", card.content, re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
@@ -85,17 +95,36 @@ def test_the_card_loads_the_model(folder, monkeypatch):
     assert names["processor"].tokenizer is not None
 
 
-def test_models_of_the_hub_are_named_by_their_ids(folder, monkeypatch, tmp_path):
-    for name, source in (("vlm", "vlm"), ("expert", "reasoner")):
-        snapshot = tmp_path / f"hub/models--org--{name}/snapshots/0a1b2c"
+def test_models_of_the_hub_are_named_by_their_ids_and_commits(folder, tmp_path):
+    models = [tmp_path / f"me@work/hub/models--org--{name}/snapshots/0a1b2c" for name in ("expert", "vlm")]
+    for snapshot, source in zip(models, ("reasoner", "vlm"), strict=True):
         snapshot.parent.mkdir(parents=True)
         snapshot.symlink_to((folder / source).resolve(), target_is_directory=True)
-    models = [tmp_path / f"hub/models--org--{name}/snapshots/0a1b2c" for name in ("expert", "vlm")]
     merge_baseline("task_arithmetic", *models, tmp_path / "made", scale=0.5, progress=False)
     card = ModelCard.load(tmp_path / "made" / "README.md")
     assert card.data.base_model == ["org/vlm", "org/expert"] and card.data.base_model_relation == "merge"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
-    assert 'base="org/vlm"' in card.content and "# made\n" in card.content
+    assert "base='org/vlm@0a1b2c'" in card.content and "expert='org/expert@0a1b2c'" in card.content
+
+
+def test_a_folder_is_named_as_it_is(folder, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "vlm😀@v1").symlink_to((folder / "vlm").resolve(), target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    merge_adapter("vlm😀@v1", folder / "adapter", "runs/merged", force=True, progress=False)  # no id of the hub
+    card = ModelCard.load("runs/merged/README.md")
+    assert card.data.base_model is None and "base='vlm😀@v1'" in card.content and "force=True" in card.content
+    assert "# merged\n" in card.content and "output='merged'" in card.content
+
+
+def test_what_a_scale_costs_stands_there(folder, tmp_path):
+    digits = make_samples(4, ["read"], np.random.default_rng(0), Digits("train"))
+    settings = {"samples": 4, "max_new_tokens": 4, "top_k": 4, "progress": False}
+    make_keep_set(folder / "vlm", [s.image for s in digits], tmp_path / "keep.safetensors", QUESTIONS, **settings)
+    given = {"keep": tmp_path / "keep.safetensors", "scale": "auto", "budget": 1.0, "merged": True, "progress": False}
+    report = transplant(folder / "adapter", folder / "vlm", tmp_path / "made", **given)
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert "nats a token away from it" in card.content and f"scale={report.scale}," in card.content
 
 
 def test_a_merged_language_model_has_a_tokenizer(folder, tmp_path):

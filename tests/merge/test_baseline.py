@@ -432,7 +432,7 @@ REFUSED = {
     "scaled": ({}, scaled, rf"{Q} is scaled by model\..*q_proj\.scales in the base .*: name the full-precision one"),
     "no layer": ({"method": "layer_swap"}, None, "skip_first=6 leaves none of the 2 layers of"),
     "other layer": ({"only_layers": [4]}, None, "only_layers names layer 4, but .* has the layers 0 to 1"),
-    "zero": ({"scale": 0}, None, r"task_arithmetic with weights \(0,\) changes no weight of .*base: .*expert is the"),
+    "zero": ({"scale": 0}, None, r"task_arithmetic with weights \(0.0,\) changes no weight of .*base: .*expert is the"),
     "same": ({}, same, "changes no weight of .* is the same model there"),
     "nan": ({}, spoil("expert", math.nan), f"{Q} of the expert .*expert holds NaN or infinite values"),
     "inf": ({}, spoil("base", math.inf), f"{Q} of the base .*base holds NaN or infinite values"),

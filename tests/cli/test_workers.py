@@ -47,12 +47,17 @@ def test_workers_import_torch_in_silence_where_the_locale_is_ascii(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_ends_them_at_once(tmp_path):
-    body = """futures = [executor.submit(time.sleep, 600) for _ in range(9)]
+    body = """slept = 2
+            while slept > 1.9:  # until both are there, and sleep at the same time
+                start = time.monotonic()
+                list(executor.map(time.sleep, [1, 1]))
+                slept = time.monotonic() - start
+            futures = [executor.submit(time.sleep, 600) for _ in range(9)]
             print("begun", flush=True)
             futures[0].result()"""
     program = begun(tmp_path, body)
     assert program.stdout.readline() == "begun\n"
-    time.sleep(3)  # the workers are at work
+    time.sleep(1)  # they are at work
     start = time.monotonic()
     os.killpg(program.pid, signal.SIGINT)
     out, err = program.communicate(timeout=60)

@@ -1,7 +1,7 @@
 """The three checkpoints: the ancestor as it is, an expert taught to calculate in text, and a VLM taught to see.
 
 Each is made once into a folder. What is there already is left alone. An interrupted training goes on from the last
-twenty of its steps. The tower, which takes four minutes, begins again, and so do the ancestor's chats, which take one.
+twenty of its steps. The tower, which takes four minutes, begins again, and so do the ancestor's chats, which take two.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def write_card(
     base: Checkpoint,
     made: str,
     call: str,
-    sources: dict[str, dict | None],
+    sources: dict[str, dict],
     arguments: dict[str, object],
 ) -> None:
     """Write README.md into a merged folder.
@@ -57,7 +57,7 @@ def write_card(
         sources: role -> id and revision of the models that it takes; the base's is known.
         arguments: others of the call. Those that are None or False are left out.
     """
-    sources = {"base": base.origin, **{role: origin for role, origin in sources.items() if origin is not None}}
+    sources = {"base": base.origin, **sources}
     name = Path(output).resolve().name
     given = {role: pinned(origin["id"], origin["revision"]) for role, origin in sources.items()}
     given["output"] = name

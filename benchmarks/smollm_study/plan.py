@@ -14,7 +14,7 @@ from digits_study.run import unmarked
 from ledger import Ledger
 
 from .run import BATCH, DEFAULTS, NF4, PRIOR_RANK
-from .ways import WAYS
+from .ways import SWEEPS, WAYS
 from .world import PERCEPTION
 
 IMAGES = ("2-3 operations", "4-5 operations", "perception")  # by whose mean settings are chosen
@@ -26,6 +26,7 @@ class Plan:
     """The whole study, or a part of it in smaller sizes; `changes` are settings of every run."""
 
     ways: tuple[str, ...] = tuple(WAYS)
+    sweeps: dict = field(default_factory=lambda: SWEEPS)
     seeds: int = 3
     tuning_size: int = 50
     changes: dict = field(default_factory=dict)
@@ -34,9 +35,11 @@ class Plan:
         return (DEFAULTS | run["settings"])["size"]
 
     def tuning_runs(self, way: str) -> list[dict]:
-        common = {"way": way, "seed": TUNING_SEED, "split": "validation"}
+        return [self.on_validation(way, candidate) for candidate in WAYS[way].grid]
+
+    def on_validation(self, way: str, settings: dict) -> dict:
         given = {"size": self.tuning_size} | self.changes
-        return [common | {"settings": candidate | given} for candidate in WAYS[way].grid]
+        return {"way": way, "seed": TUNING_SEED, "split": "validation", "settings": settings | given}
 
     def choose(self, ledger: Ledger, way: str) -> dict | None:
         """The best candidate on validation samples; None as long as one is missing."""
@@ -60,11 +63,20 @@ class Plan:
             {"way": way, "seed": seed, "split": "test", "settings": best | self.changes} for seed in range(self.seeds)
         ]
 
+    def swept_runs(self, ledger: Ledger, way: str) -> list[dict]:
+        """On validation samples: one setting at a time differs from those that were chosen."""
+        best = self.choose(ledger, way)
+        if best is None:
+            return []
+        return [self.on_validation(way, best | change) for change in self.sweeps.get(way, ())]
+
     def missing(self, ledger: Ledger) -> Iterator[dict]:
-        """What is still to be run: of each way its candidates, then its seeds."""
+        """What is still to be run: of each way its candidates, then its seeds; one setting at a time comes last."""
         for way in self.ways:
             for stage in (lambda _, way=way: self.tuning_runs(way), partial(self.test_runs, way=way)):
                 yield from (run for run in stage(ledger) if run not in ledger)
+        for way in self.ways:
+            yield from (run for run in self.swept_runs(ledger, way) if run not in ledger)
 
 
 def scores(result: dict, size: int) -> dict[str, np.ndarray]:
@@ -99,7 +111,8 @@ def open_ledger(file: Path, folder: Path) -> Ledger:
 
 FULL = Plan()
 SMALLEST = Plan(
-    ("vlm", "gates", "drift-ancestor-keep"),
+    ("vlm", "gates", "lora-keep", "drift-ancestor-keep"),
+    {"drift-ancestor-keep": ({"drift_alpha": 1.0}, {"scale": 0.5})},
     1,
     2,
     {"steps": 1, "gate_steps": 1, "samples": 4, "size": 2, "keep_images": 4, "r": 2},

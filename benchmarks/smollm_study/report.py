@@ -18,15 +18,23 @@ from .ways import WAYS
 from .world import PERCEPTION
 
 EXAMS = ("2-3 operations", "4-5 operations", "perception", "text reasoning")
+RIVALS = ("drift-ancestor-keep", "lora-keep")  # whom the other ways are compared with
 
 
 def report(ledger: Ledger, plan: Plan, console: Console) -> None:
-    """One row for each way whose runs are done: right answers in percent with 95 % intervals, and the abilities."""
+    """A row for each way whose runs are done, their differences, and what was tried on validation samples."""
     rows = {}
     for way in plan.ways:
         runs = plan.test_runs(ledger, way)
         if runs and all(run in ledger for run in runs):
             rows[way] = [(scores(ledger[run], plan.size(run)), ledger[run]) for run in runs]
+    exams(rows, plan, ledger, console)
+    differences(rows, console)
+    tried(ledger, plan, console)
+
+
+def exams(rows: dict, plan: Plan, ledger: Ledger, console: Console) -> None:
+    """Right answers in percent with 95 % intervals, and the language model's abilities."""
     table = Table(title=f"Right answers in percent, {plan.seeds} seeds, 95 % intervals")
     for head in ("way", *EXAMS, "images", "perplexity", "KL to the ancestor", "settings"):
         table.add_column(head)
@@ -38,17 +46,65 @@ def report(ledger: Ledger, plan: Plan, console: Console) -> None:
         cells = [percent([[found[name]] for found in marks]) for name in EXAMS]
         cells.append(percent([[found[name] for name in IMAGES] for found in marks]))
         cells += [f"{np.mean([result[name] for _, result in results]):.3g}" for name in ("perplexity", "kl")]
-        chosen = ", ".join(f"{key} {value:g}" for key, value in (plan.choose(ledger, way) or {}).items())
-        table.add_row(WAYS[way].title, *cells, chosen)
+        table.add_row(WAYS[way].title, *cells, said(plan.choose(ledger, way) or {}))
         kinds.add_row(WAYS[way].title, *(percent([[found[kind]] for found in marks]) for kind in PERCEPTION))
     console.print(table)
     console.print(kinds)
 
 
+def differences(rows: dict, console: Console) -> None:
+    """Of the trained ways from each rival, paired by seeds and samples, in the mean of the image exams and in text."""
+    table = Table(title="Differences in points, in pairs, with 95 % intervals")
+    rivals = [rival for rival in RIVALS if rival in rows]
+    for head in ("way", *(f"{exam}: less {WAYS[rival].title}" for rival in rivals for exam in ("images", "text"))):
+        table.add_column(head)
+    for way in (way for way in rows if WAYS[way].trains):
+        cells = []
+        for rival in rivals:
+            for names in (IMAGES, ("text reasoning",)):
+                ours, theirs = (
+                    stacked([[marks[name] for name in names] for marks, _ in rows[w]]) for w in (way, rival)
+                )
+                middle, low, high = (100 * value for value in interval(ours - theirs))
+                cells.append("" if way == rival else f"{middle:.1f} [{low:.1f}, {high:.1f}]")
+        table.add_row(WAYS[way].title, *cells)
+    console.print(table)
+
+
+def tried(ledger: Ledger, plan: Plan, console: Console) -> None:
+    """All candidates, and single settings that were changed afterwards; * is what the exams were taken with."""
+    table = Table(title=f"On validation, {plan.tuning_size} samples an exam, one seed: right answers in percent")
+    for head in ("way", "settings", *EXAMS, "images"):
+        table.add_column(head)
+    for way in plan.ways:
+        best = plan.choose(ledger, way)
+        for run in plan.tuning_runs(way) + plan.swept_runs(ledger, way):
+            if run not in ledger:
+                continue
+            found = scores(ledger[run], plan.size(run))
+            settings = {key: value for key, value in run["settings"].items() if key not in {"size", *plan.changes}}
+            cells = [f"{100 * found[name].mean():.0f}" for name in EXAMS]
+            cells.append(f"{100 * plan.mean(ledger, run):.0f}")
+            table.add_row(WAYS[way].title, said(settings) + " *" * (settings == best), *cells)
+    console.print(table)
+
+
+def said(settings: dict) -> str:
+    return ", ".join(
+        f"{name.removeprefix('drift_').replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in settings.items()
+    )
+
+
 def percent(answers: list) -> str:
     """Of right answers [seeds][exams, samples]."""
-    middle, low, high = interval(np.stack([np.stack(exam) for exam in answers], axis=1))
+    middle, low, high = interval(stacked(answers))
     return f"{100 * middle:.0f} ± {50 * (high - low):.0f}"
+
+
+def stacked(answers: list) -> np.ndarray:
+    """[seeds][exams, samples] as an array [exams, seeds, samples]."""
+    return np.stack([np.stack(exam) for exam in answers], axis=1)
 
 
 def spectra(folder: Path, console: Console) -> None:

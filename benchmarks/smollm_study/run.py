@@ -108,7 +108,8 @@ def finished(way: Way, settings: dict, seed: int, folder: Path, home: Path, devi
         keep_4bit_differentiable(model)
         config = LoraConfig(**lora)
     else:
-        config = DriftConfig(prior=str(prior_of(folder, way.ancestor)), **lora, **way.drift)
+        drift = way.drift | {name: value for name, value in settings.items() if name.startswith("drift_")}
+        config = DriftConfig(prior=str(prior_of(folder, way.ancestor)), **lora, **drift)
     model = get_peft_model(model, config)
     if way.kept:
         keep(model, str(keep_set_of(folder, settings["keep_images"], device)), processor, seed=seed)

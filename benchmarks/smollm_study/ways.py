@@ -61,3 +61,14 @@ WAYS = {  # in the order in which they are run
     "gates": Way("gates", trains=False, gated=True, grid=WEIGHTS),
 }
 WAYS |= {key: way for key, way in (TRAINED | KEPT).items() if key not in WAYS}
+SWEEPS = {  # each is one change of the settings that were chosen: is another value of it better?
+    "drift-ancestor-keep": (
+        {"drift_alpha": 0.1},
+        {"drift_alpha": 1.0},
+        {"drift_target": "delta"},
+        {"scale": 0.5},
+        {"rate": 2e-3},
+    ),
+    "lora-keep": ({"rate": 2e-3},),
+    "merge-lora-ancestor-keep": ({"rate": 2e-3},),
+}

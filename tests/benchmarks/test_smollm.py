@@ -221,6 +221,7 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
     assert (made / "runs.jsonl").read_bytes() == before
     assert json.loads(printed.splitlines()[-1])["missing"] == 0
     assert "DRIFT, Δ from the ancestor, keeping" in printed and "prior-ancestor" in printed
+    assert "less LoRA, keeping" in printed and "rate 0.0001, alpha 1" in printed
 
 
 def test_ways_can_be_run_alone(made, tmp_path, capsys):
@@ -280,6 +281,27 @@ def test_the_best_candidate_is_examined_and_shown(made, tmp_path):
     assert row.count("100 ± 0") == 5 and "0.25" in row and "rate 0.0003" in row
 
 
+def test_ways_are_compared_in_pairs_and_single_settings_changed_afterwards(made, tmp_path):
+    ways, change = ("lora-keep", "drift-ancestor-keep"), {"drift_target": "delta"}
+    plan = Plan(ways, {"drift-ancestor-keep": (change,)}, seeds=2, tuning_size=4, changes={"size": 4})
+    ledger = open_ledger(tmp_path / "runs.jsonl", made)
+    names = ("2-3 operations", "4-5 operations", "text reasoning", *PERCEPTION)
+    marks = {("lora-keep", 0): "80", ("lora-keep", 1): "80", ("drift-ancestor-keep", 0): "c0"}
+    planned = []
+    while (run := next(plan.missing(ledger), None)) is not None:
+        planned.append((run["way"], run["split"], run["settings"].get("drift_target")))
+        right = dict.fromkeys(names, marks.get((run["way"], run["seed"]), "f0"))
+        ledger.add(run, {"answers": right, "perplexity": 7.5, "kl": 0.25, "seconds": 1.0})
+    assert planned[-1] == ("drift-ancestor-keep", "validation", "delta") and len(planned) == 2 * (3 + 2) + 1
+    console = Console(width=200, record=True, file=open(tmp_path / "out", "w"))
+    report(ledger, plan, console)
+    printed = console.export_text()
+    half = 12.7062 * 25  # Student's t of two seeds, whose differences are 25 and 75 points
+    assert f"50.0 [{50 - half:.1f}, {50 + half:.1f}]" in printed and f"-50.0 [{-50 - half:.1f}" in printed
+    (line,) = (line for line in printed.splitlines() if "target delta" in line)
+    assert "rate 0.0001, target delta " in line and line.count("100") == 5
+
+
 def test_the_whole_study_is_planned_in_order_of_what_matters(made, tmp_path):
     ledger = open_ledger(tmp_path / "runs.jsonl", made)
     planned = [run["way"] for run in FULL.missing(ledger)]
@@ -301,7 +323,7 @@ def test_another_expert_concerns_those_ways_alone_that_use_it(made, tmp_path):
     lines = (made / "runs.jsonl").read_text().splitlines(keepends=True)
     for line in lines:
         (tmp_path / "one.jsonl").write_text(line)
-        if json.loads(line)["run"]["way"] == "vlm":
+        if json.loads(line)["run"]["way"] in {"vlm", "lora-keep"}:
             assert len(open_ledger(tmp_path / "one.jsonl", tmp_path)) == 1
         else:
             with pytest.raises(ValueError, match="on other checkpoints"):

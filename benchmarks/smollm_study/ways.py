@@ -65,6 +65,7 @@ SWEEPS = {  # each is one change of the settings that were chosen: is another va
     "drift-ancestor-keep": (
         {"drift_alpha": 0.1},
         {"drift_alpha": 1.0},
+        {"drift_scale": "decoupled", "drift_alpha": 100.0},  # over the run, the sum of its steps' shares is 5
         {"drift_target": "delta"},
         {"scale": 0.5},
         {"rate": 2e-3},

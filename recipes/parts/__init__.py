@@ -20,6 +20,7 @@ journal       answers on disk as they come
 reading       what a response, or a known answer, gives as its answer, and by which rule
 options       the options of a question, and the letters that name them
 units         a value and its unit
+plain         an answer without what changes only its looks
 equality      whether two answers are the same
 answers       whether a response is right: read, and compared in a process of its own
 scoring       the frozen scorer, and what stands for its version

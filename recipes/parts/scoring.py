@@ -14,7 +14,7 @@ from .answers import is_correct
 from .reading import final_answer
 
 RULES = 2  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
-FILES = ("answers", "reading", "options", "equality", "units")
+FILES = ("answers", "reading", "options", "plain", "equality", "units")
 
 
 def scorer() -> dict:

@@ -1,4 +1,4 @@
-"""recipes/parts/reading.py, options.py and equality.py: answers as models and data sets really write them."""
+"""recipes/parts/reading.py, options.py, plain.py and equality.py: answers as models and data sets really write them."""
 
 import pytest
 from parts.answers import is_correct, read_options

@@ -62,12 +62,14 @@ WAYS = {  # in the order in which they are run
 }
 WAYS |= {key: way for key, way in (TRAINED | KEPT).items() if key not in WAYS}
 SWEEPS = {  # each is one change of the settings that were chosen: is another value of it better?
+    "drift-keep": ({"scale": 0.5}, {"r": 64}),
     "drift-ancestor-keep": (
+        {"scale": 0.5},
+        {"r": 64},
         {"drift_alpha": 0.1},
         {"drift_alpha": 1.0},
         {"drift_scale": "decoupled", "drift_alpha": 100.0},  # over the run, the sum of its steps' shares is 5
         {"drift_target": "delta"},
-        {"scale": 0.5},
         {"rate": 2e-3},
     ),
     "lora-keep": ({"rate": 2e-3},),

@@ -21,6 +21,7 @@ from .sharding import shape, whole
 
 # NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
 FINGERPRINT_TOLERANCE = 0.3
+ROUNDING_TOLERANCE = 0.02  # where nothing is quantized; rounding to 16 bits is off by less than 0.5 %
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
 
 
@@ -125,39 +126,55 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     Returns:
         what the base has taken in of Δ, if it has.
 
+    Warns:
+        UserWarning: nothing is quantized here, and yet they differ by more than rounding explains.
+
     Raises:
         ValueError: they are another base's.
     """
     claim = read_merge(getattr(model, "config", None))
-    fingerprints, predictions, found = [], [], []
+    fingerprints, predictions, found, exact = [], [], [], True
     for name, U, Vh, stored in prior.probes():
         tensors = [*modules[name].parameters(), *modules[name].buffers()]
         if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
             continue
         with whole(tensors):
             found.append(weight_products(model, modules[name], U, Vh))
+            exact &= all(map(_exact, tensors))
         fingerprints.append(stored)
         predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
     if not found:
         return claim
     stored, added, here = map(torch.cat, (fingerprints, predictions, found))
     off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
-    allowed = FINGERPRINT_TOLERANCE * stored.norm().item()
-    if off_merged < off and off_merged <= allowed + PREDICTION_TOLERANCE * added.norm().item():
-        return claim
-    if off <= allowed:
-        return None
+    size, prediction = stored.norm().item(), PREDICTION_TOLERANCE * added.norm().item()
+    bears_out = off_merged < off
+    least, added_error = (off_merged, prediction) if bears_out else (off, 0.0)
+    if least <= FINGERPRINT_TOLERANCE * size + added_error:
+        if exact and least > ROUNDING_TOLERANCE * size + added_error:
+            warn(
+                f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
+                f"{least / size:.1%}, and rounding explains no more than {ROUNDING_TOLERANCE:.0%}. Unless these are "
+                "weights that you have trained further, build a prior for this base with build_prior."
+            )
+        return claim if bears_out else None
     if claim is not None:
         raise ValueError(
             f"The base says that it is {claim.words}, but its weights are not what the prior '{prior.source}' makes of "
-            f"that: its fingerprint is off by {off_merged / stored.norm().item():.0%}; name the prior of this Δ, or "
+            f"that: its fingerprint is off by {off_merged / size:.0%}; name the prior of this Δ, or "
             "build one for this base with build_prior."
         )
     raise ValueError(
         f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
-        f"{off / stored.norm().item():.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
+        f"{off / size:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
         "for this base with build_prior."
     )
+
+
+def _exact(tensor: Tensor) -> bool:
+    """Whether it holds numbers of 16 bits or more themselves; quantized ones are integers, floats of 8 bits, or a type
+    of their library's."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A prior that does not belong to the model, or does not reach its targets, is refused or reported, by name."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -55,6 +56,32 @@ def test_prior_of_another_base(pairs):
 def test_prior_of_another_base_for_full_training(pairs):
     with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
         guide(tiny_llm("llava", seed=5), pairs("llama") / "prior.safetensors")
+
+
+def nearly(model, share: float):
+    """Every projection moved by this share of its norm, at random."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                noise = torch.randn_like(weight)
+                weight += share * weight.norm() / noise.norm() * noise
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_prior_of_a_base_that_is_nearly_this_one(pairs, dtype):
+    """Which quantization might have made of it; but nothing is quantized."""
+    model = nearly(tiny_llm("llava"), 0.07).to(dtype)
+    with pytest.warns(UserWarning, match=r"slightly other base weights: its fingerprint is off by [5-9]\.\d%"):
+        get_peft_model(model, drift(pairs("llama")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_other_base(pairs, dtype):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The prior")
+        get_peft_model(tiny_llm("llava").to(dtype), drift(pairs("llama")))
 
 
 def test_prior_with_vectors_of_another_model(tmp_path):

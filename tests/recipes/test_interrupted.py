@@ -9,12 +9,12 @@ import time
 import distill
 import pytest
 import sft_vlm
+from distillations import journal_lines, result, right, save_questions
 from openai_server import OpenAI
 from parts.arguments import parse
 from parts.journal import journal_path
 from processes import Program
 from recipe_runs import RECIPES
-from test_distill import journal_lines, result, right, save_questions
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

@@ -1,0 +1,184 @@
+"""recipes/data.py: files, folders and data sets on the hub as sources, and pictures of every kind."""
+
+import json
+import os
+from pathlib import Path
+
+import chain_files
+import numpy as np
+import pytest
+from chain_files import ONE, encoded, load, picture, pictures, pixels, save, turns
+from filelock import FileLock
+from hub import Hub
+from huggingface_hub import HfFileSystem
+from parts import sources
+from parts.layouts import BadSample
+from parts.loading import load_messages
+from PIL import Image
+
+folder = chain_files.folder  # fixture
+
+GREY = np.linspace(0, 1, 120).reshape(10, 12)
+BYTES = np.round(GREY * 255).astype(np.uint8)
+CONVERTED = {  # name -> image, how it is saved, the grey values that are trained, what is counted
+    "16 bits": (Image.fromarray((GREY * 65535).astype(np.uint16)), "PNG", BYTES, "more than 8 bits: scaled"),
+    "16 bits of TIFF": (Image.fromarray((GREY * 65535).astype(np.uint16)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "32 bits": (Image.fromarray((GREY * 1e6 - 5e5).astype(np.int32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "8 bits of 32": (Image.fromarray(BYTES.astype(np.int32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float to 1": (Image.fromarray(GREY.astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float to 255": (Image.fromarray(BYTES.astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "float": (Image.fromarray((GREY * 9 - 3).astype(np.float32)), "TIFF", BYTES, "more than 8 bits: scaled"),
+    "constant": (Image.new("F", (4, 3), 7e9), "TIFF", np.zeros((3, 4)), "more than 8 bits: scaled"),
+    "transparent": (Image.merge("LA", [Image.new("L", (12, 10), 0), Image.fromarray(BYTES)]), "PNG", 255 - BYTES,
+                    "transparent: on white"),
+    "opaque": (Image.merge("RGBA", [Image.fromarray(BYTES)] * 3 + [Image.new("L", (12, 10), 255)]), "PNG", BYTES, None),
+    "8 bits": (Image.fromarray(BYTES), "PNG", BYTES, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_image_is_trained_as_it_looks(kind, streaming):
+    image, format, grey, counted = CONVERTED[kind]
+    image.save("a.image", format=format)
+    save([{"messages": turns(), "images": [{"bytes": None, "path": "a.image"}]}], "a.jsonl")
+    dataset, dropped = load_messages("a.jsonl", streaming=streaming)
+    for _ in range(2):  # a stream may be read again
+        (sample,) = dataset
+    assert not dropped and np.abs(np.asarray(sample["images"][0]) - np.asarray(grey, int)[..., None]).max() <= 1
+    assert dropped.report()["changed"] == ({counted: 1} if counted else {})
+
+
+def test_palettes_with_a_transparent_colour_and_images_of_several_frames():
+    palette = Image.fromarray((BYTES > 127).astype(np.uint8) * 255).convert("P")
+    palette.save("a.gif", transparency=palette.getpixel((0, 0)))
+    frames = [picture(0), picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    frames[0].save("b.webp", save_all=True, append_images=frames[1:], lossless=True)
+    Image.new("F", (4, 4), float("nan")).save("c.tiff")
+    save([{"messages": turns(), "images": [name]} for name in ("a.gif", "b.webp", "c.tiff")], "a.jsonl")
+    dataset, dropped = load_messages("a.jsonl")
+    assert dropped.report()["changed"] == {"transparent: on white": 1, "several frames: the first": 1}
+    assert dropped == {"image broken": 1} and "it has values that are no numbers" in dropped.first()["image broken"]
+    assert (np.asarray(dataset[0]["images"][0]) == 255).all() and pixels(dataset[1]) == pictures(0)
+
+
+def test_an_absolute_path_inside_the_folder_or_the_one_that_is_named(folder, tmp_path):
+    save([{"messages": turns(), "images": [str(folder / "images" / "1.png")]}], "a.jsonl")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    assert pixels(load("a.jsonl")[0][0]) == pictures(1)
+    with pytest.raises(BadSample, match="outside of "):
+        load_messages(tmp_path / "other" / "a.jsonl")
+    assert pixels(load(tmp_path / "other" / "a.jsonl", images=tmp_path)[0][0]) == pictures(1)
+
+
+def test_nothing_stays_in_the_cache_of_datasets(tmp_path, monkeypatch):
+    """Neither of a process that ended, nor, after the next one, of a process that was killed."""
+    ends = []
+    monkeypatch.setattr("atexit.register", lambda *call: ends.append(call))
+    sources.scratch.cache_clear()
+    cache, alive = tmp_path / "cache", FileLock(tmp_path / "cache" / "recipes-alive.lock")
+    for name in ("alive", "killed"):
+        (cache / f"recipes-{name}").mkdir(parents=True)
+        (cache / f"recipes-{name}.lock").touch()
+    with alive:
+        dataset, _ = load_messages(save([{"question": "a", "answer": "5"}], "a.jsonl"))
+        mine = sources.scratch(cache)
+        assert all(file["filename"].startswith(os.path.join(mine, "")) for file in dataset.cache_files)
+        assert {path.name for path in cache.glob("recipes-*/")} == {"recipes-alive", Path(mine).name}
+    for what, *arguments in ends:
+        what(*arguments)
+    sources.scratch.cache_clear()
+    assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "recipes-alive.lock"]
+
+
+def test_the_pictures_may_be_in_another_folder(folder, tmp_path):
+    (folder / "images").rename(tmp_path / "elsewhere")
+    save([{"messages": turns(), "images": ["1.png"]}], "a.jsonl")
+    assert pixels(load("a.jsonl", images=tmp_path / "elsewhere")[0][0]) == pictures(1)
+    with pytest.raises(ValueError, match=r"^images missing is no folder$"):
+        load_messages("a.jsonl", images="missing")
+
+
+def test_a_folder_of_files_has_splits_by_their_names(folder):
+    (folder / "chains").mkdir()
+    for name, question in (("train-0.json", "a"), ("train-1.jsonl", "b"), ("test.json", "c")):
+        save([{"question": question, "answer": "5"}], f"chains/{name}")
+    said = {
+        split: [s["messages"][0]["content"][0]["text"] for s in load("chains", split=split)[0]]
+        for split in ("train", "test")
+    }
+    assert said == {"train": ["a", "b"], "test": ["c"]}
+    with pytest.raises(ValueError, match=r"^chains has no split validation: it has train, test$"):
+        load_messages("chains", split="validation")
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "sentence"),
+    [("missing.jsonl", None, "missing.jsonl is no file to be read: take one of .json, "),
+     ("a.csv", b"a,b", "a.csv is no file to be read: take one of .json"),
+     ("a.jsonl", b"", "a.jsonl cannot be read: "),
+     ("a.jsonl", b"\xff\xfe{}", "a.jsonl cannot be read: 'utf-8' codec can't decode byte 0xff"),
+     ("a.parquet", b"PAR1 torn", "a.parquet cannot be read: "),
+     ("a.json", b'[{"question": "a", "answer', "a.json is no valid JSON: Unterminated string")],
+)  # fmt: skip
+def test_a_source_that_cannot_be_read_is_one_sentence(source, content, sentence, folder):
+    if content is not None:
+        (folder / source).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_messages(source)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ['{"question": "a", "answer": "b"}', '{"question": "a",\n"answer": "b"}'])
+def test_a_json_file_may_be_lines_or_one_sample(content, folder):
+    (folder / "a.json").write_text(content + ("\n" + content if "\n" not in content else ""))
+    samples, dropped = load("a.json")
+    assert len(samples) == (1 if "\n" in content else 2) and not dropped
+
+
+class DataSets:
+    """The test's hub, for repositories of data."""
+
+    def answer(self, body=b""):
+        self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
+        super().answer(body)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with Hub() as hub:
+        hub.server.RequestHandlerClass = type("Handler", (DataSets, hub.server.RequestHandlerClass), {})
+        hub.use(monkeypatch, tmp_path / "hub")
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+        HfFileSystem.clear_instance_cache()  # they have the endpoint of their making
+        yield hub
+        HfFileSystem.clear_instance_cache()
+
+
+def test_a_hub_data_set_whose_paths_start_outside_of_it(hub):
+    """As the published one: a JSON file, pictures beside it, and paths from the folder that holds the set."""
+    rows = [{"messages": turns(), "images": [f"../chains/images/{i}.png"]} for i in (1, 9)]
+    files = {"README.md": b"# chains\n", "train.json": json.dumps(rows).encode(), "images/1.png": encoded(1)}
+    commit = hub.add("someone/chains", files, "v1")
+    hub.add("someone/chains", {"README.md": b""})
+    for streaming in (False, True):
+        dataset, dropped = load_messages("someone/chains@v1", streaming=streaming)
+        (sample,) = dataset
+        assert sample["messages"] == ONE and pixels(sample) == pictures(1)
+        assert dropped == {"image missing": 1}
+        assert dropped.first()["image missing"].startswith(
+            f"sample 2 of someone/chains@{commit}/train.json names the image "
+        )
+    with pytest.raises(ValueError, match=r"^someone/chains@v1 has no split test: it has train$"):
+        load_messages("someone/chains@v1", split="test")
+    with pytest.raises(ValueError, match=r"^someone/nothing cannot be read: "):
+        load_messages("someone/nothing")
+
+
+def test_the_pictures_of_a_hub_data_set_may_be_here(hub):
+    rows = [{"messages": turns(), "images": ["1.png"]}]
+    hub.add("someone/chains", {"train.jsonl": json.dumps(rows[0]).encode(), "other.png": encoded(0)})
+    (sample,) = load_messages("someone/chains", images="images")[0]
+    assert pixels(sample) == pictures(1)
+    assert hub.fetched("someone/chains") == ["train.jsonl"]

@@ -1,3 +1,4 @@
-"""Models to merge, for every file of this folder."""
+"""Models to merge: a stock adapter with its base, and bases with experts."""
 
+from merging import pair, template  # noqa: F401
 from trios import trio, trios  # noqa: F401

@@ -7,10 +7,10 @@ import textwrap
 
 import pytest
 import torch
+from merging import load, logits, merge, save_adapter
 from older import loads_processors
 from processes import run_program
 from safetensors.torch import load_file
-from test_merge import load, logits, merge, save_adapter
 from tiny_vlm import save_pair
 
 FAMILIES = ("qwen2_5_vl", "llava_next")

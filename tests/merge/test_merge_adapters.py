@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from merging import IDS, edit_weights, load, merge
 from older import known, ties_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_merge import IDS, edit_weights, load, merge
 from tiny import edit_config, edit_tensors, rename_keys, save_layout, save_tokenizer, tiny_llm, tiny_vlm
 
 from drift_peft import language_model_targets

@@ -6,15 +6,14 @@ from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import pytest
-import test_merge
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from hub import Hub
+from merging import edit_config, load, lora, merge, off, rename_module, save_adapter, save_base
 from pairs import SKIP, drift, train, wrap
 from pairs import load as load_quantized
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_merge import edit_config, load, lora, merge, off, rename_module, save_adapter, save_base
 from tiny_vlm import save_pair
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -26,7 +25,6 @@ from drift_peft.tuner import keep_4bit_differentiable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Switched off bitsandbytes")
 (entry,) = entry_points(group="console_scripts", name="drift-peft")
-template, pair = test_merge.template, test_merge.pair  # fixtures
 
 
 def four_bit(**settings):

@@ -1,0 +1,189 @@
+"""drift-peft preflight on the command line: its tables, its advice, and mistakes in a recipe."""
+
+import inspect
+import json
+from dataclasses import replace
+
+import preflight as benchmark
+import pytest
+import tiny_memory
+import yaml
+from command import run
+from hub import Hub
+from tiny import FAMILIES, save_layout, tiny_llm
+from tiny_memory import TINY, settings
+
+from drift_peft import gate_prior
+from drift_peft.preflight.cards import USABLE, advise, cards_table, read_settings
+from drift_peft.preflight.gating import gating_table
+from drift_peft.preflight.memory import Memory, Settings
+
+memory = tiny_memory.memory  # fixture
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe whose base is a config.json without weights."""
+    TINY().save_pretrained(tmp_path / "base")
+    content = {"base": str(tmp_path / "base"), "r": 16, "max_tokens": 128, "learning_rate": 1e-4}
+    content |= {"per_device_train_batch_size": 1, "optim": "paged_adamw_8bit", "processor_kwargs": {"max_pixels": 256}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def card(estimate):
+    """GB of the card that this just fits."""
+    return estimate.bytes * (1 + 1e-9) / USABLE / 1e9
+
+
+def test_advice_names_the_one_setting_that_helps_most(memory):
+    now = memory.estimate(settings(r=8, per_device_train_batch_size=8, gradient_checkpointing=False))
+    fewer, lean = (
+        memory.estimate(replace(now.settings, **change))
+        for change in ({"per_device_train_batch_size": 1}, {"optim": "paged_adamw_8bit"})
+    )
+    assert fewer.bytes < lean.bytes < now.bytes
+    advice = advise(memory, now, card(lean))  # either would do
+    assert (advice["setting"], advice["value"], advice["fits"]) == ("per_device_train_batch_size", 1, True)
+    assert advice["total_gb"] == fewer.bytes / 1e9
+    assert advice["all"].keys() == {"per_device_train_batch_size", "optim", "gradient_checkpointing", "max_tokens"}
+
+
+@pytest.mark.slow
+def test_advice_lowers_max_tokens_no_further_than_needed(memory):
+    now = memory.estimate(settings(max_tokens=8192, r=8, optim="paged_adamw_8bit"))
+    few = memory.estimate(replace(now.settings, max_tokens=3000))
+    advice = advise(memory, now, card(few))
+    assert advice["setting"] == "max_tokens" and advice["fits"]
+    assert 2560 <= advice["value"] <= 3000 and advice["value"] % 256 == 0
+    assert not advise(memory, now, 0.3)["fits_with_all"]  # less than the context
+
+
+def test_the_verdict_says_what_to_change():
+    advice = {"setting": "r", "value": 8, "total_gb": 7.0, "fits": True, "all": {"r": 8, "max_tokens": 512}}
+    told = []
+    for card in (
+        {"fits": True},
+        {"fits": False, "advice": {**advice, "fits_with_all": True}},
+        {"fits": False, "advice": {**advice, "fits": False, "fits_with_all": True}},
+        {"fits": False, "advice": {**advice, "fits": False, "fits_with_all": False}},
+    ):
+        table = cards_table({"total_gb": 7.4, "cards": [{"gb": 8, "usable_gb": 7.5, **card}]})
+        told.append(str(next(table.columns[2].cells)))
+    assert told == [
+        "fits, with 0.1 GB to spare",
+        "does not fit; with r: 8 it does (7.0 GB)",
+        "does not fit; r: 8 helps most (7.0 GB), and enough is only r: 8, max_tokens: 512",
+        "fits no card of this size at any of these settings",
+    ]
+
+
+def test_the_command(recipe, capsys):
+    both = "--set", "max_tokens=256", "--set", "bf16=true", "r=8", "--json"
+    status, out, _ = run(capsys, "preflight", recipe, *both)
+    summary = json.loads(out)
+    settings = summary["settings"]
+    assert status == 0 and (settings["max_tokens"], settings["bf16"], settings["r"]) == (256, True, 8)
+    assert summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
+    assert [(c["gb"], c["fits"]) for c in summary["cards"]] == [(8, True), (12, True), (16, True), (24, True)]
+    several = json.loads(run(capsys, "preflight", recipe, "--set", "images_per_sample=4", "--json")[1])
+    assert several["patches"] == 4 * summary["patches"] and several["settings"]["images_per_sample"] == 4
+    assert "each with 4 images of 64 patches" in " ".join(
+        run(capsys, "preflight", recipe, "--set", "images_per_sample=4")[1].split()
+    )
+    status, out, _ = run(capsys, "preflight", recipe)
+    out = " ".join(out.split())
+    assert status == 0 and "CUDA context" in out and "1 x 128 tokens, each with 1 image of 16 patches" in out
+    assert "24 GB" in out and "fits, with" in out and "94% of a card" in out
+
+
+def test_what_gating_takes(recipe, capsys):
+    status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
+    summary = json.loads(out)
+    assert status == 0 and summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
+    shapes = [(m.out_features, m.in_features) for m in Memory(TINY(), "tiny").projections.values()]
+    prior = 2 * sum(min(64, *shape) * sum(shape) for shape in shapes)
+    assert summary["parts_gb"]["prior, 16 bits"] == pytest.approx(prior / 1e9)
+    assert summary["tokens"] == 200 * 8 * (400 + 512) and summary["sequences"] == summary["tokens"] / 128
+    defaults = {name: p.default for name, p in inspect.signature(gate_prior).parameters.items()}
+    assert (defaults["steps"], defaults["batch_size"], defaults["max_new_tokens"], defaults["top_k"]) == (
+        200,
+        8,
+        512,
+        32,
+    )
+    assert "1.5 million tokens: as long as training on 11400 sequences" in str(gating_table(summary).caption)
+
+
+def test_nothing_but_the_config_is_downloaded(recipe, capsys, tmp_path, monkeypatch):
+    save_layout(FAMILIES["qwen2_5_vl"][1](TINY()), tmp_path / "whole")
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.add("user/base", tmp_path / "whole")
+        assert run(capsys, "preflight", recipe, "--set", "base=user/base", "--json")[0] == 0
+        assert hub.fetched("user/base") == ["config.json"] and not hub.peeked("user/base")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["max_token=5"], "max_token does not decide what memory a recipe takes; did you mean max_tokens?"),
+        (["max_tokens"], "--set max_tokens names no value: write key=value"),
+        (["max_tokens=many"], "max_tokens takes a whole number of at least 1, got 'many'"),
+        (["images_per_sample=0"], "images_per_sample takes a whole number of at least 1, got 0"),
+        (["optim=adamm"], "what optim adamm keeps is not known here"),
+        (["processor_kwargs=5"], "processor_kwargs takes settings of the processor, got 5"),
+        (["base=no/where"], "no/where"),
+        (["base=EMPTY"], "has no config.json"),
+        (["base=TEXT"], "is no vision-language model"),
+        (["base=QUANTIZED"], "is quantized: give the full-precision model"),
+        (["base=null"], "is no recipe: it names no base"),
+    ],
+)
+def test_mistakes_are_one_sentence(changes, message, recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("EMPTY", "TEXT", "QUANTIZED"):
+        (tmp_path / name).mkdir()
+    tiny_llm("llava").config.save_pretrained(tmp_path / "TEXT")
+    config = TINY()
+    config.quantization_config = {"quant_method": "awq"}
+    config.save_pretrained(tmp_path / "QUANTIZED")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "preflight", recipe, "--set", *changes)
+    assert status == 1 and out == "" and err.count("\n") == 1 and message in err
+
+
+def test_a_recipe_is_read_as_it_is_meant(tmp_path):
+    """As by recipes/sft_vlm.py: tests/recipes/test_interrupted.py."""
+    lines = ["base: b", "max_tokens: 2e3", "r: '16'", "think_tokens: 'no'", "bf16: 'off'", "gradient_checkpointing: 0"]
+    lines += ["processor_kwargs: {max_pixels: 1e6}", "lora_dropout: '5e-2'", "drift_modules: attn"]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    wanted = dict(max_tokens=2000, r=16, think_tokens=False, bf16=False, gradient_checkpointing=False)
+    wanted |= dict(processor_kwargs={"max_pixels": 10**6}, lora_dropout=0.05, drift_modules="attn")
+    assert read_settings(tmp_path / "a.yaml") == Settings("b", **wanted)
+    for line, sentence in (("think_tokens: 'perhaps'", "think_tokens takes yes or no, got 'perhaps'"),
+                           ("optim: null", "optim has no value: give it one, or leave the key out"),
+                           ("lora_dropout: [1]", r"lora_dropout takes a number, got \[1\]")):  # fmt: skip
+        (tmp_path / "a.yaml").write_text("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+            read_settings(tmp_path / "a.yaml")
+
+
+def test_a_file_that_is_no_recipe(capsys, tmp_path):
+    for content, message in (("a: [", "is no YAML"), ("just words", "is no recipe")):
+        (tmp_path / "recipe.yaml").write_text(content)
+        status, _, err = run(capsys, "preflight", tmp_path / "recipe.yaml")
+        assert status == 1 and message in err
+    assert "No such file" in run(capsys, "preflight", tmp_path / "none.yaml")[2]
+    with pytest.raises(
+        FileNotFoundError, match=r"recipe none\.yaml cannot be read: .*; name a YAML file such as recipes/"
+    ):
+        read_settings("none.yaml")
+
+
+def test_the_benchmark_in_its_smallest_size(capsys):
+    benchmark.main(["--smallest", "--tokens", "64", "--image", "56"])
+    printed = capsys.readouterr().out
+    (row,) = json.loads(printed.splitlines()[-1])["rows"]
+    assert row["tokens"] == 64 and 0 < row["estimated_gb"] < row["total_gb"]
+    assert "measured_gb" not in row and "not measured: no CUDA device" in printed

@@ -1,0 +1,196 @@
+"""drift-peft preflight: activations and weights in 4 bits are those of real steps of tiny models."""
+
+import warnings
+from dataclasses import replace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from sft_vlm import not_quantized
+from tiny import FAMILIES, MIXED, TEXT
+from tiny_memory import PART, settings, slow
+
+from drift_peft import language_model_targets
+from drift_peft.checkpoints import Decoder
+from drift_peft.merge.gates import Gate, frozen, gated
+from drift_peft.preflight import dry_run as dry
+from drift_peft.preflight.memory import Memory, patches
+from drift_peft.prior import PriorWeight
+
+MIXTURES = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe"
+
+
+def glm4v():
+    """GLM-4.1V: gate_proj and up_proj are one layer."""
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 64, "intermediate_size": 40,
+              "patch_size": 4, "image_size": 16}  # fmt: skip
+    return tf.Glm4vConfig(text_config=TEXT, vision_config=vision)
+
+
+def layers_of(family, layer_types):
+    """The tiny family's config with layers of these kinds."""
+    config = (FAMILIES | MIXED)[family][0]
+    if family == "gemma4":  # the widths of its heads follow from the layers when it is made
+        return config(num_hidden_layers=len(layer_types), layer_types=layer_types)
+    config = config()
+    config.text_config.num_hidden_layers = len(layer_types)
+    config.text_config.layer_types = layer_types
+    return config
+
+
+def in_4_bits(model, folder, skip):
+    """A tiny model with its projections in NF4, as the recipes load it."""
+    bits = tf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+        options = {"dtype": torch.bfloat16, "quantization_config": bits, "device_map": "cpu"}
+        return type(model).from_pretrained(folder, **options)
+
+
+def real_step(model, step):
+    """Phase of a step on a model in 4 bits, with LoRA in fp32 as the recipes wrap it -> bytes at its peak."""
+    model = get_peft_model(model, LoraConfig(r=step.r, target_modules=language_model_targets(model)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            parameter.grad = torch.zeros_like(parameter)
+    decoder = model.get_base_model().get_decoder().train()
+    if step.checkpointing:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    head = model.get_base_model().get_output_embeddings().weight.detach()
+    moments = dry.take(step, decoder, decoder.layers[0], head)
+    return {phase: max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase) for phase in dry.PHASES}
+
+
+FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
+
+
+@pytest.mark.parametrize(
+    "family, layer_types, checkpointing",
+    [
+        ("qwen2_5_vl", [FULL] * 4, True),
+        ("qwen2_5_vl", [FULL] * 4, False),
+        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True),
+        pytest.param("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False, marks=slow),
+        pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
+        pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
+        pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], True, marks=slow),
+        pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], False, marks=slow),
+        pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
+        pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
+        pytest.param("lfm2_vl", [CONV, CONV, FULL, CONV], True, marks=slow),
+        ("lfm2_vl", [CONV, CONV, FULL, CONV], False),
+        # of which the last two layers use the keys and values of two before
+        pytest.param("gemma4", [FULL] * 8, True, marks=slow),
+        pytest.param("gemma4", [SLIDING, FULL] * 4, True, marks=slow),
+        pytest.param("gemma4", [SLIDING, FULL] * 4, False, marks=slow),
+    ],
+)
+def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing, tmp_path):
+    config = layers_of(family, layer_types)
+    step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    real = real_step(in_4_bits(model, tmp_path, not_quantized(config)), step)
+    peaks = Memory(config, "tiny").step_peaks(step)
+    for phase in dry.PHASES:
+        assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+
+
+def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
+    config, k = layers_of("qwen2_5_vl", [FULL] * 4), 16
+    step = dry.Step(1, 512, gated=k)
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = in_4_bits(model, tmp_path, not_quantized(config)).requires_grad_(False)
+    decoder, gates = model.get_decoder(), {}
+    modules = {name: m for name, m in decoder.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    for name, m in modules.items():
+        U, Vh = torch.zeros(m.out_features, k), torch.zeros(k, m.in_features)
+        gates[name] = Gate(PriorWeight(U, torch.ones(k), Vh, 1.0, 1.0, 1.0, 1.0, ()), torch.device("cpu"), step.dtype)
+        gates[name].gamma.grad = torch.zeros(k)
+    with frozen(model, checkpointing=True), gated(modules, gates):
+        moments = dry.take(step, decoder, decoder.layers[0], model.get_output_embeddings().weight)
+    peaks = Memory(config, "tiny").step_peaks(step)
+    for phase in dry.PHASES:
+        real = max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase)
+        assert sum(peaks[phase]) == pytest.approx(real, rel=0.1), phase
+
+
+@slow
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_activations_of_gemma_3n(checkpointing, tmp_path):
+    """Of its language model alone: its vision tower is timm's."""
+    text = {**TEXT, "num_hidden_layers": 8, "layer_types": [SLIDING, FULL] * 4, "sliding_window": 16, "laurel_rank": 64}
+    text |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 64}
+    config = tf.Gemma3nTextConfig(**text, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 6)
+    with torch.device("meta"):
+        model = tf.Gemma3nForCausalLM(config)
+    decoder = Decoder(model)
+    step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    skip = [name for name in linear if name not in decoder.projections]
+    real = real_step(in_4_bits(tf.Gemma3nForCausalLM(config), tmp_path, skip), step)
+    peaks = dry.step_peaks(decoder, model.lm_head.weight.shape, step)
+    for phase in dry.PHASES:
+        assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+
+
+@pytest.mark.parametrize("family", ["gemma4", "lfm2_vl", *MIXTURES, "glm4v"])
+def test_in_4_bits_is_counted_what_bitsandbytes_makes_so(family, tmp_path):
+    config = glm4v() if family == "glm4v" else MIXED[family][0]()
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = in_4_bits(model, tmp_path, not_quantized(config))
+    four = {
+        name: m.weight.quant_state.shape.numel()
+        for name, m in model.named_modules()
+        if isinstance(m, bnb.nn.Linear4bit)
+    }
+    weights = Memory(config, "tiny").weights
+    assert weights[PART] == sum(four.values()) > 0
+    rest = {name: p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in four}
+    assert sum(weights.values()) - weights[PART] == sum(rest.values())
+    assert weights["experts"] == sum(n for name, n in rest.items() if ".experts." in name)
+    assert weights["per-layer embeddings"] == sum(n for name, n in rest.items() if "embed_tokens_per_layer" in name)
+    assert bool(weights["experts"]) == (family in MIXTURES)
+    assert bool(weights["per-layer embeddings"]) == (family == "gemma4")
+
+
+GRIDS = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 16)}
+PLACES = {"image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(16, 16, 2)}
+SHAPES = {"spatial_shapes": torch.tensor([[4, 4]] * 16), "pixel_attention_mask": torch.ones(16, 16, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    "family, pixels, inputs",  # 16 images of 16 patches
+    [
+        ("llava", (16, 3, 16, 16), {}),
+        ("gemma3", (16, 3, 16, 16), {}),
+        ("idefics2", (1, 16, 3, 16, 16), {}),
+        ("qwen2_5_vl", (16 * 16, 3 * 2 * 16), GRIDS),
+        ("qwen3_vl", (16 * 16, 3 * 2 * 16), GRIDS),
+        ("gemma4", (16, 16, 3 * 16), PLACES),
+        ("lfm2_vl", (16, 16, 3 * 16), SHAPES),
+    ],
+)
+def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inputs):
+    config, cls, _ = (FAMILIES | MIXED)[family]
+    config = config()
+    setattr(config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", 4)
+    model, pixels = cls(config), torch.ones(pixels)
+    with torch.no_grad(), dry.Live() as live:
+        model.get_image_features(pixel_values=pixels, **inputs)
+    kwargs = {"max_pixels": 256, "do_image_splitting": False, "max_soft_tokens": 4, "max_image_tokens": 4}
+    wanted = settings(images_per_sample=16, max_tokens=4096, bf16=False, processor_kwargs=kwargs)
+    memory = Memory(config, "tiny")
+    assert patches(config, wanted) == 16 * 16
+    assert 0.8 <= memory.tower(wanted) / live.peaks["before the layers"] <= 2
+    one = replace(wanted, images_per_sample=1)
+    assert memory.tower(wanted) == 16 * memory.tower(one)

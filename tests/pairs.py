@@ -37,16 +37,18 @@ class Pair:
 
 
 def load(folder, family, kind="fp32"):
+    """`kind`: fp32, bf16, nf4, which computes in fp32, or nf4 bf16."""
     auto = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=SKIP,
-    )
-    options = {"fp32": {}, "bf16": {"dtype": torch.bfloat16}, "nf4": {"quantization_config": quantization}}[kind]
-    return auto.from_pretrained(folder / "base", **{"dtype": torch.float32, **options})
+    dtype, options = torch.bfloat16 if kind.endswith("bf16") else torch.float32, {}
+    if kind.startswith("nf4"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=SKIP,
+        )
+    return auto.from_pretrained(folder / "base", dtype=dtype, **options)
 
 
 def drift(folder, **settings):

@@ -23,7 +23,12 @@ TUNING_SEED = 100
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole study, or a part of it in smaller sizes; `changes` are settings of every run."""
+    """The whole study, or a part of it in smaller sizes.
+
+    Attributes:
+        sweeps: way -> changes of the settings that were chosen for it, each tried on validation samples afterwards.
+        changes: settings of every run.
+    """
 
     ways: tuple[str, ...] = tuple(WAYS)
     sweeps: dict = field(default_factory=lambda: SWEEPS)
@@ -39,7 +44,7 @@ class Plan:
 
     def on_validation(self, way: str, settings: dict) -> dict:
         given = {"size": self.tuning_size} | self.changes
-        return {"way": way, "seed": TUNING_SEED, "split": "validation", "settings": settings | given}
+        return {"way": way, "seed": TUNING_SEED, "split": "validation", "settings": given | settings}
 
     def choose(self, ledger: Ledger, way: str) -> dict | None:
         """The best candidate on validation samples; None as long as one is missing."""
@@ -64,14 +69,14 @@ class Plan:
         ]
 
     def swept_runs(self, ledger: Ledger, way: str) -> list[dict]:
-        """On validation samples: one setting at a time differs from those that were chosen."""
+        """On validation samples: the settings that were chosen, each time with a change."""
         best = self.choose(ledger, way)
         if best is None:
             return []
         return [self.on_validation(way, best | change) for change in self.sweeps.get(way, ())]
 
     def missing(self, ledger: Ledger) -> Iterator[dict]:
-        """What is still to be run: of each way its candidates, then its seeds; one setting at a time comes last."""
+        """What is still to be run: of each way its candidates, then its seeds; what is changed afterwards is last."""
         for way in self.ways:
             for stage in (lambda _, way=way: self.tuning_runs(way), partial(self.test_runs, way=way)):
                 yield from (run for run in stage(ledger) if run not in ledger)

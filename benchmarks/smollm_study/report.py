@@ -56,12 +56,13 @@ def differences(rows: dict, console: Console) -> None:
     """Of the trained ways from each rival, paired by seeds and samples, in the mean of the image exams and in text."""
     table = Table(title="Differences in points, in pairs, with 95 % intervals")
     rivals = [rival for rival in RIVALS if rival in rows]
-    for head in ("way", *(f"{exam}: less {WAYS[rival].title}" for rival in rivals for exam in ("images", "text"))):
+    compared = {"images": IMAGES, "text reasoning": ("text reasoning",)}
+    for head in ("way", *(f"{exam}: less {WAYS[rival].title}" for rival in rivals for exam in compared)):
         table.add_column(head)
     for way in (way for way in rows if WAYS[way].trains):
         cells = []
         for rival in rivals:
-            for names in (IMAGES, ("text reasoning",)):
+            for names in compared.values():
                 ours, theirs = (
                     stacked([[marks[name] for name in names] for marks, _ in rows[w]]) for w in (way, rival)
                 )
@@ -72,8 +73,10 @@ def differences(rows: dict, console: Console) -> None:
 
 
 def tried(ledger: Ledger, plan: Plan, console: Console) -> None:
-    """All candidates, and single settings that were changed afterwards; * is what the exams were taken with."""
-    table = Table(title=f"On validation, {plan.tuning_size} samples an exam, one seed: right answers in percent")
+    """All candidates, and what was changed afterwards."""
+    table = Table(
+        title=f"Right answers in percent, {plan.tuning_size} validation samples an exam, one seed; * took the exams"
+    )
     for head in ("way", "settings", *EXAMS, "images"):
         table.add_column(head)
     for way in plan.ways:
@@ -82,7 +85,8 @@ def tried(ledger: Ledger, plan: Plan, console: Console) -> None:
             if run not in ledger:
                 continue
             found = scores(ledger[run], plan.size(run))
-            settings = {key: value for key, value in run["settings"].items() if key not in {"size", *plan.changes}}
+            hidden = (plan.changes | {"size": plan.tuning_size}).items()
+            settings = dict(item for item in run["settings"].items() if item not in hidden)
             cells = [f"{100 * found[name].mean():.0f}" for name in EXAMS]
             cells.append(f"{100 * plan.mean(ledger, run):.0f}")
             table.add_row(WAYS[way].title, said(settings) + " *" * (settings == best), *cells)
@@ -91,7 +95,7 @@ def tried(ledger: Ledger, plan: Plan, console: Console) -> None:
 
 def said(settings: dict) -> str:
     return ", ".join(
-        f"{name.removeprefix('drift_').replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
         for name, value in settings.items()
     )
 

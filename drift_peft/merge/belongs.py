@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import DRIFT_CONFIG, Checkpoint, LowRank, Update, recorded_base
-from ..prior import MergedDelta, ReasoningPrior, read_merge
+from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 
-FAR, NEAR = 0.3, 0.02  # of the fingerprint: more than quantization explains; no more than rounding to 16 bits does
 SAMPLED = 3  # weights that are compared with those of the recorded base
 _SNAPSHOT = re.compile(r"models--[^/\\]+--([^/\\]+)[/\\]snapshots[/\\]")
 _IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are called that hold a model in 4 bits
@@ -92,9 +91,9 @@ def _by_fingerprint(
         stored += values.square().sum().item()
     if off_with_adapter < off / 4:
         return False, "holds the adapter already"
-    if off > FAR**2 * stored:
+    if off > FINGERPRINT_TOLERANCE**2 * stored:
         return False, f"is another model (the prior's fingerprint is off by {(off / stored) ** 0.5:.0%})"
-    return off <= NEAR**2 * stored, None
+    return off <= ROUNDING_TOLERANCE**2 * stored, None
 
 
 def _by_record(checkpoint: Checkpoint, recorded: str, updates: dict[str, Update]) -> str | None:

@@ -14,12 +14,14 @@ report/  a prior in words, tables, figures and as a page
 """
 
 from .build import LEAST_COSINE, build_prior
-from .file import PriorVector, PriorWeight
+from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import MergedDelta, read_merge
 from .prior import ReasoningPrior
 
 __all__ = [
+    "FINGERPRINT_TOLERANCE",
     "LEAST_COSINE",
+    "ROUNDING_TOLERANCE",
     "MergedDelta",
     "PriorVector",
     "PriorWeight",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig
@@ -12,16 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..prior import MergedDelta, ReasoningPrior, read_merge
+from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
 from .names import prior_names
 from .settings import check_patterns_used
 from .sharding import shape, whole
 
-# NF4 rounds weights by about 9 % of their size, and so the fingerprint; of an unrelated base it is off by about 140 %.
-FINGERPRINT_TOLERANCE = 0.3
-ROUNDING_TOLERANCE = 0.02  # where nothing is quantized; rounding to 16 bits is off by less than 0.5 %
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
 
 
@@ -140,7 +138,7 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
             continue
         with whole(tensors):
             found.append(weight_products(model, modules[name], U, Vh))
-            exact &= all(map(_exact, tensors))
+            exact &= _is_exact(modules[name], tensors)
         fingerprints.append(stored)
         predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
     if not found:
@@ -152,10 +150,11 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     least, added_error = (off_merged, prediction) if bears_out else (off, 0.0)
     if least <= FINGERPRINT_TOLERANCE * size + added_error:
         if exact and least > ROUNDING_TOLERANCE * size + added_error:
+            said = "" if claim is None else f", although the base says that it is {claim.words}"
             warn(
-                f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
-                f"{least / size:.1%}, and rounding explains no more than {ROUNDING_TOLERANCE:.0%}. Unless these are "
-                "weights that you have trained further, build a prior for this base with build_prior."
+                f"The prior '{prior.source}' was built for slightly other base weights{said}: its fingerprint is off "
+                f"by {least / size:.1%}, which rounding does not explain. Unless these weights were quantized once, or "
+                "you have trained them further, build a prior for this base with build_prior."
             )
         return claim if bears_out else None
     if claim is not None:
@@ -171,10 +170,13 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     )
 
 
-def _exact(tensor: Tensor) -> bool:
-    """Whether it holds numbers of 16 bits or more themselves; quantized ones are integers, floats of 8 bits, or a type
-    of their library's."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1
+def _is_exact(module: nn.Module, tensors: list[Tensor]) -> bool:
+    """Whether a module computes with its weights as they are, unquantized; in doubt not.
+
+    A linear layer of another class may quantize while it computes, and a tensor of another type is what it says alone.
+    """
+    plain = all(type(t) in (nn.Parameter, Tensor) and t.is_floating_point() and t.itemsize > 1 for t in tensors)
+    return plain and (type(module) is nn.Linear or not hasattr(module, "in_features"))
 
 
 @torch.no_grad()
@@ -265,5 +267,19 @@ def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:
     if not hasattr(module, "in_features"):
         return Vh.to(weight).float() @ weight.float().mT
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
-    *outputs, bias = module(torch.cat([Vh, torch.zeros_like(Vh[:1])]).to(dtype)).float()
-    return torch.stack(outputs) - bias
+    with _without_bias(module):
+        return module(Vh.to(dtype)).float()
+
+
+@contextmanager
+def _without_bias(module: nn.Module) -> Iterator[None]:
+    """In 16 bits a sum with a large bias, such as Qwen's have, would lose W·v in its rounding."""
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        yield
+        return
+    module.bias = None
+    try:
+        yield
+    finally:
+        module.bias = bias

@@ -1,4 +1,4 @@
-r"""How an answer is written: the same answer without what changes only its looks.
+"""How an answer is written: the same answer without what changes only its looks.
 
 What LaTeX, Unicode and words can say in several ways is brought to one of them, the one that math-verify reads.
 """

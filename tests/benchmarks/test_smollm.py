@@ -18,10 +18,11 @@ from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
 from smollm_study.report import report
 from smollm_study.run import of_answers
-from smollm_study.ways import KEPT, TRAINED, WAYS
+from smollm_study.ways import KEPT, SWEEPS, TRAINED, WAYS
 from smollm_study.world import ASKED, PERCEPTION, Pictures, draw_many, exams, is_right, text_chain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from drift_peft import DriftConfig
 from drift_peft.demo.evaluate import encode
 
 LONGEST = make.LONGEST  # less in these tests
@@ -138,6 +139,13 @@ def test_ways_with_keeping_differ_in_that_alone():
     assert {len(way.grid) for way in WAYS.values() if way.grid} == {3}
 
 
+@pytest.mark.parametrize("way, change", [(way, change) for way, changes in SWEEPS.items() for change in changes])
+def test_what_is_changed_afterwards_can_be_set(way, change):
+    own = {name: value for name, value in change.items() if name not in {"rate", "scale"}}
+    assert WAYS[way].drift is not None or not own
+    DriftConfig(**({"prior": "prior.safetensors", "r": 16} | (WAYS[way].drift or {}) | own))
+
+
 def test_the_vlm_is_smolvlm_and_says_its_images_tokens(made):
     model = tf.AutoModelForImageTextToText.from_pretrained(made / "vlm")
     processor = tf.AutoProcessor.from_pretrained(made / "vlm")
@@ -221,7 +229,7 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
     assert (made / "runs.jsonl").read_bytes() == before
     assert json.loads(printed.splitlines()[-1])["missing"] == 0
     assert "DRIFT, Δ from the ancestor, keeping" in printed and "prior-ancestor" in printed
-    assert "less LoRA, keeping" in printed and "rate 0.0001, alpha 1" in printed
+    assert "less LoRA, keeping" in printed and "rate 0.0001, drift alpha 1" in printed
 
 
 def test_ways_can_be_run_alone(made, tmp_path, capsys):
@@ -299,7 +307,7 @@ def test_ways_are_compared_in_pairs_and_single_settings_changed_afterwards(made,
     half = 12.7062 * 25  # Student's t of two seeds, whose differences are 25 and 75 points
     assert f"50.0 [{50 - half:.1f}, {50 + half:.1f}]" in printed and f"-50.0 [{-50 - half:.1f}" in printed
     (line,) = (line for line in printed.splitlines() if "target delta" in line)
-    assert "rate 0.0001, target delta " in line and line.count("100") == 5
+    assert "rate 0.0001, drift target delta " in line and line.count("100") == 5
 
 
 def test_the_whole_study_is_planned_in_order_of_what_matters(made, tmp_path):

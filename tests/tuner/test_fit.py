@@ -1,7 +1,6 @@
 """A prior that does not belong to the model, or does not reach its targets, is refused or reported, by name."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -72,16 +71,31 @@ def nearly(model, share: float):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_prior_of_a_base_that_is_nearly_this_one(pairs, dtype):
     """Which quantization might have made of it; but nothing is quantized."""
-    model = nearly(tiny_llm("llava"), 0.07).to(dtype)
-    with pytest.warns(UserWarning, match=r"slightly other base weights: its fingerprint is off by [5-9]\.\d%"):
-        get_peft_model(model, drift(pairs("llama")))
+    nearby = r"slightly other base weights: its fingerprint is off by [5-9]\.\d%"
+    with pytest.warns(UserWarning, match=nearby):
+        get_peft_model(nearly(tiny_llm("llava"), 0.07).to(dtype), drift(pairs("llama")))
+    with pytest.warns(UserWarning, match=nearby):
+        guide(nearly(tiny_llm("llava"), 0.07).to(dtype), pairs("llama") / "prior.safetensors")
 
 
+@pytest.mark.filterwarnings("error:The prior")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_other_base(pairs, dtype):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The prior")
-        get_peft_model(tiny_llm("llava").to(dtype), drift(pairs("llama")))
+    get_peft_model(tiny_llm("llava").to(dtype), drift(pairs("llama")))
+
+
+@pytest.mark.filterwarnings("error:The prior")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "nf4 bf16"])
+def test_large_biases_do_not_hide_the_weights(pairs, kind):
+    """As Qwen's, beside which W·v is lost in bfloat16."""
+    folder = pairs("qwen2_5_vl")
+    model = load(folder, "qwen2_5_vl", kind)
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))}
+    for bias in biases.values():
+        bias.data.normal_(std=100)
+    before = {name: bias.clone() for name, bias in biases.items()}
+    wrap(model, drift(folder))
+    assert len(biases) == 6 and all(torch.equal(biases[name], before[name]) for name in biases)
 
 
 def test_prior_with_vectors_of_another_model(tmp_path):

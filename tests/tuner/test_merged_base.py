@@ -42,7 +42,8 @@ def claims(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.filterwarnings("error:The prior")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
 @pytest.mark.parametrize("scale", [0.5, 1.5, -0.25])
 def test_what_steers_is_what_is_left(folder, scale, kind):
     prior = ReasoningPrior.load(folder / "prior.safetensors")

@@ -161,3 +161,18 @@ def test_a_prior_of_another_base_is_refused(pair, tmp_path, format):
     save_layout(tiny_llm("llava", seed=5), tmp_path)
     with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
         get_peft_model(load(tmp_path), DriftConfig(prior=pair.path, r=4))
+
+
+@pytest.mark.filterwarnings("error:The prior")
+@each_format
+def test_a_bias_is_as_it_was_and_hides_no_weight(pair, tmp_path, format):
+    load, _ = FORMATS[format]
+    model = tiny_llm("llava", attention_bias=True)
+    biases = model.load_state_dict(pair.base.state_dict(), strict=False).missing_keys
+    assert biases and all(name.endswith("bias") for name in biases)
+    for name in biases:
+        model.get_parameter(name).data.normal_(std=30)
+    save_layout(model, tmp_path)
+    model = load(tmp_path)
+    before = model(BATCH).logits
+    assert torch.equal(get_peft_model(model, DriftConfig(prior=pair.path, r=4))(BATCH).logits, before)

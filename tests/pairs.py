@@ -51,6 +51,17 @@ def load(folder, family, kind="fp32"):
     return auto.from_pretrained(folder / "base", dtype=dtype, **options)
 
 
+def nearly(model, share: float):
+    """Every projection moved by this share of its norm, at random."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                noise = torch.randn_like(weight)
+                weight += share * weight.norm() / noise.norm() * noise
+    return model
+
+
 def drift(folder, **settings):
     """At full strength unless it is named: a few steps shall show."""
     settings = {"drift_alpha": 1.0, **settings}

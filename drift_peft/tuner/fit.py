@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig
@@ -11,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
@@ -150,11 +150,11 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     least, added_error = (off_merged, prediction) if bears_out else (off, 0.0)
     if least <= FINGERPRINT_TOLERANCE * size + added_error:
         if exact and least > ROUNDING_TOLERANCE * size + added_error:
-            said = "" if claim is None else f", although the base says that it is {claim.words}"
+            said = "" if claim is None else f", and it is said to be {claim.words}"
             warn(
-                f"The prior '{prior.source}' was built for slightly other base weights{said}: its fingerprint is off "
-                f"by {least / size:.1%}, which rounding does not explain. Unless these weights were quantized once, or "
-                "you have trained them further, build a prior for this base with build_prior."
+                f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
+                f"{least / size:.1%} on this base, which rounding does not explain{said}. Unless its weights were "
+                "quantized once, or you have trained them further, build a prior for it with build_prior."
             )
         return claim if bears_out else None
     if claim is not None:
@@ -267,19 +267,6 @@ def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:
     if not hasattr(module, "in_features"):
         return Vh.to(weight).float() @ weight.float().mT
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
-    with _without_bias(module):
-        return module(Vh.to(dtype)).float()
-
-
-@contextmanager
-def _without_bias(module: nn.Module) -> Iterator[None]:
-    """In 16 bits a sum with a large bias, such as Qwen's have, would lose W·v in its rounding."""
-    bias = getattr(module, "bias", None)
-    if bias is None:
-        yield
-        return
-    module.bias = None
-    try:
-        yield
-    finally:
-        module.bias = bias
+    bias = getattr(module, "bias", None)  # in 16 bits a sum with a large one, such as Qwen's, would round W·v away
+    without = {"bias": torch.zeros_like(bias)} if isinstance(bias, Tensor) else {}
+    return functional_call(module, without, (Vh.to(dtype),)).float()

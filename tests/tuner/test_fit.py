@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from dense_prior import dense_prior
-from pairs import drift, load, train, untouched, wrap
+from pairs import drift, load, nearly, train, untouched, wrap
 from peft import get_peft_model
 from tiny import tiny_llm, tiny_vlm
 from twin import make_whole_pair
@@ -55,17 +55,6 @@ def test_prior_of_another_base(pairs):
 def test_prior_of_another_base_for_full_training(pairs):
     with pytest.raises(ValueError, match=r"built for other base weights: its fingerprint is off by 1\d\d%"):
         guide(tiny_llm("llava", seed=5), pairs("llama") / "prior.safetensors")
-
-
-def nearly(model, share: float):
-    """Every projection moved by this share of its norm, at random."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                noise = torch.randn_like(weight)
-                weight += share * weight.norm() / noise.norm() * noise
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

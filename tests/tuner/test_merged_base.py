@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from pairs import drift, load, train, untouched, wrap
+from pairs import drift, load, nearly, train, untouched, wrap
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from twin import make_whole_pair
@@ -86,6 +86,13 @@ def test_weights_that_were_not_merged_keep_their_whole_delta(folder):
     for s in steered_of(wrap(load(folder / "attn", "llama"), drift(folder))):
         share = 0.5 if s.name.startswith("layers.1.self_attn") else 1.0
         assert torch.allclose(s.prior["S"], share * prior[s.name].S[:4])
+
+
+def test_a_base_that_is_nearly_the_merged_one(folder):
+    model = nearly(load(folder / "0.5", "llama"), 0.07)
+    with pytest.warns(UserWarning, match=r"by \d\.\d% on this base, .* explain, and it is said to be .*base \+ "):
+        wrap(model, drift(folder))
+    assert steered_of(model)
 
 
 def test_a_claim_that_the_weights_do_not_bear_out_is_refused(folder, tmp_path):

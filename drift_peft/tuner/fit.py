@@ -173,7 +173,8 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
 def _is_exact(module: nn.Module, tensors: list[Tensor]) -> bool:
     """Whether a module computes with its weights as they are, unquantized; in doubt not.
 
-    A linear layer of another class may quantize while it computes, and a tensor of another type is what it says alone.
+    A linear layer of another class may quantize while it computes, and a tensor of another type may stand for a
+    quantized one.
     """
     plain = all(type(t) in (nn.Parameter, Tensor) and t.is_floating_point() and t.itemsize > 1 for t in tensors)
     return plain and (type(module) is nn.Linear or not hasattr(module, "in_features"))

@@ -44,7 +44,7 @@ from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
 from parts.outputs import write_result
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, Way, ways_of
+from parts.ways import KINDS, OUTPUT, Way, gating, ways_of
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -169,11 +169,10 @@ class Comparison:
             images = self.settings.get("keep_images") or self.data["train"]
             longest = ["--max-new-tokens", self.settings.get("keep_max_new_tokens", 64), *in_4bit]
             make_keep_set(self.settings, images, self.keep, self.settings.get("keep_samples", 300), *longest)
-        if not gated.exists():
-            asked = ["--keep", self.keep, "--texts", self.args.texts, *top_k(self.settings), *in_4bit]
-            launch("-m", "drift_peft", "prior", "gate", names["prior"], *pair, *asked, "-o", gated)
-        if not (folder / "adapter").exists():
-            launch("-m", "drift_peft", "prior", "export", gated, "--scale", 1, "-o", folder / "adapter")
+        made = gated, folder / "adapter"
+        for file, command in zip(made, gating(self.settings, self.keep, self.args.texts, *made), strict=True):
+            if not file.exists():
+                launch("-m", "drift_peft", *command)
 
     def examine(self, folder: Path, exam: str) -> None:
         base, adapter = folder / "adapter-base", folder / "adapter"
@@ -277,11 +276,15 @@ def top_k(settings: dict) -> list:
 
 
 def read_recipe(file: Path) -> dict:
-    """Its settings, once sft_vlm.py's own parser has found nothing wrong with them."""
-    from parts.arguments import parse
+    """Its settings as sft_vlm.py reads them, once its own parser has found nothing wrong with them."""
+    from parts.arguments import RecipeParser, parse
+
+    from drift_peft import preflight
 
     parse(["--config", str(file)], __doc__)
-    return {key: value for key, value in yaml.safe_load(file.read_text(encoding="utf-8")).items() if value is not None}
+    hints, content = RecipeParser(__doc__).hints, preflight.read_recipe(file)
+    meant = {key: preflight.as_meant(key, value, hints.get(key)) for key, value in content.items()}
+    return {key: value for key, value in meant.items() if value is not None}
 
 
 def compare(args: Namespace) -> dict:
@@ -318,7 +321,7 @@ def compare(args: Namespace) -> dict:
         draw(measured, titles, chosen, args.output / "compared.png")
     (way,) = (way for way in ways if way.name == chosen)
     budget = None if args.steps is None and args.minutes is None else result["ways"][chosen].get("steps")
-    write_choice(result, way, settings, budget, args.output / "choice.yaml")
+    write_choice(result, way, {**settings, "keep": keep}, budget, args.output / "choice.yaml", args.texts)
     return result
 
 

@@ -194,8 +194,14 @@ def reading_table(result: dict) -> Table:
     return table
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a VLM's is there, with its tokenizer. The tokenizer alone, as of an expert on text, is none."""
+    return (folder / "tokenizer_config.json").exists() and any(folder.glob("*processor_config.json"))
+
+
 def load_model(args: Namespace) -> Local:
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
+    how["processor"] = args.adapter if args.adapter and has_processor(args.adapter) else None
     local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
     if args.adapter:
         from peft import PeftModel

@@ -64,7 +64,18 @@ from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
-from .sharing import file_sha256, find_file, find_license, hub_id, in_markdown, license_name, pinned, shown, upload
+from .sharing import (
+    common_license,
+    file_sha256,
+    find_file,
+    find_license,
+    hub_id,
+    in_markdown,
+    license_name,
+    pinned,
+    shown,
+    upload,
+)
 from .standalone import replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
@@ -102,6 +113,7 @@ __all__ = [
     "carry_adapter",
     "check",
     "claimed_output",
+    "common_license",
     "convert_peft_config_for_transformers",
     "cross_attention_layers",
     "describe",

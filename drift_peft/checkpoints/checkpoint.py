@@ -27,7 +27,8 @@ from .watch import Watch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order of transformers
-TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json")
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+TOKENIZER += ("special_tokens_map.json", "added_tokens.json")
 
 _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_scale_inv|qweight|qzeros)")
 # What belongs to a quantized weight, whose name stands in front.

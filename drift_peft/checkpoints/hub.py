@@ -156,6 +156,17 @@ def download(repository: str, revision: str | None, files: Sequence[str]) -> Pat
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
+def is_listed(repository: str, folder: Path) -> bool:
+    """Whether it is known which files a snapshot has; else the client takes what is in its folder for all of them."""
+    if (folder.parents[1] / "trees" / f"{folder.name}.json").exists():  # as newer clients keep it
+        return True
+    try:
+        list_repo_files(repository, revision=folder.name)
+    except Exception:  # of one HTTP library or another, by the client's version
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _explained(repository: str, revision: str | None, file: str | None) -> Iterator[None]:
     """What the hub's client raises (its own, httpx's and the system's errors), as one sentence."""

@@ -33,25 +33,33 @@ def only_writer(output: Path) -> Iterator[None]:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
     file = output.with_name(f"{output.name}.lock")
-    holder = _read(file)  # now, since older versions of filelock empty the file as they try
+    holder = _holder(file)  # now, since older versions of filelock empty the file as they try
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = _read(file) or holder or "another process"
+        who = _holder(file) or holder or "another process"
         raise FileExistsError(
             f"output {output} is being written by {who}: wait until it is done, or name another output"
         ) from error
     except OSError as error:
         raise OSError(f"output {output} cannot be written: {error.strerror}") from error
     try:
-        with contextlib.suppress(OSError):  # of a full disk; Windows lets nobody write into a locked file
-            file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        if _read(file).split("\n")[0] != str(os.getpid()):  # else a soft lock's record, by which others take it over
+            with contextlib.suppress(OSError):  # of a full disk; Windows lets nobody write into a locked file
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows keeps open files; there, filelock deletes it
             file.unlink()  # while it is held: who takes it now makes another
         lock.release()
+
+
+def _holder(file: Path) -> str:
+    """Who holds the lock. Where the filesystem has no flock, filelock says so itself: process, host (with the PID
+    namespace of a container) and start, a line each."""
+    process, *rest = _read(file).split("\n")
+    return f"process {process} on {rest[0].partition('?pidns-')[0]}" if rest else process
 
 
 def _read(file: Path) -> str:

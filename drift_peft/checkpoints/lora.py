@@ -240,9 +240,11 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
         )
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     magnitude = parts.pop("lora_magnitude_vector", None)
-    if embedding and magnitude is not None:
-        raise ValueError(f"adapter {folder} uses DoRA on the embedding {module}; {IN_MEMORY}")
-    if embedding:  # W [rows, width] + s·(B·A)ᵀ
+    flipped = embedding or config.fan_in_fan_out  # embeddings, and GPT-2's Conv1D: W [in, out] + s·(B·A)ᵀ
+    if flipped and magnitude is not None:
+        what = "the embedding" if embedding else "the transposed weight of"
+        raise ValueError(f"adapter {folder} uses DoRA on {what} {module}; {IN_MEMORY}")
+    if flipped:
         A, B = B.mT, A.mT
     if "weight" in updates or ("lora_B.bias" in parts and "bias" in updates):
         raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")

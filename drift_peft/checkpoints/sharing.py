@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
@@ -118,16 +118,17 @@ def pinned(source: str, revision: str | None) -> str:
     return "@".join(filter(None, (shown(source), commit)))
 
 
-def find_license(origin: dict, token: str | None) -> dict | None:
+def find_license(origin: dict, token: str | None = None) -> dict | None:
     """What the card of a model (its `id` and `revision`) says of its licence: nothing is {}, and None that the card
     could not be read."""
-    folder = Path(origin["id"])
+    id, revision = origin["id"], origin["revision"]
+    if cached := _CACHED.search(id):  # there the weights may lie without the card
+        id, revision = f"{cached[1]}/{cached[2]}", cached[3] or None
+    card = Path(origin["id"], "README.md")
     try:
-        if folder.exists():
-            card = folder / "README.md"
-            found = metadata_load(card) if card.is_file() else None
-        else:
-            found = metadata_load(hf_hub_download(origin["id"], "README.md", revision=origin["revision"], token=token))
+        if not card.is_file() and (cached or not card.parent.exists()):
+            card = hf_hub_download(id, "README.md", revision=revision, token=token)
+        found = metadata_load(card) if Path(card).is_file() else None
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
             return {}
@@ -142,6 +143,21 @@ def license_name(found: dict | None) -> str:
     if found is None:
         return NOT_READ
     return str(found.get("license_name") or found.get("license") or NOT_STATED)
+
+
+def common_license(licences: Iterable[dict | None]) -> dict:
+    """The licence fields for the card of what was made of several models, found by `find_license`: theirs where they
+    agree, "other" with all their names where they do not."""
+    licences = [*licences]
+    if not any(licences):
+        return {}
+    if all(found == licences[0] for found in licences):
+        return licences[0]
+    names = (license_name(found).lower() if found else "unstated" for found in licences)
+    return {
+        "license": "other",
+        "license_name": "-and-".join(dict.fromkeys(re.sub(r"[^a-z0-9.]+", "-", n) for n in names)),
+    }
 
 
 def in_markdown(text: str) -> str:

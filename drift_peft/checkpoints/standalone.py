@@ -18,8 +18,9 @@ from typing import BinaryIO
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoint import INDEX, SINGLE, Checkpoint, download
+from .checkpoint import INDEX, SINGLE, TOKENIZER, Checkpoint
 from .conversion import Conversion
+from .hub import download, is_listed
 from .lock import only_writer
 from .output import partial_folder
 from .update import block_rows
@@ -27,6 +28,7 @@ from .update import block_rows
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
 STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 STANDALONE += ("additional_chat_templates/*.jinja", "spk_dict.pt")  # the speakers of Qwen2.5-Omni
+BESIDE = (*TOKENIZER, "*processor_config.json")  # what hardly a model is without
 NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training
 CONFIGS = {"model": "config.json", "adapter": "adapter_config.json"}  # by what a folder is known to be one
 
@@ -244,10 +246,20 @@ def _tensor_offsets(shard: BinaryIO) -> dict[str, int]:
 
 def _companions(checkpoint: Checkpoint) -> list[Path]:
     """Files beside the weights that make the folder stand alone, relative to it. config.json comes last: without it
-    no leftover passes for a model."""
+    no leftover passes for a model.
+
+    Raises:
+        FileNotFoundError: of a hub repository, nothing but the weights is in the cache, and there is no network.
+    """
     folder = checkpoint.folder
     if checkpoint.revision:
         folder = download(checkpoint.source, checkpoint.revision, STANDALONE)
+        found = any(file for pattern in BESIDE for file in folder.glob(pattern))
+        if not found and not is_listed(checkpoint.source, folder):
+            raise FileNotFoundError(
+                f"{checkpoint.source} has no tokenizer or processor here, and only its weights are in the cache: run "
+                "once with a network, so that they are fetched as well"
+            )
     files = {file for pattern in STANDALONE for file in folder.glob(pattern) if file.is_file()}
     sharded = checkpoint.files != [checkpoint.folder / SINGLE]  # else an index is of other files
     files = {f for f in files if (sharded and f.name == INDEX) or not any(map(f.match, NOT_COPIED))}

@@ -10,7 +10,12 @@ default `--target_modules` means the projections that the prior covers.
 
 from __future__ import annotations
 
+import ast
+import os
+from typing import Any
+
 from peft import PeftModel, get_peft_model
+from transformers import AutoProcessor
 
 from ..tuner import DriftConfig
 from .settings import PluginSettings
@@ -50,10 +55,30 @@ class DriftTuner(PeftTuner):
 
     @staticmethod
     def from_pretrained(model, model_id, **kwargs):
-        """Plain LoRA, steered again where it is trained further."""
-        if kwargs.get("is_trainable"):
-            kwargs["config"] = DriftConfig.from_pretrained(model_id)
-        return PeftModel.from_pretrained(model, model_id, **kwargs)
+        """Plain LoRA, steered and kept again where it is trained further (`--resume_from_checkpoint`, `--adapters`)."""
+        if not kwargs.get("is_trainable"):
+            return PeftModel.from_pretrained(model, model_id, **kwargs)
+        values = _model_kwargs()
+        settings = PluginSettings.read(values) if values else PluginSettings({}, {})
+        config = DriftConfig.from_pretrained(model_id, **settings.guidance)
+        model = PeftModel.from_pretrained(model, model_id, config=config, **kwargs)
+        if settings.keeps:
+            settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
+        return model
+
+
+def _model_kwargs() -> dict[str, Any]:
+    """Ours of `--model_kwargs`. ms-swift gives them to no `from_pretrained`, but makes environment variables of them:
+    the key in capitals, and str() of the value."""
+    own = {key.lower(): value for key, value in os.environ.items() if key.startswith("DRIFT_")}
+    return {key: _literal(value) for key, value in own.items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):  # a name or path
+        return text
 
 
 tuners_map["drift"] = DriftTuner

@@ -11,6 +11,7 @@ through copies, pickling and whatever wraps it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import sys
@@ -89,6 +90,15 @@ class Keeping:
     def __setstate__(self, state):  # a copied or unpickled model is kept like the one it came from
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
         _KEPT.add(self)
+
+    def __deepcopy__(self, memo: dict) -> Keeping:
+        """A copy of the model is kept by a copy. One of its embedding alone, as PEFT makes for `modules_to_save`, still
+        tells this one what it sees."""
+        if id(self.model) not in memo:
+            return self
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def _see_training(self, module: nn.Module, args: tuple) -> None:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""

@@ -15,7 +15,6 @@ from ..checkpoints import (
     Checkpoint,
     DequantizedCheckpoint,
     LowRank,
-    Rows,
     Update,
     adapter_folder,
     adapter_updates,
@@ -137,7 +136,8 @@ def merge_adapter(
             zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
             why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
-        if any(isinstance(update, Rows) for update in updates.values()):
+        ends = {checkpoint.language_model.get(f"{end}.weight") for end in ("embed_tokens", "lm_head")}
+        if not ends.isdisjoint(updates):
             _take_tokenizer(adapter, folder_of_adapter, folder)
         what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))
         made = f"The LoRA adapter {what}, merged into {into}."

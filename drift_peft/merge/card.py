@@ -1,4 +1,4 @@
-"""The card of a merged model: what it was merged of, the call that did it, and how it is loaded."""
+"""The card of a merged model: what it was merged of, the licences of that, the call that did it, how it is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
-from ..checkpoints import TASK, Checkpoint, hub_id, in_markdown, pinned
+from ..checkpoints import (
+    TASK,
+    Checkpoint,
+    common_license,
+    find_license,
+    hub_id,
+    in_markdown,
+    license_name,
+    pinned,
+    shown,
+)
 
 CARD = """\
 ---
@@ -34,6 +44,12 @@ from transformers import {auto_class}, {reader}
 model = {auto_class}.from_pretrained("path/or/hub-id", dtype="auto", device_map="auto")
 processor = {reader}.from_pretrained("path/or/hub-id")
 ```
+
+## Licences
+
+It is made of other models' weights. Their cards give these licences:
+
+{licences}
 """
 
 
@@ -62,6 +78,10 @@ def write_card(
     given = {role: pinned(origin["id"], origin["revision"]) for role, origin in sources.items()}
     given["output"] = name
     given |= {key: value for key, value in arguments.items() if value is not None and value is not False}
+    parts = {**sources, **{f"{role}'s base": origin["base"] for role, origin in sources.items() if "base" in origin}}
+    licences = {  # an adapter on this disk is the user's own
+        role: find_license(origin) for role, origin in parts.items() if role != "adapter" or hub_id(origin["id"])
+    }
     models = filter(None, (hub_id(sources[role]["id"]) for role in ("base", "expert") if role in sources))
     data = ModelCardData(
         base_model=[*models] or None,
@@ -69,6 +89,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag=TASK if base.sees else None,
         tags=["drift-peft", "merge"],
+        **common_license(licences.values()),
     )
     card = CARD.format(
         data=data.to_yaml(),
@@ -79,5 +100,9 @@ def write_card(
         arguments="\n".join(f"    {key}={value!r}," for key, value in given.items()),
         auto_class=base.auto_class.__name__,
         reader="AutoProcessor" if base.sees else "AutoTokenizer",
+        licences="\n".join(
+            f"- {role} {in_markdown(shown(parts[role]['id']))}: {in_markdown(license_name(found))}"
+            for role, found in licences.items()
+        ),
     )
     ModelCard(card).save(folder / "README.md")

@@ -96,13 +96,15 @@ def check_parents(parents: Sequence[tuple[PriorFile, float]]) -> None:
 
 def _check_same_base(one: PriorFile, other: PriorFile) -> None:
     """The norms of all base weights in both tell two bases apart, whatever folder they lay in; names only where there
-    is no matrix to compare."""
+    is no matrix to compare. Those of head and embedding are of the rows that the models had in common."""
     differ = f"{one.source} and {other.source} are priors of different bases"
     matrices = 0
     for name in (name for name in one if name in other):
         mine, theirs = (prior.metadata["weights"][name] for prior in (one, other))
         if mine["shape"] != theirs["shape"]:
             raise ValueError(f"{differ}: {name} is {mine['shape']} in one and {theirs['shape']} in the other")
+        if mine.get("rows") != theirs.get("rows"):
+            continue
         if not math.isclose(mine["base_norm"], theirs["base_norm"], rel_tol=SAME_NORM):
             norms = f"{mine['base_norm']:.6g} in one and {theirs['base_norm']:.6g} in the other"
             raise ValueError(f"{differ}: ‖W‖ of {name} is {norms}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ..checkpoints import (
     TASK,
     Checkpoint,
     as_peft_reads,
+    common_license,
     find_license,
     hub_id,
     in_markdown,
@@ -112,7 +112,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         base_model=list(dict.fromkeys(models)) or None,
         pipeline_tag=TASK,
         tags=["drift-peft", "peft"],
-        **_common_license([*licences.values()]),
+        **common_license(licences.values()),
     )
     content = CARD.format(
         data=data.to_yaml(),
@@ -136,19 +136,6 @@ def _origins(header: dict) -> list[tuple[str, dict]]:
     own = [(role, header[role]) for role in ("base", "expert", "reference") if header.get(role)]
     adapted = [(f"{role}'s base", origin["base"]) for role, origin in own if "base" in origin]  # the expert is a LoRA
     return own + adapted + [origin for parent in header.get("parents", ()) for origin in _origins(parent)]
-
-
-def _common_license(licences: list[dict | None]) -> dict:
-    """The card's own licence fields: the parents' where they agree, "other" with all their names where they do not."""
-    if not any(licences):
-        return {}
-    if all(found == licences[0] for found in licences):
-        return licences[0]
-    names = (license_name(found).lower() if found else "unstated" for found in licences)
-    return {
-        "license": "other",
-        "license_name": "-and-".join(dict.fromkeys(re.sub(r"[^a-z0-9.]+", "-", n) for n in names)),
-    }
 
 
 def _table(weights: dict[str, dict]) -> str:
@@ -236,8 +223,8 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
         (r, _), *_ = Counter(ranks.values()).most_common(1)
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
         LoraConfig(
-            base_model_name_or_path=str(source),
-            revision=revision,
+            base_model_name_or_path=checkpoint.source,
+            revision=checkpoint.revision,
             task_type="CAUSAL_LM",
             r=r,
             lora_alpha=r,

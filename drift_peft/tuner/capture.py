@@ -91,8 +91,9 @@ class Capture:
         self.stale, self.task = False, task
         sketched = X if self.sketch is None else X @ _omega(X.shape[-1], self.sketch, X.device, X.dtype)
         self.sums += Y.mT @ torch.cat([sketched, X @ A.to(X.dtype).mT], -1)
-        U, S, Vh = (self.prior[key].to(X.device, X.dtype) for key in ("U", "S", "Vh"))
-        self.inner += ((Y @ U) * S * (X @ Vh.mT)).sum()
+        U, Vh = (self.prior[key].to(X.device, X.dtype) for key in ("U", "Vh"))
+        # In fp32, as what GradScaler scales, multiplied and summed in fp16, is infinite.
+        self.inner += ((Y @ U).float() * self.prior["S"].to(X.device).float() * (X @ Vh.mT).float()).sum()
 
 
 class _Tap(torch.autograd.Function):

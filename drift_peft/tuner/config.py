@@ -178,6 +178,7 @@ class DriftConfig(DriftSettings, LoraConfig):
             own["prior_sha256"] = None  # the new file is accepted as it is
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
         config = cls(**{**shared, **own, **given})
+        config.inference_mode = given.get("inference_mode", False)  # as PEFT stores it, nothing would be trained
         config.read_from = source  # no field, so it is not stored: these weights' guided steps are known
         return config
 

@@ -121,6 +121,7 @@ class SteeredAdapter(Steered):
                 U, Vh = Vh.mT.contiguous(), U.mT.contiguous()
             prior = {"U": U.clone(), "S": guidance.spectrum(S, config.spectrum_power), "Vh": Vh.clone()}
         super().__init__(layer, adapter, name, config, prior)
+        self.rank = layer.r[adapter]  # whose directions of Δ these are
         self.capture: Capture | None = None
 
     def register(self) -> None:
@@ -172,10 +173,16 @@ class SteeredAdapter(Steered):
                 f"The adapter of {self.name} is flattened: guidance under FSDP1 is not available; use fully_shard "
                 "(FSDP2), DDP or one GPU."
             )
+        if r != self.rank:
+            raise RuntimeError(
+                f"The adapter of {self.name} had rank {self.rank} when its guidance was made, and has {r} now: with "
+                "EVA, set rho=1.0, which keeps the ranks, or save the adapter and load it for training with "
+                "DriftConfig.from_pretrained."
+            )
         if shape(A)[0] != r * getattr(self.module, "num_experts", 1):  # of PEFT's target_parameters, one for each
             raise RuntimeError(
                 f"The adapter of {self.name} has rank {r} but {shape(A)[0]} rows: prepare_model_for_compiled_hotswap "
-                f"pads it; call that after training, or with target_rank={r}."
+                f"pads it (call that after training, or with target_rank={r}), or one of another rank was swapped in."
             )
         others = tuple(layout(lora_factor(self.module, factor, a)) for a in self.others for factor in "AB")
         return layout(A), layout(B), others
@@ -267,7 +274,7 @@ class Stack:
         """s [L]; copied to the device, and waited for, only when a scaling has changed."""
         if not self._scaling:
             self._scaling = [(s.module.scaling, s.adapter) for s in (member() for member in self.members)]
-        scalings = [of_layer[adapter] for of_layer, adapter in self._scaling]
+        scalings = [float(of_layer[adapter]) for of_layer, adapter in self._scaling]  # a hot swap writes into tensors
         if self.s is None or self.s.dtype != dtype or scalings != self.scalings:
             self.scalings, self.s = scalings, torch.tensor(scalings, device=self.device, dtype=dtype)
         return self.s

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .frontier import Measured, frontier
 from .intervals import interval
-from .ways import Way
+from .ways import Way, gating
 
 RULE = """\
 Of the ways that these samples cannot tell from the best one, it is the one that keeps most. It was chosen on these very
@@ -90,28 +90,37 @@ def compared_table(result: dict) -> Table:
     return table
 
 
-def write_choice(result: dict, way: Way, settings: dict, steps: float | None, output: Path) -> None:
+def write_choice(
+    result: dict, way: Way, settings: dict, steps: float | None, output: Path, texts: Path | None = None
+) -> None:
     """The chosen way as a recipe, with the command that makes it and the numbers of all ways in comments.
 
     Args:
+        settings: the recipe's, with the keep set that was made if it names none.
         steps: that it was given, if the recipe does not say how many.
+        texts: prompts whose answers gate the prior.
     """
     if way.trains is not None:
         content = way.recipe(settings, max_steps=settings.get("max_steps") if steps is None else int(steps))
-        command = f"python recipes/sft_vlm.py --config {output}"
+        commands = [f"python recipes/sft_vlm.py --config {output}"]
+    elif way.kind == "gated":
+        content = {key: settings[key] for key in ("base", "expert", "prior", "keep")}
+        made = gating(settings, settings["keep"], texts, "gated.safetensors", "gated")
+        commands = [f"drift-peft {shlex.join(command)}" for command in made]
     else:
         names = ("expert", "base", "reference") if way.scale is not None else ("base",)
         content = {key: settings[key] for key in names if key in settings}
-        command = "nothing is trained: no way is better than the VLM as it is, as far as these samples tell"
+        commands = ["nothing is trained: no way is better than the VLM as it is, as far as these samples tell"]
         if way.scale is not None:
             content |= {"rank": settings.get("prior_rank", 64), "scale": way.scale}
             flags = [part for key, value in content.items() for part in (f"--{key}", str(value))]
-            command = f"drift-peft transplant {shlex.join(flags)} -o transplanted"
+            commands = [f"drift-peft transplant {shlex.join(flags)} -o transplanted"]
     heads, rows = columns(result)
     heads = [head.replace("\n", " ") for head in heads]
     widths = [max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    comments = [f"{way.title}: the choice of recipes/compare.py {result['recipe']}", "", f"  {command}", ""]
+    comments = [f"{way.title}: the choice of recipes/compare.py {result['recipe']}", ""]
+    comments += [*(f"  {command}" for command in commands), ""]
     comments += [told(result), *lines, "", *RULE.splitlines(), ""]
     head = "".join(f"# {line}".rstrip() + "\n" for line in comments)
     output.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")

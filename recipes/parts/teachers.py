@@ -10,6 +10,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
@@ -119,19 +120,24 @@ class Server:
 
 
 class Local:
-    """A vision-language model of transformers, in this process; on the GPU if there is one."""
+    """A vision-language model of transformers, in this process; on the GPU if there is one.
+
+    Args:
+        processor: folder of another one than the model's, such as an adapter's with tokens of its own.
+    """
 
     concurrency = 1
 
     def __init__(
-        self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False
-    ):
+        self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False,
+        processor: Path | None = None,
+    ):  # fmt: skip
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         name, _, revision = model.partition("@")
         options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
         try:
-            self.processor = AutoProcessor.from_pretrained(name, **options)
+            self.processor = AutoProcessor.from_pretrained(processor or name, **options)
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
         except (OSError, ValueError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

@@ -60,7 +60,7 @@ def ways_of(
     Raises:
         ValueError: a kind is asked for, and what it takes is missing.
     """
-    plain, kept = {"keep": None}, {"keep": str(keep)}
+    plain, kept = {"keep": None, "replay": None}, {"keep": str(keep)}
     sft, drift = ({"method": method, "merge_first": None} for method in ("sft", "drift"))
     table = {
         "base": [Way("base", "VLM as it is", "base")],
@@ -83,10 +83,23 @@ def ways_of(
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
+        elif kind == "drift-keep" and settings.get("drift_norm") == "weight" and not settings.get("replay"):
+            missing[kind] = "drift_norm: weight does not see the gradient that keeping adds; set factor, or replay"
     for kind in kinds:
         if kind in missing:
             raise ValueError(f"{kind} cannot be compared: {missing[kind]}")
     return [way for kind in KINDS if kind not in missing and (not kinds or kind in kinds) for way in table[kind]]
+
+
+def gating(settings: dict, keep: str, texts: object, gated: object, adapter: object) -> list[list[str]]:
+    """What drift-peft takes to gate the recipe's prior, and then to make an adapter of it."""
+    asked = {"expert": settings["expert"], "base": settings["base"], "keep": keep, "texts": texts}
+    asked |= {"top-k": settings["keep_top_k"]} if "keep_top_k" in settings else {}
+    flags = [part for key, value in asked.items() for part in (f"--{key}", value)]
+    flags += [] if settings.get("use_cpu") else ["--load-in-4bit"]
+    gate = ["prior", "gate", settings["prior"], *flags, "-o", gated]
+    export = ["prior", "export", gated, "--scale", 1, "-o", adapter]
+    return [[*map(str, command)] for command in (gate, export)]
 
 
 def _merged(share: float, kind: str, told: str, trains: dict) -> Way:

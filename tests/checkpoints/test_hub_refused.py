@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import shutil
 from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from hub_models import Q, blobs
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from older import leaves_nothing
+from test_checkpoint import save_tokenizer
 
 from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
+from drift_peft.checkpoints.standalone import write_model
 
 
 def nothing(hub, llm):
@@ -120,6 +123,22 @@ def test_a_shard_that_does_not_come(hub, llm, tmp_path, monkeypatch, spoil, mess
     assert blobs(tmp_path) == before  # nothing half-written
     hub.heal()
     monkeypatch.undo()
+
+
+def test_weights_alone_in_the_cache(hub, llm, tmp_path, monkeypatch):
+    """As transformers and others download: file by file, without a list of all."""
+    save_tokenizer(llm, "<unk>", "a")
+    hub.add("org/model", llm)
+    for name in ("config.json", INDEX, *(file.name for file in llm.glob("*.safetensors"))):
+        hf_hub_download("org/model", name)
+    offline(hub, None, monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"org/model .* only its weights are in the cache: run once"):
+        write_model(Checkpoint("org/model"), tmp_path / "merged", (), None, progress=False)
+    assert not (tmp_path / "merged").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llm / name, Checkpoint("org/model").folder)
+    write_model(Checkpoint("org/model"), tmp_path / "merged", (), None, progress=False)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
 def test_a_truncated_shard_in_the_cache(hub, llm):

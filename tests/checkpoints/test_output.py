@@ -1,13 +1,17 @@
 """lock.py, watch.py, output.py, standalone.py: one writer at a time, whole outputs, inputs that stay what they were."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
+import filelock
 import pytest
 import torch
+from older import needs
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sample_prior import sample_prior
@@ -83,6 +87,24 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
     assert os.listdir(tmp_path) == ["out.lock"]
     with only_writer(tmp_path / "out"):
         assert str(os.getpid()) in (tmp_path / "out.lock").read_text()
+    assert os.listdir(tmp_path) == []
+
+
+@needs(filelock, "4.2.6", "empties or deletes the other's lock where there is no flock")
+@pytest.mark.skipif(sys.platform == "win32", reason="has no flock")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_there_is_no_flock(tmp_path, monkeypatch):
+    """filelock then takes over what a killed process held, by what itself has written there."""
+    script = "import errno, fcntl, os, runpy, sys; from pathlib import Path; from unittest.mock import Mock\n"
+    script += "fcntl.flock = Mock(side_effect=OSError(errno.ENOSYS, 'no flock'))\n"
+    script += "with runpy.run_path(sys.argv[1])['only_writer'](Path(sys.argv[2])): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, lock.__file__, tmp_path / "out"])
+    assert os.listdir(tmp_path) == ["out.lock"]
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "no flock")))
+    with only_writer(tmp_path / "out"):
+        with pytest.raises(FileExistsError, match=rf"out is being written by process {os.getpid()} on [\w.-]+: wait"):
+            with only_writer(tmp_path / "out"):
+                pass
     assert os.listdir(tmp_path) == []
 
 

@@ -1,10 +1,13 @@
 """The tuner `drift` in `swift sft`. `make test-integrations` brings ms-swift."""
 
 import json
+import os
 
 import pytest
+from peft import PeftModel
 
 from drift_peft import DriftConfig
+from drift_peft.integrations import settings
 
 pytest.importorskip("swift", reason="ms-swift is not installed: make test-integrations installs it beside the rest")
 from swift import sft_main
@@ -18,6 +21,8 @@ def swift(folder, tmp_path, monkeypatch):
 
     def run(*flags, **settings):
         settings = {"drift_prior": str(folder / "prior.safetensors"), **settings}
+        for key in {key for key in os.environ if key.startswith("DRIFT_")}:  # of the run before
+            monkeypatch.delenv(key)
         command = ["--model", str(folder / "base"), "--model_type", "llama", "--template", "dummy", "--use_hf", "true"]
         command += ["--external_plugins", "drift.py", "--tuner_type", "drift", "--model_kwargs", json.dumps(settings)]
         command += ["--dataset", str(folder / "data.json"), "--split_dataset_ratio", "0", "--torch_dtype", "float32"]
@@ -42,6 +47,25 @@ def test_lora_is_steered_at_every_step_and_after_a_restart(swift):
     assert guided_steps(told)[-1] == 3
 
 
-def test_a_wrong_key_is_one_sentence(swift):
+def test_a_restart_has_the_settings_of_its_own_command(swift, folder, monkeypatch):
+    """ms-swift gives them to no tuner that loads an adapter."""
+    swift(drift_alpha=0.5)
+    kept = []
+    monkeypatch.setattr(settings, "keep", lambda model, processor, **given: kept.append((model, processor, given)))
+    resumed = "--max_steps", "3", "--save_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"
+    keep_set = {"drift_keep": "keep.safetensors", "drift_keep_weight": 0.3, "drift_keep_bound": None}
+    swift(*resumed, drift_alpha=0.25, drift_alpha_pattern={"q_proj": 0.1}, **keep_set)
+    saved = DriftConfig.from_pretrained("out/checkpoint-3")
+    assert (saved.drift_alpha, saved.drift_alpha_pattern, saved.drift_steps) == (0.25, {"q_proj": 0.1}, 3)
+    ((model, processor, given),) = kept
+    assert isinstance(model, PeftModel) and processor("how many ?")["input_ids"]
+    assert given == {"keep_set": "keep.safetensors", "weight": 0.3, "bound": None}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_wrong_key_is_one_sentence(swift, restart):
+    resumed = ["--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"] if restart else []
+    if restart:
+        swift()
     with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
-        swift(drift_alhpa=0.5)
+        swift(*resumed, drift_alhpa=0.5)

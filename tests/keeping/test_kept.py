@@ -24,7 +24,7 @@ from kept_models import (
     with_keeping,
 )
 from pairs import make_pair
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from twin import BATCH, backward, bias_by_oracle, randomized, sgd, train, trainable
 
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, guide, keep, telemetry
@@ -250,6 +250,18 @@ def test_a_resumed_optimizer_goes_on_in_the_order(folder):
 
 def pickled(model):
     return pickle.loads(pickle.dumps(model))
+
+
+def test_a_copy_of_the_embedding_alone_tells_the_model(folder, processor):
+    """As PEFT copies it for modules_to_save: the model itself is not copied along, and its batches are still seen."""
+    model = load(folder)
+    kept = vars(keep(model, folder / "keep.safetensors", processor))["drift_keep"]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    hooked = [hook.__self__ for m in wrapped.modules() for hook in m._forward_pre_hooks.values()]
+    assert len(hooked) > 1 and all(owner is kept for owner in hooked)
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped(input_ids=BATCH)
+    assert kept.tokens == BATCH.numel() and kept.autocast == torch.bfloat16
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

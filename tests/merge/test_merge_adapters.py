@@ -11,6 +11,7 @@ from older import known, ties_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import edit_config, edit_tensors, rename_keys, save_layout, save_tokenizer, tiny_llm, tiny_vlm
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from drift_peft import language_model_targets
 from drift_peft.checkpoints.checkpoint import Checkpoint
@@ -96,15 +97,44 @@ def test_biases_that_were_not_saved_are_missed(tmp_path):
     assert merge(tmp_path).modules == 2
 
 
-def test_trained_tokens_bring_their_tokenizer(tmp_path):
+@pytest.mark.parametrize("target", ["c_proj", "c_attn"])  # square, and not
+def test_transposed_weights(tmp_path, target):
+    """GPT-2's Conv1D layers keep W [in, out], and their adapters B·A [out, in]."""
+
+    def model():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=64, n_positions=16, n_embd=8, n_layer=2, n_head=2, n_inner=8)
+        return GPT2LMHeadModel(config).eval()
+
+    model().save_pretrained(tmp_path / "base")
+    expected = trained(tmp_path / "adapter", model(), target_modules=[target])
+    merge(tmp_path)
+    assert_same_model(GPT2LMHeadModel.from_pretrained(tmp_path / "merged"), expected.merge_and_unload())
+    trained(tmp_path / "adapter", model(), target_modules=[target], use_dora=True)
+    with pytest.raises(ValueError, match=r"uses DoRA on the transposed weight of .*c_"):
+        merge(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"trainable_token_indices": [60]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+def test_trained_tokens_bring_their_tokenizer(tmp_path, how):
     save_layout(tiny_llm("llava"), tmp_path / "base")
     save_tokenizer(tmp_path / "base", {"a": 0, "b": 1})
-    trained(tmp_path / "adapter", tiny_llm("llava"), target_modules=["q_proj"], trainable_token_indices=[60])
+    trained(tmp_path / "adapter", tiny_llm("llava"), **{"target_modules": ["q_proj"], **how})
     merge(tmp_path)
     assert Checkpoint(tmp_path / "merged").vocabulary() == {"a": 0, "b": 1}
     save_tokenizer(tmp_path / "adapter", {"a": 0, "b": 1, "<think>": 60})
+    (tmp_path / "adapter" / "added_tokens.json").write_text('{"<think>": 60}')  # as older ones keep it
     merge(tmp_path, overwrite=True)
     assert Checkpoint(tmp_path / "merged").vocabulary()["<think>"] == 60
+    assert (tmp_path / "merged" / "added_tokens.json").read_text() == '{"<think>": 60}'
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])

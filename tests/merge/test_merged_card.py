@@ -1,10 +1,12 @@
 """The card of a merged model says what was merged, without a path of this disk, and its call makes the same again."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from hub import Hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -95,16 +97,46 @@ def test_the_card_loads_the_model(folder, monkeypatch):
     assert names["processor"].tokenizer is not None
 
 
-def test_models_of_the_hub_are_named_by_their_ids_and_commits(folder, tmp_path):
-    models = [tmp_path / f"me@work/hub/models--org--{name}/snapshots/0a1b2c" for name in ("expert", "vlm")]
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def test_models_of_the_hub_are_named_by_their_ids_and_commits(folder, tmp_path, hub):
+    commits = [hub.add(f"org/{name}", {"README.md": b"---\nlicense: mit\n---\n"}) for name in ("expert", "vlm")]
+    parts = zip(("expert", "vlm"), commits, strict=True)
+    models = [tmp_path / f"me@work/hub/models--org--{name}/snapshots/{commit}" for name, commit in parts]
     for snapshot, source in zip(models, ("reasoner", "vlm"), strict=True):
         snapshot.parent.mkdir(parents=True)
-        snapshot.symlink_to((folder / source).resolve(), target_is_directory=True)
+        snapshot.symlink_to((folder / source).resolve(), target_is_directory=True)  # without a card
     merge_baseline("task_arithmetic", *models, tmp_path / "made", scale=0.5, progress=False)
     card = ModelCard.load(tmp_path / "made" / "README.md")
     assert card.data.base_model == ["org/vlm", "org/expert"] and card.data.base_model_relation == "merge"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
-    assert "base='org/vlm@0a1b2c'" in card.content and "expert='org/expert@0a1b2c'" in card.content
+    expert, vlm = commits
+    assert f"base='org/vlm@{vlm}'" in card.content and f"expert='org/expert@{expert}'" in card.content
+    assert card.data.license == "mit" and "- base org/vlm: mit\n- expert org/expert: mit" in card.content
+
+
+@pytest.mark.parametrize("own", ["license: apache-2.0", "license: other\nlicense_name: Llama Licence", "language: en"])
+def test_licences(folder, tmp_path, own):
+    for name, source, card in (("vlm", "vlm", "license: apache-2.0"), ("expert", "reasoner", own)):
+        shutil.copytree(folder / source, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\n{card}\n---\n")
+    merge_baseline(
+        "task_arithmetic", tmp_path / "expert", tmp_path / "vlm", tmp_path / "made", scale=0.5, progress=False
+    )
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    found = {"license: apache-2.0": "apache-2.0", "language: en": "not stated in its card"}.get(own, "Llama Licence")
+    assert f"- base vlm: apache-2.0\n- expert expert: {found}" in card.content
+    assert card.data.license == ("apache-2.0" if found == "apache-2.0" else "other")
+    kind = {"apache-2.0": None, "Llama Licence": "llama-licence"}.get(found, "unstated")
+    assert card.data.license_name == (kind and f"apache-2.0-and-{kind}")
+    merge_adapter(tmp_path / "vlm", folder / "adapter", tmp_path / "mine", force=True, progress=False)
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.license == "apache-2.0" and "- base vlm: apache-2.0" in card.content  # whose adapter, says its own
 
 
 def test_a_folder_is_named_as_it_is(folder, tmp_path, monkeypatch):

@@ -166,6 +166,23 @@ def test_rows_without_a_counterpart_stay_zero(tmp_path):
     assert combined.metadata["weights"]["lm_head.weight"]["rows"] == 22
 
 
+def test_vocabularies_that_differ_are_of_one_base(tmp_path):
+    """The norm of the head is then one of other rows."""
+    generator = torch.Generator().manual_seed(0)
+    W, deltas = torch.randn(30, 16, generator=generator), torch.randn(2, 30, 16, generator=generator)
+    weights, priors = {Q: (W, deltas[0]), "lm_head.weight": (W, deltas[1])}, []
+    for rows in (20, 25, None):
+        priors.append(dense_prior(tmp_path / f"{rows}", weights))
+        if rows:
+            stats = priors[-1].metadata["weights"]["lm_head.weight"]
+            stats |= {"rows": rows, "base_norm": W[:rows].norm().item()}
+    assert list(ReasoningPrior.combine(dict.fromkeys(priors, 1.0), tmp_path / "sum")) == list(weights)
+    same = dense_prior(tmp_path / "same", weights)
+    same.metadata["weights"]["lm_head.weight"] |= {"rows": 20, "base_norm": 1.0}
+    with pytest.raises(ValueError, match=r"different bases: ‖W‖ of lm_head\.weight is"):
+        ReasoningPrior.combine([(priors[0], 1), (same, 1)], tmp_path / "none")
+
+
 def test_header_names_the_parents(tmp_path):
     a, b, _ = random_priors(tmp_path, 3, 6, 5, rank=2)
     low = a.truncate(1, tmp_path / "low")

@@ -280,6 +280,14 @@ def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):
     assert not [name for name in hub.fetched("org/vlm") if name.endswith(".safetensors")]
 
 
+def test_a_base_is_named_with_its_revision(tmp_path, hub):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    commit = hub.add("org/vlm", tmp_path / "base", "v1")
+    prior.as_lora(1, tmp_path / "lora", base="org/vlm@v1")
+    config = PeftConfig.from_pretrained(tmp_path / "lora")
+    assert (config.base_model_name_or_path, config.revision) == ("org/vlm", commit)
+
+
 def test_a_base_that_has_moved_or_is_another(tmp_path):
     prior = family_prior(tmp_path, "qwen2_5_vl")
     (tmp_path / "base").rename(tmp_path / "moved")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import yaml
 from older import loads_processors
+from parts.choice import summarize, write_choice
 from parts.frontier import Measured, choose, draw, frontier
 from parts.intervals import interval
-from parts.search import search
+from parts.search import search, space
 from parts.ways import KINDS, ways_of
 from peft import LoraConfig
 from PIL import Image
@@ -64,6 +65,43 @@ def test_each_way_is_the_recipe_with_what_it_changes():
             ways_of(plain, [kind], [0.5], [0.2], None)
     with pytest.raises(ValueError, match="the expert is asked nothing: name a file of prompts with --texts"):
         ways_of(SETTINGS, ["gated"], [], [], "k")
+
+
+def test_a_way_that_does_not_keep_does_not_replay_either():
+    ways = {way.kind: way.recipe({**SETTINGS, "replay": 0.2}) for way in ways_of(SETTINGS, [], [], [0.5], "k")[1:]}
+    assert {kind for kind, recipe in ways.items() if "replay" in recipe} == {"sft-keep", "merged-keep", "drift-keep"}
+
+
+def test_what_keeping_does_not_go_with_is_left_out_at_first():
+    settings = {**SETTINGS, "drift_norm": "weight"}
+    kinds = ["drift", "drift-keep"]
+    assert [way.kind for way in ways_of({**settings, "replay": 0.2}, kinds, [], [], "k")] == kinds
+    assert [way.kind for way in ways_of(settings, [], [], [], "k")] == ["base", "sft", "sft-keep", "drift"]
+    with pytest.raises(ValueError, match="drift-keep cannot be compared: drift_norm: weight does not see the gradient"):
+        ways_of(settings, kinds, [], [], "k")
+
+
+def test_the_gated_prior_is_chosen_with_the_commands_that_make_it(tmp_path):
+    (way,) = ways_of(SETTINGS, ["gated"], [], [], "k", "0123")
+    result = {"recipe": "r", "seeds": [0], **summarize({way.name: found([0, 1], 0)}, {way.name: way.title}, way.name)}
+    write_choice(result, way, {**SETTINGS, "keep": "k"}, None, tmp_path / "c.yaml", "t.txt")
+    text = (tmp_path / "c.yaml").read_text(encoding="utf-8")
+    asked = "--expert e --base b --keep k --texts t.txt --load-in-4bit"
+    assert f"\n#   drift-peft prior gate p.safetensors {asked} -o gated.safetensors\n" in text
+    assert "\n#   drift-peft prior export gated.safetensors --scale 1 -o gated\n" in text and "nothing" not in text
+    assert yaml.safe_load(text) == {"base": "b", "expert": "e", "prior": "p.safetensors", "keep": "k"}
+
+
+def test_numbers_of_a_recipe_are_what_training_takes_them_for(tmp_path):
+    """YAML 1.1 knows `1e-4` as a text, and so is what stands in quotes."""
+    (tmp_path / "r.yaml").write_text(
+        "{base: b, data: d, prior: p.safetensors, use_cpu: true, learning_rate: 1e-4, drift_alpha: '0.2'}"
+    )
+    settings = compare.read_recipe(tmp_path / "r.yaml")
+    (way,) = ways_of(settings, ["drift"], [], [], None)
+    assert {key: bounds["high"] for key, bounds in space(way, settings).items()} == pytest.approx(
+        {"learning_rate": 5e-4, "drift_alpha": 1.0}
+    )
 
 
 def test_the_choice_keeps_most_of_what_cannot_be_told_from_the_best():

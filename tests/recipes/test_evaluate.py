@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from functools import cache
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(mode
     assert "holds answers of other settings: adapter_files (" in refusal(
         capsys, *usual, "--adapter", tmp_path / "adapter"
     )
+
+
+def test_an_adapter_is_asked_with_the_tokens_that_it_was_trained_with(model, tmp_path):
+    """But with the model's processor if it has no more than a tokenizer, as an expert on text has."""
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path)
+    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1}
+    args = Namespace(model=str(model), adapter=tmp_path, **how)
+    processor = evaluate.load_model(args).processor
+    before = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["<of its own>"])
+    for saved, added in ((processor.tokenizer, 0), (processor, 1)):
+        saved.save_pretrained(tmp_path)
+        assert len(evaluate.load_model(args).processor.tokenizer) == before + added
 
 
 @pytest.fixture

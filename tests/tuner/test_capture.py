@@ -163,6 +163,17 @@ def test_bf16(sketch):
         assert_measures(entry, layer, tolerance=0.05)
 
 
+def test_fp16_under_a_loss_scale():
+    """What fp16 can hold is measured, though the sum of it is beyond fp16."""
+    entry, layer = layer_of(dtype=torch.float16)
+    layer.base_layer.weight.requires_grad_(False)
+    (layer(torch.full((2, 3, IN), 30.0, dtype=torch.float16)) * 2000).sum().backward()
+    U, S, Vh = (entry.prior[key].double() for key in ("U", "S", "Vh"))
+    expected = (torch.full((OUT, IN), 6 * 30.0 * 2000, dtype=torch.float64) * (U * S @ Vh)).sum()
+    assert abs(expected) > torch.finfo(torch.float16).max
+    close(entry.capture.inner, expected, 0.02 * abs(expected))
+
+
 def test_evaluation_and_frozen_factors_leave_nothing():
     entry, layer = layer_of()
     with torch.no_grad():

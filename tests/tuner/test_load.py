@@ -63,6 +63,24 @@ def test_a_count_that_was_given_is_kept(pair, trained):
         assert telemetry(model)["guided_steps"] == 3
 
 
+def test_a_loaded_config_is_for_training(pair, trained):
+    """Beside another adapter, and for a new one with the same settings; PEFT stores inference_mode=True."""
+    folder = trained[0] / "checkpoint-2"
+    model = get_peft_model(copy.deepcopy(pair.base), LoraConfig(target_modules=["v_proj"]))
+    model.add_adapter("ours", DriftConfig.from_pretrained(folder))
+    model.load_adapter(folder, "ours", is_trainable=True)
+    model.set_adapter("ours")
+    assert telemetry(model)["guided_steps"] == 2
+    new = get_peft_model(copy.deepcopy(pair.base), DriftConfig.from_pretrained(folder, drift_steps=0))
+    optimizer = torch.optim.SGD([p for p in new.parameters() if p.requires_grad], lr=1e-2)
+    new(input_ids=ROWS[0]["input_ids"][None], labels=ROWS[0]["labels"][None]).loss.backward()
+    optimizer.step()
+    assert telemetry(new)["guided_steps"] == 1
+    config = DriftConfig.from_pretrained(folder)
+    served = PeftModel.from_pretrained(copy.deepcopy(pair.base), folder, config=config)
+    assert not any(p.requires_grad for p in served.parameters())
+
+
 PLAIN = {
     "PeftModel.from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
     "a config": lambda base, folder: PeftModel.from_pretrained(

@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from older import transformers_adds_it
 from pairs import FAMILIES, IDS, drift, load, train, untouched, wrap
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
@@ -264,6 +264,32 @@ def test_an_adapter_prepared_for_hotswapping(pairs):
         RuntimeError, match=r"^The adapter of layers\.0.* has rank 4 but 8 rows: prepare_model_for_comp"
     ):
         train(padded)
+
+
+def test_ranks_that_eva_gives_anew(pairs, tmp_path):
+    """Guidance of the ranks of before would be another one after the adapter is loaded: said, with two ways out."""
+    folder = pairs("llama")
+
+    def started(rho):
+        settings = {
+            "init_lora_weights": "eva",
+            "eva_config": EvaConfig(rho=rho),
+            "target_modules": ["q_proj", "up_proj"],
+        }
+        model = get_peft_model(load(folder, "llama"), drift(folder, **settings))
+        initialize_lora_eva_weights(model, [{"input_ids": IDS}] * 8, show_progress_bar=False)
+        return model
+
+    model = started(2.0)
+    assert len({layer.r["default"] for layer in model.modules() if isinstance(layer, LoraLayer)}) > 1
+    with pytest.raises(
+        RuntimeError, match=r"had rank 4 when its guidance was made, and has \d+ now: with EVA, set rho"
+    ):
+        train(model)
+    model.save_pretrained(tmp_path)
+    config = DriftConfig.from_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
+    assert telemetry(train(again))["guided_steps"] == telemetry(train(started(1.0)))["guided_steps"] > 0
 
 
 def test_a_model_without_weights(pairs):

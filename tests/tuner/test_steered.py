@@ -139,14 +139,29 @@ def test_embeddings_are_steered_by_the_transposed_delta():
         SteeredAdapter(layer, "default", "embed_tokens.weight", settings(drift_norm="weight"), w).register()
 
 
+def test_a_scaling_that_is_changed_in_place():
+    """As a hot swap does after prepare_model_for_compiled_hotswap, which makes tensors of them."""
+    model = Layers(settings())
+    for layer in model.layers:
+        layer.scaling["default"] = torch.tensor(2.0)
+    step(model)
+    stack = model.steered[0].stack
+    assert stack.scaling(torch.float32).tolist() == [2.0] * len(stack.members)
+    for layer in model.layers:
+        layer.scaling["default"].fill_(8.0)
+    assert stack.scaling(torch.float32).tolist() == [8.0] * len(stack.members)
+
+
 def test_adapters_whose_factors_are_not_what_peft_says():
     model = Layers(settings())
-    model.layers[0].r["default"] = 2
+    model.layers[0].r["default"] = model.steered[0].rank = 2
     with pytest.raises(RuntimeError, match="has rank 2 but 3 rows: prepare_model_for_compiled_hotswap pads it"):
         step(model)
     stacked = Layers(settings())
     for layer in stacked.layers:  # as of target_parameters, where each expert has rows of its own
         layer.r["default"], layer.num_experts = 1, R
+    for steered in stacked.steered:
+        steered.rank = 1
     assert len(groups_of(stacked.steered, {*map(id, stacked.trained())})) == 1
     flat = Layers(settings())
     flat.layers[0].lora_A["default"].weight.data = torch.zeros(R * IN)

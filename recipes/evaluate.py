@@ -39,7 +39,7 @@ from parts.outputs import write_result
 from parts.reading import RULES, UNFINISHED, answer_rule, final_answer, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
-from parts.teachers import PROMPT, Local, TeacherError
+from parts.teachers import PROMPT, Local, TeacherError, room_for
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -223,10 +223,11 @@ def evaluate_keeping(args: Namespace) -> dict:
     keep_set = KeepSet.load(args.keep)
     local = load_model(args)
     keep_set.check(local.processor)
-    found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
-    if args.adapter:
-        with local.model.disable_adapter():
-            found["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
+    with room_for(args.batch_size):
+        found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
+        if args.adapter:
+            with local.model.disable_adapter():
+                found["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
     summaries = {name: summarize(distances) for name, distances in found.items()}
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
@@ -253,8 +254,6 @@ def evaluate(args: Namespace) -> dict:
     Raises:
         ValueError: BadSample included; OSError, TeacherError.
     """
-    import torch  # three times as long as all the rest: --help and refused flags do not wait for it
-
     check(args.model, args.adapter, args.data, args.output)
     dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail", chains=False)
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
@@ -266,11 +265,8 @@ def evaluate(args: Namespace) -> dict:
             model = load_model(args)
             try:
                 ask(questions, dataset, model, journal, args.prompt)
-            except torch.OutOfMemoryError as error:
-                raise TeacherError(
-                    f"a batch of {args.batch_size} does not fit into memory: take a smaller --batch-size; what is "
-                    f"answered is in {journal.path}"
-                ) from error
+            except TeacherError as error:
+                raise TeacherError(f"{error}; what is answered is in {journal.path}") from error
         marked = mark_all(questions, journal.answers)
     result = {**asking, "data": args.data, "scorer": scorer(), **summarize(marked), "samples": marked}
     write_result(result, args.output)

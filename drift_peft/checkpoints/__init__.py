@@ -65,7 +65,6 @@ from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
 from .sharing import (
-    common_license,
     file_sha256,
     find_file,
     find_license,
@@ -74,6 +73,7 @@ from .sharing import (
     license_name,
     pinned,
     shown,
+    state_licences,
     upload,
 )
 from .standalone import replaced_when_complete, write_model
@@ -113,7 +113,6 @@ __all__ = [
     "carry_adapter",
     "check",
     "claimed_output",
-    "common_license",
     "convert_peft_config_for_transformers",
     "cross_attention_layers",
     "describe",
@@ -150,6 +149,7 @@ __all__ = [
     "scale_adapter",
     "shown",
     "split_revision",
+    "state_licences",
     "unwrapped",
     "upload",
     "warn_of_other_rotations",

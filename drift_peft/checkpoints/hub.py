@@ -70,11 +70,11 @@ class Repository:
         self._brought: set[str] = set(json.loads(record.read_text(encoding="utf-8"))) if known else set()
 
     def files(self) -> set[str]:
-        """Names of its files; of those in the cache where there is no network."""
+        """Names of its files; of those in the cache where there is no network, or the hub is in trouble."""
         try:
             return {*list_repo_files(self.name, revision=self.commit)}
         except Exception as error:  # of one HTTP library or another, by the client's version
-            if isinstance(error, HfHubHTTPError):
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
 
@@ -200,8 +200,8 @@ def _explained(repository: str, revision: str | None, file: str | None) -> Itera
             causes.append(cause)
         if any(os.strerror(errno.ENOSPC) in str(cause) for cause in causes):
             raise OSError(
-                f"no space left for {what} in {constants.HF_HUB_CACHE}: free some, set HF_HOME to another disk, or "
-                "build with --delete-shards"
+                f"no space left for {what} in {constants.HF_HUB_CACHE}: free some, or set HF_HOME to another disk; "
+                "`drift-peft prior build` needs less with --delete-shards"
             ) from error
         # What is not in the cache either: the client then says so at length, and what helps is the first cause.
         absent = isinstance(error, LocalEntryNotFoundError)

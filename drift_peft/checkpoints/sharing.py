@@ -160,6 +160,16 @@ def common_license(licences: Iterable[dict | None]) -> dict:
     }
 
 
+def state_licences(origins: Iterable[tuple[str, dict]], token: str | None = None) -> tuple[dict, str]:
+    """What the card of something made of other models says of their licences: `common_license` of them, and a line for
+    each. `origins`: (role, id and revision); `token`: for the cards of private or gated models."""
+    found = [(role, origin, find_license(origin, token)) for role, origin in origins]
+    lines = (
+        f"- {role} {in_markdown(shown(origin['id']))}: {in_markdown(license_name(of))}" for role, origin, of in found
+    )
+    return common_license(of for *_, of in found), "\n".join(lines)
+
+
 def in_markdown(text: str) -> str:
     """Text from elsewhere in one line of a card: as code, in which nothing is a link or an image, where it has signs of
     these, and else as it is."""

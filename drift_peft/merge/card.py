@@ -10,13 +10,10 @@ from .. import __version__
 from ..checkpoints import (
     TASK,
     Checkpoint,
-    common_license,
-    find_license,
     hub_id,
     in_markdown,
-    license_name,
     pinned,
-    shown,
+    state_licences,
 )
 
 CARD = """\
@@ -78,10 +75,7 @@ def write_card(
     given = {role: pinned(origin["id"], origin["revision"]) for role, origin in sources.items()}
     given["output"] = name
     given |= {key: value for key, value in arguments.items() if value is not None and value is not False}
-    parts = {**sources, **{f"{role}'s base": origin["base"] for role, origin in sources.items() if "base" in origin}}
-    licences = {  # an adapter on this disk is the user's own
-        role: find_license(origin) for role, origin in parts.items() if role != "adapter" or hub_id(origin["id"])
-    }
+    license, licences = licences_of(sources)
     models = filter(None, (hub_id(sources[role]["id"]) for role in ("base", "expert") if role in sources))
     data = ModelCardData(
         base_model=[*models] or None,
@@ -89,7 +83,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag=TASK if base.sees else None,
         tags=["drift-peft", "merge"],
-        **common_license(licences.values()),
+        **license,
     )
     card = CARD.format(
         data=data.to_yaml(),
@@ -100,9 +94,13 @@ def write_card(
         arguments="\n".join(f"    {key}={value!r}," for key, value in given.items()),
         auto_class=base.auto_class.__name__,
         reader="AutoProcessor" if base.sees else "AutoTokenizer",
-        licences="\n".join(
-            f"- {role} {in_markdown(shown(parts[role]['id']))}: {in_markdown(license_name(found))}"
-            for role, found in licences.items()
-        ),
+        licences=licences,
     )
     ModelCard(card).save(folder / "README.md")
+
+
+def licences_of(sources: dict[str, dict]) -> tuple[dict, str]:
+    """`state_licences` of what was taken, role -> id and revision, and of the bases of what is an adapter there."""
+    parts = {**sources, **{f"{role}'s base": origin["base"] for role, origin in sources.items() if "base" in origin}}
+    own = {role for role, origin in parts.items() if role == "adapter" and not hub_id(origin["id"])}  # on this disk
+    return state_licences((role, origin) for role, origin in parts.items() if role not in own)

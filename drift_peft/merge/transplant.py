@@ -41,7 +41,7 @@ from ..keeping import KeepSet
 from ..prior import ReasoningPrior, build_prior
 from .adapter import merge_adapter
 from .baseline import kinds_in, merge_baseline
-from .card import write_card
+from .card import licences_of, write_card
 from .cost import Cost, Scales
 
 LISTED = 5  # weights that an error spells out
@@ -61,6 +61,12 @@ With PEFT alone:
 {load}
 
 {serve}
+
+## Licences
+
+It is made of other models' weights. Their cards give these licences:
+
+{licences}
 """
 
 
@@ -183,17 +189,18 @@ def transplant(
             result = adapter
         costs = [] if scales is None else scales.costs
         report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
+        if lora:
+            origins = {"base": vlm.origin, "expert": {"id": str(adapter_folder(expert)), "revision": None}}
+        else:
+            origins = {role: source.origin for role, source in sources.items()}
         if merged:
             what, into = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
             made = f"What {what} has learned, {scale:g} times, merged into {into}.{_cost(report)}"
-            if whole:
-                origins = {role: source.origin for role, source in sources.items()}
-            else:
-                origins = {"expert": {"id": str(adapter_folder(expert)), "revision": None}}
             how = {"merged": True, "scale": scale, "force": force}
             write_card(result, output, vlm, made, transplant.__name__, origins, how)
         else:
-            _card(report, result, expert, vlm, None if lora else reference or base).save(result / "README.md")
+            delta_from = None if lora else reference or base
+            _card(report, result, expert, vlm, delta_from, origins).save(result / "README.md")
         for part in result.iterdir():
             part.rename(folder / part.name)
     return report
@@ -267,23 +274,32 @@ def _energy(prior: ReasoningPrior) -> float:
 
 
 def _card(
-    report: TransplantReport, folder: Path, expert: str | Path, vlm: Checkpoint, origin: str | Path | None
+    report: TransplantReport,
+    folder: Path,
+    expert: str | Path,
+    vlm: Checkpoint,
+    delta_from: str | Path | None,
+    origins: dict[str, dict],
 ) -> ModelCard:
-    """Of an adapter in a folder. `origin`: what Δ is taken from; None for a LoRA adapter's own."""
+    """Of an adapter in a folder. `delta_from`: what Δ is taken from; None for a LoRA adapter's own. `origins`: role ->
+    id and revision of the models that it is made of."""
+    license, licences = licences_of(origins)
     expert, base = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
     delta = f"that of the LoRA adapter {expert}, as it is"
-    if origin is not None:
-        delta = f"{expert} − {in_markdown(shown(str(origin)))}, with {report.energy:.1%} of its energy"
+    if delta_from is not None:
+        delta = f"{expert} − {in_markdown(shown(str(delta_from)))}, with {report.energy:.1%} of its energy"
     data = ModelCardData(
         base_model=hub_id(vlm.source),
         library_name="peft",
         pipeline_tag=TASK if vlm.sees else None,
         tags=["drift-peft", "lora"],
+        **license,
     )
     named, adapter, loaded_by = shown(vlm.source), "path/or/hub-id", vlm.auto_class.__name__
     names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": _cost(report)}
     names["load"] = how_to_load(named, base, loaded_by, adapter)
     names["serve"] = how_to_serve(named, loaded_by, adapter, LoraConfig.from_pretrained(folder).r)
+    names["licences"] = licences
     return ModelCard(CARD.format(data=data.to_yaml(), **names))
 
 

@@ -17,15 +17,13 @@ from ..checkpoints import (
     TASK,
     Checkpoint,
     as_peft_reads,
-    common_license,
-    find_license,
     hub_id,
     in_markdown,
     language_model_targets,
-    license_name,
     module_kind,
     replaced_when_complete,
     shown,
+    state_licences,
     upload,
     write_tensors,
 )
@@ -106,13 +104,13 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     """
     header = prior.metadata
     origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
-    licences = {key: find_license(origin, token) for key, origin in origins.items()}
+    license, licences = state_licences([(role, origin) for (role, *_), origin in origins.items()], token)
     models = filter(None, (hub_id(id) for _, id, _ in origins))
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         pipeline_tag=TASK,
         tags=["drift-peft", "peft"],
-        **common_license(licences.values()),
+        **license,
     )
     content = CARD.format(
         data=data.to_yaml(),
@@ -123,10 +121,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         sha256=prior.sha256,
         source=repo_id or FILE_NAME,
         recipe=_recipe(header),
-        licences="\n".join(
-            f"- {role} {in_markdown(shown(id))}: {in_markdown(license_name(found))}"
-            for (role, id, _), found in licences.items()
-        ),
+        licences=licences,
     )
     return ModelCard(content)
 
@@ -181,6 +176,7 @@ def _gate_recipe(header: dict) -> str:
         f"    texts={'…' if expert else None},",
         '    output="gated.safetensors",',
         *(f"    {key}={json.dumps(gated[key])}," for key in settings if key in gated),
+        *(["    load_in_4bit=True,"] if gated.get("load_in_4bit") else []),
         ")",
     ]
     return "\n".join([_recipe({key: value for key, value in header.items() if key != "gated"}), *lines])

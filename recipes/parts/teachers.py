@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import random
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -146,6 +148,11 @@ class Local:
         self.options = {"max_new_tokens": max_tokens, **sampling}
 
     def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
+        """As that of Server, of a batch. TeacherError if it does not fit into memory."""
+        with room_for(len(conversations)):
+            return self._answer(conversations)
+
+    def _answer(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         import torch
         from trl.data_utils import prepare_multimodal_messages
 
@@ -171,6 +178,17 @@ class Local:
 
     def stop(self) -> None:
         """A batch is not interrupted."""
+
+
+@contextlib.contextmanager
+def room_for(batch_size: int) -> Iterator[None]:
+    """TeacherError if a batch does not fit into memory."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TeacherError(f"a batch of {batch_size} does not fit into memory: take a smaller --batch-size") from error
 
 
 def _to_openai(messages: list[dict], images: list) -> list[dict]:

@@ -10,10 +10,12 @@ import huggingface_hub
 import pytest
 from hub_models import Q, blobs
 from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from older import leaves_nothing
 from test_checkpoint import save_tokenizer
 
 from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
+from drift_peft.checkpoints.hub import Repository
 from drift_peft.checkpoints.standalone import write_model
 
 
@@ -123,6 +125,23 @@ def test_a_shard_that_does_not_come(hub, llm, tmp_path, monkeypatch, spoil, mess
     assert blobs(tmp_path) == before  # nothing half-written
     hub.heal()
     monkeypatch.undo()
+
+
+def test_a_hub_in_trouble_is_one_without_a_network(hub, llm, tmp_path):
+    """What is in the cache serves; but a repository that refuses is not one that is not there."""
+    hub.add("org/model", llm)
+    opened = Checkpoint("org/model")
+    opened.tensor(Q)
+    repository = Repository("org/model")
+    listed = repository.files()
+    cached = {path.name for path in repository.folder.iterdir()}
+    assert cached < listed
+    hub.fail("api/models", 503)
+    assert repository.files() == cached
+    hub.heal()
+    hub.fail("api/models", 403)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        repository.files()
 
 
 def test_weights_alone_in_the_cache(hub, llm, tmp_path, monkeypatch):

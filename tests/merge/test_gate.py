@@ -213,6 +213,7 @@ def test_four_bit_and_a_model_in_memory(folder, tmp_path):
     assert all(made["gates"] == stats["gates"] for made, stats in zip(*weights(memory, whole), strict=True))
     four = gate(folder, tmp_path / "4.safetensors", answers=tmp_path / "a.safetensors", load_in_4bit=True, steps=1)
     assert four.metadata["gated"]["load_in_4bit"] and AnswerSet.load(tmp_path / "a.safetensors")
+    assert "load_in_4bit=True" in str(four.model_card()) and "load_in_4bit" not in str(memory.model_card())
     assert any(made["gates"] != stats["gates"] for made, stats in zip(*weights(four, whole), strict=True))
 
 

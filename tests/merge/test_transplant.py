@@ -271,6 +271,7 @@ def test_an_adapter_holds_the_best_of_delta(vlms, tmp_path, family, ranks):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "# expert in vlm" in card.text and str(folder) not in str(card) and card.data.base_model is None
     assert card.data.pipeline_tag == "image-text-to-text" and "drift-peft merge" in card.text
+    assert "- base vlm: not stated in its card" in card.text and "- expert expert: not stated in its card" in card.text
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] <= int(re.search(r"--max-lora-rank (\d+)", card.text)[1]) <= 2 * max(4, config["r"])
     assert config["lora_alpha"] == 1.5 * config["r"] and not config["rank_pattern"]

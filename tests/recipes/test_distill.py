@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest.mock import Mock
 
 import distill
 import distillations
@@ -9,7 +10,7 @@ import pytest
 import torch
 from distillations import journal_lines, number, result, right, run, save_questions
 from openai_server import OpenAI
-from parts.teachers import PROMPT
+from parts.teachers import PROMPT, Local
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
 
@@ -127,6 +128,16 @@ def test_a_model_in_this_process_is_asked_in_batches(tmp_path, capsys):
     with pytest.raises(SystemExit):
         distill.main([str(source), "-o", str(tmp_path / "cut.parquet"), *flags, "--max-tokens", "4"])
     assert json.loads(capsys.readouterr().out)["lost"]["well-formed"] == {"cut at --max-tokens": 3}
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Local, "_answer", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(SystemExit):
+        flags = ["--model", str(save_teacher(tmp_path / "teacher")), "--batch-size", "2"]
+        distill.main([str(save_questions(tmp_path, 3)), "-o", str(tmp_path / "o.parquet"), *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("distill.py: error: a batch of 2 does not fit into memory: take a smaller --batch-size")
+    assert not (tmp_path / "o.parquet").exists()
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import shutil
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import evaluate
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import drift_peft.demo
+from drift_peft import make_keep_set
 from drift_peft.demo.world import Digits, make_samples
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -139,26 +141,36 @@ def test_score_reads_the_result(result, tmp_path):
 
 
 def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypatch, capsys):
-    asked, call = [], Local.__call__
+    asked, answer = [], Local._answer
 
     def dying(self, conversations):
         if len(asked) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
         asked.extend(conversations)
-        return call(self, conversations)
+        return answer(self, conversations)
 
-    monkeypatch.setattr(Local, "__call__", dying)
+    monkeypatch.setattr(Local, "_answer", dying)
     arguments = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
     assert "a batch of 3 does not fit into memory: take a smaller --batch-size" in refusal(
         capsys, *arguments, "--batch_size", "3"
     )
     assert len(asked) == 6 and not (tmp_path / "r.json").exists()
-    monkeypatch.setattr(Local, "__call__", lambda self, batch: asked.extend(batch) or call(self, batch))
+    monkeypatch.setattr(Local, "_answer", lambda self, batch: asked.extend(batch) or answer(self, batch))
     found = run(model, data, tmp_path / "r.json", "--batch_size", "4")
     assert len(asked) == 14 and found["samples"] == result(5)["samples"]
     monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left to ask
     assert run(model, data, tmp_path / "r.json") == found
     assert "holds answers of other settings: max_new_tokens (24, now 8)" in refusal(capsys, *arguments[:-1], "8")
+
+
+def test_a_keep_set_whose_batch_does_not_fit_is_one_sentence(model, data, tmp_path, monkeypatch, capsys):
+    make_keep_set(model, data.parent, tmp_path / "k.safetensors", max_new_tokens=2, top_k=4, progress=False)
+    monkeypatch.setattr("drift_peft.keeping.measure", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    arguments = ("--model", model, "--keep", tmp_path / "k.safetensors", "-o", tmp_path / "r.json")
+    assert "a batch of 3 does not fit into memory: take a smaller --batch-size" in refusal(
+        capsys, *arguments, "--batch_size", "3"
+    )
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_distance_that_is_nothing_has_no_sign():

@@ -130,7 +130,14 @@ def kept(key: str, how: str) -> Method:
 KEPT = {
     f"{key}-keep": kept(key, "kl")
     for key in ("lora", "merge-lora", "drift", "drift-ancestor", "merge-lora-ancestor", "full", "full-drift")
-} | {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
+}
+KEPT["merge-drift-ancestor-keep"] = replace(  # what the two ways that are best do, one after the other
+    KEPT["drift-ancestor-keep"],
+    title="merged, then DRIFT, Δ from the ancestor, keeping",
+    drift=ADAPTIVE | {"drift_alpha": 0.3},
+    grid=grid(rate=STEERED_RATES, merged=[0.2, 0.5, 0.8]),
+)
+KEPT |= {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 
 COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 answers beside 16 samples
     f"{key}-longer": replace(

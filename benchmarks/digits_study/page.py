@@ -19,6 +19,7 @@ TABLE = {  # what stands in the one table
     ),
     "Trained, keeping the VLM's own answers": (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
+        "merge-drift-ancestor-keep",
     ),
 }
 

@@ -7,6 +7,7 @@ from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points,
 
 DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
 KEPT, MERGED_KEPT = ("drift-keep", "drift-ancestor-keep"), ("merge-lora-keep", "merge-lora-ancestor-keep")
+BOTH = "merge-drift-ancestor-keep"  # a part of Δ merged, then DRIFT
 OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
 
 
@@ -86,12 +87,12 @@ def best_duels(worlds: dict, criterion: str, first: tuple[str, ...], second: tup
 
 def same_delta(worlds: dict) -> str:
     """The same with Δ from the VLM in both, which is what a user without the ancestor can do."""
-    found = duels(worlds, "images", "drift", "merge-lora")
-    return (
-        f"With Δ from the VLM in both, DRIFT compared with that rival is {compared(found, worlds)}."
-        if found
-        else NOT_RUN
-    )
+    sentences = []
+    for ours, theirs, how in (("drift", "merge-lora", ""), ("drift-keep", "merge-lora-keep", " and keeping")):
+        if found := duels(worlds, "images", ours, theirs):
+            first = f"With Δ from the VLM{how} in both, DRIFT compared with that rival is"
+            sentences.append(f"{first} {compared(found, worlds)}.")
+    return " ".join(sentences) or NOT_RUN
 
 
 def preferred(world: dict, criterion: str, forms: tuple[str, ...]) -> str | None:
@@ -136,6 +137,9 @@ def keeping(worlds: dict) -> str:
     for rival, name in ((MERGED_KEPT, "merging a part of Δ and then training LoRA"), (("lora-keep",), "LoRA")):
         if found := best_duels(worlds, "images", KEPT, rival):
             sentences.append(f"With keeping in both, DRIFT compared with {name} is {compared(found, worlds)}.")
+    if found := duels(worlds, "images", BOTH, "merge-lora-ancestor-keep"):
+        first = "Where a part of Δ from the ancestor is merged first, DRIFT compared with LoRA is"
+        sentences.append(f"{first} {compared(found, worlds)}.")
     if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
         sentences.append(f"In {listed(missing)} it has not been run yet.")
     return " ".join(sentences)

@@ -148,6 +148,7 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
         Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
         how = {"questions": run.keep_questions, "samples": run.keep_samples, "top_k": run.keep_top_k}
         how |= {"max_new_tokens": run.keep_max_new_tokens, "load_in_4bit": load_in_4bit}
+        how["processor"] = run.processor_kwargs or None  # it answers to images as they are trained on
         make_keep_set(run.base, dataset if run.keep_images is None else run.keep_images, run.keep, **how)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
     return KeepSet.load(run.keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .parser import Parser
+from .parser import Parser, json_object
 
 HELP = "a VLM and unlabelled images -> keep set"
 DESCRIPTION = "Have a VLM answer questions about images that nobody has labelled, and keep what it says."
@@ -27,6 +27,12 @@ def flags(parser: Parser) -> None:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="an answer is cut there (default: %(default)s)")
     add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
     add("--load-in-4bit", action="store_true", help="load the model in NF4")
+    add(
+        "--processor-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="settings of its processor that you train with, such as '{\"max_pixels\": 262144}'",
+    )
     add("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
     add("--server", metavar="URL", help="ask there, such as http://localhost:8000/v1 of vLLM; it must know --base")
@@ -35,12 +41,12 @@ def flags(parser: Parser) -> None:
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 
 
-def run(base: str, api_key_env: str | None, as_json: bool, **settings) -> None:
+def run(base: str, api_key_env: str | None, processor_kwargs: dict | None, as_json: bool, **settings) -> None:
     if api_key_env and not os.environ.get(api_key_env):
         raise ValueError(f"--api-key-env {api_key_env}: there is no such environment variable, or it is empty")
     api_key = os.environ[api_key_env] if api_key_env else None
     from ..keeping import keep_summary, keep_table, make_keep_set
     from .show import show
 
-    summary = keep_summary(make_keep_set(base, api_key=api_key, **settings))
+    summary = keep_summary(make_keep_set(base, processor=processor_kwargs, api_key=api_key, **settings))
     show(summary, as_json, keep_table(summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import textwrap
@@ -20,7 +21,14 @@ def number_or_auto(value: str) -> float | str:
     return value if value == "auto" else float(value)
 
 
-KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto"}
+def json_object(value: str) -> dict:
+    found = json.loads(value)
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
+KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto", json_object: "JSON object"}
 
 
 class Help(RawDescriptionHelpFormatter):  # which leaves the lines of an example as they are

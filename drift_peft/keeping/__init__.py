@@ -28,13 +28,13 @@ train       keep: a model that trains stays near the VLM
 """
 
 from .answer_set import AnswerSet
-from .answers import Sample, answer_logits, placed
+from .answers import Sample, answer_logits, as_templates_are_read, placed
 from .distance import bucketed_kl
 from .expert import make_answer_set, read_texts
 from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
-from .kept import is_kept, keep_telemetry, keep_words
+from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
 from .make import make_keep_set
 from .measure import Distance, measure, summarize
 from .page import write_page
@@ -47,6 +47,7 @@ from .trainer import KeepCallback, add_to_trainers
 from .vlm import Vlm
 
 __all__ = [
+    "GRADIENT_SCALE",
     "Act",
     "AnswerSet",
     "Distance",
@@ -61,6 +62,7 @@ __all__ = [
     "act_in_steps",
     "add_to_trainers",
     "answer_logits",
+    "as_templates_are_read",
     "bucketed_kl",
     "is_kept",
     "keep",

@@ -54,7 +54,7 @@ def greedy(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         bos_token_id=own.bos_token_id,
-        eos_token_id=ends_of(model, tokenizer) or None,
+        eos_token_id=ends_of(own, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[*suppressed] or None,
     )
@@ -63,14 +63,14 @@ def greedy(
         generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
     finally:
         model.generation_config = own
-    ended = torch.isin(generated, torch.tensor(ends_of(model, tokenizer)).to(generated))
+    ended = torch.isin(generated, torch.tensor(ends_of(own, tokenizer)).to(generated))
     # Up to the first token that ends it, and with that one.
     return [row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)]
 
 
-def ends_of(model: nn.Module, tokenizer: Any) -> list[int]:
+def ends_of(generation_config: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, as the model's generation config has them, or else the tokenizer."""
-    own = model.generation_config.eos_token_id
+    own = generation_config.eos_token_id
     ends = own if own is not None else tokenizer.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
 

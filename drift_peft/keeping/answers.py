@@ -8,6 +8,7 @@ a distance of zero.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
     from PIL.Image import Image
+
+OPENED = re.compile(r"<think>\s*$")
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,26 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     ]
     pictures = {"images": [[image] for image in images]} if any(shown) else {}
     texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    pictures |= as_templates_are_read(processor, texts[0])
     side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
     try:
         inputs = processor(text=texts, **pictures, padding=True, return_tensors="pt")
     finally:
         processor.tokenizer.padding_side = side
     return dict(inputs)
+
+
+def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:
+    """What a processor is told beside a text of its chat template, as its own apply_chat_template tells it: where the
+    template has written the token that begins a text, such as Gemma's, the tokenizer is not to write it again."""
+    bos = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+
+
+def opening(text: str) -> str:
+    """What a chat template lays into a reasoner's mouth at the end of a prompt; empty where it lays nothing."""
+    found = OPENED.search(text)
+    return found[0] if found else ""
 
 
 def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:

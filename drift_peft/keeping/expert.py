@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
 from .answer_set import FILE_NAME, FORMAT, AnswerSet, write_answer_set
 from .answering import ends_of, evaluated, greedy, load_model
-from .answers import answer_logits, answered
+from .answers import answer_logits, answered, opening
 from .file import tokenizer_identity, vocabulary_rows
 from .make import answers_in_batches
 from .spelling import Spelling
 from .vlm import Vlm
-
-OPENED = re.compile(r"<think>\s*$")  # what a chat template lays into a reasoner's mouth
 
 
 class Expert:
@@ -74,23 +71,24 @@ class Expert:
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int
+        self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int, opened: bool = False
     ) -> list[dict[str, Tensor]]:
-        """The greedy answer to each prompt, as `Spelling.answer` has it.
+        """The greedy answer to each prompt, as `Spelling.answer` has it. `opened`: the VLM's own template opens the
+        thinking, so that the answer does not.
 
         Raises:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
         try:
             with evaluated(self.model):
-                return self._answer(prompts, max_new_tokens, spelling, k)
+                return self._answer(prompts, max_new_tokens, spelling, k, opened)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the GPU has no room for {len(prompts)} prompts at a time: pass a smaller batch_size (--batch-size), "
                 "or load_in_4bit=True (--load-in-4bit)"
             ) from error
 
-    def _answer(self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int):
+    def _answer(self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int, opened: bool):
         texts = [self.asked(prompt) for prompt in prompts]
         inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")  # the template has
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
@@ -99,10 +97,10 @@ class Expert:
         logits = answer_logits(self.model, whole, said.shape[1])
         if not logits[said.to(logits.device)].isfinite().all():
             raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
-        opened = [OPENED.search(text) for text in texts]
+        openings = ["" if opened else opening(text) for text in texts]
         return [
-            spelling.answer(tokens.tolist(), row[places.to(row.device)], k, found[0] if found else "")
-            for tokens, row, places, found in zip(answers, logits, said, opened, strict=True)
+            spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
+            for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
         ]
 
 
@@ -161,10 +159,12 @@ def make_answer_set(
     everything = {**facts, "batch_size": batch_size, **machine}
     claimed = claimed_output(output, overwrite, example=FILE_NAME)
     with claimed, resumable_folder(output, everything, overwrite, "batches") as folder:
-        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends_of(model.model, model.tokenizer), rows)
+        ends = ends_of(model.model.generation_config, model.tokenizer)
+        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, rows)
+        opened = bool(opening(vlm.asked("?")))
 
         def ask(start: int) -> list[dict[str, Tensor]]:
-            return model.answer(prompts[start : start + batch_size], max_new_tokens, spelling, top_k)
+            return model.answer(prompts[start : start + batch_size], max_new_tokens, spelling, top_k, opened)
 
         answers = answers_in_batches(folder, len(prompts), batch_size, ask, "expert's answers", progress)
         decode = vlm.processor.tokenizer.decode

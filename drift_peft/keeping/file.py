@@ -10,7 +10,8 @@ file.
     top_logprobs  F32 [tokens, k]   in descending order
 
 The header holds one JSON string: format, vlm (its id and revision), model_type, vocabulary (rows of its logits),
-tokenizer (its size and hash), processor (its class), image_mode (what it takes, such as RGB), k, seed, generation (its
+tokenizer (its size and hash), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the
+first sample's question and image, where the file says so), k, seed, generation (its
 settings), the questions as [kind, text], and the answers in words.
 """
 
@@ -31,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..checkpoints import check, file_sha256, find_file, upload, write_tensors
-from .answers import Sample
+from ..warn import warn
+from .answers import Sample, prompts
 from .header import Header
 from .share import model_card
 
@@ -114,6 +116,10 @@ class KeepSet(Sequence[Sample]):
         """ValueError unless this processor is of the class, and its tokenizer has the tokens, that the set was made
         with. Tokens that were added since then are no matter.
 
+        Warns:
+            UserWarning: it makes more or fewer tokens of a question and its image than the VLM was asked with, as it
+                does with another resolution or chat template.
+
         Example:
             >>> KeepSet.load("keep.safetensors").check(processor)
         """
@@ -123,6 +129,14 @@ class KeepSet(Sequence[Sample]):
         known = self.metadata["tokenizer"]
         if tokenizer_identity(processor, known["size"]) != known:
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
+        asked = self.metadata.get("prompt_tokens")
+        if asked is not None and (asks := prompt_tokens(processor, self[0].image, self[0].question)) != asked:
+            warn(
+                f"{self.source} was made with another resolution of images or another chat template: its first "
+                f"question had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
+                "other inputs: make one with the processor that you train with: processor= of "
+                "make_keep_set, --processor-kwargs of drift-peft keep make"
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """ValueError unless the model is of the VLM's type and has its vocabulary. Its weights may be others: those of
@@ -277,6 +291,11 @@ def tokenizer_identity(processor: Any, size: int | None = None) -> dict:
     size = max(vocabulary.values()) + 1 if size is None else size
     known = sorted((token, row) for token, row in vocabulary.items() if row < size)
     return {"size": size, "sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
+
+
+def prompt_tokens(processor: Any, image: Image, question: str) -> int:
+    """How many tokens the VLM is asked with, those of the image among them."""
+    return prompts(processor, [image], [question])["input_ids"].shape[1]
 
 
 def vocabulary_rows(config: Any) -> int:

@@ -27,6 +27,7 @@ class Header(Schema):
     tokenizer: Tokenizer
     processor: str
     image_mode: str
+    prompt_tokens: PositiveInt | None = None
     k: PositiveInt
     seed: int
     generation: Generation

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
-from .file import FILE_NAME, FORMAT, KeepSet, decode_image, vocabulary_rows, write_keep_set
+from .file import FILE_NAME, FORMAT, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
 from .pictures import read_pictures
 from .questions import read_questions
 from .server import Server
@@ -68,7 +68,8 @@ def make_keep_set(
         load_in_4bit: load the projections of its language model in NF4, and the rest as it is.
         batch_size: questions at a time.
         seed: of the choice of images.
-        processor: of the VLM, if not the one that lies with it.
+        processor: of the VLM, if not the one that lies with it; or settings of that one, such as {"max_pixels":
+            262144}. Take what you train with: the set holds for no other resolution.
         server: address of a server that has the VLM and speaks OpenAI's protocol with log probabilities, such as
             http://localhost:8000/v1 of vLLM. It is asked instead of loading the weights; `model_or_id` is then the id
             by which it knows the VLM, whose config and processor are read here.
@@ -117,6 +118,9 @@ def make_keep_set(
         generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
         facts = {**vlm.facts, "format": FORMAT, "k": top_k, "seed": seed, "generation": generation}
         facts["questions"] = [[kind, question] for kind, question in asked]
+        image, question = pairs[0]
+        first = decode_image(pictures[image], vlm.image_mode), asked[question][1]
+        facts["prompt_tokens"] = prompt_tokens(vlm.processor, *first)
         machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:

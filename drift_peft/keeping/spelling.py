@@ -23,17 +23,19 @@ class Spelling:
 
     Args:
         expert, base: their tokenizers.
-        ends: the expert's tokens that end an answer, which become the one that ends an answer of the base.
+        ends: the expert's tokens that end an answer. One that ends the base's answers too stays what it is, and the
+            others become the first of the base's.
+        base_ends: the base's tokens that end an answer, the one of its chats first.
         rows: how many tokens the base gives a probability.
 
     Raises:
         ValueError: the two have too few tokens in common, or the base's tokenizer names no token that ends an answer.
     """
 
-    def __init__(self, expert: Any, base: Any, ends: Iterable[int], rows: int):
+    def __init__(self, expert: Any, base: Any, ends: Iterable[int], base_ends: Sequence[int], rows: int):
         self.base, self.rows = base, rows
         theirs, ours = expert.get_vocab(), base.get_vocab()
-        if base.eos_token_id is None:
+        if not base_ends:
             raise ValueError("the base's tokenizer names no token that ends an answer: set its eos_token")
         shared = sum(token in ours for token in theirs) / len(theirs)
         if shared < LEAST_SHARED:
@@ -44,7 +46,10 @@ class Spelling:
         alike = {row: [ours[token]] for token, row in theirs.items() if token in ours}
         others = {row: token for token, row in theirs.items() if token not in ours}
         spelled = {row: self.spell(expert.convert_tokens_to_string([token])) for row, token in others.items()}
-        self.tokens = {**alike, **spelled, **{end: [base.eos_token_id] for end in ends}}
+        self.tokens = {**alike, **spelled}
+        for end in ends:
+            if (self.tokens.get(end) or [None])[0] not in base_ends:
+                self.tokens[end] = [base_ends[0]]
 
     def spell(self, text: str) -> list[int]:
         """A text in the base's tokens."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint
-from .answering import evaluated, greedy, load_model
+from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, placed, prompts
 from .file import tokenizer_identity, vocabulary_rows
 
@@ -26,6 +26,9 @@ PLACES = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa)_?.*token_(id|in
 
 class Vlm:
     """A VLM by its folder or hub id, or as it is in memory.
+
+    Args:
+        processor: if not the one that lies with it; or settings of that one, such as {"max_pixels": 262144}.
 
     Attributes:
         origin: its id and revision.
@@ -43,7 +46,7 @@ class Vlm:
         if isinstance(model_or_id, nn.Module):
             if load_in_4bit:
                 raise ValueError("load_in_4bit goes with a model's id: this one is in memory already")
-            if processor is None:
+            if processor is None or isinstance(processor, dict):
                 raise ValueError("give the processor of the model that is in memory: processor=")
             self._checkpoint, self._given = None, model_or_id
             self.config = model_or_id.config
@@ -54,7 +57,8 @@ class Vlm:
             self._checkpoint, self._given = Checkpoint(model_or_id, dequantize=True), None
             self.config, self.origin = self._checkpoint.config, self._checkpoint.origin
             self.identity = self._checkpoint.identity
-        self.processor = self._load_processor() if processor is None else processor
+        settings = {} if processor is None else processor
+        self.processor = self._load_processor(settings) if isinstance(settings, dict) else processor
         self._check_processor()
 
     @property
@@ -80,6 +84,30 @@ class Vlm:
         """Tokens that stand for an image's place in the input, which no answer can hold."""
         found = {value for key, value in self.config.to_dict().items() if PLACES.fullmatch(key)}
         return sorted(value for value in found if isinstance(value, int))
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Tokens that end its answers, the one first that its chat template writes behind an answer."""
+        from transformers import GenerationConfig
+
+        tokenizer = self.processor.tokenizer
+        if self._given is not None:
+            own = self._given.generation_config
+        else:
+            try:
+                own = GenerationConfig.from_pretrained(self.origin["id"], revision=self.origin["revision"])
+            except OSError:  # it lies there without one: transformers then reads config.json
+                own = GenerationConfig.from_model_config(self.config)
+        ends = ends_of(own, tokenizer)
+        said = [{"role": role, "content": [{"type": "text", "text": "?!"}]} for role in ("user", "assistant")]
+        _, _, behind = self.processor.apply_chat_template(said).rpartition("?!")
+        chat = [token for token in tokenizer.encode(behind, add_special_tokens=False) if token in ends]
+        return list(dict.fromkeys([*chat, *ends]))
+
+    def asked(self, question: str) -> str:
+        """A question in text as its chat template writes it, up to where the answer begins."""
+        turn = {"role": "user", "content": [{"type": "text", "text": question}]}
+        return self.processor.apply_chat_template([turn], add_generation_prompt=True)
 
     @property
     def skeleton(self) -> nn.Module:
@@ -126,12 +154,12 @@ class Vlm:
             scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})
         return [{name: tensor.cpu() for name, tensor in answer.items()} for answer in scored]
 
-    def _load_processor(self) -> Any:
+    def _load_processor(self, settings: dict[str, Any]) -> Any:
         from transformers import AutoProcessor
 
         id, revision = self.origin["id"], self.origin["revision"]
         try:
-            return AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False)
+            return AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False, **settings)
         except Exception as error:  # each class has its own way to say that its files are not there
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error

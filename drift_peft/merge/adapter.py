@@ -27,6 +27,7 @@ from ..checkpoints import (
     watched_adapter,
     write_model,
 )
+from ..prior import forget_merge
 from .belongs import refuse_other_base
 from .card import write_card
 from .verify import ONTO, Verification, check_memory, verify_merge
@@ -132,6 +133,7 @@ def merge_adapter(
             start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
             written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
         change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
+        forget_merge(folder)
         if change == 0:
             zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
             why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"

@@ -46,7 +46,7 @@ from ..checkpoints import (
     warn_of_other_rotations,
     write_model,
 )
-from ..prior import LEAST_COSINE, MergedDelta
+from ..prior import LEAST_COSINE, MergedDelta, forget_merge, read_merge
 from .card import write_card
 from .same import refuse_other
 
@@ -194,6 +194,7 @@ def merge_baseline(
         claim = None
         if recipe.merge is task_arithmetic and len(weights) == 1:
             origins = {role: sources[role].origin if role in sources else None for role in ROLES}
+            _refuse_again(checkpoint, sources["expert"])
             claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
         if exists:
             change = refuse_other(Path(output), checkpoint, names, blocks, claim)
@@ -209,6 +210,8 @@ def merge_baseline(
         if not exists:
             if claim is not None:
                 claim.write(folder)
+            else:
+                forget_merge(folder)
             what, into = (in_markdown(shown(source)) for source in (sources["expert"].source, checkpoint.source))
             origins = {role: source.origin for role, source in sources.items()}
             how = {"method": method, "density": density, "force": force}
@@ -220,6 +223,13 @@ def merge_baseline(
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )
+
+
+def _refuse_again(base: Checkpoint, expert: Checkpoint) -> None:
+    """W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or something else where Δ is taken from the base itself."""
+    had = read_merge(base.config)
+    if had is not None and shown(had.expert["id"]) == shown(expert.source):
+        raise ValueError(f"base {base.source} is {had.words} already: merge into {had.base['id']} at another scale")
 
 
 def kinds_in(base: Checkpoint) -> list[str]:

@@ -79,7 +79,7 @@ def gate_prior(
         load_in_4bit: load the projections of both language models in NF4, and the rest as it is.
         gradient_checkpointing: less memory, a third more time.
         seed: of the order of the answers.
-        processor: of the VLM, if not the one that lies with it.
+        processor: of the VLM, if not the one that lies with it; or settings of that one.
         overwrite: replace an existing output; its answers are kept.
         progress: show progress bars on stderr.
 
@@ -128,7 +128,11 @@ def gate_prior(
     model = vlm.model
     modules = fitting_modules(model, prior)
     keep_4bit_differentiable(model)
-    check_fingerprint(model, modules, prior)
+    if merged := check_fingerprint(model, modules, prior):
+        raise ValueError(
+            f"the model is {merged.words}, and gates weigh what is added to a VLM without any of it: give "
+            f"{merged.base['id']} (--base)"
+        )
     gates = {name: Gate(prior[name], _device(modules[name]), model.dtype) for name in prior}
     train = train_gates(model, [*gates.values()], kept, answered, keep_weight, alpha, steps, rate, max_tokens)
     try:

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..keeping import Feed, Part, answer_logits, bucketed_kl, placed
+from ..keeping import GRADIENT_SCALE, Feed, Part, answer_logits, bucketed_kl, placed
 from ..prior import PriorWeight
 
 # What transformers' layers look at. They are in train mode alone for that: what is inside them evaluates.
@@ -131,21 +131,24 @@ def train_gates(
         if answers is None:
             text_kl = 0.0
             norm = sum((gate.taken * gate.S).square().sum().cpu() for gate in gates)
-            (-alpha * norm / whole).backward()
+            (-GRADIENT_SCALE * alpha * norm / whole).backward()
         else:
             text_kl = _backward(model, answers, step, tokens, 1.0)
+        for gamma in gammas:
+            gamma.grad /= GRADIENT_SCALE
         optimizer.step()
         yield keep_kl, text_kl
 
 
 def _backward(model: nn.Module, feed: Feed, step: int, tokens: int, weight: float) -> float:
-    """Add the gradient of weight · mean KL over the answer tokens of one batch to that of γ. Returns the mean."""
+    """Add the gradient of weight · mean KL over the answer tokens of one batch to that of γ, GRADIENT_SCALE times.
+    Returns the mean."""
     parts = feed.batch(step, tokens)
     feed.read_ahead(step + 1, tokens)
     said, total = sum(len(part.top_tokens) for part in parts), 0.0
     for part in parts:
         loss = divergence(model, part).sum() / said
-        (weight * loss).backward()
+        (GRADIENT_SCALE * weight * loss).backward()
         total += loss.item()
     return total
 

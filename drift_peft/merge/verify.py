@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization
+from ..keeping import as_templates_are_read
 from ..warn import warn
 
 VERIFY_TOKENS = 32
@@ -233,7 +234,8 @@ def _image_prompt(folder: Path) -> dict[str, Any]:
     question = {"type": "text", "text": "What is in the picture?"}
     turn = {"role": "user", "content": [{"type": "image"}, question]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    return dict(processor(text=[text], images=[[Image.fromarray(pixels.numpy())]], return_tensors="pt"))
+    inputs = {"text": [text], "images": [[Image.fromarray(pixels.numpy())]], **as_templates_are_read(processor, text)}
+    return dict(processor(**inputs, return_tensors="pt"))
 
 
 def _load(checkpoint: Checkpoint, folder: Path) -> nn.Module:

@@ -15,7 +15,7 @@ report/  a prior in words, tables, figures and as a page
 
 from .build import LEAST_COSINE, build_prior
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
-from .merged import MergedDelta, read_merge
+from .merged import MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "PriorWeight",
     "ReasoningPrior",
     "build_prior",
+    "forget_merge",
     "read_merge",
 ]

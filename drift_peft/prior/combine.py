@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..checkpoints import shown
+from ..warn import warn
 from .file import PriorFile
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
@@ -112,6 +113,12 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
     if not matrices and one.metadata["base"] != other.metadata["base"]:
         ids = " and ".join(str(prior.metadata["base"]["id"]) for prior in (one, other))
         raise ValueError(f"{differ}, {ids}, and have no matrix in common that would show them to be the same")
+    named = [shown(prior.metadata["base"]["id"]) for prior in (one, other)]
+    if named[0] != named[1]:  # norms are alike in near fine-tunes too
+        warn(
+            f"{one.source} was built for {named[0]} and {other.source} for {named[1]}: their sum steers neither unless "
+            "these are the same weights"
+        )
 
 
 def combined_header(parents: Sequence[tuple[PriorFile, float]], rank: int) -> dict:

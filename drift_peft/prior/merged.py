@@ -82,9 +82,14 @@ class MergedDelta:
     def write(self, folder: Path) -> None:
         """Into the config.json of a model's folder."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        unfinished = folder / f"config.json{UNFINISHED}"
-        unfinished.write_text(json.dumps({**config, MERGE_KEY: asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / "config.json")
+        _write_config(folder, {**config, MERGE_KEY: asdict(self)})
+
+
+def forget_merge(folder: Path) -> None:
+    """Take what the config.json of a model's folder says of Δ in it away: its weights were changed further."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.pop(MERGE_KEY, None) is not None:
+        _write_config(folder, config)
 
 
 def read_merge(config: Any) -> MergedDelta | None:
@@ -107,6 +112,12 @@ def read_merge(config: Any) -> MergedDelta | None:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{MERGE_KEY} in the base's config.json is damaged ({error}): merge it again") from error
     return merged
+
+
+def _write_config(folder: Path, config: dict) -> None:
+    unfinished = folder / f"config.json{UNFINISHED}"
+    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / "config.json")
 
 
 def _named(origin: dict[str, Any]) -> str:

@@ -77,7 +77,9 @@ class Capture:
     def add(self, gradient: Tensor, x: Tensor) -> None:
         """Add the tokens of one backward pass: gradient […, out] = s·y', x […, in]."""
         A, B = self.factor("A"), self.factor("B")
-        Y, X = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1]).to(gradient.dtype)
+        # In fp16, sums of what a GradScaler has scaled are infinite.
+        dtype = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
+        Y, X = gradient.reshape(-1, gradient.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
         # Gradients that are gone were discarded: by a step, by zero_grad, or by a GradScaler that skipped the step. Two
         # forward passes under one backward pass come with no gradient both, but belong together.
         task = torch._C._current_graph_task_id()
@@ -92,7 +94,6 @@ class Capture:
         sketched = X if self.sketch is None else X @ _omega(X.shape[-1], self.sketch, X.device, X.dtype)
         self.sums += Y.mT @ torch.cat([sketched, X @ A.to(X.dtype).mT], -1)
         U, Vh = (self.prior[key].to(X.device, X.dtype) for key in ("U", "Vh"))
-        # In fp32, as what GradScaler scales, multiplied and summed in fp16, is infinite.
         self.inner += ((Y @ U).float() * self.prior["S"].to(X.device).float() * (X @ Vh.mT).float()).sum()
 
 

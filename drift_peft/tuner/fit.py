@@ -156,6 +156,12 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
                 f"{least / size:.1%} on this base, which rounding does not explain{said}. Unless its weights were "
                 "quantized once, or you have trained them further, build a prior for it with build_prior."
             )
+        if bears_out and (own := next((key for key in ("parents", "gated") if prior.metadata.get(key)), None)):
+            how = "was combined" if own == "parents" else "is gated"
+            raise ValueError(
+                f"The base is {claim.words}, and the prior '{prior.source}' {how}, so that is no part of its Δ: take "
+                f"the prior as build_prior made it, or {claim.base['id']} as the base."
+            )
         return claim if bears_out else None
     if claim is not None:
         raise ValueError(

@@ -107,8 +107,9 @@ def balanced_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tenso
 
 
 def spectrum(S: Tensor, power: float) -> Tensor:
-    """S^p […, k] in place of S, scaled so that ‖Δ_r‖ stays: p = 1 is Δ_r itself, p = 0 weighs all directions alike."""
-    weighted = torch.where(S > 0, S**power, 0.0)
+    """S^p […, k] in place of S, scaled so that ‖Δ_r‖ stays: p = 1 is Δ_r itself, p = 0 weighs all directions alike, but
+    those that are rounding, as those beyond the rank of an expert that is a LoRA."""
+    weighted = torch.where(S > ROUNDING * S.amax(-1, keepdim=True), S**power, 0.0)
     return weighted * (torch.linalg.vector_norm(S, dim=-1) / torch.linalg.vector_norm(weighted, dim=-1))[..., None]
 
 
@@ -117,6 +118,7 @@ def start_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, 
     return START_NORM * Vh, U * (S / (s[..., None] * START_NORM))[..., None, :]
 
 
+ROUNDING = 1e-5  # of the largest singular value
 START_NORM = 3**-0.5  # the row norm of PEFT's Kaiming start
 
 

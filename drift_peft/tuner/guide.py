@@ -12,7 +12,7 @@ from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
-from .config import DriftConfig
+from .config import STARTS, DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import adapted_parameter
 from .settings import check_patterns_used
@@ -42,8 +42,8 @@ def guide(
     Raises:
         TypeError: an unknown setting.
         ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
-            chain rule, was wrapped with DriftConfig, or does not fit the prior; what comes first is no model; or a
-            setting is out of range.
+            chain rule, starts with a part of W in its adapter, was wrapped with DriftConfig, or does not fit the prior;
+            what comes first is no model; or a setting is out of range.
 
     Example:
         >>> targets = language_model_targets(vlm)
@@ -75,6 +75,8 @@ def guide(
     keep_4bit_differentiable(model)
     adapters = {adapter for _, _, adapter in layers}
     _refuse_misread_targets(model, adapters)
+    if config.drift_target != "delta":
+        _refuse_starts(model, adapters)
     targets = {
         adapted_parameter(name, layer): min(layer.r[a] for a in adapters.intersection(layer.r))
         for name, layer in model.named_modules()
@@ -104,6 +106,17 @@ def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:
         if config.target_modules is not None:
             intended = targeted_modules(base, config)
             refuse_other_targets(base, config.target_modules, intended, adapted_modules(base, [adapter]))
+
+
+def _refuse_starts(model: nn.Module, adapters: Iterable[str]) -> None:
+    """Whatever pulls at s·B·A would pull at a part of W where the start has put it there."""
+    for adapter in adapters:
+        start = getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", True)
+        if start not in STARTS:
+            raise ValueError(
+                f"The adapter '{adapter}' starts with init_lora_weights={start!r}, which moves a part of the base "
+                "weights into it, and guidance would pull that out: start it otherwise, or use drift_target='delta'."
+            )
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:

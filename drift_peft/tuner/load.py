@@ -24,6 +24,8 @@ def _noticing(load_adapter: Callable) -> Callable:
         if isinstance(config, DriftConfig):
             if vars(config).pop("read_from", None) != os.fspath(model_id) and (stored := _settings(model_id, kwargs)):
                 config.drift_steps = stored["drift_steps"]
+            if is_trainable:
+                _warn_of_ended_schedule(config)
         elif is_trainable:
             _warn_of_plain_training(model_id, kwargs)
         return result
@@ -55,6 +57,15 @@ def _warn_of_plain_training(source: str, kwargs: dict) -> None:
             f"The adapter '{source}' was trained with guidance, and without its DriftConfig training goes on as plain "
             "LoRA: load it with PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), "
             "is_trainable=True), or steer it with guide(model, prior)."
+        )
+
+
+def _warn_of_ended_schedule(config: DriftConfig) -> None:
+    warmup, decay = config.drift_warmup_steps, config.drift_decay_steps
+    if decay is not None and config.drift_steps >= warmup + decay:
+        warn(
+            f"The adapter has had {config.drift_steps} guided steps, and its strength ended after {warmup + decay}, so "
+            "training goes on as plain LoRA: load it with a longer drift_decay_steps, or None, to steer it again."
         )
 
 

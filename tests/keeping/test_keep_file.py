@@ -1,19 +1,21 @@
 """KeepSet: what the file holds, where it is found, which processors and models it is for, and files that are none."""
 
+import copy
 import json
 import types
+import warnings
 
 import pytest
 import torch
 import transformers as tf
 from hub import Hub
-from keep_sets import make
+from keep_sets import SETTINGS, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vlm
 from tiny_vlm import tokenizer
 
-from drift_peft import KeepSet
+from drift_peft import KeepSet, make_keep_set
 from drift_peft.keeping.file import DTYPES, HEADER_KEY
 
 
@@ -85,9 +87,37 @@ def test_it_is_for_one_tokenizer_and_class_of_processor(keep_set, processor):
         keep_set.check(types.SimpleNamespace(tokenizer=processor.tokenizer))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: setattr(p.image_processor, "size", {"shortest_edge": 64, "longest_edge": 64}),
+        lambda p: setattr(p, "chat_template", "{{ 'many many many ' }}" + p.chat_template),
+    ],
+    ids=["resolution", "template"],
+)
+def test_it_says_where_it_was_asked_in_another_way(keep_set, folder, processor, change, tmp_path):
+    """The VLM's answers are to other inputs then, and keeping would pull an untouched VLM."""
+    other = copy.deepcopy(processor)
+    change(other)
+    with pytest.warns(UserWarning, match=r"another resolution .* chat template: its first question had \d+ tokens"):
+        keep_set.check(other)
+    mine = make_keep_set(folder / "base", folder / "pictures", tmp_path / "k", processor=other, **SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine.check(other)
+        keep_set.check(processor)
+
+
+def test_a_processor_by_its_settings(folder, tmp_path):
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    mine = make_keep_set(folder / "base", folder / "pictures", tmp_path / "k", processor={"size": size}, **SETTINGS)
+    whole = make_keep_set(folder / "base", folder / "pictures", tmp_path / "w", **SETTINGS)
+    assert mine.metadata["prompt_tokens"] < whole.metadata["prompt_tokens"]
+
+
 def _like(processor, words):
     """A processor of the same class with another tokenizer."""
-    other = object.__new__(type(processor))
+    other = copy.copy(processor)
     other.tokenizer = words
     return other
 

@@ -14,8 +14,8 @@ from kept_models import assert_close, kl_of_sample, load, processor_of
 from peft import get_peft_model
 from torch.func import functional_call
 
-from drift_peft import DriftConfig, KeepSet, ReasoningPrior, build_prior, gate_prior
-from drift_peft.keeping import AnswerSet, Feed, answering
+from drift_peft import DriftConfig, KeepSet, ReasoningPrior, build_prior, gate_prior, merge_baseline
+from drift_peft.keeping import AnswerSet, Feed, Vlm, answering
 from drift_peft.merge.gates import Gate, frozen, gated, train_gates
 from drift_peft.prior.combine import formula
 from drift_peft.prior.report import prior_summary
@@ -293,3 +293,24 @@ def test_its_page_shows_what_was_taken(folder):
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert data["gates"] == summary["gates"] and "What the gates take" in page
     assert "What the gates take" not in render_page(whole)
+
+
+def test_a_vlm_with_a_part_of_delta_in_it_is_refused(folder, tmp_path):
+    merge_baseline("task_arithmetic", folder / "expert", folder / "base", tmp_path / "b", scale=0.1, progress=False)
+    with pytest.raises(ValueError, match=r"the model is .*base \+ 0\.1.*, and gates weigh what is added to a VLM"):
+        gate(folder, tmp_path / "g.safetensors", base=tmp_path / "b")
+    assert not (tmp_path / "g.safetensors").exists()
+
+
+def test_small_gradients_survive_fp16(folder):
+    """A mean over many tokens, each of which has little to say, is below what fp16 holds."""
+    prior, vlm = ReasoningPrior.load(folder / "prior.safetensors"), Vlm(folder / "base")
+    keep_set, found = KeepSet.load(folder / "keep.safetensors"), []
+    for dtype, weight in ((torch.float32, 1.0), (torch.float16, 1e-4)):
+        model = vlm.model.to(dtype)
+        gates = {name: Gate(prior[name], torch.device("cpu"), dtype) for name in prior}
+        with frozen(model, False), gated(fitting_modules(model, prior), gates):
+            kept = Feed(keep_set, vlm.processor, 6, 0)
+            next(train_gates(model, [*gates.values()], kept, None, weight, 1e-30, 1, 0.1, 10**6))
+        found.append(torch.cat([gate.gamma.grad for gate in gates.values()]))
+    assert torch.cosine_similarity(*found, 0) > 0.99 and (found[1] != 0).all()

@@ -183,6 +183,14 @@ def test_vocabularies_that_differ_are_of_one_base(tmp_path):
         ReasoningPrior.combine([(priors[0], 1), (same, 1)], tmp_path / "none")
 
 
+def test_bases_of_other_names_are_said(tmp_path):
+    """A near fine-tune has the same norms, to second order."""
+    W, delta = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.ones(6, 5)
+    here, there = (dense_prior(tmp_path / n, {Q: (W, delta)}, base=f"org/{n}") for n in ("vlm", "other"))
+    with pytest.warns(UserWarning, match=r"was built for org/vlm and .* for org/other: their sum steers neither"):
+        ReasoningPrior.combine({here: 1.0, there: 1.0}, tmp_path / "sum")
+
+
 def test_header_names_the_parents(tmp_path):
     a, b, _ = random_priors(tmp_path, 3, 6, 5, rank=2)
     low = a.truncate(1, tmp_path / "low")

@@ -75,6 +75,13 @@ def test_the_base_is_kept_near_its_own_answers(train, pair, tmp_path):
     assert place.read_bytes() == made
 
 
+@pytest.mark.filterwarnings("error:.*another resolution of images")
+def test_a_keep_set_is_of_images_as_they_are_trained_on(train, tmp_path):
+    place, kwargs = tmp_path / "keep.safetensors", {"size": {"shortest_edge": 64, "longest_edge": 64}}
+    trainer, _ = train("qwen2_5_vl", **{**FAST, "max_steps": 1}, keep=place, processor_kwargs=kwargs)
+    KeepSet.load(place).check(trainer.processing_class)
+
+
 def test_replay_mixes_the_answers_into_the_data_instead(train, pair, data, tmp_path, monkeypatch):
     """The keep set is made by the first run here too; the loss is on the VLM's answer, and nothing is added to it."""
     folder = pair("qwen2_5_vl")

@@ -174,6 +174,18 @@ def test_fp16_under_a_loss_scale():
     close(entry.capture.inner, expected, 0.02 * abs(expected))
 
 
+@pytest.mark.parametrize("sketch", [None, 2])
+def test_the_weights_norm_in_fp16_under_a_loss_scale(sketch):
+    """lora_B's gradient is what fp16 can hold, and sums over more than lora_A has rows are beyond it."""
+    entry, layer = layer_of(sketch, torch.float16)
+    lora_factor(layer, "A", "default").data *= 1e-3
+    layer.base_layer.weight.requires_grad_(False)
+    (layer(torch.full((2, 3, IN), 30.0, dtype=torch.float16)) * 2000).sum().backward()
+    assert lora_factor(layer, "B", "default").grad.isfinite().all() and entry.capture.sums.isfinite().all()
+    if sketch is None:
+        close(entry.capture.sums[:, :IN], torch.full((OUT, IN), 6 * 30.0 * 2000.0), 1e-3 * 6 * 30.0 * 2000.0)
+
+
 def test_evaluation_and_frozen_factors_leave_nothing():
     entry, layer = layer_of()
     with torch.no_grad():

@@ -37,6 +37,14 @@ def random_layer(out=7, in_=5, r=3, k=3, s=2.0, seed=0, others=(), dtype=torch.f
     return layer, (randn(r, in_), randn(out, r))
 
 
+def test_flat_leaves_rounding_out():
+    """Of an expert that is a LoRA of rank 2, a prior of rank 4 has two directions that are rounding."""
+    S = torch.tensor([[0.29, 0.26, 2.7e-8, 1.7e-8], [0.3, 0.2, 0.1, 0.05]])
+    flat = guidance.spectrum(S, 0)
+    assert flat[0, 2:].tolist() == [0, 0] and torch.allclose(flat[0, 0], flat[0, 1]) and (flat[1] == flat[1, 0]).all()
+    torch.testing.assert_close(flat.norm(dim=-1), S.norm(dim=-1))
+
+
 def direction(layers, target, dtype=torch.float64, dims=(-1,)):
     """The library's direction for a list of layers of one shape, as one batched call."""
 

@@ -9,6 +9,7 @@ from pairs import drift, load, train, wrap
 from peft import LoraConfig, get_peft_model
 
 from drift_peft import ReasoningPrior, guide
+from drift_peft.tuner.steered import steered_of
 
 
 def test_guide_equals_drift_config(pairs):
@@ -80,6 +81,15 @@ def test_variants_with_another_chain_rule(pairs, name):
     model = get_peft_model(load(folder, "llama"), lora)
     with pytest.raises(ValueError, match=f"uses {name}, whose chain rule is not plain LoRA's: train it without"):
         guide(model, str(folder / "prior.safetensors"))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_starts_that_hold_a_part_of_the_weights(pairs, start):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    with pytest.raises(ValueError, match=f"starts with init_lora_weights='{start}', which moves a part of the base"):
+        guide(model, str(folder / "prior.safetensors"))
+    assert not steered_of(model)
 
 
 def test_guide_refuses(pairs):

@@ -106,6 +106,17 @@ def test_training_that_would_be_plain_is_said(pair, trained, how):
         PLAIN[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
 
 
+def test_a_strength_that_has_ended_is_said(pair, trained, tmp_path):
+    folder = trained[0] / "checkpoint-1"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for decay in (1, 2, None):
+            config = DriftConfig.from_pretrained(folder, drift_decay_steps=decay)
+            PeftModel.from_pretrained(copy.deepcopy(pair.base), folder, config=config, is_trainable=True)
+    said = [str(warning.message) for warning in caught if "its strength ended" in str(warning.message)]
+    assert len(said) == 1 and "has had 1 guided steps, and its strength ended after 1" in said[0]
+
+
 @transformers_takes_it
 def test_nothing_is_said_where_nothing_is_wrong(pair, trained, tmp_path):
     def base():

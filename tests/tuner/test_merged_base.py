@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from twin import make_whole_pair
 
-from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, merge_baseline, telemetry
+from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, merge_adapter, merge_baseline, telemetry
 from drift_peft.checkpoints.naming import canonical_name, module_kind
 from drift_peft.prior.merged import MERGE_KEY, MergedDelta
 from drift_peft.tuner.steered import steered_of
@@ -154,6 +154,33 @@ def test_a_prior_of_the_merged_base_itself_is_whole(folder, tmp_path):
     prior = ReasoningPrior.load(tmp_path / "prior.safetensors")
     for s in steered_of(wrap(load(folder / "0.5", "llama"), drift(tmp_path))):
         assert torch.equal(s.prior["S"], prior[s.name].S[:4])
+
+
+def test_the_same_expert_is_not_merged_twice(folder, tmp_path):
+    """What is there in the end would be another multiple of Δ than the claim says."""
+    with pytest.raises(ValueError, match=r"base .* is .*base \+ 0.5·\(.*\) already: merge into .*base at another"):
+        merge_baseline("task_arithmetic", folder / "expert", folder / "0.5" / "base", tmp_path / "out", scale=0.2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_merged_further_claims_nothing(folder, tmp_path):
+    settings = {"scale": 0.2, "density": 0.9, "progress": False}
+    merge_baseline("ties", folder / "expert", folder / "0.5" / "base", tmp_path / "ties", **settings)
+    model = train(get_peft_model(load(folder / "0.5", "llama"), LoraConfig(r=4, target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(folder / "0.5" / "base", tmp_path / "adapter", tmp_path / "adapted", force=True, progress=False)
+    for name in ("ties", "adapted"):
+        assert MERGE_KEY not in json.loads((tmp_path / name / "config.json").read_text())
+    assert MERGE_KEY in json.loads((folder / "0.5" / "base" / "config.json").read_text())
+
+
+def test_a_combined_prior_is_not_what_was_merged(folder, tmp_path):
+    """Of half of Δ, a base with 0.2 of Δ in it has taken two fifths; which no claim says."""
+    merge(folder, "0.2", 0.2)
+    ReasoningPrior.combine({str(folder / "prior.safetensors"): 0.5}, tmp_path / "prior.safetensors")
+    for kind in ("fp32", "nf4"):
+        with pytest.raises(ValueError, match=r"The base is .*base \+ 0.2.*was combined, so that is no part of its Δ"):
+            wrap(load(folder / "0.2", "llama", kind), drift(tmp_path))
 
 
 def test_nothing_is_left_of_a_delta_that_was_merged_whole(folder):

@@ -100,9 +100,12 @@ class Vlm:
                 own = GenerationConfig.from_model_config(self.config)
         ends = ends_of(own, tokenizer)
         said = [{"role": role, "content": [{"type": "text", "text": "?!"}]} for role in ("user", "assistant")]
-        _, _, behind = self.processor.apply_chat_template(said).rpartition("?!")
-        chat = [token for token in tokenizer.encode(behind, add_special_tokens=False) if token in ends]
-        return list(dict.fromkeys([*chat, *ends]))
+        try:
+            _, _, behind = self.processor.apply_chat_template(said).rpartition("?!")
+        except Exception:  # whatever a template raises that takes no answers, or these in another form
+            behind = ""
+        written = [*tokenizer.encode(behind, add_special_tokens=False), tokenizer.eos_token_id]
+        return list(dict.fromkeys([*(token for token in written if token in ends), *ends]))
 
     def asked(self, question: str) -> str:
         """A question in text as its chat template writes it, up to where the answer begins."""

@@ -72,6 +72,13 @@ def test_the_first_end_is_that_of_the_chat(folder, written, first):
     assert vlm.ends[0] == first and sorted(vlm.ends) == [2, 30, 31]
 
 
+def test_a_template_that_takes_no_answers(folder):
+    vlm = Vlm(folder / "base")
+    GenerationConfig(eos_token_id=[30, 2]).save_pretrained(folder / "base")
+    vlm.processor.chat_template = "{% for m in messages if m.role != 'user' %}{{ raise_exception('no') }}{% endfor %}"
+    assert vlm.ends == [2, 30]  # the tokenizer's first
+
+
 def test_an_end_that_is_the_vlms_too_stays_what_it_is():
     expert, base = tokenizer(64), tokenizer(64)
     spelling = Spelling(expert, base, ends=[2, 30, 40], base_ends=[30, 2], rows=64)

@@ -106,14 +106,7 @@ class Checkpoint:
         Raises:
             ValueError: it cannot be built.
         """
-        config = copy.deepcopy(self.config)
-        config.quantization_config = None
-        try:
-            with torch.device("meta"):
-                return self.auto_class.from_config(config)
-        except Exception as error:  # each class has its own way to say that its configuration is not for it
-            what = f"transformers cannot build the model of {self.source} from its config.json"
-            raise ValueError(f"{what}: {_reason(error)}") from error
+        return skeleton(self.config, self.source)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -357,6 +350,18 @@ class Checkpoint:
             if raw not in self._where or not any(part.startswith(STATE) for part in parts):
                 raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
         return dict(found)
+
+
+def skeleton(config, source: str) -> PreTrainedModel:
+    """The class that transformers builds of a configuration, without weights. ValueError if it cannot be built."""
+    config = copy.deepcopy(config)
+    config.quantization_config = None
+    try:
+        with torch.device("meta"):
+            return auto_class_of(config).from_config(config)
+    except Exception as error:  # each class has its own way to say that its configuration is not for it
+        what = f"transformers cannot build the model of {source} from its config.json"
+        raise ValueError(f"{what}: {_reason(error)}") from error
 
 
 def read_config(folder: Path, source: str) -> PreTrainedConfig:

@@ -37,10 +37,12 @@ def quantization_of(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base was quantized in training: `config`, None where it was not; `words` say it to the user."""
+    """How the base was quantized in training: `config`, None where it was not; `words` say it to the user. It is
+    `assumed` where nothing records it."""
 
     config: BitsAndBytesConfig | None
     words: str
+    assumed: bool = False
 
 
 def quantization_in_training(adapter: Path, checkpoint: Checkpoint) -> Quantization:
@@ -54,7 +56,7 @@ def quantization_in_training(adapter: Path, checkpoint: Checkpoint) -> Quantizat
         return Quantization(None, "full precision")
     if record is None:
         words = "nf4 with double quantization of the language model's projections (assumed: the adapter records none)"
-        return Quantization(assumed_quantization(checkpoint), words)
+        return Quantization(assumed_quantization(checkpoint), words, assumed=True)
     method = record.get("quant_method", "an unnamed method")
     if method != "bitsandbytes" or not record.get("load_in_4bit"):
         bits = " in 8 bits" if record.get("load_in_8bit") else ""

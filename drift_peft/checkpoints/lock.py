@@ -38,6 +38,8 @@ def only_writer(output: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
+        if not file.exists():  # of folders where nothing can be made, such as /proc, filelock says it is held
+            raise OSError(f"output {output} cannot be written: {output.parent} takes no file") from error
         who = _holder(file) or holder or "another process"
         raise FileExistsError(
             f"output {output} is being written by {who}: wait until it is done, or name another output"

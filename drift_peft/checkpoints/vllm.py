@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import read_config
+from .checkpoint import read_config, skeleton
 from .hub import download, split_revision
 from .lora import CONFIG, adapter_folder, read_updates, recorded_base
 from .naming import canonical_name
@@ -56,13 +56,15 @@ def export_for_vllm(
         FileNotFoundError: there is no such adapter or base.
         FileExistsError: the output exists, and `overwrite` is False.
         ValueError: vLLM cannot serve it, by the name of what stands against it: the type of the base, DoRA, saved
-            modules, biases, trained tokens, patterns of ranks, a rank beyond 512, modules beside the language model.
+            modules, biases, trained tokens, patterns of ranks, a rank beyond 512, modules beside the language model, or
+            that the base does not have.
     """
     folder = adapter_folder(adapter)
     if not (base := base or recorded_base(folder)):
         raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
     place = Path(base) if Path(base).exists() else download(*split_revision(base, None), ("config.json",))
-    model_type = read_config(place, str(base)).model_type
+    base_config = read_config(place, str(base))
+    model_type = base_config.model_type
     if model_type not in SERVED:
         raise ValueError(
             f"vLLM {VERSION} was not found to serve adapters of models of type {model_type} whole: merge {adapter} "
@@ -71,6 +73,12 @@ def export_for_vllm(
     config = read_json(folder / CONFIG)
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
+    there = {name for name, _ in skeleton(base_config, str(base)).named_modules()}
+    if absent := [module for module in factors if module not in there]:
+        raise ValueError(
+            f"adapter {adapter} adapts {absent[0]}, and {base} has no module of this name: name the model that it was "
+            "trained on as base (--base)"
+        )
     ours, theirs = RENAMED.get(model_type, (".", "."))
     names = {module: module.replace(ours, theirs, 1) for module in factors}
     tensors = {}

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 HEADER_KEY, FORMAT = "drift_keep", 1
 FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub repository
+NEEDS_PILLOW = 'images need pillow: pip install "drift_peft[keep]"'
 DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32", "tokens": "I32", "token_ends": "I64"}
 DTYPES |= {"top_tokens": "I32", "top_logprobs": "F32"}
 
@@ -273,7 +274,7 @@ def decode_image(content: bytes, mode: str = "RGB") -> Image:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('images need pillow: pip install "drift_peft[keep]"') from error
+        raise ImportError(NEEDS_PILLOW) from error
     with Image.open(io.BytesIO(content)) as image:
         return upright(image, mode)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .answers import Sample
 from .file import KeepSet
 
-CAPTION = "cut: answers as long as an answer may be; entropy: nats a token; top: what the stored tokens have together"
+CAPTION = "cut: answers as long as an answer may be; entropy: at least, nats a token; top: what the stored tokens have"
 
 
 def keep_summary(keep_set: KeepSet) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint
 from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, placed, prompts
-from .file import tokenizer_identity, vocabulary_rows
+from .file import NEEDS_PILLOW, tokenizer_identity, vocabulary_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,6 +165,8 @@ class Vlm:
         try:
             return AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False, **settings)
         except Exception as error:  # each class has its own way to say that its files are not there
+            if importlib.util.find_spec("PIL") is None:
+                raise ImportError(NEEDS_PILLOW) from error
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error
 

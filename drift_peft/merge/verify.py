@@ -148,6 +148,12 @@ def verify_merge(
         ways |= {"the base alone": full_alone}
     rows = [Row(name, **{"image": None, **_errors(logits, expected)}) for name, logits in ways.items()]
     words = _verdict_four_bit(onto, *rows[1:]) if trained.config is not None else _verdict_full(*rows[1:])
+    if trained.assumed:
+        exact = Row(here, **{"image": None, **_errors(folder, full)})
+        words = (
+            "The adapter does not say how its base was in training. If it was in full precision, as with a transplant, "
+            f"this folder is {_off(exact)} what was trained. If it was in 4 bits: {words[0].lower()}{words[1:]}"
+        )
     return Verification(rows, trained.words, no_image, " ".join([*lost, words]), error)
 
 

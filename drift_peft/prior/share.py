@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from ..checkpoints import (
 )
 from ..warn import warn
 from .combine import formula
-from .file import FILE_NAME, PriorFile
+from .file import FILE_NAME, FINGERPRINT_TOLERANCE, PriorFile
 
+PROBED = 3  # weights that tell another base
 CARD = """\
 ---
 {data}
@@ -197,6 +199,8 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
         targets, modules = _in_memory(prior, checkpoint)
+        if base and checkpoint.revision is None:  # of the hub's no weights are fetched for this
+            _refuse_other_weights(prior, checkpoint)
         files, ranks = [], {}
         for name, module in modules.items():
             weight = prior[name]
@@ -235,6 +239,18 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
             f"projections cannot hold them, so {output} leaves them out."
         )
     return Path(output)
+
+
+def _refuse_other_weights(prior: PriorFile, checkpoint: Checkpoint) -> None:
+    """ValueError if the prior's fingerprint, u_iᵀ·W·v_i, is far from that of the base's first weights."""
+    for name, U, Vh, stored in islice(prior.probes(), PROBED):
+        W = checkpoint.tensor(checkpoint.language_model[name]).float()
+        off = ((U.float().mT @ W * Vh.float()).sum(-1) - stored).norm() / stored.norm()
+        if off > FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"{prior.source} was built for another model than {checkpoint.source}: the fingerprint of {name} is "
+                f"off by {off:.0%}; name the place of {shown(prior.metadata['base']['id'])} as base= (--base)"
+            )
 
 
 def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str | list[str], dict[str, str]]:

@@ -48,6 +48,11 @@ def check_fit(
     for parameter in targets:
         canonical = canonical_name(parameter)
         (steered if canonical in prior else unsteered).append((parameter, canonical))
+    if not targets and drift.target_modules:
+        raise ValueError(
+            f"target_modules={drift.target_modules!r} names no module of this {type(model).__name__}: name others, or "
+            "leave target_modules=None to adapt exactly what the prior covers."
+        )
     modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import filelock
@@ -257,3 +258,10 @@ def test_shards_in_subfolders_stay_there(place, models, tmp_path):
     assert {*load_file(nested / target)} <= {*json.loads((nested / INDEX).read_text())["weight_map"]}
     merge_baseline("task_arithmetic", models / "expert", models / "base", tmp_path / "b", scale=0.5, progress=False)
     assert all((tmp_path / "b" / target).is_file() for target in places.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder where nothing can be made")
+def test_where_nothing_can_be_made_nobody_is_writing():
+    with pytest.raises(OSError, match=r"output /proc/x.safetensors cannot be written: /proc takes no file"):
+        with only_writer(Path("/proc/x.safetensors")):
+            pass

@@ -58,6 +58,15 @@ def test_what_vllm_does_not_serve_is_refused(saved, tmp_path, family, settings, 
     assert not [*tmp_path.iterdir()]
 
 
+def test_another_base_is_refused(saved, tmp_path):
+    adapter, other = saved("qwen2_5_vl"), saved("smolvlm").parent / "base"
+    with pytest.raises(
+        ValueError, match=r"adapts model\.language_model\.layers\S+, and .*base has no module of this name"
+    ):
+        export_for_vllm(adapter, tmp_path / "out", other)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_adapter_without_modules_is_refused(saved, tmp_path):
     adapter = saved("qwen2_5_vl")
     save_file({}, adapter / "adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -346,5 +347,10 @@ def test_without_datasets(folder, tmp_path, monkeypatch):
 
 def test_without_pillow(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with monkeypatch.context() as patch:  # as transformers says it, which looks for pillow once
+        lacking = ImportError("AutoImageProcessor requires the PIL library. Install it with pip:\n`pip install`")
+        patch.setattr(tf.AutoProcessor, "from_pretrained", Mock(side_effect=lacking))
+        with pytest.raises(ImportError, match=r'images need pillow: pip install "drift_peft\[keep\]"'):
+            make(folder, tmp_path / "k.safetensors")
     with pytest.raises(ImportError, match=r'images need pillow: pip install "drift_peft\[keep\]"'):
         make(folder, tmp_path / "k.safetensors")

@@ -1,6 +1,7 @@
 """What a merge is compared with: the numbers of a 4-bit base, what was trained on it, and the other ways to serve."""
 
 import json
+import re
 import warnings
 from importlib.metadata import entry_points
 from types import SimpleNamespace
@@ -166,6 +167,17 @@ def test_a_stock_adapter_is_assumed_to_come_from_nf4(tmp_path):
     quantized = load(tmp_path / "base", "qwen2_5_vl", quantization_config=four_bit(llm_int8_skip_modules=SKIP))
     expected = PeftModel.from_pretrained(quantized.dequantize(), tmp_path / "adapter").eval()
     assert off(answer(load(report.output, "qwen2_5_vl"), tmp_path), answer(expected, tmp_path)) < 0.01  # bf16
+
+
+def test_a_stock_adapter_may_have_been_trained_in_full_precision(tmp_path):
+    """Which it was nothing says, and merging into the base is exact then."""
+    save_base(tmp_path / "base", "qwen2_5_vl")
+    save_adapter(tmp_path / "adapter", "qwen2_5_vl")
+    verdict = merge(tmp_path, verify=True).verification.verdict
+    said = re.search(
+        r"If it was in full precision, .*, this folder is (\S+)% off .* If it was in 4 bits: merged", verdict
+    )
+    assert float(said[1]) < 1
 
 
 def test_an_adapter_of_a_full_precision_base(pairs, tmp_path):

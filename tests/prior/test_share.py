@@ -307,7 +307,12 @@ def test_a_base_that_has_moved_or_is_another(tmp_path):
         save_layout(tiny_llm("llava", **changes), tmp_path / "other")
         with pytest.raises(ValueError, match=message):
             prior.as_lora(1, tmp_path / "wrong", base=tmp_path / "other")
-    assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other"}
+    save_layout(tiny_vlm("qwen2_5_vl", seed=1), tmp_path / "alike")  # of the same shapes
+    with pytest.raises(
+        ValueError, match=r"another model than .*alike: the fingerprint of \S+ is off by \d+%; name the"
+    ):
+        prior.as_lora(1, tmp_path / "wrong", base=tmp_path / "alike")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other", "alike"}
 
 
 @pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1"])

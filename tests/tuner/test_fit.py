@@ -31,6 +31,14 @@ def test_no_target_with_a_delta(pairs):
     assert untouched(model)
 
 
+def test_targets_that_are_no_modules(pairs):
+    folder = pairs("llava_next")
+    model = load(folder, "llava_next")
+    with pytest.raises(ValueError, match=r"target_modules=.*foo.* names no module of this \w+: name others, or leave"):
+        get_peft_model(model, drift(folder, target_modules=["foo"]))
+    assert untouched(model)
+
+
 def test_prior_of_another_depth(pairs):
     model = tiny_llm("llava", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"another model: 7 of its 14 weights, such as layers\.1\.mlp\.down_proj"):

@@ -5,13 +5,16 @@
         --model_kwargs '{"drift_prior": "prior.safetensors", "drift_alpha": 0.3}' …
 
 ms-swift has no flags for the settings of somebody else's tuner. LoRA's are its own: --lora_rank, --lora_alpha, … By
-default `--target_modules` means the projections that the prior covers.
+default `--target_modules` means the projections that the prior covers, and `--init_weights` DriftConfig's own start.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -30,15 +33,35 @@ except ImportError as error:
     ) from error
 
 
+# ms-swift's task types by those of PEFT, as it does for its own `lora`; the others have the same name in both.
+TASK_TYPES = {"embedding": None, "reranker": "SEQ_CLS", "generative_reranker": "CAUSAL_LM", "decision": "CAUSAL_LM"}
+UNUSED = {
+    "lora_dtype": None,
+    "lorap_lr_ratio": None,
+    "use_swift_lora": False,
+}  # flag of its `lora` -> when it is not set
+
+
 class DriftTuner(PeftTuner):
     """LoRA with DriftConfig; it saves what stock PEFT saves."""
 
     @staticmethod
     def prepare_model(args, model):
+        """A new adapter.
+
+        Raises:
+            ValueError: as of PluginSettings.read and DriftConfig, or a flag is set that is not available here.
+        """
         settings = PluginSettings.read(args.model_kwargs)
+        for flag, unset in UNUSED.items():
+            if (value := getattr(args, flag, unset)) != unset:
+                raise ValueError(f"--{flag} {value} is not available with --tuner_type drift: leave it out.")
         language_model = args.target_modules == ["all-linear"] and args.freeze_vit and args.freeze_aligner
+        optional = {"target_parameters": args.target_parameters} if args.target_parameters else {}
+        if args.init_weights is not True:  # by default ours
+            optional["init_lora_weights"] = args.init_weights
         config = settings.config(
-            task_type=args.task_type.upper(),
+            task_type=TASK_TYPES.get(args.task_type, args.task_type.upper()),
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
@@ -47,6 +70,7 @@ class DriftTuner(PeftTuner):
             bias=args.lora_bias,
             use_rslora=args.use_rslora,
             use_dora=args.use_dora,
+            **optional,
         )
         model = get_peft_model(model, config)
         if settings.keeps:
@@ -54,14 +78,35 @@ class DriftTuner(PeftTuner):
         return model
 
     @staticmethod
+    def save_pretrained(model, save_directory, state_dict=None, safe_serialization=True, **kwargs):
+        """PeftTuner's leaves out `state_dict`: the weights, where ZeRO-3 or FSDP has left the model's own empty."""
+        kwargs.setdefault("selected_adapters", ["default"])
+        model.save_pretrained(save_directory, safe_serialization=safe_serialization, state_dict=state_dict, **kwargs)
+
+    @staticmethod
     def from_pretrained(model, model_id, **kwargs):
-        """Plain LoRA, steered and kept again where it is trained further (`--resume_from_checkpoint`, `--adapters`)."""
+        """Plain LoRA, steered and kept again where it is trained further (`--resume_from_checkpoint`, `--adapters`).
+
+        Raises:
+            ValueError: as of PluginSettings.read, or nothing says how a checkpoint of ours was kept.
+        """
+        if isinstance(model, PeftModel) and "adapter_name" in kwargs:  # --ref_adapters: one that is not trained
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The adapter .* was trained with guidance")
+                model.load_adapter(model_id, **kwargs)
+            return model
         if not kwargs.get("is_trainable"):
             return PeftModel.from_pretrained(model, model_id, **kwargs)
-        values = _model_kwargs()
-        settings = PluginSettings.read(values) if values else PluginSettings({}, {})
-        config = DriftConfig.from_pretrained(model_id, **settings.guidance)
-        model = PeftModel.from_pretrained(model, model_id, config=config, **kwargs)
+        given = _model_kwargs()
+        values = given or _stored_kwargs(model_id)
+        if DriftConfig.stored(model_id) is None:  # of others, or of ours that began as one of others
+            settings = PluginSettings.read(values)
+            model = PeftModel.from_pretrained(model, model_id, **kwargs)
+            settings.guide(model)
+        else:
+            settings = PluginSettings.read(values) if values else PluginSettings({}, {})
+            config = DriftConfig.from_pretrained(model_id, **(settings.guidance if given else {}))
+            model = PeftModel.from_pretrained(model, model_id, config=config, **kwargs)
         if settings.keeps:
             settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
         return model
@@ -72,6 +117,18 @@ def _model_kwargs() -> dict[str, Any]:
     the key in capitals, and str() of the value."""
     own = {key.lower(): value for key, value in os.environ.items() if key.startswith("DRIFT_")}
     return {key: _literal(value) for key, value in own.items()}
+
+
+def _stored_kwargs(checkpoint: str) -> dict[str, Any]:
+    """Ours of the command that a checkpoint was trained by."""
+    file = Path(checkpoint, "args.json")
+    args = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    own = {key: value for key, value in (args.get("model_kwargs") or {}).items() if key.startswith("drift_")}
+    if args.get("tuner_type") == "drift" and not own:  # a restart without them itself
+        raise ValueError(
+            f"{file} does not say how the adapter was trained: give --model_kwargs '{{\"drift_prior\": …}}'."
+        )
+    return own
 
 
 def _literal(text: str) -> Any:

@@ -6,7 +6,8 @@
     drift_alpha: 0.3
     drift_keep: keep.safetensors  # if the VLM's own answers shall be kept
 
-Where drift_peft is not installed, axolotl prints "Failed to load plugin" and trains without it.
+Where drift_peft is not installed, axolotl ends there since 0.21; before, it prints "Failed to load plugin" and trains
+without it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,23 @@ class DriftPlugin(BasePlugin):
     """
 
     def register(self, cfg: dict) -> None:
-        """Read the settings before anything is loaded, from the file itself: axolotl forgets keys that are null."""
+        """Read the settings before anything is loaded, from the file itself: axolotl forgets keys that are null.
+
+        Raises:
+            ValueError: as of PluginSettings.read; relora, or a null key under use_ray.
+        """
         self.settings = PluginSettings.read(cfg)
+        if cfg.get("relora") and self.settings.guides:
+            raise ValueError(
+                "relora merges the adapter and starts it anew, and each time Δ would be added once more: leave out "
+                "relora, or the plugin."
+            )
+        lost = [key for key in cfg if key.startswith("drift_") and cfg[key] is None]
+        if cfg.get("use_ray") and lost:  # a worker reads what axolotl has made of the file
+            raise ValueError(
+                f"{lost[0]}: null does not reach the workers of use_ray, which would take its default: leave it out, "
+                "or train without use_ray."
+            )
 
     def get_input_args(self) -> str:
         return f"{__name__}.DriftArgs"

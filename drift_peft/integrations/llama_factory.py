@@ -16,18 +16,19 @@ With USE_V1=1, LLaMA-Factory's new trainer is started, where they stand in the b
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from peft import PeftModel, get_peft_model
 from transformers import AutoProcessor
 
-from ..tuner import DriftConfig
 from .settings import PluginSettings
-from .steer import SteerCallback
+from .steer import NOT_STEERED, SteerCallback
 
 try:
-    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.extras.misc import is_env_enabled, use_ray
 except ImportError as error:
     raise ImportError(
         "drift_peft.integrations.llama_factory starts the training of LLaMA-Factory, which cannot be imported here "
@@ -35,8 +36,17 @@ except ImportError as error:
     ) from error
 
 
+# Of the block of its own plugin `lora`: for `merge`, which is another command's.
+EXPORT = ("export_dir", "export_size", "export_hub_model_id", "export_legacy_format", "infer_dtype")
+
+
 def train() -> None:
-    """`llamafactory-cli train`, with the model steered as soon as its Trainer is made."""
+    """`llamafactory-cli train`, with the model steered as soon as its Trainer is made.
+
+    Raises:
+        ValueError: as of PluginSettings.read, or a way of training that makes no Trainer with callbacks.
+        RuntimeError: one of these was not known as such.
+    """
     from llamafactory.hparams import read_args
     from llamafactory.train.tuner import run_exp
 
@@ -45,44 +55,73 @@ def train() -> None:
         raise ValueError("The settings must come in a file, config.yaml or config.json, with changes as key=value.")
     settings = PluginSettings.read(values)
     own = {key: value for key, value in values.items() if not key.startswith("drift_")}
+    if own.get("stage") == "ppo":
+        raise ValueError("stage: ppo makes no Trainer of transformers, so nothing would be steered: take sft or dpo.")
+    if is_env_enabled("USE_MEGATRON_BRIDGE"):
+        raise ValueError("USE_MEGATRON_BRIDGE trains without callbacks, so nothing would be steered: unset it.")
     processor = partial(AutoProcessor.from_pretrained, own.get("model_name_or_path"))
-    run_exp(own, callbacks=[SteerCallback(settings, processor)])
+    callback = SteerCallback(settings, processor)
+    run_exp(own, callbacks=[callback] if own.get("do_train") else None)  # with do_eval alone, nothing is trainable
+    if own.get("do_train") and not callback.steered and not use_ray():  # Ray's workers have copies of it
+        raise RuntimeError(NOT_STEERED)
 
 
 def train_v1(command: str) -> None:
-    """`USE_V1=1 llamafactory-cli sft` or `rm`, with the plugin `drift` beside its `lora` and `freeze`."""
+    """`USE_V1=1 llamafactory-cli sft`, `rm` or `dpo`, with the plugin `drift` beside its `lora` and `freeze`."""
     from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
-    from llamafactory.v1.trainers import rm_trainer, sft_trainer
 
     PeftPlugin("drift").register()(adapt)
-    (rm_trainer.run_rm if command == "rm" else sft_trainer.run_sft)()
+    _trainer_v1(command)()
+
+
+def _trainer_v1(command: str) -> Callable | None:
+    """What trains; None where this LLaMA-Factory has only its file, as 0.9.5 has of `dpo`."""
+    name = {"train": "sft"}.get(command, command)
+    return getattr(importlib.import_module(f"llamafactory.v1.trainers.{name}_trainer"), f"run_{name}", None)
 
 
 def adapt(model, config: dict, is_train: bool = False):
-    """LLaMA-Factory's PeftPlugin: the model with a steered LoRA adapter, new or from `adapter_name_or_path`."""
+    """LLaMA-Factory's PeftPlugin: the model with a steered LoRA adapter, new or from `adapter_name_or_path`.
+
+    Raises:
+        ValueError: as of PluginSettings.read and DriftConfig, or more than one adapter.
+    """
     settings = PluginSettings.read(config)
-    lora = {key: value for key, value in config.items() if key != "name" and not key.startswith("drift_")}
-    adapter = lora.pop("adapter_name_or_path", None)
+    others = ("name", *EXPORT)
+    lora = {key: value for key, value in config.items() if key not in others and not key.startswith("drift_")}
+    adapters = lora.pop("adapter_name_or_path", None) or []
+    adapters = [adapters] if isinstance(adapters, str) else adapters
+    if len(adapters) > 1:
+        raise ValueError(f"adapter_name_or_path names {len(adapters)} adapters: merge all but the last one first.")
     if not is_train:
-        return model if adapter is None else PeftModel.from_pretrained(model, adapter)
-    if adapter is None:
-        if lora.get("target_modules") == "all":
-            lora["target_modules"] = None  # what the prior covers
-        model = get_peft_model(model, settings.config(task_type="CAUSAL_LM", **lora))
+        return PeftModel.from_pretrained(model, adapters[0]) if adapters else model
+    if adapters:
+        model = settings.load(model, adapters[0])
     else:
-        config = DriftConfig.from_pretrained(adapter, **settings.guidance)
-        model = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+        if isinstance(targets := lora.get("target_modules"), str):  # PEFT takes it for a regular expression
+            lora["target_modules"] = None if targets == "all" else [targets]  # None: what the prior covers
+        model = get_peft_model(model, settings.config(task_type=_task_type(model), **lora))
     if settings.keeps:
         settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
     return model
 
 
+def _task_type(model) -> str:
+    kinds = {"ForTokenClassification": "TOKEN_CLS", "ForSequenceClassification": "SEQ_CLS"}  # `rm` trains the first
+    return next((kind for end, kind in kinds.items() if type(model).__name__.endswith(end)), "CAUSAL_LM")
+
+
 def main() -> None:
     command = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    known = ("train", "sft", "rm") if is_env_enabled("USE_V1") else ("train",)
+    v1 = is_env_enabled("USE_V1")
+    known = [name for name in ("train", "sft", "rm", "dpo") if _trainer_v1(name)] if v1 else ["train"]
     if command not in known:
-        sys.exit(f"The command must be {' or '.join(known)}, got '{command}': for others, use llamafactory-cli.")
-    train_v1(command) if is_env_enabled("USE_V1") else train()
+        lora = "name: lora" if v1 else "finetuning_type: lora"
+        sys.exit(
+            f"The command must be {' or '.join(known)}, got '{command}': for others, give the adapter, which is plain "
+            f"LoRA, to llamafactory-cli with {lora} and without the drift_… keys."
+        )
+    train_v1(command) if v1 else train()
 
 
 if __name__ == "__main__":

@@ -97,16 +97,12 @@ class DriftTuner(PeftTuner):
             return model
         if not kwargs.get("is_trainable"):
             return PeftModel.from_pretrained(model, model_id, **kwargs)
-        given = _model_kwargs()
+        given, ours = _model_kwargs(), DriftConfig.stored(model_id) is not None
         values = given or _stored_kwargs(model_id)
-        if DriftConfig.stored(model_id) is None:  # of others, or of ours that began as one of others
-            settings = PluginSettings.read(values)
-            model = PeftModel.from_pretrained(model, model_id, **kwargs)
-            settings.guide(model)
-        else:
-            settings = PluginSettings.read(values) if values else PluginSettings({}, {})
-            config = DriftConfig.from_pretrained(model_id, **(settings.guidance if given else {}))
-            model = PeftModel.from_pretrained(model, model_id, config=config, **kwargs)
+        settings = PluginSettings.read(values) if values or not ours else PluginSettings({}, {})
+        if ours and not given:
+            settings.guidance = {}  # the adapter holds its own, with the hash of its prior
+        model = settings.load(model, model_id, **{key: kwargs[key] for key in kwargs if key != "is_trainable"})
         if settings.keeps:
             settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
         return model

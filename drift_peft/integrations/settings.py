@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from ..keeping import keep
@@ -64,6 +65,19 @@ class PluginSettings:
     def config(self, **lora) -> DriftConfig:
         """A DriftConfig with these settings and LoRA's."""
         return DriftConfig(**self.guidance, **lora)
+
+    def load(self, model: nn.Module, adapter: str, **kwargs) -> PeftModel:
+        """An adapter that is trained further under these settings: one of ours, or plain LoRA of others.
+
+        Raises:
+            ValueError: as of `DriftConfig.from_pretrained` and `guide`.
+        """
+        if DriftConfig.stored(adapter) is None:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True, **kwargs)
+            self.guide(model)
+            return model
+        config = DriftConfig.from_pretrained(adapter, **self.guidance)
+        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True, **kwargs)
 
     def guide(self, model: nn.Module) -> None:
         """Steer a model that the tool has wrapped, or trains in full."""

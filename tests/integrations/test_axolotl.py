@@ -73,6 +73,17 @@ def test_a_wrong_key_ends_it_before_anything_is_loaded(write):
         load_cfg(write(drift_alhpa=0.5))
 
 
+def test_relora_is_refused_since_it_would_add_the_prior_at_each_restart(write):
+    with pytest.raises(ValueError, match=r"^relora merges the adapter .*: leave out relora"):
+        load_cfg(write(relora=True, jagged_restart_steps=2))
+
+
+def test_null_is_refused_where_rays_workers_would_take_the_default(write):
+    with pytest.raises(ValueError, match=r"^drift_sketch: null does not reach the workers of use_ray.*: leave it out"):
+        load_cfg(write(drift_sketch=None, use_ray=True))
+    load_cfg(write(drift_alpha=0.5, use_ray=True))
+
+
 def test_every_key_has_its_type_in_axolotls_schema():
     from drift_peft.integrations.axolotl import DriftArgs
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from datasets import Dataset
-from pairs import IDS, load
+from pairs import IDS, drift, load
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from drift_peft import telemetry
 from drift_peft.integrations.settings import PluginSettings
@@ -68,6 +69,24 @@ def test_a_trainer_with_the_callback_is_steered_at_every_step_and_logs_it(folder
     run.train()
     assert telemetry(run.model)["guided_steps"] == 2
     assert [logs["drift/guided_steps"] for logs in run.state.log_history[:2]] == [1, 2]
+
+
+def test_a_loop_that_makes_no_trainer_with_the_callback_does_not_begin():
+    """As LLaMA-Factory's PPO: it makes its own handler of callbacks."""
+    callback = SteerCallback(PluginSettings.read({"drift_prior": "p"}), processor=lambda: None)
+    with pytest.raises(RuntimeError, match=r"^Nothing was steered or kept: .* leave out the drift_… keys"):
+        CallbackHandler([callback], None, None, None, None).on_train_begin(None, TrainerState(), TrainerControl())
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_adapter_is_trained_further_under_the_settings(folder, tmp_path, ours):
+    config = drift(folder) if ours else LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load(folder, "llama"), config).save_pretrained(tmp_path)
+    settings = PluginSettings.read({"drift_prior": str(folder / "prior.safetensors"), "drift_alpha": 0.2})
+    model = settings.load(load(folder, "llama"), str(tmp_path))
+    assert telemetry(model)["guided_steps"] == 0 and any(p.requires_grad for p in model.parameters())
+    if ours:
+        assert model.peft_config["default"].drift_alpha == 0.2
 
 
 def test_a_trainer_with_the_callback_is_kept(monkeypatch):

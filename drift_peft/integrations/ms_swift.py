@@ -35,11 +35,8 @@ except ImportError as error:
 
 # ms-swift's task types by those of PEFT, as it does for its own `lora`; the others have the same name in both.
 TASK_TYPES = {"embedding": None, "reranker": "SEQ_CLS", "generative_reranker": "CAUSAL_LM", "decision": "CAUSAL_LM"}
-UNUSED = {
-    "lora_dtype": None,
-    "lorap_lr_ratio": None,
-    "use_swift_lora": False,
-}  # flag of its `lora` -> when it is not set
+# Flags of its `lora` that DriftConfig has no field for, and what they are when nobody has set them.
+UNUSED = {"lora_dtype": None, "lorap_lr_ratio": None, "use_swift_lora": False}
 
 
 class DriftTuner(PeftTuner):

@@ -11,6 +11,7 @@ import torch
 from pairs import drift, load
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from drift_peft import DriftConfig, telemetry
 from drift_peft.integrations import settings
@@ -160,3 +161,10 @@ def test_loras_own_flags_act(folder):
 def test_task_types_that_ms_swift_calls_by_other_names(folder, task, of_peft):
     model = DriftTuner.prepare_model(arguments(folder, task_type=task), load(folder, "llama"))
     assert model.peft_config["default"].task_type == of_peft and telemetry(model)["guided_steps"] == 0
+
+
+def test_a_reranker_is_a_classifier_whose_head_is_trained(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
+    model = DriftTuner.prepare_model(arguments(folder, task_type="reranker"), model)
+    assert model.peft_config["default"].task_type == "SEQ_CLS"
+    assert any(p.requires_grad for name, p in model.named_parameters() if "score" in name)

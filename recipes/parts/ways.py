@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
+KINDS += ("merged-drift-keep",)
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
 
 
@@ -68,22 +69,26 @@ def ways_of(
         "gated": [Way(f"gated-{(texts or '')[:8]}", "gated prior", "gated")],
         "sft": [Way("sft", "SFT", "sft", trains=sft | plain)],
         "sft-keep": [Way("sft-keep", "SFT, keeping", "sft-keep", trains=sft | kept)],
-        "merged": [_merged(λ, "merged", "", sft | plain) for λ in shares],
-        "merged-keep": [_merged(λ, "merged-keep", ", keeping", sft | kept) for λ in shares],
+        "merged": [_merged(λ, "merged", "SFT", sft | plain) for λ in shares],
+        "merged-keep": [_merged(λ, "merged-keep", "SFT, keeping", sft | kept) for λ in shares],
         "drift": [Way("drift", "DRIFT", "drift", trains=drift | plain)],
         "drift-keep": [Way("drift-keep", "DRIFT, keeping", "drift-keep", trains=drift | kept)],
+        # Of Δ that was merged whole, nothing is left to steer toward.
+        "merged-drift-keep": [
+            _merged(λ, "merged-drift-keep", "DRIFT, keeping", drift | kept) for λ in shares if λ != 1
+        ],
     }
     missing = {}
     for kind in KINDS:
         if kind.startswith(("transplant", "gated", "merged")) and "expert" not in settings:
             missing[kind] = "the recipe names no expert"
-        elif kind.startswith(("gated", "drift")) and "prior" not in settings:
+        elif kind in ("gated", "drift", "drift-keep", "merged-drift-keep") and "prior" not in settings:
             missing[kind] = "the recipe names no prior"
         elif kind.endswith(("gated", "-keep")) and keep is None:
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
-        elif kind == "drift-keep" and settings.get("drift_norm") == "weight" and not settings.get("replay"):
+        elif kind.endswith("drift-keep") and settings.get("drift_norm") == "weight" and not settings.get("replay"):
             missing[kind] = "drift_norm: weight does not see the gradient that keeping adds; set factor, or replay"
     for kind in kinds:
         if kind in missing:
@@ -102,5 +107,5 @@ def gating(settings: dict, keep: str, texts: object, gated: object, adapter: obj
     return [[*map(str, command)] for command in (gate, export)]
 
 
-def _merged(share: float, kind: str, told: str, trains: dict) -> Way:
-    return Way(f"{kind}-{share:g}", f"merged {share:g}, then SFT{told}", kind, trains={**trains, "merge_first": share})
+def _merged(share: float, kind: str, then: str, trains: dict) -> Way:
+    return Way(f"{kind}-{share:g}", f"merged {share:g}, then {then}", kind, trains={**trains, "merge_first": share})

@@ -40,7 +40,7 @@ def test_each_way_is_the_recipe_with_what_it_changes():
     ways = {way.name: way for way in ways_of({**SETTINGS, "merge_first": 0.9}, [], [0.5], [0.2], "k", "0123456789")}
     assert [*ways] == [
         "base", "transplant-0.5", "gated-01234567", "sft", "sft-keep", "merged-0.2", "merged-keep-0.2", "drift",
-        "drift-keep",
+        "drift-keep", "merged-drift-keep-0.2",
     ]  # fmt: skip
     assert ways["base"].trains is None and ways["transplant-0.5"].scale == 0.5
     assert ways["gated-01234567"].trains is None
@@ -52,6 +52,7 @@ def test_each_way_is_the_recipe_with_what_it_changes():
         ("merged-keep-0.2", {"method": "sft", "merge_first": 0.2, "keep": "k"}),
         ("drift", {"method": "drift"}),
         ("drift-keep", {"method": "drift", "keep": "k"}),
+        ("merged-drift-keep-0.2", {"method": "drift", "merge_first": 0.2, "keep": "k"}),
     ):
         assert ways[name].recipe({**SETTINGS, "merge_first": 0.9}) == kept | own
     plain = {"base": "b", "data": "d"}
@@ -69,7 +70,13 @@ def test_each_way_is_the_recipe_with_what_it_changes():
 
 def test_a_way_that_does_not_keep_does_not_replay_either():
     ways = {way.kind: way.recipe({**SETTINGS, "replay": 0.2}) for way in ways_of(SETTINGS, [], [], [0.5], "k")[1:]}
-    assert {kind for kind, recipe in ways.items() if "replay" in recipe} == {"sft-keep", "merged-keep", "drift-keep"}
+    replaying = {kind for kind, recipe in ways.items() if "replay" in recipe}
+    assert replaying == {"sft-keep", "merged-keep", "drift-keep", "merged-drift-keep"}
+
+
+def test_a_delta_that_is_merged_whole_leaves_nothing_to_steer_toward():
+    ways = ways_of(SETTINGS, ["merged-keep", "merged-drift-keep"], [], [0.5, 1.0], "k")
+    assert [way.name for way in ways] == ["merged-keep-0.5", "merged-keep-1", "merged-drift-keep-0.5"]
 
 
 def test_what_keeping_does_not_go_with_is_left_out_at_first():
@@ -339,7 +346,7 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     ):
         with pytest.raises(SystemExit, match=told):
             compare.main([*usual, *more])
-    assert len(KINDS) == 9
+    assert len(KINDS) == 10
 
 
 def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):

@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
 def read_history(run: Path) -> list[dict]:
     try:
         content = json.loads(run.read_text(encoding="utf-8"))
+    except OSError as error:
+        way_out = "name the run.json that sft_vlm.py left in its output_dir"
+        raise type(error)(f"{run} cannot be read ({error.strerror}): {way_out}") from error
     except ValueError as error:
         raise ValueError(f"{run} is no JSON ({error}): name the run.json of a run") from error
     if not isinstance(content, dict) or "history" not in content:

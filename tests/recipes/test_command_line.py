@@ -131,7 +131,8 @@ def test_a_result_that_cannot_be_written_leaves_nothing(write, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (None, "No such file or directory"), ("{torn", "run.json is no JSON (Expecting property name"),
+    (None, "run.json cannot be read (No such file or directory): name the run.json that sft_vlm.py left"),
+    ("{torn", "run.json is no JSON (Expecting property name"),
     ("{}", "run.json has no history: name the run.json of a run that sft_vlm.py has finished"),
 ])  # fmt: skip
 def test_a_run_that_cannot_be_drawn_is_one_sentence(content, sentence, tmp_path, capsys):

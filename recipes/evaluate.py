@@ -36,7 +36,7 @@ from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
 from parts.outputs import write_result
-from parts.reading import RULES, UNFINISHED, answer_rule, final_answer, known_answer
+from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
 from parts.teachers import PROMPT, Local, TeacherError, room_for
@@ -136,10 +136,7 @@ def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
     marked = []
     for question in tqdm(questions, desc="marking", disable=None):
         answer = said[str(question.index)]
-        correct, unfinished = mark(answer["response"], question.gold, question.text)
-        read_by = answer_rule(answer["response"])
-        if answer.get("finish_reason") == "length" and (not correct or cut_within(answer["response"], read_by)):
-            correct, unfinished, read_by = False, True, UNFINISHED
+        correct, read_by = mark(answer["response"], question.gold, question.text, answer.get("finish_reason"))
         fields = {"index": question.index, "category": question.category, "question": question.text}
         marked.append(
             {
@@ -147,16 +144,11 @@ def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
                 "gold": question.gold,
                 **answer,
                 "correct": correct,
-                "unfinished": unfinished,
+                "unfinished": read_by == UNFINISHED,
                 "read_by": read_by,
             }
         )
     return marked
-
-
-def cut_within(response: str, read_by: str) -> bool:
-    """Whether the answer of a response that was cut stands at its end, where `12` may be what is left of `125`."""
-    return read_by not in ("boxed", "tag") and response.rstrip(" *$.").endswith(final_answer(response).rstrip(" *$."))
 
 
 def summarize(marked: list[dict]) -> dict:

@@ -25,7 +25,7 @@ import numpy as np
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
 from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
-from parts.reading import RULES, UNFINISHED, answer_rule
+from parts.reading import RULES, UNFINISHED
 from parts.scoring import mark, scorer
 from rich.console import Console
 from rich.table import Table
@@ -66,9 +66,9 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
 def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], dict[str, int]]:
     """Which are correct, and how many were read by each rule, or are unfinished."""
     progress = tqdm(answers, desc=name, disable=None)
-    correct = [mark(given.response, given.gold, given.question)[0] for given in progress]
-    read_by = Counter(answer_rule(given.response) for given in answers)
-    return correct, {rule: read_by[rule] for rule in (*RULES, UNFINISHED)}
+    marks = [mark(given.response, given.gold, given.question, given.finish_reason) for given in progress]
+    read_by = Counter(rule for _, rule in marks)
+    return [correct for correct, _ in marks], {rule: read_by[rule] for rule in (*RULES, UNFINISHED)}
 
 
 def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[str, np.ndarray]:

@@ -42,13 +42,15 @@ EXCEL = 32767  # characters of a cell: what is longer is cut when it is written
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one question. `step` is WeMath's: (problem, which of its steps)."""
+    """One answer to one question. `step` is WeMath's: (problem, which of its steps). `finish_reason` is "length" of an
+    answer that was cut; only evaluate.py says so."""
 
     id: str
     question: str
     gold: str
     response: str
     step: tuple[str, str] | None = None
+    finish_reason: str | None = None
 
 
 def read_outputs(place: str | Path) -> dict[str, list[Answer]]:
@@ -157,7 +159,8 @@ def _from_lmms_eval(row: dict) -> Answer:
 
 
 def _from_evaluate(row: dict) -> Answer:
-    return Answer(row["index"], row["question"], row["gold"], row["response"])
+    reason = row.get("finish_reason")
+    return Answer(row["index"], row["question"], row["gold"], row["response"], finish_reason=reason)
 
 
 def _read_tsv(path: Path) -> list[dict]:

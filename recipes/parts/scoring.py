@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .answers import is_correct
-from .reading import final_answer
+from .reading import UNFINISHED, answer_rule, final_answer
 
-RULES = 2  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
-FILES = ("answers", "reading", "options", "plain", "equality", "units")
+RULES = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
+FILES = ("scoring", "answers", "reading", "options", "plain", "equality", "units")
 
 
 def scorer() -> dict:
@@ -23,8 +23,20 @@ def scorer() -> dict:
     return {"rules": RULES, "files": rules[:16], **{name: version(name) for name in ("math-verify", "pint", "sympy")}}
 
 
-def mark(response: str, gold: str, question: str) -> tuple[bool, bool]:
-    """Whether a response is correct, and whether it is unfinished: without a final answer, and so wrong."""
-    if final_answer(response) is None:
-        return False, True
-    return is_correct(response, gold, question=question), False
+def mark(response: str, gold: str, question: str, finish_reason: str | None = None) -> tuple[bool, str]:
+    """Whether a response is correct, and by which rule it was read; UNFINISHED is wrong: it has no final answer.
+
+    Args:
+        finish_reason: "length" of a response that was cut, which is unfinished unless its answer is right for sure.
+    """
+    read_by = answer_rule(response)
+    correct = read_by != UNFINISHED and is_correct(response, gold, question=question)
+    if finish_reason == "length" and not (correct and _stands(response, read_by)):
+        return False, UNFINISHED
+    return correct, read_by
+
+
+def _stands(response: str, read_by: str) -> bool:
+    """Whether more words could not change the answer of a response, as they do where `12` is what is left of `125`."""
+    at_the_end = response.rstrip(" *$.").endswith(final_answer(response).rstrip(" *$."))
+    return read_by in ("boxed", "tag") or not at_the_end

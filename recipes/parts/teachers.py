@@ -136,7 +136,9 @@ class Local:
     ):  # fmt: skip
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        name, _, revision = model.partition("@")
+        from drift_peft.checkpoints import split_revision
+
+        name, revision = (model, None) if Path(model).exists() else split_revision(model)
         options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
         try:
             self.processor = AutoProcessor.from_pretrained(processor or name, **options)

@@ -11,6 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
+import score
 import torch
 from parts.outputs import read_outputs
 from parts.teachers import Local
@@ -198,6 +199,26 @@ def test_an_answer_at_the_end_of_a_cut_response_may_be_part_of_one(response, rea
     assert (sample["correct"], sample["unfinished"], sample["read_by"]) == found
     counted = evaluate.summarize([sample])["total"]["read_by"]
     assert [rule for rule, number in counted.items() if number] == [found[2]]
+
+
+def test_score_counts_cut_answers_as_evaluate_does(tmp_path):
+    """Right and cut within, right and cut later, wrong and cut, right and ended."""
+    said = [("The answer is 12", "length"), (r"\boxed{12}", "length"), (r"\boxed{7}", "length"), ("12", "stop")]
+    questions = [evaluate.Question(i, "?", "12", "all") for i in range(len(said))]
+    answers = {str(i): {"response": text, "finish_reason": reason} for i, (text, reason) in enumerate(said)}
+    samples = evaluate.mark_all(questions, answers)
+    total = evaluate.summarize(samples)["total"]
+    result = {"data": "own.jsonl", "scorer": {}, "samples": samples}
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    found = read_outputs(tmp_path / "r.json")
+    column = score.score({"base": found, "DRIFT": found})["columns"]["own"]
+    assert column["scores"]["base"] == total["accuracy"] == 50.0
+    assert column["unfinished"]["base"] == total["unfinished"] == 2 and column["read_by"]["base"] == total["read_by"]
+
+
+def test_a_folder_with_an_at_sign_is_no_revision(model, data, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model@2")
+    assert run(folder, data, tmp_path / "r.json", "--batch_size", "14")["total"]["samples"] == 14
 
 
 def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(model, data, result, tmp_path, capsys):

@@ -268,9 +268,9 @@ def test_a_known_answer_is_read_by_the_same_rules(written, known):
 
 @pytest.mark.parametrize("gold", ["<answer> 145° </answer>", "It is so.\n#### 145", "So it is.\nAnswer: 145 degrees"])
 def test_both_sides_go_through_the_whole_way(gold):
-    assert mark("<think>a</think>The angle is **145°**.", gold, "") == (True, False)
-    assert mark("The angle is 154°.", gold, "") == (False, False)
-    assert mark("<think>The angle is 145", gold, "") == (False, True)
+    assert mark("<think>a</think>The angle is **145°**.", gold, "") == (True, "last line")
+    assert mark("The angle is 154°.", gold, "") == (False, "last line")
+    assert mark("<think>The angle is 145", gold, "") == (False, UNFINISHED)
 
 
 @pytest.mark.parametrize("question", [

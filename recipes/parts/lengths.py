@@ -36,8 +36,8 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
                 return True
             problem = BadSample(
                 f"longer than {max_tokens} tokens",
-                f"sample {index + 1} has {length} tokens, its images' included, and {max_tokens} are allowed: allow "
-                "more, make the images smaller, or drop such samples",
+                f"sample {index + 1} has {length} tokens, its images' included, and max_tokens allows {max_tokens}: "
+                "allow more, or make the images smaller" + ", or set on_long to drop" * (on_long == "fail"),
             )
         if on_long == "fail":
             raise problem

@@ -16,8 +16,24 @@ WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "of
 NESTED = ("processor_kwargs", "lr_scheduler_kwargs", "drift_alpha_pattern")  # what has numbers and switches inside
 
 
+class KeyTwice(yaml.YAMLError):
+    """A key that stands twice, of which PyYAML takes the last one."""
+
+
 class Loader(yaml.SafeLoader):
-    """PyYAML's, with the numbers of YAML 1.2: `1e-6` is one, and `1e6` a whole one. To YAML 1.1 they are texts."""
+    """PyYAML's, with the numbers of YAML 1.2: `1e-6` is one, and `1e6` a whole one. To YAML 1.1 they are texts. A key
+    stands once."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                where = f"line {line}" if first == line else f"lines {first} and {line}"
+                raise KeyTwice(f"the key {key.value} stands twice, in {where}: take one of them out")
+            lines[key.value] = line
+        return node
 
 
 def _number(loader: Loader, node: yaml.ScalarNode) -> float:
@@ -56,6 +72,8 @@ def read_recipe(recipe: str | Path) -> dict:
     except OSError as error:
         way_out = "name a YAML file such as recipes/configs/qwen2_5_vl_7b_r1.yaml"
         raise type(error)(f"recipe {recipe} cannot be read: {error.strerror}; {way_out}") from error
+    except KeyTwice as error:
+        raise ValueError(f"in {recipe} {error}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{recipe} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -164,7 +164,7 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
     for line, sentence in (("think_tokens: 'perhaps'", "think_tokens takes yes or no, got 'perhaps'"),
                            ("optim: null", "optim has no value: give it one, or leave the key out"),
                            ("lora_dropout: [1]", r"lora_dropout takes a number, got \[1\]")):  # fmt: skip
-        (tmp_path / "a.yaml").write_text("\n".join([*lines, line]))
+        (tmp_path / "a.yaml").write_text(f"base: b\n{line}")
         with pytest.raises(ValueError, match=f"^{sentence}$"):
             read_settings(tmp_path / "a.yaml")
 

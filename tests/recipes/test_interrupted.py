@@ -129,6 +129,8 @@ def test_a_keep_set_without_weight_is_none(more, named, written):
     ("processor_kwargs: many", "processor_kwargs takes settings such as {name: value}, got 'many'"),
     ("on_bad: 5", "on_bad takes one of drop, fail, not 5"),
     ("a: [", "is no YAML: while parsing"),
+    ("r: 4\nlora_alpha: 8\nr: 8", "a.yaml the key r stands twice, in lines 5 and 7: take one of them out"),
+    ("drift_alpha_pattern: {mlp: 1, mlp: 2}", "a.yaml the key mlp stands twice, in line 5: take one of them out"),
     ("5: 5", "is no recipe: it has to be keys with their values, such as r: 16"),
     (f"a: {'[' * 2000}", "is no YAML: "),
 ])  # fmt: skip

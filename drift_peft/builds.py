@@ -1,4 +1,5 @@
-"""torch and torchvision of two builds: every import of transformers then fails, and speaks of something else."""
+"""What stops an import, in one sentence: a package that is missing, or torch and torchvision of two builds, with which
+every import of transformers fails and speaks of something else."""
 
 from __future__ import annotations
 
@@ -23,14 +24,28 @@ def explained(error: Exception) -> Exception:
     return error
 
 
-def explain_imports(script: str) -> None:
-    """While a script is imported: end in this sentence where such builds are what stops it, and as Python does else."""
+def missing(error: BaseException, extra: str = "recipes") -> str | None:
+    """Which package of an extra an import has not found, in one sentence; None of another error."""
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if package in (None, "drift_peft", "parts"):  # a mistake of ours
+        return None
+    return f'{package} is missing: pip install "drift_peft[{extra}]"'
+
+
+def explain_imports(script: str, extra: str = "recipes") -> None:
+    """While a script is imported: end in a sentence where such builds, or a package that is missing, are what stops it,
+    and as Python does else.
+
+    Args:
+        extra: what brings the packages that the script needs.
+    """
 
     def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         told = explained(error) if isinstance(error, Exception) else error
-        if told is error:
+        sentence = missing(error, extra) if told is error else str(told)
+        if sentence is None:
             sys.__excepthook__(kind, error, traceback)
         else:
-            print(f"{script}: error: {told}", file=sys.stderr)
+            print(f"{script}: error: {sentence}", file=sys.stderr)
 
     sys.excepthook = say

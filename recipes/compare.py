@@ -295,6 +295,8 @@ def compare(args: Namespace) -> dict:
         Failed: a run has failed.
     """
     settings = read_recipe(args.recipe)
+    if args.search:
+        import optuna  # noqa: F401  which is missed now, and not when all ways are measured
     args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}

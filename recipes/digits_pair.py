@@ -15,7 +15,7 @@ from drift_peft.cli.interrupt import end_at_ctrl_c
 
 if __name__ == "__main__":  # before what takes its time to import
     end_at_ctrl_c("digits_pair.py: stopped")
-    explain_imports("digits_pair.py")
+    explain_imports("digits_pair.py", extra="demo")
 
 import json
 from pathlib import Path

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 from .options import read_options
@@ -22,6 +23,14 @@ from .reading import extract_boxed, final_answer, known_answer
 
 SECONDS = 5.0
 LONGEST = 2000  # characters; a longer answer is right if its text is the known one's
+for package in (
+    "math_verify",
+    "num2words",
+    "pint",
+    "sympy",
+):  # without which the other process would end, and all be wrong
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def well_formed(response: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
+from drift_peft.builds import missing
 from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.terminal import spell_out
 from drift_peft.warn import visible
@@ -110,7 +111,7 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
     try:
         yield
     except mistakes as error:
-        stop(script, str(error), 1)
+        stop(script, missing(error) or str(error), 1)
 
 
 def run_script(script: str, main: Callable[[], object]) -> None:

@@ -188,6 +188,30 @@ def test_ctrl_c_while_a_script_is_imported_is_one_sentence(script, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}.py: stopped\n")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_package_that_is_missing_is_one_sentence(script, tmp_path):
+    """As above, difflib stands for one that is not there."""
+    (tmp_path / "difflib.py").write_text("import pakcage.inside")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(RECIPES / f"{script}.py"), "--help"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    extra = "demo" if script == "digits_pair" else "recipes"
+    told = f'{script}.py: error: pakcage is missing: pip install "drift_peft[{extra}]"'
+    assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", told)
+
+
+def test_a_package_that_is_missing_later_is_the_same_sentence(tmp_path, capsys, monkeypatch):
+    """optuna is asked for before anything is measured; and no answer is wrong because the judge cannot start."""
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("compare.read_recipe", lambda _: {})
+    status, _, err = ended(capsys, "compare", "recipe.yaml", "-o", tmp_path / "compared", "--search", "2")
+    assert (status, err) == (1, 'compare.py: error: optuna is missing: pip install "drift_peft[recipes]"\n')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pint" else name)
+    with pytest.raises(ModuleNotFoundError) as missed:
+        importlib.reload(importlib.import_module("parts.answers"))
+    assert missed.value.name == "pint" and not (tmp_path / "compared").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize("other", [ValueError, RuntimeError, SystemError])
 def test_ctrl_c_that_a_library_turns_into_another_error_is_the_same_sentence(other, capsys):

@@ -104,9 +104,18 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
     prior = ReasoningPrior.load(run.prior)
     for role in ("expert", "reference"):
         wanted, built = getattr(run, role), (prior.metadata.get(role) or {"id": None})["id"]
-        if wanted is not None and built not in (wanted, split_revision(wanted)[0]):
+        if wanted is not None and not is_same_model(wanted, built):
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
     return prior
+
+
+def is_same_model(wanted: str, built: str | None) -> bool:
+    """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder."""
+    if built is None or wanted == built:
+        return wanted == built
+    if Path(wanted).exists():
+        return Path(built).exists() and Path(wanted).samefile(built)
+    return split_revision(wanted)[0] == built
 
 
 def open_start(run: RunArguments, base: Checkpoint, prior: ReasoningPrior | None, folder: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
 """recipes/: every configuration runs on a tiny pair of its real classes, and what goes wrong is one sentence."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -297,6 +298,21 @@ def test_a_prior_of_another_pair_is_refused(train, pair, tmp_path):
     with pytest.raises(SystemExit, match="was built for other base weights"):
         train("qwen2_vl", **FAST, prior=prior, expert=None, reference=None, output_dir=tmp_path / "other")
     assert not (tmp_path / "other" / "adapter_config.json").exists()
+
+
+def test_two_paths_to_one_expert_are_one(train, pair, tmp_path, monkeypatch):
+    """A slash at the end, and a path from another folder; but not a folder with @ in its name."""
+    train(**FAST)
+    expert, prior = pair("qwen2_5_vl") / "expert", pair("qwen2_5_vl") / "prior.safetensors"
+    monkeypatch.chdir(expert.parent.parent)
+    for number, named in enumerate((f"{expert}/", os.path.relpath(expert))):
+        train(**FAST, expert=named, output_dir=tmp_path / str(number))
+    other = Path(f"{expert}@2")
+    other.symlink_to(pair("qwen2_vl") / "expert")
+    with pytest.raises(SystemExit, match=r"was built with the expert .*expert, not .*expert@2: change expert or prior"):
+        train(**FAST, expert=other, output_dir=tmp_path / "other")
+    assert sft_vlm.is_same_model("org/expert@1", "org/expert") and not sft_vlm.is_same_model("org/expert", None)
+    assert prior.exists()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])  # its own head, and one tied to the embedding

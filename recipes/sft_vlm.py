@@ -131,6 +131,8 @@ def open_start(run: RunArguments, base: Checkpoint, prior: ReasoningPrior | None
     folder.parent.mkdir(parents=True, exist_ok=True)
     merge_baseline("task_arithmetic", base=run.base, output=folder, **roles, scale=run.merge_first, exist_ok=True)
     print(f"{folder} is the base with {run.merge_first:g}·Δ merged into it: training goes on from there.")
+    if prior is not None and run.merge_first > 1:  # what is left is (1 − λ)Δ
+        print(f"merge_first={run.merge_first:g} is more than all of Δ: DRIFT steers back, toward base + Δ.")
     return Checkpoint(folder)
 
 

@@ -16,6 +16,9 @@ from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 from .checkpoints import checkpoints, is_whole, newest_whole
 from .command_line import Parser, guess
 
+WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
+WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of
+
 
 @dataclass
 class RunArguments:
@@ -70,6 +73,13 @@ class RunArguments:
         hint = get_type_hints(RunArguments)["processor_kwargs"]
         self.processor_kwargs = as_meant("processor_kwargs", self.processor_kwargs, hint) or {}
         check_type("processor_kwargs", self.processor_kwargs, dict)
+        for key in WHOLE:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is a whole number of at least 1, got {getattr(self, key)}")
+        if not 0 <= self.keep_weight < math.inf:
+            raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
+        if not 0 < self.keep_bound < math.inf:
+            raise ValueError(f"keep_bound is a number above 0, such as 1, got {self.keep_bound}")
         if self.method == "drift" and self.prior is None:
             raise ValueError("method drift needs a prior: name the file to build it in, or set method to sft")
         if self.merge_first is not None and not (math.isfinite(self.merge_first) and self.merge_first):

@@ -7,6 +7,7 @@ import sft_vlm
 import torch
 import yaml
 from keep_sets import ENDS
+from parts.arguments import WHOLE
 from recipe_runs import CONFIGS, FAMILY, FAST
 from tiny_vlm import PROCESSORS
 from transformers import GenerationConfig
@@ -115,6 +116,10 @@ def test_replay_mixes_the_answers_into_the_data_instead(train, pair, data, tmp_p
         ({"replay": 1}, r"replay is a share of the training samples, at least 0 and below 1, got 1\.0"),
         ({"replay": 0.2}, r"replay=0\.2 takes the answers of a keep set: name one with keep"),
         ({"replay": 0.2, "keep": "k.safetensors", "streaming": True}, "whose size streaming does not know: leave out"),
+        ({"keep_weight": -1}, r"keep_weight is a number of at least 0, and 0 keeps nothing, got -1\.0"),
+        ({"keep_weight": "nan"}, "keep_weight is a number of at least 0, .* got nan"),
+        ({"keep_bound": 0}, r"keep_bound is a number above 0, such as 1, got 0\.0"),
+        *(({key: 0}, f"{key} is a whole number of at least 1, got 0") for key in WHOLE),
         ({"keep": "k.safetensors", "drift_norm": "weight"}, "does not see the gradient that keep adds: set drift_norm"),
     ],
 )

@@ -146,6 +146,13 @@ def test_ctrl_c_names_the_way_on(at, train, tmp_path, monkeypatch):
         assert told == f"stopped before the first checkpoint: start again with {command[0]}"
 
 
+def test_more_than_all_of_delta_is_steered_back_and_that_is_said(train, tmp_path, capsys):
+    train(**FAST, merge_first=2)
+    assert "merge_first=2 is more than all of Δ: DRIFT steers back, toward base + Δ." in capsys.readouterr().out
+    train(**FAST, merge_first=0.5, output_dir=tmp_path / "half")
+    assert "steers back" not in capsys.readouterr().out
+
+
 def test_too_little_memory_to_verify_is_told_before_anything_is_loaded(train, tmp_path, monkeypatch):
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: memory(1000))

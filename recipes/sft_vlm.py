@@ -344,8 +344,8 @@ def telling_the_way_on(argv: list[str] | None, output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        given = sys.argv[1:] if argv is None else argv
-        again, last = f"python recipes/sft_vlm.py {shlex.join(given)}", newest_whole(output)
+        called = sys.orig_argv if argv is None else ["python", __file__, *argv]
+        again, last = shlex.join(called), newest_whole(output)
         if last is None:
             told = f"stopped before the first checkpoint: start again with {again}"
         else:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections import namedtuple
 
 import psutil
@@ -137,13 +138,22 @@ def test_ctrl_c_names_the_way_on(at, train, tmp_path, monkeypatch):
         patch.setattr(sft_vlm.Trainer, "training_step", interrupted)
         train(**settings)
     told = str(stopped.value)
-    command = re.search(r"python recipes/sft_vlm\.py --base .* --save_steps 2", told)
+    command = re.search(rf"python {re.escape(sft_vlm.__file__)} --base .* --save_steps 2", told)
     assert command
     if at:
         assert told.startswith(f"stopped; {tmp_path / 'run' / 'checkpoint-2'} is kept: go on with python ")
         assert told.endswith(f"{command[0]} --resume-from-checkpoint true")
     else:
         assert told == f"stopped before the first checkpoint: start again with {command[0]}"
+
+
+def test_ctrl_c_names_the_command_as_it_was_called(tmp_path, monkeypatch):
+    """From wherever that was, and with which Python."""
+    called = [".venv/bin/python", "-u", "../my recipes/sft_vlm.py", "--config", "a.yaml"]
+    monkeypatch.setattr(sys, "orig_argv", called)
+    with pytest.raises(KeyboardInterrupt) as stopped, sft_vlm.telling_the_way_on(None, tmp_path):
+        raise KeyboardInterrupt
+    assert str(stopped.value).endswith("start again with .venv/bin/python -u '../my recipes/sft_vlm.py' --config a.yaml")
 
 
 def test_more_than_all_of_delta_is_steered_back_and_that_is_said(train, tmp_path, capsys):

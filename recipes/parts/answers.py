@@ -23,12 +23,8 @@ from .reading import extract_boxed, final_answer, known_answer
 
 SECONDS = 5.0
 LONGEST = 2000  # characters; a longer answer is right if its text is the known one's
-for package in (
-    "math_verify",
-    "num2words",
-    "pint",
-    "sympy",
-):  # without which the other process would end, and all be wrong
+NEEDED = ("math_verify", "num2words", "pint", "sympy")  # by the other process, which would end, and all would be wrong
+for package in NEEDED:
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 

@@ -37,6 +37,7 @@ from parts.arguments import RunArguments, TrainArguments, is_missing, parse
 from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
+from parts.held import Held, mark_of, settings_to_hold
 from parts.images import image_mode
 from parts.lengths import within_length
 from parts.loading import load_messages
@@ -204,9 +205,10 @@ def describe(dataset: Dataset) -> dict:
     return {"samples": len(dataset), "images": images, "sha256": digest.hexdigest()}
 
 
-def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:
+def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: Held) -> tuple[Trainer, dict]:
     """All that a mistake in the settings may break. Returns the trainer, and what run.json says so far."""
     base = Checkpoint(run.base)
+    held.add("base", run.base, mark_of(base))
     if run.merge and run.verify:
         check_memory(base)
     processor = AutoProcessor.from_pretrained(
@@ -224,10 +226,13 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
     for key, text in dropped.unread.items():
         print(f"not read: {key}, such as {text}")
+    held.add("data", run.data, data["sha256"])
     check_keep(run, data["images"])
     prior = open_prior(run)
     start = open_start(run, base, prior, beside(train.output_dir, "base"))
     keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)
+    for key, file in {"prior": prior, "keep": keep_set}.items():
+        held.add(key, getattr(run, key), file and file.sha256)
     record = {
         "settings": settings_of(run, drift, train),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -263,6 +268,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tup
     )
     pieces = {"train_dataset": dataset, "processing_class": processor, "quantization_config": nf4, "peft_config": drift}
     trainer = Trainer(start.source, train, **pieces)
+    trainer.held = held.content
     if run.think_tokens:  # TRL's loss reads the head's bias, which PEFT's wrapper around the head does not have
         trainer.model.get_output_embeddings().bias = None
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
@@ -283,12 +289,15 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
     output, start = Path(train.output_dir), train.resume_from_checkpoint
     with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
         check(run, drift, train)
+        held = Held(settings_to_hold(run, drift, train), start)
         clear(output)
-        trainer, record = prepare(run, drift, train)
+        trainer, record = prepare(run, drift, train, held)
         if start:
             torn = [path.name for path in checkpoints(output) if not is_whole(path)]
             aside = f"; {' and '.join(torn)}, which a run was writing when it was killed, is not used" if torn else ""
             print(f"Training goes on from {start}{aside}.")
+            if held.before is None:
+                print("It does not say with which settings it was trained: see that they are these.")
     with in_one_sentence("sft_vlm.py", OSError):
         result = trainer.train(resume_from_checkpoint=start)
         if start and result.global_step == steps_of(Path(start)) and earlier_record(output):

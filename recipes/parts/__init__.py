@@ -3,6 +3,7 @@
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
 checkpoints   which checkpoints are whole, and so what training goes on from
+held          what a checkpoint was trained with, and goes on with alone
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture
 sources       files, folders and hub data sets, as samples

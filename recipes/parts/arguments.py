@@ -141,9 +141,9 @@ def _mirror(name: str) -> tuple:
     return name, types.get(name, get_type_hints(DriftConfig)[name]), field(**default, metadata=help)
 
 
-_DRIFT = [name for name in DriftConfig.__dataclass_fields__ if name.startswith("drift_") and name != "drift_steps"]
-_LORA = ["r", "lora_alpha", "lora_dropout", "use_rslora"]
-DriftArguments = make_dataclass("DriftArguments", map(_mirror, _LORA + _DRIFT))
+DRIFT = [name for name in DriftConfig.__dataclass_fields__ if name.startswith("drift_") and name != "drift_steps"]
+LORA = ["r", "lora_alpha", "lora_dropout", "use_rslora"]
+DriftArguments = make_dataclass("DriftArguments", map(_mirror, LORA + DRIFT))
 
 
 def is_missing(made: str) -> bool:
@@ -201,5 +201,5 @@ def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, 
     run, drift, train = RecipeParser(doc).parse_args_and_config(argv)
     settings = {name: from_yaml(value) for name, value in vars(drift).items()}
     if run.method == "sft":
-        run.prior, settings = None, {**{name: settings[name] for name in _LORA}, "drift_alpha": 0.0}
+        run.prior, settings = None, {**{name: settings[name] for name in LORA}, "drift_alpha": 0.0}
     return run, DriftConfig(prior=run.prior, task_type="CAUSAL_LM", **settings), train

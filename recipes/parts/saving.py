@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from drift_peft import DriftConfig
 
 from .checkpoints import checkpoints, newest_whole
+from .held import FILE
 
 PARTIAL = "checkpoint.partial"  # which Trainer takes for no checkpoint
 ADAPTER = "adapter.partial"
@@ -33,7 +34,12 @@ class Trainer(SFTTrainer):
     leaves nothing behind, and its adapter is kept nevertheless. A run that has taken all its steps takes no more.
 
     The adapter's model card stays, where TRL's `push_to_hub` puts one of its own in its place.
+
+    Attributes:
+        held: what each checkpoint says that it was trained with; see held.py.
     """
+
+    held: dict | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,6 +73,7 @@ class Trainer(SFTTrainer):
             self._place = str(partial)
             super()._save_checkpoint(model, trial)
             self._place = None
+            write_json(self.held, partial / name / FILE)
             if (output / name).exists():  # of a run that was taken up from an earlier one
                 os.replace(output / name, partial / f"{name}.old")
             os.replace(partial / name, output / name)

@@ -1,0 +1,132 @@
+"""What a checkpoint was trained with, written in it: training goes on with that alone, or the card and run.json would
+tell of a run that there was not.
+
+Free are the length of the run, what is logged and saved, and what only making a prior or a keep set asks for. So are
+the batch sizes as long as a step has as many samples: then each step has the same ones, and a smaller batch is the way
+out where memory is short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from drift_peft import DriftConfig
+from drift_peft.checkpoints import Checkpoint
+
+from .arguments import DRIFT, LORA, RunArguments, TrainArguments
+
+FILE = "trained_with.json"
+PLACES = ("base", "expert", "prior", "reference", "data", "images", "keep", "chat_template_path")
+RUN = ("method", "base", "expert", "prior", "reference", "merge_first", "data", "split", "images", "streaming")
+RUN += ("max_tokens", "processor_kwargs", "think_tokens", "keep_weight", "keep", "replay")
+RUN += ("keep_bound", "keep_batch_size", "keep_every")
+TRAIN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "optim",
+    "optim_args",
+)
+TRAIN += ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor")
+TRAIN += ("neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
+TRAIN += (
+    "shuffle_dataset",
+    "chat_template_path",
+    "packing",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "loss_type",
+)
+STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+PLACES_READ, READ = 64, 4096  # of each file of weights; bytes at each
+WAY_OUT = "or start again in another output_dir"
+
+
+class Held:
+    """What a run trains with, and what the checkpoint that it goes on from was trained with.
+
+    Args:
+        settings: from `settings_to_hold`.
+        checkpoint: None of a run that starts.
+
+    Attributes:
+        content: what every checkpoint of the run has in FILE.
+        before: what the checkpoint has there; None of a run that starts, and of checkpoints of earlier versions.
+
+    Raises:
+        ValueError: the checkpoint was trained with other settings; it names the first.
+    """
+
+    def __init__(self, settings: dict, checkpoint: str | Path | None):
+        self.content = {"settings": json.loads(json.dumps(settings, default=str)), "files": {}}
+        self.checkpoint, self.before = checkpoint, None
+        if checkpoint is None or not Path(checkpoint, FILE).exists():
+            return
+        self.before = json.loads(Path(checkpoint, FILE).read_text(encoding="utf-8"))
+        for key, now in self.content["settings"].items():
+            before = self.before["settings"].get(key, now)
+            if not _same(before, now):
+                raise ValueError(f"{checkpoint} was trained {_told(key, before, now)}: change it back, {WAY_OUT}")
+
+    def add(self, key: str, name: str, mark: str | None) -> None:
+        """Note what stands for a file's content; None if it is not known.
+
+        Raises:
+            ValueError: it is another one than the checkpoint was trained with.
+        """
+        before = None if self.before is None else self.before["files"].get(key)
+        if None not in (before, mark) and before != mark:
+            told = f"{self.checkpoint} was trained with another content of {key}, which is {name}"
+            raise ValueError(f"{told}: put back what was there, {WAY_OUT}")
+        self.content["files"][key] = mark
+
+
+def settings_to_hold(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> dict:
+    """All settings that change what is learnt, by name."""
+    trains = train.to_dict()
+    held = {key: getattr(run, key) for key in RUN} | {key: getattr(drift, key) for key in LORA + DRIFT}
+    held |= {key: trains[key] for key in TRAIN if key in trains}
+    held = {key: _place(value) if key in PLACES else value for key, value in held.items() if key != "drift_log_kinds"}
+    return held | {" × ".join(STEP): trains[STEP[0]] * trains[STEP[1]]}
+
+
+def mark_of(base: Checkpoint) -> str:
+    """What tells the weights of a base from others of the same shapes, wherever they lie: a commit of the hub, or a
+    SHA-256 over bytes here and there in each file. Reading all of them would take as long as loading."""
+    if base.revision is not None:
+        return base.revision
+    digest = hashlib.sha256()
+    for path in base.files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(1, size // PLACES_READ)):
+                file.seek(place)
+                digest.update(file.read(READ))
+    return digest.hexdigest()
+
+
+def _place(name: str | None) -> dict | None:
+    """A file or folder, which may be named in several ways; `at` is None of what lies on the hub."""
+    if name is None:
+        return None
+    here = Path(name).exists() or name.endswith(".safetensors")  # which is there when it is made
+    return {"named": name, "at": str(Path(name).resolve()) if here else None}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict) and "named" in one and "named" in other:
+        return one["named"] == other["named"] or one["at"] == other["at"] is not None
+    return one == other
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    before, now = (value["named"] if isinstance(value, dict) and "named" in value else value for value in (before, now))
+    if before is None:
+        return f"without {key}, not with {now}"
+    return f"with {key}={before}, " + ("not without" if now is None else f"not {now}")

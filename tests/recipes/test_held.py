@@ -1,0 +1,106 @@
+"""A checkpoint goes on with what it was trained with, and with nothing else."""
+
+import json
+import os
+import shutil
+
+import pytest
+import sft_vlm
+from parts.held import FILE, mark_of
+from recipe_runs import FAST
+from safetensors.torch import load_file, save_file
+
+from drift_peft.checkpoints import Checkpoint
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+SETTINGS = {**FAST, "save_steps": 1}
+RESUMED = {**SETTINGS, "max_steps": 3, "resume_from_checkpoint": "true"}
+
+
+class LoadedSomething(Exception):
+    pass
+
+
+def load(*_, **__):
+    raise LoadedSomething
+
+
+def test_other_settings_are_refused_before_anything_is_loaded(train, pair, data, tmp_path, monkeypatch):
+    train(**SETTINGS)
+    monkeypatch.setattr(sft_vlm, "prepare", load)
+    folder, checkpoint = pair("qwen2_5_vl"), tmp_path / "run" / "checkpoint-2"
+    other, base = pair("qwen2_vl"), folder / "base"
+    (tmp_path / "more.jsonl").write_bytes(data.read_bytes())
+    step = "per_device_train_batch_size × gradient_accumulation_steps"
+    for changed, told in (
+        ({"method": "sft"}, "with method=drift, not sft"),
+        ({"base": other / "base"}, f"with base={base}, not {other / 'base'}"),
+        ({"expert": other / "expert"}, f"with expert={folder / 'expert'}, not {other / 'expert'}"),
+        ({"reference": None}, f"with reference={base}, not without"),
+        ({"prior": "p.safetensors"}, f"with prior={folder / 'prior.safetensors'}, not p.safetensors"),
+        ({"merge_first": 0.5}, "without merge_first, not with 0.5"),
+        ({"data": tmp_path / "more.jsonl"}, f"with data={data}, not {tmp_path / 'more.jsonl'}"),
+        ({"keep": "k.safetensors"}, "without keep, not with k.safetensors"),
+        ({"r": 8}, "with r=4, not 8"),
+        ({"lora_alpha": 4}, "with lora_alpha=8, not 4"),
+        ({"drift_alpha": 0.1}, "with drift_alpha=0.3, not 0.1"),
+        ({"drift_modules": "attn"}, "without drift_modules, not with ['attn']"),
+        ({"learning_rate": 1e-4}, "with learning_rate=0.001, not 0.0001"),
+        ({"seed": 7}, "with seed=42, not 7"),
+        ({"per_device_train_batch_size": 1}, f"with {step}=4, not 2"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            train(**{**RESUMED, **changed})
+        way_out = "change it back, or start again in another output_dir"
+        assert str(refused.value) == f"sft_vlm.py: error: {checkpoint} was trained {told}: {way_out}"
+    monkeypatch.chdir(folder)  # the same, named in other ways, and what may be another
+    free = {"base": f"{base}/", "expert": "expert", "data": os.path.relpath(data), "prior": "prior.safetensors"}
+    free |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "keep_samples": 3, "logging_steps": 2}
+    with pytest.raises(LoadedSomething):
+        train(**{**RESUMED, **free})
+
+
+def test_other_files_of_the_same_names_are_refused_before_the_model_is_loaded(train, pair, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
+    own = shutil.copytree(data.parent, tmp_path / "pictures") / data.name
+    paths = {"base": folder, "reference": None, "expert": None, "prior": None, "method": "sft", "data": own}
+    train(**SETTINGS, **paths)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    monkeypatch.setattr(sft_vlm, "Trainer", load)
+    text = own.read_text(encoding="utf-8")
+    own.write_text(text.replace("how many", "many"), encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"{checkpoint} was trained with another content of data, which is {own}: put"):
+        train(**RESUMED, **paths)
+    own.write_text(text, encoding="utf-8")
+    file = folder / "model.safetensors"
+    kept = file.read_bytes()
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=f"with another content of base, which is {folder}: put back what was there"):
+        train(**RESUMED, **paths)
+    file.write_bytes(kept)  # at another time
+    with pytest.raises(LoadedSomething):
+        train(**RESUMED, **paths)
+
+
+def test_a_mark_is_that_of_the_weights_wherever_they_lie(pair, tmp_path):
+    base = pair("qwen2_5_vl") / "base"
+    assert mark_of(Checkpoint(base)) == mark_of(Checkpoint(shutil.copytree(base, tmp_path / "moved")))
+    assert mark_of(Checkpoint(base)) != mark_of(Checkpoint(pair("qwen2_vl") / "base"))
+
+
+def test_what_is_free_may_change_and_the_checkpoints_say_it(train, tmp_path, capsys):
+    train(**SETTINGS)
+    free = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_total_limit": 2}
+    trainer, output = train(**{**RESUMED, **free})
+    assert trainer.state.global_step == 3 and "It does not say" not in capsys.readouterr().out
+    held = json.loads((output / "checkpoint-3" / FILE).read_text(encoding="utf-8"))
+    assert held["settings"]["r"] == 4 and {*held["files"]} == {"base", "data", "prior", "keep"}
+
+
+def test_a_checkpoint_that_does_not_say_is_gone_on_from_with_a_word(train, capsys):
+    _, output = train(**SETTINGS)
+    (output / "checkpoint-2" / FILE).unlink()
+    train(**RESUMED)
+    assert "It does not say with which settings it was trained" in capsys.readouterr().out

@@ -153,7 +153,8 @@ def test_ctrl_c_names_the_command_as_it_was_called(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", called)
     with pytest.raises(KeyboardInterrupt) as stopped, sft_vlm.telling_the_way_on(None, tmp_path):
         raise KeyboardInterrupt
-    assert str(stopped.value).endswith("start again with .venv/bin/python -u '../my recipes/sft_vlm.py' --config a.yaml")
+    again = ".venv/bin/python -u '../my recipes/sft_vlm.py' --config a.yaml"
+    assert str(stopped.value) == f"stopped before the first checkpoint: start again with {again}"
 
 
 def test_more_than_all_of_delta_is_steered_back_and_that_is_said(train, tmp_path, capsys):

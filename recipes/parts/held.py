@@ -27,8 +27,8 @@ RUN = tuple(
 TRAIN = tuple(
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay "
     "adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha bf16 fp16 seed "
-    "data_seed train_sampling_strategy dataloader_drop_last shuffle_dataset chat_template_path packing completion_only_loss "
-    "assistant_only_loss loss_type".split()
+    "data_seed train_sampling_strategy dataloader_drop_last shuffle_dataset chat_template_path packing "
+    "completion_only_loss assistant_only_loss loss_type".split()
 )
 STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PLACES_READ, READ = 64, 4096  # of each file of weights; bytes at each

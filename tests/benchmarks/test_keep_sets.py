@@ -56,14 +56,21 @@ def test_replay_trains_the_answers_of_the_keep_set(keep_sets):
 
 
 def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
+    merged = KEPT["merge-drift-ancestor-keep"]  # which has no plain one: DRIFT of one strength on a merged base
+    assert merged.drift == METHODS["drift-ancestor"].drift | {"drift_alpha": 0.3} and "merged" in merged.grid[0]
+    assert (merged.prior, merged.settings) == ("hierarchical", KEEP)
     for key, method in KEPT.items():
+        if method is merged:
+            continue
         plain = METHODS[key.removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
         assert method.settings == (KEEP if method.kept == "kl" else REPLAY)
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="the source distribution lacks the study's checkpoints")
-@pytest.mark.parametrize("key", ["lora-keep", "drift-ancestor-replay", "drift-ancestor-text"])
+@pytest.mark.parametrize(
+    "key", ["lora-keep", "merge-drift-ancestor-keep", "drift-ancestor-replay", "drift-ancestor-text"]
+)
 def test_kept_runs_go_through(key, tmp_path, monkeypatch):
     from digits_study import run as runs
     from digits_study.priors import make_priors

@@ -76,3 +76,10 @@ class Header(Schema):
     without_counterpart: dict[Text, NonNegativeInt] | None = None
 
     _of_something = model_validator(mode="after")(Parent._of_something)
+
+
+def cosine_of(header: dict) -> str:
+    """What the cosines in a header are of, in words."""
+    if "gated" in header:
+        return "base and base + Δ"
+    return "farthest expert and base" if "parents" in header else "expert and base"

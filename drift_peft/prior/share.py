@@ -31,6 +31,7 @@ from ..checkpoints import (
 from ..warn import warn
 from .combine import formula
 from .file import FILE_NAME, FINGERPRINT_TOLERANCE, PriorFile
+from .header import cosine_of
 
 PROBED = 3  # weights that tell another base
 CARD = """\
@@ -50,7 +51,7 @@ that reasoning (DRIFT, [arXiv 2510.15050](https://arxiv.org/abs/2510.15050)).
 |---|---|---|---|---|
 {table}
 
-Captured energy is ΣS²/‖Δ‖²; the cosine is that of a weight in both models. SHA-256 of the file: `{sha256}`.
+Captured energy is ΣS²/‖Δ‖²; the cosine is that of {cosine_of}. SHA-256 of the file: `{sha256}`.
 
 ## Use
 
@@ -120,6 +121,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         formula=in_markdown(formula(header)),
         rank=prior.rank,
         table=_table(header["weights"]),
+        cosine_of=cosine_of(header),
         sha256=prior.sha256,
         source=repo_id or FILE_NAME,
         recipe=_recipe(header),

@@ -14,6 +14,7 @@ from sample_prior import BETWEEN, CLOSE_PAIR, FAR_PAIR, sample_prior
 
 from drift_peft import ReasoningPrior, build_prior
 from drift_peft.demo.compare import EXPERT, VLM
+from drift_peft.prior.report.page import render_page
 from drift_peft.prior.report.plot import draw_prior
 from drift_peft.prior.report.summary import prior_summary, projection
 from drift_peft.prior.report.tables import prior_notes, prior_rows, prior_table, prior_title
@@ -187,6 +188,25 @@ def test_a_combined_prior(tmp_path):
         "0.7·" in prior_title(summary) and "At least one expert is far from the base" in summary["verdict"]["distance"]
     )
     assert "0.7·" in printed(prior_table(summary))
+
+
+def test_a_combined_prior_is_not_judged_by_its_experts(tmp_path):
+    """A coefficient moves Δ and no expert, so that their cosines say nothing of merging the sum."""
+    one = sample_prior(tmp_path / "p.safetensors", 2, size=CLOSE_PAIR)
+    combined = ReasoningPrior.combine([(one, 20)], tmp_path / "c.safetensors")
+    alone, summary = prior_summary(one), prior_summary(combined)
+    assert "likely to work" in alone["verdict"]["merging"] and alone["verdict"]["title"] == "Close"
+    assert summary["total"]["relative_norm"] == pytest.approx(20 * alone["total"]["relative_norm"], rel=1e-2)
+    told = summary["verdict"]
+    assert told["merging"].startswith("Whether merging their sum hurts is open") and told["title"] == "Experts close"
+    for shown, named in ((alone, "of expert and base"), (summary, "of farthest expert and base")):
+        assert f"cosine {named}: mean and lowest" in printed(prior_table(shown))
+        assert f"mean cosine {named}" in render_page(shown) and f"cosine {named}" in draw_prior(shown, "svg").decode()
+    gates = {name: torch.full((len(one[name].S),), 0.5) for name in one}
+    products = {name: torch.zeros(len(one[name].S)) for name in one}
+    gated = prior_summary(combined.gated(gates, products, tmp_path / "g.safetensors", {"seed": 0}))
+    assert gated["cosine_of"] == "base and base + Δ"
+    assert gated["verdict"]["distance"].startswith("The two models are")
 
 
 def test_table(prior):

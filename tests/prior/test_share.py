@@ -103,6 +103,8 @@ def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
     assert card.data.license_name == "vlm-and-math-and-code-and-llm"
     assert "Δ = 0.7·(math − vlm) -0.3·(code − llm)" in card.text
     assert f"0.7),  # sha256 {math.sha256}" in card.text
+    assert "the cosine is that of farthest expert and base." in card.text
+    assert "the cosine is that of expert and base." in math.model_card().text
     for python in re.findall(r"```python\n(.*?)```", card.text, re.S):
         compile(python.replace("…", "'p'"), "card", "exec")
     lora = {

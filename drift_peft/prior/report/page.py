@@ -69,7 +69,7 @@ def render_page(summary: dict) -> str:
     expert = f"Expert {summary['expert']['id']}, " if summary.get("expert") else ""
     heading = [f"<span>{part}</span>" for part in escape(prior_title(summary)).replace(" − ", "\n−&nbsp;").split("\n")]
     tiles = {
-        "mean cosine of expert and base": f"{verdict['mean_cosine']:.3f}" if verdict["level"] else "–",
+        f"mean cosine of {summary['cosine_of']}": f"{verdict['mean_cosine']:.3f}" if verdict["level"] else "–",
         "relative norm ‖Δ‖/‖W‖": f"{total['relative_norm']:.3f}" if total["relative_norm"] else "–",
         f"captured energy at rank {summary['rank']}": f"{total['energy']:.1%}",
         "weights steered": str(total["weights"]),
@@ -119,6 +119,7 @@ def _data(summary: dict) -> str:
     """What the script draws from, as JSON that cannot end its script element."""
     data = {
         "rank": summary["rank"],
+        "cosine_of": summary["cosine_of"],
         "close": summary["verdict"]["close_from"],
         "far": summary["verdict"]["far_below"],
         "kinds": [kind["modules"] for kind in summary["kinds"]],

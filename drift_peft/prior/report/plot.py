@@ -64,7 +64,7 @@ def _style(kind: str) -> dict:
 
 def _draw_layers(summary: dict, norms, cosines, energies) -> None:
     norms.set_title("relative norm ‖Δ‖/‖W‖ by layer")
-    cosines.set_title("cosine of expert and base by layer, mean and range")
+    cosines.set_title(f"cosine of {summary['cosine_of']} by layer, mean and range")
     energies.set_title(f"captured energy at rank {summary['rank']} by layer")
     by_kind: dict[str, list[dict]] = {}
     for row in summary["rows"]:

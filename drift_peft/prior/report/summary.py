@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...checkpoints import module_kind
 from ..file import PriorFile
+from ..header import cosine_of
 from .verdict import verdict
 
 
@@ -30,7 +31,7 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
         The header with `sha256`; its `weights` with `layer` (None outside of the layers), `modules` (their kind),
         `projection` and `relative_norm` besides; the groups `rows` by layer and kind, `projections` and `kinds` over
         all layers, and the `total`; the pooled spectrum by kind (`spectra`); the gates by kind and direction (`gates`,
-        empty if there are none); the `verdict`.
+        empty if there are none); what the cosines are of, in words (`cosine_of`); the `verdict`.
 
     Raises:
         ValueError: rank < 1.
@@ -75,7 +76,8 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
         "total": total,
         "spectra": _spectra(weights, squares),
         "gates": _gates(weights),
-        "verdict": verdict(weights, total["energy_by_rank"], combined="parents" in header),
+        "cosine_of": cosine_of(header),
+        "verdict": verdict(weights, total["energy_by_rank"], combined="parents" in header and "gated" not in header),
         "weights": weights,
     }
 

@@ -12,7 +12,7 @@ from ...checkpoints import Checkpoint, as_peft_reads, describe, language_model_t
 from ..combine import formula
 from ..file import PriorFile
 
-CAPTION = "captured energy at rank k; cosine of expert and base: mean and lowest"
+CAPTION = "captured energy at rank k; cosine of {cosine_of}: mean and lowest"
 
 
 def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
@@ -36,7 +36,7 @@ def prior_table(summary: dict) -> Table:
     """`prior_summary` for the terminal."""
     heads, rows = prior_rows(summary)
     # As Text, since brackets and colons in a folder's name are no markup.
-    title, caption = Text(prior_title(summary)), Text("\n".join([CAPTION, *prior_notes(summary)]))
+    title, caption = Text(prior_title(summary)), Text("\n".join([CAPTION.format_map(summary), *prior_notes(summary)]))
     table = Table(*heads, title=title, caption=caption, collapse_padding=True)
     for column in table.columns:
         column.justify = "right"
@@ -54,7 +54,7 @@ def prior_html(summary: dict) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    notes = "".join(f"<p>{escape(note)}</p>" for note in (CAPTION, *prior_notes(summary)))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (CAPTION.format_map(summary), *prior_notes(summary)))
     return f"<p><b>{escape(prior_title(summary))}</b><br>{escape(words)}</p>{table}{notes}"
 
 

@@ -29,7 +29,11 @@ MERGING = {
     "far": "Naive merging is likely to hurt: pairs this far apart lost up to 8.2 points by it in the paper.",
     None: "So there is no telling here whether naive merging hurts.",
 }
+MERGING_COMBINED = (
+    "Whether merging their sum hurts is open: each cosine is that of an expert alone, whatever its coefficient is here."
+)
 TITLES = {"close": "Close", "between": "In between", "far": "Far apart", None: "Not judged"}
+TITLES_COMBINED = {"close": "Experts close", "between": "Experts in between", "far": "An expert far apart"}
 DISTANCE = {
     "close": "The two models are close",
     "between": "The two models are neither close nor far apart",
@@ -78,9 +82,9 @@ def verdict(weights: Mapping[str, dict], energy_by_rank: Mapping[int, float], co
         "mean_cosine": mean,
         "close_from": CLOSE,
         "far_below": FAR,
-        "title": TITLES[level],
+        "title": (TITLES_COMBINED if combined and level else TITLES)[level],
         "distance": distance,
-        "merging": MERGING[level],
+        "merging": MERGING_COMBINED if combined and level else MERGING[level],
         "rank": rank,
         "basis": BASIS,
     }

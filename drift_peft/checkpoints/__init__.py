@@ -41,6 +41,7 @@ from .hub import download, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
+    UNTRAINED,
     adapter_folder,
     adapter_updates,
     is_adapter,
@@ -91,6 +92,7 @@ __all__ = [
     "TASK",
     "TOKENIZER",
     "UNFINISHED",
+    "UNTRAINED",
     "Checkpoint",
     "Decoder",
     "DequantizedCheckpoint",

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from .checkpoint import Checkpoint
 from .decoder import is_linear
-from .lora import adapter_folder, read_updates
+from .lora import UNTRAINED, adapter_folder, made_without_training, read_updates
 from .match import in_vocabulary
 from .naming import canonical_name
 from .output import write_tensors
@@ -46,7 +46,8 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
         ValueError: the adapter has a part that is more than s·B·A of a linear layer, by name; not each of its modules
             has a counterpart of its shape in the model, with the names on both sides; or it adds nothing.
     """
-    updates = read_updates(adapter_folder(adapter))
+    folder_of_adapter = adapter_folder(adapter)
+    updates = read_updates(folder_of_adapter)
     _refuse_more_than_lora(updates, adapter)
     factors = _placed(updates, adapter, checkpoint)
     if not (scalings := Counter(u.scaling for u in factors.values() if u.scaling and u.B.any())):
@@ -60,7 +61,10 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
         tensors[f"base_model.model.{module}.lora_A.weight"] = pad(update.A, (0, 0, 0, lacking)).contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = pad(B, (0, lacking)).contiguous()
     folder.mkdir(exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    # One of the model itself, under its own names, was trained on it, and how that was loaded nothing says.
+    of_another = not any(module == update.module for module, update in factors.items())
+    metadata = UNTRAINED if of_another or made_without_training(folder_of_adapter) else {"format": "pt"}
+    write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
     LoraConfig(
         base_model_name_or_path=checkpoint.source,
         revision=checkpoint.revision,

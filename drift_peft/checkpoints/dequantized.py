@@ -21,7 +21,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from .checkpoint import Checkpoint
-from .lora import DRIFT_CONFIG
+from .lora import DRIFT_CONFIG, made_without_training
 from .schema import DriftRecord, check, read_json
 from .update import BLOCK
 
@@ -73,10 +73,10 @@ def quantization_in_training(adapter: Path, checkpoint: Checkpoint) -> Quantizat
 
 
 def _record(adapter: Path) -> dict | None:
-    """What `quantization_of` said when the adapter was trained; None if that is not recorded."""
+    """What `quantization_of` said when the adapter was trained, {} if it never was; None if that is not recorded."""
     file = adapter / DRIFT_CONFIG
     if not file.is_file():
-        return None
+        return {} if made_without_training(adapter) else None
     content = read_json(file)
     try:
         return check(content, DriftRecord).quantization

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .checkpoint import Checkpoint
@@ -28,6 +28,9 @@ from .watch import Watch
 CONFIG = "adapter_config.json"
 DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
 FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+# In safetensors' metadata of W + λΔ that we made ourselves, of full-precision weights: who trains it and saves it again
+# writes no such thing, which a file beside it would not notice.
+UNTRAINED = {"format": "pt", "drift_peft": "made without training"}
 # Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "arrow_config")  # by PEFT 0.18 and 0.19
@@ -154,6 +157,15 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
 def recorded_base(folder: Path) -> str | None:
     """The model that an adapter in this folder says it was trained on; None if it does not."""
     return _read_config(folder).base_model_name_or_path or None
+
+
+def made_without_training(folder: Path) -> bool:
+    """Whether the adapter's weights are as we made them, W + λΔ in full precision."""
+    file = folder / FILES[1]
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as weights:
+        return UNTRAINED.items() <= (weights.metadata() or {}).items()
 
 
 def _read_config(folder: Path) -> LoraConfig:

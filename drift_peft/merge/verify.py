@@ -151,7 +151,7 @@ def verify_merge(
     if trained.assumed:
         exact = Row(here, **{"image": None, **_errors(folder, full)})
         words = (
-            "The adapter does not say how its base was in training. If it was in full precision, as with a transplant, "
+            "The adapter does not say how its base was in training. If it was in full precision, "
             f"this folder is {_off(exact)} what was trained. If it was in 4 bits: {words[0].lower()}{words[1:]}"
         )
     return Verification(rows, trained.words, no_image, " ".join([*lost, words]), error)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ..checkpoints import (
     PROJECTIONS,
     TASK,
+    UNTRAINED,
     Checkpoint,
     as_peft_reads,
     hub_id,
@@ -218,7 +219,7 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
             write_tensors(files[-1], factors)
         prior.refuse_changed()
         mapped = {key: tensor for file in files for key, tensor in load_file(file).items()}
-        write_tensors(folder / "adapter_model.safetensors", mapped, {"format": "pt"})
+        write_tensors(folder / "adapter_model.safetensors", mapped, UNTRAINED)
         mapped.clear()  # Windows deletes no file that is still mapped
         for file in files:
             file.unlink()

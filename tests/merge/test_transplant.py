@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SELF_LAYERS, save_layout, tiny_expert, tiny_llm, tiny_vlm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from drift_peft import KeepSet, merge_baseline, transplant
+from drift_peft import KeepSet, merge_adapter, merge_baseline, transplant
 from drift_peft.checkpoints.naming import canonical_name
 from drift_peft.keeping import measure, summarize
 from drift_peft.merge.cost import Cost, cost_table
@@ -144,6 +144,23 @@ def test_an_adapter_of_the_vlm_itself_stays_what_it_is(vlms, tmp_path, family):
     ours, theirs = (PeftModel.from_pretrained(v, tmp_path / n) for v, n in zip(vlms, ("out", "lora"), strict=True))
     assert torch.equal(logits(ours), logits(theirs))
     assert ours.base_model.targeted_module_names == theirs.base_model.targeted_module_names
+
+
+@pytest.mark.parametrize("expert, told", [("expert", True), ("of_text", True), ("of_vlm", False)])
+def test_a_merge_knows_what_was_made_without_training(vlms, tmp_path, expert, told):
+    """Merged, W + λΔ is what it was; how an adapter of the VLM itself was trained it does not say."""
+    folder = vlms["qwen2_5_vl"]
+    save_lora(tmp_path / "of_text", tiny_llm("qwen2_5_vl"))
+    save_lora(tmp_path / "of_vlm", tiny_vlm("qwen2_5_vl"))
+    go(folder, folder / "expert" if expert == "expert" else tmp_path / expert, tmp_path / "out", scale=0.5)
+    merged = {"base": folder / "vlm", "adapter": tmp_path / "out", "verify": True, "progress": False}
+    report = merge_adapter(**merged, output=tmp_path / "merged")
+    assert (report.trained_on == "full precision") is told
+    assert report.verification.verdict.startswith("Serve this folder: " if told else "The adapter does not say how")
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder / "vlm"), tmp_path / "out")
+    model.save_pretrained(tmp_path / "saved")  # as after further training
+    again = merge_adapter(**merged | {"adapter": tmp_path / "saved"}, output=tmp_path / "again")
+    assert "assumed" in again.trained_on
 
 
 def test_llama_cpp_knows_every_name(vlms, tmp_path):
@@ -354,8 +371,8 @@ def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
     report = go(kept, output=tmp_path / "out", load_in_4bit=True, **options)
     whole = go(kept, output=tmp_path / "other", **options)
     assert report.costs[0].kl > 1e-4 and report.costs[1].kl == pytest.approx(whole.costs[1].kl, rel=0.2)
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "other")]
-    assert files[0] == files[1]
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "other"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
         go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
 

@@ -219,6 +219,7 @@ def test_merge_adapter_takes_it(tmp_path):
     prior.as_lora(0.5, tmp_path / "lora")
     report = merge_adapter(tmp_path / "base", tmp_path / "lora", tmp_path / "merged", verify=True, progress=False)
     assert report.modules == 14 and report.logits_error < 1e-4
+    assert report.trained_on == "full precision" and report.verification.verdict.startswith("Serve this folder: ")
 
 
 def test_ranks_that_differ(tmp_path):

@@ -1,6 +1,7 @@
 """The command line. Results go to stdout, progress and errors to stderr; an error is one sentence, its status not 0.
 
-Help and refusals cost no import of torch: what a verb needs of the library is imported where it runs.
+Help and command lines that cannot be read cost no import of torch: what a verb needs of the library is imported where
+it runs.
 
     commands        all verbs, in the order of the help
     parser          argparse, whose errors are one sentence with the nearest known name

@@ -15,7 +15,7 @@ def flags(parser: Parser) -> None:
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--scale", type=float, required=True, help="how much of Δ to add, such as 0.1")
     add("-o", "--output", required=True, help="folder to write")
-    add("--base", help="where the base's config is now (default: where the prior was built)")
+    add("--base", help="where the base is now (default: where it was when the prior was built)")
     add("--overwrite", action="store_true", help="replace an existing adapter folder")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 

@@ -198,12 +198,18 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
     with replaced_when_complete(Path(output), overwrite, sources=(prior.path,), kind="adapter") as folder:
         source, revision = (base, None) if base else (prior.metadata["base"][key] for key in ("id", "revision"))
         try:
-            checkpoint = Checkpoint(source, revision, dequantize=True)  # only its config is read, so 4 bit will do
+            checkpoint = Checkpoint(source, revision, dequantize=True)  # compared at most, so 4 bit will do
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
         targets, modules = _in_memory(prior, checkpoint)
-        if base and checkpoint.revision is None:  # of the hub's no weights are fetched for this
+        recorded = shown(prior.metadata["base"]["id"])
+        if checkpoint.revision is None:
             _refuse_other_weights(prior, checkpoint)
+        elif recorded != shown(checkpoint.source):  # whose weights are not fetched for this
+            warn(
+                f"{prior.source} was built for {recorded}. Whether {checkpoint.source} has the same weights was not "
+                "compared, since they are on the hub: name a folder as base= (--base) to have them compared."
+            )
         files, ranks = [], {}
         for name, module in modules.items():
             weight = prior[name]

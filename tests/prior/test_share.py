@@ -277,7 +277,9 @@ def test_what_peft_cannot_adapt_is_left_out(tmp_path):
 def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):
     prior = family_prior(tmp_path, "qwen2_5_vl")
     prior.metadata["base"] = {"id": "org/vlm", "revision": hub.add("org/vlm", tmp_path / "base")}
-    prior.as_lora(1, tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was not compared")
+        prior.as_lora(1, tmp_path / "lora")
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert (config.base_model_name_or_path, config.revision) == ("org/vlm", prior.metadata["base"]["revision"])
     assert not [name for name in hub.fetched("org/vlm") if name.endswith(".safetensors")]
@@ -286,7 +288,8 @@ def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):
 def test_a_base_is_named_with_its_revision(tmp_path, hub):
     prior = family_prior(tmp_path, "qwen2_5_vl")
     commit = hub.add("org/vlm", tmp_path / "base", "v1")
-    prior.as_lora(1, tmp_path / "lora", base="org/vlm@v1")
+    with pytest.warns(UserWarning, match=r"was built for base\. Whether org/vlm has the same weights was not compared"):
+        prior.as_lora(1, tmp_path / "lora", base="org/vlm@v1")
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert (config.base_model_name_or_path, config.revision) == ("org/vlm", commit)
 
@@ -315,7 +318,10 @@ def test_a_base_that_has_moved_or_is_another(tmp_path):
         ValueError, match=r"another model than .*alike: the fingerprint of \S+ is off by \d+%; name the"
     ):
         prior.as_lora(1, tmp_path / "wrong", base=tmp_path / "alike")
-    assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other", "alike"}
+    (tmp_path / "alike").rename(tmp_path / "base")  # where the prior's own base was
+    with pytest.raises(ValueError, match=r"another model than .*base: the fingerprint of \S+ is off by \d+%; name the"):
+        prior.as_lora(1, tmp_path / "wrong")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other", "base"}
 
 
 @pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1"])

@@ -18,7 +18,8 @@ TABLE = {  # what stands in the one table
         *("drift", "drift-ancestor"),
     ),
     "Trained, keeping the VLM's own answers": (
-        *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
+        *("lora-keep", "full-keep", "full-drift-keep"),
+        *("merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         "merge-drift-ancestor-keep",
     ),
 }

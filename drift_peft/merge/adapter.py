@@ -129,7 +129,9 @@ def merge_adapter(
         start, written = checkpoint, updates
         if onto == "dequantized":
             if trained.config is None:
-                raise ValueError(f"adapter {adapter} was trained on a full-precision base: merge it onto that")
+                raise ValueError(
+                    f"adapter {adapter} belongs to the full-precision base, not to a 4-bit one: merge it onto that"
+                )
             start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
             written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
         change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)

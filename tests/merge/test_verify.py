@@ -270,7 +270,11 @@ REFUSED = {
     "8 bits": (record(EIGHT), {"verify": True}, "that bitsandbytes had quantized in 8 bits, and only 4-bit bases"),
     "8 bits, dequantized": (record(EIGHT), {"onto": "dequantized"}, "merge onto the base, without verify"),
     "gptq": (record({"quant_method": "gptq"}), {"verify": True}, "trained on a base that gptq had quantized, and"),
-    "full precision": (record({}), {"onto": "dequantized"}, "was trained on a full-precision base: merge it onto that"),
+    "full precision": (
+        record({}),
+        {"onto": "dequantized"},
+        "belongs to the full-precision base, .* merge it onto that",
+    ),
     "damaged record": (
         lambda p: (p / "adapter" / "drift_config.json").write_text("{"),
         {"verify": True},

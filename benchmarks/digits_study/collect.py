@@ -48,6 +48,7 @@ DUELS = (  # (first, second, what their difference answers)
     ("merge-lora-ancestor-keep", "merge-lora-ancestor", ""),
     ("full-keep", "full", ""),
     ("full-drift-keep", "full-drift", ""),
+    ("full-keep", "lora-keep", "Kept, all weights, or LoRA?"),
     ("drift-ancestor-keep", "drift-keep", "Kept, Δ from the ancestor, or from the VLM?"),
     ("drift-keep", "lora-keep", "Both kept:"),
     ("drift-ancestor-keep", "lora-keep", ""),

@@ -352,7 +352,7 @@ class Checkpoint:
         return dict(found)
 
 
-def skeleton(config, source: str) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, source: str) -> PreTrainedModel:
     """The class that transformers builds of a configuration, without weights. ValueError if it cannot be built."""
     config = copy.deepcopy(config)
     config.quantization_config = None

@@ -228,7 +228,7 @@ def merge_baseline(
 def _refuse_again(base: Checkpoint, expert: Checkpoint) -> None:
     """W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or something else where Δ is taken from the base itself."""
     had = read_merge(base.config)
-    if had is not None and shown(had.expert["id"]) == shown(expert.source):
+    if had is not None and Path(had.expert["id"]).resolve() == Path(expert.source).resolve():
         raise ValueError(f"base {base.source} is {had.words} already: merge into {had.base['id']} at another scale")
 
 

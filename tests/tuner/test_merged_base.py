@@ -161,6 +161,10 @@ def test_the_same_expert_is_not_merged_twice(folder, tmp_path):
     with pytest.raises(ValueError, match=r"base .* is .*base \+ 0.5·\(.*\) already: merge into .*base at another"):
         merge_baseline("task_arithmetic", folder / "expert", folder / "0.5" / "base", tmp_path / "out", scale=0.2)
     assert not (tmp_path / "out").exists()
+    shutil.copytree(folder / "expert", tmp_path / "expert")  # another one, for all that is known, of the same name
+    merge_baseline(
+        "task_arithmetic", tmp_path / "expert", folder / "0.5" / "base", tmp_path / "o", scale=0.2, progress=False
+    )
 
 
 def test_what_is_merged_further_claims_nothing(folder, tmp_path):

@@ -1,15 +1,17 @@
 """What mkdocs puts into the pages beside their own text; `hooks` of mkdocs.yml.
 
-A line of a page that says {{ … }} becomes:
+A line of a page that is a link whose title begins with "insert" becomes what the link leads to. Where the page is read
+as a plain file, it stays a link: [The recipes](../../recipes/README.md "insert file").
 
-    {{ fields }}          DriftConfig's own fields, as help(DriftConfig) has them
-    {{ lora fields }}     those that it has of LoraConfig
-    {{ commands }}        every command of drift-peft, as its --help has it
-    {{ families }}        the table of benchmarks/results/families.txt
-    {{ docstring FILE }}  the docstring at the top of a Python file
-    {{ block FILE }}      the first block of Python in a Markdown file
-    {{ file FILE }}       a Markdown file that stands elsewhere; {{ file FILE > Heading }}: that section of it;
-                          {{ file FILE - Heading }}: all but that section
+    insert file             a Markdown file that stands elsewhere
+    insert section HEADING  that section of it
+    insert all but HEADING  the rest of it
+    insert docstring        the docstring at the top of a Python file
+    insert first block      the first block of Python in a Markdown file
+    insert fields           DriftConfig's own fields, as help(DriftConfig) has them
+    insert LoRA fields      those that it has of LoraConfig
+    insert commands         every command of drift-peft, as its --help has it
+    insert families         the table of benchmarks/results/families.txt
 
 Links lead to pages of the site where there is one, pictures come along, and links to other files of the repository lead
 to the project's address, which whoever publishes tells in DRIFT_PEFT_URL; without one they are plain text.
@@ -38,7 +40,7 @@ PAGES = {  # files that are pages of the site, too
     "recipes/EVALUATION.md": "guides/evaluation.md",
 }
 PICTURES = "benchmarks/results/**/*.png", "benchmarks/results/**/*.svg"
-MARK = re.compile(r"^\{\{ (.+?) \}\}$", re.M)
+INSERT = re.compile(r'^\[[^\]]*\]\((?P<target>[^)\s#]+)\S* "insert (?P<what>[^"]+)"\)$', re.M)
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?://|#)[^)\s]+)\)")
 FENCE = re.compile(r"(^```.*?^```$|^    .*?$)", re.M | re.S)
 WIDTH = 88  # of --help
@@ -58,34 +60,38 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 
 def whole_page(markdown: str, page: str) -> str:
-    """The text of a page, `guides/x.md`, with everything that its {{ … }} stand for."""
-    markdown = relinked(markdown, posixpath.dirname(f"docs/{page}"), page)
-    return MARK.sub(lambda mark: inserted(mark[1], page), markdown)
+    """The text of a page, `guides/x.md`, with everything that its lines insert."""
+    folder = posixpath.dirname(f"docs/{page}")
+
+    def insert(link: re.Match) -> str:
+        return inserted(link["what"], posixpath.normpath(posixpath.join(folder, link["target"])), page)
+
+    return INSERT.sub(insert, relinked(markdown, folder, page))
 
 
-def inserted(what: str, page: str) -> str:
-    kind, _, name = what.partition(" ")
-    if kind == "file":
-        path, sign, heading = re.fullmatch(r"(\S+)(?: ([>-]) (.+))?", name).groups()
-        text = ROOT.joinpath(path).read_text(encoding="utf-8")
-        return relinked(section(text, heading, keep=sign == ">"), posixpath.dirname(path), page)
-    if kind == "docstring":
-        text = ast.get_docstring(ast.parse(ROOT.joinpath(name).read_text(encoding="utf-8")))
-        return "\n".join(line if line.startswith("    ") else escaped(line) for line in text.splitlines())
-    if kind == "block":
-        return re.search(r"^```python\n.*?^```$", ROOT.joinpath(name).read_text(encoding="utf-8"), re.M | re.S)[0]
-    return {"fields": own_fields, "lora fields": lora_fields, "commands": commands, "families": families}[what]()
+def inserted(what: str, path: str, page: str) -> str:
+    """What a line of a page becomes; `path` is the file that it links to, in the repository."""
+    made = {"fields": own_fields, "LoRA fields": lora_fields, "commands": commands, "families": families}
+    if what in made:
+        return made[what]()
+    text = ROOT.joinpath(path).read_text(encoding="utf-8")
+    if what == "docstring":
+        lines = ast.get_docstring(ast.parse(text)).splitlines()
+        return "\n".join(line if line.startswith("    ") else escaped(line) for line in lines)
+    if what == "first block":
+        return re.search(r"^```python\n.*?^```$", text, re.M | re.S)[0]
+    if what != "file":
+        text = section(text, *re.fullmatch(r"(section|all but) (.+)", what).groups())
+    return relinked(text, posixpath.dirname(path), page)
 
 
-def section(markdown: str, heading: str | None, keep: bool) -> str:
-    """The part below `## heading`, or everything without it; all of it without a heading."""
-    if heading is None:
-        return markdown
+def section(markdown: str, part: str, heading: str) -> str:
+    """The part below `## heading`, or all but that."""
     before, found, rest = markdown.partition(f"## {heading}\n")
     if not found:
         raise ValueError(f"there is no heading '## {heading}'")
     inside, following, after = rest.partition("\n## ")
-    return inside if keep else before + (following + after).lstrip("\n")
+    return inside if part == "section" else before + (following + after).lstrip("\n")
 
 
 def relinked(markdown: str, folder: str, page: str) -> str:

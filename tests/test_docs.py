@@ -148,9 +148,10 @@ def test_what_a_field_does_not_allow_is_refused(name, outside):
 
 
 def test_pages_take_in_what_stands_elsewhere():
-    text = site_pages.whole_page("{{ file recipes/README.md > Layouts of the data }}", "guides/data.md")
+    link = '[x](../../recipes/README.md#y "insert {} Layouts of the data")'
+    text = site_pages.whole_page(link.format("section"), "guides/data.md")
     assert text.lstrip().startswith("What counts is a row's own keys") and "## Things to know" not in text
-    rest = site_pages.whole_page("{{ file recipes/README.md - Layouts of the data }}", "guides/recipes.md")
+    rest = site_pages.whole_page(link.format("all but"), "guides/recipes.md")
     assert text.strip() not in rest and "## Things to know" in rest
     assert site_pages.whole_page("[r](../../benchmarks/RESULTS.md#x)", "guides/data.md") == "[r](../results.md#x)"
     assert site_pages.whole_page("![i](../images/idea.svg)", "guides/data.md") == "![i](../images/idea.svg)"
@@ -158,6 +159,15 @@ def test_pages_take_in_what_stands_elsewhere():
     assert site_pages.in_markdown("a_b * `<c_d>`\n <e>") == r"a\_b \* `<c_d>` &lt;e>"
     with pytest.raises(ValueError, match="no file"):
         site_pages.whole_page("[s](nowhere.md)", "limits.md")
+
+
+def test_what_a_page_inserts_is_a_link_where_it_is_read_as_a_file():
+    pages = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+    inserts = {name: re.findall(r'\[.+\]\((\S+?)(?:#\S+)? "insert', text) for name, text in pages.items()}
+    assert sum(map(len, inserts.values())) > 10
+    for name, targets in inserts.items():
+        assert all("://" in target or (DOCS / name).parent.joinpath(target).exists() for target in targets)
+        assert '"insert' not in site_pages.whole_page(pages[name], name)
 
 
 def test_links_to_the_repository_have_its_address(monkeypatch):

@@ -163,7 +163,11 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
         how["processor"] = run.processor_kwargs or None  # it answers to images as they are trained on
         make_keep_set(run.base, dataset if run.keep_images is None else run.keep_images, run.keep, **how)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
-    return KeepSet.load(run.keep)
+        return KeepSet.load(run.keep)
+    keep_set = KeepSet.load(run.keep)
+    told = f"{run.keep} was made before, and its {len(keep_set)} answers and their images are used as they are"
+    print(f"{told}: for others, name another file in keep.")
+    return keep_set
 
 
 def not_quantized(config) -> list[str]:
@@ -299,7 +303,12 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
             if held.before is None:
                 print("It does not say with which settings it was trained: see that they are these.")
     with in_one_sentence("sft_vlm.py", OSError):
-        result = trainer.train(resume_from_checkpoint=start)
+        try:
+            result = trainer.train(resume_from_checkpoint=start)
+        except torch.OutOfMemoryError:
+            told = f"the GPU has no room for a step of {train.per_device_train_batch_size} samples at a time"
+            ways_out = "lower per_device_train_batch_size, max_tokens, or max_pixels in processor_kwargs"
+            stop("sft_vlm.py", f"{told}: {ways_out}; drift-peft preflight says what that saves", 1)
         if start and result.global_step == steps_of(Path(start)) and earlier_record(output):
             told = f"{start} has taken all {result.global_step} steps that these settings ask for"
             way_out = "raise num_train_epochs or max_steps, or change output_dir"

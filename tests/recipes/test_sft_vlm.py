@@ -1,6 +1,7 @@
 """recipes/sft_vlm.py: what its training step computes, and the card that it pushes."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import sft_vlm
@@ -83,6 +84,21 @@ def test_a_keep_set_is_of_images_as_they_are_trained_on(train, tmp_path):
     KeepSet.load(place).check(trainer.processing_class)
 
 
+def test_a_keep_set_that_is_there_is_said_to_be_used_as_it_is(train, tmp_path, capsys):
+    made = {"keep": tmp_path / "keep.safetensors", "keep_samples": 4, "max_steps": 1}
+    train(**{**FAST, **made})
+    assert "was made before" not in capsys.readouterr().out
+    train(**{**FAST, **made, "keep_samples": 6}, output_dir=tmp_path / "second")
+    assert "was made before, and its 4 answers and their images are used as they are" in capsys.readouterr().out
+
+
+def test_a_step_that_the_gpu_has_no_room_for_is_one_sentence(train, monkeypatch):
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(sft_vlm.Trainer, "training_step", full)
+    with pytest.raises(SystemExit, match="no room for a step of 2 samples at a time: lower per_device_train_batch"):
+        train(**FAST)
+
+
 def test_replay_mixes_the_answers_into_the_data_instead(train, pair, data, tmp_path, monkeypatch):
     """The keep set is made by the first run here too; the loss is on the VLM's answer, and nothing is added to it."""
     folder = pair("qwen2_5_vl")
@@ -131,10 +147,10 @@ def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monk
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_configuration_names_a_keep_set(name):
-    """Made by the first run: one a base, under the same settings."""
+    """Made by the first run: one a base and kind of images, under the same settings."""
     settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     base = settings["base"].partition("/")[2].lower().replace("-", "_").replace(".", "_")
-    assert settings["keep"] == f"keep/{base}.safetensors"
+    assert settings["keep"] == f"keep/{base}{'_pictures' * ('keep_images' in settings)}.safetensors"
     assert (settings["keep_weight"], settings["keep_samples"], settings["keep_questions"]) == (1.0, 300, None)
     assert settings["keep_batch_size"] == 4 and "replay" not in settings
 

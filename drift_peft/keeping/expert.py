@@ -185,7 +185,7 @@ def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
         path = Path(texts)
         if not path.is_file():
             raise FileNotFoundError(f"there is no file of prompts {path}")
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         texts = [_string(line, path) for line in lines] if path.suffix == ".jsonl" else lines
     for text in texts:
         if not isinstance(text, str) or not text.strip():

@@ -148,8 +148,9 @@ class Keeping:
         """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
         said, losses, total = sum(len(part.top_tokens) for part in parts), [], []
         for part in parts:
-            loss = self._divergence(part).sum() / said
-            scaled = loss * self.scale.to(loss.device)
+            with torch.enable_grad():  # a step may stand under no_grad
+                loss = self._divergence(part).sum() / said
+                scaled = loss * self.scale.to(loss.device)
             gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
             total = total or [*gradients]
             for i, gradient in enumerate(gradients if losses else ()):  # one by one, which takes no third copy of all
@@ -160,7 +161,7 @@ class Keeping:
     def _divergence(self, part: Part) -> Tensor:
         """[N] of each answer token."""
         inputs, kind = placed(part.inputs, self.model), self.model.device.type
-        with torch.enable_grad(), _differentiable_checkpoints(self.model):
+        with _differentiable_checkpoints(self.model):
             with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
                 logits = answer_logits(self.model, inputs, part.said.shape[1])
             rows = logits[part.said.to(logits.device)]

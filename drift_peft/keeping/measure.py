@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .answering import evaluated
 from .answers import Sample, answer_logits, answered, prompts
 from .distance import bucketed_kl
 
@@ -48,17 +49,13 @@ def measure(
     Raises:
         ValueError: the processor has no chat template.
     """
-    device, training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     found = []
-    model.eval()
-    try:
-        with tqdm(total=len(keep_set), desc="measuring", unit="answer", disable=not progress) as bar:
-            for start in range(0, len(keep_set), batch_size):
-                samples = [keep_set[i] for i in range(start, min(start + batch_size, len(keep_set)))]
-                found += _of_batch(model, samples, processor, device)
-                bar.update(len(samples))
-    finally:
-        model.train(training)
+    with evaluated(model), tqdm(total=len(keep_set), desc="measuring", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(keep_set), batch_size):
+            samples = [keep_set[i] for i in range(start, min(start + batch_size, len(keep_set)))]
+            found += _of_batch(model, samples, processor, device)
+            bar.update(len(samples))
     return found
 
 

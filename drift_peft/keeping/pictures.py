@@ -107,7 +107,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     of mixed types, such as contents that are a text in one row and a list in another."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        lines = filter(str.strip, text.splitlines())
+        lines = filter(str.strip, text.split("\n"))  # JSON may hold other ends of lines
         rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
         yield from ((f"row {number} of {file}", row) for number, row in enumerate(rows, 1))
     except ValueError as error:

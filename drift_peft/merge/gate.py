@@ -99,6 +99,7 @@ def gate_prior(
     """
     _check_numbers(keep_weight=keep_weight, alpha=alpha, rate=rate)
     _check_numbers(int, steps=steps, batch_size=batch_size, max_tokens=max_tokens)
+    _check_numbers(int, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_objective(objective, expert, texts)
     output = Path(output)
     with claimed_output(output, overwrite, example="gated.safetensors"):

@@ -32,10 +32,11 @@ def steer(
     adapter_name: str,
 ) -> list[SteeredAdapter]:
     """Register everything that the settings guide, toward what the base has not taken in of Δ; without a prior,
-    everything is held at the base. Returns the adapters."""
+    everything is held at the base. Where all of Δ was merged in, nothing is left to pull to. Returns the adapters."""
 
     def guided(name: str) -> bool:
-        return (prior is None or name in prior) and is_guided(config, name)
+        whole = config.pulls and config.merged is not None and config.merged.scale_of(name) == 1
+        return (prior is None or name in prior) and is_guided(config, name) and not whole
 
     def left(name: str) -> PriorWeight | PriorVector | None:
         if prior is None:

@@ -195,6 +195,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         """
         path = Path(source, subfolder or "", DRIFT_CONFIG)
         if not path.is_file():
+            if Path(source).is_dir():  # of an adapter that is not ours: its path is no repository
+                return None
             try:
                 path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
             except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):

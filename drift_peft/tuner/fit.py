@@ -17,7 +17,7 @@ from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, Reas
 from ..warn import warn
 from .config import DriftConfig
 from .names import prior_names
-from .settings import check_patterns_used
+from .settings import check_patterns_used, is_guided
 from .sharding import shape, whole
 
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
@@ -75,8 +75,8 @@ def check_fit(
             f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
     merged = check_fingerprint(model, modules, prior)
-    names = [name for _, name in steered] + tensors
-    if merged is not None and drift.pulls and all(merged.scale_of(name) == 1 for name in names):
+    guided = [name for name in [canonical for _, canonical in steered] + tensors if is_guided(drift, name)]
+    if merged is not None and drift.pulls and guided and all(merged.scale_of(name) == 1 for name in guided):
         raise ValueError(
             f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0, which is "
             'plain LoRA, hold it there with drift_scale="decoupled" and drift_target="base", or merge less.'

@@ -110,7 +110,8 @@ def spectrum(S: Tensor, power: float) -> Tensor:
     """S^p […, k] in place of S, scaled so that ‖Δ_r‖ stays: p = 1 is Δ_r itself, p = 0 weighs all directions alike, but
     those that are rounding, as those beyond the rank of an expert that is a LoRA."""
     weighted = torch.where(S > ROUNDING * S.amax(-1, keepdim=True), S**power, 0.0)
-    return weighted * (torch.linalg.vector_norm(S, dim=-1) / torch.linalg.vector_norm(weighted, dim=-1))[..., None]
+    length = torch.linalg.vector_norm(weighted, dim=-1, keepdim=True)
+    return torch.where(length > 0, weighted * (torch.linalg.vector_norm(S, dim=-1, keepdim=True) / length), 0.0)
 
 
 def start_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def _noticing(load_adapter: Callable) -> Callable:
         config = model.peft_config[adapter_name]
         if isinstance(config, DriftConfig):
             if vars(config).pop("read_from", None) != os.fspath(model_id) and (stored := _settings(model_id, kwargs)):
-                config.drift_steps = stored["drift_steps"]
+                config.drift_steps = stored.get("drift_steps", 0)
             if is_trainable:
                 _warn_of_ended_schedule(config)
         elif is_trainable:

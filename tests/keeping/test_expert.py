@@ -187,10 +187,10 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
 
 
 def test_a_file_of_prompts(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  two = 2\n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('"one\\ntwo"\n"three"\n', encoding="utf-8")
-    assert read_texts(tmp_path / "a.txt") == ["one", "  two = 2"]
-    assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo", "three"]
+    (tmp_path / "a.txt").write_bytes("one\r\n\n  two\u2028= 2\n".encode())
+    (tmp_path / "a.jsonl").write_text('"one\\ntwo"\n"th\u0085ree"\n', encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == ["one", "  two\u2028= 2"]
+    assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo", "th\u0085ree"]
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text("one\n", encoding="utf-8")
     (tmp_path / "c.txt").write_text("\n", encoding="utf-8")

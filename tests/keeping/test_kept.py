@@ -59,6 +59,12 @@ def test_the_added_gradient_is_its_definition(model, folder, processor, weight, 
     found = gradients_of_step(twin, sgd(twin, lr=0.0))
     samples = watched.batch(0, 3)
     assert_close(found, expected_step(model, processor, samples, weight=weight, bound=bound))
+    twin, _ = kept_twin(model, folder, weight=weight, bound=bound)
+    optimizer = sgd(twin, lr=0.0)
+    backward(twin, BATCH)
+    with torch.no_grad():  # where a loop's own step may stand
+        optimizer.step()
+    assert_close([p.grad for p in trainable(twin)], found)
     told = telemetry(twin)
     assert told["keep_kl"] == pytest.approx(float(keep_loss(model, processor, samples)), rel=1e-6)
     assert told["keep_kl"] > 0.01 and (bound is None or told["keep_ratio"] <= bound * (1 + 1e-6))

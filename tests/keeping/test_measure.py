@@ -51,7 +51,9 @@ def test_the_distance_is_that_from_the_model_with_its_adapters_off(folder, proce
 
 def test_a_model_that_has_not_changed_is_at_a_distance_of_zero(folder, processor, whole):
     model = wrapped(folder).train()
+    tower = model.get_base_model().get_encoder("image").eval()
     with model.disable_adapter():
         distances = measure(model, whole, processor, progress=False)
     assert all(d.kl < 1e-6 and d.agreement == 1 for d in distances) and model.training
+    assert not tower.training
     assert {d.kind for d in distances} == set(whole.kinds)

@@ -228,6 +228,8 @@ def weights(*priors):
     ("changes", "said"),
     [
         ({"steps": 0}, "steps must be a whole number ≥ 1, got 0"),
+        ({"top_k": 0}, "top_k must be a whole number ≥ 1, got 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number ≥ 1, got -1"),
         ({"keep_weight": -1}, "keep_weight must be a number > 0, got -1"),
         ({"rate": float("nan")}, "rate must be a number > 0, got nan"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number ≥ 1, got 1.5"),

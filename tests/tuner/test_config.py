@@ -244,6 +244,13 @@ def test_folder_of_plain_lora_is_refused_with_the_way_out(tmp_path):
         DriftConfig.from_pretrained(tmp_path)
 
 
+def test_a_folder_is_no_repository(tmp_path, monkeypatch):
+    """Whose path would be asked for on the hub, and whose answer taken for this adapter's."""
+    monkeypatch.setattr("drift_peft.tuner.config.hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    LoraConfig().save_pretrained(tmp_path)
+    assert DriftConfig.stored(str(tmp_path)) is None
+
+
 def test_stored_settings_are_validated_too(tmp_path):
     config().save_pretrained(tmp_path)
     path = tmp_path / DRIFT_CONFIG

@@ -231,6 +231,7 @@ def test_a_spectrum_keeps_its_order_and_its_norm(power):
     close(found.norm(dim=1), S.norm(dim=1))
     close(found[:, :3] / found[:, :1], (S[:, :3] / S[:, :1]) ** power)
     close(guidance.spectrum(S[0], power), found[0])
+    assert not guidance.spectrum(torch.zeros(2, 3), power).any()  # and no NaN
     assert found[0, 3] == 0 < found[1, 3]  # what is not there is not made, whatever the power
 
 

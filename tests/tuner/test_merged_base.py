@@ -194,6 +194,24 @@ def test_nothing_is_left_of_a_delta_that_was_merged_whole(folder):
     assert wrap(load(folder / "1.0", "llama"), drift(folder, drift_alpha=0.0))
 
 
+@pytest.mark.parametrize("part", [{"modules": ("attn",)}, {"skip_first": 1}], ids=str)
+def test_where_all_of_delta_was_merged_there_is_no_pull(folder, tmp_path, part):
+    """Plain LoRA there, steered elsewhere; and in full fine-tuning likewise."""
+    for name in ("base", "expert"):
+        (tmp_path / name).symlink_to(folder / name)
+    merge(tmp_path, "part", 1.0, **part)
+    settings = drift(folder)
+    model = train(wrap(load(tmp_path / "part", "llama"), settings))
+    merged = settings.merged or model.peft_config["default"].merged
+    taken = {s.name for s in steered_of(model)}
+    covered = set(ReasoningPrior.load(folder / "prior.safetensors"))
+    assert 0 < len(taken) < len(covered) and taken == {name for name in covered if merged.scale_of(name) != 1}
+    moved = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert len(moved) == 14 and all(p.isfinite().all() and p.any() for p in moved.values())
+    full = guide(load(tmp_path / "part", "llama"), str(folder / "prior.safetensors"))
+    assert all(p.isfinite().all() for p in train(full).parameters())
+
+
 def test_strength_0_needs_no_prior_and_is_plain_lora(folder):
     """Without a prior, and with one: what moves is the same but for the start."""
     settings = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "init_lora_weights": True}

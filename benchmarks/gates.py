@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     file = args.out / "gates.jsonl"
     sizes = {"steps": args.steps, "size": args.size}
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    lines = [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
     runs = {(line["row"], line["seed"]): line["result"] for line in lines if line["sizes"] == sizes}
     with quiet(), tempfile.TemporaryDirectory() as home:
         for title, settings in [] if args.report else rows():

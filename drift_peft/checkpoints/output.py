@@ -104,8 +104,9 @@ def resumable_folder(
         if not finished or isinstance(error, final):
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            note = f"{partial} keeps the {len(finished)} {parts} that are done: run the same again to go on from there"
-            error.__notes__ = [*getattr(error, "__notes__", ()), note]  # add_note is not in Python 3.10
+            error.add_note(
+                f"{partial} keeps the {len(finished)} {parts} that are done: run the same again to go on from there"
+            )
         raise
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -41,11 +41,8 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
 
 def file_sha256(path: Path) -> str:
     """Hash of a file, as a hexadecimal string."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload(

@@ -9,28 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, assumed_quantization
 from .answers import taken
 
 
 def load_model(checkpoint: Checkpoint, load_in_4bit: bool) -> nn.Module:
     """On the GPU if there is one, and in evaluation mode; its language model's projections in NF4, or all as it is."""
-    from transformers import BitsAndBytesConfig
-
     origin = checkpoint.origin
     options = {"revision": origin["revision"], "dtype": "auto", "trust_remote_code": False}
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     if load_in_4bit:
-        whole, projections = checkpoint.model, checkpoint.decoder.projections
-        linear = (name for name, module in whole.named_modules() if isinstance(module, nn.Linear))
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=[name for name in linear if name not in projections],
-        )
+        options["quantization_config"] = assumed_quantization(checkpoint)
     return checkpoint.auto_class.from_pretrained(origin["id"], **options).eval()
 
 

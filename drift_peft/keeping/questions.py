@@ -22,7 +22,7 @@ def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of questions {path}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"the questions in {path} are no UTF-8 text: save the file as such") from error
     found: dict[tuple[str, str], int] = {}

@@ -76,10 +76,16 @@ def check_fit(
         )
     merged = check_fingerprint(model, modules, prior)
     guided = [name for name in [canonical for _, canonical in steered] + tensors if is_guided(drift, name)]
-    if merged is not None and drift.pulls and guided and all(merged.scale_of(name) == 1 for name in guided):
+    taken = [name for name in guided if merged is not None and drift.pulls and merged.scale_of(name) == 1]
+    if taken and len(taken) == len(guided):
         raise ValueError(
             f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0, which is "
             'plain LoRA, hold it there with drift_scale="decoupled" and drift_target="base", or merge less.'
+        )
+    if taken:
+        warn(
+            f"The base is {merged.words}, which is all of Δ in {len(taken)} of {len(guided)} weights, such as "
+            f"{taken[0]}: these are not steered, and trained plainly."
         )
     return merged
 

@@ -163,11 +163,3 @@ def multiplier(
 def cosine(g_norm: Tensor, D_norm: Tensor, inner: Tensor) -> Tensor:
     """⟨g, D⟩/(‖g‖·‖D‖) […] in [−1, 1]; 0/0 is 0."""
     return torch.where((g_norm > 0) & (D_norm > 0), inner / g_norm / D_norm, 0.0).clamp(-1, 1)
-
-
-def bias(
-    g: Tensor, D: Tensor, floor: Tensor | float, share: Tensor | float, alpha: float | Tensor, scale: str
-) -> Tensor:
-    """The gradient g […, m, n] with the pull toward D subtracted, since descent moves along −g: g̃ = g − c·D with the
-    `multiplier` c of this g and D. `alpha` a is a number or […]."""
-    return g - column(multiplier(gradient_norm(g), norm(D), (g * D).sum((-2, -1)), floor, share, alpha, scale)) * D

@@ -153,6 +153,11 @@ def test_built_in_questions():
     assert read_questions(BUILT_IN) == questions
 
 
+def test_a_question_ends_at_its_line_feed(tmp_path):
+    (tmp_path / "q.txt").write_bytes("count\tHow many\u2028are there?\r\n".encode())
+    assert read_questions(tmp_path / "q.txt") == [("count", "How many\u2028are there?")]
+
+
 def test_own_questions(folder, tmp_path):
     file = tmp_path / "q.txt"
     file.write_text("# mine\n\nsum\thow many ?\ndigit\twhich digit ?\nsum\t3 + 4 = ?\n", encoding="utf-8")

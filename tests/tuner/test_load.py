@@ -1,6 +1,8 @@
 """load.py: weights that are loaded bring their count of guided steps, and training that would be plain LoRA is said."""
 
 import copy
+import json
+import shutil
 import warnings
 
 import pytest
@@ -61,6 +63,17 @@ def test_a_count_that_was_given_is_kept(pair, trained):
         assert telemetry(model)["guided_steps"] == steps
         model.load_adapter(trained[0] / "checkpoint-3", "default")
         assert telemetry(model)["guided_steps"] == 3
+
+
+def test_a_count_that_is_not_stored_is_none(pair, trained, tmp_path):
+    """As `from_pretrained` has it."""
+    folder = shutil.copytree(trained[0] / "checkpoint-2", tmp_path / "adapter")
+    settings = json.loads((folder / "drift_config.json").read_text(encoding="utf-8"))
+    del settings["drift_steps"]
+    (folder / "drift_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    model = wrapped(pair)
+    model.load_adapter(folder, "default", is_trainable=True)
+    assert telemetry(model)["guided_steps"] == 0
 
 
 def test_a_loaded_config_is_for_training(pair, trained):

@@ -200,15 +200,16 @@ def test_where_all_of_delta_was_merged_there_is_no_pull(folder, tmp_path, part):
     for name in ("base", "expert"):
         (tmp_path / name).symlink_to(folder / name)
     merge(tmp_path, "part", 1.0, **part)
-    settings = drift(folder)
-    model = train(wrap(load(tmp_path / "part", "llama"), settings))
-    merged = settings.merged or model.peft_config["default"].merged
+    with pytest.warns(UserWarning, match=r"all of Δ in \d+ of 14 weights, such as .*: these are not steered"):
+        model = train(wrap(load(tmp_path / "part", "llama"), drift(folder)))
+    merged = model.peft_config["default"].merged
     taken = {s.name for s in steered_of(model)}
     covered = set(ReasoningPrior.load(folder / "prior.safetensors"))
     assert 0 < len(taken) < len(covered) and taken == {name for name in covered if merged.scale_of(name) != 1}
     moved = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     assert len(moved) == 14 and all(p.isfinite().all() and p.any() for p in moved.values())
-    full = guide(load(tmp_path / "part", "llama"), str(folder / "prior.safetensors"))
+    with pytest.warns(UserWarning, match="these are not steered"):
+        full = guide(load(tmp_path / "part", "llama"), str(folder / "prior.safetensors"))
     assert all(p.isfinite().all() for p in train(full).parameters())
 
 

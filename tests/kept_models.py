@@ -1,7 +1,6 @@
 """Models that are kept, and the gradient that keeping adds, from its definition: one sample at a time, in fp64."""
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from keep_sets import dense_logprobs
@@ -14,24 +13,22 @@ from drift_peft import KeepSet, keep
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": r".*language_model.*\.(q_proj|up_proj)"}
 
 
-class Watched(Sequence):
+class Watched(KeepSet):
     """A keep set that writes down which samples were read."""
 
     def __init__(self, folder, name="keep.safetensors"):
+        super().__init__(folder / name, name)
         self.whole, self.read = KeepSet.load(folder / name), []
 
     def __getitem__(self, i):
         self.read.append(i)
         return self.whole[i]
 
-    def __len__(self):
-        return len(self.whole)
+    def __reduce__(self):
+        return type(self), (self.path.parent, self.path.name)
 
     def check(self, processor):
         self.whole.check(processor)
-
-    def check_model(self, model):
-        self.whole.check_model(model)
 
     def batch(self, number, size):
         """As it was read by a process that reads all of them."""

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 TASK = "image-text-to-text"  # what the hub calls it: the pipeline tag of a VLM, and of what is made for one
-LEAST_RANK = 8  # of vLLM's --max-lora-rank, which takes powers of two
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
 WITH_PEFT = """\
 ```python
@@ -99,7 +99,7 @@ def how_to_serve(base: str, loaded_by: str | None, folder: str, rank: int | None
         rank: its rank; None of an adapter that vLLM cannot take beside its base, such as one of several ranks.
     """
     values = {"argument": shlex.quote(" ".join(base.split())), "folder": folder}
-    largest = None if rank is None else max(LEAST_RANK, 1 << (rank - 1).bit_length())
-    beside = "" if rank is None else BESIDE.format(**values, rank=largest)
+    allowed = None if rank is None else next((r for r in MAX_LORA_RANKS if r >= rank), None)
+    beside = "" if allowed is None else BESIDE.format(**values, rank=allowed)
     tower = TOWER if loaded_by == AutoModelForImageTextToText.__name__ else ""
     return beside + MERGED.format(**values, tower=tower)

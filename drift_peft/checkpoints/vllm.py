@@ -18,6 +18,7 @@ from .lora import CONFIG, adapter_folder, read_updates, recorded_base
 from .naming import canonical_name
 from .output import write_tensors
 from .schema import read_json
+from .serving import MAX_LORA_RANKS
 from .standalone import replaced_when_complete
 from .update import LowRank
 
@@ -29,7 +30,6 @@ SERVED = frozenset(
     "qwen3_vl_moe shieldgemma2 smolvlm video_llama_3 video_llava vipllava".split()
 )
 RENAMED = {"lfm2_vl": (".conv.", ".short_conv.")}  # type -> part of a name in transformers, in vLLM
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def export_for_vllm(
     with replaced_when_complete(Path(output), overwrite, [folder], kind="adapter") as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    return Export(str(output), len(factors), renamed, next(rank for rank in RANKS if rank >= config["r"]))
+    return Export(str(output), len(factors), renamed, next(rank for rank in MAX_LORA_RANKS if rank >= config["r"]))
 
 
 def _factors(folder: Path, adapter: str | Path) -> dict[str, LowRank]:
@@ -118,7 +118,8 @@ def _refuse(config: dict, factors: dict[str, LowRank], adapter: str | Path) -> N
             f"adapter {adapter} has a {patterns[0]}, whose names are not vLLM's: merge it (drift-peft merge), or train "
             "with one rank and one lora_alpha"
         )
-    if (rank := max(len(update.A) for update in factors.values())) > RANKS[-1]:
+    if (rank := max(len(update.A) for update in factors.values())) > MAX_LORA_RANKS[-1]:
         raise ValueError(
-            f"adapter {adapter} has rank {rank}, and vLLM takes {RANKS[-1]} at most: merge it (drift-peft merge)"
+            f"adapter {adapter} has rank {rank}, and vLLM takes {MAX_LORA_RANKS[-1]} at most: merge it (drift-peft "
+            "merge)"
         )

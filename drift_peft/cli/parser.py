@@ -8,10 +8,11 @@ import sys
 import textwrap
 from argparse import Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from itertools import takewhile
 from types import ModuleType
 from typing import NoReturn
+
+from ..arguments import nearest
 
 WIDTH = 80  # of descriptions; examples are broken by hand
 FLAG = re.compile(r"--?[a-zA-Z][\w-]*")  # a negative number is none
@@ -84,7 +85,7 @@ class Parser(ArgumentParser):
         for arg in args:
             flag = arg.partition("=")[0]
             if FLAG.fullmatch(flag) and not self._get_option_tuples(flag):  # argparse's, which knows abbreviations
-                near = _nearest(flag, self._option_string_actions, cutoff=0.7)  # the dashes of all are alike
+                near = nearest(flag.lower(), self._option_string_actions, cutoff=0.7)  # the dashes of all are alike
                 self.error(f"unknown flag {flag}; {near or f'see {self.prog} --help'}")
 
     def _get_value(self, action: Action, arg_string: str) -> object:
@@ -99,7 +100,7 @@ class Parser(ArgumentParser):
             return
         message = f"unknown {action.option_strings[-1] if action.option_strings else 'command'} {value}"
         choices = f"choose from {', '.join(action.choices)}"
-        near = _nearest(value, action.choices)
+        near = nearest(value.lower(), action.choices)
         raise ArgumentError(None, f"{message}; {near} ({choices})" if near else f"{message}: {choices}")
 
 
@@ -107,8 +108,3 @@ def _dashed(arg: str) -> str:
     """A flag with dashes; everything else as it is."""
     flag, equals, value = arg.partition("=")
     return flag.replace("_", "-") + equals + value if FLAG.fullmatch(flag) else arg
-
-
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    near = get_close_matches(name.lower(), known, 1, cutoff)
-    return f"did you mean {near[0]}?" if near else ""

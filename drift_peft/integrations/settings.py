@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ..arguments import nearest
 from ..keeping import keep
 from ..tuner import DriftConfig, guide
 
@@ -39,9 +39,8 @@ class PluginSettings:
         known = {**GUIDANCE, **KEEPING}
         for key in own:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f": did you mean '{near[0]}'?" if near else "."
-                raise ValueError(f"'{key}' is no setting of drift_peft{hint}")
+                way_out = nearest(key, known) or f"its settings are {', '.join(known)}"
+                raise ValueError(f"'{key}' is no setting of drift_peft; {way_out}")
         settings = cls(*({keys[k]: v for k, v in own.items() if k in keys} for keys in (GUIDANCE, KEEPING)))
         if settings.guides:
             settings.config()

@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,6 @@ from torch import Tensor
 from ..checkpoints import file_sha256, write_tensors
 from .answers import Sample
 from .file import tokenizer_identity
-
-if TYPE_CHECKING:
-    from typing import Self
 
 HEADER_KEY, FORMAT = "drift_answers", 1
 FILE_NAME = "answers.safetensors"

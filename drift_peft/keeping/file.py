@@ -25,12 +25,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..arguments import typed
 from ..checkpoints import check, file_sha256, find_file, upload, write_tensors
 from ..warn import warn
 from .answers import Sample, prompts
@@ -38,8 +39,6 @@ from .header import Header
 from .share import model_card
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from huggingface_hub import ModelCard
     from PIL.Image import Image
 
@@ -99,6 +98,7 @@ class KeepSet(Sequence[Sample]):
             raise ValueError(damaged)
 
     @classmethod
+    @typed
     def load(cls, source: str | Path, revision: str | None = None) -> Self:
         """Open a keep set: a file, a folder or hub repository that holds keep.safetensors, or `id@revision`.
 
@@ -153,6 +153,7 @@ class KeepSet(Sequence[Sample]):
         if rows < known:
             raise ValueError(f"{self.source} knows {known} tokens, and the model {rows}: {self._way_out}")
 
+    @typed
     def push_to_hub(
         self,
         repo_id: str,

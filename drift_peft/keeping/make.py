@@ -20,16 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_whole, typed
 from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
 from .file import FILE_NAME, FORMAT, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
 from .pictures import read_pictures
-from .questions import read_questions
+from .questions import check_questions, read_questions
 from .server import Server
 from .vlm import Vlm
 
 FINISHED = "answers"  # metadata key of a batch that is done: how many answers it holds
 
 
+@typed
 def make_keep_set(
     model_or_id: nn.Module | str | Path,
     images: Any,
@@ -94,15 +96,10 @@ def make_keep_set(
         KeepSet('keep.safetensors', 4 samples, k 8)
     """
     numbers = {"samples": samples, "max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}
-    for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
+    check_whole(**numbers)
     output = Path(output)
-    asked = (
-        questions if isinstance(questions, Sequence) and not isinstance(questions, str) else read_questions(questions)
-    )
+    from_file = questions is None or isinstance(questions, (str, Path))
+    asked = read_questions(questions) if from_file else check_questions(questions)
     if server is not None and (isinstance(model_or_id, nn.Module) or load_in_4bit):
         raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
     with claimed_output(output, overwrite, example=FILE_NAME):

@@ -103,12 +103,17 @@ def _shuffled(values: list, seed: int) -> list:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """(what an error calls it, row) of a file of JSON, a list or one row a line. The reader of datasets refuses columns
-    of mixed types, such as contents that are a text in one row and a list in another."""
+    """(what an error calls it, row) of a file of JSON: a list, one row a line, or one row. The reader of datasets
+    refuses columns of mixed types, such as contents that are a text in one row and a list in another."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        lines = filter(str.strip, text.split("\n"))  # JSON may hold other ends of lines
-        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, lines)
+        try:
+            whole = json.loads(text)
+            rows = whole if isinstance(whole, list) else [whole]
+        except ValueError:
+            if text.lstrip().startswith("["):
+                raise
+            rows = map(json.loads, filter(str.strip, text.split("\n")))  # JSON may hold other ends of lines
         yield from ((f"row {number} of {file}", row) for number, row in enumerate(rows, 1))
     except ValueError as error:
         raise ValueError(f"{file} is no valid JSON: {error}") from error

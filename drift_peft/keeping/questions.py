@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
 BUILT_IN = Path(__file__).with_name("questions.txt")
+
+
+def check_questions(questions: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """The pairs of kind and question, as they are. ValueError if there is none, one is half empty or there twice."""
+    if not questions:
+        raise ValueError(
+            "questions is empty: give pairs of a kind and a question, or leave it out for the built-in ones"
+        )
+    for i, pair in enumerate(questions):
+        if not all(part.strip() for part in pair):
+            raise ValueError(f"questions holds {pair!r}, which is half empty: give a kind and a question")
+        if pair in questions[:i]:
+            raise ValueError(f"questions holds {pair!r} twice: take one of them out")
+    return questions
 
 
 def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:

@@ -29,6 +29,9 @@ NUMBER = re.compile(r"token_id:(\d+)")
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
 LETTERS = {chr(byte): byte for byte in _SHOWN} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}  # GPT-2's
+TOO_MANY = "vLLM allows top_k={k} (--top-k) when it is started with --max-logprobs {k}"
+WAYS_OUT = dict.fromkeys((401, 403), "give the server's key as api_key (--api-key-env)")
+WAYS_OUT[404] = "give the address that ends in /v1, and the id by which the server knows its model, if not {model}"
 TORN = "\ufffd"  # what a server writes for bytes that are no text on their own
 
 
@@ -103,10 +106,8 @@ class Server:
                 else:
                     trouble = f"status {response.status_code} ({' '.join(response.text.split())[:200]})"
                     if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                        raise ValueError(
-                            f"the server {self.url} refuses the question: {trouble}; vLLM allows top_k={k} (--top-k) "
-                            f"when it is started with --max-logprobs {k}"
-                        )
+                        way_out = WAYS_OUT.get(response.status_code, TOO_MANY).format(model=self.model, k=k)
+                        raise ValueError(f"the server {self.url} refuses the question: {trouble}; {way_out}")
             if wait is not None:
                 time.sleep(wait)
         raise ConnectionError(f"the server {self.url} does not answer: {trouble}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..arguments import check_type, check_whole, is_number
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
 from .kept import Keeping, keepings_of
@@ -57,6 +57,7 @@ def keep(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"keep() takes the model first, then the keep set, but got {type(model).__name__} as model.")
+    check_type("keep_set", keep_set, KeepSet | str | Path | None)
     _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
     kept = _unwrapped(model)
     if keep_set is None or weight == 0:
@@ -77,19 +78,13 @@ def keep(
     return model
 
 
-def _check(weight: Any, bound: Any, **whole: Any) -> None:
-    if not _is_number(weight) or weight < 0:
+def _check(weight: Any, bound: Any, seed: Any, **whole: Any) -> None:
+    if not is_number(weight) or weight < 0:
         raise ValueError(f"weight must be a number ≥ 0, got {weight!r}.")
-    if bound is not None and (not _is_number(bound) or bound <= 0):
+    if bound is not None and (not is_number(bound) or bound <= 0):
         raise ValueError(f"bound must be a number > 0, or None for no bound, got {bound!r}.")
-    for name, value in whole.items():
-        least = 0 if name == "seed" else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    check_whole(**whole)
+    check_whole(0, seed=seed)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

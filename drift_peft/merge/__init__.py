@@ -15,14 +15,13 @@ gate        a prior -> the same with each singular direction weighed by such gat
 from .adapter import merge_adapter
 from .baseline import METHODS, merge_baseline
 from .cost import cost_table
-from .gate import OBJECTIVES, gate_prior
+from .gate import gate_prior
 from .gates import Gate, gated
 from .transplant import transplant
 from .verify import ONTO, check_memory, verification_table
 
 __all__ = [
     "METHODS",
-    "OBJECTIVES",
     "ONTO",
     "Gate",
     "check_memory",

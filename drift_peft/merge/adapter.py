@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..arguments import typed
 from ..checkpoints import (
     DRIFT_CONFIG,
     TOKENIZER,
@@ -30,7 +31,7 @@ from ..checkpoints import (
 from ..prior import forget_merge
 from .belongs import refuse_other_base
 from .card import write_card
-from .verify import ONTO, Verification, check_memory, verify_merge
+from .verify import Verification, check_memory, verify_merge
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class MergeReport:
     verification: Verification | None
 
 
+@typed
 def merge_adapter(
     base: str | Path,
     adapter: str | Path,
@@ -108,8 +110,6 @@ def merge_adapter(
         >>> report.modules, report.output.name
         (28, 'merged')
     """
-    if onto not in ONTO:
-        raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
         watch = watched_adapter(folder_of_adapter, str(adapter))

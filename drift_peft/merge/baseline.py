@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmetic, ties
 
+from ..arguments import typed
 from ..checkpoints import (
     Checkpoint,
     block_rows,
@@ -99,6 +100,7 @@ class BaselineReport:
     relative_change: float | None
 
 
+@typed
 def merge_baseline(
     method: str,
     expert: str | Path,
@@ -108,7 +110,7 @@ def merge_baseline(
     weights: Sequence[float] | None = None,
     scale: float | None = None,
     density: float | None = None,
-    modules: Sequence[str] | None = None,
+    modules: str | Sequence[str] | None = None,
     only_layers: Sequence[int] | None = None,
     skip_first: int | None = None,
     seed: int = 0,
@@ -253,6 +255,8 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
     weights = (scale,) if scale is not None else tuple(recipe.weights if weights is None else weights)
     if len(weights) != 2 - (scale is not None) or not all(map(math.isfinite, weights)):
         raise ValueError(f"scale is one finite number and weights are two, the VLM's and the expert's; got {weights}")
+    if weights[-1] == 0:
+        raise ValueError("the expert's weight is 0, so that nothing of it is merged: give it another one")
     if scale is None and reference is None:
         if recipe.merge is not task_arithmetic or not math.isclose(sum(weights), 1):
             raise ValueError(

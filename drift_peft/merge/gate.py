@@ -8,22 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_whole, is_number, typed
 from ..checkpoints import PROJECTIONS, claimed_output, module_kind
 from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
 from ..prior import ReasoningPrior
 from ..tuner import check_fingerprint, fitting_modules, weight_products
 from .gates import Gate, frozen, gated, train_gates
 
-OBJECTIVES = "expert", "frism"
 LAST = 20  # steps whose mean divergences the header gives
 
 
+@typed
 def gate_prior(
     prior: ReasoningPrior | str | Path,
     base: nn.Module | str | Path,
@@ -31,7 +32,7 @@ def gate_prior(
     keep_set: KeepSet | str | Path,
     texts: str | Path | Sequence[str] | None,
     output: str | Path,
-    objective: str = "expert",
+    objective: Literal["expert", "frism"] = "expert",
     keep_weight: float = 0.3,
     alpha: float = 1.0,
     steps: int = 200,
@@ -97,9 +98,11 @@ def gate_prior(
         >>> {round(gate, 1) for weight in gated.metadata["weights"].values() for gate in weight["gates"]} >= {0.5}
         True
     """
-    _check_numbers(keep_weight=keep_weight, alpha=alpha, rate=rate)
-    _check_numbers(int, steps=steps, batch_size=batch_size, max_tokens=max_tokens)
-    _check_numbers(int, top_k=top_k, max_new_tokens=max_new_tokens)
+    for name, value in (("keep_weight", keep_weight), ("alpha", alpha), ("rate", rate)):
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    whole = {"steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
+    check_whole(**whole, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_objective(objective, expert, texts)
     output = Path(output)
     with claimed_output(output, overwrite, example="gated.safetensors"):
@@ -155,16 +158,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _check_numbers(kind: type = float, **numbers: Any) -> None:
-    what, kinds = ("whole number ≥ 1", int) if kind is int else ("number > 0", (int, float))
-    for name, value in numbers.items():
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be a {what}, got {value!r}")
-
-
 def _check_objective(objective: str, expert: Any, texts: Any) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if objective == "expert" and (expert is None or texts is None):
         raise ValueError("objective 'expert' needs an expert and texts that it answers: give both, or take 'frism'")
     if objective == "frism" and (expert is not None or texts is not None):

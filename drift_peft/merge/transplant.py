@@ -19,6 +19,7 @@ from typing import Literal
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
+from ..arguments import check_whole, is_number, typed
 from ..checkpoints import (
     PROJECTIONS,
     TASK,
@@ -91,6 +92,7 @@ class TransplantReport:
     costs: list[Cost]
 
 
+@typed
 def transplant(
     expert: str | Path,
     base: str | Path,
@@ -207,8 +209,7 @@ def transplant(
 
 
 def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -> None:
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale) and scale != 0
-    if scale != "auto" and not number:
+    if scale != "auto" and not (is_number(scale) and scale):
         raise ValueError(f'scale must be "auto" or a finite number other than 0, got {scale!r}')
     if scale == "auto" and (keep is None or budget is None):
         missing = " and ".join(n for n, v in (("keep (--keep)", keep), ("budget (--budget)", budget)) if v is None)
@@ -221,8 +222,7 @@ def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -
         raise ValueError(f"budget must be a number of nats above 0, got {budget!r}")
     if load_in_4bit and keep is None:
         raise ValueError("load_in_4bit goes with keep (--keep): the model is loaded only where a cost is measured")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_whole(batch_size=batch_size)
 
 
 def _refuse_adapters_settings(rank: int | None, energy: float | None, load_in_4bit: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
+from ..arguments import nearest
 from ..checkpoints import download, read_config, split_revision
 from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
 from .recipe import as_meant, read_recipe
@@ -33,8 +33,7 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
     known = get_type_hints(Settings)
     for key in set(changes or {}) - set(known):
-        near = difflib.get_close_matches(key, known, n=1)
-        way_out = f"did you mean {near[0]}?" if near else f"what decides it is {', '.join(known)}"
+        way_out = nearest(key, known) or f"what decides it is {', '.join(known)}"
         raise ValueError(f"{key} does not decide what memory a recipe takes; {way_out}")
     content |= changes or {}
     return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})

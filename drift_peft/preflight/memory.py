@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ..arguments import check_whole, is_number
 from ..checkpoints import Decoder, cross_attention_layers
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
@@ -29,6 +30,7 @@ CONTEXT = 1.05e9  # with the kernels in use
 WORKSPACES = 0.2e9  # what PyTorch's allocator holds beside what is counted here
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
 _8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
+COUNTED = ("max_pixels", "longest_edge", "max_soft_tokens", "max_tiles", "max_image_tokens")  # of processor_kwargs
 FOUR_BIT = "language model's projections, 4 bits"
 SIXTEEN_BIT = "embedding and head", "per-layer embeddings", "experts", "vision tower and the rest"
 STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number
@@ -80,14 +82,16 @@ class Settings:
     fp16: bool = False
 
     def __post_init__(self):
-        for name in WHOLE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} takes a whole number of at least 1, got {value!r}")
-        if isinstance(self.replay, bool) or not isinstance(self.replay, int | float) or not 0 <= self.replay < 1:
+        check_whole(**{name: getattr(self, name) for name in WHOLE})
+        if not is_number(self.replay) or not 0 <= self.replay < 1:
             raise ValueError(f"replay takes a share of the samples, at least 0 and below 1, got {self.replay!r}")
         if not isinstance(self.processor_kwargs, dict | None):
             raise ValueError(f"processor_kwargs takes settings of the processor, got {self.processor_kwargs!r}")
+        kwargs = self.processor_kwargs or {}
+        size = kwargs["size"] if isinstance(kwargs.get("size"), dict) else {}
+        for key, value in {**kwargs, **size}.items():
+            if key in COUNTED and value is not None:
+                check_whole(**{key: value})
         for name, hint in get_type_hints(Settings).items():
             check_type(name, getattr(self, name), hint)
         if self.optim.removeprefix("paged_") not in STATE:
@@ -294,7 +298,8 @@ class Memory:
 def patches(config: PretrainedConfig, settings: Settings) -> int:
     """Into how many patches a sample's images are cut: by the recipe's processor_kwargs, else as its processor may."""
     vision, kwargs = config.vision_config, settings.processor_kwargs or {}
-    longest = (kwargs.get("size") or {}).get("longest_edge")
+    size = kwargs.get("size")
+    longest = size.get("longest_edge") if isinstance(size, dict) else None
     if config.model_type == "gemma4":
         return settings.images_per_sample * kwargs.get("max_soft_tokens", 280) * vision.pooling_kernel_size**2
     if config.model_type == "lfm2_vl":  # tiles, and the whole

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from ..arguments import check_whole, typed
 from ..checkpoints import (
     MODULES,
     MOST_LAYERS,
@@ -49,6 +50,7 @@ STATISTICS = "statistics"  # metadata key of a finished weight
 PAGE = 4096  # bytes
 
 
+@typed
 def build_prior(
     expert: str | Path,
     base: str | Path,
@@ -57,7 +59,7 @@ def build_prior(
     energy: float | None = None,
     max_rank: int | None = None,
     reference: str | Path | None = None,
-    modules: Sequence[str] = DEFAULT_MODULES,
+    modules: str | Sequence[str] = DEFAULT_MODULES,
     only_layers: Sequence[int] | None = None,
     skip_first: int = 0,
     dequantize: bool = False,
@@ -118,8 +120,6 @@ def build_prior(
     """
     settings = _check_ranks(rank, energy, max_rank)
     settings |= {"modules": _check_modules(modules), "only_layers": _check_layers(only_layers, skip_first)}
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
     settings |= {"skip_first": skip_first, "seed": seed}
     device = _check_device(device)
     output = Path(output)
@@ -170,21 +170,19 @@ def build_prior(
 
 def _check_ranks(rank: int | None, energy: float | None, max_rank: int | None) -> dict:
     """As the header says it: `rank` is the ceiling in any case."""
-    for name, value in (("rank", rank), ("max_rank", max_rank)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_whole(**{name: k for name, k in (("rank", rank), ("max_rank", max_rank)) if k is not None})
     if energy is None:
         if max_rank is not None:
             raise ValueError(f"max_rank={max_rank} goes with energy: without it, rank is the ceiling")
         return {"rank": rank or RANK, "energy": None, "max_rank": None}
     if rank is not None:
         raise ValueError(f"give rank={rank} or energy={energy}, not both: with energy, max_rank is the ceiling")
-    if not isinstance(energy, float) or not 0 < energy < 1:
+    if not 0 < energy < 1:
         raise ValueError(f"energy must be a number between 0 and 1, got {energy!r}")
     return {"rank": max_rank or MAX_RANK, "energy": energy, "max_rank": max_rank or MAX_RANK}
 
 
-def _check_modules(modules: Sequence[str]) -> list[str]:
+def _check_modules(modules: str | Sequence[str]) -> list[str]:
     """The presets in a fixed order."""
     modules = (modules,) if isinstance(modules, str) else tuple(modules)
     if unknown := [module for module in modules if module not in MODULES]:
@@ -201,8 +199,8 @@ def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[in
     if only_layers is not None and len(only_layers) > MOST_LAYERS:
         raise ValueError(f"only_layers names {len(only_layers)} layers, and no model has more than {MOST_LAYERS}")
     for name, values in (("only_layers", () if only_layers is None else only_layers), ("skip_first", [skip_first])):
-        if wrong := [value for value in values if not isinstance(value, int) or value < 0]:
-            raise ValueError(f"{name} takes whole numbers from 0 on, got {wrong[0]!r}")
+        for layer in values:
+            check_whole(0, **{name: layer})
     return None if only_layers is None else sorted(set(only_layers))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from ..arguments import is_number
 from ..checkpoints import shown
 from ..warn import warn
 from .file import PriorFile
@@ -23,13 +24,6 @@ SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ
 ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
 
 Weight = tuple[str, dict[str, torch.Tensor], dict]  # canonical name, tensors, statistics as in a prior's header
-
-
-def check_rank(rank: int) -> int:
-    """The rank itself. ValueError unless it is a whole number of at least 1."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
-    return rank
 
 
 def truncated_weights(prior: PriorFile, rank: int) -> Iterator[Weight]:
@@ -86,7 +80,7 @@ def check_parents(parents: Sequence[tuple[PriorFile, float]]) -> None:
     if not parents:
         raise ValueError("there is nothing to combine: name at least one prior with its coefficient")
     for prior, c in parents:
-        if isinstance(c, bool) or not isinstance(c, (int, float)) or not math.isfinite(c):
+        if not is_number(c):
             raise ValueError(f"the coefficient of {prior.source} must be a finite number, got {c!r}")
     if not any(c for _, c in parents):
         raise ValueError("all coefficients are 0, so the sum would be too: give one of them another value")

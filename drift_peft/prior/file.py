@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..arguments import typed
 from ..checkpoints import (
     Watch,
     check,
@@ -36,9 +37,6 @@ from ..checkpoints import (
     write_tensors,
 )
 from .header import Header
-
-if TYPE_CHECKING:
-    from typing import Self
 
 HEADER_KEY, FORMAT = "drift_prior", 1
 FILE_NAME = "prior.safetensors"  # what a prior is called in a folder or hub repository
@@ -121,6 +119,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         self._check_numbers()
 
     @classmethod
+    @typed
     def load(cls, source: str | Path, revision: str | None = None) -> Self:
         """Open a prior: a file, a folder or hub repository that holds prior.safetensors, or `id@revision`.
 

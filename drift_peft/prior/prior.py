@@ -6,17 +6,17 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..arguments import check_type, check_whole, plain, typed
 from ..checkpoints import write_tensors
 from .combine import (
     Weight,
     check_parents,
-    check_rank,
     combined_header,
     combined_weights,
     gated_weights,
@@ -76,15 +76,21 @@ class ReasoningPrior(PriorFile):
             >>> both.rank
             8
         """
-        pairs = parts.items() if isinstance(parts, Mapping) else parts
-        parents = [(prior if isinstance(prior, cls) else cls.load(prior), c) for prior, c in pairs]
+        check_type("parts", parts, Mapping[Any, Any] | Iterable[tuple[Any, Any]])
+        check_whole(**({} if rank is None else {"rank": rank}))
+        pairs = [*(parts.items() if isinstance(parts, Mapping) else parts)]
+        check_type("parts", pairs, list[tuple[Any, Any]])
+        parents = [(prior if isinstance(prior, cls) else cls.load(prior), plain(c)) for prior, c in pairs]
         check_parents(parents)
-        rank = max(prior.rank for prior, _ in parents) if rank is None else check_rank(rank)
+        rank = max(prior.rank for prior, _ in parents) if rank is None else rank
         files, header = [prior for prior, _ in parents], combined_header(parents, rank)
         return _write_weights(output, overwrite, files, combined_weights(parents, rank), header)
 
+    @typed
     def truncate(self, rank: int, output: str | Path, overwrite: bool = False) -> ReasoningPrior:
         """Write the prior with min(rank, k) singular directions per weight as a new one. Vectors stay as they are.
+
+        A gated prior becomes a combined one, of itself alone.
 
         Raises:
             ValueError: rank < 1.
@@ -94,7 +100,10 @@ class ReasoningPrior(PriorFile):
             >>> ReasoningPrior.load("prior.safetensors").truncate(4, "small.safetensors")
             ReasoningPrior('small.safetensors', 28 weights, rank 4)
         """
-        header = {**self.metadata, "rank": min(check_rank(rank), self.metadata["rank"] or self.rank)}
+        check_whole(rank=rank)
+        if "gated" in self.metadata:  # whose gates are those of all directions of the prior that it was made of
+            return self.combine({self: 1.0}, output, rank, overwrite)
+        header = {**self.metadata, "rank": min(rank, self.metadata["rank"] or self.rank)}
         if rank < self.rank:  # what is captured is no longer what `energy` asked for
             header |= {key: None for key in ("energy", "max_rank") if key in header}
         return _write_weights(output, overwrite, [self], truncated_weights(self, rank), header)
@@ -122,6 +131,7 @@ class ReasoningPrior(PriorFile):
         header = {**self.metadata, "gated": {"prior": self.sha256, **origin}}
         return _write_weights(output, overwrite, [self], gated_weights(self, gates, products), header)
 
+    @typed
     def as_lora(
         self, scale: float, output: str | Path, base: str | Path | None = None, overwrite: bool = False
     ) -> Path:
@@ -146,6 +156,7 @@ class ReasoningPrior(PriorFile):
         """
         return export_lora(self, scale, output, base, overwrite)
 
+    @typed
     def push_to_hub(
         self,
         repo_id: str,
@@ -180,6 +191,7 @@ class ReasoningPrior(PriorFile):
         """In a notebook: how far apart the two models are, and what the prior holds."""
         return prior_html(prior_summary(self))
 
+    @typed
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the prior to another file, byte for byte the same. Raises what `partial_output` raises.
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from ..arguments import is_number
 from ..checkpoints import (
     PROJECTIONS,
     TASK,
@@ -193,7 +194,7 @@ def _gate_recipe(header: dict) -> str:
 @torch.no_grad()
 def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | Path | None, overwrite: bool) -> Path:
     """`ReasoningPrior.as_lora`."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale == 0:
+    if not is_number(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(prior.path,), kind="adapter") as folder:
         source, revision = (base, None) if base else (prior.metadata["base"][key] for key in ("id", "revision"))

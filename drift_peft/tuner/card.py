@@ -10,9 +10,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForImageTextToText
+from yaml import YAMLError
 
 from ..checkpoints import TASK, how_to_load, how_to_serve, hub_id, in_markdown, shown
 from ..prior import MergedDelta
+from ..warn import warn
 from .settings import DriftSettings
 
 START, END = "<!-- drift_peft{name}: this section is written anew at every save -->", "<!-- /drift_peft -->"
@@ -69,11 +71,17 @@ def update_card(folder: Path, config: DriftSettings) -> None:
     gets none.
     """
     path, name = folder / "README.md", None
-    if not path.is_file():
+    if path.is_file():
+        card = _read_card(path)
+        if card is None:
+            warn(f"{path} is no model card, since its metadata cannot be read, and stays as it is.")
+    else:
         path, name = folder.parent / "README.md", folder.name
-        if not path.is_file() or ModelCard.load(path).data.library_name != "peft":
-            return
-    card = ModelCard.load(path)
+        card = _read_card(path)
+        if card is not None and card.data.library_name != "peft":
+            card = None
+    if card is None:
+        return
     if isinstance(base := card.data.get("base_model"), str) and hub_id(base) is None:  # as Trainer and TRL write it
         card.text = card.text.replace(f"[{base}](https://huggingface.co/{base})", shown(base))
     _fill_in(card.data, config)
@@ -87,6 +95,14 @@ def update_card(folder: Path, config: DriftSettings) -> None:
     temporary = path.with_suffix(".tmp")
     card.save(temporary)
     os.replace(temporary, path)
+
+
+def _read_card(path: Path) -> ModelCard | None:
+    """None where there is none, or it cannot be read as one, such as a README of something else."""
+    try:
+        return ModelCard.load(path) if path.is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return None
 
 
 def _fill_in(data: ModelCardData, config: DriftSettings) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-import math
 import os
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -17,10 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
+from ..arguments import is_number, is_whole, nearest
 from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json
 from .card import update_card
 from .described import documented
-from .settings import DriftSettings, check_settings, is_rank
+from .settings import DriftSettings, check_settings
 
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
 STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
@@ -65,9 +64,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise TypeError(f"{cls.__name__} got an unexpected keyword argument '{name}'{hint}")
+                words = f"{cls.__name__} got an unexpected keyword argument '{name}'", nearest(name, known)
+                raise TypeError("; ".join(filter(None, words)))
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -90,7 +88,7 @@ class DriftConfig(DriftSettings, LoraConfig):
             )
 
     def _check_lora(self) -> None:
-        if not is_rank(self.r):
+        if not is_whole(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
         if wrong := _infinite_alpha(self):
             raise ValueError(f"{wrong} is no finite number: lora_alpha and alpha_pattern scale the adapter.")
@@ -216,7 +214,7 @@ def _infinite_alpha(config: LoraConfig) -> str | None:
     alphas = {"lora_alpha": config.lora_alpha}
     alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if not is_number(alpha):
             return f"{name}={alpha!r}"
     return None
 

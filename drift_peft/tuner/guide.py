@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..arguments import check_type
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
@@ -22,7 +24,7 @@ PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act
 
 
 def guide(
-    model: nn.Module, prior: ReasoningPrior | str | None = None, adapter_name: str | None = None, **settings
+    model: nn.Module, prior: ReasoningPrior | str | Path | None = None, adapter_name: str | None = None, **settings
 ) -> nn.Module:
     """Steer a model that was wrapped elsewhere (PEFT, TRL, Unsloth, LLaMA-Factory), or that is trained in full.
 
@@ -55,6 +57,7 @@ def guide(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"guide() takes the model first, then the prior, but got {type(model).__name__} as model.")
+    check_type("prior", prior, ReasoningPrior | str | Path | None)
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from ..arguments import check_type, is_number, is_of, is_whole, nearest
 from ..checkpoints import module_kind, pattern_matches
 from ..prior import MergedDelta
 
@@ -155,20 +154,20 @@ def check_settings(config: DriftSettings) -> None:
     Raises:
         ValueError: the value is unknown, out of range, or at odds with another setting.
     """
+    _choose("drift_scale", config.drift_scale, SCALES)
+    _choose("drift_target", config.drift_target, TARGETS)
+    _choose("drift_norm", config.drift_norm, NORMS)
     alpha, rank = config.drift_alpha, config.drift_rank
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not is_number(alpha):
         raise ValueError(f"drift_alpha must be a finite number ≥ 0, got {alpha!r}.")
     if alpha < 0:
         raise ValueError(
             f"drift_alpha={alpha} is negative: a positive strength pulls toward the expert here, so where the paper "
             f"writes α = {alpha} set drift_alpha={-alpha}."
         )
-    _choose("drift_scale", config.drift_scale, SCALES)
-    _choose("drift_target", config.drift_target, TARGETS)
-    _choose("drift_norm", config.drift_norm, NORMS)
-    if config.drift_sketch is not None and not is_rank(config.drift_sketch):
+    if config.drift_sketch is not None and not is_whole(config.drift_sketch):
         raise ValueError(f"drift_sketch must be None or a whole number ≥ 1, got {config.drift_sketch!r}.")
-    if rank is not None and not is_rank(rank):
+    if rank is not None and not is_whole(rank):
         raise ValueError(f"drift_rank must be None or a whole number ≥ 1, got {rank!r}.")
     if config.drift_scale == "decoupled" and config.drift_target not in ("factors", "base"):
         raise ValueError(
@@ -185,8 +184,7 @@ def check_settings(config: DriftSettings) -> None:
             f"drift_norm='weight' compares the weight gradient with a direction in weight space, which drift_target="
             f"{config.drift_target!r} does not have: set drift_target='residual' or 'delta', or drift_norm='factor'."
         )
-    if not isinstance(config.drift_log_kinds, bool):
-        raise ValueError(f"drift_log_kinds must be True or False, got {config.drift_log_kinds!r}.")
+    check_type("drift_log_kinds", config.drift_log_kinds, bool)
     _check_spectrum(config.drift_spectrum)
     _check_schedule(config)
     _check_patterns(config)
@@ -240,45 +238,39 @@ def _matches(pattern: str, name: str) -> bool:
 def _check_spectrum(spectrum: Any) -> None:
     if isinstance(spectrum, str):
         _choose("drift_spectrum", spectrum, tuple(SPECTRA))
-    elif isinstance(spectrum, bool) or not isinstance(spectrum, (int, float)) or not 0 <= spectrum <= 4:
+    elif not is_number(spectrum) or not 0 <= spectrum <= 4:
         raise ValueError(f"drift_spectrum must be 'full', 'flat' or a power between 0 and 4, got {spectrum!r}.")
 
 
 def _check_schedule(config: DriftSettings) -> None:
     warmup, decay = config.drift_warmup_steps, config.drift_decay_steps
-    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+    if not is_whole(warmup, 0):
         raise ValueError(f"drift_warmup_steps must be a whole number ≥ 0, got {warmup!r}.")
-    if decay is not None and not is_rank(decay):
+    if decay is not None and not is_whole(decay):
         raise ValueError(f"drift_decay_steps must be None or a whole number ≥ 1, got {decay!r}.")
 
 
 def _check_patterns(config: DriftSettings) -> None:
     modules = config.drift_modules
     listed = [modules] if isinstance(modules, str) else modules
-    if listed is not None and (not listed or not all(isinstance(key, str) and key for key in listed)):
+    if listed is not None and not (is_of(listed, Sequence[str]) and listed and all(listed)):
         raise ValueError(
             f"drift_modules must be None, or name presets ({', '.join(PRESETS)}) or regular expressions, got "
             f"{modules!r}."
         )
+    check_type("drift_alpha_pattern", config.drift_alpha_pattern, dict[str, Any])
     for name, keys in (("drift_modules", listed or []), ("drift_alpha_pattern", config.drift_alpha_pattern)):
         for key in keys:
             try:
-                if not isinstance(key, str):
-                    raise ValueError("it is no text")
                 pattern_matches(key, "")
             except ValueError as error:
                 raise ValueError(f"{name} holds {key!r}, which is no regular expression: {error}.") from error
     for key, alpha in config.drift_alpha_pattern.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
+        if not is_number(alpha) or alpha < 0:
             raise ValueError(f"drift_alpha_pattern[{key!r}] must be a finite number ≥ 0, got {alpha!r}.")
-
-
-def is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, known))}{hint}")
+        words = f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, known))}", nearest(str(value), known)
+        raise ValueError("; ".join(filter(None, words)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from ..arguments import typed
 from ..checkpoints import module_kind
 from ..keeping import keep_telemetry
 from ..prior import ReasoningPrior
@@ -14,8 +17,9 @@ from .sharding import values
 from .steered import Stack, Steered, SteeredAdapter, lora_layers, steered_of
 
 
+@typed
 @torch.no_grad()
-def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> dict[str, float | int]:
+def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None = None) -> dict[str, float | int]:
     """Where a model stands against the prior; one device synchronization. Under FSDP2 every process has to call it.
 
     Returns, over everything steered in total and per module kind (`alignment/attn`, …):
@@ -48,6 +52,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | None = None) -> di
     if prior is None:
         found = steered_of(model)
     else:
+        prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
         settings = DriftConfig(prior=prior.source)
         found = [
             SteeredAdapter(layer, a, name, settings, prior[name])

@@ -11,6 +11,7 @@ import torch
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
+from drift_peft.arguments import check_whole
 from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
 from .checkpoints import checkpoints, is_whole, newest_whole
@@ -73,9 +74,7 @@ class RunArguments:
         hint = get_type_hints(RunArguments)["processor_kwargs"]
         self.processor_kwargs = as_meant("processor_kwargs", self.processor_kwargs, hint) or {}
         check_type("processor_kwargs", self.processor_kwargs, dict)
-        for key in WHOLE:
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is a whole number of at least 1, got {getattr(self, key)}")
+        check_whole(**{key: getattr(self, key) for key in WHOLE})
         if not 0 <= self.keep_weight < math.inf:
             raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
         if not 0 < self.keep_bound < math.inf:

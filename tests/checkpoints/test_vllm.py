@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vlm
 
-from drift_peft.checkpoints import export_for_vllm, language_model_targets
+from drift_peft.checkpoints import export_for_vllm, how_to_serve, language_model_targets
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,13 @@ def test_the_names_are_those_of_vllm(saved, tmp_path, family, renamed):
     assert (report.modules, report.renamed, report.max_lora_rank) == (len(before) // 2, renamed, 8)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {name.split(".")[-3] for name in after} == {*config["target_modules"]}
+
+
+@pytest.mark.parametrize("rank, flag", [(1, 1), (9, 16), (257, 320), (321, 512), (512, 512), (513, None), (None, None)])
+def test_cards_name_a_rank_that_vllm_takes(rank, flag):
+    text = how_to_serve("org/vlm", None, "adapter", rank)
+    assert ("drift-peft export" in text) == (flag is not None) == (f"--max-lora-rank {flag} " in text)
+    assert "vllm serve merged" in text
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,11 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
             "--rnak; did you mean --rank?",
         ),
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "many"], 2, "whole number, got many"),
-        (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"], 1, "at least 1, got 0"),
+        (
+            ["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"],
+            1,
+            "rank must be a whole number ≥ 1, got 0",
+        ),
         (["prior", "build", "--base", "y", "-o", "z"], 2, "expert"),
         ([*BUILD, "--energy", "most"], 2, "--energy takes a number, got most"),
         ([*BUILD, "--energy", "90"], 1, "energy must be a number between 0 and 1, got 90.0"),

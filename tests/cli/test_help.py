@@ -5,17 +5,18 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 from command import run
 
 import drift_peft.demo
-from drift_peft import build_prior, checkpoints, make_keep_set, merge_adapter, merge_baseline, transplant
+from drift_peft import build_prior, checkpoints, gate_prior, make_keep_set, merge_adapter, merge_baseline, transplant
 from drift_peft.cli import commands, merge, prior_build, prior_gate
 from drift_peft.cli import merge_baseline as baseline_verb
 from drift_peft.cli.keep import VERBS as KEEP
 from drift_peft.cli.prior import VERBS
-from drift_peft.merge import METHODS, OBJECTIVES, ONTO
+from drift_peft.merge import METHODS, ONTO
 from drift_peft.merge import baseline as baselines
 from drift_peft.prior import build as builds
 
@@ -49,6 +50,7 @@ REFUSED = [
 ]
 PROBE = """
 import sys
+from typing import get_args, get_type_hints
 from drift_peft.cli import main
 try:
     status = main(sys.argv[1:])
@@ -100,7 +102,7 @@ def test_choices_are_those_of_the_library(capsys):
     assert baseline_verb.MODULES == baselines.MODULES
     assert baseline_verb.METHODS == tuple(METHODS)
     assert merge.ONTO == tuple(ONTO)
-    assert prior_gate.OBJECTIVES == OBJECTIVES
+    assert prior_gate.OBJECTIVES == get_args(get_type_hints(gate_prior)["objective"])
     assert f"which weights: {', '.join(checkpoints.MODULES)} " in help_of(capsys, "prior", "build")
     told = help_of(capsys, "merge-baseline")
     assert f"which weights: {', '.join(baselines.MODULES)} " in told and f"one of {', '.join(METHODS)} " in told

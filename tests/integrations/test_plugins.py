@@ -18,7 +18,7 @@ TOOLS = {"axolotl": "axolotl", "ms_swift": "swift", "llama_factory": "llamafacto
 REFUSED = [
     (
         {"drift_prior": "p", "drift_alhpa": 0.3},
-        "'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'?",
+        "'drift_alhpa' is no setting of drift_peft; did you mean drift_alpha?",
     ),
     ({"drift_steps": 3, "drift_prior": "p"}, "'drift_steps' is no setting"),  # DriftConfig's own count
     ({"drift_prior": "p", "drift_alpha": -1.0}, "set drift_alpha=1.0"),

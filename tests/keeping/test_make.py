@@ -191,10 +191,18 @@ def test_wrong_questions(text, message, folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"samples": 0}, ValueError, "samples must be an integer of at least 1, got 0"),
-        ({"batch_size": 2.0}, ValueError, "batch_size must be an integer of at least 1, got 2.0"),
-        ({"seed": "1"}, ValueError, "seed must be an integer, got '1'"),
+        ({"samples": 0}, ValueError, "samples must be a whole number ≥ 1, got 0"),
+        ({"batch_size": 2.0}, ValueError, "batch_size must be a whole number, got 2.0"),
+        ({"seed": "1"}, ValueError, "seed must be a whole number, got '1'"),
         ({"top_k": 65}, ValueError, r"top_k=65 is larger than the vocabulary of \S+base: it has 64 tokens"),
+        ({"questions": []}, ValueError, "questions is empty: give pairs of a kind and a question, or leave it out for"),
+        (
+            {"questions": ["what?"]},
+            ValueError,
+            r"questions must be .*entry of it \(a text, a text\) or None, got",
+        ),
+        ({"questions": [("a", " ")]}, ValueError, r"questions holds \('a', ' '\), which is half empty"),
+        ({"questions": [("a", "b")] * 2}, ValueError, r"questions holds \('a', 'b'\) twice"),
         ({"questions": "none.txt"}, FileNotFoundError, "there is no file of questions none.txt"),
         ({"samples": 10**4}, ValueError, "samples=10000 is too many for 7 images with 36 questions each: .*=252"),
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
@@ -289,6 +297,8 @@ def test_wherever_the_images_are(folder, pictures, tmp_path):
         rows.append(json.dumps({"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]}))
     (tmp_path / "nested" / "data.jsonl").write_text("\n".join([*rows, "", rows[0]]))
     (tmp_path / "nested" / "data.json").write_text(json.dumps([json.loads(row) for row in rows]))
+    one = {"images": [f"nested/deeper/{path.name}" for path in pictures]}
+    (tmp_path / "pretty.json").write_text(json.dumps(one, indent=2))
     data = datasets.Dataset.from_dict({"images": [[str(path)] for path in pictures]})
     data = data.cast_column("images", datasets.List(datasets.Image()))
     data.to_parquet(tmp_path / "data.parquet")
@@ -296,6 +306,7 @@ def test_wherever_the_images_are(folder, pictures, tmp_path):
         "folder": tmp_path / "nested",
         "jsonl": tmp_path / "nested" / "data.jsonl",
         "json": tmp_path / "nested" / "data.json",
+        "one row over several lines": tmp_path / "pretty.json",
         "parquet": tmp_path / "data.parquet",
         "dataset": data,
         "paths": pictures,

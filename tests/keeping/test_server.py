@@ -123,8 +123,13 @@ def test_servers_that_refuse(folder, tmp_path):
         server.fail("", *["status 400"] * 4)  # as many as are asked at a time
         with pytest.raises(ValueError, match=r"refuses the question: status 400 .*started with --max-logprobs 5$"):
             make(folder, tmp_path / "k.safetensors", server=server.url)
-        with pytest.raises(ValueError, match=r"refuses the question: status 404"):
+        with pytest.raises(ValueError, match=r"status 404 .*; give the address that ends in /v1, and the id .*base$"):
             make(folder, tmp_path / "k.safetensors", server=server.url.replace("/v1", "/v2"))
+    for status in (401, 403):
+        with OpenAI(lambda question: "8") as server:
+            server.fail("", *[f"status {status}"] * 4)
+            with pytest.raises(ValueError, match=rf"refuses the question: status {status} .*; give the server's key"):
+                make(folder, tmp_path / "k.safetensors", server=server.url)
     assert not [*tmp_path.iterdir()]
 
 

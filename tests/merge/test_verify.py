@@ -280,7 +280,7 @@ REFUSED = {
         {"verify": True},
         "drift_config.json is no valid JSON",
     ),
-    "unknown": (lambda p: None, {"onto": "bsae"}, "onto must be one of base, dequantized, got 'bsae'"),
+    "unknown": (lambda p: None, {"onto": "bsae"}, "onto must be 'base' or 'dequantized', got 'bsae'"),
     "untrained": (lora(std=0), {"onto": "dequantized"}, "changes no weight of .* lora_B are zero"),
 }
 

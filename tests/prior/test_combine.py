@@ -240,12 +240,36 @@ def test_refused(tmp_path, case):
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("sum*"))
 
 
+def test_a_gated_prior_is_truncated_as_a_sum_of_itself(tmp_path):
+    """Of its gates the header would tell more than the file holds, and its hash would be another prior's."""
+    W, delta = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    prior = dense_prior(tmp_path / "p", {Q: (W, delta)}, rank=4)
+    gates = {name: torch.tensor([0.1, 0.9, 0.5, 0.7]) for name in prior}
+    products = {name: torch.zeros(4) for name in prior}
+    gated = prior.gated(gates, products, tmp_path / "gated", {"seed": 0})
+    small = gated.truncate(2, tmp_path / "small")
+    for name in gated:
+        whole, part = (p[name].U.float() * p[name].S @ p[name].Vh.float() for p in (gated, small))
+        best = torch.linalg.svd(whole.double()).S[2:].norm().item()
+        assert (whole - part).norm().item() == pytest.approx(best, rel=0.02)
+    (parent,) = small.metadata["parents"]
+    assert small.rank == 2 and parent["sha256"] == gated.sha256 and parent["gated"]["prior"] == prior.sha256
+    assert "gated" not in small.metadata and all("gates" not in w for w in small.metadata["weights"].values())
+    assert f"1),  # sha256 {gated.sha256}" in small.model_card().text and "rank=2)" in small.model_card().text
+
+
+@pytest.mark.parametrize("parts", ["a", 5, None, ["a", "b"], [("a",)], ReasoningPrior])
+def test_what_is_no_sum_of_priors(tmp_path, parts):
+    with pytest.raises(ValueError, match=r"^parts must be a dict of .* or a list, .*, got "):
+        ReasoningPrior.combine(parts, tmp_path / "sum")
+
+
 @pytest.mark.parametrize("rank", [0, True, 2.5])
 def test_a_rank_that_is_none(tmp_path, rank):
     (prior,) = random_priors(tmp_path, 1, 6, 5, rank=2)
-    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got"):
+    with pytest.raises(ValueError, match=r"rank must be a whole number.*, got"):
         prior.truncate(rank, tmp_path / "x")
-    with pytest.raises(ValueError, match="rank must be an integer of at least 1, got"):
+    with pytest.raises(ValueError, match="rank must be a whole number ≥ 1, got"):
         ReasoningPrior.combine({prior: 1}, tmp_path / "x", rank)
 
 

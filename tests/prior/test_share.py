@@ -327,7 +327,7 @@ def test_a_base_that_has_moved_or_is_another(tmp_path):
 @pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1"])
 def test_scales_that_are_none(tmp_path, scale):
     prior = random_prior(tmp_path / "p")
-    with pytest.raises(ValueError, match="scale must be a finite number other than 0, got"):
+    with pytest.raises(ValueError, match=r"scale must be a (finite number other than 0|number), got"):
         prior.as_lora(scale, tmp_path / "lora")
 
 

@@ -135,7 +135,7 @@ def test_replay_mixes_the_answers_into_the_data_instead(train, pair, data, tmp_p
         ({"keep_weight": -1}, r"keep_weight is a number of at least 0, and 0 keeps nothing, got -1\.0"),
         ({"keep_weight": "nan"}, "keep_weight is a number of at least 0, .* got nan"),
         ({"keep_bound": 0}, r"keep_bound is a number above 0, such as 1, got 0\.0"),
-        *(({key: 0}, f"{key} is a whole number of at least 1, got 0") for key in WHOLE),
+        *(({key: 0}, f"{key} must be a whole number ≥ 1, got 0") for key in WHOLE),
         ({"keep": "k.safetensors", "drift_norm": "weight"}, "does not see the gradient that keep adds: set drift_norm"),
     ],
 )

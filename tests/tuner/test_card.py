@@ -187,6 +187,17 @@ def test_a_card_above_that_is_no_adapters_stays(folder, tmp_path):
     assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
+@pytest.mark.parametrize("content", [b"---\n: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe\x00"])
+def test_what_is_no_card_stays(folder, tmp_path, content):
+    """Above the folder it is somebody's README; inside it is ours to fill in, and that we cannot is said."""
+    (tmp_path / "README.md").write_bytes(content)
+    drift(folder).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"README.md is no model card, since its metadata cannot be read"):
+        drift(folder).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == content
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "drift_config.json"}
+
+
 def test_a_folder_without_a_card_gets_none(folder, tmp_path):
     drift(folder).save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "drift_config.json"}

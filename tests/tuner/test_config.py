@@ -31,21 +31,24 @@ REFUSED = [
     ({"drift_alpha": True}, r"drift_alpha must be a finite number ≥ 0, got True"),
     ({"drift_alpha": None}, r"drift_alpha must be a finite number ≥ 0, got None"),
     # modes
-    ({"drift_scale": "gradnrm"}, r"drift_scale='gradnrm' is unknown.*'adaptive', .*; did you mean 'gradnorm'\?"),
-    ({"drift_scale": "adaptiv"}, r"did you mean 'adaptive'\?"),
+    ({"drift_scale": "gradnrm"}, r"drift_scale='gradnrm' is unknown.*'adaptive', .*; did you mean gradnorm\?"),
+    ({"drift_scale": "adaptiv"}, r"did you mean adaptive\?"),
     ({"drift_scale": "zzz"}, r"drift_scale='zzz' is unknown: choose one of .*'decoupled'$"),
     ({"drift_scale": None}, r"drift_scale=None is unknown"),
-    ({"drift_target": "Residual"}, r"drift_target='Residual' is unknown.*did you mean 'residual'\?"),
-    ({"drift_target": "bse"}, r"drift_target='bse' is unknown.*'base'; did you mean 'base'\?"),
-    ({"drift_norm": "factors"}, r"drift_norm='factors' is unknown.*did you mean 'factor'\?"),
+    ({"drift_target": "Residual"}, r"drift_target='Residual' is unknown.*did you mean residual\?"),
+    ({"drift_target": "bse"}, r"drift_target='bse' is unknown.*'base'; did you mean base\?"),
+    ({"drift_norm": "factors"}, r"drift_norm='factors' is unknown.*did you mean factor\?"),
     # where and when
     *[
         ({"drift_modules": m}, r"drift_modules must be None, or name presets \(attn, .*got")
-        for m in ([], "", ["attn", 3])
+        for m in ([], "", ["attn", 3], 5, {"attn": 1}, b"attn")
     ],
     ({"drift_modules": ["attn", "q_(proj"]}, r"drift_modules holds 'q_\(proj', which is no regular expression"),
     ({"drift_alpha_pattern": {"*": 1.0}}, r"drift_alpha_pattern holds '\*', which is no regular expression"),
-    ({"drift_alpha_pattern": {3: 1.0}}, r"drift_alpha_pattern holds 3, which is no regular expression"),
+    *[
+        ({"drift_alpha_pattern": pattern}, r"drift_alpha_pattern must be a dict of a text to anything, got")
+        for pattern in ({3: 1.0}, None, ["attn"], 0.5)
+    ],
     *[
         ({"drift_alpha_pattern": {"q_proj": a}}, r"drift_alpha_pattern\['q_proj'\] must be a finite number ≥ 0, got")
         for a in (-1, math.nan, math.inf, "1", True, None)
@@ -55,7 +58,7 @@ REFUSED = [
     *[({"drift_decay_steps": n}, r"drift_decay_steps must be None or a .* ≥ 1, got") for n in (0, -4, 2.5, "8", True)],
     (
         {"drift_spectrum": "flt"},
-        r"drift_spectrum='flt' is unknown: choose one of 'full', 'flat'; did you mean 'flat'\?",
+        r"drift_spectrum='flt' is unknown: choose one of 'full', 'flat'; did you mean flat\?",
     ),
     *[
         ({"drift_spectrum": p}, r"drift_spectrum must be .* a power between 0 and 4, got")
@@ -112,7 +115,7 @@ def test_refusals(settings, message):
     [("drift_alhpa", "drift_alpha"), ("drift_scales", "drift_scale"), ("lora_alfa", "lora_alpha"), ("priors", "prior")],
 )
 def test_unknown_key_names_the_nearest(key, near):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{key}'; did you mean '{near}'\\?"):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{key}'; did you mean {near}\\?"):
         config(**{key: 1})
 
 
@@ -227,7 +230,7 @@ def test_fields_given_by_name_replace_the_stored_ones(tmp_path):
     assert made == config(**SETTINGS | {"drift_alpha": 0.7}, **LORA | {"lora_dropout": 0.0})
     with pytest.raises(ValueError, match=r"drift_alpha=-1 is negative"):
         DriftConfig.from_pretrained(tmp_path, drift_alpha=-1)
-    with pytest.raises(TypeError, match=r"argument 'drift_alhpa'; did you mean 'drift_alpha'\?"):
+    with pytest.raises(TypeError, match=r"argument 'drift_alhpa'; did you mean drift_alpha\?"):
         DriftConfig.from_pretrained(tmp_path, drift_alhpa=1)
 
 

@@ -116,7 +116,7 @@ def test_guide_refuses(pairs):
     ("error", "message", "settings"),
     [
         (ValueError, "drift_scale='adaptiv' is unknown", {"drift_scale": "adaptiv"}),
-        (TypeError, "argument 'drift_alfa'; did you mean 'drift_alpha'", {"drift_alfa": 1.0}),
+        (TypeError, "argument 'drift_alfa'; did you mean drift_alpha", {"drift_alfa": 1.0}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'lora_alpha'", {"lora_alpha": 8}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'drift_steps'", {"drift_steps": 3}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'prior_sha256'", {"prior_sha256": "0f"}),

@@ -317,7 +317,7 @@ def test_settings_can_be_changed_when_training_goes_on(pairs, tmp_path):
     train(get_peft_model(load(folder, "llama"), drift(folder))).save_pretrained(tmp_path)
     config = DriftConfig.from_pretrained(tmp_path, drift_alpha=0.3)
     assert config.drift_alpha == 0.3 and config.drift_steps == 3
-    with pytest.raises(TypeError, match="'drift_alpa'; did you mean 'drift_alpha'"):
+    with pytest.raises(TypeError, match="'drift_alpa'; did you mean drift_alpha"):
         DriftConfig.from_pretrained(tmp_path, drift_alpa=0.3)
 
 

@@ -117,6 +117,7 @@ def test_of_models_wrapped_elsewhere(pair, how):
         guide(model, pair.prior, drift_rank=3, drift_alpha=0.5)
     train(model, sgd(model))
     found = telemetry(model, pair.prior if how == "prior" else None)
+    assert how == "guide" or found == telemetry(model, pair.path) == telemetry(model, str(pair.path))
     expected = expected_position(position(model, pair.prior, rank=None if how == "prior" else 3))
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found["guided_steps"] == (0 if how == "prior" else 2)

@@ -1,0 +1,118 @@
+"""What a user gives to a public function: of the type that the signature says, or one sentence that names it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache, wraps
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+WORDS |= {NoneType: "None", Any: "anything"}
+SHOWN = 200  # characters of a value in an error
+
+
+def typed(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuses, before anything is done, an argument of another type than the function's signature has for it.
+
+    A whole number is taken for a number, but neither a text nor True for a whole one. NumPy's numbers and arrays come
+    to the function as Python's.
+    """
+    signature = inspect.signature(function)
+
+    @cache
+    def hints() -> dict[str, Any]:
+        return get_type_hints(function)  # on the first call: some name a class that is still to be made
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if hints().get(name, Any) is not Any:
+                given.arguments[name] = plain(value)
+                check_type(name, given.arguments[name], hints()[name])
+        return function(*given.args, **given.kwargs)
+
+    return checked
+
+
+def plain(value: Any) -> Any:
+    """The same in Python's own numbers and lists, if it is a number or an array of NumPy, or a list of such."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """ValueError unless the value is of this type."""
+    if not is_of(value, hint):
+        shown = repr(value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+        raise ValueError(f"{name} must be {_words(hint)}, got {shown}")
+
+
+def check_whole(least: int = 1, **values: Any) -> None:
+    """ValueError unless each of these is a whole number that is large enough."""
+    for name, value in values.items():
+        if not is_whole(value, least):
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    return is_of(value, int) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Is it a finite one?"""
+    return is_of(value, float) and math.isfinite(value)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`did you mean …?` with the known name that is most like it, or nothing."""
+    near = get_close_matches(name, known, 1, cutoff)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Is the value of this type? Of what can be read only once, the entries stay unread."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, TypeVar):
+        return True
+    if kind in (Union, UnionType):
+        return any(is_of(value, member) for member in inner)
+    if kind is Literal:
+        return isinstance(value, str) and value in inner
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if kind is tuple:
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(is_of, value, inner))
+    if not isinstance(value, kind or hint):
+        return False
+    if kind in (Sequence, list, Iterable) and isinstance(value, (Sequence, Mapping)):
+        return not isinstance(value, (str, bytes, Mapping)) and all(is_of(entry, inner[0]) for entry in value)
+    if kind in (Mapping, dict):
+        return all(is_of(key, inner[0]) and is_of(entry, inner[1]) for key, entry in value.items())
+    return True
+
+
+def _words(hint: Any) -> str:
+    """`int | None` in words."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        *first, last = map(_words, inner)
+        return f"{', '.join(first)} or {last}"
+    if kind is Literal:
+        return " or ".join(map(repr, inner))
+    if kind is tuple:
+        return f"({', '.join(map(_words, inner))})"
+    if kind in (Mapping, dict):
+        return f"a dict of {_words(inner[0])} to {_words(inner[1])}"
+    if kind in (Sequence, list, Iterable):
+        return f"a list, each entry of it {_words(inner[0])}"
+    return "anything" if isinstance(hint, TypeVar) else WORDS.get(hint) or f"a {hint.__name__}"

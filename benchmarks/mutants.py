@@ -63,8 +63,11 @@ ROOT = Path(__file__).parent.parent
 LORA = [
     "test_it_says_where_it_comes_from",
     "test_adapter_and_base_on_the_hub",
+    "test_an_adapter_is_taken_at_its_revision",
+    "test_what_is_brought_of_the_base_is_on_the_record",
     "test_a_four_bit_base",
     "test_the_sum_is_taken_in_fp32",
+    "test_it_is_named_as_it_was_given_where_it_is_refused",
 ]
 LAYERS = ["tuner/test_batches.py", "tuner/test_step_when.py", "tuner/test_steered.py"]
 TESTS = {

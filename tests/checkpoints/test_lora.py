@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from hub import Hub
+from older import frees_files
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint import save_four_bit, save_tokenizer, to_bin
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from drift_peft import merge_adapter
 from drift_peft.checkpoints.checkpoint import Checkpoint
-from drift_peft.checkpoints.lora import AdaptedCheckpoint, open_expert
+from drift_peft.checkpoints.lora import AdaptedCheckpoint, is_adapter, open_expert
 
 TARGETS = r".*layers\..*(q_proj|down_proj)"
 ADAPTED = [f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")]
@@ -111,12 +113,41 @@ def test_adapter_and_base_on_the_hub(pair, monkeypatch):
         assert torch.equal(expert.tensor(ADAPTED[0]), open_expert(pair / "adapter").tensor(ADAPTED[0]))
         assert [file for file in hub.fetched("org/base") if "-of-" in file] == [expert.keys[ADAPTED[0]].name]
         assert type(open_expert("org/base", revision="v1")) is Checkpoint
+        assert is_adapter("org/adapter@main") and not is_adapter("org/base@v1")
+
+
+def test_an_adapter_is_taken_at_its_revision(pair, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, pair / "cache")
+        hub.add("org/adapter", pair / "adapter")
+        save_adapter(pair / "adapter", pair / "base", lora_alpha=3)
+        commit = hub.add("org/adapter", pair / "adapter", "v2")
+        newer = open_expert(pair / "adapter").tensor(ADAPTED[0])
+        for expert in open_expert("org/adapter@v2"), open_expert("org/adapter", "v2"):
+            assert expert.revision == commit and torch.equal(expert.tensor(ADAPTED[0]), newer)
+        assert not torch.equal(open_expert("org/adapter").tensor(ADAPTED[0]), newer)
+
+
+@frees_files
+def test_what_is_brought_of_the_base_is_on_the_record(pair, monkeypatch):
+    with Hub() as hub:
+        hub.use(monkeypatch, pair / "cache")
+        hub.add("org/base", pair / "base")
+        edit_config(pair / "adapter", base_model_name_or_path="org/base")
+        record = pair / "downloads.json"
+        expert = open_expert(pair / "adapter", record=record)
+        file = expert.keys[ADAPTED[0]]
+        expert.tensor(ADAPTED[0])
+        assert json.loads(record.read_text()) == [str(file)]
+        expert.release(file)
+        assert not file.exists() and json.loads(record.read_text()) == []
 
 
 def test_a_four_bit_base(pair):
     save_four_bit(pair / "base")
-    with pytest.raises(ValueError, match=r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize"):
-        open_expert(pair / "adapter")
+    for opener in open_expert, AdaptedCheckpoint:
+        with pytest.raises(ValueError, match=r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize"):
+            opener(pair / "adapter")
     expert, base = (
         opener(p, dequantize=True) for opener, p in ((open_expert, pair / "adapter"), (Checkpoint, pair / "base"))
     )
@@ -179,6 +210,16 @@ def test_refused(pair, case):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         open_expert(pair / "adapter")
     assert "\n" not in str(caught.value) and not (pair / "pwned").exists()
+
+
+def test_it_is_named_as_it_was_given_where_it_is_refused(pair):
+    given = re.escape(str(pair / "adapter"))
+    expert = open_expert(pair / "adapter")
+    rename("layers.1", "layers.7")(pair)
+    with pytest.raises(ValueError, match=rf"has changed while {given} was read"):
+        expert.refuse_changed()
+    with pytest.raises(ValueError, match=rf"^adapter {given} does not fit the base"):
+        open_expert(pair / "adapter")
 
 
 def test_a_base_in_bin_format(pair):

@@ -256,6 +256,16 @@ def test_tensors_by_rank_in_bf16():
         close(p, value, 0.05)
 
 
+def test_what_is_measured_of_bf16_tensors_is_as_exact_as_of_others():
+    model = Tensors(settings("gradnorm", "delta"), dtype=torch.bfloat16)
+    grads = [p.grad.double() for p in model.trained()]
+    step(model)
+    cosines, ratios = model.steered[0].stack.last_step()
+    for cosine, ratio, g, D in zip(cosines, ratios, grads, model.deltas, strict=True):
+        close(cosine, torch.cosine_similarity(g.flatten(), D.flatten(), dim=0), 1e-6)
+        close(ratio, torch.tensor(0.7), 1e-6)
+
+
 def test_batches_of_tensors(monkeypatch):
     monkeypatch.setattr(steered, "BATCH_ELEMENTS", 2 * OUT * IN)
     model = Tensors(settings(), count=3)

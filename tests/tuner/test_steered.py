@@ -198,6 +198,21 @@ def test_layers_of_an_adapter_or_of_the_active_ones():
     assert [*lora_layers(model, "third")] == [("other.weight", model.other, "third")]  # the model's own name
 
 
+@pytest.mark.filterwarnings("ignore:.*target_parameters")
+def test_layers_of_parameters_have_the_names_of_these():
+    """As those of stacked experts; PEFT wraps the layer of one around that of the other."""
+    experts, model = nn.Module(), nn.ModuleDict()
+    for name in ("gate_up_proj", "down_proj"):
+        experts.register_parameter(name, nn.Parameter(randn(2, IN, IN)))
+    model["layers"] = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})])
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    inject_adapter_in_model(LoraConfig(r=R, target_modules=[], target_parameters=parameters), model)
+    assert {(name, layer.parameter_name) for name, layer, _ in lora_layers(model)} == {
+        ("layers.0.mlp.experts.gate_up_proj", "gate_up_proj"),
+        ("layers.0.mlp.experts.down_proj", "down_proj"),
+    }
+
+
 def test_tensors_that_train():
     model = Text()
     base = model.layers[0]["mlp"]["up_proj"].base_layer
@@ -218,3 +233,19 @@ def test_tensors_that_train():
     base.bias.requires_grad_(False)
     of_one = [each[:3] for each in trainable_tensors(model, "default")]  # active or not
     assert of_one == [("norm.weight", saved["default"], "weight"), ("norm.bias", saved["default"], "bias")]
+
+
+def test_modules_to_save_inside_layers_are_found_once():
+    """By the name that they have in the model; the copies inside PEFT's wrapper have names of their own."""
+    model, mlp = nn.ModuleDict(), nn.Module()
+    mlp.up_proj, mlp.scale = nn.Linear(IN, OUT), nn.Parameter(randn(IN))
+    model["layers"] = nn.ModuleList([nn.ModuleDict({"mlp": mlp, "input_layernorm": nn.LayerNorm(IN, bias=False)})])
+    config = LoraConfig(r=R, target_modules=["other"], modules_to_save=["mlp", "input_layernorm"])
+    model["other"] = nn.Linear(IN, IN)  # which no text model has
+    inject_adapter_in_model(config, model)
+    found = [*trainable_tensors(model)]
+    own = {name: module for name, module, attribute, _ in found if getattr(module, attribute).requires_grad}
+    assert len(own) == len(found)
+    wrapped = [model["layers"][0][name].modules_to_save["default"] for name in ("mlp", "input_layernorm")]
+    assert own["layers.0.mlp.scale"] is wrapped[0] and own["layers.0.input_layernorm.weight"] is wrapped[1]
+    assert not [name for name in own if "modules_to_save" in name]

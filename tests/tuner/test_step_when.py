@@ -1,5 +1,6 @@
 """When a step is guided and when it is not, and what is measured of it, on layers with given gradients."""
 
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
@@ -117,8 +118,12 @@ def test_maximize_is_refused():
 
 @pytest.mark.parametrize("target", ["residual", "delta"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_norms_of_the_weight_gradient(scale, target):
+@pytest.mark.parametrize("size", [1, 1e-4])  # of Δ: a millionth of it is nothing, however small it is
+def test_norms_of_the_weight_gradient(scale, target, size):
     model = weighted(target, scale, count=2)
+    for i, w in enumerate(model.prior):
+        model.prior[i] = dataclasses.replace(w, S=size * w.S)
+        model.steer(i)
     expected = []
     for layer, oracle, G in zip(model.layers, [*model.oracles()], forward(model), strict=True):
         X, plain = oracle.weight_direction(target), [lora_factor(layer, f, "default").grad.clone() for f in "AB"]

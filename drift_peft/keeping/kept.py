@@ -123,7 +123,7 @@ class Keeping:
         parts = self.feed.batch(number, self.tokens)
         device = parameters[0].device
         if self.scale is None or self.scale.device != device:
-            self.scale = torch.tensor(GRADIENT_SCALE, device=device)
+            self.scale = torch.tensor(GRADIENT_SCALE, device=device, dtype=torch.float32)
         with _random_numbers(self.model, mixed(self.seed, step, rank)), _buffers_as_they_are(self.model):
             loss, gradients = self._gradients(parts, parameters)
         self.feed.read_ahead(number + processes, self.tokens)

@@ -133,7 +133,7 @@ class Server:
         return {
             "tokens": torch.tensor(tokens),
             "top_tokens": torch.tensor(top_tokens),
-            "top_logprobs": torch.tensor(top_logprobs),
+            "top_logprobs": torch.tensor(top_logprobs, dtype=torch.float32),
         }
 
     def _token(self, entry: dict) -> int:

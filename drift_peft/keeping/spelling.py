@@ -90,6 +90,6 @@ class Spelling:
 
 def _certain(token: int, k: int) -> tuple[int, Tensor, Tensor]:
     others = torch.tensor([other for other in range(k + 1) if other != token][: k - 1], dtype=torch.long)
-    logprobs = torch.full((k,), IMPOSSIBLE)
+    logprobs = torch.full((k,), IMPOSSIBLE, dtype=torch.float32)
     logprobs[0] = 0.0
     return token, torch.cat([torch.tensor([token]), others]), logprobs

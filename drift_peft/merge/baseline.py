@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from .same import refuse_other
 
 MODULES = ("attn", "mlp", "norm", "bias")
 ROLES = ("base", "expert", "reference")
+_DRAWING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -311,14 +313,14 @@ def _merge(
         rows = slice(start, start + block_rows(W))
         taus = [v[rows] for v in vectors] if trim else [end[rows].float() - origin[rows].float() for end in ends]
         with _as_peft_does(f"{seed} {start}"):
-            merged = merge(taus, torch.tensor(weights), *settings)
+            merged = merge(taus, torch.tensor(weights, dtype=torch.float32), *settings)
         yield anchor[rows].float() + merged
 
 
 @contextlib.contextmanager
 def _as_peft_does(seed: str) -> Iterator[None]:
-    """PEFT's functions draw from torch's generator of the CPU, and warn of a density of 1."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    """PEFT's functions draw from torch's generator of the CPU, which all threads share, and warn of a density of 1."""
+    with _DRAWING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
         warnings.filterwarnings("ignore", message="The density .* no pruning")
         yield

@@ -95,7 +95,7 @@ class Gated(FourBit):
 
     def __init__(self, out: int, inner: int, bias: bool, dtype: torch.dtype, k: int):
         super().__init__(inner, out, bias, "meta", dtype)
-        U, S, Vh = (torch.empty(shape, device="meta") for shape in ((out, k), (k,), (k, inner)))
+        U, S, Vh = (torch.empty(shape, device="meta", dtype=torch.float32) for shape in ((out, k), (k,), (k, inner)))
         self.requires_grad_(False)
         self.gate = Gate(PriorWeight(U, S, Vh, 0.0, 0.0, 0.0, 0.0, ()), torch.device("meta"), dtype)
 
@@ -270,7 +270,7 @@ def _loss(step: Step, hidden: Tensor, weight: Tensor) -> Tensor:
     if step.gated:
         rows = linear(hidden, weight).flatten(0, 1)
         top = torch.zeros(len(rows), TOP_K, dtype=torch.long)
-        return bucketed_kl(rows, top, torch.zeros(top.shape)).mean()
+        return bucketed_kl(rows, top, torch.zeros(top.shape, dtype=torch.float32)).mean()
     if not step.label_smoothing:
         return _ChunkedLoss.apply(hidden.flatten(0, 1).clone(), weight)
     logits = linear(hidden, weight).float()  # accelerate hands them to the loss in fp32

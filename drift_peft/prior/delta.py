@@ -73,10 +73,10 @@ def _subtract(
     """Δ [n, in] in fp32, and its norm, the base's and the cosines with the expert."""
     base = tensors["base"]
     n, width = len(base) if rows is None else len(rows["base"]), math.prod(base.shape[1:])
-    delta = torch.empty(n, width, device=base.device)
+    delta = torch.empty(n, width, device=base.device, dtype=torch.float32)
     # Of each row in fp32, together in fp64: one fp32 sum over 10⁷ entries is off by 1e-4.
-    norms = {role: torch.empty(n, device=base.device) for role in (*tensors, "delta")}
-    inner = {role: torch.empty(n, device=base.device) for role in tensors if role != "expert"}
+    norms = {role: torch.empty(n, device=base.device, dtype=torch.float32) for role in (*tensors, "delta")}
+    inner = {role: torch.empty(n, device=base.device, dtype=torch.float32) for role in tensors if role != "expert"}
     for block, parts in _blocks(tensors, rows):
         torch.sub(parts["expert"], parts.get("reference", parts["base"]), out=delta[block])
         for role, part in (*parts.items(), ("delta", delta[block])):
@@ -110,7 +110,7 @@ def _blocks(
     device = tensors[first].device
     step = max(1, BLOCK.get(device.type, LARGE_BLOCK) // width)
     # Memory that is asked for anew in each block costs more than the arithmetic.
-    parts = {role: torch.empty(min(n, step), width, device=device) for role in tensors}
+    parts = {role: torch.empty(min(n, step), width, device=device, dtype=torch.float32) for role in tensors}
     for start in range(0, n, step):
         block = slice(start, min(n, start + step))
         for role, tensor in tensors.items():

@@ -183,7 +183,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:PROBES]:
             tensors, values = self.tensors(name), stats[name].get("probe") or stats[name]["fingerprint"]
             U, Vh = (tensors.get(f"probe_{factor}", tensors[factor]) for factor in ("U", "Vh"))
-            yield name, U[:, : len(values)], Vh[: len(values)], torch.tensor(values)
+            yield name, U[:, : len(values)], Vh[: len(values)], torch.tensor(values, dtype=torch.float32)
 
     def __contains__(self, name: object) -> bool:
         return name in self.metadata["weights"]

@@ -60,7 +60,8 @@ def frobenius_norm(matrix: torch.Tensor) -> float:
 def _block_krylov(A: torch.Tensor, k: int, total: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """SVD of A [long, short] restricted to the span V of a random block, AᵀA times it, (AᵀA)² times it, …"""
     # Drawn on the CPU, so that every device starts from the same columns.
-    start = torch.randn(A.shape[1], k + OVERSAMPLING, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(A.shape[1], k + OVERSAMPLING, generator=generator, dtype=torch.float32)
     block = V = torch.linalg.qr(start.to(A)).Q  # [short, d], orthonormal; one block more in each pass
     AV: list[torch.Tensor] = []  # A·V [long, d], block by block
     T = A.new_zeros(0, 0)  # (AV)ᵀAV [d, d], upper triangle

@@ -136,7 +136,8 @@ class Batch:
             )
         if all(rate is rates[0] for rate in rates):
             return rates[0]
-        return torch.stack([torch.as_tensor(r, device=self.stack.device) for r in rates])[:, None, None]
+        rates = [torch.as_tensor(rate, device=self.stack.device, dtype=self.dtype) for rate in rates]
+        return torch.stack(rates)[:, None, None]
 
 
 class AdapterBatch(Batch):
@@ -217,10 +218,11 @@ class AdapterBatch(Batch):
         A, B = [self.A], [self.s[:, None, None] * self.B]
         for i in range(len(self.members[0].others)):
             layers = [(m.module, m.others[i]) for m in self.members]
-            scaling = torch.tensor([layer.scaling[a] for layer, a in layers], device=self.stack.device)
+            scaling = [layer.scaling[a] for layer, a in layers]
+            scaling = torch.tensor(scaling, device=self.stack.device, dtype=self.dtype)
             A.append(values([lora_factor(layer, "A", a) for layer, a in layers]).to(self.dtype))
             others_B = values([lora_factor(layer, "B", a) for layer, a in layers]).to(self.dtype)
-            B.append(scaling.to(self.dtype)[:, None, None] * others_B)
+            B.append(scaling[:, None, None] * others_B)
         return torch.cat(A, 1), torch.cat(B, 2)
 
 

@@ -85,8 +85,9 @@ class Capture:
         task = torch._C._current_graph_task_id()
         if self.sums is None or self.stale or (B.grad is None and task != self.task):
             width = (self.sketch or X.shape[-1]) + len(A)
-            self.sums = torch.zeros(Y.shape[-1], width, device=Y.device)
-            self.inner = torch.zeros((), device=Y.device)
+            wide = torch.promote_types(Y.dtype, torch.float32)
+            self.sums = torch.zeros(Y.shape[-1], width, device=Y.device, dtype=wide)
+            self.inner = torch.zeros((), device=Y.device, dtype=wide)
         elif B.grad is not None:  # zeroed in place counts as discarded too; asked on the device, without waiting
             kept = (B.grad != 0).any()
             self.sums, self.inner = self.sums * kept, self.inner * kept
@@ -116,7 +117,7 @@ class _Tap(torch.autograd.Function):
 def _omega(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Ω [rows, columns], the same in all processes and steps."""
     generator = torch.Generator().manual_seed(rows)
-    return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(device, dtype)
+    return (torch.randn(rows, columns, generator=generator, dtype=torch.float32) / columns**0.5).to(device, dtype)
 
 
 def weight_gradient(captures: list[Capture], g_B: Tensor, A_rows: int, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,7 @@ def _whole(parameters: Sequence[Tensor], fragment: Callable[[Tensor], tuple[int,
     """[L, *shape] in fp32 of L parameters of one shape."""
     first = parameters[0]
     size = shape(first)
-    flat = torch.zeros(len(parameters), size.numel(), device=first.device)
+    flat = torch.zeros(len(parameters), size.numel(), device=first.device, dtype=torch.float32)
     for row, p in zip(flat, parameters, strict=True):
         start, part = fragment(p)
         if part is not None:

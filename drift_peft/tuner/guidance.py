@@ -45,6 +45,7 @@ def gradient_norm(g: Tensor) -> Tensor:
 def schedule(step: int | Tensor, warmup: int, decay: int | None) -> float | Tensor:
     """What the strength is multiplied with before step number `step` (from 0): linear from 0 to 1 over `warmup` steps,
     then, unless `decay` is None, linear to 0 over `decay` steps."""
+    step = step.float() if isinstance(step, Tensor) else step
     up = step / warmup if warmup else 1.0
     down = 1.0 if decay is None else 1 - (step - warmup) / decay
     if isinstance(step, Tensor):

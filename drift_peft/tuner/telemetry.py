@@ -90,7 +90,7 @@ def _position(s: Steered) -> tuple[Tensor, Tensor, Tensor]:
     """⟨M, Δ_r⟩, ‖M‖² and ‖Δ_r‖² in fp32, M = s·B·A or W − W_0. All are 0 where one of them is not known."""
     first = values([s.parameter(s.factors[0])])[0].float()
     prior = {key: value.to(first.device, torch.float32) for key, value in s.prior.items()}
-    zero = torch.zeros((), device=first.device)
+    zero = torch.zeros((), device=first.device, dtype=torch.float32)
     if isinstance(s, SteeredAdapter):
         if "U" not in prior:
             return zero, zero, zero
@@ -113,7 +113,7 @@ def _last_step(s: Steered, last_steps: dict[Stack, tuple | None]) -> tuple[Tenso
     device = s.parameter(s.factors[0]).device
     seen = None if s.stack is None else last_steps[s.stack]
     if seen is None:
-        zero = torch.zeros((), device=device)
+        zero = torch.zeros((), device=device, dtype=torch.float32)
         return zero, zero, zero
     i = [member() for member in s.stack.members].index(s)
     cosine, ratio = (numbers[i].to(device, torch.float32) for numbers in seen)

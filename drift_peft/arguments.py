@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -15,6 +14,7 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}
+LARGEST = (2 - 2**-23) * 2.0**127  # number in fp32
 SHOWN = 200  # characters of a value in an error
 
 
@@ -50,7 +50,9 @@ def plain(value: Any) -> Any:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """ValueError unless the value is of this type."""
+    """ValueError unless the value is of this type; an empty text, which would be the current folder, is no path."""
+    if value == "" and Path in get_args(hint):
+        raise ValueError(f"{name} is empty: name a file, a folder or a hub id")
     if not is_of(value, hint):
         shown = repr(value)
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
@@ -69,8 +71,8 @@ def is_whole(value: Any, least: int = 1) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Is it a finite one?"""
-    return is_of(value, float) and math.isfinite(value)
+    """Is it one that fp32 can hold?"""
+    return is_of(value, float) and abs(value) <= LARGEST
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -58,6 +58,7 @@ from drift_peft import (
     telemetry,
 )
 from drift_peft.checkpoints import Checkpoint, Decoder, shown, split_revision
+from drift_peft.keeping import check_processor_settings
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
 
@@ -218,6 +219,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     processor = AutoProcessor.from_pretrained(
         base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **run.processor_kwargs
     )
+    check_processor_settings(processor, run.processor_kwargs)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -111,6 +111,16 @@ def test_the_sentence():
     assert len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("function", [f for f in TYPED if "prior" not in f.__name__], ids=lambda f: f.__qualname__)
+def test_an_empty_text_is_no_path(function):
+    """It would be the current folder: what an unset variable of a shell makes of an output."""
+    hints, parameters = get_type_hints(function), inspect.signature(function).parameters
+    required = {key: next(v for v in FITTING if is_of(v, hints.get(key, Any))) for key in required_of(parameters)}
+    for name in (name for name in parameters if Path in get_args(hints.get(name))):
+        with pytest.raises(ValueError, match=f"^{name} is empty: name a file, a folder or a hub id$"):
+            function(**required | {name: ""})
+
+
 def test_whole_numbers_numbers_and_names():
     check_whole(a=1, b=3)
     check_whole(0, seed=0)
@@ -118,5 +128,5 @@ def test_whole_numbers_numbers_and_names():
         with pytest.raises(ValueError, match=r"^b must be a whole number ≥ 1, got "):
             check_whole(a=1, b=value)
     assert is_number(0) and is_number(-2.5)
-    assert not any(map(is_number, (float("nan"), float("inf"), True, "1", None)))
+    assert not any(map(is_number, (float("nan"), float("inf"), 1e39, -(10**400), True, "1", None)))
     assert nearest("adaptiv", ["absolute", "adaptive"]) == "did you mean adaptive?" and nearest("x", ["absolute"]) == ""

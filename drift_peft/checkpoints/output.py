@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from .lock import only_writer
 
 SETTINGS, UNFINISHED = "settings.json", ".tmp"
+OURS = ".drift_peft"  # a file in what may be thrown away after a run that was killed
 SHORT = 80  # characters of values that an error shows
 
 
@@ -43,17 +44,27 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
 
 
 @contextlib.contextmanager
-def partial_folder(output: Path) -> Iterator[Path]:
-    """An empty folder `<output>.partial/` beside the output. It is gone afterwards, whatever happened.
+def partial_folder(output: Path, afresh: bool = False) -> Iterator[Path]:
+    """A folder `<output>.partial/` beside the output, empty but for `OURS`. It is gone afterwards, whatever happened.
+
+    Args:
+        afresh: throw away what an interrupted run has left there to go on from, instead of refusing.
 
     Raises:
+        FileExistsError: such a folder is there, and is not ours or holds an interrupted run.
         FileNotFoundError: there is no folder to write the output into.
         OSError: that folder cannot be written to.
     """
     partial = partial_path(output)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    if os.path.lexists(partial) and _read_settings(partial) is not None and not afresh:
+        raise FileExistsError(
+            f"{partial} holds an interrupted run: go on with it, or give it up: delete that folder, or pass "
+            "overwrite=True (--overwrite)"
+        )
+    _clear(partial)
     with _made(output, partial):
         partial.mkdir()
+        (partial / OURS).touch()
     try:
         yield partial
     finally:
@@ -92,7 +103,7 @@ def resumable_folder(
                 f"{partial} holds an interrupted build that differs in {_difference(left, settings)}: take its "
                 "settings or another output, or give it up: delete that folder, or pass overwrite=True (--overwrite)"
             )
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
         with _made(output, partial):
             partial.mkdir()
             (partial / f"{SETTINGS}{UNFINISHED}").write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -144,6 +155,17 @@ def _made(output: Path, partial: Path) -> Iterator[None]:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+
+
+def _clear(partial: Path) -> None:
+    """What a killed run has left. FileExistsError for what somebody else has there."""
+    there = {*os.listdir(partial)} if os.path.isdir(partial) else {""} if os.path.lexists(partial) else set()
+    if there and not there & {OURS, SETTINGS, f"{SETTINGS}{UNFINISHED}"}:
+        raise FileExistsError(
+            f"{partial} is in the way, which is where the output is written until it is complete: rename it, or name "
+            "another output"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_settings(partial: Path) -> dict | None:

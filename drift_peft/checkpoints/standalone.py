@@ -22,7 +22,7 @@ from .checkpoint import INDEX, SINGLE, TOKENIZER, Checkpoint
 from .conversion import Conversion
 from .hub import download, is_listed
 from .lock import only_writer
-from .output import partial_folder
+from .output import OURS, partial_folder
 from .update import block_rows
 
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
@@ -39,8 +39,8 @@ def replaced_when_complete(
 ) -> Iterator[Path]:
     """`<output>.partial/` to work in, renamed to the output at the end, or gone if anything failed.
 
-    An existing folder is `<output>.replaced` for the moment between two renames. Who is killed in this moment leaves it
-    under that name, and whoever writes this output next puts it back first.
+    An existing folder is `<output>.drift_peft-replaced` for the moment between two renames. Who is killed in this
+    moment leaves it under that name, and whoever writes this output next puts it back first.
 
     Args:
         overwrite: replace an existing folder, if it is one of this kind or empty.
@@ -56,14 +56,15 @@ def replaced_when_complete(
     with only_writer(output):
         _put_back(output)
         _refuse_folder(output, overwrite, sources, kind)
-        with partial_folder(output) as partial:
+        with partial_folder(output, overwrite) as partial:
             yield partial
             _replace(output, partial)
+        (output / OURS).unlink()
         shutil.rmtree(_replaced(output), ignore_errors=True)
 
 
 def _replaced(output: Path) -> Path:
-    return output.with_name(output.name + ".replaced")
+    return output.with_name(output.name + ".drift_peft-replaced")
 
 
 def _put_back(output: Path) -> None:

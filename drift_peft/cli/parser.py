@@ -15,6 +15,7 @@ from typing import NoReturn
 from ..arguments import nearest
 
 WIDTH = 80  # of descriptions; examples are broken by hand
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 FLAG = re.compile(r"--?[a-zA-Z][\w-]*")  # a negative number is none
 
 
@@ -53,6 +54,7 @@ class Parser(ArgumentParser):
             **settings,
         )
         self.verbs: dict[str, ModuleType] = {}
+        self._negative_number_matcher = NEGATIVE  # argparse's own knows no -5e-1
 
     def add_verbs(self, verbs: dict[str, ModuleType]) -> None:
         """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE and a function that adds its flags."""

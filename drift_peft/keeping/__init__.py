@@ -44,7 +44,7 @@ from .steps import Act, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
 from .trainer import KeepCallback, add_to_trainers
-from .vlm import Vlm
+from .vlm import Vlm, check_processor_settings
 
 __all__ = [
     "GRADIENT_SCALE",
@@ -64,6 +64,7 @@ __all__ = [
     "answer_logits",
     "as_templates_are_read",
     "bucketed_kl",
+    "check_processor_settings",
     "is_kept",
     "keep",
     "keep_4bit_differentiable",

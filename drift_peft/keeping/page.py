@@ -33,7 +33,7 @@ def write_page(keep_set: KeepSet, html: str | Path, overwrite: bool = False) -> 
     output = Path(html)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the page {html} needs a name that ends in .html")
-    with claimed_output(output, overwrite, example="keep.html"), partial_folder(output) as folder:
+    with claimed_output(output, overwrite, example="keep.html"), partial_folder(output, overwrite) as folder:
         content = render_page(keep_set).encode()
         try:
             (folder / output.name).write_bytes(content)

@@ -76,7 +76,7 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
     kept, left_out = training_samples(keep_set)
     if is_folder and output.parent.is_dir():
         output.mkdir(exist_ok=True)
-    with claimed_output(file, overwrite, example=FILE_NAME), partial_folder(file) as folder:
+    with claimed_output(file, overwrite, example=FILE_NAME), partial_folder(file, overwrite) as folder:
         try:
             (folder / pictures.name).mkdir()
             places: dict[int, str] = {}

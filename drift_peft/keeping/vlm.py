@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import nearest
 from ..checkpoints import Checkpoint
+from ..warn import warn
 from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, placed, prompts
 from .file import NEEDS_PILLOW, tokenizer_identity, vocabulary_rows
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 # Tokens that stand for an image's place, by the names that configs give them.
 PLACES = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa)_?.*token_(id|index)|media_placeholder_token_id")
+PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")  # of a processor
 
 
 class Vlm:
@@ -163,12 +167,14 @@ class Vlm:
 
         id, revision = self.origin["id"], self.origin["revision"]
         try:
-            return AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False, **settings)
+            processor = AutoProcessor.from_pretrained(id, revision=revision, trust_remote_code=False, **settings)
         except Exception as error:  # each class has its own way to say that its files are not there
             if importlib.util.find_spec("PIL") is None:
                 raise ImportError(NEEDS_PILLOW) from error
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error
+        check_processor_settings(processor, settings)
+        return processor
 
     def _check_processor(self) -> None:
         kind = type(self.processor).__name__
@@ -180,6 +186,24 @@ class Vlm:
             )
         if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")
+
+
+def check_processor_settings(processor: Any, settings: Iterable[str]) -> None:
+    """ValueError for a misspelt setting of a processor, which transformers passes over in silence.
+
+    Warns:
+        UserWarning: a setting that no part of the processor is known to take.
+    """
+    known = set()
+    for part in [processor, *(getattr(processor, name, None) for name in PARTS)]:
+        taken = getattr(part, "valid_kwargs", None)
+        known |= {*getattr(part, "__dict__", ()), *dir(type(part)), *inspect.signature(type(part).__init__).parameters}
+        known |= {*getattr(taken, "__annotations__", ())}
+    for key in (key for key in settings if key not in known):
+        message = f"{type(processor).__name__} has no setting {key}"
+        if near := nearest(key, known, 0.8):
+            raise ValueError(f"{message}: {near}")
+        warn(f"{message} that is known here: it may be without effect.")
 
 
 def _fingerprint(model: nn.Module) -> str:

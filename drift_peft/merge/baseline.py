@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmetic, ties
 
-from ..arguments import typed
+from ..arguments import is_number, typed
 from ..checkpoints import (
     Checkpoint,
     block_rows,
@@ -169,7 +169,7 @@ def merge_baseline(
     modules = [modules] if isinstance(modules, str) else modules
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
-    only_layers = None if only_layers is None else [int(layer) for layer in only_layers]
+    only_layers = None if only_layers is None else sorted(set(only_layers))
     recipe = METHODS[method]
     if recipe.merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
@@ -185,7 +185,6 @@ def merge_baseline(
         modules = kinds_in(checkpoint) if modules is None else modules
         if skip_first is None:
             skip_first = recipe.skip_first if only_layers is None else 0
-        skip_first = int(skip_first)
         match = match_weights(sources, modules, only_layers, skip_first)
         warn_of_other_rotations(sources)
         names = {keys["base"]: name for name, keys in match.keys.items()}
@@ -200,8 +199,11 @@ def merge_baseline(
             origins = {role: sources[role].origin if role in sources else None for role in ROLES}
             _refuse_again(checkpoint, sources["expert"])
             claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
+        how = {"method": method, "weights": [*weights], "density": density, "modules": [*modules]}
+        how |= {"only_layers": only_layers, "skip_first": skip_first}
+        how |= {"seed": seed if recipe.merge in (dare_linear, dare_ties) else None}
         if exists:
-            change = refuse_other(Path(output), checkpoint, names, blocks, claim)
+            change = refuse_other(Path(output), checkpoint, names, blocks, claim, how)
         else:
             change = write_model(checkpoint, folder, names, blocks, progress)
         for source in sources.values():
@@ -209,19 +211,16 @@ def merge_baseline(
         if change == 0:
             raise ValueError(
                 f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "
-                "all is lost in rounding to the base's dtype"
+                "what is added is lost in rounding to the base's dtype, or left out by the density"
             )
         if not exists:
             if claim is not None:
                 claim.write(folder)
             else:
-                forget_merge(folder)
+                forget_merge(folder, how)
             what, into = (in_markdown(shown(source)) for source in (sources["expert"].source, checkpoint.source))
             origins = {role: source.origin for role, source in sources.items()}
-            how = {"method": method, "density": density, "force": force}
-            how |= {"scale": weights[0]} if len(weights) == 1 else {"weights": weights}
-            how |= {"modules": [*modules], "only_layers": only_layers, "skip_first": skip_first}
-            how["seed"] = int(seed) if recipe.merge in (dare_linear, dare_ties) else None
+            how |= {"force": force, **({"scale": weights[0], "weights": None} if len(weights) == 1 else {})}
             made = f"{what}, merged into {into} by {method}."
             write_card(folder, output, checkpoint, made, merge_baseline.__name__, origins, how)
     return BaselineReport(
@@ -255,7 +254,7 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
     if scale is not None and weights is not None:
         raise ValueError(f"scale={scale} stands for one task vector and weights={tuple(weights)} for two: give one")
     weights = (scale,) if scale is not None else tuple(recipe.weights if weights is None else weights)
-    if len(weights) != 2 - (scale is not None) or not all(map(math.isfinite, weights)):
+    if len(weights) != 2 - (scale is not None) or not all(map(is_number, weights)):
         raise ValueError(f"scale is one finite number and weights are two, the VLM's and the expert's; got {weights}")
     if weights[-1] == 0:
         raise ValueError("the expert's weight is 0, so that nothing of it is merged: give it another one")
@@ -266,7 +265,7 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
                 "reference (--reference), or give a scale (--scale) for base + scale·Δ"
             )
         weights = weights[1:]  # the reference cancels out: W_vlm + w_expert·Δ
-    return tuple(map(float, weights)), density and float(density)  # NumPy's would count in fp64
+    return tuple(map(float, weights)), density
 
 
 def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:

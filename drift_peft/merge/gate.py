@@ -105,6 +105,8 @@ def gate_prior(
     check_whole(**whole, top_k=top_k, max_new_tokens=max_new_tokens)
     _check_objective(objective, expert, texts)
     output = Path(output)
+    if answers is not None and Path(answers).resolve() == output.resolve():
+        raise ValueError(f"answers and output are both {output}: name a file of its own for the expert's answers")
     with claimed_output(output, overwrite, example="gated.safetensors"):
         pass  # written in the end, and refused now if it could not be
     prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import Checkpoint
-from ..prior import MergedDelta, read_merge
+from ..prior import HOW_KEY, MergedDelta, read_merge
 
 SAMPLED = 3  # of the weights that are merged again, and of those that stay as they are
 
@@ -21,6 +21,7 @@ def refuse_other(
     names: dict[str, str],
     blocks: Callable[[str, torch.Tensor], Iterator[torch.Tensor]],
     claim: MergedDelta | None,
+    how: dict,
 ) -> None:
     """Refuse a folder that was merged with other settings or of other models than these.
 
@@ -30,6 +31,7 @@ def refuse_other(
         names: key in the base of each weight that is merged -> its canonical name.
         blocks: what replaces a tensor of the base, as `write_model` takes it.
         claim: what config.json would say; ids of models are not compared, since a folder may have another place today.
+        how: the settings, which config.json holds where there is no claim.
 
     Raises:
         FileExistsError: the folder is no such model.
@@ -43,6 +45,10 @@ def refuse_other(
     if (had and _settings(had)) != (claim and _settings(claim)):
         was = f"is {had.words}" if had else "was merged in another way"
         raise FileExistsError(f"output {output} exists and {was}, not {claim.words if claim else 'this'}: {way_out}")
+    made_by = getattr(merged.config, HOW_KEY, None) or {}
+    for key, wanted in how.items() if claim is None else ():
+        if (was := made_by.get(key)) != wanted:
+            raise FileExistsError(f"output {output} exists and was merged with {key}={was}, not {wanted}: {way_out}")
     made = [checkpoint.layout.conversions[name].sources for name in names if name not in checkpoint.keys]
     kept = {*checkpoint.keys} - {*names}.union(*made)
     for raw in [*_sample(names), *_sample(kept)]:

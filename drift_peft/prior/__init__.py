@@ -15,11 +15,12 @@ report/  a prior in words, tables, figures and as a page
 
 from .build import LEAST_COSINE, build_prior
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
-from .merged import MergedDelta, forget_merge, read_merge
+from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
 
 __all__ = [
     "FINGERPRINT_TOLERANCE",
+    "HOW_KEY",
     "LEAST_COSINE",
     "ROUNDING_TOLERANCE",
     "MergedDelta",

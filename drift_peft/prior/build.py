@@ -164,7 +164,10 @@ def build_prior(
                 write_prior(folder, output, {k: t for n in steered for k, t in load_file(files[n]).items()}, metadata)
         if not steered:
             models = f"{expert} and {reference or base}"
-            raise ValueError(f"Δ is zero in all {len(weights)} weights: {models} are the same model")
+            raise ValueError(
+                f"Δ is zero in all {len(weights)} weights that were asked for: {models} are the same there, so choose "
+                "other modules or layers, or another expert"
+            )
         return ReasoningPrior.load(output)
 
 
@@ -206,9 +209,12 @@ def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[in
 
 def _check_device(device: str | torch.device | None) -> torch.device:
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} is not available: {str(error).splitlines()[0]}") from error
+    if found.type == "meta":
+        raise ValueError(f"device {device} computes nothing: name one that does, such as cpu")
+    return found
 
 
 def _warn(sources: dict[str, Checkpoint], match: Match) -> None:

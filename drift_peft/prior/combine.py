@@ -43,8 +43,8 @@ def gated_weights(
 ) -> Iterator[Weight]:
     """U diag(g·S) Vh of every weight, each singular direction times its gate, the largest first again.
 
-    Nothing of it is left out, so its captured energy is 1. As in a combined prior, what recognizes the base are the
-    parent's directions, with its fingerprint.
+    Nothing of it is left out, so its captured energy is 1; a weight whose gates are all 0 is left out itself. As in a
+    combined prior, what recognizes the base are the parent's directions, with its fingerprint.
 
     Args:
         gates: canonical name -> g [k], in the order of the prior's directions.
@@ -56,6 +56,8 @@ def gated_weights(
         S = gates[name].to(tensors["S"]) * tensors["S"]
         order = S.argsort(descending=True, stable=True)
         norm, inner = S.double().norm().item(), (S * products[name].to(S)).double().sum().item()
+        if not norm:  # every gate has closed
+            continue
         base = stats["base_norm"]
         moved = math.sqrt(max(0.0, base**2 + 2 * inner + norm**2))  # ‖W + Δ‖
         stats = {
@@ -201,7 +203,10 @@ def _weighted_sum(
     middle = torch.cat([c * S for c, _, S, _ in parts])  # [K]
     Q_U, R_U = torch.linalg.qr(left)  # [out, min(out, K)], [min(out, K), K]
     Q_V, R_V = torch.linalg.qr(right.T)
-    U, S, Vh = torch.linalg.svd((R_U * middle) @ R_V.T, full_matrices=False)  # of at most [K, K]
+    product = (R_U * middle) @ R_V.T  # of at most [K, K]
+    if not math.isfinite(product.norm()):
+        raise ValueError("the sum is larger than fp32 can hold: choose smaller coefficients")
+    U, S, Vh = torch.linalg.svd(product, full_matrices=False)
     largest = math.fsum(abs(c) * S_part[0].item() for c, _, S_part, _ in parts)
     r = min(rank, int((S > ROUNDING * largest).sum()))
     square = S.double().square().sum().item()

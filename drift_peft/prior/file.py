@@ -248,7 +248,7 @@ def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: the output could not be written in the end.
     """
     output = Path(output)
-    with claimed_output(output, overwrite, example=FILE_NAME), partial_folder(output) as partial:
+    with claimed_output(output, overwrite, example=FILE_NAME), partial_folder(output, overwrite) as partial:
         yield partial
 
 

@@ -21,6 +21,7 @@ from ..checkpoints import UNFINISHED, layer_order, module_kind
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"
+HOW_KEY = "drift_merge_baseline"  # of what is no W + λΔ: the settings of merge_baseline
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,21 @@ class MergedDelta:
     def write(self, folder: Path) -> None:
         """Into the config.json of a model's folder."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.pop(HOW_KEY, None)  # of the base
         _write_config(folder, {**config, MERGE_KEY: asdict(self)})
 
 
-def forget_merge(folder: Path) -> None:
-    """Take what the config.json of a model's folder says of Δ in it away: its weights were changed further."""
+def forget_merge(folder: Path, how: dict | None = None) -> None:
+    """Take what the config.json of a model's folder says of Δ in it away: its weights were changed further.
+
+    Args:
+        how: settings of the merge that changed them, as JSON holds them, for whoever asks whether it was this one.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.pop(MERGE_KEY, None) is not None:
-        _write_config(folder, config)
+    left = {key: value for key, value in config.items() if key not in (MERGE_KEY, HOW_KEY)}
+    left |= {} if how is None else {HOW_KEY: how}
+    if left != config:
+        _write_config(folder, left)
 
 
 def read_merge(config: Any) -> MergedDelta | None:

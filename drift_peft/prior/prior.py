@@ -129,7 +129,9 @@ class ReasoningPrior(PriorFile):
             OSError: the output exists or cannot be written.
         """
         header = {**self.metadata, "gated": {"prior": self.sha256, **origin}}
-        return _write_weights(output, overwrite, [self], gated_weights(self, gates, products), header)
+        header["not_steered"] = sorted({*self, *self.metadata["not_steered"]})
+        nothing = "every gate has closed, so that the prior would steer nothing: train them at a smaller rate"
+        return _write_weights(output, overwrite, [self], gated_weights(self, gates, products), header, nothing)
 
     @typed
     def as_lora(
@@ -205,7 +207,12 @@ class ReasoningPrior(PriorFile):
 
 
 def _write_weights(
-    output: str | Path, overwrite: bool, parents: Iterable[PriorFile], weights: Iterable[Weight], header: dict
+    output: str | Path,
+    overwrite: bool,
+    parents: Iterable[PriorFile],
+    weights: Iterable[Weight],
+    header: dict,
+    nothing: str = "the sum is zero in every weight, so that it would steer nothing: choose other coefficients",
 ) -> ReasoningPrior:
     """Write these weights of the parents as a prior; what the header calls not steered is so unless it is among them.
 
@@ -219,7 +226,7 @@ def _write_weights(
             files.append(folder / f"{len(files)}.safetensors")
             write_tensors(files[-1], {f"{name}.{key}": tensor for key, tensor in tensors.items()})
         if not stats:
-            raise ValueError("the sum is zero in every weight, so it would steer nothing: choose other coefficients")
+            raise ValueError(nothing)
         for parent in parents:
             parent.refuse_changed()
         header = {**header, "weights": stats, "not_steered": [n for n in header["not_steered"] if n not in stats]}

@@ -221,6 +221,8 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
                 f"base_model.model.{module}.lora_B.weight": math.copysign(1, scale) * weight.U.float() * root,
             }
             ranks[module] = len(weight.S)
+            if not all(factor.isfinite().all() for factor in factors.values()):
+                raise ValueError(f"scale={scale} makes {name} larger than fp32 can hold: choose a smaller one")
             # To disk at once: mapped back below, the factors do not add up in memory.
             files.append(folder / f"{len(files)}.safetensors")
             write_tensors(files[-1], factors)

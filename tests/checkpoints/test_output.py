@@ -142,7 +142,7 @@ def test_what_was_killed_between_two_renames_is_put_back(tmp_path, monkeypatch):
         patch.setattr(os, "replace", killed)
         with pytest.raises(Killed), replaced_when_complete(output, True, ()) as partial:
             (partial / "config.json").write_text("after")
-    assert os.listdir(tmp_path) == ["merged.replaced"]
+    assert os.listdir(tmp_path) == ["merged.drift_peft-replaced"]
     with pytest.raises(FileExistsError, match="merged exists: name another folder"):
         with replaced_when_complete(output, False, ()):
             raise AssertionError

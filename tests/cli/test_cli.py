@@ -211,6 +211,7 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         (["prior", "combine", "no.safetensors=1", "-o", "z"], 1, "there is no file no.safetensors"),
         (["prior", "truncate", "no.safetensors", "-o", "z"], 2, "rank"),
         (["prior", "export", "no.safetensors", "-o", "z", "--scale", "much"], 2, "--scale takes a number, got much"),
+        (["prior", "export", "no.safetensors", "-o", "z", "--scale", "-5e-1"], 1, "there is no file no.safetensors"),
         (["prior", "push", "no.safetensors", "user/prior"], 1, "there is no file no.safetensors"),
         (["merge", "--base", "no/where", "--adapter", "no/where", "-o", "z"], 1, "no/where"),
         (["targets", "no/where"], 1, "no/where"),

@@ -217,6 +217,15 @@ def test_refused(changes, error, message, folder, tmp_path):
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
+def test_settings_of_a_processor_that_it_does_not_have(folder, tmp_path):
+    """transformers passes over them, and the set would be made at the default resolution."""
+    with pytest.raises(ValueError, match=r"Processor has no setting max_pixel: did you mean max_pixels\?$"):
+        make(folder, tmp_path / "k.safetensors", processor={"max_pixel": 64})
+    assert not [*tmp_path.iterdir()]
+    with pytest.warns(UserWarning, match="has no setting sharpness that is known here: it may be without effect"):
+        make(folder, tmp_path / "k.safetensors", processor={"sharpness": 1})
+
+
 def test_outputs_that_are_refused(folder, tmp_path):
     (tmp_path / "k.safetensors").write_text("mine")
     arguments = folder / "base", folder / "pictures"

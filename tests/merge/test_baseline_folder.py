@@ -58,9 +58,30 @@ def test_everything_else_stays_as_it_is(trios, tmp_path, family):
         if file.suffix == ".safetensors":
             assert safe_open(file, "pt").metadata() == safe_open(copy, "pt").metadata()
             assert copy.stat().st_size == file.stat().st_size
-        else:
+        elif file.name != "config.json":
             assert copy.read_bytes() == file.read_bytes()
-    assert not list(tmp_path.glob("*.partial"))
+    config, merged = (json.loads((folder / "config.json").read_text()) for folder in (base, report.output))
+    settings = merged.pop("drift_merge_baseline")
+    assert config == merged and (settings["method"], settings["weights"]) == ("dare_linear", [0.5])
+    assert not list(tmp_path.glob("*.partial")) and not (report.output / ".drift_peft").exists()
+
+
+@pytest.mark.parametrize("ways", [{"scale": 0.5}, {"scale": 0.5, "only_layers": [0], "modules": ["attn"]}], ids=str)
+def test_another_setting_is_another_merge(trio, tmp_path, ways):
+    """Of folders without a claim, too, and wherever the few weights that are compared are the same in both."""
+    sources = trio / "expert", trio / "base", tmp_path / "m"
+    merge_baseline("ties", *sources, **ways, progress=False)
+    merge_baseline("ties", *sources, **ways, exist_ok=True, progress=False)
+    others = [{"scale": 0.5}, {"only_layers": [0]}, {"modules": ["attn"]}, {"modules": ["attn", "mlp"]}]
+    others += [{"skip_first": 1}, {"density": 0.3}, {"scale": 0.4}, {"only_layers": [0], "modules": ["attn"]}]
+    for other in ({"scale": 0.5, **other} for other in others):
+        if other != ways:
+            with pytest.raises(FileExistsError, match=r"exists and was merged with .*, not .*: name another output"):
+                merge_baseline("ties", *sources, **other, exist_ok=True, progress=False)
+    config = trio / "base" / "config.json"
+    config.write_text((tmp_path / "m" / "config.json").read_text())  # its base says so, and is merged further
+    merge_baseline("task_arithmetic", *sources, scale=0.5, overwrite=True, progress=False)
+    assert "drift_merge_baseline" not in json.loads((tmp_path / "m" / "config.json").read_text())
 
 
 def test_modules(trios, tmp_path):

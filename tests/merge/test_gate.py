@@ -244,6 +244,7 @@ def weights(*priors):
         ({"prior": "gated.safetensors"}, "is gated already: gate the prior that it was made of"),
         ({"prior": "norms.safetensors"}, "holds norm.weight, and gates weigh attention and MLP projections alone"),
         ({"prior": "other.safetensors"}, "was built for another model: layers.0.mlp.up_proj.weight is"),
+        ({"answers": "new.safetensors"}, "answers and output are both new.safetensors: name a file of its own for the"),
         ({"output": "gated.safetensors"}, "exists: name another file, or pass overwrite=True"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

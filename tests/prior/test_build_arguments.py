@@ -36,6 +36,7 @@ def test_a_weight_does_not_depend_on_the_selection(pair, tmp_path):
         ({"skip_first": -2}, "skip_first must be a whole number ≥ 0, got -2"),
         ({"modules": ["attention"]}, "modules='attention' is unknown: choose from attn, mlp, norm, bias, head, embed"),
         ({"modules": []}, "modules is empty"),
+        ({"device": "meta"}, "device meta computes nothing: name one that does, such as cpu"),
         ({"device": "warp"}, "device warp is not available"),
     ],
 )

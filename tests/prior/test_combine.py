@@ -258,6 +258,26 @@ def test_a_gated_prior_is_truncated_as_a_sum_of_itself(tmp_path):
     assert f"1),  # sha256 {gated.sha256}" in small.model_card().text and "rank=2)" in small.model_card().text
 
 
+def test_weights_whose_gates_have_closed_are_left_out(tmp_path):
+    W, delta = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    prior = dense_prior(tmp_path / "p", {Q: (W, delta), UP: (W, delta)}, rank=4)
+    gates, products = {Q: torch.zeros(4), UP: torch.ones(4)}, dict.fromkeys((Q, UP), torch.zeros(4))
+    gated = prior.gated(gates, products, tmp_path / "gated", {"seed": 0})
+    assert [*gated] == [UP] and gated.metadata["not_steered"] == [Q]
+    before = (tmp_path / "gated").read_bytes()
+    with pytest.raises(ValueError, match="every gate has closed, so that the prior would steer nothing: train"):
+        prior.gated({Q: gates[Q], UP: gates[Q]}, products, tmp_path / "gated", {"seed": 0}, overwrite=True)
+    assert (tmp_path / "gated").read_bytes() == before
+
+
+@pytest.mark.parametrize("c", [1e39, 10**400, -(10**400), 3e38])
+def test_sums_that_fp32_cannot_hold(tmp_path, c):
+    (prior,) = random_priors(tmp_path, 1, 6, 5, rank=2)
+    with pytest.raises(ValueError, match=r"must be a finite number, got|larger than fp32 can hold: choose smaller"):
+        ReasoningPrior.combine({prior: c}, tmp_path / "sum")
+    assert not [*tmp_path.glob("sum*")]
+
+
 @pytest.mark.parametrize("parts", ["a", 5, None, ["a", "b"], [("a",)], ReasoningPrior])
 def test_what_is_no_sum_of_priors(tmp_path, parts):
     with pytest.raises(ValueError, match=r"^parts must be a dict of .* or a list, .*, got "):

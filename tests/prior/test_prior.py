@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from drift_peft import ReasoningPrior
 from drift_peft.checkpoints import sharing
+from drift_peft.checkpoints.output import OURS
 from drift_peft.prior import PriorVector, PriorWeight
 from drift_peft.prior.file import FILE_NAME, FORMAT, HEADER_KEY, partial_output, write_prior
 
@@ -150,8 +151,13 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
 def test_interrupted_work_leaves_nothing_and_a_killed_one_is_cleaned_up(tmp_path):
     (tmp_path / "p.partial").mkdir()
     (tmp_path / "p.partial" / "old").touch()
+    with pytest.raises(FileExistsError, match=r"p.partial is in the way, .*: rename it, or name another output"):
+        with partial_output(tmp_path / "p"):
+            pass
+    assert os.listdir(tmp_path / "p.partial") == ["old"]
+    (tmp_path / "p.partial" / OURS).touch()
     with pytest.raises(KeyboardInterrupt), partial_output(tmp_path / "p") as folder:
-        assert folder == tmp_path / "p.partial" and not os.listdir(folder)
+        assert folder == tmp_path / "p.partial" and os.listdir(folder) == [OURS]
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []

@@ -224,10 +224,28 @@ def test_overwrite_goes_on_with_the_same_settings_and_gives_up_others(pair, monk
     assert len(done(pair)) == 1
 
 
+def test_nothing_else_throws_an_interrupted_build_away(pair, monkeypatch):
+    prior = build(pair, output=pair / "whole.safetensors")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=10)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    before = done(pair)
+    with pytest.raises(FileExistsError, match=r"p.safetensors.partial holds an interrupted run: go on with it, or"):
+        prior.truncate(2, pair / "p.safetensors")
+    with pytest.raises(FileExistsError, match=r"p.safetensors.partial holds an interrupted run: go on with it, or"):
+        prior.save(pair / "p.safetensors")
+    assert before and done(pair) == before
+    assert prior.truncate(2, pair / "p.safetensors", overwrite=True).rank == 2 and not done(pair)
+
+
 def test_a_folder_without_settings_is_not_trusted(pair):
     partial = pair / "p.safetensors.partial"
     partial.mkdir()
     (partial / "layers.0.mlp.up_proj.weight.safetensors").write_bytes(b"what is this")
+    with pytest.raises(FileExistsError, match=r"p.safetensors.partial is in the way, .*: rename it, or name another"):
+        build(pair)
+    (partial / "settings.json").write_text("{torn")
     build(pair)
     assert not partial.exists()
 

@@ -324,7 +324,7 @@ def test_a_base_that_has_moved_or_is_another(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"p", "moved", "lora", "other", "base"}
 
 
-@pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("scale", [0, float("nan"), float("inf"), True, "1", 1e39, 10**400])
 def test_scales_that_are_none(tmp_path, scale):
     prior = random_prior(tmp_path / "p")
     with pytest.raises(ValueError, match=r"scale must be a (finite number other than 0|number), got"):

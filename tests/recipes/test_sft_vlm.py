@@ -145,6 +145,11 @@ def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monk
         train(**settings)
 
 
+def test_a_misspelt_setting_of_the_processor_is_told(train):
+    with pytest.raises(SystemExit, match=r"Processor has no setting max_pixel: did you mean max_pixels\?"):
+        train(processor_kwargs={"max_pixel": 64})
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_configuration_names_a_keep_set(name):
     """Made by the first run: one a base and kind of images, under the same settings."""

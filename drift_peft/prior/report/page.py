@@ -54,7 +54,7 @@ def write_report(
                 raise ValueError(f"the page {html} needs a name that ends in .html")
             contents[Path(html)] = render_page(summary).encode()
         for output, content in contents.items():
-            with partial_folder(output) as folder:
+            with partial_folder(output, overwrite) as folder:
                 try:
                     (folder / output.name).write_bytes(content)
                     os.replace(folder / output.name, output)

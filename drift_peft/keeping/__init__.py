@@ -2,8 +2,9 @@
 
 answers     questions and answers as a model's inputs, and what it says of each answer token
 distance    KL divergence from the VLM, of which the k largest probabilities are known
-header      the form of its header
-file        the file of a keep set, read and written
+sample_file  a file of answers, read and written: what a keep set and an answer set have in common
+header      the form of their headers
+file        the file of a keep set
 share       its card on the hub
 questions   what is asked: the built-in questions.txt, or a file of the user's own
 pictures    the images that are asked about: of a folder, a data set, training data
@@ -11,7 +12,7 @@ answering   a model that answers: loaded, and asked for what it finds likeliest
 vlm         the VLM that answers in this process
 server      the VLM that answers behind a server of OpenAI's protocol
 make        a VLM and unlabelled images -> keep set, resumable
-answer_set  the file of an expert's own answers to prompts in text, read and written
+answer_set  the file of an expert's own answers to prompts in text
 spelling    an expert's tokens in those of the VLM
 expert      a text-only expert and prompts -> answer set, resumable
 summary     a keep set in numbers and as tables
@@ -27,16 +28,16 @@ four_bit    bitsandbytes on a CPU
 train       keep: a model that trains stays near the VLM
 """
 
-from .answer_set import AnswerSet
-from .answers import Sample, answer_logits, as_templates_are_read, placed
-from .distance import bucketed_kl
-from .expert import make_answer_set, read_texts
+from .answering import evaluated
+from .answers import Sample, as_templates_are_read
+from .distance import answer_rows, bucketed_kl, divergence
+from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
 from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
 from .make import make_keep_set
-from .measure import Distance, measure, summarize
+from .measure import measure, summarize
 from .page import write_page
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
@@ -49,8 +50,6 @@ from .vlm import Vlm, check_processor_settings
 __all__ = [
     "GRADIENT_SCALE",
     "Act",
-    "AnswerSet",
-    "Distance",
     "Feed",
     "KeepCallback",
     "KeepSet",
@@ -61,10 +60,12 @@ __all__ = [
     "Vlm",
     "act_in_steps",
     "add_to_trainers",
-    "answer_logits",
+    "answer_rows",
     "as_templates_are_read",
     "bucketed_kl",
     "check_processor_settings",
+    "divergence",
+    "evaluated",
     "is_kept",
     "keep",
     "keep_4bit_differentiable",
@@ -75,8 +76,6 @@ __all__ = [
     "make_answer_set",
     "make_keep_set",
     "measure",
-    "placed",
-    "read_texts",
     "summarize",
     "training_samples",
     "write_page",

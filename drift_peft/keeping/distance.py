@@ -8,9 +8,23 @@ full one, and equal to it where k is the whole vocabulary.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .answers import answer_logits, placed
+from .feed import Part
 
 REST = 1e-6  # a bucket below this is left out: in fp32 it is what rounding has left of the others' sum
+
+
+def answer_rows(model: nn.Module, part: Part) -> Tensor:
+    """[N, vocabulary] What the model says of each answer token."""
+    logits = answer_logits(model, placed(part.inputs, model), part.said.shape[1])
+    return logits[part.said.to(logits.device)]
+
+
+def divergence(rows: Tensor, part: Part) -> Tensor:
+    """[N] KL divergence of each answer token from what is known of it. `rows` are those of `answer_rows`."""
+    return bucketed_kl(rows, part.top_tokens.to(rows.device), part.top_logprobs.to(rows.device))
 
 
 def bucketed_kl(logits: Tensor, top_tokens: Tensor, top_logprobs: Tensor) -> Tensor:

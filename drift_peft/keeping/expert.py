@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
-from .answer_set import FILE_NAME, FORMAT, AnswerSet, write_answer_set
+from .answer_set import FILE_NAME, AnswerSet
 from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, opening
-from .file import tokenizer_identity, vocabulary_rows
+from .file import vocabulary_rows
 from .make import answers_in_batches
+from .sample_file import tokenizer_identity, write_sample_file
 from .spelling import Spelling
 from .vlm import Vlm
 
@@ -145,7 +146,7 @@ def make_answer_set(
     if top_k > (rows := vocabulary_rows(vlm.config)):
         raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
     facts = {
-        "format": FORMAT,
+        "format": AnswerSet.FORMAT,
         "expert": model.origin,
         "identity": hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer_identity(vlm.processor),
@@ -169,7 +170,7 @@ def make_answer_set(
         answers = answers_in_batches(folder, len(prompts), batch_size, ask, "expert's answers", progress)
         decode = vlm.processor.tokenizer.decode
         facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
-        write_answer_set(folder, output, answers, facts)
+        write_sample_file(AnswerSet, folder, output, answers, facts)
     return AnswerSet.load(output)
 
 

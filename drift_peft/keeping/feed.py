@@ -34,6 +34,14 @@ class Part:
     top_logprobs: Tensor
 
 
+def read_part(processor: Any, samples: Sequence[Sample]) -> Part:
+    """These samples in one part. ValueError if the processor has no chat template."""
+    inputs = prompts(processor, [s.image for s in samples], [s.question for s in samples])
+    whole, said = answered(inputs, [s.tokens for s in samples], processor.tokenizer.pad_token_id or 0)
+    top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
+    return Part(whole, said, *top)
+
+
 class Feed:
     """Batch number n of a keep set: the set comes again and again, each time in another order.
 
@@ -66,17 +74,11 @@ class Feed:
     def read(self, number: int, tokens: int) -> list[Part]:
         """In parts of at most so many tokens, padding included, or of one sample."""
         samples = [self.keep_set[i] for i in self.indices(number)]
-        whole = self._read(samples)
+        whole = read_part(self.processor, samples)
         size = max(1, tokens // whole.inputs["input_ids"].shape[1])
         if size >= len(samples):
             return [whole]
-        return [self._read(samples[i : i + size]) for i in range(0, len(samples), size)]
-
-    def _read(self, samples: Sequence[Sample]) -> Part:
-        inputs = prompts(self.processor, [s.image for s in samples], [s.question for s in samples])
-        whole, said = answered(inputs, [s.tokens for s in samples], self.processor.tokenizer.pad_token_id)
-        top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
-        return Part(whole, said, *top)
+        return [read_part(self.processor, samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def indices(self, number: int) -> list[int]:
         """Which samples are in a batch."""

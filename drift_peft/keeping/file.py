@@ -4,52 +4,41 @@ file.
     images        U8 [bytes]   the images' files, one behind the other, each image once
     image_ends    I64 [images]   where each of them ends
     samples       I32 [N, 2]   image and question of each sample
-    tokens        I32 [tokens]   the answers' tokens, one answer behind the other
-    token_ends    I64 [N]   where each answer ends
-    top_tokens    I32 [tokens, k]
-    top_logprobs  F32 [tokens, k]   in descending order
 
-The header holds one JSON string: format, vlm (its id and revision), model_type, vocabulary (rows of its logits),
-tokenizer (its size and hash), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the
-first sample's question and image, where the file says so), k, seed, generation (its
-settings), the questions as [kind, text], and the answers in words.
+and of the answers what `sample_file` describes. The header also holds vlm (its id and revision), model_type, vocabulary
+(rows of its logits), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the first
+sample's question and image, where the file says so), seed, generation (its settings) and the questions as [kind, text].
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..arguments import typed
-from ..checkpoints import check, file_sha256, find_file, upload, write_tensors
+from ..checkpoints import find_file, upload
 from ..warn import warn
-from .answers import Sample, prompts
+from .answers import prompts
 from .header import Header
+from .sample_file import SampleFile, grows, write_sample_file
 from .share import model_card
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
     from PIL.Image import Image
 
-HEADER_KEY, FORMAT = "drift_keep", 1
 FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub repository
+DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32"}
 NEEDS_PILLOW = 'images need pillow: pip install "drift_peft[keep]"'
-DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32", "tokens": "I32", "token_ends": "I64"}
-DTYPES |= {"top_tokens": "I32", "top_logprobs": "F32"}
 
 
-class KeepSet(Sequence[Sample]):
+class KeepSet(SampleFile):
     """A VLM's own answers to questions about unlabelled images; `keep_set[i]` is read from the file on access.
 
     Make one with `load` or `make_keep_set`.
@@ -70,32 +59,8 @@ class KeepSet(Sequence[Sample]):
         True
     """
 
-    def __init__(self, path: Path, source: str):
-        self.path, self.source = path, source
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{source} is no keep set: it is truncated or no safetensors file ({error})") from error
-        header = (self._file.metadata() or {}).get(HEADER_KEY)
-        if header is None:
-            raise ValueError(f"{source} is a safetensors file but no keep set: make one with `drift-peft keep make`")
-        damaged = f"{source} is a damaged keep set: make or fetch it again"
-        try:
-            self.metadata = json.loads(header)
-            written = self.metadata["format"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(damaged) from error
-        if written != FORMAT:
-            raise ValueError(
-                f"{source} is a keep set of format {written}, not {FORMAT}: read it with another drift_peft"
-            )
-        try:
-            check(self.metadata, Header)
-            whole = self._read_indices()
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise ValueError(damaged) from error
-        if not whole:
-            raise ValueError(damaged)
+    NOUN, MAKE = "keep set", "make one with `drift-peft keep make`"
+    HEADER_KEY, HEADER = "drift_keep", Header
 
     @classmethod
     @typed
@@ -107,11 +72,6 @@ class KeepSet(Sequence[Sample]):
             ValueError: the file is no keep set, or a damaged one.
         """
         return cls(find_file(source, revision, FILE_NAME), str(source))
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the file, as a hexadecimal string."""
-        return file_sha256(self.path)
 
     def check(self, processor: Any) -> None:
         """ValueError unless this processor is of the class, and its tokenizer has the tokens, that the set was made
@@ -127,8 +87,7 @@ class KeepSet(Sequence[Sample]):
         kind, made_with = type(processor).__name__, self.metadata["processor"]
         if kind != made_with:
             raise ValueError(f"{self.source} was made with a {made_with}, not a {kind}: {self._way_out}")
-        known = self.metadata["tokenizer"]
-        if tokenizer_identity(processor, known["size"]) != known:
+        if not self.has_tokens_of(processor):
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
         asked = self.metadata.get("prompt_tokens")
         if asked is not None and (asks := prompt_tokens(processor, self[0].image, self[0].question)) != asked:
@@ -201,72 +160,31 @@ class KeepSet(Sequence[Sample]):
         """Which image the i-th sample is about, for `image_file`."""
         return int(self._samples[i, 0])
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, i: int) -> Sample:
-        """The i-th sample. IndexError if there are not so many."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"{self.source} has {len(self)} samples, and none of number {i}")
-        i %= len(self)
+    def _asked(self, i: int) -> dict:
         image, question = self._samples[i].tolist()
         kind, text = self.metadata["questions"][question]
-        tokens, top_tokens, top_logprobs = (
-            self._part(name, self._token_ends, i) for name in ("tokens", "top_tokens", "top_logprobs")
-        )
-        return Sample(
-            image=decode_image(self.image_file(image), self.metadata["image_mode"]),
-            question=text,
-            kind=kind,
-            answer=self.metadata["answers"][i],
-            tokens=tokens.long(),
-            top_tokens=top_tokens.long(),
-            top_logprobs=top_logprobs,
-        )
-
-    # A keep set is its file; a Sequence would compare contents.
-    __eq__, __hash__ = object.__eq__, object.__hash__
-
-    def __reduce__(self) -> tuple:  # an open file is not copied or pickled, but opened again
-        return type(self), (self.path, self.source)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.source!r}, {len(self)} samples, k {self.k})"
+        return {
+            "image": decode_image(self.image_file(image), self.metadata["image_mode"]),
+            "question": text,
+            "kind": kind,
+        }
 
     @property
     def _way_out(self) -> str:
         return f"make one of your model with `drift-peft keep make`; this one is of {self.metadata['vlm']['id']}"
 
-    def _part(self, name: str, ends: Tensor, i: int) -> Tensor:
-        start = int(ends[i - 1]) if i else 0
-        return self._file.get_slice(name)[start : int(ends[i])]
-
-    def _read_indices(self) -> bool:
-        """Read what says where a sample is. False, or an error, if the file does not hold what its header promises."""
-        header = self.metadata
-        self._image_ends, self._samples, self._token_ends = (
-            self._file.get_tensor(name) for name in ("image_ends", "samples", "token_ends")
-        )
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        self.k, tokens = header["k"], int(self._token_ends[-1])
-        shapes = {
-            "images": [int(self._image_ends[-1])],
-            "image_ends": [len(self._image_ends)],
-            "samples": [len(header["answers"]), 2],
-            "tokens": [tokens],
-            "token_ends": [len(header["answers"])],
-            "top_tokens": [tokens, self.k],
-            "top_logprobs": [tokens, self.k],
-        }
-        self.kinds = Counter(header["questions"][question][0] for question in self._samples[:, 1].tolist())
+    def _is_whole(self) -> bool:
+        self._image_ends, self._samples = (self._file.get_tensor(name) for name in ("image_ends", "samples"))
+        questions = self.metadata["questions"]
+        self.kinds = Counter(questions[question][0] for question in self._samples[:, 1].tolist())
+        images, answers = len(self._image_ends), len(self.metadata["answers"])
+        shapes = {"images": [int(self._image_ends[-1])], "image_ends": [images], "samples": [answers, 2]}
         return (
-            {name: part.get_shape() for name, part in slices.items()} == shapes
-            and {name: part.get_dtype() for name, part in slices.items()} == DTYPES
-            and all(
-                int(ends.diff(prepend=ends.new_zeros(1)).min()) > 0 for ends in (self._image_ends, self._token_ends)
-            )
+            super()._is_whole()
+            and self._holds(shapes, DTYPES)
+            and grows(self._image_ends)
             and int(self._samples.min()) >= 0
-            and int(self._samples[:, 0].max()) < len(self._image_ends)
+            and int(self._samples[:, 0].max()) < images
         )
 
 
@@ -285,14 +203,6 @@ def upright(image: Image, mode: str = "RGB") -> Image:
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image).convert(mode)
-
-
-def tokenizer_identity(processor: Any, size: int | None = None) -> dict:
-    """How many tokens the tokenizer has (up to `size`), and the hash of their sorted vocabulary."""
-    vocabulary = processor.tokenizer.get_vocab()
-    size = max(vocabulary.values()) + 1 if size is None else size
-    known = sorted((token, row) for token, row in vocabulary.items() if row < size)
-    return {"size": size, "sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()}
 
 
 def prompt_tokens(processor: Any, image: Image, question: str) -> int:
@@ -321,19 +231,9 @@ def write_keep_set(
         answers: of each sample, `tokens` [T], `top_tokens` and `top_logprobs` [T, k].
         metadata: the header.
     """
-    lengths = torch.tensor([len(answer["tokens"]) for answer in answers])
-    joined = {
-        name: torch.cat([answer[name] for answer in answers]).contiguous()
-        for name in ("tokens", "top_tokens", "top_logprobs")
-    }
-    tensors = {
+    beside = {
         "images": torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8),
         "image_ends": torch.tensor([len(image) for image in images]).cumsum(0),
         "samples": torch.tensor(pairs, dtype=torch.int32),
-        "tokens": joined["tokens"].int(),
-        "token_ends": lengths.cumsum(0),
-        "top_tokens": joined["top_tokens"].int(),
-        "top_logprobs": joined["top_logprobs"].float(),
     }
-    write_tensors(folder / FILE_NAME, tensors, {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)})
-    os.replace(folder / FILE_NAME, output)
+    write_sample_file(KeepSet, folder, output, answers, metadata, beside)

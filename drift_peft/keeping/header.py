@@ -1,4 +1,4 @@
-"""The header of a keep set's file: its form."""
+"""The headers of a keep set's file and of an answer set's: their form."""
 
 from __future__ import annotations
 
@@ -33,3 +33,15 @@ class Header(Schema):
     generation: Generation
     questions: list[Annotated[list[Text], Field(min_length=2, max_length=2)]]
     answers: list[Text] = Field(min_length=1)
+
+
+class AnswersHeader(Schema):
+    """As answer_set.py describes it."""
+
+    expert: Origin
+    identity: str
+    tokenizer: Tokenizer
+    k: PositiveInt
+    generation: Generation
+    prompts: list[Text] = Field(min_length=1)
+    answers: list[Text]

@@ -26,8 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from ..checkpoints import shown
-from .answers import answer_logits, placed
-from .distance import bucketed_kl
+from .distance import answer_rows, divergence
 from .feed import Feed, Part, mixed
 from .file import KeepSet
 from .registry import Known, Registry
@@ -160,12 +159,11 @@ class Keeping:
 
     def _divergence(self, part: Part) -> Tensor:
         """[N] of each answer token."""
-        inputs, kind = placed(part.inputs, self.model), self.model.device.type
+        kind = self.model.device.type
         with _differentiable_checkpoints(self.model):
             with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
-                logits = answer_logits(self.model, inputs, part.said.shape[1])
-            rows = logits[part.said.to(logits.device)]
-            return bucketed_kl(rows, part.top_tokens.to(rows.device), part.top_logprobs.to(rows.device))
+                rows = answer_rows(self.model, part)
+            return divergence(rows, part)
 
     @torch.no_grad()
     def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], loss_scale: Tensor | float) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
 from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
-from .file import FILE_NAME, FORMAT, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
+from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
 from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server
@@ -113,7 +113,7 @@ def make_keep_set(
         pairs = _pairs(len(pictures), len(asked), samples)
 
         generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
-        facts = {**vlm.facts, "format": FORMAT, "k": top_k, "seed": seed, "generation": generation}
+        facts = {**vlm.facts, "format": KeepSet.FORMAT, "k": top_k, "seed": seed, "generation": generation}
         facts["questions"] = [[kind, question] for kind, question in asked]
         image, question = pairs[0]
         first = decode_image(pictures[image], vlm.image_mode), asked[question][1]

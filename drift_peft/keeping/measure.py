@@ -12,8 +12,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .answering import evaluated
-from .answers import Sample, answer_logits, answered, prompts
-from .distance import bucketed_kl
+from .answers import Sample
+from .distance import answer_rows, bucketed_kl
+from .feed import read_part
 
 RESAMPLES = 10_000
 
@@ -49,28 +50,22 @@ def measure(
     Raises:
         ValueError: the processor has no chat template.
     """
-    device = next(model.parameters()).device
     found = []
     with evaluated(model), tqdm(total=len(keep_set), desc="measuring", unit="answer", disable=not progress) as bar:
         for start in range(0, len(keep_set), batch_size):
             samples = [keep_set[i] for i in range(start, min(start + batch_size, len(keep_set)))]
-            found += _of_batch(model, samples, processor, device)
+            found += _of_batch(model, samples, processor)
             bar.update(len(samples))
     return found
 
 
-def _of_batch(model: nn.Module, samples: list[Sample], processor: Any, device: torch.device) -> list[Distance]:
-    asked = prompts(processor, [sample.image for sample in samples], [sample.question for sample in samples])
-    answers = [sample.tokens for sample in samples]
-    inputs, said = answered(asked, answers, processor.tokenizer.pad_token_id or 0)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    logits = answer_logits(model, inputs, said.shape[1])
-    found = []
-    for sample, row, kept in zip(samples, logits, said.to(device), strict=True):
-        kl = bucketed_kl(row[kept], sample.top_tokens.to(device), sample.top_logprobs.to(device))
-        agreed = row[kept].argmax(-1) == sample.top_tokens[:, 0].to(device)
-        numbers = kl.mean().item(), agreed.float().mean().item()
-        found.append(Distance(sample.kind, len(sample.tokens), *numbers))
+def _of_batch(model: nn.Module, samples: list[Sample], processor: Any) -> list[Distance]:
+    lengths, found = [len(sample.tokens) for sample in samples], []
+    rows = answer_rows(model, read_part(processor, samples)).split(lengths)
+    for sample, length, row in zip(samples, lengths, rows, strict=True):  # in fp32 they take room, so one by one
+        top_tokens = sample.top_tokens.to(row.device)
+        kl = bucketed_kl(row, top_tokens, sample.top_logprobs.to(row.device)).mean().item()
+        found.append(Distance(sample.kind, length, kl, (row.argmax(-1) == top_tokens[:, 0]).float().mean().item()))
     return found
 
 

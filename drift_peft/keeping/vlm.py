@@ -19,7 +19,8 @@ from ..checkpoints import Checkpoint
 from ..warn import warn
 from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, placed, prompts
-from .file import NEEDS_PILLOW, tokenizer_identity, vocabulary_rows
+from .file import NEEDS_PILLOW, vocabulary_rows
+from .sample_file import tokenizer_identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..keeping import GRADIENT_SCALE, Feed, Part, answer_logits, bucketed_kl, placed
+from ..keeping import GRADIENT_SCALE, Feed, answer_rows, divergence, evaluated
 from ..prior import PriorWeight
 
 # What transformers' layers look at. They are in train mode alone for that: what is inside them evaluates.
@@ -80,21 +80,18 @@ def frozen(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     """The model as it evaluates, none of its parameters trained; with checkpointing, its layers are computed again in
     the backward pass. Afterwards all is as it was."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    training = [module for module in model.modules() if module.training]
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     before = [{key: vars(layer).get(key) for key in CHECKPOINTED} for layer in layers]
-    model.eval().requires_grad_(False)
-    for layer in layers:
-        vars(layer).update(CHECKPOINTED if checkpointing else {"gradient_checkpointing": False})
+    model.requires_grad_(False)
     try:
-        yield
+        with evaluated(model):
+            for layer in layers:
+                vars(layer).update(CHECKPOINTED if checkpointing else {"gradient_checkpointing": False})
+            yield
     finally:
         for layer, held in zip(layers, before, strict=True):
             for key, value in held.items():
                 vars(layer).pop(key, None) if value is None else vars(layer).update({key: value})
-        model.eval()
-        for module in training:
-            module.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -147,14 +144,7 @@ def _backward(model: nn.Module, feed: Feed, step: int, tokens: int, weight: floa
     feed.read_ahead(step + 1, tokens)
     said, total = sum(len(part.top_tokens) for part in parts), 0.0
     for part in parts:
-        loss = divergence(model, part).sum() / said
+        loss = divergence(answer_rows(model, part), part).sum() / said
         (GRADIENT_SCALE * weight * loss).backward()
         total += loss.item()
     return total
-
-
-def divergence(model: nn.Module, part: Part) -> Tensor:
-    """[N] KL of each answer token."""
-    logits = answer_logits(model, placed(part.inputs, model), part.said.shape[1])
-    rows = logits[part.said.to(logits.device)]
-    return bucketed_kl(rows, part.top_tokens.to(rows.device), part.top_logprobs.to(rows.device))

@@ -12,10 +12,11 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
-from drift_peft.keeping import AnswerSet, Feed, Vlm, make_answer_set, read_texts
+from drift_peft.keeping import Feed, Vlm, make_answer_set
 from drift_peft.keeping import make as batches
+from drift_peft.keeping.answer_set import AnswerSet
 from drift_peft.keeping.answers import answer_logits, answered, placed, prompts
-from drift_peft.keeping.expert import Expert
+from drift_peft.keeping.expert import Expert, read_texts
 from drift_peft.keeping.spelling import Spelling
 
 

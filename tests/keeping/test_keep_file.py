@@ -16,7 +16,10 @@ from tiny import tiny_vlm
 from tiny_vlm import tokenizer
 
 from drift_peft import KeepSet, make_keep_set
-from drift_peft.keeping.file import DTYPES, HEADER_KEY
+from drift_peft.keeping import file as keep_file
+from drift_peft.keeping import sample_file
+
+DTYPES = keep_file.DTYPES | sample_file.DTYPES
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def processor(folder):
 
 def header(path):
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[HEADER_KEY])
+        return json.loads(file.metadata()[KeepSet.HEADER_KEY])
 
 
 def rewritten(keep_set, path, change=None, **changes):
@@ -40,7 +43,7 @@ def rewritten(keep_set, path, change=None, **changes):
     if change:
         change(tensors)
     said = {key: value for key, value in {**header(keep_set.path), **changes}.items() if value is not None}
-    save_file(tensors, path, metadata={HEADER_KEY: json.dumps(said)})
+    save_file(tensors, path, metadata={KeepSet.HEADER_KEY: json.dumps(said)})
     return path
 
 
@@ -55,6 +58,8 @@ def test_samples(keep_set):
         assert (sample.top_logprobs.diff(dim=-1) <= 0).all() and (sample.top_logprobs <= 0).all()
         assert sample.top_tokens[:, 0].equal(sample.tokens)  # greedy, and nothing was suppressed here
     assert keep_set[-1].question == keep_set[19].question
+    every_fifth = [keep_set.metadata["answers"][i] for i in (17, 12, 7)]
+    assert [sample.answer for sample in keep_set[-3:5:-5]] == every_fifth and keep_set[20:] == []
     for i in (20, -21):
         with pytest.raises(IndexError, match=f"keep.safetensors has 20 samples, and none of number {i}"):
             keep_set[i]
@@ -223,10 +228,10 @@ def test_files_that_are_no_keep_set(keep_set, tmp_path):
     refused("is no keep set: it is truncated or no safetensors file")
     save_file({"weight": torch.zeros(2)}, path)
     refused("is a safetensors file but no keep set: make one with `drift-peft keep make`")
-    save_file({"weight": torch.zeros(2)}, path, metadata={HEADER_KEY: "{"})
+    save_file({"weight": torch.zeros(2)}, path, metadata={KeepSet.HEADER_KEY: "{"})
     refused("is a damaged keep set")
     rewritten(keep_set, path, format=2)
-    refused("is a keep set of format 2, not 1: read it with another drift_peft")
+    refused("is of format 2, not 1: read this keep set with another drift_peft")
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
@@ -234,7 +239,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))  # each batch fits, the whole set does not
     try:
-        with pytest.raises(OSError, match=r"keep.safetensors could not be written: .*File too large"):
+        with pytest.raises(OSError, match=r"written.safetensors could not be written: .*File too large"):
             make(folder, tmp_path / "k.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

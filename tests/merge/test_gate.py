@@ -15,7 +15,8 @@ from peft import get_peft_model
 from torch.func import functional_call
 
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, build_prior, gate_prior, merge_baseline
-from drift_peft.keeping import AnswerSet, Feed, Vlm, answering
+from drift_peft.keeping import Feed, Vlm, answering
+from drift_peft.keeping.answer_set import AnswerSet
 from drift_peft.merge.gates import Gate, frozen, gated, train_gates
 from drift_peft.prior.combine import formula
 from drift_peft.prior.report import prior_summary

@@ -9,7 +9,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -101,7 +100,7 @@ def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Mod
     canonical_name = prior_names(model)
     modules = {}
     for name, module in model.named_modules():
-        if ".base_layer" in name or ".modules_to_save." in name or isinstance(module, ModulesToSaveWrapper):
+        if ".base_layer" in name or ".modules_to_save." in name:  # a copy's wrapper comes before the module as it was
             continue
         for parameter in ("weight", "bias"):
             canonical = canonical_name(f"{name}.{parameter}")

@@ -29,7 +29,7 @@ def trained_tensors(model: nn.Module, config: LoraConfig, adapted: Iterable[str]
     of_layers, found = {f"{name}.bias" for name in adapted} if config.bias == "lora_only" else (), []
     for name, _ in model.named_parameters(remove_duplicate=False):
         if canonical := canonical_name(name):
-            with_layer = config.bias == "all" or name.replace(".base_layer", "") in of_layers
+            with_layer = config.bias == "all" or name in of_layers
             if name.startswith(saved) or (with_layer and module_kind(canonical) == "bias"):
                 found.append(canonical)
     return [*dict.fromkeys(found)]  # copies have the names of what they were made of

@@ -187,6 +187,12 @@ def test_what_a_copy_stands_for_is_steered_where_it_is_used(whole):
     assert bias in [s.parameter("W") for s in steered_of(model) if s.name == "layers.0.mlp.up_proj.bias"]
 
 
+def test_a_second_adapter_leaves_the_biases_of_the_first_to_it(whole):
+    model = steered(whole, bias="all", target_modules=["q_proj"])
+    model.add_adapter("second", ours(whole)())
+    assert {s.adapter for s in steered_of(model) if s.name.endswith(".bias")} == {"default"}
+
+
 @deletes_saved_modules
 def test_a_deleted_adapters_copies_are_steered_no_more(whole):
     model = two_adapters(whole, ours(whole))
@@ -218,6 +224,7 @@ def test_patterns_speak_of_what_peft_copies(whole):
     ("pattern", "settings"),
     [
         ("mlp.up_proj", {"modules_to_save": ["o_proj"]}),
+        ("q_proj.bias", {"modules_to_save": ["o_proj"]}),
         known("mlp.up_proj.bias", {"bias": "lora_only"}, {"bias": "lora_only"}),
     ],
 )

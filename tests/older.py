@@ -43,6 +43,8 @@ transformers_takes_it = needs(peft, "0.18.2", "is refused by transformers itself
 transformers_adds_it = needs(
     peft, MIN_PEFT_VERSION, f"is refused by transformers {transformers.__version__}, which asks for {MIN_PEFT_VERSION}"
 )
+copies_take_names = needs(peft, "0.20", "gives what it copies no input by its name alone")
+leaves_the_others = needs(peft, "0.21", "freezes what another adapter trains when it adds one")
 tells_adapters_apart = needs(peft, "0.21", "saves an adapter whose name holds this one's as well")
 trains_what_was_swapped = needs(peft, "0.21", "freezes an adapter that is swapped in")
 FORGETS_CONFIG = Version(peft.__version__) >= Version("0.19")  # when an adapter is merged and unloaded
@@ -63,6 +65,8 @@ def known(case: str | dict, settings: dict, *others):
     reason = f"peft {peft.__version__} has no {' and '.join(sorted(lacking))}"
     marks = [pytest.mark.skipif(bool(lacking), reason=reason)]
     marks += [saves_biases] if settings.get("bias") == "lora_only" else []
+    by_name = {"self_attn", "model"}.intersection(settings.get("modules_to_save") or ())
+    marks += [copies_take_names] if by_name else []
     return pytest.param(case, *others, marks=marks)
 
 

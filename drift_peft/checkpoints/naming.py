@@ -18,7 +18,8 @@ PROJECTIONS = ("attn", "mlp")
 MATCHING = 1.0  # seconds for a regular expression and a name, which take microseconds
 
 _WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:base_model\.model|base_layer|module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(?:^|(?<=\.))(?:base_model\.model|base_layer|original_module|modules_to_save\.[^.]+|module|_orig_mod"
+    r"|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _LANGUAGE_MODEL = re.compile(
     r"(?:thinker\.)?(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.){0,2}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..prior import PriorVector, PriorWeight, ReasoningPrior
 from ..warn import warn
@@ -12,7 +12,7 @@ from . import guidance
 from .config import DriftConfig
 from .settings import is_guided
 from .sharding import values
-from .steered import SteeredAdapter, SteeredTensor
+from .steered import SteeredAdapter, SteeredTensor, TrainedTensor
 from .trainer import register_callback
 
 
@@ -26,7 +26,7 @@ def refuse_meta(model: nn.Module) -> None:
 
 def steer(
     layers: list[tuple[str, LoraLayer, str]],
-    trained: list[tuple[str, nn.Module, str, Tensor | None]],
+    trained: list[TrainedTensor],
     prior: ReasoningPrior | None,
     config: DriftConfig,
     adapter_name: str,
@@ -48,7 +48,7 @@ def steer(
     ]
     keeps_start = config.drift_target != "delta"
     tensors, seen = [], set()
-    for name, module, attribute, start in trained:
+    for name, module, attribute, start, owner in trained:
         parameter = getattr(module, attribute)
         if guided(name) and id(parameter) not in seen:  # of tied weights, the first one's Δ
             seen.add(id(parameter))
@@ -57,7 +57,7 @@ def steer(
                 held = {} if earlier is None else earlier.prior
                 start = held.get("W0", values([parameter])[0].clone())
             W0 = values([start])[0] if keeps_start else None
-            tensors.append(SteeredTensor(module, adapter_name, attribute, name, config, left(name), W0))
+            tensors.append(SteeredTensor(module, owner or adapter_name, attribute, name, config, left(name), W0))
     lower = [s.name for s in adapters if config.drift_rank and s.prior and len(s.prior["S"]) < config.drift_rank]
     if lower:
         warn(

@@ -136,6 +136,8 @@ def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
     rslora = ", rank-stabilized" if config.use_rslora else ""
     dropout = f", dropout = {config.lora_dropout:g}" if config.lora_dropout else ""
     table["LoRA"] = f"r = {config.r}, alpha = {config.lora_alpha}{rslora}{dropout}"
+    if config.modules_to_save:
+        table["trained in full"] = in_markdown(", ".join(config.modules_to_save))
     if config.quantization:
         quantized = filter(None, (config.quantization.get(key) for key in ("quant_method", "bnb_4bit_quant_type")))
         table["base in training"] = f"quantized: {' '.join(getattr(kind, 'value', kind) for kind in quantized)}"

@@ -49,10 +49,10 @@ def check_fit(
         canonical = canonical_name(parameter)
         (steered if canonical in prior else unsteered).append((parameter, canonical))
     if not targets and drift.target_modules:
-        raise ValueError(
-            f"target_modules={drift.target_modules!r} names no module of this {type(model).__name__}: name others, or "
-            "leave target_modules=None to adapt exactly what the prior covers."
-        )
+        named = f"target_modules={drift.target_modules!r} names no module of this {type(model).__name__}"
+        if drift.modules_to_save:
+            named += f" outside modules_to_save={drift.modules_to_save!r}, where PEFT adapts nothing"
+        raise ValueError(f"{named}: name others, or leave target_modules=None to adapt exactly what the prior covers.")
     modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
@@ -91,7 +91,8 @@ def check_fit(
 
 
 def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Module]:
-    """Canonical name of each weight or bias in the prior -> the base module that holds it.
+    """Canonical name of each weight or bias in the prior -> the base module that holds it: of what PEFT has wrapped,
+    the module as it was.
 
     Raises:
         ValueError: weights of the prior are missing here, or have another shape.
@@ -99,7 +100,7 @@ def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Mod
     canonical_name = prior_names(model)
     modules = {}
     for name, module in model.named_modules():
-        if ".base_layer" in name:
+        if ".base_layer" in name or ".modules_to_save." in name:  # a copy's wrapper comes before the module as it was
             continue
         for parameter in ("weight", "bias"):
             canonical = canonical_name(f"{name}.{parameter}")

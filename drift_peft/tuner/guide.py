@@ -17,6 +17,7 @@ from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import adapted_parameter
+from .saved import refuse_nested_copies
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
 
@@ -63,6 +64,7 @@ def guide(
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
         raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
     refuse_meta(model)
+    refuse_nested_copies(model)
     layers = list(lora_layers(model, adapter_name))
     if adapter_name is not None and not layers:
         raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
@@ -85,14 +87,14 @@ def guide(
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
     }
-    tensors = list(trainable_tensors(model))
+    tensors = list(trainable_tensors(model, adapter_name))
     if not layers and not tensors:
         raise ValueError(
             "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     if prior is not None:
-        config.merged = check_fit(model, prior, config, targets, [name for name, _, _, _ in tensors])
+        config.merged = check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
     else:
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model, peft_model
@@ -18,7 +17,6 @@ from ..checkpoints import (
     auto_class_of,
     convert_peft_config_for_transformers,
     language_model_targets,
-    module_kind,
     quantization_of,
     shown,
 )
@@ -29,6 +27,7 @@ from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import prior_names
+from .saved import check_saved, trained_tensors
 from .settings import check_patterns_used
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
@@ -83,21 +82,21 @@ class DriftModel(LoraModel):
         prior = None if config.prior is None else _open_prior(config)
         keep_4bit_differentiable(model)
         intended = _settle_targets(model, config, prior)
+        check_saved(model, config, intended)
         parameters = [*(f"{name}.weight" for name in intended), *_target_parameters(model, config)]
+        canonical, trained = prior_names(model), trained_tensors(model, config, intended)
         if prior is not None:
             targets = {name: _rank(config, name.removesuffix(".weight")) for name in parameters}
-            config.merged = check_fit(model, prior, config, targets, _tensors(config, prior))
+            config.merged = check_fit(model, prior, config, targets, trained)
         else:
             config.merged = read_merge(getattr(model, "config", None))
-            canonical = prior_names(model)
-            known = {canonical(name) for name, _ in model.named_parameters()} - {None}
-            check_patterns_used(config, [canonical(name) or name for name in parameters] + _tensors(config, known))
+            check_patterns_used(config, [canonical(name) or name for name in parameters] + trained)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NotImplementedError as error:  # PEFT asks where the embedding is, to see what is tied
             raise ValueError(f"PEFT cannot adapt a {type(model).__name__}: {error}") from error
         refuse_other_targets(model, config.target_modules, intended, adapted_modules(model, [adapter_name]))
-        tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t[-1] is not None]
+        tensors = [t for t in trainable_tensors(model, adapter_name) if config.bias != "none" or t.owner]
         adapters = steer(list(lora_layers(model, adapter_name)), tensors, prior, config, adapter_name)
         if config.init_lora_weights == "drift":
             start_adapters(adapters, prior)
@@ -300,14 +299,3 @@ def _experts(header: dict) -> list[str]:
 def _rank(config: DriftConfig, module_name: str) -> int:
     """The rank that PEFT will give this module's adapter."""
     return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module_name), config.r)
-
-
-def _tensors(config: DriftConfig, names: Iterable[str]) -> list[str]:
-    """Those of the canonical names that will be trained themselves: biases and `modules_to_save`."""
-    saved = [rf"(?:.*\.)?{module}(?:\..*)?" for module in config.modules_to_save or ()]
-    return [
-        name
-        for name in names
-        if (module_kind(name) == "bias" and config.bias != "none")
-        or any(re.fullmatch(pattern, name.removesuffix(".weight")) for pattern in saved)
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Iterator
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -319,24 +320,41 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
                     yield canonical(weight) or weight, layer, a
 
 
-def trainable_tensors(
-    model: nn.Module, adapter: str | None = None
-) -> Iterator[tuple[str, nn.Module, str, Tensor | None]]:
-    """(canonical name, module, attribute, start) of the language model's trainable tensors that are no LoRA factors.
+class TrainedTensor(NamedTuple):
+    """A tensor of the language model that is trained itself.
 
-    `start` is what the tensor was before training where the model keeps it (modules_to_save), else None. Of modules to
-    save these are the copies of `adapter`, active or not; of every active adapter if None.
+    `start` is what it was before training where the model keeps that, else None; `owner` is the adapter whose copy of a
+    module to save it belongs to, None where it is the model's own.
     """
-    canonical_name = prior_names(model)
+
+    name: str  # canonical
+    module: nn.Module
+    attribute: str
+    start: Tensor | None
+    owner: str | None
+
+
+def trainable_tensors(model: nn.Module, adapter: str | None = None) -> Iterator[TrainedTensor]:
+    """The language model's trainable tensors that are no LoRA factors, in module order.
+
+    Of modules to save, which may contain others, these are all in the copies of `adapter`, active or not; of every
+    active adapter if None.
+    """
+    canonical_name, unused = prior_names(model), []
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
+            if any(active in module.modules_to_save for active in module.active_adapters):
+                unused.append(f"{name}.original_module.")
             for owner, copied in module.modules_to_save.items():
-                for attribute, parameter in copied.named_parameters(recurse=False):
+                for path, parameter in copied.named_parameters():
+                    inside, _, attribute = path.rpartition(".")
                     trains = parameter.requires_grad if adapter is None else owner == adapter
-                    if trains and (canonical := canonical_name(f"{name}.{attribute}")):
-                        yield canonical, copied, attribute, getattr(module.original_module, attribute).detach()
+                    if trains and (canonical := canonical_name(f"{name}.{path}")):
+                        start = module.original_module.get_parameter(path).detach()
+                        yield TrainedTensor(canonical, copied.get_submodule(inside), attribute, start, owner)
         elif ".modules_to_save." not in name and not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             for attribute, parameter in module.named_parameters(recurse=False):
                 canonical = canonical_name(f"{name}.{attribute}")
-                if parameter.requires_grad and canonical and module_kind(canonical):
-                    yield canonical, module, attribute, None
+                used = parameter.requires_grad and not f"{name}.".startswith(tuple(unused))
+                if used and canonical and module_kind(canonical):
+                    yield TrainedTensor(canonical, module, attribute, None, None)

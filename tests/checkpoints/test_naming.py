@@ -44,6 +44,8 @@ def test_every_layout_and_wrapper_gives_the_same_name(prefix, wrapper):
     "name",
     [
         "base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.weight",
+        "base_model.model.model.layers.0.self_attn.modules_to_save.default.q_proj.weight",
+        "base_model.model.model.original_module.layers.0.self_attn.q_proj.base_layer.weight",
         "model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight",
         "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module._orig_mod.self_attn.q_proj.weight",
     ],

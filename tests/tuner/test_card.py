@@ -53,6 +53,11 @@ def test_it_says_what_the_adapter_is(folder, tmp_path):
     assert card.data.tags == sorted({"drift-peft", "lora", *card.data.tags}) and card.data.library_name == "peft"
 
 
+def test_it_names_what_is_trained_in_full_beside_the_factors(folder, tmp_path):
+    card = saved(folder, tmp_path, target_modules=["q_proj"], modules_to_save=["mlp", "norm"])
+    assert rows(card)["trained in full"] == "mlp, norm"
+
+
 def test_its_code_runs(folder, tmp_path):
     card = saved(folder, tmp_path)
     (python,) = re.findall(r"```python\n(.*?)```", card.text, re.S)

@@ -216,6 +216,7 @@ def test_layers_of_parameters_have_the_names_of_these():
 def test_tensors_that_train():
     model = Text()
     base = model.layers[0]["mlp"]["up_proj"].base_layer
+    model.norm.set_adapter("second")
     for p in model.parameters():
         p.requires_grad_(False)
     assert [*trainable_tensors(model)] == []
@@ -229,7 +230,8 @@ def test_tensors_that_train():
         ("layers.0.mlp.up_proj.bias", base, "bias"),
         ("norm.weight", saved["second"], "weight"),
     ]
-    assert found[0][3] is None and torch.equal(found[1][3], kept.weight) and not found[1][3].requires_grad
+    assert found[0].start is None and torch.equal(found[1].start, kept.weight) and not found[1].start.requires_grad
+    assert [each.owner for each in found] == [None, "second"]
     base.bias.requires_grad_(False)
     of_one = [each[:3] for each in trainable_tensors(model, "default")]  # active or not
     assert of_one == [("norm.weight", saved["default"], "weight"), ("norm.bias", saved["default"], "bias")]
@@ -244,8 +246,12 @@ def test_modules_to_save_inside_layers_are_found_once():
     model["other"] = nn.Linear(IN, IN)  # which no text model has
     inject_adapter_in_model(config, model)
     found = [*trainable_tensors(model)]
-    own = {name: module for name, module, attribute, _ in found if getattr(module, attribute).requires_grad}
+    own = {each.name: each.module for each in found if getattr(each.module, each.attribute).requires_grad}
     assert len(own) == len(found)
-    wrapped = [model["layers"][0][name].modules_to_save["default"] for name in ("mlp", "input_layernorm")]
-    assert own["layers.0.mlp.scale"] is wrapped[0] and own["layers.0.input_layernorm.weight"] is wrapped[1]
-    assert not [name for name in own if "modules_to_save" in name]
+    mlp, norm = (model["layers"][0][name].modules_to_save["default"] for name in ("mlp", "input_layernorm"))
+    assert own == {
+        "layers.0.mlp.scale": mlp,
+        "layers.0.mlp.up_proj.weight": mlp.up_proj,
+        "layers.0.mlp.up_proj.bias": mlp.up_proj,
+        "layers.0.input_layernorm.weight": norm,
+    }

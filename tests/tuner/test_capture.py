@@ -50,7 +50,7 @@ def test_passes_add_up_until_the_gradients_are_discarded():
     layer.zero_grad()
     backward(layer, 9)
     assert_measures(entry, layer)
-    assert entry.capture.sums.dtype == torch.float32 and entry.capture.sums.shape == (OUT, IN + R)
+    assert entry.capture.sums.dtype == torch.float64 and entry.capture.sums.shape == (OUT, IN + R)
 
 
 def test_forward_passes_of_one_backward_pass_belong_together():

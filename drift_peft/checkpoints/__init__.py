@@ -17,6 +17,7 @@ Nothing here knows of priors or of training.
     match        which weights of two checkpoints belong together
     rope         how models rotate queries and keys, and a warning where that differs
     update       what an adapter makes of one tensor
+    promised     does an adapter's file hold all that its config promises?
     lora         LoRA adapters read without a model; an expert given as adapter + base
     vllm         a LoRA adapter as vLLM serves it, or why it cannot
     carry        a LoRA adapter of the text sibling as one of the VLM

@@ -243,6 +243,17 @@ def test_a_mistake_as_a_program(tmp_path):
     assert status == 1 and err.splitlines()[-1].startswith("drift-peft: error: x ")
 
 
+def test_a_bare_key_is_no_sentence(capsys, monkeypatch):
+    """Of another library: where it comes from is more use."""
+
+    def merge_adapter(**_):
+        raise KeyError("base_model.model.lm_head.weight")
+
+    monkeypatch.setattr("drift_peft.merge.merge_adapter", merge_adapter)
+    with pytest.raises(KeyError, match="lm_head"):
+        run(capsys, "merge", *MERGE)
+
+
 @pytest.mark.parametrize(
     "interrupt", ["signal.raise_signal(signal.SIGINT)", "exec('signal.raise_signal(signal.SIGINT)')"]
 )

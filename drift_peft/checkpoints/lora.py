@@ -164,6 +164,11 @@ def recorded_base(folder: Path) -> str | None:
     return read_adapter_config(folder).base_model_name_or_path or None
 
 
+def recorded_revision(folder: Path) -> str | None:
+    """Of that model's repository; None where it was the newest, or a folder."""
+    return read_adapter_config(folder).revision or None
+
+
 def made_without_training(folder: Path) -> bool:
     """Whether the adapter's weights are as we made them, W + λΔ in full precision."""
     file = folder / FILES[1]

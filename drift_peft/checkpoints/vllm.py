@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .checkpoint import read_config, skeleton
 from .hub import download, split_revision
-from .lora import CONFIG, adapter_folder, read_adapter_config, read_updates, recorded_base
+from .lora import CONFIG, adapter_folder, read_adapter_config, read_updates, recorded_base, recorded_revision
 from .naming import canonical_name
 from .output import write_tensors
 from .promised import refuse_incomplete
@@ -63,7 +63,8 @@ def export_for_vllm(
     folder = adapter_folder(adapter)
     if not (base := base or recorded_base(folder)):
         raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
-    place = Path(base) if Path(base).exists() else download(*split_revision(base, None), ("config.json",))
+    revision = recorded_revision(folder) if base == recorded_base(folder) else None
+    place = Path(base) if Path(base).exists() else download(*split_revision(base, revision), ("config.json",))
     base_config = read_config(place, str(base))
     model_type = base_config.model_type
     if model_type not in SERVED:

@@ -20,11 +20,13 @@ from ..checkpoints import (
     UNTRAINED,
     Checkpoint,
     as_peft_reads,
-    hub_id,
     in_markdown,
     language_model_targets,
     module_kind,
+    named,
+    pinned,
     replaced_when_complete,
+    repository_of,
     shown,
     state_licences,
     upload,
@@ -110,7 +112,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     header = prior.metadata
     origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
     license, licences = state_licences([(role, origin) for (role, *_), origin in origins.items()], token)
-    models = filter(None, (hub_id(id) for _, id, _ in origins))
+    models = [repository[0] for origin in origins.values() if (repository := repository_of(origin))]
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         pipeline_tag=TASK,
@@ -119,7 +121,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     )
     content = CARD.format(
         data=data.to_yaml(),
-        base=in_markdown(shown(header["base"]["id"])),
+        base=in_markdown(named(header["base"])),
         formula=in_markdown(formula(header)),
         rank=prior.rank,
         table=_table(header["weights"]),
@@ -162,7 +164,7 @@ def _recipe(header: dict) -> str:
         parts = (f"    (ReasoningPrior.load(…), {p['weight']:g}),  # sha256 {p['sha256']}" for p in header["parents"])
         return "\n".join(["ReasoningPrior.combine([", *parts, f'], "{FILE_NAME}", rank={header["rank"]})'])
     roles = [role for role in ("expert", "base", "reference") if header[role]]
-    given = {role: "@".join(filter(None, (shown(header[role]["id"]), header[role]["revision"]))) for role in roles}
+    given = {role: pinned(header[role]) for role in roles}
     ranks = ("energy", "max_rank") if header.get("energy") else ("rank",)
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
@@ -172,11 +174,12 @@ def _recipe(header: dict) -> str:
 def _gate_recipe(header: dict) -> str:
     """The calls that make the prior that was gated, and gate it."""
     gated, settings = header["gated"], ("objective", "keep_weight", "alpha", "steps", "rate", "batch_size", "seed")
-    expert = json.dumps(shown(gated["expert"]["id"])) if "expert" in gated else None
+    base = gated["base"]  # in memory, a hub id may have no revision
+    expert = json.dumps(pinned(gated["expert"])) if "expert" in gated else None
     lines = [
         "gate_prior(",
         f'    "{FILE_NAME}",  # sha256 {gated["prior"]}',
-        f"    base={json.dumps(shown(gated['base']['id']))},",
+        f"    base={json.dumps('@'.join(filter(None, (shown(base['id']), base['revision']))))},",
         f"    expert={expert},",
         f"    keep_set=…,  # sha256 {gated['keep_set']}",
         f"    texts={'…' if expert else None},",
@@ -197,19 +200,23 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
     if not is_number(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(prior.path,), kind="adapter") as folder:
-        source, revision = (base, None) if base else (prior.metadata["base"][key] for key in ("id", "revision"))
+        origin = prior.metadata["base"]
+        source, revision = (base, None) if base else (origin["id"], origin["revision"])
         try:
+            if not Path(source).exists() and not base and repository_of(origin) is None:  # which is no hub id
+                raise FileNotFoundError(f"{prior.source} was built for the folder {source}, which is not there")
             checkpoint = Checkpoint(source, revision, dequantize=True)  # compared at most, so 4 bit will do
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
         targets, modules = _in_memory(prior, checkpoint)
-        recorded = shown(prior.metadata["base"]["id"])
-        if checkpoint.revision is None:
+        probed = [checkpoint.language_model[name] for name, *_ in islice(prior.probes(), PROBED)]
+        if all(file.exists() for raw in probed for file in checkpoint.files_of(raw)):
             _refuse_other_weights(prior, checkpoint)
-        elif recorded != shown(checkpoint.source):  # whose weights are not fetched for this
+        elif repository_of(origin) != repository_of(checkpoint.origin):  # whose weights are not fetched for this
             warn(
-                f"{prior.source} was built for {recorded}. Whether {checkpoint.source} has the same weights was not "
-                "compared, since they are on the hub: name a folder as base= (--base) to have them compared."
+                f"{prior.source} was built for {pinned(origin)}. Whether {pinned(checkpoint.origin)} has the same "
+                "weights was not compared, since they are on the hub: name a folder as base= (--base) to have them "
+                "compared."
             )
         files, ranks = [], {}
         for name, module in modules.items():
@@ -261,7 +268,7 @@ def _refuse_other_weights(prior: PriorFile, checkpoint: Checkpoint) -> None:
         if off > FINGERPRINT_TOLERANCE:
             raise ValueError(
                 f"{prior.source} was built for another model than {checkpoint.source}: the fingerprint of {name} is "
-                f"off by {off:.0%}; name the place of {shown(prior.metadata['base']['id'])} as base= (--base)"
+                f"off by {off:.0%}; name the place of {named(prior.metadata['base'])} as base= (--base)"
             )
 
 

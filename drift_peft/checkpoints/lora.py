@@ -16,7 +16,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, named_adapters
 from .hub import Repository, download, split_revision
 from .naming import canonical_name, pattern_matches, unwrapped
 from .promised import PART, refuse_incomplete
@@ -124,6 +124,8 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
     folder = Path(adapter) if Path(adapter).exists() else download(*split_revision(str(adapter), revision), FILES)
     if not (folder / CONFIG).is_file():
+        if named := named_adapters(folder):
+            raise FileNotFoundError(f"{adapter} holds the adapters {', '.join(named)}: name one of these folders")
         raise FileNotFoundError(f"adapter {adapter} has no {CONFIG}: name what save_pretrained wrote")
     return folder
 

@@ -97,7 +97,8 @@ def push(
     revision: str | None,
 ) -> str:
     """`ReasoningPrior.push_to_hub`."""
-    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, repo_id, token)).encode()}
+    name = "@".join(filter(None, (repo_id, revision)))
+    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, name, token)).encode()}
     message = commit_message or "Upload a reasoning prior"
     return upload(prior.source, repo_id, files, private, token, message, revision)
 
@@ -106,7 +107,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     """What a prior is, how to use it, and the licences of the models it was made from, as their own cards give them.
 
     Args:
-        repo_id: where the prior will be found; without it the card says prior.safetensors.
+        repo_id: where the prior will be found, maybe `id@revision`; without it the card says prior.safetensors.
         token: for the cards of private or gated models.
     """
     header = prior.metadata
@@ -168,7 +169,9 @@ def _recipe(header: dict) -> str:
     ranks = ("energy", "max_rank") if header.get("energy") else ("rank",)
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
-    return "\n".join(["build_prior(", *(f"    {key}={json.dumps(value)}," for key, value in given.items()), ")"])
+    lines = [f"    {key}={json.dumps(value)}," for key, value in given.items()]
+    lines += ["    dequantize=True,"] if any("dequantize" in origin for _, origin in _origins(header)) else []
+    return "\n".join(["build_prior(", *lines, ")"])
 
 
 def _gate_recipe(header: dict) -> str:

@@ -133,6 +133,13 @@ def test_a_folder_is_no_hub_id_wherever_the_prior_is_read(tmp_path, hub, monkeyp
     assert not hub.requests
 
 
+def test_the_call_that_makes_it_again_dequantizes(tmp_path):
+    text = {"id": str(tmp_path), "revision": None, "dequantize": True}
+    for expert, four_bit in ((text, True), ({**text, "base": text}, True), (tmp_path, False)):
+        prior = random_prior(tmp_path / "p", base=tmp_path, expert=expert)
+        assert ("    dequantize=True,\n)" in prior.model_card().text) == four_bit
+
+
 # The hub
 
 
@@ -158,6 +165,9 @@ def test_push_and_load(tmp_path, hub):
 
     low = prior.truncate(1, tmp_path / "low")
     low.push_to_hub("user/prior", revision="rank1")
+    card = hub.files("user/prior", "rank1")["README.md"].decode()
+    assert all(f'{call}"user/prior@rank1"' in card for call in ("ReasoningPrior.load(", "DriftConfig(prior="))
+    assert "drift-peft prior export user/prior@rank1 --scale" in card
     hub.forget()
     assert ReasoningPrior.load("user/prior").sha256 == prior.sha256
     assert ReasoningPrior.load("user/prior", revision="rank1").rank == 1

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from older import rewrites_targets
 from pairs import load
 from peft import PeftConfig, PeftModel
-from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
+from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, build_prior, merge_adapter
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
@@ -334,6 +334,17 @@ def test_another_commit_of_the_base_is_compared_where_it_is_here(tmp_path, hub):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*was not compared")
         prior.as_lora(1, tmp_path / "own", base=f"org/vlm@{first}")
+
+
+def test_a_base_that_is_nearly_the_priors_is_a_warning(tmp_path):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    noise = torch.Generator().manual_seed(1)
+    edit_tensors(
+        tmp_path / "base",
+        lambda t: [W.add_(0.1 * W.std() * torch.randn(W.shape, generator=noise)) for W in t.values() if W.dim() == 2],
+    )
+    with pytest.warns(UserWarning, match=r"built for base, and the weights of base are nearly but not quite the same"):
+        prior.as_lora(1, tmp_path / "lora")
 
 
 def test_a_base_that_has_moved_or_is_another(tmp_path):

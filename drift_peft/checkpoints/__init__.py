@@ -17,6 +17,7 @@ Nothing here knows of priors or of training.
     match        which weights of two checkpoints belong together
     rope         how models rotate queries and keys, and a warning where that differs
     update       what an adapter makes of one tensor
+    promised     does an adapter's file hold all that its config promises?
     lora         LoRA adapters read without a model; an expert given as adapter + base
     vllm         a LoRA adapter as vLLM serves it, or why it cannot
     carry        a LoRA adapter of the text sibling as one of the VLM
@@ -37,7 +38,7 @@ from .dequantized import (
     quantization_in_training,
     quantization_of,
 )
-from .hub import download, split_revision
+from .hub import cached_snapshot, download, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
@@ -48,6 +49,7 @@ from .lora import (
     lora_variants,
     open_expert,
     recorded_base,
+    recorded_revision,
     watched_adapter,
 )
 from .match import MODULES, Match, describe, match_weights
@@ -72,7 +74,9 @@ from .sharing import (
     hub_id,
     in_markdown,
     license_name,
+    named,
     pinned,
+    repository_of,
     shown,
     state_licences,
     upload,
@@ -111,6 +115,7 @@ __all__ = [
     "assumed_quantization",
     "auto_class_of",
     "block_rows",
+    "cached_snapshot",
     "canonical_name",
     "carry_adapter",
     "check",
@@ -134,6 +139,7 @@ __all__ = [
     "lora_variants",
     "match_weights",
     "module_kind",
+    "named",
     "needs_peft",
     "only_writer",
     "open_expert",
@@ -146,7 +152,9 @@ __all__ = [
     "read_config",
     "read_json",
     "recorded_base",
+    "recorded_revision",
     "replaced_when_complete",
+    "repository_of",
     "resumable_folder",
     "scale_adapter",
     "shown",

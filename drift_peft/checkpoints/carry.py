@@ -21,10 +21,11 @@ from torch.nn.functional import pad
 
 from .checkpoint import Checkpoint
 from .decoder import is_linear
-from .lora import UNTRAINED, adapter_folder, made_without_training, read_updates
+from .lora import UNTRAINED, adapter_folder, made_without_training, read_adapter_config, read_updates
 from .match import in_vocabulary
 from .naming import canonical_name
 from .output import write_tensors
+from .promised import refuse_incomplete
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, Whole
 
@@ -44,12 +45,14 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
     Raises:
         FileNotFoundError: there is no such adapter.
         ValueError: the adapter has a part that is more than s·B·A of a linear layer, by name; not each of its modules
-            has a counterpart of its shape in the model, with the names on both sides; or it adds nothing.
+            has a counterpart of its shape in the model, with the names on both sides; it lacks what its config
+            promises; or it adds nothing.
     """
     folder_of_adapter = adapter_folder(adapter)
     updates = read_updates(folder_of_adapter)
     _refuse_more_than_lora(updates, adapter)
     factors = _placed(updates, adapter, checkpoint)
+    _refuse_incomplete(folder_of_adapter, updates, adapter, checkpoint)
     if not (scalings := Counter(u.scaling for u in factors.values() if u.scaling and u.B.any())):
         raise ValueError(f"adapter {adapter} adds nothing: its lora_B or its lora_alpha are zero, as before training")
     (scaling, _), *_ = scalings.most_common(1)
@@ -133,6 +136,17 @@ def _placed(updates: dict[str, list[Update]], adapter: str | Path, checkpoint: C
             f"{'; '.join(problems[:LISTED])}{f'; and {len(problems) - LISTED} more' if len(problems) > LISTED else ''}"
         )
     return factors
+
+
+def _refuse_incomplete(folder: Path, updates: dict, adapter: str | Path, checkpoint: Checkpoint) -> None:
+    find = _finder(checkpoint)
+
+    def weight_of(name: str) -> str | None:
+        module, _, attribute = name.rpartition(".")
+        found = find(module)
+        return found and f"{found}.{attribute}"
+
+    refuse_incomplete(read_adapter_config(folder), checkpoint.model, updates, str(adapter), weight_of)
 
 
 def _nearest_of(checkpoint: Checkpoint) -> Callable[[str], str]:

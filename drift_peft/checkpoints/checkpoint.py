@@ -85,7 +85,8 @@ class Checkpoint:
         weight_map = self._read_index(layout) if layout.endswith(".index.json") else {}
         self.files = [self.folder / name for name in sorted(set(weight_map.values())) or [layout]]
         if self._hub is None and (missing := [file.name for file in self.files if not file.is_file()]):
-            raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, named in its index: fetch it again")
+            why = "named in its index" if weight_map else "a link to nothing"
+            raise FileNotFoundError(f"{self.source} lacks {', '.join(missing)}, {why}: fetch it again")
         if self._hub is None:
             self._watch.add(self.files)
         self._open: tuple | None = None  # a shard and its path
@@ -157,8 +158,8 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict:
-        """Where the weights come from, for a prior's header."""
-        return {"id": self.source, "revision": self.revision}
+        """Where the weights come from, for a prior's header; `dequantize` if they are in 4 bits there."""
+        return {"id": self.source, "revision": self.revision} | ({"dequantize": True} if self._four_bit else {})
 
     @property
     def identity(self) -> list:
@@ -293,6 +294,8 @@ class Checkpoint:
         if "config.json" not in self._names:
             if any(name.endswith(".gguf") for name in self._names):
                 raise ValueError(f"{where} is {_GGUF}")
+            if named := named_adapters(self.folder):
+                raise FileNotFoundError(f"{where} holds the adapters {', '.join(named)}: name one of these folders")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
     def _refuse_quantized(self, four_bit_too: bool) -> None:
@@ -350,6 +353,11 @@ class Checkpoint:
             if raw not in self._where or not any(part.startswith(STATE) for part in parts):
                 raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
         return dict(found)
+
+
+def named_adapters(folder: Path) -> list[str]:
+    """Adapters below a folder, which is how PEFT saves those that have a name."""
+    return sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
 
 
 def skeleton(config: PreTrainedConfig, source: str) -> PreTrainedModel:

@@ -156,6 +156,14 @@ def download(repository: str, revision: str | None, files: Sequence[str]) -> Pat
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
+def cached_snapshot(repository: str, revision: str) -> Path | None:
+    """The folder of a snapshot that is in the hub's cache, maybe in part; the hub is not asked."""
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def is_listed(repository: str, folder: Path) -> bool:
     """Whether it is known which files a snapshot has; else the client takes what is in its folder for all of them."""
     if (folder.parents[1] / "trees" / f"{folder.name}.json").exists():  # as newer clients keep it

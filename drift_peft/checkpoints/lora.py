@@ -7,7 +7,6 @@ through the renaming that transformers does itself when it loads the checkpoint.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,9 +16,10 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, named_adapters
 from .hub import Repository, download, split_revision
 from .naming import canonical_name, pattern_matches, unwrapped
+from .promised import PART, refuse_incomplete
 from .schema import AdapterConfig, check, read_json
 from .shards import load_bin
 from .update import LowRank, Rows, Update, Whole
@@ -59,7 +59,7 @@ class AdaptedCheckpoint(Checkpoint):
     ):
         self._adapter, self._updates = adapter_folder(adapter, revision), {}
         self._files = watched_adapter(self._adapter, str(adapter))
-        config = _read_config(self._adapter)
+        config = read_adapter_config(self._adapter)
         if not (base := config.base_model_name_or_path):
             raise ValueError(f"adapter {adapter} does not say what it adapts: base_model_name_or_path in its {CONFIG}")
         try:
@@ -124,6 +124,8 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
     folder = Path(adapter) if Path(adapter).exists() else download(*split_revision(str(adapter), revision), FILES)
     if not (folder / CONFIG).is_file():
+        if named := named_adapters(folder):
+            raise FileNotFoundError(f"{adapter} holds the adapters {', '.join(named)}: name one of these folders")
         raise FileNotFoundError(f"adapter {adapter} has no {CONFIG}: name what save_pretrained wrote")
     return folder
 
@@ -138,25 +140,35 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
 
     Raises:
         FileNotFoundError: the folder lacks the adapter's weights.
-        ValueError: the adapter has a part that cannot be merged, by name, or lacks biases that it trained; or not each
-            of its modules finds one tensor of its shape: all that do not are listed.
+        ValueError: the adapter has a part that cannot be merged, by name, or lacks one that its config promises; or not
+            each of its modules finds one tensor of its shape: all that do not are listed.
     """
-    adapter = read_updates(folder)
+    adapter, config, find = read_updates(folder), read_adapter_config(folder), _finder(checkpoint)
     updates = _match(checkpoint, adapter, source)
     biases = {f"{update.module}.bias" for found in adapter.values() for update in found}
-    if _read_config(folder).bias == "lora_only" and not biases & adapter.keys():
-        find = _finder(checkpoint)
+    if config.bias == "lora_only" and not biases & adapter.keys():
         if lost := sorted(name for name in biases if find(name)[1]):
             raise ValueError(
                 f"adapter {source} was trained with bias='lora_only' and lacks {lost[0]}, since PEFT before 0.21 does "
                 "not save such biases: train it again with a newer one, or with bias='all'"
             )
+
+    def weight_of(name: str) -> str | None:
+        canonical, raw = find(name)
+        return checkpoint.language_model.get(EMBEDDING) if canonical in TIED and checkpoint.tied else raw
+
+    refuse_incomplete(config, checkpoint.model, adapter, source, weight_of)
     return updates
 
 
 def recorded_base(folder: Path) -> str | None:
     """The model that an adapter in this folder says it was trained on; None if it does not."""
-    return _read_config(folder).base_model_name_or_path or None
+    return read_adapter_config(folder).base_model_name_or_path or None
+
+
+def recorded_revision(folder: Path) -> str | None:
+    """Of that model's repository; None where it was the newest, or a folder."""
+    return read_adapter_config(folder).revision or None
 
 
 def made_without_training(folder: Path) -> bool:
@@ -168,7 +180,7 @@ def made_without_training(folder: Path) -> bool:
         return UNTRAINED.items() <= (weights.metadata() or {}).items()
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> LoraConfig:
     """The adapter's config; what cannot be merged is refused by name."""
     try:
         check(read_json(folder / CONFIG), AdapterConfig)
@@ -193,15 +205,9 @@ def lora_variants() -> list[str]:
     return [f.name for f in known]
 
 
-PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias"
-    r"|token_adapter\.trainable_tokens_delta|base_layer\.(?:weight|bias))"
-)
-
-
 def read_updates(folder: Path) -> dict[str, list[Update]]:
     """In-memory name of a tensor, as the adapter has it -> its updates."""
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
     modules: dict[str, dict[str, torch.Tensor]] = {}
     updates: dict[str, list[Update]] = {}
     for key, tensor in _adapter_tensors(folder).items():
@@ -226,7 +232,13 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
     updates: dict[str, Update] = {}
     start = parts.pop("base_layer.weight", None)
     if (values := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
-        updates["weight"] = Rows(module, torch.tensor(_token_rows(config, module)), values)
+        rows = _token_rows(config, module)
+        if len(rows) != len(values):
+            raise ValueError(
+                f"adapter {folder} holds {len(values)} rows of {module}, and trainable_token_indices in its {CONFIG} "
+                f"names {len(rows)}: save or fetch it again"
+            )
+        updates["weight"] = Rows(module, torch.tensor(rows), values)
     if (bias := parts.pop("base_layer.bias", None)) is not None:
         updates["bias"] = Whole(module, bias)
     if not parts:
@@ -234,12 +246,14 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
 
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = [f"lora_embedding_{factor}" if embedding else f"lora_{factor}.weight" for factor in "AB"]
+    names += ["lora_magnitude_vector"] if config.use_dora else []
+    names += ["lora_B.bias"] if config.lora_bias else []
     if missing := [name for name in names if name not in parts]:
         held = " and ".join(sorted(parts))
         raise ValueError(
             f"adapter {folder} holds only {held} of {module}, without {missing[0]}: save the adapter again"
         )
-    A, B = (parts.pop(name) for name in names)
+    A, B, *_ = (parts[name] for name in names)
     # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
     r = _of_pattern(config.rank_pattern, module, config.r)
     alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
@@ -251,7 +265,7 @@ def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[s
             f"{list(B.shape)}: its {CONFIG} belongs to other weights, or they were saved sharded"
         )
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-    magnitude = parts.pop("lora_magnitude_vector", None)
+    magnitude = parts.get("lora_magnitude_vector")
     flipped = embedding or config.fan_in_fan_out  # embeddings, and GPT-2's Conv1D: W [in, out] + s·(B·A)ᵀ
     if flipped and magnitude is not None:
         what = "the embedding" if embedding else "the transposed weight of"

@@ -28,16 +28,16 @@ WITH_PROCESSOR = """\
 from peft import PeftModel
 from transformers import {auto_class}, AutoProcessor
 
-vlm = {auto_class}.from_pretrained("{base}", dtype="auto", device_map="auto")
+vlm = {auto_class}.from_pretrained("{base}"{at}, dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(vlm, "{adapter}"{subfolder})
-processor = AutoProcessor.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained("{base}"{at})
 ```"""
 BESIDE = """\
 vLLM serves the adapter beside its base. `export` writes it under vLLM's names, and refuses what vLLM would leave out:
 
 ```
 drift-peft export {folder} --for vllm -o served
-vllm serve {argument} --enable-lora --max-lora-rank {rank} --lora-modules drift=served
+vllm serve {argument}{at} --enable-lora --max-lora-rank {rank} --lora-modules drift=served
 ```
 
 """
@@ -45,7 +45,7 @@ MERGED = """\
 As a model of its own, in the base's precision:
 
 ```
-drift-peft merge --base {argument} --adapter {folder} -o merged --verify
+drift-peft merge --base {pinned} --adapter {folder} -o merged --verify
 ```
 
 vLLM serves the merged folder as it serves the base:
@@ -71,7 +71,14 @@ def auto_class_of(config: Any) -> type:
     return AutoModelForMultimodalLM if talks else AutoModelForCausalLM
 
 
-def how_to_load(base: str, words: str, loaded_by: str | None, adapter: str, subfolder: str | None = None) -> str:
+def how_to_load(
+    base: str,
+    words: str,
+    loaded_by: str | None,
+    adapter: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> str:
     """Python that loads an adapter with PEFT alone.
 
     Args:
@@ -79,6 +86,7 @@ def how_to_load(base: str, words: str, loaded_by: str | None, adapter: str, subf
         words: the base in Markdown.
         loaded_by: name of its auto class; without that of a VLM, it is taken as loaded.
         adapter, subfolder: what the adapter is loaded by.
+        revision: of the base, where one is known.
     """
     plain = loaded_by in (None, AutoModelForCausalLM.__name__)
     return (WITH_PEFT if plain else WITH_PROCESSOR).format(
@@ -87,18 +95,21 @@ def how_to_load(base: str, words: str, loaded_by: str | None, adapter: str, subf
         auto_class=loaded_by,
         adapter=adapter,
         subfolder=f', subfolder="{subfolder}"' if subfolder else "",
+        at=f', revision="{revision}"' if revision else "",
     )
 
 
-def how_to_serve(base: str, loaded_by: str | None, folder: str, rank: int | None) -> str:
+def how_to_serve(base: str, loaded_by: str | None, folder: str, rank: int | None, revision: str | None = None) -> str:
     """Commands that serve an adapter: beside its base, and merged.
 
     Args:
-        base, loaded_by: as of `how_to_load`.
+        base, loaded_by, revision: as of `how_to_load`.
         folder: the adapter's.
         rank: its rank; None of an adapter that vLLM cannot take beside its base, such as one of several ranks.
     """
-    values = {"argument": shlex.quote(" ".join(base.split())), "folder": folder}
+    plain, at = " ".join(base.split()), f" --revision {shlex.quote(revision)}" if revision else ""
+    values = {"argument": shlex.quote(plain), "folder": folder, "at": at}
+    values["pinned"] = shlex.quote("@".join(filter(None, (plain, revision))))
     allowed = None if rank is None else next((r for r in MAX_LORA_RANKS if r >= rank), None)
     beside = "" if allowed is None else BESIDE.format(**values, rank=allowed)
     tower = TOWER if loaded_by == AutoModelForImageTextToText.__name__ else ""

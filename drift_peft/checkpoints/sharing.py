@@ -99,32 +99,55 @@ def shown(source: str) -> str:
     name, at, revision = (source, "", "") if here else source.partition("@")
     if name := hub_id(name):
         return f"{name}{at}{revision}"
-    return re.split(r"[\\/]", source.rstrip("\\/"))[-1] or source
+    return _last_part(source)
 
 
-def pinned(source: str, revision: str | None) -> str:
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path
+
+
+def repository_of(origin: Mapping) -> tuple[str, str | None] | None:
+    """Hub id and commit of where weights come from (`id` and `revision`), also where it is a snapshot in the hub's
+    cache; None of a folder, which has no revision, whatever it is called.
+
+    >>> repository_of({"id": "/cache/hub/models--org--vlm/snapshots/0a1b2c", "revision": None})
+    ('org/vlm', '0a1b2c')
+    >>> repository_of({"id": "models/vlm", "revision": None})
+    """
+    if cached := _CACHED.search(origin["id"]):
+        return f"{cached[1]}/{cached[2]}", cached[3] or origin["revision"]
+    return None if origin["revision"] is None else (origin["id"], origin["revision"])
+
+
+def named(origin: Mapping) -> str:
+    """What cards and headings call a model of which is known where it came from: as `shown`, and no folder by what
+    looks like a hub id.
+
+    >>> named({"id": "models/vlm", "revision": None}), named({"id": "org/vlm", "revision": "0a1b2c"})
+    ('vlm', 'org/vlm')
+    """
+    repository = repository_of(origin)
+    return repository[0] if repository else _last_part(origin["id"])
+
+
+def pinned(origin: Mapping) -> str:
     """What names the same files for good: a hub id with its commit; of a path, its last part.
 
-    >>> pinned("/cache/hub/models--org--vlm/snapshots/0a1b2c", None), pinned("org/vlm", "0a1b2c")
-    ('org/vlm@0a1b2c', 'org/vlm@0a1b2c')
-    >>> pinned("/data/vlm", None)
-    'vlm'
+    >>> pinned({"id": "org/vlm", "revision": "0a1b2c"}), pinned({"id": "/data/vlm", "revision": None})
+    ('org/vlm@0a1b2c', 'vlm')
     """
-    cached = _CACHED.search(source)
-    commit = cached[3] if cached else revision
-    return "@".join(filter(None, (shown(source), commit)))
+    return "@".join(filter(None, repository_of(origin) or (_last_part(origin["id"]),)))
 
 
 def find_license(origin: dict, token: str | None = None) -> dict | None:
     """What the card of a model (its `id` and `revision`) says of its licence: nothing is {}, and None that the card
     could not be read."""
-    id, revision = origin["id"], origin["revision"]
-    if cached := _CACHED.search(id):  # there the weights may lie without the card
-        id, revision = f"{cached[1]}/{cached[2]}", cached[3] or None
-    card = Path(origin["id"], "README.md")
+    repository, card = repository_of(origin), Path(origin["id"], "README.md")
     try:
-        if not card.is_file() and (cached or not card.parent.exists()):
-            card = hf_hub_download(id, "README.md", revision=revision, token=token)
+        if repository and not (_CACHED.search(origin["id"]) and card.is_file()):  # weights may lie there without it
+            card = hf_hub_download(repository[0], "README.md", revision=repository[1], token=token)
+        elif not card.parent.exists():
+            raise FileNotFoundError("the folder is not there")
         found = metadata_load(card) if Path(card).is_file() else None
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
@@ -161,9 +184,7 @@ def state_licences(origins: Iterable[tuple[str, dict]], token: str | None = None
     """What the card of something made of other models says of their licences: `common_license` of them, and a line for
     each. `origins`: (role, id and revision); `token`: for the cards of private or gated models."""
     found = [(role, origin, find_license(origin, token)) for role, origin in origins]
-    lines = (
-        f"- {role} {in_markdown(shown(origin['id']))}: {in_markdown(license_name(of))}" for role, origin, of in found
-    )
+    lines = (f"- {role} {in_markdown(named(origin))}: {in_markdown(license_name(of))}" for role, origin, of in found)
     return common_license(of for *_, of in found), "\n".join(lines)
 
 

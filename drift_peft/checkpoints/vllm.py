@@ -14,9 +14,10 @@ from pathlib import Path
 
 from .checkpoint import read_config, skeleton
 from .hub import download, split_revision
-from .lora import CONFIG, adapter_folder, read_updates, recorded_base
+from .lora import CONFIG, adapter_folder, read_adapter_config, read_updates, recorded_base, recorded_revision
 from .naming import canonical_name
 from .output import write_tensors
+from .promised import refuse_incomplete
 from .schema import read_json
 from .serving import MAX_LORA_RANKS
 from .standalone import replaced_when_complete
@@ -57,12 +58,13 @@ def export_for_vllm(
         FileExistsError: the output exists, and `overwrite` is False.
         ValueError: vLLM cannot serve it, by the name of what stands against it: the type of the base, DoRA, saved
             modules, biases, trained tokens, patterns of ranks, a rank beyond 512, modules beside the language model, or
-            that the base does not have.
+            that the base does not have; or the file lacks what its config promises.
     """
     folder = adapter_folder(adapter)
     if not (base := base or recorded_base(folder)):
         raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
-    place = Path(base) if Path(base).exists() else download(*split_revision(base, None), ("config.json",))
+    revision = recorded_revision(folder) if base == recorded_base(folder) else None
+    place = Path(base) if Path(base).exists() else download(*split_revision(base, revision), ("config.json",))
     base_config = read_config(place, str(base))
     model_type = base_config.model_type
     if model_type not in SERVED:
@@ -73,12 +75,14 @@ def export_for_vllm(
     config = read_json(folder / CONFIG)
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
-    there = {name for name, _ in skeleton(base_config, str(base)).named_modules()}
+    model = skeleton(base_config, str(base))
+    there = {name for name, _ in model.named_modules()}
     if absent := [module for module in factors if module not in there]:
         raise ValueError(
             f"adapter {adapter} adapts {absent[0]}, and {base} has no module of this name: name the model that it was "
             "trained on as base (--base)"
         )
+    refuse_incomplete(read_adapter_config(folder), model, [f"{module}.weight" for module in factors], str(adapter))
     ours, theirs = RENAMED.get(model_type, (".", "."))
     names = {module: module.replace(ours, theirs, 1) for module in factors}
     tensors = {}

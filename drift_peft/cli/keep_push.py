@@ -30,7 +30,8 @@ def run(
 
     pushed = KeepSet.load(keep_set)
     url = pushed.push_to_hub(repository, private=private or None, commit_message=message, revision=revision)
+    name = "@".join(filter(None, (repository, revision)))
     table = Table(show_header=False, title=f"{keep_set} uploaded")
     table.add_row("commit", url)
-    table.add_row("load with", f'KeepSet.load("{repository}")')
+    table.add_row("load with", f'KeepSet.load("{name}")')
     show({"repository": repository, "commit": url, "sha256": pushed.sha256}, as_json, table)

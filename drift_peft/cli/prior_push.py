@@ -28,7 +28,8 @@ def run(prior: str, repository: str, private: bool, revision: str | None, messag
 
     pushed = ReasoningPrior.load(prior)
     url = pushed.push_to_hub(repository, private=private or None, commit_message=message, revision=revision)
+    name = "@".join(filter(None, (repository, revision)))
     table = Table(show_header=False, title=f"{prior} uploaded")
     table.add_row("commit", url)
-    table.add_row("load with", f'ReasoningPrior.load("{repository}")')
+    table.add_row("load with", f'ReasoningPrior.load("{name}")')
     show({"repository": repository, "commit": url, "sha256": pushed.sha256}, as_json, table)

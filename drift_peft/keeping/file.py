@@ -133,7 +133,8 @@ class KeepSet(SampleFile):
         Example:
             >>> keep_set.push_to_hub("me/keep", private=True)  # doctest: +SKIP
         """
-        files = {FILE_NAME: self.path, "README.md": str(self.model_card(repo_id, token)).encode()}
+        name = "@".join(filter(None, (repo_id, revision)))
+        files = {FILE_NAME: self.path, "README.md": str(self.model_card(name, token)).encode()}
         return upload(self.source, repo_id, files, private, token, commit_message or "Upload a keep set", revision)
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:

@@ -54,7 +54,9 @@ def model_card(
         images: how many there are.
         token: for the card of a private or gated model.
     """
-    vlm = header["vlm"]["id"]
+    vlm, origin = header["vlm"]["id"], header["vlm"]
+    if hub_id(vlm) and origin["revision"] is None:  # it was in memory, and nothing said at which commit
+        origin = {**origin, "revision": "main"}
     data = ModelCardData(base_model=hub_id(vlm), pipeline_tag=TASK, tags=["drift-peft", "peft"])
     content = CARD.format(
         data=data.to_yaml(),
@@ -65,6 +67,6 @@ def model_card(
         table="\n".join(f"| {in_markdown(kind)} | {number} |" for kind, number in kinds.items()),
         sha256=sha256,
         source=source,
-        license=in_markdown(license_name(find_license(header["vlm"], token))),
+        license=in_markdown(license_name(find_license(origin, token))),
     )
     return ModelCard(content)

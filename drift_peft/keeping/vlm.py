@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -56,13 +57,15 @@ class Vlm:
                 raise ValueError("give the processor of the model that is in memory: processor=")
             self._checkpoint, self._given = None, model_or_id
             self.config = model_or_id.config
-            self.origin = {"id": getattr(self.config, "name_or_path", "") or type(model_or_id).__name__}
-            self.origin["revision"] = None
+            name = getattr(self.config, "name_or_path", "")
+            self.origin = {"id": name or type(model_or_id).__name__, "revision": None}
             self.identity = _fingerprint(model_or_id)
         else:
             self._checkpoint, self._given = Checkpoint(model_or_id, dequantize=True), None
             self.config, self.origin = self._checkpoint.config, self._checkpoint.origin
             self.identity = self._checkpoint.identity
+        if self.origin["revision"] is None and os.path.exists(self.origin["id"]):
+            self.origin["id"] = os.path.abspath(self.origin["id"])  # elsewhere, models/vlm would look like a hub id
         settings = {} if processor is None else processor
         self.processor = self._load_processor(settings) if isinstance(settings, dict) else processor
         self._check_processor()

@@ -137,8 +137,12 @@ def merge_adapter(
         change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
         forget_merge(folder)
         if change == 0:
-            zero = not any(isinstance(u, LowRank) and u.B.any() for u in updates.values())
-            why = "its lora_B are zero, as before training" if zero else "all is lost in rounding to the base's dtype"
+            why = "all is lost in rounding to the base's dtype"
+            low_rank = [u for u in updates.values() if isinstance(u, LowRank)]
+            if not any(u.B.any() for u in low_rank):
+                why = "its lora_B are zero, as before training"
+            elif not any(u.scaling for u in low_rank):
+                why = "its lora_alpha is 0"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
         ends = {checkpoint.language_model.get(f"{end}.weight") for end in ("embed_tokens", "lm_head")}
         if not ends.isdisjoint(updates):

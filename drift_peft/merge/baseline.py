@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ from ..checkpoints import (
     needs_peft,
     open_expert,
     replaced_when_complete,
+    repository_of,
     shown,
     warn_of_other_rotations,
     write_model,
@@ -196,8 +198,8 @@ def merge_baseline(
 
         claim = None
         if recipe.merge is task_arithmetic and len(weights) == 1:
-            origins = {role: sources[role].origin if role in sources else None for role in ROLES}
-            _refuse_again(checkpoint, sources["expert"])
+            origins = {role: _placed(sources[role].origin) if role in sources else None for role in ROLES}
+            _refuse_again(checkpoint, origins["expert"])
             claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
         how = {"method": method, "weights": [*weights], "density": density, "modules": [*modules]}
         how |= {"only_layers": only_layers, "skip_first": skip_first}
@@ -228,10 +230,16 @@ def merge_baseline(
     )
 
 
-def _refuse_again(base: Checkpoint, expert: Checkpoint) -> None:
+def _placed(origin: dict) -> dict:
+    """With the whole path of a folder, so that it is known from another one, too."""
+    return origin if repository_of(origin) else {**origin, "id": os.path.abspath(origin["id"])}
+
+
+def _refuse_again(base: Checkpoint, expert: dict) -> None:
     """W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or something else where Δ is taken from the base itself."""
     had = read_merge(base.config)
-    if had is not None and Path(had.expert["id"]).resolve() == Path(expert.source).resolve():
+    spelled = None if had is None else repository_of(had.expert) or Path(had.expert["id"]).resolve()
+    if had is not None and spelled == (repository_of(expert) or Path(expert["id"]).resolve()):
         raise ValueError(f"base {base.source} is {had.words} already: merge into {had.base['id']} at another scale")
 
 

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import DRIFT_CONFIG, Checkpoint, LowRank, Update, recorded_base
+from ..checkpoints import (
+    DRIFT_CONFIG,
+    Checkpoint,
+    LowRank,
+    Update,
+    cached_snapshot,
+    named,
+    recorded_base,
+    recorded_revision,
+    repository_of,
+)
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
+from ..warn import warn
 
 SAMPLED = 3  # weights that are compared with those of the recorded base
-_SNAPSHOT = re.compile(r"models--[^/\\]+--([^/\\]+)[/\\]snapshots[/\\]")
 _IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are called that hold a model in 4 bits
 
 
@@ -34,19 +44,30 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
     Raises:
         ValueError: it is another model, with both names; or the adapter is in it already.
     """
-    recorded, prior = recorded_base(folder), _prior(folder)
-    why, trained_on = None, recorded
+    recorded, revision, prior = recorded_base(folder), recorded_revision(folder), _prior(folder)
+    why, trained_on, base = None, recorded, checkpoint.source
+    if revision and not Path(recorded or "").exists():
+        trained_on = f"{recorded}@{revision}"
+    if checkpoint.revision is not None:
+        base = f"{checkpoint.source}@{checkpoint.revision}"
     if prior is not None:
         merged = read_merge(checkpoint.config)
         near, why = _by_fingerprint(checkpoint, prior, merged, updates)
-        trained_on = recorded or prior.metadata["base"]["id"]
+        trained_on = trained_on or prior.metadata["base"]["id"]
         if near and merged == _merged_into(recorded):
             return
     if why is None and recorded:
-        why = _by_record(checkpoint, recorded, updates)
+        origin = {"id": recorded, "revision": revision}
+        why, compared = _by_record(checkpoint, origin, updates)
+        ours, theirs = repository_of(checkpoint.origin), repository_of(origin)
+        if why is None and not compared and None not in (ours, theirs) and ours != theirs:
+            warn(
+                f"Adapter {adapter} was trained on {trained_on}. Whether base {base} has the same weights was not "
+                f"compared, since the former are not on this machine: name {trained_on} as the base."
+            )
     if why is not None:
         raise ValueError(
-            f"adapter {adapter} was trained on {trained_on}, and base {checkpoint.source} {why}: name the model that "
+            f"adapter {adapter} was trained on {trained_on}, and base {base} {why}: name the model that "
             "it was trained on, or pass force=True (--force)"
         )
 
@@ -96,28 +117,31 @@ def _by_fingerprint(
     return off <= ROUNDING_TOLERANCE**2 * stored, None
 
 
-def _by_record(checkpoint: Checkpoint, recorded: str, updates: dict[str, Update]) -> str | None:
-    """What speaks against the model that the adapter's config names being this one."""
-    here = Path(checkpoint.source)
-    if recorded == checkpoint.source or (here.exists() and Path(recorded).resolve() == here.resolve()):
-        return None
+def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update]) -> tuple[str | None, bool]:
+    """What speaks against the model that the adapter's config names being this one, and whether its weights, or where
+    they lie, said so."""
+    place, repository = Path(origin["id"]), repository_of(origin)
+    if not place.exists():
+        place = cached_snapshot(*repository) if repository and repository[1] else None
+    if place is not None and place.resolve() == checkpoint.folder.resolve():
+        return None, True
     try:
-        other = Checkpoint(recorded) if Path(recorded).exists() else None
-    except (ValueError, OSError):  # as of one in 4 bits
+        other = Checkpoint(place) if place else None
+    except (ValueError, OSError):  # as of one in 4 bits, or of which only a part was fetched
         other = None
     if other is None:
-        return None if _called(recorded) == _called(checkpoint.source) else "is called otherwise"
+        alike = _called(origin) == _called(checkpoint.origin)
+        return None if alike else "is called otherwise", False
     names = {raw: name for name, raw in checkpoint.in_memory.items() if raw in updates}
     for raw, name in sorted(names.items(), key=lambda pair: hashlib.sha256(pair[1].encode()).digest())[:SAMPLED]:
         key = other.in_memory.get(name)
         if key is None or not _same(checkpoint.tensor(raw), other.tensor(key)):
-            return f"has another {raw}"
-    return None
+            return f"has another {raw}", True
+    return None, True
 
 
-def _called(source: str) -> str:
-    snapshot = _SNAPSHOT.search(source)
-    return _IN_FOUR_BITS.sub("", snapshot[1] if snapshot else Path(source).name).lower()
+def _called(origin: dict) -> str:
+    return _IN_FOUR_BITS.sub("", named(origin).rpartition("/")[2]).lower()
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

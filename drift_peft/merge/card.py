@@ -10,9 +10,9 @@ from .. import __version__
 from ..checkpoints import (
     TASK,
     Checkpoint,
-    hub_id,
     in_markdown,
     pinned,
+    repository_of,
     state_licences,
 )
 
@@ -72,13 +72,13 @@ def write_card(
     """
     sources = {"base": base.origin, **sources}
     name = Path(output).resolve().name
-    given = {role: pinned(origin["id"], origin["revision"]) for role, origin in sources.items()}
+    given = {role: pinned(origin) for role, origin in sources.items()}
     given["output"] = name
     given |= {key: value for key, value in arguments.items() if value is not None and value is not False}
     license, licences = licences_of(sources)
-    models = filter(None, (hub_id(sources[role]["id"]) for role in ("base", "expert") if role in sources))
+    repositories = filter(None, (repository_of(sources[role]) for role in ("base", "expert") if role in sources))
     data = ModelCardData(
-        base_model=[*models] or None,
+        base_model=[id for id, _ in repositories] or None,
         base_model_relation="merge" if "expert" in sources else "finetune",
         library_name="transformers",
         pipeline_tag=TASK if base.sees else None,
@@ -102,5 +102,5 @@ def write_card(
 def licences_of(sources: dict[str, dict]) -> tuple[dict, str]:
     """`state_licences` of what was taken, role -> id and revision, and of the bases of what is an adapter there."""
     parts = {**sources, **{f"{role}'s base": origin["base"] for role, origin in sources.items() if "base" in origin}}
-    own = {role for role, origin in parts.items() if role == "adapter" and not hub_id(origin["id"])}  # on this disk
+    own = {role for role, origin in parts.items() if role == "adapter" and not repository_of(origin)}  # on this disk
     return state_licences((role, origin) for role, origin in parts.items() if role not in own)

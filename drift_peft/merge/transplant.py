@@ -29,12 +29,13 @@ from ..checkpoints import (
     carry_adapter,
     how_to_load,
     how_to_serve,
-    hub_id,
     in_markdown,
     is_adapter,
     match_weights,
+    named,
     open_expert,
     replaced_when_complete,
+    repository_of,
     scale_adapter,
     shown,
 )
@@ -284,21 +285,24 @@ def _card(
     """Of an adapter in a folder. `delta_from`: what Δ is taken from; None for a LoRA adapter's own. `origins`: role ->
     id and revision of the models that it is made of."""
     license, licences = licences_of(origins)
-    expert, base = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
+    repository = repository_of(vlm.origin)
+    revision = repository and repository[1]
+    expert, base = in_markdown(shown(str(expert))), in_markdown(named(vlm.origin))
     delta = f"that of the LoRA adapter {expert}, as it is"
     if delta_from is not None:
         delta = f"{expert} − {in_markdown(shown(str(delta_from)))}, with {report.energy:.1%} of its energy"
     data = ModelCardData(
-        base_model=hub_id(vlm.source),
+        base_model=repository and repository[0],
         library_name="peft",
         pipeline_tag=TASK if vlm.sees else None,
         tags=["drift-peft", "lora"],
         **license,
     )
-    named, adapter, loaded_by = shown(vlm.source), "path/or/hub-id", vlm.auto_class.__name__
+    called, adapter, loaded_by = named(vlm.origin), "path/or/hub-id", vlm.auto_class.__name__
     names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": _cost(report)}
-    names["load"] = how_to_load(named, base, loaded_by, adapter)
-    names["serve"] = how_to_serve(named, loaded_by, adapter, LoraConfig.from_pretrained(folder).r)
+    names["load"] = how_to_load(called, base, loaded_by, adapter, revision=revision)
+    rank = LoraConfig.from_pretrained(folder).r
+    names["serve"] = how_to_serve(called, loaded_by, adapter, rank, revision)
     names["licences"] = licences
     return ModelCard(CARD.format(data=data.to_yaml(), **names))
 

@@ -263,8 +263,8 @@ def _adapted(base: nn.Module, adapter: Path, updates: dict[str, Update]) -> Peft
         with warnings.catch_warnings():  # PEFT only warns when a name finds no weight
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
-    except (ValueError, RuntimeError, UserWarning) as error:
-        reason = str(error).split("\n")[0]
+    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise ValueError(f"PEFT cannot load {adapter} onto its base to verify the merge: {reason}") from error
 
 

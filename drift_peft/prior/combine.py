@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..arguments import is_number
-from ..checkpoints import shown
+from ..checkpoints import named
 from ..warn import warn
 from .file import PriorFile
 
@@ -109,11 +109,11 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
     if not matrices and one.metadata["base"] != other.metadata["base"]:
         ids = " and ".join(str(prior.metadata["base"]["id"]) for prior in (one, other))
         raise ValueError(f"{differ}, {ids}, and have no matrix in common that would show them to be the same")
-    named = [shown(prior.metadata["base"]["id"]) for prior in (one, other)]
-    if named[0] != named[1]:  # norms are alike in near fine-tunes too
+    called = [named(prior.metadata["base"]) for prior in (one, other)]
+    if called[0] != called[1]:  # norms are alike in near fine-tunes too
         warn(
-            f"{one.source} was built for {named[0]} and {other.source} for {named[1]}: their sum steers neither unless "
-            "these are the same weights"
+            f"{one.source} was built for {called[0]} and {other.source} for {called[1]}: their sum steers neither "
+            "unless these are the same weights"
         )
 
 
@@ -187,7 +187,7 @@ def formula(header: dict) -> str:
         terms = (f"{p['weight']:+g}·({formula({**p, 'base': header['base']})})" for p in header["parents"])
         return " ".join(terms).removeprefix("+")
     origins = header["expert"], header["reference"] or header["base"]
-    return " − ".join(shown(o["id"]) + (f"@{o['revision'][:8]}" if o["revision"] else "") for o in origins)
+    return " − ".join(named(o) + (f"@{o['revision'][:8]}" if o["revision"] else "") for o in origins)
 
 
 def _weighted_sum(

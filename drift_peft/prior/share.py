@@ -20,11 +20,13 @@ from ..checkpoints import (
     UNTRAINED,
     Checkpoint,
     as_peft_reads,
-    hub_id,
     in_markdown,
     language_model_targets,
     module_kind,
+    named,
+    pinned,
     replaced_when_complete,
+    repository_of,
     shown,
     state_licences,
     upload,
@@ -32,7 +34,7 @@ from ..checkpoints import (
 )
 from ..warn import warn
 from .combine import formula
-from .file import FILE_NAME, FINGERPRINT_TOLERANCE, PriorFile
+from .file import FILE_NAME, FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorFile
 from .header import cosine_of
 
 PROBED = 3  # weights that tell another base
@@ -95,7 +97,8 @@ def push(
     revision: str | None,
 ) -> str:
     """`ReasoningPrior.push_to_hub`."""
-    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, repo_id, token)).encode()}
+    name = "@".join(filter(None, (repo_id, revision)))
+    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, name, token)).encode()}
     message = commit_message or "Upload a reasoning prior"
     return upload(prior.source, repo_id, files, private, token, message, revision)
 
@@ -104,13 +107,13 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     """What a prior is, how to use it, and the licences of the models it was made from, as their own cards give them.
 
     Args:
-        repo_id: where the prior will be found; without it the card says prior.safetensors.
+        repo_id: where the prior will be found, maybe `id@revision`; without it the card says prior.safetensors.
         token: for the cards of private or gated models.
     """
     header = prior.metadata
     origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
     license, licences = state_licences([(role, origin) for (role, *_), origin in origins.items()], token)
-    models = filter(None, (hub_id(id) for _, id, _ in origins))
+    models = [repository[0] for origin in origins.values() if (repository := repository_of(origin))]
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         pipeline_tag=TASK,
@@ -119,7 +122,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     )
     content = CARD.format(
         data=data.to_yaml(),
-        base=in_markdown(shown(header["base"]["id"])),
+        base=in_markdown(named(header["base"])),
         formula=in_markdown(formula(header)),
         rank=prior.rank,
         table=_table(header["weights"]),
@@ -162,21 +165,24 @@ def _recipe(header: dict) -> str:
         parts = (f"    (ReasoningPrior.load(…), {p['weight']:g}),  # sha256 {p['sha256']}" for p in header["parents"])
         return "\n".join(["ReasoningPrior.combine([", *parts, f'], "{FILE_NAME}", rank={header["rank"]})'])
     roles = [role for role in ("expert", "base", "reference") if header[role]]
-    given = {role: "@".join(filter(None, (shown(header[role]["id"]), header[role]["revision"]))) for role in roles}
+    given = {role: pinned(header[role]) for role in roles}
     ranks = ("energy", "max_rank") if header.get("energy") else ("rank",)
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
-    return "\n".join(["build_prior(", *(f"    {key}={json.dumps(value)}," for key, value in given.items()), ")"])
+    lines = [f"    {key}={json.dumps(value)}," for key, value in given.items()]
+    lines += ["    dequantize=True,"] if any("dequantize" in origin for _, origin in _origins(header)) else []
+    return "\n".join(["build_prior(", *lines, ")"])
 
 
 def _gate_recipe(header: dict) -> str:
     """The calls that make the prior that was gated, and gate it."""
     gated, settings = header["gated"], ("objective", "keep_weight", "alpha", "steps", "rate", "batch_size", "seed")
-    expert = json.dumps(shown(gated["expert"]["id"])) if "expert" in gated else None
+    base = gated["base"]  # in memory, a hub id may have no revision
+    expert = json.dumps(pinned(gated["expert"])) if "expert" in gated else None
     lines = [
         "gate_prior(",
         f'    "{FILE_NAME}",  # sha256 {gated["prior"]}',
-        f"    base={json.dumps(shown(gated['base']['id']))},",
+        f"    base={json.dumps('@'.join(filter(None, (shown(base['id']), base['revision']))))},",
         f"    expert={expert},",
         f"    keep_set=…,  # sha256 {gated['keep_set']}",
         f"    texts={'…' if expert else None},",
@@ -197,19 +203,23 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
     if not is_number(scale) or scale == 0:
         raise ValueError(f"scale must be a finite number other than 0, got {scale!r}")
     with replaced_when_complete(Path(output), overwrite, sources=(prior.path,), kind="adapter") as folder:
-        source, revision = (base, None) if base else (prior.metadata["base"][key] for key in ("id", "revision"))
+        origin = prior.metadata["base"]
+        source, revision = (base, None) if base else (origin["id"], origin["revision"])
         try:
+            if not Path(source).exists() and not base and repository_of(origin) is None:  # which is no hub id
+                raise FileNotFoundError(f"{prior.source} was built for the folder {source}, which is not there")
             checkpoint = Checkpoint(source, revision, dequantize=True)  # compared at most, so 4 bit will do
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; name the place of the prior's base with base= (--base)") from error
         targets, modules = _in_memory(prior, checkpoint)
-        recorded = shown(prior.metadata["base"]["id"])
-        if checkpoint.revision is None:
+        probed = [checkpoint.language_model[name] for name, *_ in islice(prior.probes(), PROBED)]
+        if all(file.exists() for raw in probed for file in checkpoint.files_of(raw)):
             _refuse_other_weights(prior, checkpoint)
-        elif recorded != shown(checkpoint.source):  # whose weights are not fetched for this
+        elif repository_of(origin) != repository_of(checkpoint.origin):  # whose weights are not fetched for this
             warn(
-                f"{prior.source} was built for {recorded}. Whether {checkpoint.source} has the same weights was not "
-                "compared, since they are on the hub: name a folder as base= (--base) to have them compared."
+                f"{prior.source} was built for {pinned(origin)}. Whether {pinned(checkpoint.origin)} has the same "
+                "weights was not compared, since they are on the hub: name a folder as base= (--base) to have them "
+                "compared."
             )
         files, ranks = [], {}
         for name, module in modules.items():
@@ -254,14 +264,23 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
 
 
 def _refuse_other_weights(prior: PriorFile, checkpoint: Checkpoint) -> None:
-    """ValueError if the prior's fingerprint, u_iᵀ·W·v_i, is far from that of the base's first weights."""
+    """ValueError if the prior's fingerprint, u_iᵀ·W·v_i, is far from that of the base's first weights, and a warning
+    where it is off by more than rounding and nothing is in 4 bits."""
+    full = not any("dequantize" in origin for origin in (checkpoint.origin, prior.metadata["base"]))
     for name, U, Vh, stored in islice(prior.probes(), PROBED):
         W = checkpoint.tensor(checkpoint.language_model[name]).float()
         off = ((U.float().mT @ W * Vh.float()).sum(-1) - stored).norm() / stored.norm()
         if off > FINGERPRINT_TOLERANCE:
             raise ValueError(
                 f"{prior.source} was built for another model than {checkpoint.source}: the fingerprint of {name} is "
-                f"off by {off:.0%}; name the place of {shown(prior.metadata['base']['id'])} as base= (--base)"
+                f"off by {off:.0%}; name the place of {named(prior.metadata['base'])} as base= (--base)"
+            )
+        if off > ROUNDING_TOLERANCE and full:
+            full = False  # one is enough
+            warn(
+                f"{prior.source} was built for {pinned(prior.metadata['base'])}, and the weights of "
+                f"{pinned(checkpoint.origin)} are nearly but not quite the same: the fingerprint of {name} is off by "
+                f"{off:.0%}."
             )
 
 

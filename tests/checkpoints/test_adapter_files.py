@@ -262,7 +262,7 @@ def test_refused_settings(tmp_path, changes, message):
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_starts_that_leave_the_base_as_it_is(tmp_path, start):
-    edit(save(tmp_path, low_rank(), use_dora=True), init_lora_weights=start)
+    edit(save(tmp_path, low_rank()), init_lora_weights=start)
     assert len(read_updates(tmp_path)) == 1
 
 
@@ -313,8 +313,8 @@ def test_a_folder_says_what_it_is(tmp_path):
 
 
 def test_each_update_finds_its_tensor(tmp_path):
-    parts = low_rank() | low_rank(FC, out=6) | {f"model.{Q}.lora_B.bias": randn(5)}
-    found = adapter_updates(save(tmp_path, parts, lora_bias=True), Base(), "the/adapter")
+    parts = low_rank() | low_rank(FC, out=6) | {f"model.{Q}.base_layer.bias": randn(5)}
+    found = _match(Base(), read_updates(save(tmp_path, parts, bias="all")), "the/adapter")
     assert found.keys() == {f"raw.{Q}.weight", f"raw.{Q}.bias", f"raw.{FC}.weight"}
     assert found[f"raw.{Q}.weight"].module == f"model.{Q}" and found[f"raw.{FC}.weight"].module == FC
     with pytest.raises(ValueError, match="adapter the/adapter does not fit the base the/base"):

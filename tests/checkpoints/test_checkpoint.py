@@ -125,6 +125,12 @@ def not_safetensors(folder):
     sorted(folder.glob("*.safetensors"))[0].write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
 
 
+def a_link_to_nothing(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blob")
+
+
 def missing_shard(folder):
     sorted(folder.glob("*.safetensors"))[0].unlink()
 
@@ -199,6 +205,7 @@ def four_bit(folder):
         (bnb_8_bit_keys, ValueError, r"is quantized \(it holds model.*SCB\): give the full-precision model$"),
         (truncated, ValueError, "safetensors is truncated or no safetensors file"),
         (not_safetensors, ValueError, "safetensors is truncated or no safetensors file"),
+        (a_link_to_nothing, FileNotFoundError, "lacks model.safetensors, a link to nothing: fetch it again"),
         (missing_shard, FileNotFoundError, "lacks model-00001-of-.*safetensors, named in its index"),
         (missing_key, ValueError, "lacks model.extra.weight, which the index of .* places there"),
         (broken_index, ValueError, "is no index of weights"),
@@ -364,6 +371,7 @@ def test_dequantized_weights(kind, nested, dtype, tmp_path):
     folder = save_layout(original, tmp_path / "llm")
     model = save_four_bit(folder, kind, nested, dtype)
     opened = Checkpoint(folder, dequantize=True)
+    assert opened.origin == {"id": str(folder), "revision": None, "dequantize": True}  # for the call that a card gives
     assert opened.keys.keys() == original.state_dict().keys() and len(opened.language_model) == len(opened.keys)
     for name, weight in model.named_parameters():
         found, quantized = opened.tensor(name), hasattr(weight, "quant_state")

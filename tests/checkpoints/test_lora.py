@@ -14,7 +14,8 @@ from test_checkpoint import save_four_bit, save_tokenizer, to_bin
 from tiny import rename_keys, save_layout, tiny_llm
 from transformers import AutoModelForCausalLM
 
-from drift_peft import merge_adapter
+from drift_peft import build_prior, merge_adapter, transplant
+from drift_peft.checkpoints import export_for_vllm
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.checkpoints.lora import AdaptedCheckpoint, is_adapter, open_expert
 
@@ -236,3 +237,20 @@ def test_an_empty_adapter_file(pair):
     save_file({}, pair / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds no weights: it was saved from a model that is not wrapped"):
         open_expert(pair / "adapter")
+
+
+def test_adapters_that_have_a_name_are_told(tmp_path):
+    """PEFT saves each into a folder of its own."""
+    save_layout(tiny_llm("llava"), tmp_path / "base")
+    wrapped = get_peft_model(tiny_llm("llava"), LoraConfig(target_modules=["q_proj"]), adapter_name="math")
+    wrapped.add_adapter("code", LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "named")
+    for call in (
+        lambda: merge_adapter(tmp_path / "base", tmp_path / "named", tmp_path / "out", progress=False),
+        lambda: transplant(tmp_path / "named", tmp_path / "base", tmp_path / "out", progress=False),
+        lambda: build_prior(tmp_path / "named", tmp_path / "base", tmp_path / "p.safetensors", progress=False),
+        lambda: export_for_vllm(tmp_path / "named", tmp_path / "out"),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"named holds the adapters code, math: name one of these folders$"):
+            call()
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "named"}

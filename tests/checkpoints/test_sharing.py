@@ -2,7 +2,7 @@
 
 import pytest
 
-from drift_peft.checkpoints import hub_id, shown
+from drift_peft.checkpoints import hub_id, named, pinned, repository_of, shown
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,20 @@ def test_names(source, hub, name, tmp_path, monkeypatch):
     (tmp_path / "runs" / "here").mkdir(parents=True)  # what there is on this disk is no hub id
     monkeypatch.chdir(tmp_path)
     assert (hub_id(source), shown(source)) == (hub, name)
+
+
+@pytest.mark.parametrize(
+    "id, revision, repository, name",
+    [
+        ("org/vlm", "0a1b", ("org/vlm", "0a1b"), "org/vlm@0a1b"),
+        ("models/vlm", None, None, "vlm"),  # a folder of another place: the hub's have a commit
+        ("/data/vlm@v1/", None, None, "vlm@v1"),
+        (r"C:\models\vlm", None, None, "vlm"),
+        ("/hub/models--org--vlm/snapshots/0a1b", None, ("org/vlm", "0a1b"), "org/vlm@0a1b"),
+        ("LlavaForConditionalGeneration", None, None, "LlavaForConditionalGeneration"),
+    ],
+)
+def test_names_of_what_is_known_to_be_of_the_hub_or_not(id, revision, repository, name):
+    origin = {"id": id, "revision": revision}
+    assert (repository_of(origin), pinned(origin)) == (repository, name)
+    assert named(origin) == name.removesuffix("@0a1b")

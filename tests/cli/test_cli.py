@@ -143,6 +143,8 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         flags = "prior", "push", folder / "prior.safetensors", "user/prior"
         status, out, _ = run(capsys, *flags, "--private", "--revision", "v1", "--message", "First", "--json")
         assert status == 0 and json.loads(out)["sha256"] == ReasoningPrior.load("user/prior@v1").sha256
+        _, out, _ = run(capsys, *flags, "--revision", "v1")
+        assert 'ReasoningPrior.load("user/prior@v1")' in out
         assert run(capsys, *flags)[0] == 0 and hub.files("user/prior").keys() >= {"prior.safetensors", "README.md"}
         status, _, err = run(capsys, *flags[:-1], "nobody's prior")
         assert status == 1 and "nobody's prior is no hub id: name it as user/repository" in err
@@ -241,6 +243,17 @@ def test_as_a_program(module):
 def test_a_mistake_as_a_program(tmp_path):
     status, _, err = Program(tmp_path, "-m", "drift_peft", "targets", "x").ended()
     assert status == 1 and err.splitlines()[-1].startswith("drift-peft: error: x ")
+
+
+def test_a_bare_key_is_no_sentence(capsys, monkeypatch):
+    """Of another library: where it comes from is more use."""
+
+    def merge_adapter(**_):
+        raise KeyError("base_model.model.lm_head.weight")
+
+    monkeypatch.setattr("drift_peft.merge.merge_adapter", merge_adapter)
+    with pytest.raises(KeyError, match="lm_head"):
+        run(capsys, "merge", *MERGE)
 
 
 @pytest.mark.parametrize(

@@ -95,5 +95,7 @@ def test_push(folder, capsys, tmp_path, monkeypatch):
         hub.use(monkeypatch, tmp_path / "cache")
         status, out, _ = run(capsys, "keep", "push", folder / "keep.safetensors", "someone/keep", "--json")
         assert status == 0 and json.loads(out)["repository"] == "someone/keep"
+        status, out, _ = run(capsys, "keep", "push", folder / "keep.safetensors", "someone/keep", "--revision", "exp1")
+        assert status == 0 and 'KeepSet.load("someone/keep@exp1")' in out
         status, out, _ = run(capsys, "keep", "inspect", "someone/keep", "--json")
     assert status == 0 and json.loads(out)["sha256"] == KeepSet.load(folder / "keep.safetensors").sha256

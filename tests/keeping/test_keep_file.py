@@ -160,7 +160,7 @@ def test_folder_and_hub(keep_set, folder, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"could not be uploaded to someone/keep: "):
             keep_set.push_to_hub("someone/keep")
     (folder / "base" / "README.md").unlink()
-    assert 'KeepSet.load("someone/keep")' in card and keep_set.sha256 in card
+    assert 'KeepSet.load("someone/keep@v2")' in card and keep_set.sha256 in card
     assert "| count | 3 |" in card and card.rstrip().endswith("gives this licence: mit")
     assert "20 answers" in card and "(7 of them)" in card
 

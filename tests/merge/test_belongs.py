@@ -1,11 +1,15 @@
 """belongs.py: an adapter is merged into the model that it was trained on, wherever that is now, and into no other."""
 
 import json
+import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from command import run
+from hub import Hub
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
@@ -48,10 +52,10 @@ def merge(folder, base, adapter, **options):
     return merge_adapter(base, folder / adapter, folder / "merged", overwrite=True, progress=False, **options)
 
 
-def recorded(folder, adapter, base, prior="as it is"):
+def recorded(folder, adapter, base, prior="as it is", **more):
     """What the adapter says that it was trained on."""
     file = folder / adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base} | more))
     own = folder / adapter / "drift_config.json"
     if prior is None and own.exists():
         own.write_text(json.dumps({**json.loads(own.read_text()), "prior": str(folder / "gone.safetensors")}))
@@ -88,6 +92,9 @@ def test_the_same_weights_are_the_base(folder, adapter, base):
         ("/cache/models--org--base-2/snapshots/0123", False),
         ("org/other", False),
         ("/somewhere/else", False),
+        ("C:\\models\\base", True),
+        ("C:\\models\\base\\", True),
+        ("C:\\models\\other", False),
     ],
 )
 def test_a_recorded_base_that_is_not_here_is_known_by_its_name(folder, adapter, name, fits):
@@ -95,8 +102,39 @@ def test_a_recorded_base_that_is_not_here_is_known_by_its_name(folder, adapter, 
     if fits:
         assert merge(folder, folder / "base", adapter).modules > 0
     else:
-        with pytest.raises(ValueError, match=rf"was trained on {name}, and base .*base is called otherwise: name the"):
+        with pytest.raises(
+            ValueError, match=rf"was trained on {re.escape(name)}, and base .*base is called otherwise: name the"
+        ):
             merge(folder, folder / "base", adapter)
+
+
+@pytest.fixture
+def commits(folder, monkeypatch):
+    """org/vlm at two commits, of which the newer one is another model; `stock` was trained on the first."""
+    with Hub() as hub:
+        hub.use(monkeypatch, folder / "cache")
+        first, second = hub.add("org/vlm", folder / "base"), hub.add("org/vlm", another_vlm(folder))
+        recorded(folder, "stock", "org/vlm", revision=first)
+        yield first, second
+
+
+def test_another_commit_is_compared_where_both_are_here(folder, commits):
+    first, second = commits
+    snapshot_download("org/vlm", revision=first)
+    with pytest.raises(ValueError, match=rf"trained on org/vlm@{first}, and base org/vlm@{second} has another"):
+        merge(folder, "org/vlm", "stock")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert merge(folder, f"org/vlm@{first}", "stock").modules > 0
+        assert merge(folder, folder / "base", "stock").modules > 0  # whatever the folder is called
+    with pytest.raises(ValueError, match=rf"trained on org/vlm@{first}, and base .*another has another"):
+        merge(folder, folder / "another", "stock")
+
+
+def test_another_commit_that_is_not_here_is_a_warning(folder, commits):
+    first, second = commits
+    with pytest.warns(UserWarning, match=rf"trained on org/vlm@{first}\. Whether base org/vlm@{second} has the same"):
+        merge(folder, "org/vlm", "stock")
 
 
 def test_the_fingerprint_knows_it_by_any_name(folder):

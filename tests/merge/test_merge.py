@@ -177,6 +177,13 @@ def test_verify_says_what_peft_cannot_load(pair):
     assert merge(pair).modules == 14
 
 
+def test_verify_says_which_saved_module_peft_lacks(pair):
+    save_adapter(pair / "adapter", modules_to_save=["norm"])
+    rename_keys(pair / "adapter", lambda key: key.replace("model.model.norm", "model.model.language_model.norm"))
+    with pytest.raises(ValueError, match=r"PEFT cannot load .* to verify the merge: it lacks base_model\.\S*norm"):
+        merge(pair, verify=True)
+
+
 # model.merge_and_unload() of a model that was wrapped and trained with DriftConfig
 
 

@@ -38,6 +38,7 @@ REFUSED = {
         r"q_proj.weight is \[(\d+), \d+\] in the base and \[\1, 7\] in the adapter",
     ),
     "empty": (lambda p: edit_weights(p / "adapter", lambda t: t.clear()), "holds no weights"),
+    "no alpha": (lora(lora_alpha=0), "changes no weight of .*: its lora_alpha is 0$"),
     "untrained": (lora(std=0), "changes no weight of .* lora_B are zero, as before training"),
     "nan": (
         lambda p: edit_weights(p / "adapter", lambda t: t[Q.format("B")].fill_(float("nan"))),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from dense_prior import dense_prior, stored
 from hub import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from older import rewrites_targets
 from pairs import load
 from peft import PeftConfig, PeftModel
-from tiny import save_layout, tiny_expert, tiny_llm, tiny_vlm
+from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, build_prior, merge_adapter
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
@@ -117,6 +117,29 @@ def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
     assert "    energy=0.9,\n    max_rank=8,\n    modules=" in card.text and " rank=" not in card.text
 
 
+def test_a_folder_is_no_hub_id_wherever_the_prior_is_read(tmp_path, hub, monkeypatch):
+    """Built of models/expert and models/vlm, and read where these are not."""
+    folders = {role: f"models/{name}" for role, name in (("base", "vlm"), ("expert", "expert"))}
+    prior = random_prior(tmp_path / "p", **folders)
+    for name in folders.values():
+        hub.add(name, {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"licence of models/\w+ is not known: .* \(the folder is not there\)"):
+        card = prior.model_card()
+    assert card.data.base_model is None and "models/" not in card.content.replace("/models/", "")
+    assert "- base vlm: its card could not be read" in card.text and "Reasoning prior for vlm" in card.text
+    with pytest.raises(FileNotFoundError, match=r"built for the folder models/vlm, which is not there; name the place"):
+        prior.as_lora(0.5, tmp_path / "lora")
+    assert not hub.requests
+
+
+def test_the_call_that_makes_it_again_dequantizes(tmp_path):
+    text = {"id": str(tmp_path), "revision": None, "dequantize": True}
+    for expert, four_bit in ((text, True), ({**text, "base": text}, True), (tmp_path, False)):
+        prior = random_prior(tmp_path / "p", base=tmp_path, expert=expert)
+        assert ("    dequantize=True,\n)" in prior.model_card().text) == four_bit
+
+
 # The hub
 
 
@@ -130,8 +153,8 @@ def hub(tmp_path, monkeypatch):
 def test_push_and_load(tmp_path, hub):
     commit = hub.add("org/vlm", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
     hub.add("org/vlm", {"README.md": b"---\nlicense: mit\n---\n"})
-    hub.add("org/expert", {"config.json": b"{}"})
-    prior = random_prior(tmp_path / "p", base={"id": "org/vlm", "revision": commit})
+    expert = {"id": "org/expert", "revision": hub.add("org/expert", {"config.json": b"{}"})}
+    prior = random_prior(tmp_path / "p", base={"id": "org/vlm", "revision": commit}, expert=expert)
     url = prior.push_to_hub("user/prior", commit_message="First", token="hf_x")
     files = hub.files("user/prior")
     assert files["prior.safetensors"] == prior.path.read_bytes() and url.startswith(f"{hub.url}/user/prior/commit/")
@@ -142,6 +165,9 @@ def test_push_and_load(tmp_path, hub):
 
     low = prior.truncate(1, tmp_path / "low")
     low.push_to_hub("user/prior", revision="rank1")
+    card = hub.files("user/prior", "rank1")["README.md"].decode()
+    assert all(f'{call}"user/prior@rank1"' in card for call in ("ReasoningPrior.load(", "DriftConfig(prior="))
+    assert "drift-peft prior export user/prior@rank1 --scale" in card
     hub.forget()
     assert ReasoningPrior.load("user/prior").sha256 == prior.sha256
     assert ReasoningPrior.load("user/prior", revision="rank1").rank == 1
@@ -151,8 +177,8 @@ def test_push_and_load(tmp_path, hub):
 
 def test_the_hub_says_no(tmp_path, hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
-    prior = random_prior(tmp_path / "p")
-    hub.add("org/vlm", {"README.md": b"# A model"})
+    base = {"id": "org/vlm", "revision": hub.add("org/vlm", {"README.md": b"# A model"})}
+    prior = random_prior(tmp_path / "p", base=base, expert={"id": "org/expert", "revision": "0a1b"})
     hub.fail("org/expert", status=403, code="GatedRepo")
     with pytest.warns(UserWarning, match=r"licence of org/expert is not known: its card cannot be read \(.*"):
         card = prior.model_card()
@@ -288,10 +314,37 @@ def test_a_base_on_the_hub_is_not_downloaded(tmp_path, hub):
 def test_a_base_is_named_with_its_revision(tmp_path, hub):
     prior = family_prior(tmp_path, "qwen2_5_vl")
     commit = hub.add("org/vlm", tmp_path / "base", "v1")
-    with pytest.warns(UserWarning, match=r"was built for base\. Whether org/vlm has the same weights was not compared"):
+    with pytest.warns(UserWarning, match=r"built for base\. Whether org/vlm@\S+ has the same weights was not compared"):
         prior.as_lora(1, tmp_path / "lora", base="org/vlm@v1")
     config = PeftConfig.from_pretrained(tmp_path / "lora")
     assert (config.base_model_name_or_path, config.revision) == ("org/vlm", commit)
+
+
+def test_another_commit_of_the_base_is_compared_where_it_is_here(tmp_path, hub):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    prior.metadata["base"] = {"id": "org/vlm", "revision": (first := hub.add("org/vlm", tmp_path / "base"))}
+    save_layout(tiny_vlm("qwen2_5_vl", seed=1), tmp_path / "newer")
+    commit = hub.add("org/vlm", tmp_path / "newer")
+    with pytest.warns(UserWarning, match=rf"built for org/vlm@{first}\. Whether org/vlm@{commit} has .* not compared"):
+        prior.as_lora(1, tmp_path / "lora", base="org/vlm")
+    snapshot_download("org/vlm")
+    with pytest.raises(ValueError, match=r"another model than org/vlm: the fingerprint of \S+ is off by \d+%"):
+        prior.as_lora(1, tmp_path / "other", base="org/vlm")
+    snapshot_download("org/vlm", revision=first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was not compared")
+        prior.as_lora(1, tmp_path / "own", base=f"org/vlm@{first}")
+
+
+def test_a_base_that_is_nearly_the_priors_is_a_warning(tmp_path):
+    prior = family_prior(tmp_path, "qwen2_5_vl")
+    noise = torch.Generator().manual_seed(1)
+    edit_tensors(
+        tmp_path / "base",
+        lambda t: [W.add_(0.1 * W.std() * torch.randn(W.shape, generator=noise)) for W in t.values() if W.dim() == 2],
+    )
+    with pytest.warns(UserWarning, match=r"built for base, and the weights of base are nearly but not quite the same"):
+        prior.as_lora(1, tmp_path / "lora")
 
 
 def test_a_base_that_has_moved_or_is_another(tmp_path):

@@ -1,0 +1,118 @@
+"""Does an adapter's file hold all that its config promises? PEFT itself is asked, on the class without weights.
+
+What is not there would be merged as if it had never been trained. What the config promises is certain where the file
+has the class's own names: PEFT then matches here as it did in training. Under the names of another class or version
+only the language model's weights are told apart, and not even these by an expression for the other names.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from ..warn import warn
+from .decoder import Decoder
+from .naming import unwrapped
+
+PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias"
+    r"|token_adapter\.trainable_tokens_delta|base_layer\.(?:weight|bias))"
+)
+TARGETS, SAVED, BIAS, TOKENS = "target_modules", "modules_to_save", "bias", "trainable_token_indices"
+ON_PURPOSE = {  # field of the config -> what makes it promise less
+    TARGETS: ", or name what was left out on purpose in exclude_modules there",
+    SAVED: ", or take what was left out on purpose from there",
+    TOKENS: ", or take what was left out on purpose from there",
+    BIAS: "",
+}
+_LAYER = re.compile(r"\.\d+(?=\.)")
+
+
+def refuse_incomplete(
+    config: LoraConfig,
+    model: nn.Module,
+    names: Iterable[str],
+    source: str,
+    weight_of: Callable[[str], Hashable | None] = lambda name: name,
+) -> None:
+    """Refuse an adapter whose file lacks what its config promises.
+
+    Args:
+        config: the adapter's.
+        model: the class that it is for, without weights.
+        names: tensors that it changes, as it calls them, such as `model.layers.0.mlp.up_proj.weight`.
+        source: what the user calls it.
+        weight_of: name, of the adapter or of the class -> which weight that is; None if there is none.
+
+    Raises:
+        ValueError: it lacks a tensor, with the field that promises it.
+    """
+    names, here, decoder = {*map(unwrapped, names)}, {*model.state_dict()}, Decoder(model)
+    own = names <= here
+    if not own and decoder.skipped:  # whose layers the names may count or not
+        return
+    held = {weight_of(name) for name in names}
+    promised = _promised(config, model)
+    if promised is None:  # its expression is for other names, so what is there is taken for all that it matches
+        modules = [name.rpartition(".")[0] for name in here if weight_of(name) in held]
+        promised = _promised(config, model, modules) or {}
+    kinds = {_LAYER.sub("", name) for name in here if weight_of(name) in held}
+    lost, towers = [], []
+    for name, field in promised.items():
+        language = decoder.name(name) is not None
+        if weight_of(name) in {None, *held} or not (own or language):
+            continue
+        if field == TARGETS and config.target_modules == "all-linear" and _LAYER.sub("", name) not in kinds:
+            continue  # PEFT writes their names instead, and others who write this do not mean all
+        tower = field == TARGETS and not language and not any(decoder.name(n) is None for n in names)
+        (towers if tower else lost).append((name, field))
+    if lost:
+        name, field = lost[0]
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ValueError(
+            f"adapter {source} lacks {name}{more}, which {field} in its adapter_config.json promises: save or fetch it "
+            f"again{ON_PURPOSE[field]}"
+        )
+    if towers:  # as tools other than PEFT write it, which adapt the language model alone
+        warn(
+            f"adapter {source} changes the language model alone, and target_modules in its adapter_config.json hit "
+            f"{len(towers)} modules beside it, such as {towers[0][0].rpartition('.')[0]}, which stay the base's"
+        )
+
+
+def _promised(config: LoraConfig, model: nn.Module, targets: list[str] | None = None) -> dict[str, str] | None:
+    """Tensor that PEFT trains, as the model calls it -> field of the config that says so; None if PEFT refuses it.
+
+    `targets`: instead of the config's.
+    """
+    config = copy.deepcopy(config)
+    config.init_lora_weights, config.use_dora, config.eva_config = False, False, None  # which look at weights
+    config.base_model_name_or_path = None
+    if targets is not None:
+        config.target_modules = targets
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it has to say it says where the adapter is loaded
+            wrapped = PeftModel(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+            state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError):
+        return None
+    found = {}
+    for key in state:
+        name = key.removeprefix("base_model.model.")
+        if match := PART.fullmatch(name):
+            part = match["part"]
+            attribute = "bias" if part.endswith(".bias") else "weight"
+            field = TOKENS if part.startswith("token") else BIAS if part == "base_layer.bias" else TARGETS
+            found[f"{match['module']}.{attribute}"] = field
+        else:
+            saved = any(f"{end}." in name for end in config.modules_to_save or ())  # ends of names, to PEFT
+            if saved or name.endswith(".bias"):
+                found[name] = SAVED if saved else BIAS
+    return found

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
@@ -97,9 +98,10 @@ def _promised(config: LoraConfig, model: nn.Module, targets: list[str] | None = 
         config.target_modules = targets
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     try:
-        with warnings.catch_warnings():
+        # Not by low_cpu_mem_usage, which makes new modules of all threads on the meta device.
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # what it has to say it says where the adapter is loaded
-            wrapped = PeftModel(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+            wrapped = PeftModel(copy.deepcopy(model), config)
             state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except (ValueError, KeyError, RuntimeError, NotImplementedError):
         return None

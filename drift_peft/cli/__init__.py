@@ -8,6 +8,7 @@ it runs.
     layers          what --only-layers takes
     show            a result as tables or as JSON
     interrupt       Ctrl-C, wherever it falls
+    uploading       what `prior push` and `keep push` have in common
     workers         processes that carry out a part of a command each
     terminal        terminals that are not UTF-8: Δ, × and their like in signs that they have
     prior           the verbs of priors

@@ -162,9 +162,9 @@ def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
         base=base,
         rows="\n".join(f"| {key} | {value} |" for key, value in table.items()),
         picture=SHOWN_PICTURE if picture else "",
-        load=how_to_load(named, base, config.loaded_by, adapter, name),
+        load=how_to_load(named, base, config.loaded_by, adapter, name, config.revision),
         merged=again or "",
-        serve=how_to_serve(named, config.loaded_by, folder, config.r if _is_even(config) else None),
+        serve=how_to_serve(named, config.loaded_by, folder, config.r if _is_even(config) else None, config.revision),
     )
 
 

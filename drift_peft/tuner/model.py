@@ -17,8 +17,8 @@ from ..checkpoints import (
     auto_class_of,
     convert_peft_config_for_transformers,
     language_model_targets,
+    named,
     quantization_of,
-    shown,
 )
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, read_merge
@@ -292,7 +292,7 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
 def _experts(header: dict) -> list[str]:
     """The names of the experts that a prior, or what it was combined from, was made from."""
     if header.get("expert"):
-        return [shown(header["expert"]["id"])]
+        return [named(header["expert"])]
     return [expert for parent in header.get("parents", ()) for expert in _experts(parent)]
 
 

@@ -142,7 +142,10 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         hub.use(monkeypatch, tmp_path / "cache")
         flags = "prior", "push", folder / "prior.safetensors", "user/prior"
         status, out, _ = run(capsys, *flags, "--private", "--revision", "v1", "--message", "First", "--json")
-        assert status == 0 and json.loads(out)["sha256"] == ReasoningPrior.load("user/prior@v1").sha256
+        said = json.loads(out)
+        assert (
+            status == 0 and said["sha256"] == ReasoningPrior.load("user/prior@v1").sha256 and said["revision"] == "v1"
+        )
         _, out, _ = run(capsys, *flags, "--revision", "v1")
         assert 'ReasoningPrior.load("user/prior@v1")' in out
         assert run(capsys, *flags)[0] == 0 and hub.files("user/prior").keys() >= {"prior.safetensors", "README.md"}

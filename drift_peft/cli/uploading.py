@@ -1,0 +1,31 @@
+"""What `prior push` and `keep push` have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .parser import Parser
+
+
+def upload_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    add("repository", metavar="REPOSITORY", help="hub id, such as user/repository; made if it does not exist")
+    add("--private", action="store_true", help="make the repository a private one")
+    add("--revision", help="branch to upload to (default: the repository's main one)")
+    add("--message", help="of the commit")
+    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+
+
+def upload(file: Any, repository: str, private: bool, revision: str | None, message: str | None, as_json: bool) -> None:
+    """Push a prior or a keep set, and say how it is loaded from there."""
+    from rich.table import Table
+
+    from .show import show
+
+    url = file.push_to_hub(repository, private=private or None, commit_message=message, revision=revision)
+    name = "@".join(filter(None, (repository, revision)))
+    table = Table(show_header=False, title=f"{file.source} uploaded")
+    table.add_row("commit", url)
+    table.add_row("load with", f'{type(file).__name__}.load("{name}")')
+    result = {"repository": repository, "revision": revision, "commit": url, "sha256": file.sha256}
+    show(result, as_json, table)

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}

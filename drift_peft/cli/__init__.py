@@ -68,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not interrupted and not isinstance(error, (ValueError, OSError, KeyError, ImportError)):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        if (
-            isinstance(error, KeyError) and " " not in str(message) and not interrupted
-        ):  # another library's: no sentence
-            raise
+        if isinstance(error, KeyError) and " " not in str(message) and not interrupted:
+            raise  # another library's, which is no sentence
         if interrupted and not (isinstance(error, KeyboardInterrupt) and message):
             message = "interrupted"
         from ..warn import visible

@@ -131,10 +131,10 @@ def merge_baseline(
     formulas stand at the top of the module.
 
     Each weight is cast once to its dtype in the base. Everything else, such as the vision tower, embedding and head,
-    stays byte for byte as it is; but W_vlm + λ·Δ by task_arithmetic says in its config.json that it is that, and a
-    prior of the VLM serves for training on it (see `prior.MergedDelta`). A card says what was merged: README.md. Works
-    in `<output>.partial/`, renamed when complete and gone if anything fails. Memory holds a few blocks of rows,
-    whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
+    stays byte for byte as it is, but for config.json, which says how it was merged. What that calls W_vlm + λ·Δ, by
+    task_arithmetic, can be trained with a prior of the VLM (see `prior.MergedDelta`). A card says what was merged:
+    README.md. Works in `<output>.partial/`, renamed when complete and gone if anything fails. Memory holds a few blocks
+    of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
 
     Args:
         method: a key of `METHODS`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -23,7 +24,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
     """Refuses, before anything is done, an argument of another type than the function's signature has for it.
 
     A whole number is taken for a number, but neither a text nor True for a whole one. NumPy's numbers and arrays come
-    to the function as Python's.
+    to the function as Python's, and sets as lists.
     """
     signature = inspect.signature(function)
 
@@ -33,10 +34,13 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which says it in Python's own words
         for name, value in given.arguments.items():
             if hints().get(name, Any) is not Any:
-                given.arguments[name] = plain(value)
+                given.arguments[name] = plain(sorted(value) if isinstance(value, (set, frozenset)) else value)
                 check_type(name, given.arguments[name], hints()[name])
         return function(*given.args, **given.kwargs)
 
@@ -44,15 +48,17 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def plain(value: Any) -> Any:
-    """The same in Python's own numbers and lists, if it is a number or an array of NumPy, or a list of such."""
+    """The same in Python's own numbers and lists, if it is a number or an array of NumPy, or holds such."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
+    if type(value) is dict:
+        return {key: plain(entry) for key, entry in value.items()}
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """ValueError unless the value is of this type; an empty text, which would be the current folder, is no path."""
-    if value == "" and Path in get_args(hint):
+    if isinstance(value, str) and not value and Path in get_args(hint):
         raise ValueError(f"{name} is empty: name a file, a folder or a hub id")
     if not is_of(value, hint):
         shown = repr(value)
@@ -95,7 +101,7 @@ def is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if kind is tuple:
         return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(is_of, value, inner))
-    if not isinstance(value, kind or hint):
+    if not isinstance(value, os.PathLike if hint is Path else kind or hint):
         return False
     if kind in (Sequence, list, Iterable) and isinstance(value, (Sequence, Mapping)):
         return not isinstance(value, (str, bytes, Mapping)) and all(is_of(entry, inner[0]) for entry in value)
@@ -108,7 +114,7 @@ def _words(hint: Any) -> str:
     """`int | None` in words."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
-        *first, last = map(_words, inner)
+        *first, last = map(_words, sorted(inner, key=lambda member: get_origin(member) is not None))  # lists last
         return f"{', '.join(first)} or {last}"
     if kind is Literal:
         return " or ".join(map(repr, inner))

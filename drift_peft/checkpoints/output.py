@@ -106,6 +106,7 @@ def resumable_folder(
         _clear(partial)
         with _made(output, partial):
             partial.mkdir()
+            (partial / OURS).touch()
             (partial / f"{SETTINGS}{UNFINISHED}").write_text(json.dumps(settings, indent=1), encoding="utf-8")
             os.replace(partial / f"{SETTINGS}{UNFINISHED}", partial / SETTINGS)
     try:
@@ -160,16 +161,18 @@ def _made(output: Path, partial: Path) -> Iterator[None]:
 def _clear(partial: Path) -> None:
     """What a killed run has left. FileExistsError for what somebody else has there."""
     there = {*os.listdir(partial)} if os.path.isdir(partial) else {""} if os.path.lexists(partial) else set()
-    if there and not there & {OURS, SETTINGS, f"{SETTINGS}{UNFINISHED}"}:
+    if there and OURS not in there:
         raise FileExistsError(
-            f"{partial} is in the way, which is where the output is written until it is complete: rename it, or name "
-            "another output"
+            f"{partial} is in the way, which is where the output is written until it is complete: rename or delete it, "
+            "or name another output"
         )
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_settings(partial: Path) -> dict | None:
     """None where there is no such folder, or nothing in it that could be trusted."""
+    if not (partial / OURS).exists():
+        return None
     try:
         settings = json.loads((partial / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -58,8 +58,10 @@ def refuse_incomplete(
     if not own and decoder.skipped:  # whose layers the names may count or not
         return
     held = {weight_of(name) for name in names}
-    promised = _promised(config, model)
-    if promised is None:  # its expression is for other names, so what is there is taken for all that it matches
+    excluded = [config.exclude_modules] if isinstance(config.exclude_modules, str) else config.exclude_modules or ()
+    whole_names = any("." in end for end in excluded)
+    promised = None if whole_names and not own else _promised(config, model)
+    if promised is None:  # an expression is for other names, so what is there is taken for all that it matches
         modules = [name.rpartition(".")[0] for name in here if weight_of(name) in held]
         promised = _promised(config, model, modules) or {}
     kinds = {_LAYER.sub("", name) for name in here if weight_of(name) in held}
@@ -70,7 +72,8 @@ def refuse_incomplete(
             continue
         if field == TARGETS and config.target_modules == "all-linear" and _LAYER.sub("", name) not in kinds:
             continue  # PEFT writes their names instead, and others who write this do not mean all
-        tower = field == TARGETS and not language and not any(decoder.name(n) is None for n in names)
+        by_targets = field == TARGETS or (field == BIAS and config.bias == "lora_only")
+        tower = by_targets and not language and not any(decoder.name(n) is None for n in names)
         (towers if tower else lost).append((name, field))
     if lost:
         name, field = lost[0]

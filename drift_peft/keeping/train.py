@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..arguments import check_type, check_whole, is_number
+from ..arguments import check_type, check_whole, is_number, plain
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
 from .kept import Keeping, keepings_of
@@ -57,6 +57,7 @@ def keep(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"keep() takes the model first, then the keep set, but got {type(model).__name__} as model.")
+    weight, bound, batch_size, every, seed = plain((weight, bound, batch_size, every, seed))
     check_type("keep_set", keep_set, KeepSet | str | Path | None)
     _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
     kept = _unwrapped(model)

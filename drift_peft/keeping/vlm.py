@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Tokens that stand for an image's place, by the names that configs give them.
 PLACES = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa)_?.*token_(id|index)|media_placeholder_token_id")
+OF_LOADING = "use_fast backend subfolder token cache_dir local_files_only force_download proxies code_revision".split()
 PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")  # of a processor
 
 
@@ -198,14 +199,14 @@ def check_processor_settings(processor: Any, settings: Iterable[str]) -> None:
     Warns:
         UserWarning: a setting that no part of the processor is known to take.
     """
-    known = set()
+    taken, there = set(), set()
     for part in [processor, *(getattr(processor, name, None) for name in PARTS)]:
-        taken = getattr(part, "valid_kwargs", None)
-        known |= {*getattr(part, "__dict__", ()), *dir(type(part)), *inspect.signature(type(part).__init__).parameters}
-        known |= {*getattr(taken, "__annotations__", ())}
-    for key in (key for key in settings if key not in known):
+        taken |= {*getattr(getattr(part, "valid_kwargs", None), "__annotations__", ())}
+        taken |= {*inspect.signature(type(part).__init__).parameters} - {"self", "args", "kwargs"}
+        there |= {name.lstrip("_") for name in (*getattr(part, "__dict__", ()), *dir(type(part)))}
+    for key in {*settings} - taken - there - {*OF_LOADING}:
         message = f"{type(processor).__name__} has no setting {key}"
-        if near := nearest(key, known, 0.8):
+        if near := nearest(key, taken, 0.8):
             raise ValueError(f"{message}: {near}")
         warn(f"{message} that is known here: it may be without effect.")
 

@@ -171,6 +171,7 @@ def merge_baseline(
     modules = [modules] if isinstance(modules, str) else modules
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
+    modules = modules and [module for module in MODULES if module in modules]  # in a fixed order
     only_layers = None if only_layers is None else sorted(set(only_layers))
     recipe = METHODS[method]
     if recipe.merge in (dare_linear, dare_ties):

@@ -45,7 +45,9 @@ def refuse_other(
     if (had and _settings(had)) != (claim and _settings(claim)):
         was = f"is {had.words}" if had else "was merged in another way"
         raise FileExistsError(f"output {output} exists and {was}, not {claim.words if claim else 'this'}: {way_out}")
-    made_by = getattr(merged.config, HOW_KEY, None) or {}
+    made_by = getattr(merged.config, HOW_KEY, None)
+    if claim is None and not isinstance(made_by, dict):
+        raise FileExistsError(f"output {output} exists and does not say how it was merged: {way_out}")
     for key, wanted in how.items() if claim is None else ():
         if (was := made_by.get(key)) != wanted:
             raise FileExistsError(f"output {output} exists and was merged with {key}={was}, not {wanted}: {way_out}")
@@ -68,5 +70,5 @@ def _sample(keys: Iterable[str]) -> list[str]:
 
 def _settings(claim: MergedDelta) -> tuple:
     roles = {role: getattr(claim, role) is not None for role in ("base", "expert", "reference")}
-    plain = replace(claim, **roles, modules=tuple(claim.modules), only_layers=tuple(claim.only_layers or ()))
+    plain = replace(claim, **roles, modules=tuple(sorted(claim.modules)), only_layers=tuple(claim.only_layers or ()))
     return tuple(vars(plain).values())

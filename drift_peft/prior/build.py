@@ -65,7 +65,7 @@ def build_prior(
     dequantize: bool = False,
     delete_shards: bool = False,
     seed: int = 0,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     force: bool = False,
     overwrite: bool = False,
     exist_ok: bool = False,
@@ -207,9 +207,10 @@ def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[in
     return None if only_layers is None else sorted(set(only_layers))
 
 
-def _check_device(device: str | torch.device | None) -> torch.device:
+def _check_device(device: str | int | torch.device | None) -> torch.device:
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
-        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        found = torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} is not available: {str(error).splitlines()[0]}") from error
     if found.type == "meta":

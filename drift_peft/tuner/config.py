@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
-from ..arguments import is_number, is_whole, nearest
+from ..arguments import is_number, is_whole, nearest, plain
 from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json
 from .card import update_card
 from .described import documented
@@ -69,6 +69,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, plain(getattr(self, f.name)))
         start = self.init_lora_weights
         self.init_lora_weights = True if start == "drift" else start  # PEFT refuses other starts beside lora_bias
         super().__post_init__()

@@ -206,12 +206,22 @@ def test_an_adapter_of_the_text_class_lacks_no_tower(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_tower_that_was_never_adapted_is_a_warning(tmp_path):
+@pytest.mark.parametrize("exclude", [r"model\.layers\.0\..*", ["model.layers.0.self_attn.q_proj"]])
+def test_what_is_excluded_by_other_names_is_not_missed(tmp_path, exclude):
+    """Those of the text sibling, whose adapter a VLM is given."""
+    saved(tmp_path, tiny_llm("llava"), exclude_modules=exclude)
+    save_layout(tiny_vlm("llava"), tmp_path / "vlm")
+    report = transplant(tmp_path / "adapter", tmp_path / "vlm", tmp_path / "out", progress=False)
+    assert report.modules == (2 if isinstance(exclude, str) else 3)
+
+
+@pytest.mark.parametrize("bias", ["none", pytest.param("lora_only", marks=saves_biases)])
+def test_a_tower_that_was_never_adapted_is_a_warning(tmp_path, bias):
     """As other tools write it: a list of names that the tower has, too."""
-    saved(tmp_path, tiny_vlm("llava"))
+    saved(tmp_path, tiny_vlm("llava"), bias=bias)
     lose(tmp_path, "vision_tower")
     with pytest.warns(
-        UserWarning, match=r"language model alone, and .* hit 2 modules beside it, such as model\.vision"
+        UserWarning, match=r"language model alone, and .* hit [24] modules beside it, such as model\.vision"
     ):
         assert merge(tmp_path).modules == 4
 

@@ -1,6 +1,7 @@
 """Making a keep set: the VLM's own greedy answers, whatever is beside them in a batch; same call, same bytes."""
 
 import json
+import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -199,7 +200,7 @@ def test_wrong_questions(text, message, folder, tmp_path):
         (
             {"questions": ["what?"]},
             ValueError,
-            r"questions must be .*entry of it \(a text, a text\) or None, got",
+            r"questions must be .*entry of it \(a text, a text\), got",
         ),
         ({"questions": [("a", " ")]}, ValueError, r"questions holds \('a', ' '\), which is half empty"),
         ({"questions": [("a", "b")] * 2}, ValueError, r"questions holds \('a', 'b'\) twice"),
@@ -222,6 +223,10 @@ def test_settings_of_a_processor_that_it_does_not_have(folder, tmp_path):
     with pytest.raises(ValueError, match=r"Processor has no setting max_pixel: did you mean max_pixels\?$"):
         make(folder, tmp_path / "k.safetensors", processor={"max_pixel": 64})
     assert not [*tmp_path.iterdir()]
+    fine = {"use_fast": False, "local_files_only": True, "extra_special_tokens": {}, "do_resize": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(folder, tmp_path / "fine.safetensors", processor=fine, samples=2)
     with pytest.warns(UserWarning, match="has no setting sharpness that is known here: it may be without effect"):
         make(folder, tmp_path / "k.safetensors", processor={"sharpness": 1})
 

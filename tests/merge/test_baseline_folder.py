@@ -78,6 +78,14 @@ def test_another_setting_is_another_merge(trio, tmp_path, ways):
         if other != ways:
             with pytest.raises(FileExistsError, match=r"exists and was merged with .*, not .*: name another output"):
                 merge_baseline("ties", *sources, **other, exist_ok=True, progress=False)
+    if "modules" not in ways:  # in another order, and all of them
+        merge_baseline("ties", *sources, **ways, modules=["norm", "mlp", "attn"], exist_ok=True, progress=False)
+    file = tmp_path / "m" / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in written.items() if key != "drift_merge_baseline"}))
+    with pytest.raises(FileExistsError, match="exists and does not say how it was merged: name another output"):
+        merge_baseline("ties", *sources, **ways, exist_ok=True, progress=False)
+    file.write_text(json.dumps(written))
     config = trio / "base" / "config.json"
     config.write_text((tmp_path / "m" / "config.json").read_text())  # its base says so, and is merged further
     merge_baseline("task_arithmetic", *sources, scale=0.5, overwrite=True, progress=False)

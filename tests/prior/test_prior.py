@@ -151,7 +151,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
 def test_interrupted_work_leaves_nothing_and_a_killed_one_is_cleaned_up(tmp_path):
     (tmp_path / "p.partial").mkdir()
     (tmp_path / "p.partial" / "old").touch()
-    with pytest.raises(FileExistsError, match=r"p.partial is in the way, .*: rename it, or name another output"):
+    with pytest.raises(FileExistsError, match=r"p.partial is in the way, .*: rename or delete it, or name another"):
         with partial_output(tmp_path / "p"):
             pass
     assert os.listdir(tmp_path / "p.partial") == ["old"]

@@ -243,8 +243,12 @@ def test_a_folder_without_settings_is_not_trusted(pair):
     partial = pair / "p.safetensors.partial"
     partial.mkdir()
     (partial / "layers.0.mlp.up_proj.weight.safetensors").write_bytes(b"what is this")
-    with pytest.raises(FileExistsError, match=r"p.safetensors.partial is in the way, .*: rename it, or name another"):
+    with pytest.raises(FileExistsError, match=r"p.safetensors.partial is in the way, .*: rename or delete it, or name"):
         build(pair)
+    (partial / "settings.json").write_text("{}")  # somebody's own
+    with pytest.raises(FileExistsError, match=r"p.safetensors.partial is in the way, .*: rename or delete it, or name"):
+        build(pair, overwrite=True)
+    (partial / ".drift_peft").touch()
     (partial / "settings.json").write_text("{torn")
     build(pair)
     assert not partial.exists()

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 from older import known, variant
@@ -273,3 +274,14 @@ def test_the_signature_has_every_field_for_completion():
     parameters = inspect.signature(DriftConfig).parameters
     assert parameters.keys() == {f.name for f in dataclasses.fields(DriftConfig) if f.init}
     assert parameters["r"].default == 8 and parameters["prior"].default is None
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """As a sweep gives them. They are stored as Python's."""
+    given = {"r": np.int64(4), "lora_alpha": np.float32(3), "drift_alpha": np.float32(0.5), "drift_rank": np.int64(2)}
+    given |= {"drift_alpha_pattern": {"q_proj": np.float64(0.25)}, "drift_log_kinds": np.bool_(True)}
+    config = DriftConfig(prior="p.safetensors", target_modules={"q_proj"}, **given)
+    config.save_pretrained(tmp_path)
+    again = DriftConfig.from_pretrained(tmp_path)
+    assert (again.r, again.lora_alpha, again.drift_alpha, again.drift_rank) == (4, 3, 0.5, 2)
+    assert again.drift_alpha_pattern == {"q_proj": 0.25} and config.target_modules == {"q_proj"}

@@ -192,7 +192,7 @@ def test_the_hub(at, tmp_path, monkeypatch):
         names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "drift_config.json"}
         assert uploaded.keys() == {".gitattributes", *names}
         card = uploaded["README.md"].decode()
-        assert "| expert | org/expert |" in card and "| guided optimizer steps | 2 |" in card
+        assert "| expert | expert |" in card and "| guided optimizer steps | 2 |" in card
         assert "library_name: peft" in card and "[More Information Needed]" not in card
         assert at.same(at.stock("user/adapter"), model)
         resumed = at.resumed("user/adapter")

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}
-LARGEST = (2 - 2**-23) * 2.0**127  # number in fp32
+LARGEST = (2 - 2**-23) * 2.0**127  # of fp32's numbers
 SHOWN = 200  # characters of a value in an error
 
 
@@ -40,7 +40,7 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)  # which says it in Python's own words
         for name, value in given.arguments.items():
             if hints().get(name, Any) is not Any:
-                given.arguments[name] = plain(sorted(value) if isinstance(value, (set, frozenset)) else value)
+                given.arguments[name] = plain(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value)
                 check_type(name, given.arguments[name], hints()[name])
         return function(*given.args, **given.kwargs)
 

@@ -94,6 +94,8 @@ def test_the_sentence():
     assert function.__doc__ == "Its words." and function(1, [("a", "b")], Path("x"), "auto", {"a": 1}) == "done"
     assert numpy(np.int64(3), np.array([1, 2]), [np.float32(0.5)], np.bool_(True)) == (3, [1, 2], [0.5], True)
     assert numpy(1, {2, 1}, frozenset([0.5])) == (1, [1, 2], [0.5], False)
+    with pytest.raises(ValueError, match="b must be a list, each entry of it a whole number, got"):
+        numpy(1, {1, "a"})
     with pytest.raises(ValueError, match=r"a must be a whole number, got 1\.5"):
         numpy(np.float64(1.5))
     for wrong, said in {

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from reference import Layer, Whole, norm, spectrum
 from tiny import tiny_llm
 
-from drift_peft import DriftConfig
+from drift_peft import DriftConfig, guide
 from drift_peft.prior.file import FORMAT, partial_output, write_prior
 
 ALPHA = {"absolute": 0.3, "gradnorm": 0.8, "adaptive": 0.8, "decoupled": 4.0}
@@ -217,3 +218,18 @@ def assert_guided_like_oracle(
     with pytest.raises(AssertionError):
         assert_same_update(plain, twin, start, 0.05)
     return model
+
+
+def assert_copies_guided_like_oracle(model, pair):
+    """guide() pulls a stock adapter's modules to save toward Δ − (W − W_0), W_0 the base's, wherever they are."""
+    start = state(model)
+    for name, p in model.named_parameters():
+        if "modules_to_save" in name:
+            p.data += 0.1
+    twin, now = copy.deepcopy(model), state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        guide(model, pair.prior, drift_alpha=ALPHA["adaptive"])
+    train(model, sgd(model))
+    train_by_oracle(twin, sgd(twin), pair.prior, "adaptive", "residual", start=start)
+    assert_same_update(model, twin, now)

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmetic, ties
 
-from ..arguments import is_number, typed
+from ..arguments import check_whole, is_number, typed
 from ..checkpoints import (
     Checkpoint,
     block_rows,
@@ -173,6 +173,8 @@ def merge_baseline(
         raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
     modules = modules and [module for module in MODULES if module in modules]  # in a fixed order
     only_layers = None if only_layers is None else sorted(set(only_layers))
+    if skip_first is not None:
+        check_whole(0, skip_first=skip_first)
     recipe = METHODS[method]
     if recipe.merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")

@@ -201,9 +201,9 @@ def _check_layers(only_layers: Sequence[int] | None, skip_first: int) -> list[in
         raise ValueError("only_layers is empty: leave it out for all layers")
     if only_layers is not None and len(only_layers) > MOST_LAYERS:
         raise ValueError(f"only_layers names {len(only_layers)} layers, and no model has more than {MOST_LAYERS}")
-    for name, values in (("only_layers", () if only_layers is None else only_layers), ("skip_first", [skip_first])):
-        for layer in values:
-            check_whole(0, **{name: layer})
+    check_whole(0, skip_first=skip_first)
+    for layer in only_layers or ():
+        check_whole(0, **{"each of only_layers": layer})
     return None if only_layers is None else sorted(set(only_layers))
 
 

@@ -76,6 +76,7 @@ REFUSED = {
     "scaled": ({}, scaled, rf"{Q} is scaled by model\..*q_proj\.scales in the base .*: name the full-precision one"),
     "no layer": ({"method": "layer_swap"}, None, "skip_first=6 leaves none of the 2 layers of"),
     "other layer": ({"only_layers": [4]}, None, "only_layers names layer 4, but .* has the layers 0 to 1"),
+    "no layer to skip": ({"skip_first": -1}, None, "skip_first must be a whole number ≥ 0, got -1"),
     "zero": ({"scale": 0}, None, "the expert's weight is 0, so that nothing of it is merged: give it another one"),
     "of two, zero": ({"weights": (1, 0)}, None, "the expert's weight is 0, so that nothing of it is merged"),
     "tiny": ({"scale": 1e-30}, None, r"task_arithmetic with weights \(1e-30,\) changes no weight of .*base: .* is the"),

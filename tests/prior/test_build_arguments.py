@@ -31,7 +31,7 @@ def test_a_weight_does_not_depend_on_the_selection(pair, tmp_path):
         ({"energy": 0.9, "max_rank": 0}, "max_rank must be a whole number ≥ 1, got 0"),
         ({"max_rank": 8}, "max_rank=8 goes with energy: without it, rank is the ceiling"),
         ({"only_layers": []}, "only_layers is empty: leave it out for all layers"),
-        ({"only_layers": [0, -1]}, "only_layers must be a whole number ≥ 0, got -1"),
+        ({"only_layers": [0, -1]}, "each of only_layers must be a whole number ≥ 0, got -1"),
         ({"only_layers": ["0"]}, "only_layers must be None or a list, each entry of it a whole number, got"),
         ({"skip_first": -2}, "skip_first must be a whole number ≥ 0, got -2"),
         ({"modules": ["attention"]}, "modules='attention' is unknown: choose from attn, mlp, norm, bias, head, embed"),

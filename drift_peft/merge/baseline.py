@@ -185,7 +185,7 @@ def merge_baseline(
     with contextlib.nullcontext() if exists else replaced_when_complete(Path(output), overwrite, given) as folder:
         sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
         if reference is not None:
-            sources["reference"] = Checkpoint(reference)
+            sources["reference"] = open_expert(reference)
         checkpoint = sources["base"]
         modules = kinds_in(checkpoint) if modules is None else modules
         if skip_first is None:
@@ -208,7 +208,8 @@ def merge_baseline(
         how |= {"only_layers": only_layers, "skip_first": skip_first}
         how |= {"seed": seed if recipe.merge in (dare_linear, dare_ties) else None}
         if exists:
-            change = refuse_other(Path(output), checkpoint, names, blocks, claim, how)
+            refuse_other(Path(output), checkpoint, names, blocks, claim, how)
+            change = None
         else:
             change = write_model(checkpoint, folder, names, blocks, progress)
         for source in sources.values():

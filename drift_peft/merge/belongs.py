@@ -32,8 +32,8 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
 
     The fingerprint in the prior that steered the adapter decides, where the prior is still there. Of a base that has
     taken a part of Δ in (`prior.MergedDelta`), it says whether that is true, and the record which of the two bases was
-    trained on. Else the base that
-    the adapter records: by its weights, where they are on this machine under another name, or by its name.
+    trained on. Else the base that the adapter records: by its weights, where they are on this machine under another
+    name, or by its name.
 
     Args:
         checkpoint: the base that was given.

@@ -122,13 +122,14 @@ def gate_prior(
         said = make_answer_set(
             expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress=progress
         )
-    origin = {
-        "objective": objective,
-        **({"alpha": alpha} if said is None else {"keep_weight": keep_weight, "expert": said.metadata["expert"]}),
-        **({} if said is None else {"answers": said.sha256, "prompts": len(said)}),
-        **{"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit},
-        **{"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed},
-    }
+    origin: dict[str, Any] = {"objective": objective}
+    if said is None:
+        origin |= {"alpha": alpha}
+    else:
+        origin |= {"keep_weight": keep_weight, "expert": said.metadata["expert"]}
+        origin |= {"answers": said.sha256, "prompts": len(said)}
+    origin |= {"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit}
+    origin |= {"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed}
     kept = Feed(keep_set, vlm.processor, batch_size, seed)
     answered = None if said is None else Feed(said, vlm.processor, batch_size, seed)
     model = vlm.model
@@ -139,7 +140,7 @@ def gate_prior(
             f"the model is {merged.words}, and gates weigh what is added to a VLM without any of it: give "
             f"{merged.base['id']} (--base)"
         )
-    gates = {name: Gate(prior[name], _device(modules[name]), model.dtype) for name in prior}
+    gates = {name: Gate(prior[name], modules[name].weight.device, model.dtype) for name in prior}
     train = train_gates(model, [*gates.values()], kept, answered, keep_weight, alpha, steps, rate, max_tokens)
     try:
         with frozen(model, gradient_checkpointing), gated(modules, gates):
@@ -154,10 +155,6 @@ def gate_prior(
     products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
     taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}
     return prior.gated(taken, products, output, origin, overwrite)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _check_objective(objective: str, expert: Any, texts: Any) -> None:

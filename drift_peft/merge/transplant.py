@@ -10,8 +10,8 @@ That is task arithmetic (arXiv 2212.04089). What a λ costs is measured on the V
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -21,10 +21,8 @@ from peft import LoraConfig
 
 from ..arguments import check_whole, is_number, typed
 from ..checkpoints import (
-    PROJECTIONS,
     TASK,
     Checkpoint,
-    Match,
     adapter_folder,
     carry_adapter,
     how_to_load,
@@ -116,8 +114,8 @@ def transplant(
 
     A LoRA adapter becomes one of the VLM without loss. Of a full fine-tune, an adapter holds Δ of the attention and MLP
     projections at a rank; `merged` adds all of Δ, with norms and biases: W + λ·Δ, task arithmetic (arXiv 2212.04089,
-    section 2). Embedding, head and everything beside the
-    language model stay the VLM's. Works in `<output>.partial/`, renamed when complete and gone if anything fails.
+    section 2). Embedding, head and everything beside the language model stay the VLM's. Works in `<output>.partial/`,
+    renamed when complete and gone if anything fails.
 
     Args:
         expert: LoRA adapter of the text sibling or of the VLM; or a full fine-tune of either, saved as a text model or
@@ -157,56 +155,111 @@ def transplant(
     kind = "model" if merged else "adapter"
     # The work is done inside the folder, since it takes as much room as the result, and is gone before that is renamed.
     with replaced_when_complete(Path(output), overwrite, given, kind) as folder, TemporaryDirectory(dir=folder) as work:
-        adapter, result = Path(work, "adapter"), Path(work, "result")
-        lora = is_adapter(expert) and (reference, rank, energy) == (None, None, None)
-        whole = merged and not lora  # all of Δ, which no adapter holds
-        if whole:
+        as_it_is = is_adapter(expert) and (reference, rank, energy) == (None, None, None)
+        if merged and not as_it_is:
             _refuse_adapters_settings(rank, energy, load_in_4bit)
         scales = None
         if keep is not None:
             scales = Scales(base, KeepSet.load(keep), load_in_4bit, batch_size, progress)
-        vlm, left_alone, share = Checkpoint(base), {}, 1.0
-        if not lora:
-            sources, match = _matched(expert, vlm, reference, kinds_in(vlm) if whole else PROJECTIONS)
-            left_alone = match.without_counterpart
-        if not whole:
-            plain = expert
-            if not lora:
-                prior = build_prior(expert, base, Path(work, "prior.safetensors"), rank, energy, **options)
-                plain, share = prior.as_lora(1.0, Path(work, "exported")), _energy(prior)
-            modules = carry_adapter(plain, vlm, adapter)
+        vlm, result = Checkpoint(base), Path(work, "result")
+        if as_it_is:
+            delta = _of_adapter(expert, vlm, Path(work, "adapter"))
+        elif merged:
+            delta = _of_fine_tune(expert, vlm, reference)
+        else:
+            delta = _of_truncated(expert, base, vlm, rank, energy, Path(work), options)
 
         if scales is not None:
-            scales.of_weights(sources, match) if whole else scales.of_adapter(adapter)
+            delta.scaled_by(scales)
             if scale == "auto":
                 scale = scales.largest_below(budget)
             scales.cost(scale)
 
-        if not whole:
-            scale_adapter(adapter, scale)
-        if whole:
-            modules = merge_baseline("task_arithmetic", expert, base, result, scale=scale, **options).merged
-        elif merged:
-            merge_adapter(base, adapter, result, progress=progress)
+        if delta.adapter is None:
+            merge_baseline("task_arithmetic", expert, base, result, scale=scale, **options)
         else:
-            result = adapter
+            scale_adapter(delta.adapter, scale)
+            if merged:
+                merge_adapter(base, delta.adapter, result, progress=progress)
+            else:
+                result = delta.adapter
         costs = [] if scales is None else scales.costs
-        report = TransplantReport(Path(output), modules, scale, share, left_alone, costs)
-        if lora:
-            origins = {"base": vlm.origin, "expert": {"id": str(adapter_folder(expert)), "revision": None}}
-        else:
-            origins = {role: source.origin for role, source in sources.items()}
+        report = TransplantReport(Path(output), delta.modules, scale, delta.energy, delta.left_alone, costs)
         if merged:
             what, into = (in_markdown(shown(str(source))) for source in (expert, vlm.source))
             made = f"What {what} has learned, {scale:g} times, merged into {into}.{_cost(report)}"
             how = {"merged": True, "scale": scale, "force": force}
-            write_card(result, output, vlm, made, transplant.__name__, origins, how)
+            write_card(result, output, vlm, made, transplant.__name__, delta.origins, how)
         else:
-            delta_from = None if lora else reference or base
-            _card(report, result, expert, vlm, delta_from, origins).save(result / "README.md")
+            _card(report, result, expert, vlm, delta).save(result / "README.md")
         for part in result.iterdir():
             part.rename(folder / part.name)
     return report
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """What is transplanted, before its scale is known.
+
+    Attributes:
+        modules: of its adapter; weights, if all of Δ is merged.
+        origins: role -> id and revision of the models that it is made of.
+        scaled_by: has the scale be a factor of it.
+        adapter: folder of Δ as an adapter of the VLM; None if all of Δ is merged, which no adapter holds.
+        words: what Δ is, for the card of an adapter.
+        left_alone, energy: as in the report.
+    """
+
+    modules: int
+    origins: dict[str, dict]
+    scaled_by: Callable[[Scales], None]
+    adapter: Path | None = None
+    words: str = ""
+    left_alone: dict[str, int] = field(default_factory=dict)
+    energy: float = 1.0
+
+
+def _of_adapter(expert: str | Path, vlm: Checkpoint, folder: Path) -> _Delta:
+    """Of a LoRA adapter, as it is."""
+    modules = carry_adapter(expert, vlm, folder)
+    origins = {"base": vlm.origin, "expert": {"id": str(adapter_folder(expert)), "revision": None}}
+    words = f"that of the LoRA adapter {in_markdown(shown(str(expert)))}, as it is"
+    return _Delta(modules, origins, lambda scales: scales.of_adapter(folder), folder, words)
+
+
+def _of_truncated(
+    expert: str | Path,
+    base: str | Path,
+    vlm: Checkpoint,
+    rank: int | None,
+    energy: float | None,
+    work: Path,
+    options: dict,
+) -> _Delta:
+    """Of a full fine-tune's attention and MLP projections, at a rank."""
+    _refuse_lost(open_expert(expert), vlm)
+    prior = build_prior(expert, base, work / "prior.safetensors", rank, energy, **options)
+    folder, header = work / "adapter", prior.metadata
+    # Carried over, too: what is exported has alpha_pattern, beside which lora_alpha alone is no scale.
+    modules = carry_adapter(prior.as_lora(1.0, work / "exported"), vlm, folder)
+    origins = {role: header[role] for role in ("expert", "base", "reference") if header[role]}
+    held = _energy(prior)
+    minuend, subtrahend = (in_markdown(shown(str(source))) for source in (expert, options["reference"] or base))
+    words = f"{minuend} − {subtrahend}, with {held:.1%} of its energy"
+    left_alone = header["without_counterpart"]
+    return _Delta(modules, origins, lambda scales: scales.of_adapter(folder), folder, words, left_alone, held)
+
+
+def _of_fine_tune(expert: str | Path, vlm: Checkpoint, reference: str | Path | None) -> _Delta:
+    """All of a full fine-tune's Δ, with norms and biases."""
+    sources = {"expert": open_expert(expert), "base": vlm}
+    if reference is not None:
+        sources["reference"] = open_expert(reference)
+    _refuse_lost(sources["expert"], vlm)
+    match = match_weights(sources, kinds_in(vlm))
+    origins = {role: source.origin for role, source in sources.items()}
+    left_alone = match.without_counterpart
+    return _Delta(len(match.keys), origins, lambda scales: scales.of_weights(sources, match), left_alone=left_alone)
 
 
 def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -> None:
@@ -237,19 +290,13 @@ def _refuse_adapters_settings(rank: int | None, energy: float | None, load_in_4b
         )
 
 
-def _matched(
-    expert: str | Path, base: Checkpoint, reference: str | Path | None, modules: Sequence[str]
-) -> tuple[dict[str, Checkpoint], Match]:
-    """The fine-tune's weights with their counterparts. ValueError if one in its layers has none."""
-    sources = {"expert": open_expert(expert), "base": base}
-    if reference is not None:
-        sources["reference"] = open_expert(reference)
-    if sources["expert"].sees and not base.sees:
+def _refuse_lost(expert: Checkpoint, base: Checkpoint) -> None:
+    """Refuse a fine-tune that sees where its base does not, or with weights in its layers that the base lacks."""
+    if expert.sees and not base.sees:
         raise ValueError(
-            f"expert {expert} is a vision-language model and base {base.source} a text model: change places"
+            f"expert {expert.source} is a vision-language model and base {base.source} a text model: change places"
         )
-    match = match_weights(sources, modules)
-    ours, theirs = base.decoder.kinds, sources["expert"].decoder.kinds
+    ours, theirs = base.decoder.kinds, expert.decoder.kinds
     lost, other = (
         [name for name in one if name.startswith("layers.") and name not in two]
         for one, two in ((theirs, ours), (ours, theirs))
@@ -257,9 +304,8 @@ def _matched(
     if lost:
         alone = f"; {base.source} alone has {_listed(other)}" if other else ""
         raise ValueError(
-            f"{len(lost)} weights of {expert} have no counterpart in {base.source}: {_listed(lost)}{alone}"
+            f"{len(lost)} weights of {expert.source} have no counterpart in {base.source}: {_listed(lost)}{alone}"
         )
-    return sources, match
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -274,23 +320,12 @@ def _energy(prior: ReasoningPrior) -> float:
     return held / math.fsum(weight["delta_norm"] ** 2 for weight in stats)
 
 
-def _card(
-    report: TransplantReport,
-    folder: Path,
-    expert: str | Path,
-    vlm: Checkpoint,
-    delta_from: str | Path | None,
-    origins: dict[str, dict],
-) -> ModelCard:
-    """Of an adapter in a folder. `delta_from`: what Δ is taken from; None for a LoRA adapter's own. `origins`: role ->
-    id and revision of the models that it is made of."""
-    license, licences = licences_of(origins)
+def _card(report: TransplantReport, folder: Path, expert: str | Path, vlm: Checkpoint, delta: _Delta) -> ModelCard:
+    """Of an adapter in a folder."""
+    license, licences = licences_of(delta.origins)
     repository = repository_of(vlm.origin)
     revision = repository and repository[1]
     expert, base = in_markdown(shown(str(expert))), in_markdown(named(vlm.origin))
-    delta = f"that of the LoRA adapter {expert}, as it is"
-    if delta_from is not None:
-        delta = f"{expert} − {in_markdown(shown(str(delta_from)))}, with {report.energy:.1%} of its energy"
     data = ModelCardData(
         base_model=repository and repository[0],
         library_name="peft",
@@ -299,7 +334,7 @@ def _card(
         **license,
     )
     called, adapter, loaded_by = named(vlm.origin), "path/or/hub-id", vlm.auto_class.__name__
-    names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta, "cost": _cost(report)}
+    names = {"expert": expert, "base": base, "scale": report.scale, "delta": delta.words, "cost": _cost(report)}
     names["load"] = how_to_load(called, base, loaded_by, adapter, revision=revision)
     rank = LoraConfig.from_pretrained(folder).r
     names["serve"] = how_to_serve(called, loaded_by, adapter, rank, revision)

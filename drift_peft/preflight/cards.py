@@ -59,6 +59,10 @@ def fits(estimate: Estimate, card: float) -> bool:
     return estimate.bytes <= USABLE * card * 1e9
 
 
+def verdict(estimate: Estimate, card: float) -> dict:
+    return {"gb": card, "usable_gb": USABLE * card, "fits": fits(estimate, card)}
+
+
 def advise(memory: Memory, now: Estimate, card: float) -> dict:
     """The one change after which least is taken, what that is, and whether it fits; alone, and with all others.
 
@@ -94,7 +98,7 @@ def _changes(settings: Settings) -> Iterator[tuple[str, object]]:
         yield "label_smoothing_factor", 0.0
     if settings.think_tokens:
         yield "think_tokens", False
-    if settings.drift_norm == "weight":
+    if settings.drift_norm == "weight" and settings.steering_rank:
         yield "drift_norm", "factor"
     if optimizer_state(settings) > optimizer_state(replace(settings, optim="paged_adamw_8bit")):
         yield "optim", "paged_adamw_8bit"
@@ -129,18 +133,16 @@ def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:
 
 def estimate_summary(memory: Memory, settings: Settings) -> dict:
     now = memory.estimate(settings)
-    cards = []
-    for card in CARDS:
-        verdict = {"gb": card, "usable_gb": USABLE * card, "fits": fits(now, card)}
-        cards.append(verdict | ({} if fits(now, card) else {"advice": advise(memory, now, card)}))
+    cards = [verdict(now, card) for card in CARDS]
+    for card in cards:
+        if not card["fits"]:
+            card["advice"] = advise(memory, now, card["gb"])
     without = memory.estimate(replace(settings, keep=None)) if settings.keeps else now
     return {
         "base": now.settings.base,
         "settings": {key: value for key, value in asdict(now.settings).items() if key != "base"},
         "patches": patches(memory.config, settings),
-        "moment": now.moment,
-        "parts_gb": {part: size / 1e9 for part, size in now.parts.items()},
-        "total_gb": now.bytes / 1e9,
+        **now.summary(),
         "keeping": _keeping(memory, settings, (now.bytes - without.bytes) / 1e9),
         "cards": cards,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .cards import CARDS, USABLE, base_config, fits, parts_table, read_settings
+from .cards import CARDS, base_config, parts_table, read_settings, verdict
 from .memory import Memory
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
@@ -26,10 +26,8 @@ def gating_summary(recipe: str | Path, changes: dict | None = None) -> dict:
     return {
         "base": settings.base,
         "prior_rank": settings.prior_rank,
-        "moment": now.moment,
-        "parts_gb": {part: size / 1e9 for part, size in now.parts.items()},
-        "total_gb": now.bytes / 1e9,
-        "cards": [{"gb": card, "usable_gb": USABLE * card, "fits": fits(now, card)} for card in CARDS],
+        **now.summary(),
+        "cards": [verdict(now, card) for card in CARDS],
         "tokens": tokens,
         "sequences": tokens / settings.max_tokens,
     }
@@ -37,11 +35,11 @@ def gating_summary(recipe: str | Path, changes: dict | None = None) -> dict:
 
 def gating_table(summary: dict) -> Table:
     """The parts of the estimate, the cards that it fits, and the time in terms of training."""
-    cards = [f"{card['gb']}" for card in summary["cards"] if card["fits"]]
+    cards = ", ".join(f"{card['gb']} GB" for card in summary["cards"] if card["fits"])
+    fit = f"cards of {cards}" if cards else "none of the usual cards"
     caption = (
-        f"at its peak, the {summary['moment']}: {TOKENS} tokens at a time. It fits cards of "
-        f"{', '.join(cards) or 'none of the usual sizes'} GB. {STEPS} steps of {ANSWERS} answers of either kind are "
-        f"{summary['tokens'] / 1e6:.1f} million tokens: as long as training on {summary['sequences']:.0f} sequences of "
-        "this recipe"
+        f"at its peak, the {summary['moment']}: {TOKENS} tokens at a time. It fits {fit}. {STEPS} steps of {ANSWERS} "
+        f"answers of either kind are {summary['tokens'] / 1e6:.1f} million tokens: as long as training on "
+        f"{summary['sequences']:.0f} sequences of this recipe"
     )
     return parts_table(summary, f"gating a prior of {summary['base']}", caption)

@@ -46,6 +46,7 @@ STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keep
 }
 
 
+METHODS = "drift", "sft"
 WHOLE = ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size")
 WHOLE += ("gradient_accumulation_steps", "keep_batch_size", "keep_every", "keep_max_new_tokens")
 QUESTION = 32  # tokens of a keep set's question in its chat template, about
@@ -56,6 +57,7 @@ class Settings:
     """The keys of a recipe that decide what memory it takes; defaults as in recipes/parts/arguments.py."""
 
     base: str
+    method: str = "drift"
     r: int = 8
     lora_dropout: float = 0.0
     prior_rank: int = 64
@@ -94,6 +96,8 @@ class Settings:
                 check_whole(**{key: value})
         for name, hint in get_type_hints(Settings).items():
             check_type(name, getattr(self, name), hint)
+        if self.method not in METHODS:
+            raise ValueError(f"method is {' or '.join(METHODS)}, got {self.method!r}")
         if self.optim.removeprefix("paged_") not in STATE:
             known = ", ".join(STATE)
             raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {known}")
@@ -108,6 +112,11 @@ class Settings:
     def keeps(self) -> bool:
         """Is the gradient of a keep set added? With `replay` its answers are training samples instead."""
         return self.keep is not None and self.keep_weight > 0 and not self.replay
+
+    @property
+    def steering_rank(self) -> int:
+        """How many directions of Δ steer a projection; none without guidance."""
+        return 0 if self.method == "sft" else min(self.drift_rank or self.r, self.prior_rank)
 
     @property
     def step(self) -> Step:
@@ -139,6 +148,11 @@ class Estimate:
     @property
     def bytes(self) -> float:
         return sum(self.parts.values())
+
+    def summary(self) -> dict:
+        """In GB, for reports."""
+        parts = {part: size / 1e9 for part, size in self.parts.items()}
+        return {"moment": self.moment, "parts_gb": parts, "total_gb": self.bytes / 1e9}
 
 
 class Memory:
@@ -174,7 +188,8 @@ class Memory:
                 f"{name} does not say where its head is, and what its loss takes is not counted: {MEASURE}"
             )
         self.names = decoder.projections
-        self.projections = {name: self.model.get_submodule(name) for name in self.names}
+        modules = {name: self.model.get_submodule(name) for name in self.names}
+        self.shapes = {name: (module.out_features, module.in_features) for name, module in modules.items()}
         self.weights = dict.fromkeys((FOUR_BIT, *SIXTEEN_BIT), 0)
         for name, parameter in self.model.named_parameters():
             self.weights[self._part(decoder, name)] += parameter.numel()
@@ -183,7 +198,7 @@ class Memory:
 
     def _part(self, decoder: Decoder, parameter: str) -> str:
         """Where a weight is counted. Expert stacks are no linear layers, so bitsandbytes leaves them in 16 bit."""
-        if parameter.removesuffix(".weight") in self.projections:
+        if parameter.removesuffix(".weight") in self.shapes:
             return FOUR_BIT
         canonical = decoder.name(parameter) or ""
         if canonical in ("embed_tokens.weight", "lm_head.weight"):
@@ -194,8 +209,7 @@ class Memory:
 
     def estimate(self, settings: Settings) -> Estimate:
         size, weights = settings.dtype.itemsize, self.weights
-        shapes = [(m.out_features, m.in_features) for m in self.projections.values()]
-        trained = settings.r * sum(out + inner for out, inner in shapes)
+        trained = settings.r * sum(map(sum, self.shapes.values()))
         always = {
             FOUR_BIT: NF4 * weights[FOUR_BIT],
             **{part: size * weights[part] for part in SIXTEEN_BIT},
@@ -204,21 +218,22 @@ class Memory:
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
             **self._steering(settings),
         }
-        return self._largest(settings, always, settings.step, {"guidance, 32 bits": self._guidance(settings)})
+        moments = self._moments(settings, settings.step)
+        if settings.keeps:
+            moments |= self._keeping(settings, trained)
+        moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
+        return self._largest(settings, always, moments)
 
-    def _largest(self, settings: Settings, always: dict, step: Step, in_the_optimizer: dict) -> Estimate:
-        """What is always there, and the most that is added to it at some moment of a step."""
-        moments = {
-            f"{phase} of the language model": {
-                "activations kept in all layers": layers,
-                "other activations at that moment": rest,
-            }
-            for phase, (layers, rest) in self.step_peaks(step).items()
-        }
-        moments["pass of the vision tower"] = {"vision tower's activations": self.tower(settings)}
-        if settings.keeps and not step.gated:
-            moments |= self._keeping(settings, always["adapter, 32 bits"] // 4)
-        moments["step of the optimizer"] = in_the_optimizer
+    def _moments(self, settings: Settings, step: Step, suffix: str = "", beside: dict | None = None) -> dict[str, dict]:
+        """Moment of a pass forward and back -> what is there then alone, and `beside` it."""
+        moments = {f"pass of the vision tower{suffix}": {"vision tower's activations": self.tower(settings)}}
+        for phase, (layers, rest) in self.step_peaks(step).items():
+            parts = {"activations kept in all layers": layers, "other activations at that moment": rest}
+            moments[f"{phase} of the language model{suffix}"] = parts
+        return {moment: parts | (beside or {}) for moment, parts in moments.items()}
+
+    def _largest(self, settings: Settings, always: dict, moments: dict[str, dict]) -> Estimate:
+        """What is always there, and the most that is added to it at some moment."""
         moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
         outside = {"workspaces of cuBLAS and the like": WORKSPACES, "CUDA context": CONTEXT}
         return Estimate(settings, {**always, **parts, **outside}, moment)
@@ -227,9 +242,8 @@ class Memory:
         """What gate_prior takes in its place, with so many tokens at a time. The base is in 4 bits, and so is the
         expert, which answers before it is loaded and takes no more."""
         size = settings.dtype.itemsize
-        shapes = [(m.out_features, m.in_features) for m in self.projections.values()]
-        k = settings.prior_rank
-        settings = replace(settings, per_device_train_batch_size=1, max_tokens=tokens)
+        k, shapes = settings.prior_rank, self.shapes.values()
+        settings = replace(settings, per_device_train_batch_size=1, images_per_sample=1, max_tokens=tokens)
         step = Step(1, tokens, settings.dtype, checkpointing=settings.gradient_checkpointing, gated=k)
         always = {
             FOUR_BIT: NF4 * self.weights[FOUR_BIT],
@@ -237,13 +251,13 @@ class Memory:
             "prior, 16 bits": size * sum(min(k, *shape) * sum(shape) for shape in shapes),
             "gates, their gradients and Adam": 5 * 4 * sum(min(k, *shape) for shape in shapes),
         }
-        return self._largest(settings, always, step, {})
+        return self._largest(settings, always, self._moments(settings, step))
 
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""
-        k = min(settings.drift_rank or settings.r, settings.prior_rank)
-        steered = [m for name, m in self.projections.items() if is_guided(settings, self.names[name])]
-        steered = [(m.out_features, m.in_features) for m in steered]
+        if not (k := settings.steering_rank):
+            return {}
+        steered = [shape for name, shape in self.shapes.items() if is_guided(settings, self.names[name])]
         parts = {"steering factors, 16 bits": 2 * k * sum(out + inner for out, inner in steered)}
         if settings.drift_norm == "weight":
             columns = settings.drift_sketch
@@ -265,18 +279,15 @@ class Memory:
         step = self.keep_step(settings)
         earlier = {"keeping's gradients so far, 32 bits": 4 * trained * (step.batch < settings.keep_batch_size)}
         one = replace(settings, images_per_sample=1, per_device_train_batch_size=step.batch)
-        moments = {"pass of the vision tower, keeping": {"vision tower's activations": self.tower(one), **earlier}}
-        for phase, (layers, rest) in self.step_peaks(step).items():
-            parts = {"activations kept in all layers": layers, "other activations at that moment": rest}
-            moments[f"{phase} of the language model, keeping"] = {**parts, **earlier}
-        return moments
+        return self._moments(one, step, ", keeping", earlier)
 
     def _guidance(self, settings: Settings) -> float:
         """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients
         and one more while they are computed; and the factors of the prior."""
-        out, inner = max((m.out_features, m.in_features) for m in self.projections.values())
+        if not (k := settings.steering_rank):
+            return 0.0
+        out, inner = max(self.shapes.values())
         batch = min(self.layers, max(1, BATCH_ELEMENTS // (out * settings.r)))
-        k = min(settings.drift_rank or settings.r, settings.prior_rank)
         return 4 * batch * (out + inner) * (5 * settings.r + k)
 
     def tower(self, settings: Settings) -> float:

@@ -315,6 +315,22 @@ def test_merged_a_fine_tune_is_task_arithmetic(vlms, tmp_path):
     assert ours == theirs and report.modules > len(torch.load(folder / "delta"))
 
 
+def test_merged_the_reference_may_be_an_adapter_as_the_expert_may(vlms, tmp_path):
+    """As a chat model that is published as LoRA, from which the expert was trained."""
+    folder = vlms["qwen2_5_vl"]
+    save_lora(tmp_path / "lora", load(folder / "vlm"), target_modules=r".*language_model\..*q_proj")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder / "vlm")}))
+    go(folder, output=tmp_path / "out", merged=True, reference=tmp_path / "lora")
+    reference = PeftModel.from_pretrained(load(folder / "vlm"), tmp_path / "lora").merge_and_unload()
+    after, before, delta = load(tmp_path / "out"), load(folder / "vlm"), torch.load(folder / "delta")
+    for name, expected in delta.items():
+        module = in_vlm("qwen2_5_vl", before, name.removesuffix(".weight"))
+        W, W_reference, merged = (model.get_submodule(module).weight for model in (before, reference, after))
+        assert torch.equal(W, W_reference) == ("q_proj" not in name)
+        assert torch.allclose(merged, W + (W + expected - W_reference), atol=1e-6), name
+
+
 def test_a_fine_tune_of_another_architecture_is_refused(tmp_path):
     """Its attention would match, and its experts stay behind."""
     save_layout(tiny_vlm("qwen2_5_vl"), tmp_path / "vlm")

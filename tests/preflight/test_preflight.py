@@ -18,7 +18,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from drift_peft import DriftConfig
 from drift_peft.preflight import dry_run as dry
-from drift_peft.preflight.cards import CARDS, fits, read_settings
+from drift_peft.preflight.cards import CARDS, advise, fits, read_settings
 from drift_peft.preflight.memory import CONTEXT, STATE, WORKSPACES, Memory, Settings, patches
 
 memory = tiny_memory.memory  # fixture
@@ -62,6 +62,22 @@ def test_what_training_takes_follows_the_settings(memory):
     assert 0 < state[0] < state[1] < lean.parts["optimizer (adamw_torch_fused)"]
     attention = memory.estimate(settings(drift_modules=["attn"])).parts
     assert 0 < attention["steering factors, 16 bits"] < lean.parts["steering factors, 16 bits"]
+
+
+def test_without_guidance_nothing_is_counted_for_it(memory):
+    sft, steered = (memory.estimate(settings(method=method, drift_norm="weight")) for method in ("sft", "drift"))
+    steering = {part for part in steered.parts if "steering" in part or "drift_norm" in part}
+    assert len(steering) == 2 and steered.parts.keys() - sft.parts.keys() == steering
+    assert sft.bytes < steered.bytes and memory._guidance(settings(method="sft")) == 0
+    assert "drift_norm" not in advise(memory, sft, 1e-3)["all"] and "drift_norm" in advise(memory, steered, 1e-3)["all"]
+    with pytest.raises(ValueError, match="method is drift or sft, got 'full'"):
+        settings(method="full")
+
+
+def test_gates_see_one_image_at_a_time(memory, monkeypatch):
+    monkeypatch.setattr(memory, "tower", lambda settings: 1e12 * settings.images_per_sample)
+    assert memory.gating(settings(images_per_sample=4), 64).parts["vision tower's activations"] == 1e12
+    assert memory.estimate(settings(images_per_sample=4)).parts["vision tower's activations"] == 4e12
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_what_gating_takes(recipe, capsys):
     status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
     summary = json.loads(out)
     assert status == 0 and summary["total_gb"] == pytest.approx(sum(summary["parts_gb"].values()))
-    shapes = [(m.out_features, m.in_features) for m in Memory(TINY(), "tiny").projections.values()]
+    shapes = Memory(TINY(), "tiny").shapes.values()
     prior = 2 * sum(min(64, *shape) * sum(shape) for shape in shapes)
     assert summary["parts_gb"]["prior, 16 bits"] == pytest.approx(prior / 1e9)
     assert summary["tokens"] == 200 * 8 * (400 + 512) and summary["sequences"] == summary["tokens"] / 128

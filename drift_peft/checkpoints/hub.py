@@ -45,7 +45,8 @@ class Repository:
         name: hub id.
         revision: branch, tag or commit.
         record: JSON file in which to note the weights that this object brings into the cache, each before its download,
-            so that the next one that is given the same record knows them, even if this one was killed.
+            so that the next one that is given the same record knows them, even if this one was killed. While there is
+            no folder to write it into, this object alone knows them.
 
     Attributes:
         name, commit: id and the commit that the revision stands for.
@@ -71,12 +72,13 @@ class Repository:
 
     def files(self) -> set[str]:
         """Names of its files; of those in the cache where there is no network, or the hub is in trouble."""
-        try:
-            return {*list_repo_files(self.name, revision=self.commit)}
-        except Exception as error:  # of one HTTP library or another, by the client's version
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-                raise
-            return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
+        with _explained(self.name, self.commit, "the list of files"):
+            try:
+                return {*list_repo_files(self.name, revision=self.commit)}
+            except Exception as error:  # of one HTTP library or another, by the client's version
+                if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                    raise
+        return {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")}
 
     def header(self, file: str) -> Header:
         """Shapes and dtypes of a weight file, of which only the table of contents is read."""
@@ -129,7 +131,7 @@ class Repository:
         self._note(self._brought - bytes_left - {str(path)})
 
     def _note(self, brought: set[str]) -> None:
-        if self._record is not None:
+        if self._record is not None and self._record.parent.is_dir():
             partial = self._record.with_name(self._record.name + ".tmp")
             partial.write_text(json.dumps(sorted(brought)), encoding="utf-8")
             os.replace(partial, self._record)

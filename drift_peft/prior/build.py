@@ -140,7 +140,11 @@ def build_prior(
         match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)
-            refuse_other(prior, output, sources, match, settings)
+            try:
+                refuse_other(prior, output, sources, match, settings)
+            finally:
+                for file in sources["expert"].files if delete_shards else ():
+                    sources["expert"].release(file)
             return prior
         _warn(sources, match)
 

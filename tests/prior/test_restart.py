@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub import Hub
 from older import frees_files
+from peft import LoraConfig, get_peft_model
 from processes import CONTEXT
 from tiny import edit_config, save_layout, tiny_llm
 
@@ -381,6 +382,30 @@ def test_shards_are_freed_as_they_are_used_up(pair, hub, monkeypatch):
     fetched = shards(hub.fetched("org/expert"))
     assert len(fetched) == len(set(fetched)) and not left & set(fetched)
     assert {*cached(pair)} >= {*shards(hub.files("org/base"))}
+
+
+@frees_files
+def test_shards_are_freed_that_an_existing_prior_is_compared_by(pair, hub):
+    hub.add("org/expert", pair / "expert")
+    build(pair, expert="org/expert", delete_shards=True)
+    before = cached(pair)
+    build(pair, expert="org/expert", delete_shards=True, exist_ok=True)
+    with pytest.raises(FileExistsError, match="built with seed=0, not 1"):
+        build(pair, expert="org/expert", delete_shards=True, exist_ok=True, seed=1)
+    assert cached(pair) == before and not (pair / "p.safetensors.partial").exists()
+
+
+@frees_files
+def test_shards_that_are_read_before_there_is_a_record(pair, hub):
+    """A base that says it is tied, and holds both ends: whether it is tells their tensors alone."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(tiny_llm("llava", num_hidden_layers=LAYERS), lora)
+    adapted.peft_config["default"].base_model_name_or_path = "org/expert"
+    adapted.save_pretrained(pair / "adapter", save_embedding_layers=False)
+    edit_config(pair / "expert", tie_word_embeddings=True)
+    hub.add("org/expert", pair / "expert")
+    build(pair, expert=pair / "adapter", delete_shards=True)
+    assert not cached(pair)
 
 
 def test_settings_that_cannot_be_read_are_an_error(pair, monkeypatch):

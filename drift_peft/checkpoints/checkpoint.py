@@ -42,7 +42,7 @@ class Checkpoint:
     """A model's weights on disk or on the hub, read as transformers would read them.
 
     Args:
-        source: folder, hub id or `id@revision`; an existing local path wins over a hub id.
+        source: folder, hub id or `id@revision`; an existing local path wins over a hub id without a revision.
         revision: branch, tag or commit of a hub repository.
         dequantize: take bitsandbytes' 4-bit weights for the matrices that they stand for, instead of refusing them.
         record: JSON file that tells a restarted program what `release` may delete; see `hub.Repository`.
@@ -68,7 +68,7 @@ class Checkpoint:
         self, source: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
     ):
         self.source, self.revision, self._hub = str(source), None, None
-        if Path(source).exists():
+        if revision is None and Path(source).exists():
             self.folder = Path(source)
             self._names = {path.name for path in self.folder.glob("*")}
         else:

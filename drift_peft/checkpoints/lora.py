@@ -71,7 +71,7 @@ class AdaptedCheckpoint(Checkpoint):
             ) from error
         self.base = super().origin
         self._updates = adapter_updates(self._adapter, self, str(adapter))
-        if Path(adapter).exists():
+        if revision is None and Path(adapter).exists():
             self.source, self.revision = str(adapter), None
         else:
             self.source, self.revision = split_revision(str(adapter))[0], self._adapter.name
@@ -122,7 +122,8 @@ def is_adapter(source: str | Path) -> bool:
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
-    folder = Path(adapter) if Path(adapter).exists() else download(*split_revision(str(adapter), revision), FILES)
+    local = revision is None and Path(adapter).exists()
+    folder = Path(adapter) if local else download(*split_revision(str(adapter), revision), FILES)
     if not (folder / CONFIG).is_file():
         if named := named_adapters(folder):
             raise FileNotFoundError(f"{adapter} holds the adapters {', '.join(named)}: name one of these folders")

@@ -25,8 +25,11 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
 
     Raises:
         FileNotFoundError: there is no such path or repository, or no such file in it.
+        ValueError: it is a path, and a revision is given.
     """
     path = Path(source)
+    if path.exists() and revision:
+        raise ValueError(f"{source} is a local path, which has no revision {revision!r}: leave out revision=")
     if not path.exists():
         if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
             raise FileNotFoundError(f"there is no file {source}")

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hub_models import UP, Q, weights
 from huggingface_hub import constants, hf_hub_download
+from peft import LoraConfig, get_peft_model
 from test_checkpoint import Malicious, save_four_bit, save_tokenizer, to_bin
 from tiny import save_layout, tiny_llm
 
+from drift_peft.checkpoints import open_expert
 from drift_peft.checkpoints.checkpoint import Checkpoint
 
 # What is fetched
@@ -51,6 +53,20 @@ def test_revisions(hub, llm, tmp_path):
 def test_an_existing_path_wins_over_a_hub_id(hub, llm, monkeypatch):
     monkeypatch.chdir(llm.parent)
     assert Checkpoint("llm").revision is None and hub.requests == []
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_revision_is_the_hubs_whatever_folder_has_its_name(hub, llm, tmp_path, monkeypatch, adapter):
+    if adapter:
+        model = get_peft_model(tiny_llm("llava"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model.peft_config["default"].base_model_name_or_path = str(llm)
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    commit = hub.add("org/model", tmp_path / "adapter" if adapter else llm, "v2")
+    monkeypatch.chdir(tmp_path)
+    save_layout(tiny_llm("llava", seed=1), tmp_path / "org" / "model")
+    opened = open_expert("org/model@v2")
+    assert (opened.source, opened.revision, opened.origin["revision"]) == ("org/model", commit, commit)
+    assert torch.equal(opened.tensor(UP), Checkpoint(llm).tensor(UP))
 
 
 def test_what_is_refused_is_not_downloaded(hub, llm):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from drift_peft.checkpoints import hub_id, named, pinned, repository_of, shown
+from drift_peft.checkpoints import find_file, hub_id, named, pinned, repository_of, shown
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,10 @@ def test_names_of_what_is_known_to_be_of_the_hub_or_not(id, revision, repository
     origin = {"id": id, "revision": revision}
     assert (repository_of(origin), pinned(origin)) == (repository, name)
     assert named(origin) == name.removesuffix("@0a1b")
+
+
+@pytest.mark.parametrize("source", [".", "prior.safetensors"])
+def test_a_path_has_no_revision(source, tmp_path):
+    (tmp_path / "prior.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a local path, which has no revision 'v2': leave out revision="):
+        find_file(tmp_path / source, "v2", "prior.safetensors")

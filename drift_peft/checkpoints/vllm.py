@@ -8,17 +8,17 @@ LFM2-VL: it has another name for them, and would leave them out in silence.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft import LoraConfig
+
 from .checkpoint import read_config, skeleton
 from .hub import download, split_revision
-from .lora import CONFIG, adapter_folder, read_adapter_config, read_updates, recorded_base, recorded_revision
+from .lora import adapter_folder, read_adapter_config, read_updates
 from .naming import canonical_name
 from .output import write_tensors
 from .promised import refuse_incomplete
-from .schema import read_json
 from .serving import MAX_LORA_RANKS
 from .standalone import replaced_when_complete
 from .update import LowRank
@@ -61,9 +61,10 @@ def export_for_vllm(
             that the base does not have; or the file lacks what its config promises.
     """
     folder = adapter_folder(adapter)
-    if not (base := base or recorded_base(folder)):
+    config = read_adapter_config(folder)
+    if not (base := base or config.base_model_name_or_path):
         raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
-    revision = recorded_revision(folder) if base == recorded_base(folder) else None
+    revision = config.revision if base == config.base_model_name_or_path else None
     place = Path(base) if Path(base).exists() else download(*split_revision(base, revision), ("config.json",))
     base_config = read_config(place, str(base))
     model_type = base_config.model_type
@@ -72,7 +73,6 @@ def export_for_vllm(
             f"vLLM {VERSION} was not found to serve adapters of models of type {model_type} whole: merge {adapter} "
             "into its base (drift-peft merge), and serve that"
         )
-    config = read_json(folder / CONFIG)
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
     model = skeleton(base_config, str(base))
@@ -82,7 +82,7 @@ def export_for_vllm(
             f"adapter {adapter} adapts {absent[0]}, and {base} has no module of this name: name the model that it was "
             "trained on as base (--base)"
         )
-    refuse_incomplete(read_adapter_config(folder), model, [f"{module}.weight" for module in factors], str(adapter))
+    refuse_incomplete(config, model, [f"{module}.weight" for module in factors], str(adapter))
     ours, theirs = RENAMED.get(model_type, (".", "."))
     names = {module: module.replace(ours, theirs, 1) for module in factors}
     tensors = {}
@@ -90,11 +90,11 @@ def export_for_vllm(
         tensors[f"base_model.model.{names[module]}.lora_A.weight"] = update.A
         tensors[f"base_model.model.{names[module]}.lora_B.weight"] = update.B
     renamed = sum(module != name for module, name in names.items())
-    config["target_modules"] = sorted({key.split(".")[-3] for key in tensors})
+    config.target_modules = sorted({key.split(".")[-3] for key in tensors})
     with replaced_when_complete(Path(output), overwrite, [folder], kind="adapter") as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    return Export(str(output), len(factors), renamed, next(rank for rank in MAX_LORA_RANKS if rank >= config["r"]))
+        config.save_pretrained(partial)
+    return Export(str(output), len(factors), renamed, next(rank for rank in MAX_LORA_RANKS if rank >= config.r))
 
 
 def _factors(folder: Path, adapter: str | Path) -> dict[str, LowRank]:
@@ -116,8 +116,8 @@ def _factors(folder: Path, adapter: str | Path) -> dict[str, LowRank]:
     return factors
 
 
-def _refuse(config: dict, factors: dict[str, LowRank], adapter: str | Path) -> None:
-    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
+def _refuse(config: LoraConfig, factors: dict[str, LowRank], adapter: str | Path) -> None:
+    if patterns := [key for key in ("rank_pattern", "alpha_pattern") if getattr(config, key)]:
         raise ValueError(
             f"adapter {adapter} has a {patterns[0]}, whose names are not vLLM's: merge it (drift-peft merge), or train "
             "with one rank and one lora_alpha"

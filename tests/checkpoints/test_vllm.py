@@ -39,6 +39,16 @@ def test_the_names_are_those_of_vllm(saved, tmp_path, family, renamed):
     assert {name.split(".")[-3] for name in after} == {*config["target_modules"]}
 
 
+def test_a_config_without_what_peft_takes_for_granted(saved, tmp_path):
+    adapter = saved("llava", r=8, revision="v1")
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in config.items() if key not in ("r", "lora_alpha")}))
+    assert export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base").max_lora_rank == 8
+    after = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert after.keys() == config.keys() and [key for key in after if after[key] != config[key]] == ["target_modules"]
+
+
 @pytest.mark.parametrize("rank, flag", [(1, 1), (9, 16), (257, 320), (321, 512), (512, 512), (513, None), (None, None)])
 def test_cards_name_a_rank_that_vllm_takes(rank, flag):
     text = how_to_serve("org/vlm", None, "adapter", rank)

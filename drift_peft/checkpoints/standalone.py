@@ -48,8 +48,8 @@ def replaced_when_complete(
         kind: "model" (a folder with config.json) or "adapter" (with adapter_config.json).
 
     Raises:
-        FileExistsError: the output exists and may not be overwritten, is of another kind, or holds one of the sources;
-            or another process writes it.
+        FileExistsError: the output exists and may not be overwritten, is of another kind, or is or holds one of the
+            sources; or another process writes it.
         FileNotFoundError, OSError: there is no place for it, or it cannot be written.
     """
     output = output.resolve()
@@ -92,7 +92,7 @@ def _refuse_folder(output: Path, overwrite: bool, sources: Collection[str | Path
             raise FileExistsError(f"output {output} exists and is no {kind} folder, so it is not overwritten")
         for source in sources:
             if Path(source).exists() and Path(source).resolve().is_relative_to(output):
-                raise FileExistsError(f"output {output} holds {source}, which is merged: name another folder")
+                raise FileExistsError(f"output {output} is or holds {source}, which it is made of: name another folder")
 
 
 def write_model(
@@ -134,6 +134,7 @@ def write_model(
             shutil.copyfile(checkpoint.folder / file, folder / file)
         checkpoint.refuse_changed()
     except OSError as error:
+        checkpoint.refuse_changed()  # a shard that has vanished, too, is no fault of the output
         if error.errno is None:  # of a source, and it says so itself
             raise
         raise OSError(f"output {folder.with_suffix('')} could not be written: {error.strerror}") from error

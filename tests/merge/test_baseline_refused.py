@@ -158,7 +158,7 @@ def test_an_existing_output_is_replaced_only_when_asked(trio):
     with pytest.raises(FileExistsError, match=r"exists: name another folder, or pass overwrite=True"):
         merge_baseline("task_arithmetic", **where, output=output)
     for role in ("expert", "base", "reference"):
-        with pytest.raises(FileExistsError, match=rf"holds .*{role}, which is merged: name another folder"):
+        with pytest.raises(FileExistsError, match=rf"is or holds .*{role}, which it is made of: name another"):
             merge(trio, output=trio / role, reference=trio / "reference")
     spoil("expert", math.nan)(trio)
     with pytest.raises(ValueError, match="holds NaN"):

@@ -20,7 +20,7 @@ def test_overwrite_replaces_a_model_and_nothing_else(pair):
     assert {file.name for file in pair.iterdir()} == {"base", "adapter", "merged"}
     for target in (pair / "base", pair):
         (pair / "config.json").write_text("{}")
-        with pytest.raises(FileExistsError, match=r"holds .*, which is merged: name another folder"):
+        with pytest.raises(FileExistsError, match=r"is or holds .*base, which it is made of: name another folder"):
             merge_adapter(pair / "base", pair / "adapter", target, overwrite=True, progress=False)
     (pair / "photos").mkdir()
     (pair / "photos" / "1.png").touch()
@@ -55,6 +55,21 @@ def test_an_unwritable_output_is_refused_before_work(pair, monkeypatch):
     monkeypatch.setattr(drift_peft.merge.adapter, "Checkpoint", None)  # not even opened
     with pytest.raises(OSError, match="merged cannot be written: Permission denied"):
         merge(pair)
+
+
+def test_a_shard_that_vanishes_is_not_the_outputs_fault(tmp_path, monkeypatch):
+    save_base(tmp_path / "base", layout="sharded")
+    save_adapter(tmp_path / "adapter")
+    last = max((tmp_path / "base").glob("*.safetensors"))
+
+    def block(*args, original=LowRank.block):
+        last.unlink(missing_ok=True)
+        return original(*args)
+
+    monkeypatch.setattr(LowRank, "block", block)
+    with pytest.raises(ValueError, match=rf"{last.name} has changed while \S+base was read"):
+        merge(tmp_path)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("when", ["copying a shard", "writing a tensor", "copying a config"])

@@ -10,6 +10,7 @@ in fp32. The update s·B·A of each stays what it was.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -89,7 +90,8 @@ def scale_adapter(folder: Path, scale: float) -> None:
 
 def _plain(number: float) -> float | int:
     """Whole where it is: other readers of the file take lora_alpha for an integer."""
-    return int(number) if number == int(number) else number
+    whole = round(number)
+    return whole if math.isclose(number, whole, rel_tol=1e-12) else number  # 16/49·49 is 15.999999999999998
 
 
 def _refuse_more_than_lora(updates: dict[str, list[Update]], adapter: str | Path) -> None:

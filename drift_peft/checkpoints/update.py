@@ -91,5 +91,5 @@ class Rows(Update):
         return moved
 
     def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        wanted = max(shape[0], int(self.rows.max()) + 1), self.values.shape[1]
+        wanted = max([shape[0], *(self.rows + 1).tolist()]), self.values.shape[1]
         return None if shape == wanted else wanted

@@ -62,6 +62,9 @@ def test_a_shape_that_does_not_fit_is_said(case):
 def test_rows_of_a_smaller_or_a_larger_vocabulary():
     update = CASES["rows"][0]
     assert update.misfit((9, 4)) is None and update.misfit((9, 5)) == (9, 4) and update.misfit((1, 4)) == (7, 4)
+    none = Rows("q", torch.tensor([], dtype=torch.long), values[:0])  # trainable_token_indices={"embed_tokens": []}
+    assert none.misfit((7, 4)) is None and none.misfit((7, 5)) == (7, 4)
+    assert torch.equal(torch.cat([*none.blocks(W)]), W)
 
 
 def test_rows_of_a_block(monkeypatch):

@@ -132,6 +132,15 @@ def test_an_adapters_numbers_go_over_bit_for_bit(vlms, tmp_path):
     assert config["base_model_name_or_path"] == str(vlms["qwen2_5_vl"] / "vlm")
 
 
+def test_a_whole_lora_alpha_stays_whole(vlms, tmp_path):
+    """Other readers of the file take it for an integer; but α/r·r need not be α."""
+    assert 16 / 49 * 49 != 16
+    save_lora(tmp_path / "lora", tiny_llm("qwen2_5_vl"), r=49, lora_alpha=16)
+    go(vlms["qwen2_5_vl"], tmp_path / "lora", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert repr(config["lora_alpha"]) == "16"
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama"])
 def test_an_adapter_of_the_vlm_itself_stays_what_it_is(vlms, tmp_path, family):
     """Also on the layers that the text model does not have, and on the vision tower."""

@@ -35,9 +35,9 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
         FileExistsError: it exists, or another process writes it.
         IsADirectoryError, FileNotFoundError, OSError: it is a folder, or cannot be written.
     """
-    _refuse_folder(output, example)
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / example}")
     with only_writer(output):
-        _refuse_folder(output, example)
         if output.exists() and not overwrite:
             raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
         yield
@@ -56,15 +56,12 @@ def partial_folder(output: Path, afresh: bool = False) -> Iterator[Path]:
         OSError: that folder cannot be written to.
     """
     partial = partial_path(output)
-    if os.path.lexists(partial) and _read_settings(partial) is not None and not afresh:
+    if _read_settings(partial) is not None and not afresh:
         raise FileExistsError(
             f"{partial} holds an interrupted run: go on with it, or give it up: delete that folder, or pass "
             "overwrite=True (--overwrite)"
         )
-    _clear(partial)
-    with _made(output, partial):
-        partial.mkdir()
-        (partial / OURS).touch()
+    _start(output, partial)
     try:
         yield partial
     finally:
@@ -103,12 +100,7 @@ def resumable_folder(
                 f"{partial} holds an interrupted build that differs in {_difference(left, settings)}: take its "
                 "settings or another output, or give it up: delete that folder, or pass overwrite=True (--overwrite)"
             )
-        _clear(partial)
-        with _made(output, partial):
-            partial.mkdir()
-            (partial / OURS).touch()
-            (partial / f"{SETTINGS}{UNFINISHED}").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            os.replace(partial / f"{SETTINGS}{UNFINISHED}", partial / SETTINGS)
+        _start(output, partial, settings)
     try:
         yield partial
     except BaseException as error:
@@ -144,15 +136,15 @@ def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _refuse_folder(output: Path, example: str) -> None:
-    if output.is_dir():
-        raise IsADirectoryError(f"output {output} is a folder: name a file, such as {output / example}")
-
-
-@contextlib.contextmanager
-def _made(output: Path, partial: Path) -> Iterator[None]:
+def _start(output: Path, partial: Path, settings: dict | None = None) -> None:
+    """The folder anew, and the settings in it if there are any."""
+    _clear(partial)
     try:
-        yield
+        partial.mkdir()
+        (partial / OURS).touch()
+        if settings is not None:
+            (partial / f"{SETTINGS}{UNFINISHED}").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            os.replace(partial / f"{SETTINGS}{UNFINISHED}", partial / SETTINGS)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"output {output} cannot be written: {error.strerror}") from error

@@ -31,12 +31,9 @@ def _rotations(config: Any) -> dict[str | None, dict]:
     """Type of layer, or None where all are alike -> its parameters of RoPE."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = {kind: values for kind, values in parameters.items() if isinstance(values, dict)}
-    whole = {"rope_theta": getattr(config, "rope_theta", None)}
-    partial = getattr(config, "partial_rotary_factor", None)
-    whole |= {} if partial is None else {"partial_rotary_factor": partial}
     found = {}
     for kind, values in (nested or {None: parameters}).items():
-        said = {key: value for key, value in {**whole, **values}.items() if value is not None}
+        said = {key: value for key, value in values.items() if value is not None}
         said = {**UNSET, **said, "rope_type": ALIKE.get(said.get("rope_type"), said.get("rope_type", "default"))}
         if said["rope_type"] == "default":  # which does not read the others
             said = {key: said[key] for key in ("rope_theta", *UNSET) if key in said}

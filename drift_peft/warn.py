@@ -16,6 +16,11 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda control: f"\\u{ord(control[0]):04x}", text)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error of another library says; its class where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def warn(message: str) -> None:
     """`warnings.warn` for the innermost line that is in none of `LIBRARIES`."""
     frame, level = sys._getframe(1), 2

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 import drift_peft
 from drift_peft import DriftConfig, ReasoningPrior, build_prior, guide, language_model_targets
 from drift_peft.checkpoints import Checkpoint
+from drift_peft.warn import first_line
 
 IDS = torch.arange(7, 27).reshape(2, 10)
 
@@ -105,3 +106,7 @@ def test_no_file_warns_by_itself():
     """What a fixed stack level would say depends on who calls."""
     for file in Path(drift_peft.__file__).parent.rglob("*.py"):
         assert file.name == "warn.py" or "warnings.warn(" not in file.read_text(encoding="utf-8"), file
+
+
+def test_the_first_line_of_an_error_says_something():
+    assert first_line(OSError(" the disk\nis full")) == "the disk" and first_line(TimeoutError()) == "TimeoutError"

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from ..warn import warn
+from ..warn import first_line, warn
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -215,7 +215,7 @@ def _explained(repository: str, revision: str | None, file: str | None) -> Itera
             ) from error
         # What is not in the cache either: the client then says so at length, and what helps is the first cause.
         absent = isinstance(error, LocalEntryNotFoundError)
-        reason = str(causes[-1] if absent else error).strip().split("\n")[0].rstrip(".")
+        reason = first_line(causes[-1] if absent else error).rstrip(".")
         kind = FileNotFoundError if absent or file is None else OSError
         nowhere = "" if file else " is no local path and"
         raise kind(f"{what}{nowhere} cannot be fetched from the hub: {reason}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-from ..warn import visible, warn
+from ..warn import first_line, visible, warn
 from .hub import download, split_revision
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -76,8 +76,7 @@ def upload(
     except HFValidationError as error:
         raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{source} could not be uploaded to {repo_id}: {reason}") from error
+        raise OSError(f"{source} could not be uploaded to {repo_id}: {first_line(error)}") from error
 
 
 def hub_id(source: str) -> str | None:
@@ -155,8 +154,7 @@ def find_license(origin: dict, token: str | None = None) -> dict | None:
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
             return {}
-        reason = str(error).strip().split("\n")[0]
-        warn(f"The licence of {origin['id']} is not known: its card cannot be read ({reason})")
+        warn(f"The licence of {origin['id']} is not known: its card cannot be read ({first_line(error)})")
         return None
     return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
 

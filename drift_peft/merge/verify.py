@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 
 from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization
 from ..keeping import as_templates_are_read
-from ..warn import warn
+from ..warn import first_line, warn
 
 VERIFY_TOKENS = 32
 SIDE = 224  # pixels of the picture
@@ -225,7 +225,7 @@ def _prompts(checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, dict[str, 
     try:
         return {**prompts, "image": _image_prompt(folder)}, None
     except Exception as error:  # of the libraries of whatever processor this is
-        return prompts, str(error).strip().split("\n")[0]
+        return prompts, first_line(error)
 
 
 def _image_prompt(folder: Path) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _adapted(base: nn.Module, adapter: Path, updates: dict[str, Update]) -> Peft
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(base, str(adapter), torch_device="cpu").eval()
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"PEFT cannot load {adapter} onto its base to verify the merge: {reason}") from error
 
 
@@ -299,7 +299,7 @@ def _logits(model: nn.Module, prompts: dict[str, dict]) -> Logits:
     try:
         return {name: thinking(**inputs).logits[:, -VERIFY_TOKENS:].clone() for name, inputs in prompts.items()}
     except (TypeError, ValueError, AttributeError) as error:
-        kind, reason = type(thinking).__name__, str(error).strip().split("\n")[0]
+        kind, reason = type(thinking).__name__, first_line(error)
         raise ValueError(f"{kind} does not answer a prompt of text alone ({reason}): merge without verify") from error
 
 

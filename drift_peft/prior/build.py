@@ -37,7 +37,7 @@ from ..checkpoints import (
     warn_of_other_rotations,
     write_tensors,
 )
-from ..warn import warn
+from ..warn import first_line, warn
 from .delta import take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
@@ -216,7 +216,7 @@ def _check_device(device: str | int | torch.device | None) -> torch.device:
     try:
         found = torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device} is not available: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device} is not available: {first_line(error)}") from error
     if found.type == "meta":
         raise ValueError(f"device {device} computes nothing: name one that does, such as cpu")
     return found

@@ -100,19 +100,15 @@ class Layout:
             plain = {key: rename_source_key(key, renamings, [])[0] for key in sources}
             converter = of_pattern[next(iter(sources.values()))]
             conversion = Conversion(sources, plain, target, converter, model)
-            for name in self._made(conversion):
+            # Only patterns tell what a conversion makes beside the first, so one is replaced by another.
+            first, *others = conversion.converter.target_patterns
+            for name in [target, *(target.replace(first, other) for other in others)]:
                 self.names.setdefault(name, []).append(name)
                 self.conversions[name] = conversion
 
     def name(self, other: str) -> str:
         """What this version of transformers calls a parameter that another one has called so."""
         return rename_source_key(other, self._renamings, [], self._model.base_model_prefix, self._state)[0]
-
-    @staticmethod
-    def _made(conversion: Conversion) -> list[str]:
-        """Names of what a conversion makes. Only patterns tell them, so one pattern is replaced by another."""
-        first, *others = conversion.converter.target_patterns
-        return [conversion.target, *(conversion.target.replace(first, other) for other in others)]
 
 
 def _natural(key: str) -> list:

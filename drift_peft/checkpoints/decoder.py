@@ -90,7 +90,10 @@ class Decoder:
     def projections(self) -> dict[str, str]:
         """Name of each module that is a projection, as the model names it -> canonical name of its weight."""
         found, routers = {}, []
-        for name, module in self._modules():
+        for inside, module in self.layers.named_modules():
+            if not inside or _INSIDE.search(inside):  # of what PEFT has wrapped, the wrapper is the module
+                continue
+            name = f"{self.path}.{inside}"
             if _ROUTER.search(type(module).__name__):
                 routers.append(name)
             canonical = self.name(f"{name}.weight")
@@ -117,12 +120,6 @@ class Decoder:
             counted = self.name(parameter, skipped=())
             if counted and counted.startswith("layers."):
                 yield self.name(parameter), counted, value.numel()
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules inside the layers; of what PEFT has wrapped, the wrappers alone."""
-        for name, module in self.layers.named_modules():
-            if name and not _INSIDE.search(name):
-                yield f"{self.path}.{name}", module
 
 
 ENDS = ("head", "embed")

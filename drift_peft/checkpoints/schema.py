@@ -85,7 +85,7 @@ class ModelConfig(Schema):
 
 
 class AdapterConfig(Schema):
-    """adapter_config.json: what a merge reads of it."""
+    """adapter_config.json: types that PEFT takes unchecked."""
 
     peft_type: str
     base_model_name_or_path: Text | None = None

@@ -1,4 +1,4 @@
-"""What PEFT did wrong in versions that are still taken is refused by name there."""
+"""Faults of older versions of PEFT, each refused by name."""
 
 from __future__ import annotations
 

@@ -88,6 +88,12 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+def listed(problems: Sequence[str], most: int) -> str:
+    """The first of these in one line, and how many more there are."""
+    more = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return "; ".join([*problems[:most], *more])
+
+
 def is_of(value: Any, hint: Any) -> bool:
     """Is the value of this type? Of what can be read only once, the entries stay unread."""
     kind, inner = get_origin(hint), get_args(hint)

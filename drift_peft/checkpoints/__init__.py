@@ -29,7 +29,7 @@ Nothing here knows of priors or of training.
 """
 
 from .carry import carry_adapter, scale_adapter
-from .checkpoint import TOKENIZER, Checkpoint, read_config
+from .checkpoint import TOKENIZER, Checkpoint, read_config, skeleton
 from .decoder import Decoder
 from .dequantized import (
     DequantizedCheckpoint,
@@ -49,11 +49,12 @@ from .lora import (
     lora_variants,
     open_expert,
     recorded_base,
-    recorded_revision,
     watched_adapter,
 )
 from .match import MODULES, Match, describe, match_weights
 from .naming import (
+    EMBEDDING,
+    HEAD,
     PROJECTIONS,
     canonical_name,
     cross_attention_layers,
@@ -90,6 +91,8 @@ from .watch import Watch
 
 __all__ = [
     "DRIFT_CONFIG",
+    "EMBEDDING",
+    "HEAD",
     "MODULES",
     "MOST_LAYERS",
     "PROJECTIONS",
@@ -152,12 +155,12 @@ __all__ = [
     "read_config",
     "read_json",
     "recorded_base",
-    "recorded_revision",
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",
     "scale_adapter",
     "shown",
+    "skeleton",
     "split_revision",
     "state_licences",
     "unwrapped",

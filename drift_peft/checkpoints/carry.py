@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig
 from torch.nn.functional import pad
 
+from ..arguments import listed
 from .checkpoint import Checkpoint
 from .decoder import is_linear
 from .lora import UNTRAINED, adapter_folder, made_without_training, read_adapter_config, read_updates
@@ -52,8 +53,15 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
     folder_of_adapter = adapter_folder(adapter)
     updates = read_updates(folder_of_adapter)
     _refuse_more_than_lora(updates, adapter)
-    factors = _placed(updates, adapter, checkpoint)
-    _refuse_incomplete(folder_of_adapter, updates, adapter, checkpoint)
+    find = _module_finder(checkpoint)
+
+    def weight_of(name: str) -> str | None:
+        module, _, attribute = name.rpartition(".")
+        found = find(module)
+        return found and f"{found}.{attribute}"
+
+    factors = _placed(updates, adapter, checkpoint, find)
+    refuse_incomplete(read_adapter_config(folder_of_adapter), checkpoint.model, updates, str(adapter), weight_of)
     if not (scalings := Counter(u.scaling for u in factors.values() if u.scaling and u.B.any())):
         raise ValueError(f"adapter {adapter} adds nothing: its lora_B or its lora_alpha are zero, as before training")
     (scaling, _), *_ = scalings.most_common(1)
@@ -94,36 +102,39 @@ def _plain(number: float) -> float | int:
     return whole if math.isclose(number, whole, rel_tol=1e-12) else number  # 16/49·49 is 15.999999999999998
 
 
-def _refuse_more_than_lora(updates: dict[str, list[Update]], adapter: str | Path) -> None:
-    for name, found in updates.items():
-        for update in found:
-            if isinstance(update, Whole):
-                part = f"{name} as it was trained itself (modules_to_save, bias or lora_bias)"
-            elif isinstance(update, Rows):
-                part = f"rows of {name} (trainable_token_indices)"
-            elif update.magnitude is not None:
-                part = f"the norms of the rows of {name} (use_dora)"
-            elif in_vocabulary(canonical_name(name) or ""):
-                part = f"an update of {name}, whose rows are tokens"
-            elif update.start is not None:
-                part = f"{name} of its own base"
-            else:
-                continue
-            raise ValueError(
-                f"adapter {adapter} holds {part}, which has no meaning beside another model's weights: name the model "
-                "that it was trained on as reference (--reference), and it is taken as a fine-tune of that"
-            )
+def _refuse_more_than_lora(updates: dict[str, Update], adapter: str | Path) -> None:
+    for name, update in updates.items():
+        if isinstance(update, Whole):
+            part = f"{name} as it was trained itself (modules_to_save, bias or lora_bias)"
+        elif isinstance(update, Rows):
+            part = f"rows of {name} (trainable_token_indices)"
+        elif update.magnitude is not None:
+            part = f"the norms of the rows of {name} (use_dora)"
+        elif in_vocabulary(canonical_name(name) or ""):
+            part = f"an update of {name}, whose rows are tokens"
+        elif update.start is not None:
+            part = f"{name} of its own base"
+        else:
+            continue
+        raise ValueError(
+            f"adapter {adapter} holds {part}, which has no meaning beside another model's weights: name the model "
+            "that it was trained on as reference (--reference), and it is taken as a fine-tune of that"
+        )
 
 
-def _placed(updates: dict[str, list[Update]], adapter: str | Path, checkpoint: Checkpoint) -> dict[str, LowRank]:
+def _placed(
+    updates: dict[str, LowRank], adapter: str | Path, checkpoint: Checkpoint, find: Callable[[str], str | None]
+) -> dict[str, LowRank]:
     """Module of the model -> its factors."""
-    find, nearest = _finder(checkpoint), _nearest_of(checkpoint)
+    projections = {canonical: module for module, canonical in checkpoint.decoder.projections.items()}
     factors: dict[str, LowRank] = {}
     problems = []
-    for name, (update,) in updates.items():
+    for name, update in updates.items():
         module = find(update.module)
         if module is None:
-            problems.append(f"{update.module} is not there{nearest(name) if len(problems) < LISTED else ''}")
+            near = len(problems) < LISTED and difflib.get_close_matches(canonical_name(name) or name, projections, 1, 0)
+            nearest = f" (the nearest name is {projections[near[0]]})" if near else ""
+            problems.append(f"{update.module} is not there{nearest}")
             continue
         layer = checkpoint.model.get_submodule(module)
         shape = layer.out_features, layer.in_features
@@ -135,34 +146,12 @@ def _placed(updates: dict[str, list[Update]], adapter: str | Path, checkpoint: C
     if problems:
         raise ValueError(
             f"adapter {adapter} does not fit {checkpoint.source} in {len(problems)} of its {len(updates)} modules: "
-            f"{'; '.join(problems[:LISTED])}{f'; and {len(problems) - LISTED} more' if len(problems) > LISTED else ''}"
+            f"{listed(problems, LISTED)}"
         )
     return factors
 
 
-def _refuse_incomplete(folder: Path, updates: dict, adapter: str | Path, checkpoint: Checkpoint) -> None:
-    find = _finder(checkpoint)
-
-    def weight_of(name: str) -> str | None:
-        module, _, attribute = name.rpartition(".")
-        found = find(module)
-        return found and f"{found}.{attribute}"
-
-    refuse_incomplete(read_adapter_config(folder), checkpoint.model, updates, str(adapter), weight_of)
-
-
-def _nearest_of(checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Name of a weight that the model lacks -> in an error's words, which projection of it has the nearest name."""
-    projections = {canonical: module for module, canonical in checkpoint.decoder.projections.items()}
-
-    def nearest(name: str) -> str:
-        near = difflib.get_close_matches(canonical_name(name) or name, projections, 1, 0)
-        return f" (the nearest name is {projections[near[0]]})" if near else ""
-
-    return nearest
-
-
-def _finder(checkpoint: Checkpoint) -> Callable[[str], str | None]:
+def _module_finder(checkpoint: Checkpoint) -> Callable[[str], str | None]:
     """Module of the text sibling, or of the model itself -> that of the model, if it is there and linear."""
     decoder = checkpoint.decoder
     linear = {name for name, module in checkpoint.model.named_modules() if is_linear(module)}

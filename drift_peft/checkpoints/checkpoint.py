@@ -16,10 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..warn import warn
-from .conversion import Conversion, Layout
+from .conversion import Layout
 from .decoder import Decoder
 from .hub import Repository, download, split_revision
-from .naming import canonical_name
+from .naming import EMBEDDING, HEAD, canonical_name, says_tied
 from .schema import FourBitState, Index, ModelConfig, check, read_json
 from .serving import auto_class_of
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
@@ -151,8 +151,8 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether embedding and head are one weight to transformers: its configuration says so, and the files hold no
         head that differs."""
-        embedding, head = (self.language_model.get(f"{end}.weight") for end in ("embed_tokens", "lm_head"))
-        if not any(getattr(config, "tie_word_embeddings", False) for config in (self.config, self.text_config)):
+        embedding, head = (self.language_model.get(end) for end in (EMBEDDING, HEAD))
+        if not says_tied(self.config):
             return False
         return None in (embedding, head) or torch.equal(*(Checkpoint.tensor(self, key) for key in (embedding, head)))
 
@@ -187,7 +187,7 @@ class Checkpoint:
         """The shards that `tensor(key)` is read from."""
         if key in self.keys:
             return [self.keys[key]]
-        return list(dict.fromkeys(self.keys[source] for source in self._conversion(key).sources))
+        return list(dict.fromkeys(self.keys[source] for source in self.layout.conversions[key].sources))
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of `tensor(key)`, without reading it."""
@@ -195,7 +195,7 @@ class Checkpoint:
             return tuple(self._state(key).shape)
         if key in self.keys:
             return self._headers[self.keys[key]][key][0]
-        conversion = self._conversion(key)
+        conversion = self.layout.conversions[key]
         return conversion.shapes({source: self.shape(source) for source in conversion.sources})[key]
 
     def dtype(self, key: str) -> torch.dtype:
@@ -204,7 +204,7 @@ class Checkpoint:
             return getattr(torch, self._state(key).dtype)
         if key in self.keys:
             return self._headers[self.keys[key]][key][1]
-        return self.dtype(next(iter(self._conversion(key).sources)))
+        return self.dtype(next(iter(self.layout.conversions[key].sources)))
 
     def quantized(self, key: str) -> str | None:
         """What shows that `tensor(key)` is not in full precision, as words that follow its name; None if nothing does.
@@ -212,7 +212,7 @@ class Checkpoint:
         Its dtype does, or a scale beside it that the class has no parameter for: not all that is quantized has a
         quantization_config, nor integers.
         """
-        for raw in [key] if key in self.keys else self._conversion(key).sources:
+        for raw in [key] if key in self.keys else self.layout.conversions[key].sources:
             dtype = Checkpoint.dtype(self, raw)
             if not dtype.is_floating_point or dtype.itemsize < 2:
                 return f"is {dtype}"
@@ -232,7 +232,7 @@ class Checkpoint:
             return dequantize(self._read(key), {part: self._read(at) for part, at in self._four_bit[key].items()})
         if key in self.keys:
             return self._read(key)
-        conversion = self._conversion(key)
+        conversion = self.layout.conversions[key]
         return conversion.convert({source: Checkpoint.tensor(self, source) for source in conversion.sources})[key]
 
     def fetch(self, file: Path) -> Path:
@@ -258,9 +258,6 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False).get_vocab()
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(f"transformers cannot read the tokenizer of {self.source}: {_reason(error)}") from error
-
-    def _conversion(self, name: str) -> Conversion:
-        return self.layout.conversions[name]
 
     def _read(self, key: str) -> torch.Tensor:
         return self._shard(self._where[key]).tensor(key)

@@ -16,9 +16,10 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..arguments import listed
 from .checkpoint import Checkpoint, named_adapters
 from .hub import Repository, download, split_revision
-from .naming import canonical_name, pattern_matches, unwrapped
+from .naming import EMBEDDING, HEAD, canonical_name, pattern_matches, unwrapped
 from .promised import PART, refuse_incomplete
 from .schema import AdapterConfig, check, read_json
 from .shards import load_bin
@@ -28,12 +29,13 @@ from .watch import Watch
 CONFIG = "adapter_config.json"
 DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
 FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-# In safetensors' metadata of W + λΔ that we made ourselves, of full-precision weights: who trains it and saves it again
-# writes no such thing, which a file beside it would not notice.
+# In safetensors' metadata of W + λΔ that we made ourselves, of full-precision weights. The mark stands in the tensors'
+# file: training and saving again drops it there. In a file beside it, it would outlive the weights that it speaks of.
 UNTRAINED = {"format": "pt", "drift_peft": "made without training"}
 # Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "arrow_config")  # by PEFT 0.18 and 0.19
+LISTED = 5  # problems that an error spells out
 IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
 
 
@@ -144,9 +146,9 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
         ValueError: the adapter has a part that cannot be merged, by name, or lacks one that its config promises; or not
             each of its modules finds one tensor of its shape: all that do not are listed.
     """
-    adapter, config, find = read_updates(folder), read_adapter_config(folder), _finder(checkpoint)
+    adapter, config, find = read_updates(folder), read_adapter_config(folder), _tensor_finder(checkpoint)
     updates = _match(checkpoint, adapter, source)
-    biases = {f"{update.module}.bias" for found in adapter.values() for update in found}
+    biases = {f"{update.module}.bias" for update in adapter.values()}
     if config.bias == "lora_only" and not biases & adapter.keys():
         if lost := sorted(name for name in biases if find(name)[1]):
             raise ValueError(
@@ -162,14 +164,11 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
     return updates
 
 
-def recorded_base(folder: Path) -> str | None:
-    """The model that an adapter in this folder says it was trained on; None if it does not."""
-    return read_adapter_config(folder).base_model_name_or_path or None
-
-
-def recorded_revision(folder: Path) -> str | None:
-    """Of that model's repository; None where it was the newest, or a folder."""
-    return read_adapter_config(folder).revision or None
+def recorded_base(folder: Path) -> tuple[str | None, str | None]:
+    """The model that an adapter in this folder says it was trained on, None if it does not; and the revision of that
+    model's repository, None where it was the newest, or a folder."""
+    config = read_adapter_config(folder)
+    return config.base_model_name_or_path or None, config.revision or None
 
 
 def made_without_training(folder: Path) -> bool:
@@ -206,23 +205,25 @@ def lora_variants() -> list[str]:
     return [f.name for f in known]
 
 
-def read_updates(folder: Path) -> dict[str, list[Update]]:
-    """In-memory name of a tensor, as the adapter has it -> its updates."""
+def read_updates(folder: Path) -> dict[str, Update]:
+    """In-memory name of a tensor, as the adapter has it -> its update."""
     config = read_adapter_config(folder)
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    updates: dict[str, list[Update]] = {}
+    updates: dict[str, Update] = {}
     for key, tensor in _adapter_tensors(folder).items():
         name = key.removeprefix("base_model.model.")
         module, _, attribute = name.rpartition(".")
         if match := PART.fullmatch(name):
             modules.setdefault(match["module"], {})[match["part"]] = tensor
         elif "lora_" not in name and (config.modules_to_save or (config.bias != "none" and attribute == "bias")):
-            updates[name] = [Whole(module, tensor)]
+            updates[name] = Whole(module, tensor)
         else:
             raise ValueError(f"adapter {folder} holds {key}, which is no part of LoRA; {IN_MEMORY}")
     for module, parts in modules.items():
         for attribute, update in _module_updates(folder, config, module, parts).items():
-            updates.setdefault(f"{module}.{attribute}", []).append(update)
+            if (name := f"{module}.{attribute}") in updates:
+                raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")
+            updates[name] = update
     if not updates:
         raise ValueError(f"adapter {folder} holds no weights: it was saved from a model that is not wrapped")
     return updates
@@ -307,32 +308,31 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise FileNotFoundError(f"adapter {folder} holds neither {safe.name} nor {pickled.name}")
 
 
-def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str) -> dict[str, Update]:
+def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> dict[str, Update]:
     """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
     problems, updates = [], {}
-    find = _finder(checkpoint)
+    find = _tensor_finder(checkpoint)
     ends: dict[str, Update] = {}  # embedding and head as they were trained, where these are one weight
-    for name, found in adapter.items():
-        for update in found:
-            canonical, raw = find(name)
-            if canonical in TIED and not isinstance(update, Rows) and checkpoint.tied:
-                ends[canonical] = update
-                canonical, raw = EMBEDDING, checkpoint.language_model.get(EMBEDDING)
-                if len(ends) == 2 and _alike(*ends.values()):  # PEFT's ensure_weight_tying writes it twice
-                    continue
-            if raw is None:
-                problems.append(f"the base has no {canonical or name}")
-            elif raw in updates:
-                problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
-            elif wanted := update.misfit(checkpoint.shape(raw)):
-                shape = list(checkpoint.shape(raw))
-                problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
-            elif wrong := checkpoint.quantized(raw):
-                problems.append(f"{raw} {wrong} in the base: name the full-precision one")
-            else:
-                updates[raw] = update
-                if canonical == EMBEDDING and checkpoint.tied and (head := checkpoint.language_model.get(HEAD)):
-                    updates[head] = update  # some checkpoints hold both
+    for name, update in adapter.items():
+        canonical, raw = find(name)
+        if canonical in TIED and not isinstance(update, Rows) and checkpoint.tied:
+            ends[canonical] = update
+            canonical, raw = EMBEDDING, checkpoint.language_model.get(EMBEDDING)
+            if len(ends) == 2 and _alike(*ends.values()):  # PEFT's ensure_weight_tying writes it twice
+                continue
+        if raw is None:
+            problems.append(f"the base has no {canonical or name}")
+        elif raw in updates:
+            problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
+        elif wanted := update.misfit(checkpoint.shape(raw)):
+            shape = list(checkpoint.shape(raw))
+            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
+        elif wrong := checkpoint.quantized(raw):
+            problems.append(f"{raw} {wrong} in the base: name the full-precision one")
+        else:
+            updates[raw] = update
+            if canonical == EMBEDDING and checkpoint.tied and (head := checkpoint.language_model.get(HEAD)):
+                updates[head] = update  # some checkpoints hold both
     if len(ends) == 1:
         ((canonical, update),) = ends.items()
         problems.append(
@@ -340,8 +340,7 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, list[Update]], source: str
             "ensure_weight_tying=True of PEFT 0.19 or newer would have trained as one"
         )
     if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed}")
+        raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed(problems, LISTED)}")
     return updates
 
 
@@ -354,11 +353,10 @@ def _alike(one: Update, other: Update) -> bool:
     )
 
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 TIED = {EMBEDDING: "the head", HEAD: "the embedding"}
 
 
-def _finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
+def _tensor_finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
     """Name of a tensor in an adapter -> its canonical name, if it is the language model's, and its raw key."""
     decoder = checkpoint.decoder
 

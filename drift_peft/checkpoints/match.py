@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import listed
 from .checkpoint import Checkpoint
-from .naming import layer_order, module_kind
+from .naming import EMBEDDING, HEAD, layer_order, module_kind, says_tied
 
 MODULES = ("attn", "mlp", "norm", "bias", "head", "embed")
 SAME_IN_BOTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 LISTED = 20  # mismatches that an error spells out
 
 
@@ -92,8 +92,7 @@ def match_weights(
             keys[name] = {role: found[0] for role, found in claims.items()}
     models = " and ".join(source.source for source in sources.values())
     if problems:
-        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise ValueError(f"{models} do not match in {len(problems)} places: {'; '.join(problems[:LISTED])}{more}")
+        raise ValueError(f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}")
     counts = dict(sorted(Counter(pattern for pattern, _ in alone).items()))
     if not keys:
         decoders = " and ".join(type(source.model).__name__ for source in sources.values())
@@ -173,8 +172,7 @@ def _pattern(name: str) -> str:
 
 def _is_tied(source: Checkpoint) -> bool:
     """Whether the embedding is the head: there is no other on disk. The configuration alone cannot be trusted."""
-    configs = source.config, source.text_config
-    return HEAD not in source.claims and any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    return HEAD not in source.claims and says_tied(source.config)
 
 
 def _claims(source: Checkpoint, name: str) -> list[str]:

@@ -15,6 +15,8 @@ import regex
 PROJECTIONS = ("attn", "mlp")
 """Presets of what is a matrix in a layer."""
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
 MATCHING = 1.0  # seconds for a regular expression and a name, which take microseconds
 
 _WRAPPER = re.compile(
@@ -109,5 +111,9 @@ def layer_order(canonical: str) -> list[str | int]:
 
 def cross_attention_layers(config) -> tuple[int, ...]:
     """Indices of the cross-attention layers that a transformers config places among the text layers (mllama only)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return tuple(getattr(text, "cross_attention_layers", None) or ())
+    return tuple(getattr(config.get_text_config(), "cross_attention_layers", None) or ())
+
+
+def says_tied(config) -> bool:
+    """Whether a transformers config says, at its top or of the text model, that embedding and head are one weight."""
+    return any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))

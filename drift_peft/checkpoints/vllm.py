@@ -100,8 +100,8 @@ def export_for_vllm(
 def _factors(folder: Path, adapter: str | Path) -> dict[str, LowRank]:
     """Module -> its factors; refused by name where it is more than that, or not the language model's."""
     factors = {}
-    for name, (update, *more) in read_updates(folder).items():
-        if more or not isinstance(update, LowRank) or update.magnitude is not None or update.start is not None:
+    for name, update in read_updates(folder).items():
+        if not isinstance(update, LowRank) or update.magnitude is not None or update.start is not None:
             raise ValueError(
                 f"adapter {adapter} holds more than LoRA factors of {name} (use_dora, modules_to_save, bias, "
                 "trainable_token_indices, or weights of its base), which vLLM does not serve: merge it (drift-peft "

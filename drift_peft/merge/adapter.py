@@ -12,6 +12,8 @@ from typing import Literal
 from ..arguments import typed
 from ..checkpoints import (
     DRIFT_CONFIG,
+    EMBEDDING,
+    HEAD,
     TOKENIZER,
     Checkpoint,
     DequantizedCheckpoint,
@@ -144,7 +146,7 @@ def merge_adapter(
             elif not any(u.scaling for u in low_rank):
                 why = "its lora_alpha is 0"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
-        ends = {checkpoint.language_model.get(f"{end}.weight") for end in ("embed_tokens", "lm_head")}
+        ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
         if not ends.isdisjoint(updates):
             _take_tokenizer(adapter, folder_of_adapter, folder)
         what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))

@@ -17,7 +17,6 @@ from ..checkpoints import (
     cached_snapshot,
     named,
     recorded_base,
-    recorded_revision,
     repository_of,
 )
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
@@ -44,7 +43,7 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
     Raises:
         ValueError: it is another model, with both names; or the adapter is in it already.
     """
-    recorded, revision, prior = recorded_base(folder), recorded_revision(folder), _prior(folder)
+    (recorded, revision), prior = recorded_base(folder), _prior(folder)
     why, trained_on, base = None, recorded, checkpoint.source
     if revision and not Path(recorded or "").exists():
         trained_on = f"{recorded}@{revision}"

@@ -13,14 +13,10 @@ from typing import get_type_hints
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-)
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 
 from ..arguments import check_whole, is_number
-from ..checkpoints import Decoder, cross_attention_layers
+from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .recipe import check_type
@@ -175,12 +171,7 @@ class Memory:
                 f"{name} sees its images in {len(cross)} layers of cross-attention, and what these keep is not counted "
                 f"here: {MEASURE}"
             )
-        try:
-            with torch.device("meta"):
-                self.model = AutoModelForImageTextToText.from_config(config)
-        except Exception as error:  # whatever transformers raises over a config, or a package that is missing
-            reason = " ".join(str(error).split()).partition(". ")[0]
-            raise ValueError(f"transformers cannot build {name} here: {reason}") from error
+        self.model = skeleton(config, name)
         decoder = Decoder(self.model)
         head = self.model.get_output_embeddings()
         if head is None:
@@ -201,7 +192,7 @@ class Memory:
         if parameter.removesuffix(".weight") in self.shapes:
             return FOUR_BIT
         canonical = decoder.name(parameter) or ""
-        if canonical in ("embed_tokens.weight", "lm_head.weight"):
+        if canonical in (EMBEDDING, HEAD):
             return "embedding and head"
         if canonical.startswith("embed_tokens_per_layer."):
             return "per-layer embeddings"

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from drift_peft import DriftConfig, merge_adapter
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.checkpoints.dequantized import DequantizedCheckpoint, through_four_bits
+from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.merge.verify import Row, _prompts, _verdict_four_bit, _verdict_full
-from drift_peft.tuner import keep_4bit_differentiable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Switched off bitsandbytes")
 (entry,) = entry_points(group="console_scripts", name="drift-peft")

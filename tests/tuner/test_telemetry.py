@@ -124,6 +124,12 @@ def test_of_models_wrapped_elsewhere(pair, how):
     assert ("bias_ratio" in found) == ("gradient_cosine/mlp" in found) == (how == "guide")
 
 
+def test_with_a_prior_the_steps_are_counted_too(pair):
+    model = steered(pair)
+    train(model, sgd(model))
+    assert telemetry(model, pair.prior)["guided_steps"] == telemetry(model)["guided_steps"] == 2
+
+
 def test_of_full_training(whole):
     model = copy.deepcopy(whole.base).double().train()
     start = state(model)

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model, peft_model
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -161,9 +161,22 @@ def _grown(inject_adapter):
         if type(self) is LoraModel and isinstance(self.peft_config[adapter_name], DriftConfig):
             self.__class__ = DriftModel  # which has no state of its own
             return self.inject_adapter(model, adapter_name, *args, **kwargs)
-        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+        _release_frozen(model, adapter_name, self.peft_config[adapter_name])
 
     return wrapper
+
+
+def _release_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """What guide() steers of a model without adapters is trained no more once PEFT has frozen it."""
+    frozen = [s for s in steered_of(model) if not s.adapter and not s.parameter(s.factors[0]).requires_grad]
+    for steered in frozen:
+        steered.release()
+    if frozen and not isinstance(config, DriftConfig) and not config.inference_mode:
+        warn(
+            f"guide() steered this model's own weights, which PEFT has frozen now, and the adapter '{adapter_name}' is "
+            "not steered: call guide(model, prior) after get_peft_model."
+        )
 
 
 LoraModel.inject_adapter = _grown(LoraModel.inject_adapter)

@@ -63,6 +63,10 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
     if kept and not found:
         return kept
     if not found:
+        idle = {s.adapter for module in model.modules() for s in vars(module).get("drift_peft", {}).values()}
+        if idle and prior is None:
+            name = min(idle)
+            raise ValueError(f"No active adapter is steered, but '{name}' is: call model.set_adapter('{name}') first.")
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
     steps = max((int(config.drift_steps) for config in configs), default=0)
     result: dict[str, float | int] = {"guided_steps": steps, **kept}

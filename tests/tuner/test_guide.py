@@ -1,6 +1,7 @@
 """guide(model, prior): models that somebody else wrapped."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,22 @@ def test_what_guide_refuses_leaves_the_earlier_settings(pairs):
     ):
         guide(model, ReasoningPrior.load(folder / "prior.safetensors"), drift_alpha=0.1, drift_norm="weight")
     assert steered_of(model) == before and {s.alpha for s in before} == {0.5}
+
+
+def test_guide_before_the_model_is_wrapped(pairs):
+    """Its own weights are steered then, which PEFT freezes."""
+    folder = pairs("llama")
+    model = guide(load(folder, "llama"), folder / "prior.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"the adapter 'default' is not steered: call guide\(model, prior\) after get_"
+    ):
+        plain = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert steered_of(plain) == []
+    model = guide(load(folder, "llama"), folder / "prior.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not steered")
+        wrapped = get_peft_model(model, drift(folder, target_modules=["q_proj"]))
+    assert {s.name.split(".")[-2] for s in steered_of(wrapped)} == {"q_proj"}
 
 
 def test_guide_where_nothing_that_is_trained_has_a_delta(pairs):

@@ -52,11 +52,12 @@ def check_fit(
     modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
-        what, way_out = "Nothing that is trained here", ""
-        if unsteered:
-            what = f"None of the {len(unsteered)} targeted modules, such as {unsteered[0].removesuffix('.weight')},"
-            way_out = ": leave target_modules=None to adapt exactly what the prior covers"
-        raise ValueError(f"{what} has a Δ in the prior '{prior.source}', so nothing would be steered{way_out}.")
+        if not unsteered:
+            raise ValueError(f"Nothing that is trained here has a Δ in the prior '{prior.source}': it steers nothing.")
+        raise ValueError(
+            f"None of the {len(unsteered)} targeted modules, such as {unsteered[0].removesuffix('.weight')}, has a Δ "
+            f"in the prior '{prior.source}': leave target_modules=None to adapt exactly what the prior covers."
+        )
     if config.drift_target == "factors":
         for name in steered:
             if (rank := len(prior[name].S)) < targets[name]:

@@ -94,7 +94,9 @@ def test_guide_where_nothing_that_is_trained_has_a_delta(pairs):
     model = load(folder, "llama")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
-    with pytest.raises(ValueError, match=r"^Nothing that is trained here has a Δ in the prior '.*', .* be steered\.$"):
+    with pytest.raises(
+        ValueError, match=r"^Nothing that is trained here has a Δ in the prior '.*': it steers nothing\.$"
+    ):
         guide(model, ReasoningPrior.load(folder / "prior.safetensors"))
 
 

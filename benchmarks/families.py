@@ -99,7 +99,7 @@ def _whole_way(folder: Path, delta: dict[str, torch.Tensor]) -> tuple[int, str]:
     config = DriftConfig(prior=folder / "prior.safetensors", r=4, lora_alpha=8)
     model = get_peft_model(_load(folder / "base"), config)
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    steered = {s.name for layer in layers.values() for s in getattr(layer, "drift", {}).values()}
+    steered = {s.name for layer in layers.values() for s in vars(layer).get("drift_peft", {}).values()}
     if len(steered) != len(layers) or not steered <= delta.keys():
         raise Failure(f"{len(layers)} modules are adapted, {len(steered)} of them steered")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

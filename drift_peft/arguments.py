@@ -14,7 +14,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32's numbers
 SHOWN = 200  # characters of a value in an error
@@ -61,9 +61,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     if isinstance(value, str) and not value and Path in get_args(hint):
         raise ValueError(f"{name} is empty: name a file, a folder or a hub id")
     if not is_of(value, hint):
-        shown = repr(value)
-        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
-        raise ValueError(f"{name} must be {_words(hint)}, got {shown}")
+        raise ValueError(f"{name} must be {_words(hint)}, got {_shown(value)}")
 
 
 def check_whole(least: int = 1, **values: Any) -> None:
@@ -114,6 +112,14 @@ def is_of(value: Any, hint: Any) -> bool:
     if kind in (Mapping, dict):
         return all(is_of(key, inner[0]) and is_of(entry, inner[1]) for key, entry in value.items())
     return True
+
+
+def _shown(value: Any) -> str:
+    """A value in an error; of an object that prints as a page, such as a model or a processor, its class."""
+    shown = repr(value)
+    if type(value).__module__ != "builtins" and ("\n" in shown or len(shown) > SHOWN):
+        return f"a {type(value).__name__}"
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
 
 
 def _words(hint: Any) -> str:

@@ -5,7 +5,7 @@
 In the folder: `train.jsonl`, 200 pictures of two and three operations with their chains of thought; `text.jsonl`, as
 many chains about text alone; `prompts.txt`, their questions, which the expert is asked; `test.jsonl`, exams by
 category; `recipe.yaml` and `text.yaml`, which train on pictures and on text; `unlabelled/`, 240 pictures for a keep
-set, and `questions.txt`, which it asks about them.
+set, and `questions.txt`, which it asks about them. The recipes' paths begin where this command was run.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.held import Held, mark_of, settings_to_hold
-from parts.images import image_mode
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.replay import with_replay
@@ -58,7 +57,7 @@ from drift_peft import (
     telemetry,
 )
 from drift_peft.checkpoints import Checkpoint, Decoder, shown, split_revision
-from drift_peft.keeping import check_processor_settings
+from drift_peft.keeping import check_processor_settings, image_mode
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
 
@@ -304,6 +303,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
             print(f"Training goes on from {start}{aside}.")
             if held.before is None:
                 print("It does not say with which settings it was trained: see that they are these.")
+        begun = steps_of(Path(start)) if start else None  # asked now: save_total_limit may delete it meanwhile
     with in_one_sentence("sft_vlm.py", OSError):
         try:
             result = trainer.train(resume_from_checkpoint=start)
@@ -311,7 +311,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
             told = f"the GPU has no room for a step of {train.per_device_train_batch_size} samples at a time"
             ways_out = "lower per_device_train_batch_size, max_tokens, or max_pixels in processor_kwargs"
             stop("sft_vlm.py", f"{told}: {ways_out}; drift-peft preflight says what that saves", 1)
-        if start and result.global_step == steps_of(Path(start)) and earlier_record(output):
+        if result.global_step == begun and earlier_record(output):
             told = f"{start} has taken all {result.global_step} steps that these settings ask for"
             way_out = "raise num_train_epochs or max_steps, or change output_dir"
             stop("sft_vlm.py", f"{told}, and the run was finished with others: {way_out}", 1)

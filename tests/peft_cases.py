@@ -167,7 +167,7 @@ def equal(one, other):
 
 
 def steering(model):
-    return [s for m in model.modules() for s in vars(m).get("drift", {}).values()]
+    return [s for m in model.modules() for s in vars(m).get("drift_peft", {}).values()]
 
 
 def lora_layers(model):

@@ -100,10 +100,10 @@ def test_the_sentence():
         numpy(np.float64(1.5))
     for wrong, said in {
         "a": "a must be a whole number or None, got 'x'",
-        "b": "b must be a list, each entry of it (a text, a text), got 'x'",
-        "c": "c must be a Module, a text or a path, got 1",
+        "b": "b must be a list, each entry of it (a string, a string), got 'x'",
+        "c": "c must be a Module, a string or a path, got 1",
         "d": "d must be a number or 'auto', got 'x'",
-        "e": "e must be None or a dict of a text to a number, got 'x'",
+        "e": "e must be None or a dict of a string to a number, got 'x'",
     }.items():
         with pytest.raises(ValueError) as error:
             function(**{wrong: 1 if wrong == "c" else "x"})
@@ -113,6 +113,8 @@ def test_the_sentence():
     with pytest.raises(ValueError) as error:
         function(a="x" * 1000)
     assert len(str(error.value)) < 300
+    with pytest.raises(ValueError, match=r"^a must be a whole number or None, got a Sequential$"):  # no page of modules
+        function(a=nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("function", [f for f in TYPED if "prior" not in f.__name__], ids=lambda f: f.__qualname__)

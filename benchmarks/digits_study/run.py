@@ -22,8 +22,8 @@ from drift_peft.demo.compare import quiet
 from drift_peft.demo.evaluate import ask, encode, exams, is_right
 from drift_peft.demo.train import load, task_arithmetic
 from drift_peft.demo.world import PERCEPTION, Sample, make_samples
+from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.merge import merge_baseline
-from drift_peft.tuner import keep_4bit_differentiable
 
 from .keep_sets import keep_set_of, replayed
 from .methods import METHODS, Method

@@ -31,8 +31,8 @@ from drift_peft import (
     merge_adapter,
 )
 from drift_peft.demo.evaluate import ask, encode
+from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.merge import merge_baseline
-from drift_peft.tuner import keep_4bit_differentiable
 
 from .abilities import abilities
 from .make import autocast

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from ..checkpoints import Checkpoint, language_model_targets, write_tensors
-from ..keeping import keep
+from ..keeping import keep, keep_4bit_differentiable
 from ..prior import ReasoningPrior
-from ..tuner import DriftConfig, keep_4bit_differentiable, telemetry
+from ..tuner import DriftConfig, telemetry
 from .evaluate import encode
 from .world import Sample
 

@@ -48,7 +48,10 @@ class Digits:
     """
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError('the demo needs scikit-learn: pip install "drift_peft[demo]"') from error
 
         data = load_digits()
         order = np.random.default_rng(0).permutation(

@@ -47,7 +47,7 @@ class DriftPlugin(BasePlugin):
             ValueError: as of PluginSettings.read; relora, or a null key under use_ray.
         """
         self.settings = PluginSettings.read(cfg)
-        if cfg.get("relora") and self.settings.guides:
+        if cfg.get("relora") and self.settings.steers:
             raise ValueError(
                 "relora merges the adapter and starts it anew, and each time Δ would be added once more: leave out "
                 "relora, or the plugin."

@@ -101,8 +101,7 @@ def adapt(model, config: dict, is_train: bool = False):
         if isinstance(targets := lora.get("target_modules"), str):  # PEFT takes it for a regular expression
             lora["target_modules"] = None if targets == "all" else [targets]  # None: what the prior covers
         model = get_peft_model(model, settings.config(task_type=_task_type(model), **lora))
-    if settings.keeps:
-        settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
+    settings.keep(model, partial(AutoProcessor.from_pretrained, model.name_or_path))
     return model
 
 

@@ -14,6 +14,7 @@ import ast
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ class DriftTuner(PeftTuner):
             **optional,
         )
         model = get_peft_model(model, config)
-        if settings.keeps:
-            settings.keep(model, args.get_model_processor(load_model=False)[1])
+        settings.keep(model, lambda: args.get_model_processor(load_model=False)[1])
         return model
 
     @staticmethod
@@ -100,8 +100,7 @@ class DriftTuner(PeftTuner):
         if ours and not given:
             settings.guidance = {}  # the adapter holds its own, with the hash of its prior
         model = settings.load(model, model_id, **{key: kwargs[key] for key in kwargs if key != "is_trainable"})
-        if settings.keeps:
-            settings.keep(model, AutoProcessor.from_pretrained(model.name_or_path))
+        settings.keep(model, partial(AutoProcessor.from_pretrained, model.name_or_path))
         return model
 
 

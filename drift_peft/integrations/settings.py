@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -42,19 +42,19 @@ class PluginSettings:
                 way_out = nearest(key, known) or f"its settings are {', '.join(known)}"
                 raise ValueError(f"'{key}' is no setting of drift_peft; {way_out}")
         settings = cls(*({keys[k]: v for k, v in own.items() if k in keys} for keys in (GUIDANCE, KEEPING)))
-        if settings.guides:
+        if settings.steers:
             settings.config()
-        elif not settings.keeps or len(settings.guidance) > ("prior" in settings.guidance):
+        elif not settings.keeps or settings.guidance.keys() - {"prior"}:
             raise ValueError(
                 "drift_prior is missing: set it to a prior's file or hub id to steer with, or drift_keep alone to keep "
                 "a keep set's answers."
             )
-        if not settings.keeps and len(settings.keeping) > ("keep_set" in settings.keeping):
+        if not settings.keeps and settings.keeping.keys() - {"keep_set"}:
             raise ValueError("drift_keep is missing: set it to a keep set's file or hub id, or leave out drift_keep_….")
         return settings
 
     @property
-    def guides(self) -> bool:
+    def steers(self) -> bool:
         return self.guidance.get("prior") is not None or self.guidance.get("drift_target") == "base"
 
     @property
@@ -80,10 +80,10 @@ class PluginSettings:
 
     def guide(self, model: nn.Module) -> None:
         """Steer a model that the tool has wrapped, or trains in full."""
-        if self.guides:
+        if self.steers:
             guide(model, **self.guidance)
 
-    def keep(self, model: nn.Module, processor: Any) -> None:
-        """Keep the model near a keep set's answers."""
+    def keep(self, model: nn.Module, load_processor: Callable[[], Any]) -> None:
+        """Keep the model near a keep set's answers; its processor is loaded only for that."""
         if self.keeps:
-            keep(model, processor=processor, **self.keeping)
+            keep(model, processor=load_processor(), **self.keeping)

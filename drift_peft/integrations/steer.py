@@ -38,8 +38,7 @@ class SteerCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.settings.guide(model)
-        if self.settings.keeps:
-            self.settings.keep(model, self.processor())
+        self.settings.keep(model, self.processor)
         self.steered = True
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -29,13 +29,13 @@ train       keep: a model that trains stays near the VLM
 """
 
 from .answering import evaluated
-from .answers import Sample, as_templates_are_read
+from .answers import Sample, as_templates_are_read, image_mode
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
-from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
+from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words, warn_of_lost_keeping
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
@@ -66,6 +66,7 @@ __all__ = [
     "check_processor_settings",
     "divergence",
     "evaluated",
+    "image_mode",
     "is_kept",
     "keep",
     "keep_4bit_differentiable",
@@ -78,6 +79,7 @@ __all__ = [
     "measure",
     "summarize",
     "training_samples",
+    "warn_of_lost_keeping",
     "write_page",
     "write_samples",
 ]

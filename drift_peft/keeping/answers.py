@@ -71,6 +71,12 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     return dict(inputs)
 
 
+def image_mode(processor: Any) -> str:
+    """What a processor takes: RGB, or L where it normalizes a single channel."""
+    mean = getattr(processor.image_processor, "image_mean", None)
+    return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
+
+
 def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:
     """What a processor is told beside a text of its chat template, as its own apply_chat_template tells it: where the
     template has written the token that begins a text, such as Gemma's, the tokenizer is not to write it again."""

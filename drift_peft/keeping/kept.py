@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 from ..checkpoints import shown
+from ..warn import warn
 from .distance import answer_rows, divergence
 from .feed import Feed, Part, mixed
 from .file import KeepSet
@@ -149,6 +150,11 @@ class Keeping:
         for part in parts:
             with torch.enable_grad():  # a step may stand under no_grad
                 loss = self._divergence(part).sum() / said
+                if not loss.requires_grad:
+                    raise RuntimeError(
+                        "keep() passes its answers through the model when the optimizer steps, and what is trained has "
+                        "no part in that now: enable the adapter, or unmerge it, before step()."
+                    )
                 scaled = loss * self.scale.to(loss.device)
             gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
             total = total or [*gradients]
@@ -220,6 +226,19 @@ def keepings_of(model: nn.Module) -> list[Keeping]:
 def is_kept(parameters: Container[int]) -> bool:
     """Is something added to the gradient of any of these, by their id()?"""
     return any(keeping.among(parameters) for keeping in _alive())
+
+
+def warn_of_lost_keeping(groups: dict[int, dict]) -> None:
+    """An optimizer that is resumed knows that its model was kept, and a keep set is not saved with a checkpoint.
+
+    Args:
+        groups: id(parameter) -> its group, for what it trains.
+    """
+    if any(STEPS in group for group in groups.values()) and not is_kept(groups):
+        warn(
+            "This optimizer goes on from steps that were kept near the VLM, and now nothing keeps its model: call "
+            "keep(model, keep_set, processor) before training, too."
+        )
 
 
 def keep_telemetry(model: nn.Module) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ..arguments import nearest
 from ..checkpoints import Checkpoint
 from ..warn import warn
 from .answering import ends_of, evaluated, greedy, load_model
-from .answers import answer_logits, answered, placed, prompts
+from .answers import answer_logits, answered, image_mode, placed, prompts
 from .file import NEEDS_PILLOW, vocabulary_rows
 from .sample_file import tokenizer_identity
 
@@ -85,9 +85,7 @@ class Vlm:
 
     @property
     def image_mode(self) -> str:
-        """What the processor takes: RGB, or L where it normalizes a single channel."""
-        mean = getattr(self.processor.image_processor, "image_mean", None)
-        return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
+        return image_mode(self.processor)
 
     @property
     def places(self) -> list[int]:

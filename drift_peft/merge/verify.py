@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization
-from ..keeping import as_templates_are_read
+from ..keeping import as_templates_are_read, image_mode
 from ..warn import first_line, warn
 
 VERIFY_TOKENS = 32
-SIDE = 224  # pixels of the picture
+SIDE = 336  # pixels of an image prompt, in whole patches of 12, 14 or 16 where a processor does not resize
 ONTO = {"base": "merged into the base", "dequantized": "merged onto the dequantized base"}
 
 Logits = dict[str, Tensor]
@@ -229,7 +229,7 @@ def _prompts(checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, dict[str, 
 
 
 def _image_prompt(folder: Path) -> dict[str, Any]:
-    """A picture of noise and a question, as the folder's processor prepares them."""
+    """A picture of noise, of the colours that the folder's processor takes, and a question, as it prepares them."""
     from PIL import Image  # every image processor needs it, and nothing else here does
 
     held = any(folder.glob("*processor_config.json"))  # else transformers' message is about the hub
@@ -237,10 +237,11 @@ def _image_prompt(folder: Path) -> dict[str, Any]:
     if not isinstance(processor, ProcessorMixin):
         raise ValueError("the folder holds no processor")
     pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(pixels.numpy()).convert(image_mode(processor))
     question = {"type": "text", "text": "What is in the picture?"}
     turn = {"role": "user", "content": [{"type": "image"}, question]}
     text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    inputs = {"text": [text], "images": [[Image.fromarray(pixels.numpy())]], **as_templates_are_read(processor, text)}
+    inputs = {"text": [text], "images": [[picture]], **as_templates_are_read(processor, text)}
     return dict(processor(**inputs, return_tensors="pt"))
 
 

@@ -27,7 +27,6 @@ guide      the same for models that were wrapped elsewhere, and for full fine-tu
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..keeping import keep_4bit_differentiable
 from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
 from .config import DriftConfig
 from .described import describe, own_fields
@@ -49,7 +48,6 @@ __all__ = [
     "fitting_modules",
     "guide",
     "is_guided",
-    "keep_4bit_differentiable",
     "own_fields",
     "telemetry",
     "weight_products",

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..keeping import add_to_trainers
 from ..prior import PriorVector, PriorWeight, ReasoningPrior
 from ..warn import warn
 from . import guidance
@@ -13,7 +14,7 @@ from .config import DriftConfig
 from .settings import is_guided
 from .sharding import values
 from .steered import SteeredAdapter, SteeredTensor, TrainedTensor
-from .trainer import register_callback
+from .trainer import DriftCallback
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -35,8 +36,7 @@ def steer(
     everything is held at the base. Where all of Δ was merged in, nothing is left to pull to. Returns the adapters."""
 
     def guided(name: str) -> bool:
-        whole = config.pulls and config.merged is not None and config.merged.scale_of(name) == 1
-        return (prior is None or name in prior) and is_guided(config, name) and not whole
+        return (prior is None or name in prior) and is_guided(config, name) and not config.absorbed(name)
 
     def left(name: str) -> PriorWeight | PriorVector | None:
         if prior is None:
@@ -53,7 +53,7 @@ def steer(
         if guided(name) and id(parameter) not in seen:  # of tied weights, the first one's Δ
             seen.add(id(parameter))
             if keeps_start and start is None:  # after an earlier call it is no longer what the tensor holds
-                earlier = getattr(module, "drift", {}).get(attribute)
+                earlier = vars(module).get("drift_peft", {}).get(attribute)
                 held = {} if earlier is None else earlier.prior
                 start = held.get("W0", values([parameter])[0].clone())
             W0 = values([start])[0] if keeps_start else None
@@ -64,9 +64,13 @@ def steer(
             f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
             f"{lower[0]}: these are steered by all that it holds."
         )
+    earlier = [(layer, adapter) for _, layer, adapter in layers] + [(t.module, t.attribute) for t in trained]
+    for module, key in earlier:  # whatever steered these before, also what the settings leave out now
+        if key in vars(module).get("drift_peft", {}):
+            module.drift_peft[key].release()
     for s in [*adapters, *tensors]:
         s.register()
-    register_callback()
+    add_to_trainers(DriftCallback)
     return adapters
 
 

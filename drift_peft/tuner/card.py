@@ -24,8 +24,7 @@ METHODS = {  # what the guidance did
     "factors": f"after each optimizer step the adapter went a part of the way to {BEYOND}",
     "base": "after each optimizer step the adapter was drawn back, which holds the model near {base}",
 }
-SHOWN = ("alpha", "scale", "target", "rank", "norm", "spectrum", "modules", "alpha_pattern")
-SHOWN += ("warmup_steps", "decay_steps")
+SHOWN = ("rank", "norm", "spectrum", "modules", "alpha_pattern", "warmup_steps", "decay_steps")
 
 SECTION = """\
 {start}
@@ -179,8 +178,8 @@ def _without_paths(merged: MergedDelta) -> MergedDelta:
 
 
 def _guidance(config: DriftSettings) -> str:
-    settings = {name: getattr(config, f"drift_{name}") for name in SHOWN}
-    defaults = {name: type(config).__dataclass_fields__[f"drift_{name}"].default for name in SHOWN}
-    told = [f"{name} = {value}" for name, value in settings.items() if value not in (defaults[name], {})]
-    guidance = [f"{settings['scale']} toward {settings['target']}, strength {settings['alpha']}"]
-    return ", ".join([*guidance, *(text for text in told if text.split(" = ")[0] not in ("scale", "target", "alpha"))])
+    told = [f"{config.drift_scale} toward {config.drift_target}, strength {config.drift_alpha}"]
+    for name in SHOWN:
+        value, default = (getattr(settings, f"drift_{name}") for settings in (config, DriftSettings()))
+        told += [] if value == default else [f"{name} = {value}"]
+    return ", ".join(told)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
 from ..arguments import is_number, is_whole, nearest, plain
 from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json
 from .card import update_card
-from .described import documented
+from .described import documented, own_fields
 from .settings import DriftSettings, check_settings
 
 # Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
@@ -92,9 +92,14 @@ class DriftConfig(DriftSettings, LoraConfig):
     def _check_lora(self) -> None:
         if not is_whole(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
-        if wrong := _infinite_alpha(self):
-            raise ValueError(f"{wrong} is no finite number: lora_alpha and alpha_pattern scale the adapter.")
-        if not any(self.init_lora_weights is s or self.init_lora_weights == s for s in STARTS):
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
+        alphas["lora_alpha"] = self.lora_alpha
+        for name, alpha in alphas.items():
+            if not is_number(alpha):
+                raise ValueError(
+                    f"{name}={alpha!r} is no finite number: lora_alpha and alpha_pattern scale the adapter."
+                )
+        if self.init_lora_weights not in STARTS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "
                 f"{', '.join(map(repr, STARTS))}; starts that change the base weight also change Δ."
@@ -108,7 +113,7 @@ class DriftConfig(DriftSettings, LoraConfig):
             )
         if self.bias == "lora_only" and not self.inference_mode:
             needs_peft((0, 21), "bias='lora_only'", "does not save the biases that it trains", "take bias='all'")
-        if self.drift_target == "factors" and min([self.lora_alpha, *self.alpha_pattern.values()]) <= 0:
+        if self.drift_target == "factors" and min(alphas.values()) <= 0:
             raise ValueError(
                 "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
                 f"lora_alpha={self.lora_alpha} and alpha_pattern={self.alpha_pattern}."
@@ -141,7 +146,7 @@ class DriftConfig(DriftSettings, LoraConfig):
             'residual'
         """
         self.to_lora().save_pretrained(save_directory, **kwargs)
-        own = {name: value for name, value in self.to_dict().items() if name in _own_fields()}
+        own = {name: value for name, value in self.to_dict().items() if name in _stored_fields()}
         path = Path(save_directory, DRIFT_CONFIG)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -177,8 +182,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         if "prior" in given:
             own["prior_sha256"] = None  # the new file is accepted as it is
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
+        shared["inference_mode"] = False  # as PEFT stores it, nothing would be trained
         config = cls(**{**shared, **own, **given})
-        config.inference_mode = given.get("inference_mode", False)  # as PEFT stores it, nothing would be trained
         config.read_from = source  # no field, so it is not stored: these weights' guided steps are known
         return config
 
@@ -199,32 +204,22 @@ class DriftConfig(DriftSettings, LoraConfig):
                 return None
             try:
                 path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            except (HFValidationError, OSError):
                 return None
         own = read_json(path)
         try:
             check(own, _stored_form())
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): save the adapter again") from error
-        if unknown := sorted(set(own) - _own_fields()):
+        if unknown := sorted(set(own) - _stored_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
         return own
-
-
-def _infinite_alpha(config: LoraConfig) -> str | None:
-    """The first lora_alpha or entry of alpha_pattern that is no finite number, with its value."""
-    alphas = {"lora_alpha": config.lora_alpha}
-    alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    for name, alpha in alphas.items():
-        if not is_number(alpha):
-            return f"{name}={alpha!r}"
-    return None
 
 
 def _stored_form() -> type[Schema]:
     """What drift_config.json may hold: the settings' own types, whatever of them there is."""
     hints = get_type_hints(DriftSettings) | {"init_lora_weights": bool | str}
-    types = {name: str if get_origin(hints[name]) is Literal else hints[name] for name in _own_fields()}
+    types = {name: str if get_origin(hints[name]) is Literal else hints[name] for name in _stored_fields()}
     return create_model("Stored", __base__=Schema, **{name: (kind, None) for name, kind in types.items()})
 
 
@@ -232,7 +227,7 @@ def _stored_form() -> type[Schema]:
 DriftConfig.__signature__ = inspect.signature(partial(DriftConfig.__init__, None))
 
 
-def _own_fields() -> set[str]:
+def _stored_fields() -> set[str]:
     """Names of the fields that are ours, so that they go to drift_config.json; but what concerns a run's logs alone."""
-    stored = {f.name for f in fields(DriftConfig) if f.metadata.get("stored", True)}
-    return stored - {f.name for f in fields(LoraConfig)} | {"init_lora_weights"}
+    known = DriftConfig.__dataclass_fields__
+    return {name for name in own_fields(DriftConfig, LoraConfig) if known[name].metadata.get("stored", True)}

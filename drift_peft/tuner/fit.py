@@ -24,18 +24,18 @@ PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored i
 
 
 def check_fit(
-    model: nn.Module, prior: ReasoningPrior, drift: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
-) -> MergedDelta | None:
+    model: nn.Module, prior: ReasoningPrior, config: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
+) -> None:
     """Refuse a prior of another model, and report targets that have no Δ.
 
     A prior belongs to the model that it was built for, and to that model with a part of its Δ merged in, if the
-    configuration says so (`prior.MergedDelta`) and the weights bear it out. Returns what was merged, then.
+    configuration says so (`prior.MergedDelta`) and the weights bear it out.
 
     Args:
         model: the model, adapted already or not; its base weights may be quantized.
         prior: what shall steer it.
-        drift: the settings of the guidance.
-        targets: names of the parameters that are (or will be) adapted -> their adapter's rank.
+        config: the settings of the guidance; `merged` is set here.
+        targets: names, as of `lora_layers`, of the parameters that are (or will be) adapted -> their adapter's rank.
         tensors: canonical names of the tensors that are (or will be) trained themselves.
 
     Raises:
@@ -43,40 +43,37 @@ def check_fit(
             or nothing is left of it after merging; `factors` lacks a target for some row of lora_A; or a setting speaks
             of weights that are not steered.
     """
-    canonical_name = prior_names(model)
-    steered, unsteered = [], []
-    for parameter in targets:
-        canonical = canonical_name(parameter)
-        (steered if canonical in prior else unsteered).append((parameter, canonical))
-    if not targets and drift.target_modules:
-        named = f"target_modules={drift.target_modules!r} names no module of this {type(model).__name__}"
-        if drift.modules_to_save:
-            named += f" outside modules_to_save={drift.modules_to_save!r}, where PEFT adapts nothing"
+    steered, unsteered = [name for name in targets if name in prior], [name for name in targets if name not in prior]
+    if not targets and config.target_modules:
+        named = f"target_modules={config.target_modules!r} names no module of this {type(model).__name__}"
+        if config.modules_to_save:
+            named += f" outside modules_to_save={config.modules_to_save!r}, where PEFT adapts nothing"
         raise ValueError(f"{named}: name others, or leave target_modules=None to adapt exactly what the prior covers.")
     modules = fitting_modules(model, prior)
     tensors = [name for name in tensors if name in prior]
     if not steered and not tensors:
-        example = f", such as {unsteered[0][0].removesuffix('.weight')}," if unsteered else ""
+        if not unsteered:
+            raise ValueError(f"Nothing that is trained here has a Δ in the prior '{prior.source}': it steers nothing.")
         raise ValueError(
-            f"None of the {len(unsteered)} targeted modules{example} has a Δ in the prior '{prior.source}', so nothing "
-            "would be steered: leave target_modules=None to adapt exactly what the prior covers."
+            f"None of the {len(unsteered)} targeted modules, such as {unsteered[0].removesuffix('.weight')}, has a Δ "
+            f"in the prior '{prior.source}': leave target_modules=None to adapt exactly what the prior covers."
         )
-    if drift.drift_target == "factors":
-        for parameter, canonical in steered:
-            if (rank := len(prior[canonical].S)) < targets[parameter]:
+    if config.drift_target == "factors":
+        for name in steered:
+            if (rank := len(prior[name].S)) < targets[name]:
                 raise ValueError(
-                    f"drift_target='factors' gives each of the {targets[parameter]} rows of lora_A its own target, but "
-                    f"the prior has rank {rank} for {canonical}: build it with a higher rank, or lower r."
+                    f"drift_target='factors' gives each of the {targets[name]} rows of lora_A its own target, but "
+                    f"the prior has rank {rank} for {name}: build it with a higher rank, or lower r."
                 )
-    check_patterns_used(drift, [canonical for _, canonical in steered] + tensors)
+    check_patterns_used(config, steered + tensors)
     if unsteered:
         warn(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
-            f"{', '.join(p.removesuffix('.weight') for p, _ in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
+            f"{', '.join(name.removesuffix('.weight') for name in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
-    merged = check_fingerprint(model, modules, prior)
-    guided = [name for name in [canonical for _, canonical in steered] + tensors if is_guided(drift, name)]
-    taken = [name for name in guided if merged is not None and drift.pulls and merged.scale_of(name) == 1]
+    config.merged = merged = check_fingerprint(model, modules, prior)
+    guided = [name for name in steered + tensors if is_guided(config, name)]
+    taken = [name for name in guided if config.absorbed(name)]
     if taken and len(taken) == len(guided):
         raise ValueError(
             f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0, which is "
@@ -87,7 +84,6 @@ def check_fit(
             f"The base is {merged.words}, which is all of Δ in {len(taken)} of {len(guided)} weights, such as "
             f"{taken[0]}: these are not steered, and trained plainly."
         )
-    return merged
 
 
 def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Module]:
@@ -202,8 +198,16 @@ def _is_exact(module: nn.Module, tensors: list[Tensor]) -> bool:
 def weight_products(model: nn.Module, module: nn.Module, U: Tensor, Vh: Tensor) -> Tensor:
     """u_iᵀ·W·v_i [k] in fp32, on the CPU, of the columns of U [out, k] and the rows of Vh [k, in]; W is a module's
     weight in this model, however it is stored."""
-    device = next(iter([*module.parameters(), *module.buffers()])).device
-    WV = _products(module, Vh.to(device), getattr(model, "dtype", torch.float32))
+    weight = getattr(module, "weight", None)
+    Vh = Vh.to(next(iter([*module.parameters(), *module.buffers()])).device)
+    if not hasattr(module, "in_features"):
+        WV = Vh.to(weight).float() @ weight.float().mT  # (W·v_i)ᵀ [k, out]
+    else:  # as a linear layer's own forward pass computes them, so that it does not matter how W is stored
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()
+        dtype = weight.dtype if plain else getattr(model, "dtype", torch.float32)  # what quantized layers are given
+        bias = getattr(module, "bias", None)  # in 16 bits a sum with a large one, such as Qwen's, would round W·v away
+        without = {"bias": torch.zeros_like(bias)} if isinstance(bias, Tensor) else {}
+        WV = functional_call(module, without, (Vh.to(dtype),)).float()
     return (U.to(WV).mT * WV).sum(-1).cpu()
 
 
@@ -276,16 +280,3 @@ def _shape(module: nn.Module, canonical: str) -> list[int]:
     if canonical.endswith(".weight") and hasattr(module, "out_features"):
         return [module.out_features, module.in_features]
     return list(shape(getattr(module, canonical.rpartition(".")[2])))
-
-
-def _products(module: nn.Module, Vh: Tensor, dtype: torch.dtype) -> Tensor:
-    """(W·v_i)ᵀ [k, out] in fp32 for the rows v_i of Vh [k, in]: of a linear layer as its own forward pass computes
-    them, so that it does not matter how W is stored. `dtype` is what quantized layers are given in this model.
-    """
-    weight = getattr(module, "weight", None)
-    if not hasattr(module, "in_features"):
-        return Vh.to(weight).float() @ weight.float().mT
-    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else dtype
-    bias = getattr(module, "bias", None)  # in 16 bits a sum with a large one, such as Qwen's, would round W·v away
-    without = {"bias": torch.zeros_like(bias)} if isinstance(bias, Tensor) else {}
-    return functional_call(module, without, (Vh.to(dtype),)).float()

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-5  # of the largest singular value
+START_NORM = 3**-0.5  # the row norm of PEFT's Kaiming start
+
 
 class Direction(NamedTuple):
     """Where the bias points, for both factors."""
@@ -118,10 +121,6 @@ def spectrum(S: Tensor, power: float) -> Tensor:
 def start_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Δ_r split as the `drift` start splits it: A* = c·Vh and B* = U diag(S)/(s·c), with c the start's row norm."""
     return START_NORM * Vh, U * (S / (s[..., None] * START_NORM))[..., None, :]
-
-
-ROUNDING = 1e-5  # of the largest singular value
-START_NORM = 3**-0.5  # the row norm of PEFT's Kaiming start
 
 
 def factors(A: Tensor, B: Tensor, A_star: Tensor, B_star: Tensor) -> Direction:

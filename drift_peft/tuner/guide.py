@@ -16,7 +16,6 @@ from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
-from .names import adapted_parameter
 from .saved import refuse_nested_copies
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
@@ -82,11 +81,9 @@ def guide(
     _refuse_misread_targets(model, adapters)
     if config.drift_target != "delta":
         _refuse_starts(model, adapters)
-    targets = {
-        adapted_parameter(name, layer): min(layer.r[a] for a in adapters.intersection(layer.r))
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and adapters.intersection(layer.r)
-    }
+    targets: dict[str, int] = {}
+    for name, layer, adapter in layers:
+        targets[name] = min(layer.r[adapter], targets.get(name, layer.r[adapter]))
     tensors = list(trainable_tensors(model, adapter_name))
     if not layers and not tensors:
         raise ValueError(
@@ -94,10 +91,10 @@ def guide(
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     if prior is not None:
-        config.merged = check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
+        check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
     else:
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
-    steer(layers, tensors, prior, config, adapter_name or next(iter(sorted(adapters)), ""))
+    steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     return model
 
 
@@ -133,6 +130,6 @@ def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, c
             f"{name} has the LoRA scaling {layer.scaling[adapter]}, but drift_target='factors' divides by it: use "
             "drift_target='residual'."
         )
-    current = getattr(layer, "drift", {}).get(adapter)
+    current = vars(layer).get("drift_peft", {}).get(adapter)
     if current is not None and current.config in getattr(model, "peft_config", {}).values():
         raise ValueError(f"The adapter '{adapter}' is steered by its DriftConfig already: change the settings there.")

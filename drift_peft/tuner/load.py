@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ def _noticing(load_adapter: Callable) -> Callable:
         if isinstance(config, DriftConfig):
             if vars(config).pop("read_from", None) != os.fspath(model_id) and (stored := _settings(model_id, kwargs)):
                 config.drift_steps = stored.get("drift_steps", 0)
+                if is_trainable:
+                    _warn_of_other_settings(config, stored, model_id)
             if is_trainable:
                 _warn_of_ended_schedule(config)
         elif is_trainable:
@@ -57,6 +60,21 @@ def _warn_of_plain_training(source: str, kwargs: dict) -> None:
             f"The adapter '{source}' was trained with guidance, and without its DriftConfig training goes on as plain "
             "LoRA: load it with PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), "
             "is_trainable=True), or steer it with guide(model, prior)."
+        )
+
+
+def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> None:
+    """As Trainer compares the arguments of a checkpoint with its own."""
+    names = [name for name in stored if name.startswith("drift_") and name != "drift_steps"]
+    now = json.loads(json.dumps({name: getattr(config, name) for name in names}))  # lists for tuples
+    changed = [name for name in names if stored[name] != now[name]]
+    told = [f"{name}={stored[name]!r}, which is {now[name]!r} now" for name in changed]
+    if stored.get("prior_sha256") != config.prior_sha256:
+        told = [f"another prior than '{config.prior}'", *told]
+    if told:
+        warn(
+            f"The adapter in '{source}' was trained with {', and with '.join(told)}: unless that is meant, wrap the "
+            "model as it was."
         )
 
 

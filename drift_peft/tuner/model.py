@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model, peft_model
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
 from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
 from .names import prior_names
-from .saved import check_saved, trained_tensors
-from .settings import check_patterns_used
+from .saved import check_saved, tensors_to_train
+from .settings import check_patterns_used, refuse_unmeasured
 from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
@@ -83,11 +83,16 @@ class DriftModel(LoraModel):
         keep_4bit_differentiable(model)
         intended = _settle_targets(model, config, prior)
         check_saved(model, config, intended)
-        parameters = [*(f"{name}.weight" for name in intended), *_target_parameters(model, config)]
-        canonical, trained = prior_names(model), trained_tensors(model, config, intended)
+        other = _target_parameters(model, config)
+        parameters = [*(f"{name}.weight" for name in intended), *other]
+        canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
+        embeddings = [f"{name}.weight" for name in intended if isinstance(model.get_submodule(name), nn.Embedding)]
+        for name in (canonical(name) or name for name in embeddings + other):
+            if prior is None or name in prior:
+                refuse_unmeasured(config, name)
         if prior is not None:
-            targets = {name: _rank(config, name.removesuffix(".weight")) for name in parameters}
-            config.merged = check_fit(model, prior, config, targets, trained)
+            targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}
+            check_fit(model, prior, config, targets, trained)
         else:
             config.merged = read_merge(getattr(model, "config", None))
             check_patterns_used(config, [canonical(name) or name for name in parameters] + trained)
@@ -156,9 +161,22 @@ def _grown(inject_adapter):
         if type(self) is LoraModel and isinstance(self.peft_config[adapter_name], DriftConfig):
             self.__class__ = DriftModel  # which has no state of its own
             return self.inject_adapter(model, adapter_name, *args, **kwargs)
-        return inject_adapter(self, model, adapter_name, *args, **kwargs)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+        _release_frozen(model, adapter_name, self.peft_config[adapter_name])
 
     return wrapper
+
+
+def _release_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """What guide() steers of a model without adapters is trained no more once PEFT has frozen it."""
+    frozen = [s for s in steered_of(model) if not s.adapter and not s.parameter(s.factors[0]).requires_grad]
+    for steered in frozen:
+        steered.release()
+    if frozen and not isinstance(config, DriftConfig) and not config.inference_mode:
+        warn(
+            f"guide() steered this model's own weights, which PEFT has frozen now, and the adapter '{adapter_name}' is "
+            "not steered: call guide(model, prior) after get_peft_model."
+        )
 
 
 LoraModel.inject_adapter = _grown(LoraModel.inject_adapter)
@@ -230,9 +248,9 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
     """Put into the config what PEFT takes for the modules that are meant, and return their names."""
     if config.target_modules is None:
         canonical = prior_names(model)
-        named = {canonical(name) for name in _target_parameters(model, config)}
+        others = {canonical(name) for name in _target_parameters(model, config)}
         wanted = Decoder(model).projections.values() if prior is None else prior
-        wanted = [name for name in wanted if name not in named]
+        wanted = [name for name in wanted if name not in others]
         config.target_modules = language_model_targets(model, wanted, config.layers_to_transform)
         config.layers_to_transform = config.layers_pattern = None  # they are in there, and PEFT refuses both
     asked = config.target_modules
@@ -264,7 +282,7 @@ def _refuse_unready(model: nn.Module, adapter: str, low_cpu_mem_usage: bool) -> 
 def _forget(modules: Iterable[nn.Module], adapter: str) -> None:
     """Whatever steered an adapter of this name does not steer the next one."""
     for module in modules:
-        for steered in [s for s in getattr(module, "drift", {}).values() if s.adapter == adapter]:
+        for steered in [s for s in vars(module).get("drift_peft", {}).values() if s.adapter == adapter]:
             steered.release()
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..checkpoints import Decoder, canonical_name, unwrapped
+from ..checkpoints import Decoder, canonical_name
 
 
 def prior_names(model: nn.Module) -> Callable[[str], str | None]:
@@ -19,8 +18,3 @@ def prior_names(model: nn.Module) -> Callable[[str], str | None]:
         return Decoder(model).name
     except ValueError:
         return canonical_name
-
-
-def adapted_parameter(name: str, layer: LoraLayer) -> str:
-    """Name of the parameter that a LoRA layer of this name adapts: of PEFT's target_parameters, the one it wraps."""
-    return unwrapped(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")

@@ -25,9 +25,9 @@ def _kept(write):
         for name, config in model.peft_config.items():
             if isinstance(config, DriftConfig):
                 config.keeping = keep_words(model)
-            folder = Path(output_dir, "" if name == "default" else name)
-            if isinstance(config, DriftConfig) and (folder / DRIFT_CONFIG).is_file():
-                update_card(folder, config)
+                folder = Path(output_dir, "" if name == "default" else name)
+                if (folder / DRIFT_CONFIG).is_file():
+                    update_card(folder, config)
 
     return wrapper
 

@@ -19,7 +19,7 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name, _ in model.named_modules(remove_duplicate=False) if ends and name.endswith(ends)]
 
 
-def trained_tensors(model: nn.Module, config: LoraConfig, adapted: Iterable[str]) -> list[str]:
+def tensors_to_train(model: nn.Module, config: LoraConfig, adapted: Iterable[str]) -> list[str]:
     """Canonical names of the tensors that will be trained themselves: what is in `modules_to_save`, and biases.
 
     Args:

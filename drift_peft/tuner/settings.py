@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ..arguments import check_type, is_number, is_of, is_whole, nearest
+from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
 from ..checkpoints import module_kind, pattern_matches
 from ..prior import MergedDelta
 
@@ -142,6 +142,10 @@ class DriftSettings:
         """Is there a pull toward the expert?"""
         return self.guides and self.drift_target != "base"
 
+    def absorbed(self, name: str) -> bool:
+        """Has the base taken in all of this weight's Δ, so that nothing is left to pull to?"""
+        return self.pulls and self.merged is not None and self.merged.scale_of(name) == 1
+
     @property
     def spectrum_power(self) -> float:
         """p of S^p (see `guidance.spectrum`)."""
@@ -165,10 +169,10 @@ def check_settings(config: DriftSettings) -> None:
             f"drift_alpha={alpha} is negative: a positive strength pulls toward the expert here, so where the paper "
             f"writes α = {alpha} set drift_alpha={-alpha}."
         )
-    if config.drift_sketch is not None and not is_whole(config.drift_sketch):
-        raise ValueError(f"drift_sketch must be None or a whole number ≥ 1, got {config.drift_sketch!r}.")
-    if rank is not None and not is_whole(rank):
-        raise ValueError(f"drift_rank must be None or a whole number ≥ 1, got {rank!r}.")
+    for name in ("drift_rank", "drift_sketch", "drift_decay_steps"):
+        if (value := getattr(config, name)) is not None and not is_whole(value):
+            raise ValueError(f"{name} must be None or a whole number ≥ 1, got {value!r}.")
+    check_whole(0, drift_warmup_steps=config.drift_warmup_steps)
     if config.drift_scale == "decoupled" and config.drift_target not in ("factors", "base"):
         raise ValueError(
             f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
@@ -186,7 +190,6 @@ def check_settings(config: DriftSettings) -> None:
         )
     check_type("drift_log_kinds", config.drift_log_kinds, bool)
     _check_spectrum(config.drift_spectrum)
-    _check_schedule(config)
     _check_patterns(config)
     if config.drift_target == "factors" and rank is not None:
         raise ValueError(
@@ -202,10 +205,7 @@ def drift_alpha_of(config: DriftSettings, name: str) -> float:
 
 def is_guided(config: DriftSettings, name: str) -> bool:
     """Does `drift_modules` select this canonical weight name?"""
-    if config.drift_modules is None:
-        return True
-    wanted = [config.drift_modules] if isinstance(config.drift_modules, str) else config.drift_modules
-    return any(module_kind(name) == key if key in PRESETS else _matches(key, name) for key in wanted)
+    return config.drift_modules is None or any(_selects(key, name) for key in _listed(config.drift_modules))
 
 
 def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
@@ -215,19 +215,34 @@ def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
         ValueError: a pattern of drift_alpha_pattern, or a part of drift_modules, matches none of these names.
     """
     names = list(names)
-    wanted = config.drift_modules or []
-    for key in [wanted] if isinstance(wanted, str) else wanted:
-        if not any(module_kind(name) == key if key in PRESETS else _matches(key, name) for name in names):
+    for key in _listed(config.drift_modules):
+        if not any(_selects(key, name) for name in names):
             raise ValueError(
-                f"drift_modules names {key!r}, but nothing trainable with a Δ in the prior matches it: prior and "
-                f"adapter have {', '.join(sorted({str(module_kind(name)) for name in names})) or 'nothing'} in common."
+                f"drift_modules names {key!r}, but nothing that would be steered matches it: there is "
+                f"{', '.join(sorted({str(module_kind(name)) for name in names})) or 'nothing'}."
             )
+    guided = [name for name in names if is_guided(config, name)]
     for key in config.drift_alpha_pattern:
-        if not any(_matches(key, name) for name in names):
-            raise ValueError(
-                f"drift_alpha_pattern names {key!r}, but nothing that is steered matches it, such as "
-                f"{names[0] if names else 'nothing at all'}."
-            )
+        if not any(_matches(key, name) for name in guided):
+            named = f"its names are like {guided[0]}" if guided else "nothing is steered at all"
+            raise ValueError(f"drift_alpha_pattern names {key!r}, but nothing that is steered matches it: {named}.")
+
+
+def refuse_unmeasured(config: DriftSettings, name: str) -> None:
+    """Of LoRA on an embedding or by target_parameters, no gradient of the weight can be summed."""
+    if config.drift_norm == "weight" and is_guided(config, name) and drift_alpha_of(config, name):
+        raise ValueError(
+            f"drift_norm='weight' is not available for LoRA on an embedding or by target_parameters, such as {name}: "
+            "use drift_norm='factor', or leave it out of drift_modules."
+        )
+
+
+def _listed(modules: str | list[str] | None) -> list[str]:
+    return [modules] if isinstance(modules, str) else modules or []
+
+
+def _selects(key: str, name: str) -> bool:
+    return module_kind(name) == key if key in PRESETS else _matches(key, name)
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -240,14 +255,6 @@ def _check_spectrum(spectrum: Any) -> None:
         _choose("drift_spectrum", spectrum, tuple(SPECTRA))
     elif not is_number(spectrum) or not 0 <= spectrum <= 4:
         raise ValueError(f"drift_spectrum must be 'full', 'flat' or a power between 0 and 4, got {spectrum!r}.")
-
-
-def _check_schedule(config: DriftSettings) -> None:
-    warmup, decay = config.drift_warmup_steps, config.drift_decay_steps
-    if not is_whole(warmup, 0):
-        raise ValueError(f"drift_warmup_steps must be a whole number ≥ 0, got {warmup!r}.")
-    if decay is not None and not is_whole(decay):
-        raise ValueError(f"drift_decay_steps must be None or a whole number ≥ 1, got {decay!r}.")
 
 
 def _check_patterns(config: DriftSettings) -> None:

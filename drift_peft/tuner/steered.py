@@ -1,8 +1,8 @@
 """What is steered: LoRA adapters and other trainable tensors, each with its part of the prior; and in what batches.
 
-What steers a module lives on the module itself (`module.drift[key]`), outside any state dict, so it follows the module
-through copies, pickling and whatever wraps the model. All layers of one shape go through one batched call: their part
-of the prior is stacked once, on the device of their parameters.
+What steers a module lives on the module itself (`module.drift_peft[key]`), outside any state dict, so it follows the
+module through copies, pickling and whatever wraps the model. All layers of one shape go through one batched call: their
+part of the prior is stacked once, on the device of their parameters.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from ..checkpoints import module_kind
+from ..checkpoints import module_kind, unwrapped
 from ..keeping import Registry
 from ..prior import PriorVector, PriorWeight
 from . import guidance
 from .capture import Capture
 from .config import DriftConfig
-from .names import adapted_parameter, prior_names
-from .settings import drift_alpha_of
+from .names import prior_names
+from .settings import drift_alpha_of, refuse_unmeasured
 from .sharding import gather, layout, shape
 
 BATCH_ELEMENTS = 2**24  # of one batch at most: bounds a step's transient memory to some hundred MB
@@ -57,15 +57,15 @@ class Steered:
 
     def register(self) -> None:
         """Steer from the next step on, in place of whatever steered these parameters before."""
-        drift = self.module.__dict__.setdefault("drift", {})
-        if self.key in drift:
-            drift[self.key].release()
-        drift[self.key] = self
+        steering = vars(self.module).setdefault("drift_peft", {})
+        if self.key in steering:
+            steering[self.key].release()
+        steering[self.key] = self
         STEERED.add(self)
 
     def release(self) -> None:
         """Steer no more."""
-        del self.module.drift[self.key]
+        del self.module.drift_peft[self.key]
         STEERED.discard(self)
 
     def __getstate__(self):
@@ -124,16 +124,12 @@ class SteeredAdapter(Steered):
         super().__init__(layer, adapter, name, config, prior)
         self.rank = layer.r[adapter]  # whose directions of Δ these are
         self.capture: Capture | None = None
+        if adapter in layer.lora_embedding_A or isinstance(layer, ParamWrapper):
+            refuse_unmeasured(config, name)
 
     def register(self) -> None:
         super().register()
         if self.config.drift_norm == "weight" and self.alpha:
-            embedding = self.adapter in self.module.lora_embedding_A
-            if embedding or isinstance(self.module, ParamWrapper):
-                raise ValueError(
-                    f"drift_norm='weight' is not available for LoRA on an embedding or by target_parameters, such as "
-                    f"{self.name}: use drift_norm='factor', or leave it out of drift_modules."
-                )
             self.capture = Capture(self.name, self.parameter, self.prior, self.config.drift_sketch)
             self.capture.attach(self.module, self.adapter)
 
@@ -295,7 +291,7 @@ class Stack:
 def steered_of(model: nn.Module) -> list[Steered]:
     """Everything of a model that is steered, in module order; of adapters the active ones."""
     # vars: PEFT's wrapper of a module to save passes on its copy's attributes, and that copy comes by itself.
-    found = [s for module in model.modules() for s in vars(module).get("drift", {}).values() if s.present]
+    found = [s for module in model.modules() for s in vars(module).get("drift_peft", {}).values() if s.present]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     idle = {adapter for layer in layers for adapter in layer.r if adapter not in layer.active_adapters}
     return [s for s in found if s.adapter not in idle]
@@ -314,7 +310,7 @@ def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[
     canonical = prior_names(model)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            weight = adapted_parameter(name, layer)
+            weight = unwrapped(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")  # target_parameters name theirs
             for a in layer.active_adapters if adapter is None else [adapter]:
                 if a in layer.lora_A or a in layer.lora_embedding_A:
                     yield canonical(weight) or weight, layer, a

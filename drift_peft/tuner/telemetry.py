@@ -49,9 +49,9 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
         >>> seen["guided_steps"], 0 < seen["absorbed"] < 1, 0 < seen["alignment/attn"] < 1
         (2, True, True)
     """
-    if prior is None:
-        found = steered_of(model)
-    else:
+    found = steered_of(model)
+    configs = {id(s.config): s.config for s in found}.values()
+    if prior is not None:
         prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
         settings = DriftConfig(prior=prior.source)
         found = [
@@ -63,9 +63,13 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
     if kept and not found:
         return kept
     if not found:
+        idle = {s.adapter for module in model.modules() for s in vars(module).get("drift_peft", {}).values()}
+        if idle and prior is None:
+            name = min(idle)
+            raise ValueError(f"No active adapter is steered, but '{name}' is: call model.set_adapter('{name}') first.")
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
-    configs = {id(s.config): s.config for s in found}.values()
-    result: dict[str, float | int] = {"guided_steps": max(int(config.drift_steps) for config in configs), **kept}
+    steps = max((int(config.drift_steps) for config in configs), default=0)
+    result: dict[str, float | int] = {"guided_steps": steps, **kept}
     if repeated := sum(config.repeated_steps for config in configs):
         result["repeated_steps"] = repeated
 

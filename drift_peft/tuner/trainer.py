@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from ..keeping import add_to_trainers
 from .steered import steered_of
 from .telemetry import telemetry
 
@@ -43,8 +42,3 @@ def _training(args: TrainingArguments, state: TrainerState) -> str:
         f"{state.max_steps} steps of {samples} samples, learning rate {args.learning_rate:g} ({schedule}{warm_up}), "
         f"{optimizer}, weight decay {args.weight_decay:g}, {precision}, seed {args.seed}"
     )
-
-
-def register_callback() -> None:
-    """Give DriftCallback to every Trainer from now on."""
-    add_to_trainers(DriftCallback)

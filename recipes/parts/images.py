@@ -82,12 +82,6 @@ def read_image(value, root: Root) -> tuple[dict, list[str]]:
     return {"bytes": None, "path": value}, done
 
 
-def image_mode(processor) -> str:
-    """What a processor takes: RGB, or L where it normalizes a single channel."""
-    mean = getattr(processor.image_processor, "image_mean", None)
-    return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
-
-
 def _convert(file: str | bytes, name: str) -> tuple[bytes | None, list[str]]:
     """The PNG of an image that has to be converted, and what was done."""
 

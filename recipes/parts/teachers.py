@@ -17,8 +17,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from .images import image_mode
-
 PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
@@ -157,6 +155,8 @@ class Local:
     def _answer(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         import torch
         from trl.data_utils import prepare_multimodal_messages
+
+        from drift_peft.keeping import image_mode
 
         mode = image_mode(self.processor)
         inputs = self.processor.apply_chat_template(

@@ -69,7 +69,7 @@ def test_lora_is_steered_at_every_step(write, tmp_path):
 
 
 def test_a_wrong_key_ends_it_before_anything_is_loaded(write):
-    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft; did you mean drift_alpha\?"):
         load_cfg(write(drift_alhpa=0.5))
 
 

@@ -79,7 +79,7 @@ def test_lora_is_steered_at_every_step(llama_factory, recipe):
 
 
 def test_a_wrong_key_ends_it_before_anything_is_loaded(llama_factory, recipe):
-    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft; did you mean drift_alpha\?"):
         llama_factory("train", **recipe, drift_alhpa=0.5)
     with pytest.raises(SystemExit, match=r"must be train, got 'sft': .* llamafactory-cli with finetuning_type: lora"):
         llama_factory("sft", **recipe)

@@ -87,7 +87,7 @@ def test_a_wrong_key_is_one_sentence(swift, restart):
     resumed = ["--max_steps", "3", "--resume_from_checkpoint", "out/checkpoint-2"] if restart else []
     if restart:
         swift()
-    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft: did you mean 'drift_alpha'"):
+    with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft; did you mean drift_alpha\?"):
         swift(*resumed, drift_alhpa=0.5)
 
 

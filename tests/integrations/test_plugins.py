@@ -53,7 +53,7 @@ def test_the_keys_are_the_fields_of_drift_config_and_the_arguments_of_keep():
     assert settings.keeping == {"keep_set": "k", "bound": None}
     assert settings.config(r=3).drift_sketch is None and settings.config(r=3).r == 3
     held = PluginSettings.read({"drift_target": "base", "drift_scale": "decoupled"})  # which needs no prior
-    assert held.guides and not held.keeps
+    assert held.steers and not held.keeps
 
 
 @pytest.mark.parametrize("full", [False, True])

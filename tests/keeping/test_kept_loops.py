@@ -77,6 +77,17 @@ def test_gradient_checkpointing(model, folder, processor, reentrant):
     assert kinds == {reentrant}
 
 
+def test_an_adapter_that_is_disabled_at_the_step(model, folder):
+    twin, _ = kept_twin(model, folder)
+    optimizer = sgd(twin, lr=0.0)
+    backward(twin)
+    with (
+        twin.disable_adapter(),
+        pytest.raises(RuntimeError, match=r"enable the adapter, or unmerge it, before step\(\)"),
+    ):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("call", ["positional", "keyword"])
 def test_closures(model, folder, processor, call):
     twin, watched = kept_twin(model, folder)

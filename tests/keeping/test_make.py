@@ -200,7 +200,7 @@ def test_wrong_questions(text, message, folder, tmp_path):
         (
             {"questions": ["what?"]},
             ValueError,
-            r"questions must be .*entry of it \(a text, a text\), got",
+            r"questions must be .*entry of it \(a string, a string\), got",
         ),
         ({"questions": [("a", " ")]}, ValueError, r"questions holds \('a', ' '\), which is half empty"),
         ({"questions": [("a", "b")] * 2}, ValueError, r"questions holds \('a', 'b'\) twice"),

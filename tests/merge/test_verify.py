@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from drift_peft import DriftConfig, merge_adapter
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.checkpoints.dequantized import DequantizedCheckpoint, through_four_bits
+from drift_peft.demo.compare import VLM
+from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.merge.verify import Row, _prompts, _verdict_four_bit, _verdict_full
-from drift_peft.tuner import keep_4bit_differentiable
 
 pytestmark = pytest.mark.filterwarnings("ignore:Switched off bitsandbytes")
 (entry,) = entry_points(group="console_scripts", name="drift-peft")
@@ -208,6 +209,12 @@ def test_an_image_prompt(tmp_path, family):
     verification = merge(tmp_path, verify=True).verification
     assert verification.no_image is None
     assert all(0 < row.image != row.text for row in verification.rows[1:])
+
+
+def test_the_image_of_a_processor_that_takes_grey_ones_alone():
+    """The demo's own."""
+    prompts, reason = _prompts(Checkpoint(VLM), VLM)
+    assert reason is None and prompts["image"]["pixel_values"].isfinite().all()
 
 
 def test_why_there_is_no_image_prompt(tmp_path):

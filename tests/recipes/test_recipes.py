@@ -116,7 +116,8 @@ def test_the_merge_is_verified_and_stands_alone(train, pair):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(train, tmp_path, monkeypatch):
-    settings = {**FAST, "max_steps": 4, "save_steps": 2, "lora_dropout": 0.1}
+    """Of whose checkpoints the one that it goes on from is deleted before it ends."""
+    settings = {**FAST, "max_steps": 4, "save_steps": 2, "save_total_limit": 1, "lora_dropout": 0.1}
     train(**settings, output_dir=tmp_path / "whole")
 
     step, calls = sft_vlm.Trainer.training_step, []

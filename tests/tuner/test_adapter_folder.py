@@ -147,6 +147,11 @@ def test_training_continues(pair, tmp_path):
     assert unguided["absorbed"] < after["absorbed"]
 
 
+def test_a_prior_that_is_taken_away_is_missed_as_by_a_new_config(pair):
+    with pytest.raises(ValueError, match="DriftConfig needs a prior to train"):
+        DriftConfig.from_pretrained(pair / "adapter", prior=None)
+
+
 def test_inference_and_merging_never_open_the_prior(pair, tmp_path):
     config = DriftConfig.from_pretrained(pair / "adapter", prior=tmp_path / "nowhere.safetensors")
     config.inference_mode = True
@@ -292,14 +297,14 @@ def test_adapters_side_by_side(pair, tmp_path):
     model.set_adapter("default")
     train(model.train(), 2)
     assert telemetry(model)["guided_steps"] == 2
-    assert all(set(m.drift) == {"default"} for m in model.modules() if hasattr(m, "drift"))
+    assert all(set(m.drift_peft) == {"default"} for m in model.modules() if hasattr(m, "drift_peft"))
 
 
 def test_plain_lora_stays_plain(pair):
     """With this package imported, a LoraConfig makes a LoraModel that nobody steers, saved as ever."""
     model = get_peft_model(load(pair), LoraConfig(r=2, target_modules=["q_proj"]))
     assert isinstance(model.base_model, LoraModel) and type(model.peft_config["default"]) is LoraConfig
-    assert not any(hasattr(m, "drift") for m in model.modules())
+    assert not any(hasattr(m, "drift_peft") for m in model.modules())
     with pytest.raises(ValueError, match="No layer of this model is steered"):
         telemetry(train(model, 1))
     with pytest.raises(ValueError, match="Unknown initialization"):

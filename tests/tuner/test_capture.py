@@ -222,7 +222,7 @@ def test_the_tap_is_the_identity():
     entry, layer = layer_of()
     taps = entry.capture.handles
     plain = copy.deepcopy(layer)
-    plain.drift["default"].release()
+    plain.drift_peft["default"].release()
     x = randn(2, 3, IN, seed=4)
     for each in (layer, plain):
         each.zero_grad()

@@ -47,7 +47,7 @@ REFUSED = [
     ({"drift_modules": ["attn", "q_(proj"]}, r"drift_modules holds 'q_\(proj', which is no regular expression"),
     ({"drift_alpha_pattern": {"*": 1.0}}, r"drift_alpha_pattern holds '\*', which is no regular expression"),
     *[
-        ({"drift_alpha_pattern": pattern}, r"drift_alpha_pattern must be a dict of a text to anything, got")
+        ({"drift_alpha_pattern": pattern}, r"drift_alpha_pattern must be a dict of a string to anything, got")
         for pattern in ({3: 1.0}, None, ["attn"], 0.5)
     ],
     *[

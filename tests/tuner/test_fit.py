@@ -19,7 +19,7 @@ def test_targets_without_a_delta_are_reported(pairs):
     targets = r".*(language_model|vision_tower).*\.q_proj"
     with pytest.warns(UserWarning, match=r"1 targeted modules have no Δ .*not steered: model\.vision_tower"):
         model = get_peft_model(load(folder, "llava_next"), drift(folder, target_modules=targets))
-    steered = [n for n, m in model.named_modules() if "default" in getattr(m, "drift", {})]
+    steered = [n for n, m in model.named_modules() if "default" in vars(m).get("drift_peft", {})]
     assert len(steered) == 2 and all("language_model" in n for n in steered)
 
 

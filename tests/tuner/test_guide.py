@@ -1,6 +1,7 @@
 """guide(model, prior): models that somebody else wrapped."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -45,6 +46,58 @@ def test_guide_again_replaces_the_settings(pairs):
     train(model), train(plain)
     pairs_of = zip(model.parameters(), plain.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs_of)
+
+
+def test_guide_again_steers_no_more_what_the_new_settings_leave_out(pairs):
+    folder = pairs("qwen2_5_vl")
+    settings = {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}
+    model = get_peft_model(load(folder, "qwen2_5_vl"), LoraConfig(r=4, **settings))
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    guide(model, prior, drift_alpha=0.5)
+    assert {s.alpha for s in steered_of(model)} == {0.5} and any("down_proj" in s.name for s in steered_of(model))
+    guide(model, prior, drift_alpha=0.1, drift_modules="attn")
+    assert {s.alpha for s in steered_of(model)} == {0.1} and not any("down_proj" in s.name for s in steered_of(model))
+
+
+def test_what_guide_refuses_leaves_the_earlier_settings(pairs):
+    folder = pairs("llama")
+    config = LoraConfig(r=4, target_modules=["down_proj"], target_parameters=["self_attn.q_proj.weight"])
+    model = get_peft_model(load(folder, "llama"), config)
+    guide(model, ReasoningPrior.load(folder / "prior.safetensors"), drift_alpha=0.5)
+    before = steered_of(model)
+    with pytest.raises(
+        ValueError, match=r"drift_norm='weight' is not available .* such as layers\.\d\.self_attn.q_proj"
+    ):
+        guide(model, ReasoningPrior.load(folder / "prior.safetensors"), drift_alpha=0.1, drift_norm="weight")
+    assert steered_of(model) == before and {s.alpha for s in before} == {0.5}
+
+
+def test_guide_before_the_model_is_wrapped(pairs):
+    """Its own weights are steered then, which PEFT freezes."""
+    folder = pairs("llama")
+    model = guide(load(folder, "llama"), folder / "prior.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"the adapter 'default' is not steered: call guide\(model, prior\) after get_"
+    ):
+        plain = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert steered_of(plain) == []
+    model = guide(load(folder, "llama"), folder / "prior.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not steered")
+        wrapped = get_peft_model(model, drift(folder, target_modules=["q_proj"]))
+    assert {s.name.split(".")[-2] for s in steered_of(wrapped)} == {"q_proj"}
+
+
+def test_guide_where_nothing_that_is_trained_has_a_delta(pairs):
+    """Norms alone, which no prior of projections holds."""
+    folder = pairs("llama")
+    model = load(folder, "llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    with pytest.raises(
+        ValueError, match=r"^Nothing that is trained here has a Δ in the prior '.*': it steers nothing\.$"
+    ):
+        guide(model, ReasoningPrior.load(folder / "prior.safetensors"))
 
 
 def test_guide_again_keeps_what_training_started_from(pairs):
@@ -120,7 +173,11 @@ def test_guide_refuses(pairs):
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'lora_alpha'", {"lora_alpha": 8}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'drift_steps'", {"drift_steps": 3}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'prior_sha256'", {"prior_sha256": "0f"}),
-        (ValueError, "drift_modules names 'norm', but nothing trainable", {"drift_modules": ["norm"]}),
+        (
+            ValueError,
+            "drift_modules names 'norm', but nothing that would be steered matches it: there is attn",
+            {"drift_modules": ["norm"]},
+        ),
     ],
 )
 def test_guide_takes_the_settings_of_the_guidance_alone(pairs, error, message, settings):
@@ -128,4 +185,4 @@ def test_guide_takes_the_settings_of_the_guidance_alone(pairs, error, message, s
     model = get_peft_model(load(folder, "llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(error, match=message):
         guide(model, ReasoningPrior.load(folder / "prior.safetensors"), **settings)
-    assert not any(hasattr(module, "drift") for module in model.modules())
+    assert not any(hasattr(module, "drift_peft") for module in model.modules())

@@ -12,6 +12,7 @@ from peft import EvaConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model, i
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     Adafactor,
     AutoModelForQuestionAnswering,
@@ -21,7 +22,8 @@ from transformers import (
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
 from drift_peft.checkpoints.naming import canonical_name
-from drift_peft.tuner import keep_4bit_differentiable
+from drift_peft.keeping import keep_4bit_differentiable
+from drift_peft.tuner.steered import steered_of
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
@@ -178,6 +180,14 @@ def test_inference_never_opens_the_prior(pairs, tmp_path):
         PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
 
 
+def test_an_attribute_of_the_users_is_not_ours():
+    """Plain LoRA of a model that calls a module of its own drift."""
+    model = nn.Module()
+    model.net, model.drift = nn.Linear(4, 4), nn.Linear(4, 4)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["net"]))
+    assert isinstance(adapted.base_model.model.drift, nn.Linear) and steered_of(adapted) == []
+
+
 def test_adapter_rank_above_the_priors(pairs):
     folder = pairs("llama")
     config = DriftConfig(prior=folder / "prior.safetensors", r=12, lora_alpha=24, drift_alpha=1.0)
@@ -196,7 +206,7 @@ def test_steering_rank_below_the_adapters(pairs):
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     V = prior["layers.0.self_attn.q_proj.weight"].Vh[:4].float()
     torch.testing.assert_close(layer.lora_A["default"].weight.data, V / 3**0.5)
-    assert len(layer.drift["default"].prior["S"]) == 2
+    assert len(layer.drift_peft["default"].prior["S"]) == 2
     with pytest.warns(UserWarning, match="drift_rank=64 is more than the prior holds for 14 weights"):
         get_peft_model(load(folder, "llama"), drift(folder, drift_rank=64))
 
@@ -206,7 +216,7 @@ def test_all_linear(pairs):
     with pytest.warns(UserWarning, match="targeted modules have no Δ in the prior"):
         model = get_peft_model(load(folder, "llava_next"), drift(folder, target_modules="all-linear"))
     adapted = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    assert len(adapted) > 14 and sum("default" in getattr(m, "drift", {}) for m in adapted) == 14
+    assert len(adapted) > 14 and sum("default" in vars(m).get("drift_peft", {}) for m in adapted) == 14
 
 
 def test_layers_to_transform(pairs, tmp_path):

@@ -65,7 +65,7 @@ def test_other_models_are_looked_at_once(pair, asked):
     model, others = steered(pair), [steered(pair) for _ in range(3)]
     optimizer, first = sgd(model), layers(model)[0].lora_A["default"].weight
     train(model, optimizer, 1)
-    mine = {id(layer.drift["default"]) for layer in layers(model)}
+    mine = {id(layer.drift_peft["default"]) for layer in layers(model)}
     assert len({id(s) for s in asked}) >= 4 * len(mine)
     others.append(steered(pair))
     train(model, optimizer, 1)
@@ -79,7 +79,7 @@ def test_other_models_are_looked_at_once(pair, asked):
     others.append(steered(pair))
     del others[0]
     train(model, optimizer, 2)
-    assert {id(s) for s in asked} - mine == {id(layer.drift["default"]) for layer in layers(others[-1])}
+    assert {id(s) for s in asked} - mine == {id(layer.drift_peft["default"]) for layer in layers(others[-1])}
 
 
 def test_what_begins_to_be_steered_between_two_steps_is_noticed(pair):
@@ -166,7 +166,7 @@ def add_to_the_optimizer(model, optimizer):
 
 def strengthen(model, optimizer):
     for layer in layers(model)[1::2]:
-        layer.drift["default"].alpha = 0.1
+        layer.drift_peft["default"].alpha = 0.1
 
 
 CHANGES = [freeze, freeze_more, move, move_some, replace, replace_a_module, scale_up, activate_another, deactivate]
@@ -221,7 +221,7 @@ def test_an_optimizer_keeps_no_model_alive(pair):
     model = steered(pair, "adaptive", "residual", drift_norm="weight")
     optimizer = sgd(model)
     train(model, optimizer, 2)
-    seen = layers(model)[0].drift["default"]
+    seen = layers(model)[0].drift_peft["default"]
     refs = [weakref.ref(each) for each in (model, layers(model)[0], seen, seen.stack, seen.capture)]
     del model, seen
     gc.collect()

@@ -147,7 +147,7 @@ def test_the_weight_gradient_is_seen(pair, format):
     backward(model)
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
         A, B = (getattr(layer, f"lora_{factor}")["default"].weight for factor in "AB")
-        sums = layer.drift["default"].capture.sums
+        sums = layer.drift_peft["default"].capture.sums
         torch.testing.assert_close(sums[:, -4:], B.grad, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(sums[:, :-4] @ A.mT, B.grad, rtol=1e-3, atol=1e-6)
     train(model, sgd(model), 1)

@@ -84,13 +84,20 @@ def test_how_strongly_the_bias_acts(pair, scale, target):
 
 
 UNMATCHED = [
-    ({"drift_modules": "norm"}, r"drift_modules names 'norm', but nothing .* matches it: .* have attn, mlp in common"),
-    ({"drift_modules": ["attn", "q_prj"]}, r"drift_modules names 'q_prj', but nothing trainable with a Δ"),
+    (
+        {"drift_modules": "norm"},
+        r"drift_modules names 'norm', but nothing that would be steered matches it: there is attn, mlp\.",
+    ),
+    ({"drift_modules": ["attn", "q_prj"]}, r"drift_modules names 'q_prj', but nothing that would be"),
     ({"drift_modules": r"layers\.2\..*"}, r"drift_modules names 'layers.*2.*', but nothing"),
     ({"drift_modules": "proj"}, r"drift_modules names 'proj'"),  # the end of a name after a dot, not any part of it
     (
         {"drift_alpha_pattern": {"mlp.*": 1, "q_prj": 1}},
-        r"drift_alpha_pattern names 'q_prj', but nothing that is steered",
+        r"drift_alpha_pattern names 'q_prj', but nothing that is steered matches it: its names are like layers\.0\.",
+    ),
+    (  # what drift_modules leaves out has no strength
+        {"drift_modules": "attn", "drift_alpha_pattern": {"down_proj": 2.0}},
+        r"drift_alpha_pattern names 'down_proj', but nothing that is steered matches it: its names are .*self_attn",
     ),
 ]
 
@@ -205,7 +212,7 @@ def test_the_schedule_under_loss_scaling(pair, scale, target):
 def test_spectrum(pair, drift_spectrum, power):
     model = steered(pair, drift_spectrum=drift_spectrum, drift_rank=3)
     for layer, _ in oracle_layers(model, pair.prior):
-        of, S = layer.drift["default"], pair.prior[layer.drift["default"].name].S[:3]
+        of, S = layer.drift_peft["default"], pair.prior[layer.drift_peft["default"].name].S[:3]
         torch.testing.assert_close(of.prior["S"].double(), spectrum(S, power))
         assert norm(of.prior["S"]) == pytest.approx(norm(S))  # so ‖Δ_r‖ is kept
         assert torch.equal(of.prior["S"], S) == (power == 1)  # bitwise
@@ -315,6 +322,14 @@ def test_variants_with_the_plain_chain_rule_act_as_plain_lora(pair, lora):
 def test_embeddings_and_heads(whole, scale, target, target_modules):
     """An embedding acts as W + s·(B·A)ᵀ, so that it is steered by Δᵀ."""
     assert_guided_like_oracle(whole, sgd, scale, target, target_modules=target_modules)
+
+
+def test_weight_norms_of_embeddings_are_refused_before_anything_is_wrapped(whole):
+    model, settings = copy.deepcopy(whole.base), {"target_modules": ["embed_tokens", "q_proj"], "drift_norm": "weight"}
+    with pytest.raises(ValueError, match=r"drift_norm='weight' is not available .* such as embed_tokens\.weight"):
+        get_peft_model(model, DriftConfig(prior=whole.path, **settings))
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+    get_peft_model(model, DriftConfig(prior=whole.path, drift_modules="attn", **settings))
 
 
 @pytest.mark.parametrize("r", [4, 12])

@@ -88,7 +88,7 @@ def test_who_is_steered():
     again = model.steer(0)  # in place of what was there
     assert steered_of(model) == [again, *model.steered[1:]] and first not in STEERED
     again.release()
-    assert again not in STEERED and model.layers[0].drift == {}
+    assert again not in STEERED and model.layers[0].drift_peft == {}
     model.layers[2].delete_adapter("default")
     assert (
         not model.steered[2].present and model.steered[2].among({1}) == () and steered_of(model) == [model.steered[1]]

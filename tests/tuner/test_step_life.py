@@ -66,7 +66,7 @@ def test_a_deleted_model_is_freed(pair):
     train(model, sgd(model))
     assert len(STEERED) == before + 14
     layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
-    refs = [weakref.ref(x) for x in (model, layer, layer.lora_A["default"].weight, layer.drift["default"])]
+    refs = [weakref.ref(x) for x in (model, layer, layer.lora_A["default"].weight, layer.drift_peft["default"])]
     del model, layer
     gc.collect()
     assert [r() for r in refs] == [None] * 4
@@ -95,7 +95,7 @@ def test_after_a_change_of_dtype(pair):
 
 
 def test_the_stack_of_the_prior_is_kept_until_the_device_changes(pair):
-    steered_here = [m.drift["default"] for m in steered(pair).modules() if isinstance(m, LoraLayer)][:1]
+    steered_here = [m.drift_peft["default"] for m in steered(pair).modules() if isinstance(m, LoraLayer)][:1]
     stack = Stack.of(steered_here, torch.device("cpu"))
     assert Stack.of(steered_here, torch.device("cpu")) is stack
     assert Stack.of(steered_here, torch.device("meta")).prior["U"].device.type == "meta"

@@ -180,7 +180,7 @@ def test_taps_come_and_go():
     model.steer(0)
     assert taps() == 6
     model.steered[1].release()
-    assert taps() == 4 and model.layers[1].drift == {}
+    assert taps() == 4 and model.layers[1].drift_peft == {}
     model.config.drift_alpha = 0.0
     model.steer(1)
     assert taps() == 4

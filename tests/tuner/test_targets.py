@@ -148,7 +148,7 @@ def test_an_expression_that_also_fits_what_is_inside_an_adapted_layer(pair, targ
         assert adapted_modules(model.get_base_model(), ["second"]) == meant
     model = get_peft_model(copy.deepcopy(pair.base), LoraConfig(r=4, target_modules=targets))
     guide(model, pair.prior)
-    assert {n for n, m in model.get_base_model().named_modules() if getattr(m, "drift", {})} == meant
+    assert {n for n, m in model.get_base_model().named_modules() if vars(m).get("drift_peft", {})} == meant
 
 
 def test_the_layers_that_are_asked_for_are_loaded_again(pair, tmp_path):
@@ -212,7 +212,7 @@ def test_what_is_held_at_the_base_is_all_that_is_adapted(name):
         config.fan_in_fan_out = True
     model = get_peft_model(make(), config)
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    assert layers and all(module.drift for module in layers)
+    assert layers and all(module.drift_peft for module in layers)
     with torch.no_grad():
         for layer in layers:
             layer.lora_B["default"].weight.fill_(1.0)
@@ -244,7 +244,7 @@ def test_parameters_of_linear_layers_are_steered_as_their_modules_would_be(pair)
             optimizer.step()
             optimizer.zero_grad()
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        assert len(layers) == 2 and all(module.drift for module in layers)
+        assert len(layers) == 2 and all(module.drift_peft for module in layers)
         found.append([layer.lora_B["default"].weight.detach() for layer in layers])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -259,11 +259,10 @@ def test_none_beside_parameters_adapts_all_the_others(pair):
 
 
 def test_weight_norms_of_parameters_are_refused(pair):
+    model = copy.deepcopy(pair.base)
     with pytest.raises(ValueError, match=r"drift_norm='weight' is not available for .* by target_parameters"):
-        get_peft_model(
-            copy.deepcopy(pair.base),
-            drift(pair, target_modules=[], target_parameters=["q_proj.weight"], drift_norm="weight"),
-        )
+        get_peft_model(model, drift(pair, target_modules=[], target_parameters=["q_proj.weight"], drift_norm="weight"))
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
 
 
 def test_a_model_without_a_decoder_wants_targets(pair):
@@ -280,7 +279,7 @@ def test_guide_sees_what_peft_has_adapted(moe):
         targets = language_model_targets(qwen3_moe(mlp_only_layers=[0]))
     model = get_peft_model(qwen3_moe(mlp_only_layers=[0]), LoraConfig(r=4, target_modules=targets))
     guide(model, moe.prior)
-    assert {s.name for m in model.modules() for s in getattr(m, "drift", {}).values()} == {
+    assert {s.name for m in model.modules() for s in vars(m).get("drift_peft", {}).values()} == {
         f"{name.removeprefix('model.')}.weight" for name in ATTENTION
     }
     model = get_peft_model(qwen3_moe(mlp_only_layers=[0]), LoraConfig(r=4, target_modules=["q_proj", "k_proj"]))

@@ -124,6 +124,22 @@ def test_of_models_wrapped_elsewhere(pair, how):
     assert ("bias_ratio" in found) == ("gradient_cosine/mlp" in found) == (how == "guide")
 
 
+def test_of_an_adapter_that_is_not_active(pair):
+    model = steered(pair)
+    model.add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter("plain")
+    with pytest.raises(
+        ValueError, match=r"No active adapter is steered, but 'default' is: call model.set_adapter\('def"
+    ):
+        telemetry(model)
+
+
+def test_with_a_prior_the_steps_are_counted_too(pair):
+    model = steered(pair)
+    train(model, sgd(model))
+    assert telemetry(model, pair.prior)["guided_steps"] == telemetry(model)["guided_steps"] == 2
+
+
 def test_of_full_training(whole):
     model = copy.deepcopy(whole.base).double().train()
     start = state(model)

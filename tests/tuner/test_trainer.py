@@ -23,6 +23,7 @@ from twin import ALPHA, assert_same_update, bias_by_oracle, pull_by_oracle, rand
 
 import drift_peft.tuner.trainer
 from drift_peft import DriftConfig, ReasoningPrior, telemetry
+from drift_peft.keeping import add_to_trainers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Switched off bitsandbytes")
 FAMILY = "llava"
@@ -145,7 +146,7 @@ def test_it_registers_itself_once(pairs, tmp_path):
     for _ in range(2):
         model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama")))
         importlib.reload(drift_peft.tuner.trainer)
-        drift_peft.tuner.trainer.register_callback()
+        add_to_trainers(drift_peft.tuner.trainer.DriftCallback)
     names = [type(callback).__name__ for callback in trainer(model, tmp_path).callback_handler.callbacks]
     assert names.count("DriftCallback") == 1
     assert names.index("DriftCallback") < names.index("PrinterCallback")

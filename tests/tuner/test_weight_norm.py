@@ -180,7 +180,7 @@ def test_dropout_is_seen(pair):
     model = weight_normed(pair, sketch=8, lora_dropout=0.5)
     backward(model)
     for layer in layers(model):
-        seen = layer.drift["default"].capture.sums[:, 8:].double()
+        seen = layer.drift_peft["default"].capture.sums[:, 8:].double()
         torch.testing.assert_close(seen, layer.lora_B["default"].weight.grad, rtol=1e-5, atol=1e-9)
 
 

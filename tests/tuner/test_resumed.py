@@ -1,0 +1,100 @@
+"""Training that goes on from a checkpoint with something else than before: said once, and done as it is set now."""
+
+import warnings
+
+import pytest
+import torch
+from keep_sets import make, save_folder
+from pairs import IDS, drift, load
+from peft import get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+
+from drift_peft import DriftConfig, build_prior, keep, telemetry
+
+
+def trainer(model, folder, steps):
+    args = TrainingArguments(folder, max_steps=steps, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    return Trainer(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in IDS])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pairs, tmp_path_factory):
+    """Of two steps, by Trainer."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama"))), folder, 2).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"drift_alpha": 2.0},
+            r"checkpoint-2' was trained with drift_alpha=1.0, which is 2.0 now: unless that is meant",
+        ),
+        (
+            {"drift_modules": ["attn"], "drift_rank": 2},
+            r"drift_modules=None, which is \['attn'\] now, and with drift_rank",
+        ),
+        ({"prior": "other"}, r"was trained with another prior than '.*other.safetensors': unless"),
+    ],
+)
+def test_other_settings_than_the_checkpoints(pairs, checkpoint, tmp_path, changes, told):
+    folder = pairs("llama")
+    if "prior" in changes:
+        changes = {"prior": tmp_path / "other.safetensors"}
+        build_prior(folder / "expert", folder / "base", changes["prior"], rank=2, progress=False)
+    settings = {"prior": folder / "prior.safetensors", "drift_alpha": 1.0, "r": 4, "lora_alpha": 8} | changes
+    model = get_peft_model(load(folder, "llama"), DriftConfig(**settings, task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match=told):
+        trainer(model, tmp_path, 4).train(resume_from_checkpoint=str(checkpoint))
+    assert telemetry(model)["guided_steps"] == 4
+
+
+def test_the_checkpoints_own_settings(pairs, checkpoint, tmp_path):
+    model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama")))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was trained with")
+        trainer(model, tmp_path, 4).train(resume_from_checkpoint=str(checkpoint))
+    assert telemetry(model)["guided_steps"] == 4
+
+
+def test_a_keep_set_that_is_not_given_again(tmp_path):
+    folder = save_folder(tmp_path, "qwen2_5_vl")
+    make(folder)
+
+    def model(kept):
+        torch.manual_seed(0)
+        base = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
+        settings = {"drift_scale": "decoupled", "drift_target": "base", "target_modules": ["q_proj"]}
+        steered = get_peft_model(base, DriftConfig(r=2, **settings))
+        keep_set = folder / "keep.safetensors" if kept else None
+        return keep(steered, keep_set, AutoProcessor.from_pretrained(folder / "base"))
+
+    def optimizer(model, state=None):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        return optimizer
+
+    def step(model, optimizer):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        return optimizer.state_dict()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nothing keeps its model")
+        first, fresh = model(True), model(False)
+        state = step(first, optimizer(first))
+        step(fresh, optimizer(fresh))  # which never was kept
+        again = model(True)
+        step(again, optimizer(again, state))
+    lost = model(False)
+    resumed = optimizer(lost, state)
+    with pytest.warns(
+        UserWarning, match=r"goes on from steps that were kept .* call keep\(model, keep_set, processor\)"
+    ):
+        step(lost, resumed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nothing keeps its model")
+        step(lost, resumed)  # said once

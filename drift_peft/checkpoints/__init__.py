@@ -61,6 +61,7 @@ from .naming import (
     layer_order,
     module_kind,
     pattern_matches,
+    says_tied,
     unwrapped,
 )
 from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
@@ -158,6 +159,7 @@ __all__ = [
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",
+    "says_tied",
     "scale_adapter",
     "shown",
     "skeleton",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..checkpoints import EMBEDDING, HEAD, says_tied
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
@@ -256,9 +257,8 @@ def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[s
     """
     if not getattr(config, "ensure_weight_tying", False) or not isinstance(model, PreTrainedModel):
         return
-    canonical, configs = prior_names(model), (model.config, model.config.get_text_config())
-    ends = {canonical(f"{name}.weight") for name in names} & {"embed_tokens.weight", "lm_head.weight"}
-    if ends and any(getattr(c, "tie_word_embeddings", False) for c in configs):
+    canonical = prior_names(model)
+    if {canonical(f"{name}.weight") for name in names} & {EMBEDDING, HEAD} and says_tied(model.config):
         raise ValueError(
             "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors, which guidance would pull "
             "twice: leave it out, or train the weight itself with modules_to_save=['embed_tokens']."

@@ -84,7 +84,7 @@ class DriftModel(LoraModel):
         intended = _settle_targets(model, config, prior)
         check_saved(model, config, intended)
         other = _target_parameters(model, config)
-        parameters = [*(f"{name}.weight" for name in intended), *other]
+        parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
         canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
         embeddings = [f"{name}.weight" for name in intended if isinstance(model.get_submodule(name), nn.Embedding)]
         for name in (canonical(name) or name for name in embeddings + other):

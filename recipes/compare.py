@@ -44,7 +44,7 @@ from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
 from parts.outputs import write_result
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, Way, gating, ways_of
+from parts.ways import KINDS, OUTPUT, Way, gating, transplanting, ways_of
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -145,14 +145,9 @@ class Comparison:
 
     def transplant(self, way: Way, output: Path) -> None:
         from drift_peft import transplant
-        from drift_peft.checkpoints import is_adapter
 
-        names = {key: self.settings[key] for key in ("expert", "base")}
-        delta = {}
-        if not is_adapter(names["expert"]):  # else it goes over as it is
-            delta = {"reference": self.settings.get("reference"), "rank": self.settings.get("prior_rank", 64)}
         if not output.exists():
-            transplant(**names, output=output, **delta, scale=way.scale)
+            transplant(**transplanting(self.settings, way.scale), output=output)
 
     def gate(self, folder: Path) -> None:
         """The recipe's prior, gated on its keep set and the expert's answers, as adapter. What is not there is made."""

@@ -99,6 +99,26 @@ def test_the_gated_prior_is_chosen_with_the_commands_that_make_it(tmp_path):
     assert yaml.safe_load(text) == {"base": "b", "expert": "e", "prior": "p.safetensors", "keep": "k"}
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_transplant_is_chosen_as_it_was_measured(adapter, tmp_path, monkeypatch):
+    """Also where the expert is an adapter: with a rank or a reference it would be taken as a full fine-tune."""
+    expert = tmp_path / "expert"
+    expert.mkdir()
+    (expert / ("adapter_config.json" if adapter else "config.json")).write_text("{}")
+    settings = {**SETTINGS, "expert": str(expert), "reference": "a", "prior_rank": 8}
+    (way,) = ways_of(settings, ["transplant"], [0.5], [], None)
+    measured = []
+    monkeypatch.setattr("drift_peft.transplant", lambda **given: measured.append(given))
+    compare.Comparison(None, settings, {}, None, {}, None).transplant(way, tmp_path / "adapter")
+    assert measured[0].pop("output") == tmp_path / "adapter"
+    result = {"recipe": "r", "seeds": [0], **summarize({way.name: found([0, 1], 0)}, {way.name: way.title}, way.name)}
+    write_choice(result, way, settings, None, tmp_path / "c.yaml")
+    text, delta = (tmp_path / "c.yaml").read_text(encoding="utf-8"), {} if adapter else {"reference": "a", "rank": 8}
+    assert yaml.safe_load(text) == measured[0] == {"expert": str(expert), "base": "b", **delta, "scale": 0.5}
+    flags = "" if adapter else " --reference a --rank 8"
+    assert f"\n#   drift-peft transplant --expert {expert} --base b{flags} --scale 0.5 -o transplanted\n" in text
+
+
 def test_numbers_of_a_recipe_are_what_training_takes_them_for(tmp_path):
     """YAML 1.1 knows `1e-4` as a text, and so is what stands in quotes."""
     (tmp_path / "r.yaml").write_text(

@@ -173,7 +173,7 @@ class Comparison:
         base, adapter = folder / "adapter-base", folder / "adapter"
         model = ["--model", base if base.exists() else self.settings["base"]]
         model += ["--adapter", adapter] if adapter.exists() else []
-        size = ["--batch-size", self.args.batch_size]
+        size = ["--batch-size", self.args.batch_size, *processing(self.settings)]
         asked = ["--prompt", self.args.prompt, "--max-new-tokens", self.args.max_new_tokens]
         if not (folder / "right.json").exists():
             data = ["--data", self.data[exam]]
@@ -263,11 +263,16 @@ def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictur
 def make_keep_set(settings: dict, images: str, file: str | Path, samples: int, *flags: object) -> None:
     told = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
     made = ["--base", settings["base"], "--images", images, "-o", file, "--samples", samples]
-    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *flags)
+    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *processing(settings), *flags)
 
 
 def top_k(settings: dict) -> list:
     return ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
+
+
+def processing(settings: dict) -> list:
+    """Images as they are trained on, for every way: an untrained one has no processor saved beside it."""
+    return ["--processor-kwargs", json.dumps(settings["processor_kwargs"])] if "processor_kwargs" in settings else []
 
 
 def read_recipe(file: Path) -> dict:
@@ -295,6 +300,7 @@ def compare(args: Namespace) -> dict:
     args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
+    asked["--processor-kwargs"] = settings.get("processor_kwargs")  # without which earlier versions examined
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):

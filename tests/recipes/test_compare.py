@@ -290,6 +290,36 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
     assert LoraConfig.from_pretrained(folder / "adapter").r == 2
 
 
+def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path):
+    """The keep sets to measure with, and each way's exams; a ledger of exams with other ones is not gone on with."""
+    kwargs = {"size": {"shortest_edge": 64, "longest_edge": 64}}
+    settings = {"base": "b", "data": str(data), "method": "sft", "use_cpu": True, "processor_kwargs": kwargs}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o"}))
+    shown = []
+
+    def launch(*command):
+        *_, told = given = [*map(str, command)]
+        if "--config" in given:
+            folder = Path(yaml.safe_load(Path(told).read_text())["output_dir"])
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"results": {"steps": 9, "train_runtime": 60}}))
+            return
+        shown.append(json.loads(given[given.index("--processor-kwargs") + 1]))
+        rows = {"samples": [{"category": "all", "correct": True}], "answers": {"model": [{"kl": 0, "agreement": 1}]}}
+        Path(given[given.index("-o") + 1]).write_text(json.dumps(rows))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    output, ways = tmp_path / "out", ["--held-out", "2", "--ways", "base", "sft"]
+    compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
+    assert shown == [kwargs] * 5
+    asked, *lines = (output / "ledger.jsonl").read_text().splitlines(keepends=True)
+    asked = json.loads(asked)
+    assert asked.pop("--processor-kwargs") == kwargs
+    (output / "ledger.jsonl").write_text("".join([json.dumps(asked) + "\n", *lines]))
+    with pytest.raises(SystemExit, match=r"holds answers of other settings: --processor-kwargs \(None, now \{"):
+        compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
+
+
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
     """A kill between the two runs leaves nothing of the first one that would be taken for the second."""
     (way,), args = ways_of(SETTINGS, ["drift"], [], [], None), Namespace(output=tmp_path, steps=None, minutes=0.5)

@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before what takes its time to import
 
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -374,6 +375,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0, not {getattr(args, name)}")
+    if args.search < 0:
+        parser.error(f"--search is a number of trials, and 0 for none, not {args.search}")
+    for name, shares in (("scales", args.scales), ("merge-first", args.merge_first)):
+        if useless := [share for share in shares if not (share and math.isfinite(share))]:
+            parser.error(f"--{name} takes shares of Δ, such as 0.5, not {useless[0]:g}")
     with in_one_sentence("compare.py", ValueError, OSError, ImportError, yaml.YAMLError, Failed):
         try:
             result = compare(args)

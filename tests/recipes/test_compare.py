@@ -391,6 +391,9 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     for more, told in (
         (["--held-out", "5"], "5 of the 8 samples of the data would be held out: hold out fewer with --held-out"),
         (["--held-out", "0"], "--held-out is above 0, not 0"),
+        (["--search", "-1"], "--search is a number of trials, and 0 for none, not -1"),
+        (["--scales", "0.5", "0"], "--scales takes shares of Δ, such as 0.5, not 0"),
+        (["--merge-first", "0.5", "nan"], "--merge-first takes shares of Δ, such as 0.5, not nan"),
         (["--ways", "drfit"], r"--ways takes one of base, .*, not drfit; did you mean drift\?"),
         (["--held-out", "2", "--ways", "drift"], "drift cannot be compared: the recipe names no prior"),
     ):

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -105,19 +106,23 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
         print(f"The prior is built: {run.prior} serves all further runs on this pair.")
     prior = ReasoningPrior.load(run.prior)
     for role in ("expert", "reference"):
-        wanted, built = getattr(run, role), (prior.metadata.get(role) or {"id": None})["id"]
-        if wanted is not None and not is_same_model(wanted, built):
+        wanted, origin = getattr(run, role), prior.metadata.get(role)
+        if wanted is not None and not is_same_model(wanted, origin):
+            built = run_or_prior(None, origin)
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
     return prior
 
 
-def is_same_model(wanted: str, built: str | None) -> bool:
-    """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder."""
-    if built is None or wanted == built:
-        return wanted == built
+def is_same_model(wanted: str, origin: dict | None) -> bool:
+    """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder. Of a
+    revision that is no commit, nobody knows what it was when the prior was built."""
+    if origin is None or wanted == origin["id"]:
+        return origin is not None
     if Path(wanted).exists():
-        return Path(built).exists() and Path(wanted).samefile(built)
-    return split_revision(wanted)[0] == built
+        return Path(origin["id"]).exists() and Path(wanted).samefile(origin["id"])
+    name, revision = split_revision(wanted)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return name == origin["id"] and (not is_commit or revision == origin["revision"])
 
 
 def open_start(run: RunArguments, base: Checkpoint, prior: ReasoningPrior | None, folder: Path) -> Checkpoint:

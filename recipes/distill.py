@@ -45,7 +45,7 @@ from parts.layouts import last_answer
 from parts.loading import FEATURES, load_messages
 from parts.parquet import refuse_output, write_parquet
 from parts.reading import known_answer
-from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered
+from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -159,7 +159,7 @@ def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: s
 
     def answer(chunk: list[Question]) -> None:
         samples = [dataset[question.index] for question in chunk]
-        conversations = [(_with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
+        conversations = [(with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
         for question, said in zip(chunk, teacher(conversations), strict=True):
             journal.add(question.key, said)
 
@@ -222,11 +222,6 @@ def _opened(text: str) -> str:
     return text.strip()
 
 
-def _with_prompt(messages: list[dict], prompt: str) -> list[dict]:
-    *before, last = messages
-    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": f" {prompt}"}]}]
-
-
 def _with_answers(dataset: datasets.Dataset, answers: dict[int, str]) -> datasets.Dataset:
     kept = dataset.select(answers)
     messages = [
@@ -254,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer in tokens")
-    parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
+    parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--overwrite", action="store_true", help="replace an output that has no journal")
     parser.add_argument("--json", action="store_true", help="print the funnel as JSON")
     args = parser.parse_args(arguments)

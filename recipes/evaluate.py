@@ -39,7 +39,7 @@ from parts.outputs import write_result
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
-from parts.teachers import PROMPT, Local, TeacherError, room_for
+from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -120,12 +120,8 @@ def ask(questions: list[Question], dataset, model: Local, journal: Journal, prom
     batches = [open_questions[i : i + model.batch_size] for i in range(0, len(open_questions), model.batch_size)]
     with tqdm(total=len(questions), initial=len(questions) - len(open_questions), desc="asking", disable=None) as bar:
         for batch in batches:
-            conversations = []
-            for question in batch:
-                sample = dataset[question.index]
-                *before, last = sample["messages"][:-1]
-                added = [{"type": "text", "text": f" {prompt}"}] if prompt else []
-                conversations.append(([*before, {**last, "content": [*last["content"], *added]}], sample["images"]))
+            rows = [dataset[question.index] for question in batch]
+            conversations = [(with_prompt(s["messages"][:-1], prompt), s["images"]) for s in rows]
             for question, said in zip(batch, model(conversations), strict=True):
                 journal.add(str(question.index), said)
             bar.update(len(batch))

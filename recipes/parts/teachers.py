@@ -185,6 +185,14 @@ class Local:
         """A batch is not interrupted."""
 
 
+def with_prompt(messages: list[dict], prompt: str) -> list[dict]:
+    """Messages whose last one ends in a prompt, if there is one."""
+    if not prompt:
+        return messages
+    *before, last = messages
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": f" {prompt}"}]}]
+
+
 @contextlib.contextmanager
 def room_for(batch_size: int) -> Iterator[None]:
     """TeacherError if a batch does not fit into memory."""

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import data
+import grimp
 import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.outputs import write_result
@@ -210,6 +211,14 @@ def test_a_package_that_is_missing_later_is_the_same_sentence(tmp_path, capsys, 
     with pytest.raises(ModuleNotFoundError) as missed:
         importlib.reload(importlib.import_module("parts.answers"))
     assert missed.value.name == "pint" and not (tmp_path / "compared").exists()
+
+
+@pytest.mark.parametrize("part", ["loading", "lengths", "replay", "template", "parquet"])
+def test_data_and_training_need_no_judge(part):
+    """Nor the packages that it compares answers with."""
+    imports = grimp.build_graph("parts", cache_dir=None)
+    assert not imports.chain_exists(importer=f"parts.{part}", imported="parts.answers")
+    assert imports.chain_exists(importer="parts.scoring", imported="parts.answers")  # is read
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

@@ -1,8 +1,9 @@
 """recipes/parts/reading.py, options.py, plain.py and equality.py: answers as models and data sets really write them."""
 
 import pytest
-from parts.answers import is_correct, read_options
+from parts.answers import is_correct
 from parts.equality import same_answer
+from parts.options import read_options
 from parts.reading import RULES, UNFINISHED, known_answer, read_answer
 from parts.scoring import mark
 

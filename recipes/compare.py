@@ -43,9 +43,9 @@ from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
-from parts.outputs import write_result
 from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, transplanting, ways_of
+from parts.whole import write_json
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def compare(args: Namespace) -> dict:
     chosen = choose(measured, args.budget)
     titles = {way.name: way.title for way in ways}
     result = {"recipe": str(args.recipe), "seeds": args.seeds, **asked, **summarize(measured, titles, chosen)}
-    write_result(result, args.output / "compared.json")
+    write_json(result, args.output / "compared.json")
     if keep_sets:
         draw(measured, titles, chosen, args.output / "compared.png")
     (way,) = (way for way in ways if way.name == chosen)

@@ -35,11 +35,11 @@ from parts.command_line import Parser, in_one_sentence, json_object, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
-from parts.outputs import write_result
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
 from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
+from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -221,7 +221,7 @@ def evaluate_keeping(args: Namespace) -> dict:
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
     result |= {"processor_kwargs": args.processor_kwargs}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
-    write_result({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
+    write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
     return result
 
 
@@ -260,7 +260,7 @@ def evaluate(args: Namespace) -> dict:
                 raise TeacherError(f"{error}; what is answered is in {journal.path}") from error
         marked = mark_all(questions, journal.answers)
     result = {**asking, "data": args.data, "scorer": scorer(), **summarize(marked), "samples": marked}
-    write_result(result, args.output)
+    write_json(result, args.output)
     return result
 
 

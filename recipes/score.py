@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
-from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
+from parts.outputs import BENCHMARKS, Answer, read_outputs
 from parts.reading import RULES, UNFINISHED
 from parts.scoring import mark, scorer
+from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"inputs": {name: str(places[name]) for name in models}}
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:
-            write_result(result, args.output)
+            write_json(result, args.output)
     if args.json:
         print(json.dumps(result))
     else:

@@ -43,8 +43,9 @@ from parts.images import image_mode
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.replay import with_replay
-from parts.saving import Trainer, clear, save_adapter, write_json
+from parts.saving import Trainer, clear, save_adapter
 from parts.template import check_template
+from parts.whole import write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from drift_peft import (

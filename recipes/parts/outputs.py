@@ -16,7 +16,6 @@ import ast
 import contextlib
 import json
 import math
-import os
 import string
 import zipfile
 from collections.abc import Iterator
@@ -95,16 +94,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (ValueError, zipfile.BadZipFile, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def write_result(result: dict, output: Path) -> None:
-    """As JSON; the file is there when it is complete."""
-    unfinished = output.with_name(f"{output.name}.tmp")
-    try:
-        unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _benchmark(path: Path) -> str | None:

@@ -15,8 +15,7 @@ import data
 import grimp
 import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
-from parts.outputs import write_result
-from parts.saving import write_json
+from parts.whole import write_json
 from processes import run_program
 from recipe_runs import CONFIGS, RECIPES
 from terminals import terminal
@@ -120,14 +119,13 @@ def test_names_that_are_not_in_utf8_are_refused_before_the_work(capsys, monkeypa
     assert status == 2 and r"error: the working folder '/a\udcff' is not in UTF-8: rename it" in err
 
 
-@pytest.mark.parametrize("write", [write_json, write_result])
-def test_a_result_that_cannot_be_written_leaves_nothing(write, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write({"a": 1}, tmp_path / "r.json")
+    with pytest.raises(OSError, match=r"r.json could not be written \(\[Errno 28\] No space left"):
+        write_json({"a": 1}, tmp_path / "r.json")
     assert not any(tmp_path.iterdir())
 
 

@@ -17,12 +17,10 @@ and merged bases are deleted when their way is measured: a run of its recipe mak
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("compare.py: stopped")
-    explain_imports("compare.py")
+    begin("compare.py")
 
 import hashlib
 import json

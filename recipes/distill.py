@@ -18,16 +18,13 @@ there. The result holds the questions as they were, without the prompt, and the 
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("distill.py: stopped")
-    explain_imports("distill.py")
+    begin("distill.py")
 
 import hashlib
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -49,6 +46,8 @@ from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered, with
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from drift_peft.cli.keys import key_of
 
 TEACHER = "russwang/ThinkLite-VL-7B"
 HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
@@ -259,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     with in_one_sentence("distill.py", ValueError, OSError, TeacherError):
         refuse_output(args.output, args.overwrite or journal.exists())
         if args.server:
-            how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
+            how = {"key": key_of(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
             teacher = partial(Server, args.server, args.model, concurrency=args.concurrency, **how, **answering)
         else:
             how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
@@ -283,12 +282,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{unanswered} questions have no answer: run the same again to ask them", file=sys.stderr)
     if not funnel.left["unique"]:
         stop("distill.py", f"no answer is left, so {args.output} was not written", 1)
-
-
-def _read_key(name: str | None) -> str | None:
-    if name and not os.environ.get(name):
-        raise ValueError(f"--api-key-env {name}: there is no such environment variable, or it is empty")
-    return os.environ[name] if name else None
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ without it.
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("evaluate.py: stopped")
-    explain_imports("evaluate.py")
+    begin("evaluate.py")
 
 import hashlib
 import json

@@ -9,12 +9,10 @@ models together (over problems in WeMath, whose score is of whole problems).
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("score.py: stopped")
-    explain_imports("score.py")
+    begin("score.py")
 
 import json
 import sys

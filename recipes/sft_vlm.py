@@ -11,12 +11,10 @@ SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with 
 `<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
 """
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("sft_vlm.py: stopped")
-    explain_imports("sft_vlm.py")
+    begin("sft_vlm.py")
 
 import contextlib
 import hashlib

@@ -10,9 +10,10 @@ on the same samples, with the same seeds and budget. They are examined on sample
 --test, and on the VLM's own answers about the images of these, which no way has trained on. The same command goes on
 where it was stopped.
 
-The output folder then holds `compared.json`; `compared.png`, right answers beside the distance from the VLM; and
-`choice.yaml`, the recipe of the way to take, with its numbers. `ways/` has a folder for each way and seed. Checkpoints
-and merged bases are deleted when their way is measured: a run of its recipe makes them again.
+The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
+there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
+each way and seed. Checkpoints and merged bases are deleted when their way is measured: a run of its recipe makes them
+again.
 """
 
 from __future__ import annotations
@@ -335,11 +336,10 @@ def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured])
     if not trained:
         raise ValueError("--search tunes ways that are trained, and none is compared: name one with --ways")
     leading = [way for way in trained if way.name in frontier(measured)] or trained
-    found: dict[str, Measured] = {}
 
     def measure(way: Way) -> tuple[float, float]:
-        found[way.name] = comparison.measure(way, "validation")
-        return float(found[way.name].right.mean()), found[way.name].cost
+        found = comparison.measure(way, "validation")
+        return float(found.right.mean()), found.cost
 
     args = comparison.args
     tried = search(args.search, leading, comparison.settings, measure, args.output / "search.journal", args.seeds[0])

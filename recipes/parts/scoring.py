@@ -13,14 +13,14 @@ from pathlib import Path
 from .answers import is_known
 from .reading import UNFINISHED, read_answer
 
-RULES = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
+VERSION = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
 FILES = ("scoring", "answers", "reading", "options", "plain", "equality", "units")
 
 
 def scorer() -> dict:
     """What decides; written into each result."""
     rules = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in FILES)).hexdigest()
-    return {"rules": RULES, "files": rules[:16], **{name: version(name) for name in ("math-verify", "pint", "sympy")}}
+    return {"rules": VERSION, "files": rules[:16], **{name: version(name) for name in ("math-verify", "pint", "sympy")}}
 
 
 def mark(response: str, gold: str, question: str, finish_reason: str | None = None) -> tuple[bool, str]:

@@ -10,22 +10,22 @@ on the same samples, with the same seeds and budget. They are examined on sample
 --test, and on the VLM's own answers about the images of these, which no way has trained on. The same command goes on
 where it was stopped.
 
-The output folder then holds `compared.json`; `compared.png`, right answers beside the distance from the VLM; and
-`choice.yaml`, the recipe of the way to take, with its numbers. `ways/` has a folder for each way and seed. Checkpoints
-and merged bases are deleted when their way is measured: a run of its recipe makes them again.
+The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
+there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
+each way and seed. Checkpoints and merged bases are deleted when their way is measured: a run of its recipe makes them
+again.
 """
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("compare.py: stopped")
-    explain_imports("compare.py")
+    begin("compare.py")
 
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -42,9 +42,9 @@ from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
-from parts.outputs import write_result
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, Way, gating, ways_of
+from parts.ways import KINDS, OUTPUT, Way, gating, transplanting, ways_of
+from parts.whole import write_json
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -145,14 +145,9 @@ class Comparison:
 
     def transplant(self, way: Way, output: Path) -> None:
         from drift_peft import transplant
-        from drift_peft.checkpoints import is_adapter
 
-        names = {key: self.settings[key] for key in ("expert", "base")}
-        delta = {}
-        if not is_adapter(names["expert"]):  # else it goes over as it is
-            delta = {"reference": self.settings.get("reference"), "rank": self.settings.get("prior_rank", 64)}
         if not output.exists():
-            transplant(**names, output=output, **delta, scale=way.scale)
+            transplant(**transplanting(self.settings, way.scale), output=output)
 
     def gate(self, folder: Path) -> None:
         """The recipe's prior, gated on its keep set and the expert's answers, as adapter. What is not there is made."""
@@ -178,7 +173,7 @@ class Comparison:
         base, adapter = folder / "adapter-base", folder / "adapter"
         model = ["--model", base if base.exists() else self.settings["base"]]
         model += ["--adapter", adapter] if adapter.exists() else []
-        size = ["--batch-size", self.args.batch_size]
+        size = ["--batch-size", self.args.batch_size, *processing(self.settings)]
         asked = ["--prompt", self.args.prompt, "--max-new-tokens", self.args.max_new_tokens]
         if not (folder / "right.json").exists():
             data = ["--data", self.data[exam]]
@@ -268,11 +263,16 @@ def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictur
 def make_keep_set(settings: dict, images: str, file: str | Path, samples: int, *flags: object) -> None:
     told = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
     made = ["--base", settings["base"], "--images", images, "-o", file, "--samples", samples]
-    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *flags)
+    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *processing(settings), *flags)
 
 
 def top_k(settings: dict) -> list:
     return ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
+
+
+def processing(settings: dict) -> list:
+    """Images as they are trained on, for every way: an untrained one has no processor saved beside it."""
+    return ["--processor-kwargs", json.dumps(settings["processor_kwargs"])] if "processor_kwargs" in settings else []
 
 
 def read_recipe(file: Path) -> dict:
@@ -300,6 +300,7 @@ def compare(args: Namespace) -> dict:
     args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
+    asked["--processor-kwargs"] = settings.get("processor_kwargs")  # without which earlier versions examined
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
@@ -318,7 +319,7 @@ def compare(args: Namespace) -> dict:
     chosen = choose(measured, args.budget)
     titles = {way.name: way.title for way in ways}
     result = {"recipe": str(args.recipe), "seeds": args.seeds, **asked, **summarize(measured, titles, chosen)}
-    write_result(result, args.output / "compared.json")
+    write_json(result, args.output / "compared.json")
     if keep_sets:
         draw(measured, titles, chosen, args.output / "compared.png")
     (way,) = (way for way in ways if way.name == chosen)
@@ -335,11 +336,10 @@ def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured])
     if not trained:
         raise ValueError("--search tunes ways that are trained, and none is compared: name one with --ways")
     leading = [way for way in trained if way.name in frontier(measured)] or trained
-    found: dict[str, Measured] = {}
 
     def measure(way: Way) -> tuple[float, float]:
-        found[way.name] = comparison.measure(way, "validation")
-        return float(found[way.name].right.mean()), found[way.name].cost
+        found = comparison.measure(way, "validation")
+        return float(found.right.mean()), found.cost
 
     args = comparison.args
     tried = search(args.search, leading, comparison.settings, measure, args.output / "search.journal", args.seeds[0])
@@ -373,6 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0, not {getattr(args, name)}")
+    if args.search < 0:
+        parser.error(f"--search is a number of trials, and 0 for none, not {args.search}")
+    for name, shares in (("scales", args.scales), ("merge-first", args.merge_first)):
+        if useless := [share for share in shares if not (share and math.isfinite(share))]:
+            parser.error(f"--{name} takes shares of Δ, such as 0.5, not {useless[0]:g}")
     with in_one_sentence("compare.py", ValueError, OSError, ImportError, yaml.YAMLError, Failed):
         try:
             result = compare(args)

@@ -12,12 +12,10 @@ in parts/loading.py.
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("data.py: stopped")
-    explain_imports("data.py")
+    begin("data.py")
 
 import json
 from pathlib import Path

@@ -10,12 +10,10 @@ set, and `questions.txt`, which it asks about them. The recipes' paths begin whe
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("digits_pair.py: stopped")
-    explain_imports("digits_pair.py", extra="demo")
+    begin("digits_pair.py", extra="demo")
 
 import json
 from pathlib import Path

@@ -18,16 +18,13 @@ there. The result holds the questions as they were, without the prompt, and the 
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("distill.py: stopped")
-    explain_imports("distill.py")
+    begin("distill.py")
 
 import hashlib
 import json
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -45,10 +42,12 @@ from parts.layouts import last_answer
 from parts.loading import FEATURES, load_messages
 from parts.parquet import refuse_output, write_parquet
 from parts.reading import known_answer
-from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered
+from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from drift_peft.cli.keys import key_of
 
 TEACHER = "russwang/ThinkLite-VL-7B"
 HOPELESS = 20  # questions without an answer, one after the other, after which no more are asked
@@ -159,7 +158,7 @@ def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: s
 
     def answer(chunk: list[Question]) -> None:
         samples = [dataset[question.index] for question in chunk]
-        conversations = [(_with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
+        conversations = [(with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
         for question, said in zip(chunk, teacher(conversations), strict=True):
             journal.add(question.key, said)
 
@@ -222,11 +221,6 @@ def _opened(text: str) -> str:
     return text.strip()
 
 
-def _with_prompt(messages: list[dict], prompt: str) -> list[dict]:
-    *before, last = messages
-    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": f" {prompt}"}]}]
-
-
 def _with_answers(dataset: datasets.Dataset, answers: dict[int, str]) -> datasets.Dataset:
     kept = dataset.select(answers)
     messages = [
@@ -254,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer in tokens")
-    parser.add_argument("--prompt", default=PROMPT, help="what is added to each question")
+    parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--overwrite", action="store_true", help="replace an output that has no journal")
     parser.add_argument("--json", action="store_true", help="print the funnel as JSON")
     args = parser.parse_args(arguments)
@@ -264,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     with in_one_sentence("distill.py", ValueError, OSError, TeacherError):
         refuse_output(args.output, args.overwrite or journal.exists())
         if args.server:
-            how = {"key": _read_key(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
+            how = {"key": key_of(args.api_key_env), "timeout": args.timeout, "retries": args.retries}
             teacher = partial(Server, args.server, args.model, concurrency=args.concurrency, **how, **answering)
         else:
             how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
@@ -288,12 +282,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{unanswered} questions have no answer: run the same again to ask them", file=sys.stderr)
     if not funnel.left["unique"]:
         stop("distill.py", f"no answer is left, so {args.output} was not written", 1)
-
-
-def _read_key(name: str | None) -> str | None:
-    if name and not os.environ.get(name):
-        raise ValueError(f"--api-key-env {name}: there is no such environment variable, or it is empty")
-    return os.environ[name] if name else None
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ without it.
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("evaluate.py: stopped")
-    explain_imports("evaluate.py")
+    begin("evaluate.py")
 
 import hashlib
 import json
@@ -31,15 +29,15 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.command_line import Parser, in_one_sentence, run_script
+from parts.command_line import Parser, in_one_sentence, json_object, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
-from parts.outputs import write_result
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
-from parts.teachers import PROMPT, Local, TeacherError, room_for
+from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
+from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -120,12 +118,8 @@ def ask(questions: list[Question], dataset, model: Local, journal: Journal, prom
     batches = [open_questions[i : i + model.batch_size] for i in range(0, len(open_questions), model.batch_size)]
     with tqdm(total=len(questions), initial=len(questions) - len(open_questions), desc="asking", disable=None) as bar:
         for batch in batches:
-            conversations = []
-            for question in batch:
-                sample = dataset[question.index]
-                *before, last = sample["messages"][:-1]
-                added = [{"type": "text", "text": f" {prompt}"}] if prompt else []
-                conversations.append(([*before, {**last, "content": [*last["content"], *added]}], sample["images"]))
+            rows = [dataset[question.index] for question in batch]
+            conversations = [(with_prompt(s["messages"][:-1], prompt), s["images"]) for s in rows]
             for question, said in zip(batch, model(conversations), strict=True):
                 journal.add(str(question.index), said)
             bar.update(len(batch))
@@ -194,6 +188,7 @@ def has_processor(folder: Path) -> bool:
 def load_model(args: Namespace) -> Local:
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
     how["processor"] = args.adapter if args.adapter and has_processor(args.adapter) else None
+    how["processor_kwargs"] = args.processor_kwargs
     local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
     if args.adapter:
         from peft import PeftModel
@@ -222,8 +217,9 @@ def evaluate_keeping(args: Namespace) -> dict:
                 found["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
     summaries = {name: summarize(distances) for name, distances in found.items()}
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
+    result |= {"processor_kwargs": args.processor_kwargs}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
-    write_result({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
+    write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
     return result
 
 
@@ -252,6 +248,7 @@ def evaluate(args: Namespace) -> dict:
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+    asking |= {"processor_kwargs": args.processor_kwargs}
     with Journal(journal_path(args.output), asking) as journal:
         if len(journal.answers) < len(questions):
             model = load_model(args)
@@ -261,7 +258,7 @@ def evaluate(args: Namespace) -> dict:
                 raise TeacherError(f"{error}; what is answered is in {journal.path}") from error
         marked = mark_all(questions, journal.answers)
     result = {**asking, "data": args.data, "scorer": scorer(), **summarize(marked), "samples": marked}
-    write_result(result, args.output)
+    write_json(result, args.output)
     return result
 
 
@@ -278,6 +275,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    told = "settings of the processor in place of its own, such as '{\"max_pixels\": 262144}'"
+    parser.add_argument("--processor-kwargs", type=json_object, metavar="JSON", help=told)
     parser.add_argument("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")

@@ -7,12 +7,10 @@ sft_vlm.py draws the same into its output_dir. What was not logged is left out.
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("plot_run.py: stopped")
-    explain_imports("plot_run.py")
+    begin("plot_run.py")
 
 import json
 from pathlib import Path

@@ -9,12 +9,10 @@ models together (over problems in WeMath, whose score is of whole problems).
 
 from __future__ import annotations
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("score.py: stopped")
-    explain_imports("score.py")
+    begin("score.py")
 
 import json
 import sys
@@ -24,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
-from parts.outputs import BENCHMARKS, Answer, read_outputs, write_result
+from parts.outputs import BENCHMARKS, Answer, read_outputs
 from parts.reading import RULES, UNFINISHED
 from parts.scoring import mark, scorer
+from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -231,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"inputs": {name: str(places[name]) for name in models}}
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:
-            write_result(result, args.output)
+            write_json(result, args.output)
     if args.json:
         print(json.dumps(result))
     else:

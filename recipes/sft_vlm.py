@@ -11,18 +11,17 @@ SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with 
 `<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
 """
 
-from drift_peft.builds import explain_imports
-from drift_peft.cli.interrupt import end_at_ctrl_c
+from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
-    end_at_ctrl_c("sft_vlm.py: stopped")
-    explain_imports("sft_vlm.py")
+    begin("sft_vlm.py")
 
 import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -41,8 +40,9 @@ from parts.held import Held, mark_of, settings_to_hold
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.replay import with_replay
-from parts.saving import Trainer, clear, save_adapter, write_json
+from parts.saving import Trainer, clear, save_adapter
 from parts.template import check_template
+from parts.whole import write_json
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from drift_peft import (
@@ -104,19 +104,23 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
         print(f"The prior is built: {run.prior} serves all further runs on this pair.")
     prior = ReasoningPrior.load(run.prior)
     for role in ("expert", "reference"):
-        wanted, built = getattr(run, role), (prior.metadata.get(role) or {"id": None})["id"]
-        if wanted is not None and not is_same_model(wanted, built):
+        wanted, origin = getattr(run, role), prior.metadata.get(role)
+        if wanted is not None and not is_same_model(wanted, origin):
+            built = run_or_prior(None, origin)
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
     return prior
 
 
-def is_same_model(wanted: str, built: str | None) -> bool:
-    """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder."""
-    if built is None or wanted == built:
-        return wanted == built
+def is_same_model(wanted: str, origin: dict | None) -> bool:
+    """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder. Of a
+    revision that is no commit, nobody knows what it was when the prior was built."""
+    if origin is None or wanted == origin["id"]:
+        return origin is not None
     if Path(wanted).exists():
-        return Path(built).exists() and Path(wanted).samefile(built)
-    return split_revision(wanted)[0] == built
+        return Path(origin["id"]).exists() and Path(wanted).samefile(origin["id"])
+    name, revision = split_revision(wanted)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return name == origin["id"] and (not is_commit or revision == origin["revision"])
 
 
 def open_start(run: RunArguments, base: Checkpoint, prior: ReasoningPrior | None, folder: Path) -> Checkpoint:

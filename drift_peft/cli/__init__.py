@@ -6,6 +6,7 @@ it runs.
     commands        all verbs, in the order of the help
     parser          argparse, whose errors are one sentence with the nearest known name
     layers          what --only-layers takes
+    keys            what --api-key-env names
     show            a result as tables or as JSON
     interrupt       Ctrl-C, wherever it falls
     uploading       what `prior push` and `keep push` have in common

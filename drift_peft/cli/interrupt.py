@@ -7,7 +7,19 @@ import os
 import signal
 import sys
 
+from ..builds import explain_imports
+
 _came = False
+
+
+def begin(script: str, extra: str = "recipes") -> None:
+    """While a script is imported: Ctrl-C, and a package that is missing, end it in one sentence.
+
+    Args:
+        extra: what brings the packages that the script needs.
+    """
+    end_at_ctrl_c(f"{script}: stopped")
+    explain_imports(script, extra)
 
 
 def end_at_ctrl_c(sentence: str) -> None:

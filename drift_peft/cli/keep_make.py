@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from .keys import key_of
 from .parser import Parser, json_object
 
 HELP = "a VLM and unlabelled images -> keep set"
@@ -42,9 +41,7 @@ def flags(parser: Parser) -> None:
 
 
 def run(base: str, api_key_env: str | None, processor_kwargs: dict | None, as_json: bool, **settings) -> None:
-    if api_key_env and not os.environ.get(api_key_env):
-        raise ValueError(f"--api-key-env {api_key_env}: there is no such environment variable, or it is empty")
-    api_key = os.environ[api_key_env] if api_key_env else None
+    api_key = key_of(api_key_env)
     from ..keeping import keep_summary, keep_table, make_keep_set
     from .show import show
 

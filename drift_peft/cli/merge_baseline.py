@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from .layers import layers
 from .parser import Parser
@@ -62,6 +63,7 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
     from ..merge import merge_baseline
     from .show import show
 
+    taken = settings["exist_ok"] and Path(settings["output"]).exists()
     report = merge_baseline(only_layers=numbers, **settings)
     table = Table(show_header=False, title=f"{report.method} merged into {report.output}")
     table.add_row("weights of the task vectors", ", ".join(f"{weight:g}" for weight in report.weights))
@@ -71,6 +73,6 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
         table.add_row("not merged, the expert has none", describe(report.without_counterpart))
     table.add_row("tensors written", str(report.tensors))
     change = report.relative_change
-    unknown = "not measured again: the folder exists" if settings["exist_ok"] else "they were zero"
+    unknown = "not measured again: the folder exists" if taken else "they were zero"
     table.add_row("change of the merged weights ‖W' − W‖/‖W‖", unknown if change is None else f"{change:.2e}")
     show(asdict(report), as_json, table)

@@ -14,6 +14,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of every training")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     arguments = parser.parse_args()
+    if arguments.seeds is not None and arguments.seeds < 1:
+        parser.error(f"--seeds is 1 or more, not {arguments.seeds}")
     given = {"methods": arguments.methods, "steps": arguments.steps}
     if arguments.seeds:
         study(range(arguments.seeds), arguments.out, **given)

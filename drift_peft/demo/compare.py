@@ -154,7 +154,7 @@ def run(
         print_table([result])
         if out is None:
             print("Nothing was kept; --out FOLDER keeps the prior, adapters, merged models, results and pictures.")
-        if out is not None:
+        else:
             print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
     return result
 

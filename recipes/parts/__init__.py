@@ -30,5 +30,6 @@ ways          what a comparison compares: what each way changes in a recipe
 search        settings of the leading ways, tuned with optuna
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take
-outputs       results of VLMEvalKit, lmms-eval and evaluate.py, read and written
+outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
+whole         files that are there when they are complete
 """

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .options import read_options
-from .reading import extract_boxed, final_answer, known_answer
+from .reading import extract_boxed, known_answer, read_answer
 
 SECONDS = 5.0
 LONGEST = 2000  # characters; a longer answer is right if its text is the known one's
@@ -44,7 +44,13 @@ def is_correct(response: str, gold: str, *, question: str = "") -> bool:
         gold: as the data set writes it: alone, boxed, tagged, or with its chain in front.
         question: where the options stand, if there are some: then an option's letter and its text are one answer.
     """
-    answer, known = final_answer(response), known_answer(gold)
+    found = read_answer(response)
+    return found is not None and is_known(found[0], gold, question)
+
+
+def is_known(answer: str, gold: str, question: str) -> bool:
+    """`is_correct` of the answer that a response was read as."""
+    known = known_answer(gold)
     if not answer or not known:
         return False
     if answer == known:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .frontier import Measured, frontier
 from .intervals import interval
-from .ways import Way, gating
+from .ways import Way, gating, transplanting
 
 RULE = """\
 Of the ways that these samples cannot tell from the best one, it is the one that keeps most. It was chosen on these very
@@ -107,14 +107,13 @@ def write_choice(
         content = {key: settings[key] for key in ("base", "expert", "prior", "keep")}
         made = gating(settings, settings["keep"], texts, "gated.safetensors", "gated")
         commands = [f"drift-peft {shlex.join(command)}" for command in made]
+    elif way.kind == "transplant":
+        content = transplanting(settings, way.scale)
+        flags = [part for key, value in content.items() for part in (f"--{key}", str(value))]
+        commands = [f"drift-peft transplant {shlex.join(flags)} -o transplanted"]
     else:
-        names = ("expert", "base", "reference") if way.scale is not None else ("base",)
-        content = {key: settings[key] for key in names if key in settings}
+        content = {"base": settings["base"]}
         commands = ["nothing is trained: no way is better than the VLM as it is, as far as these samples tell"]
-        if way.scale is not None:
-            content |= {"rank": settings.get("prior_rank", 64), "scale": way.scale}
-            flags = [part for key, value in content.items() for part in (f"--{key}", str(value))]
-            commands = [f"drift-peft transplant {shlex.join(flags)} -o transplanted"]
     heads, rows = columns(result)
     heads = [head.replace("\n", " ") for head in heads]
     widths = [max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import re
 import sys
@@ -85,6 +86,17 @@ class Parser(argparse.ArgumentParser):
 def _is_text(argument: str) -> bool:
     """Bytes that are no UTF-8 come as lone surrogates."""
     return not any("\ud800" <= sign <= "\udfff" for sign in argument)
+
+
+def json_object(value: str) -> dict:
+    """For `type` of a flag."""
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"takes a JSON object, such as '{{\"max_pixels\": 262144}}', not {value}")
+    return found
 
 
 def guess(name: str, known: Iterable[str]) -> str:

@@ -1,9 +1,10 @@
 """How a run went, drawn from Trainer's log history: loss, and where the adapter stands against the prior."""
 
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from .whole import write
 
 PANELS = {  # title -> what it shows, by its name in the logs
     "loss": ("loss", "eval_loss"),
@@ -51,9 +52,4 @@ def plot_run(history: list[dict], output: Path) -> None:
             panel.legend(frameon=False)
     for panel in list(axes):
         panel.set_visible(False)
-    unfinished = output.with_name(f"{output.name}.tmp")
-    try:
-        figure.savefig(unfinished, format=output.suffix[1:], dpi=160)
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)  # of a full disk
+    write(output, lambda unfinished: figure.savefig(unfinished, format=output.suffix[1:], dpi=160))

@@ -15,10 +15,10 @@ from typing import Literal
 import datasets
 import pyarrow as pa
 
-from .answers import extract_boxed
 from .bad_sample import BadSample
 from .images import read_image
 from .layouts import last_answer, read_sample
+from .reading import extract_boxed
 from .sources import find_files, read_file, samples
 
 TEXT = datasets.Value("string")

@@ -13,10 +13,12 @@ lmms-eval, lmms_eval/loggers/evaluation_tracker.py and lmms_eval/evaluator.py: `
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
-import os
 import string
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,7 @@ BENCHMARKS = {
     "MathVerse all versions": ("MathVerse_MINI", ("mathverse_testmini_reasoning",)),
 }
 FAILED = "Failed to obtain answer"  # what VLMEvalKit writes for an answer that it did not get
+NO_ANSWERS = "it holds no answers: name a result of evaluate.py, or the folder that VLMEvalKit or lmms-eval wrote"
 EXCEL = 32767  # characters of a cell: what is longer is cut when it is written
 
 
@@ -63,7 +66,8 @@ def read_outputs(place: str | Path) -> dict[str, list[Answer]]:
     if not place.exists():
         raise ValueError(f"there is no {place}")
     if place.is_file():
-        return {_benchmark(place) or _data_of(place): _read(place)}
+        with _naming(place):
+            return {_benchmark(place) or _data_of(place): _read(place)}
     files: dict[str, Path] = {}
     for path in sorted({path.resolve() for path in place.rglob("*") if path.is_file()}):  # VLMEvalKit makes links
         name = _benchmark(path)
@@ -76,17 +80,20 @@ def read_outputs(place: str | Path) -> dict[str, list[Answer]]:
             f"{place} holds no answers to a known benchmark: neither <model>_<data set>.tsv of VLMEvalKit, nor "
             "<date>_samples_<task>.jsonl of lmms-eval, which it writes with --log_samples"
         )
-    return {name: _read(path) for name, path in files.items()}
+    answers = {}
+    for name, path in files.items():
+        with _naming(path):
+            answers[name] = _read(path)
+    return answers
 
 
-def write_result(result: dict, output: Path) -> None:
-    """As JSON; the file is there when it is complete."""
-    unfinished = output.with_name(f"{output.name}.tmp")
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a file, behind its name."""
     try:
-        unfinished.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        yield
+    except (ValueError, zipfile.BadZipFile, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _benchmark(path: Path) -> str | None:
@@ -100,39 +107,44 @@ def _benchmark(path: Path) -> str | None:
 
 def _data_of(path: Path) -> str:
     """The name of the data that a result of evaluate.py is about."""
-    content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else None
+    content = _load(path) if path.suffix == ".json" else None
     if not isinstance(content, dict) or not {"data", "scorer", "samples"} <= content.keys():
-        raise ValueError(
-            f"{path} holds no answers: name a result of evaluate.py, or the folder that VLMEvalKit or lmms-eval wrote"
-        )
-    return Path(content["data"]).stem
+        raise ValueError(NO_ANSWERS)
+    return Path(str(content["data"])).stem
 
 
 def _read(path: Path) -> list[Answer]:
-    rows = READERS[path.suffix](path)
-    answers = [_convert(row, path) for row in rows]
+    answers = [_convert(row, path.suffix) for row in READERS[path.suffix](path)]
     if not answers:
-        raise ValueError(f"{path} is empty")
+        raise ValueError("it is empty")
     seen = set()
     for answer in answers:
         if answer.id in seen:
-            raise ValueError(f"{path} holds sample {answer.id} twice: two runs may have been written into one file")
+            raise ValueError(f"it holds sample {answer.id} twice: two runs may have been written into one file")
         seen.add(answer.id)
     failed = sum(answer.response.startswith(FAILED) for answer in answers)
     if failed:
-        raise ValueError(f"{path} holds {failed} failures in place of answers: run VLMEvalKit again with --reuse")
+        raise ValueError(f"it holds {failed} failures in place of answers: run VLMEvalKit again with --reuse")
     return answers
 
 
-def _convert(row: dict, path: Path) -> Answer:
+def _convert(row: dict, suffix: str) -> Answer:
+    if not isinstance(row, dict):
+        raise ValueError(NO_ANSWERS)
+    sample = f"sample {row.get('index', row.get('doc_id'))}"
     try:
-        if path.suffix == ".jsonl":
-            return _from_lmms_eval(row)
-        return _from_evaluate(row) if "response" in row else _from_vlmevalkit(row)
+        if suffix == ".jsonl":
+            answer = _from_lmms_eval(row)
+        else:
+            answer = _from_evaluate(row) if "response" in row else _from_vlmevalkit(row)
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error} in sample {row.get('index', row.get('doc_id'))}") from error
+        raise ValueError(f"{sample} lacks {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{sample} {error}") from error
+    for name in ("question", "gold", "response"):
+        if not isinstance(getattr(answer, name), str):
+            raise ValueError(f"{sample} has a {name} that is no text: {str(getattr(answer, name))[:40]}")
+    return answer
 
 
 def _from_vlmevalkit(row: dict) -> Answer:
@@ -141,18 +153,25 @@ def _from_vlmevalkit(row: dict) -> Answer:
         gold = row["answer_option"]
     options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
     if row.get("choices", "").startswith("["):  # MathVista, MathVision
-        options |= dict(zip(string.ascii_uppercase, map(str, ast.literal_eval(row["choices"])), strict=False))
+        options |= dict(zip(string.ascii_uppercase, _listed(row["choices"]), strict=False))
     question += "".join(f"\n{letter}. {text}" for letter, text in options.items())
     thinking, response = row.get("thinking"), row["prediction"]
     step = (row["ID"], row["key"]) if row.get("ID") and "steps_" in row.get("key", "") else None
     return Answer(row["index"], question, gold, f"<think>{thinking}</think>{response}" if thinking else response, step)
 
 
+def _listed(choices: str) -> list[str]:
+    try:
+        return [*map(str, ast.literal_eval(choices))]
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"has choices that are no list: {choices[:40]}") from error
+
+
 def _from_lmms_eval(row: dict) -> Answer:
     responses = row.get("resps", row["filtered_resps"])
     responses = responses if isinstance(responses, list) else [responses]
     if len(responses) != 1:
-        raise ValueError(f"sample {row['doc_id']} has {len(responses)} answers: run lmms-eval with --repeats 1")
+        raise ValueError(f"has {len(responses)} answers: run lmms-eval with --repeats 1")
     problem = row.get("wemath_strict")
     step = (str(problem["ID"]), problem["key"]) if problem else None
     return Answer(str(row["doc_id"]), row["input"], row["target"], responses[0], step)
@@ -172,19 +191,28 @@ def _read_xlsx(path: Path) -> list[dict]:
         table = pd.read_excel(path, dtype=str, keep_default_na=False, engine="openpyxl")
     except ImportError as error:
         raise ValueError(
-            f"reading {path} takes openpyxl: pip install openpyxl; or run VLMEvalKit with PRED_FORMAT=tsv"
+            "reading it takes openpyxl: pip install openpyxl; or run VLMEvalKit with PRED_FORMAT=tsv"
         ) from error
     rows = table.to_dict("records")
     cut = sum(len(row.get("prediction", "")) >= EXCEL for row in rows)
     if cut:
-        raise ValueError(f"{path} holds {cut} answers that Excel's format has cut: run VLMEvalKit with PRED_FORMAT=tsv")
+        raise ValueError(f"it holds {cut} answers that Excel's format has cut: run VLMEvalKit with PRED_FORMAT=tsv")
     return rows
 
 
 def _read_json(path: Path) -> list[dict]:
-    content = json.loads(path.read_text("utf-8"))
-    rows = content["samples"] if isinstance(content, dict) else content
-    return [{key: _text(value) for key, value in row.items()} for row in rows]
+    content = _load(path)
+    rows = content.get("samples") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise ValueError(NO_ANSWERS)
+    return [{key: _text(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
+
+
+def _load(path: Path):
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is no valid JSON: {error}") from error
 
 
 def _read_jsonl(path: Path) -> list[dict]:
@@ -193,13 +221,13 @@ def _read_jsonl(path: Path) -> list[dict]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"line {number} of {path} is no valid JSON: {error}") from error
+            raise ValueError(f"line {number} is no valid JSON: {error}") from error
     return rows
 
 
 def _refuse_pickle(path: Path) -> list[dict]:
     raise ValueError(
-        f"{path} is a pickle, which VLMEvalKit leaves when it is interrupted or cannot write a table, and which runs "
+        "it is a pickle, which VLMEvalKit leaves when it is interrupted or cannot write a table, and which runs "
         "code when it is read: run VLMEvalKit again with PRED_FORMAT=tsv and --reuse"
     )
 

@@ -7,8 +7,8 @@ import json
 import re
 import string
 
-from .answers import read_options
 from .bad_sample import BadSample
+from .options import read_options
 
 QUESTIONS, ANSWERS = ("question", "problem", "query"), ("answer", "solution", "response")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # in a turn: DeepSeek and vLLM, vLLM, Ollama and Anthropic

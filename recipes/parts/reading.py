@@ -118,18 +118,6 @@ def read_answer(text: str) -> tuple[str, str] | None:
     return _said(lines) or _alone(lines) or _concluded(lines)
 
 
-def final_answer(response: str) -> str | None:
-    """What a response answers; None if it is unfinished."""
-    found = read_answer(response)
-    return found[0] if found else None
-
-
-def answer_rule(response: str) -> str:
-    """By which of RULES a response is read, or UNFINISHED."""
-    found = read_answer(response)
-    return found[1] if found else UNFINISHED
-
-
 def known_answer(text: str) -> str:
     """What a data set's answer knows, chain in front or not; where no mark stands, all that follows the thinking."""
     found = read_answer(text)

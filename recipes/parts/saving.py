@@ -1,9 +1,7 @@
 """What a run leaves behind, each file and each checkpoint whole or as it was before."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -14,6 +12,7 @@ from drift_peft import DriftConfig
 
 from .checkpoints import checkpoints, newest_whole
 from .held import FILE
+from .whole import reason_of, write_json
 
 PARTIAL = "checkpoint.partial"  # which Trainer takes for no checkpoint
 ADAPTER = "adapter.partial"
@@ -85,7 +84,7 @@ class Trainer(SFTTrainer):
             self._place = None
             save_adapter(self)
             raise OSError(
-                f"{name} could not be written ({_reason(error)}); the adapter as of this step is in "
+                f"{name} could not be written ({reason_of(error)}); the adapter as of this step is in "
                 f"{self.args.output_dir}, without its optimizer: {_way_on(self)}"
             ) from error
         finally:
@@ -109,7 +108,7 @@ def save_adapter(trainer: SFTTrainer) -> None:
         for file in partial.iterdir():
             os.replace(file, output / file.name)
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         raise OSError(f"the adapter could not be written to {output} ({reason}): {_way_on(trainer)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,30 +118,6 @@ def clear(output: Path) -> None:
     """What a killed run was writing is gone."""
     for name in (PARTIAL, ADAPTER):
         shutil.rmtree(output / name, ignore_errors=True)
-
-
-def write_json(content: dict, file: Path) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-    write(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-
-
-def write(file: Path, how: Callable[[Path], object]) -> None:
-    """Write a file under another name and rename it.
-
-    Raises:
-        OSError: it cannot be written, and nothing of it is left.
-    """
-    unfinished = file.with_name(f"{file.name}.tmp")
-    try:
-        how(unfinished)
-        os.replace(unfinished, file)
-    except Exception as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"{file} could not be written ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _way_on(trainer: SFTTrainer) -> str:

@@ -10,17 +10,17 @@ import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
-from .answers import is_correct
-from .reading import UNFINISHED, answer_rule, final_answer
+from .answers import is_known
+from .reading import UNFINISHED, read_answer
 
-RULES = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
+VERSION = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
 FILES = ("scoring", "answers", "reading", "options", "plain", "equality", "units")
 
 
 def scorer() -> dict:
     """What decides; written into each result."""
     rules = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in FILES)).hexdigest()
-    return {"rules": RULES, "files": rules[:16], **{name: version(name) for name in ("math-verify", "pint", "sympy")}}
+    return {"rules": VERSION, "files": rules[:16], **{name: version(name) for name in ("math-verify", "pint", "sympy")}}
 
 
 def mark(response: str, gold: str, question: str, finish_reason: str | None = None) -> tuple[bool, str]:
@@ -29,14 +29,17 @@ def mark(response: str, gold: str, question: str, finish_reason: str | None = No
     Args:
         finish_reason: "length" of a response that was cut, which is unfinished unless its answer is right for sure.
     """
-    read_by = answer_rule(response)
-    correct = read_by != UNFINISHED and is_correct(response, gold, question=question)
-    if finish_reason == "length" and not (correct and _stands(response, read_by)):
+    found = read_answer(response)
+    if found is None:
+        return False, UNFINISHED
+    answer, read_by = found
+    correct = is_known(answer, gold, question)
+    if finish_reason == "length" and not (correct and _stands(response, answer, read_by)):
         return False, UNFINISHED
     return correct, read_by
 
 
-def _stands(response: str, read_by: str) -> bool:
+def _stands(response: str, answer: str, read_by: str) -> bool:
     """Whether more words could not change the answer of a response, as they do where `12` is what is left of `125`."""
-    at_the_end = response.rstrip(" *$.").endswith(final_answer(response).rstrip(" *$."))
+    at_the_end = response.rstrip(" *$.").endswith(answer.rstrip(" *$."))
     return read_by in ("boxed", "tag") or not at_the_end

@@ -124,22 +124,25 @@ class Local:
 
     Args:
         processor: folder of another one than the model's, such as an adapter's with tokens of its own.
+        processor_kwargs: settings of it that are not those of its folder, such as max_pixels.
     """
 
     concurrency = 1
 
     def __init__(
         self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False,
-        processor: Path | None = None,
+        processor: Path | None = None, processor_kwargs: dict | None = None,
     ):  # fmt: skip
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from drift_peft.checkpoints import split_revision
+        from drift_peft.keeping import check_processor_settings
 
         name, revision = (model, None) if Path(model).exists() else split_revision(model)
         options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
         try:
-            self.processor = AutoProcessor.from_pretrained(processor or name, **options)
+            self.processor = AutoProcessor.from_pretrained(processor or name, **options, **(processor_kwargs or {}))
+            check_processor_settings(self.processor, processor_kwargs or {})
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
         except (OSError, ValueError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -180,6 +183,14 @@ class Local:
 
     def stop(self) -> None:
         """A batch is not interrupted."""
+
+
+def with_prompt(messages: list[dict], prompt: str) -> list[dict]:
+    """Messages whose last one ends in a prompt, if there is one."""
+    if not prompt:
+        return messages
+    *before, last = messages
+    return [*before, {**last, "content": [*last["content"], {"type": "text", "text": f" {prompt}"}]}]
 
 
 @contextlib.contextmanager

@@ -107,5 +107,17 @@ def gating(settings: dict, keep: str, texts: object, gated: object, adapter: obj
     return [[*map(str, command)] for command in (gate, export)]
 
 
+def transplanting(settings: dict, scale: float) -> dict:
+    """What `transplant` takes of a recipe: of a full fine-tune Δ at a rank; an adapter goes over as it is."""
+    from drift_peft.checkpoints import is_adapter
+
+    names = ["expert", "base"]
+    delta = {}
+    if not is_adapter(settings["expert"]):
+        names += ["reference"] if "reference" in settings else []
+        delta = {"rank": settings.get("prior_rank", 64)}
+    return {**{name: settings[name] for name in names}, **delta, "scale": scale}
+
+
 def _merged(share: float, kind: str, then: str, trains: dict) -> Way:
     return Way(f"{kind}-{share:g}", f"merged {share:g}, then {then}", kind, trains={**trains, "merge_first": share})

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -92,6 +93,14 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
     solve, read = Sample("solve", "1+1", "solve?", solution("1+1")), Sample("read", "1+1", "read?", "1+1")
     assert is_right(solve, r"so \boxed{2}") and not is_right(solve, r"\boxed{22}") and not is_right(solve, "2")
     assert is_right(read, "1+1") and not is_right(read, "1+1+")
+
+
+@pytest.mark.parametrize("seeds", ["-1", "0"])
+def test_no_seeds_are_refused(seeds, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo", "--seeds", seeds])
+    with pytest.raises(SystemExit):
+        import_module("drift_peft.demo.__main__").main()
+    assert f"error: --seeds is 1 or more, not {seeds}\n" in capsys.readouterr().err
 
 
 @loads_processors

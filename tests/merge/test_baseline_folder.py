@@ -167,6 +167,18 @@ def test_a_folder_of_the_same_models_and_settings_is_taken(trio, tmp_path):
         merge_baseline("task_arithmetic", *sources, output, scale=0.5, exist_ok=True, overwrite=True, progress=False)
 
 
+def test_a_change_of_nothing_known_says_why(trio, tmp_path, capsys):
+    """--exist-ok writes the folder where there is none."""
+    for shard in (trio / "base").glob("*.safetensors"):
+        zeroed = {key: 0 * tensor if "self_attn" in key else tensor for key, tensor in load_file(shard).items()}
+        save_file(zeroed, shard, metadata={"format": "pt"})
+    sources = ["--expert", trio / "expert", "--base", trio / "base", "-o", tmp_path / "m"]
+    how = ["--method", "task_arithmetic", "--scale", 0.5, "--modules", "attn", "--force", "--exist-ok"]
+    for told in ("they were zero", "not measured again"):
+        status, out, _ = run(capsys, "merge-baseline", *sources, *how)
+        assert status == 0 and told in " ".join(out.split())
+
+
 def test_the_merged_config_says_what_was_added(trio, tmp_path):
     """Of one task vector by task arithmetic, and of nothing else."""
     said = {}

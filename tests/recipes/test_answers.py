@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import answers
-from parts.answers import extract_boxed, is_correct, read_options, well_formed
+from parts.answers import is_correct, well_formed
+from parts.options import read_options
+from parts.reading import extract_boxed
 
 OPTIONS = "Which one? (A) 10 cm (B) 12 cm (C) blue"
 SAME = [  # answer, gold

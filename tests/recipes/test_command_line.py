@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import data
+import grimp
 import pytest
 from parts.command_line import Parser, in_one_sentence, run_script
-from parts.outputs import write_result
-from parts.saving import write_json
+from parts.whole import write_json
 from processes import run_program
 from recipe_runs import CONFIGS, RECIPES
 from terminals import terminal
@@ -119,14 +119,13 @@ def test_names_that_are_not_in_utf8_are_refused_before_the_work(capsys, monkeypa
     assert status == 2 and r"error: the working folder '/a\udcff' is not in UTF-8: rename it" in err
 
 
-@pytest.mark.parametrize("write", [write_json, write_result])
-def test_a_result_that_cannot_be_written_leaves_nothing(write, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write({"a": 1}, tmp_path / "r.json")
+    with pytest.raises(OSError, match=r"r.json could not be written \(\[Errno 28\] No space left"):
+        write_json({"a": 1}, tmp_path / "r.json")
     assert not any(tmp_path.iterdir())
 
 
@@ -210,6 +209,14 @@ def test_a_package_that_is_missing_later_is_the_same_sentence(tmp_path, capsys, 
     with pytest.raises(ModuleNotFoundError) as missed:
         importlib.reload(importlib.import_module("parts.answers"))
     assert missed.value.name == "pint" and not (tmp_path / "compared").exists()
+
+
+@pytest.mark.parametrize("part", ["loading", "lengths", "replay", "template", "parquet"])
+def test_data_and_training_need_no_judge(part):
+    """Nor the packages that it compares answers with."""
+    imports = grimp.build_graph("parts", cache_dir=None)
+    assert not imports.chain_exists(importer=f"parts.{part}", imported="parts.answers")
+    assert imports.chain_exists(importer="parts.scoring", imported="parts.answers")  # is read
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")

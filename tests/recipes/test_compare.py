@@ -99,6 +99,26 @@ def test_the_gated_prior_is_chosen_with_the_commands_that_make_it(tmp_path):
     assert yaml.safe_load(text) == {"base": "b", "expert": "e", "prior": "p.safetensors", "keep": "k"}
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_transplant_is_chosen_as_it_was_measured(adapter, tmp_path, monkeypatch):
+    """Also where the expert is an adapter: with a rank or a reference it would be taken as a full fine-tune."""
+    expert = tmp_path / "expert"
+    expert.mkdir()
+    (expert / ("adapter_config.json" if adapter else "config.json")).write_text("{}")
+    settings = {**SETTINGS, "expert": str(expert), "reference": "a", "prior_rank": 8}
+    (way,) = ways_of(settings, ["transplant"], [0.5], [], None)
+    measured = []
+    monkeypatch.setattr("drift_peft.transplant", lambda **given: measured.append(given))
+    compare.Comparison(None, settings, {}, None, {}, None).transplant(way, tmp_path / "adapter")
+    assert measured[0].pop("output") == tmp_path / "adapter"
+    result = {"recipe": "r", "seeds": [0], **summarize({way.name: found([0, 1], 0)}, {way.name: way.title}, way.name)}
+    write_choice(result, way, settings, None, tmp_path / "c.yaml")
+    text, delta = (tmp_path / "c.yaml").read_text(encoding="utf-8"), {} if adapter else {"reference": "a", "rank": 8}
+    assert yaml.safe_load(text) == measured[0] == {"expert": str(expert), "base": "b", **delta, "scale": 0.5}
+    flags = "" if adapter else " --reference a --rank 8"
+    assert f"\n#   drift-peft transplant --expert {expert} --base b{flags} --scale 0.5 -o transplanted\n" in text
+
+
 def test_numbers_of_a_recipe_are_what_training_takes_them_for(tmp_path):
     """YAML 1.1 knows `1e-4` as a text, and so is what stands in quotes."""
     (tmp_path / "r.yaml").write_text(
@@ -270,6 +290,36 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
     assert LoraConfig.from_pretrained(folder / "adapter").r == 2
 
 
+def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path):
+    """The keep sets to measure with, and each way's exams; a ledger of exams with other ones is not gone on with."""
+    kwargs = {"size": {"shortest_edge": 64, "longest_edge": 64}}
+    settings = {"base": "b", "data": str(data), "method": "sft", "use_cpu": True, "processor_kwargs": kwargs}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o"}))
+    shown = []
+
+    def launch(*command):
+        *_, told = given = [*map(str, command)]
+        if "--config" in given:
+            folder = Path(yaml.safe_load(Path(told).read_text())["output_dir"])
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"results": {"steps": 9, "train_runtime": 60}}))
+            return
+        shown.append(json.loads(given[given.index("--processor-kwargs") + 1]))
+        rows = {"samples": [{"category": "all", "correct": True}], "answers": {"model": [{"kl": 0, "agreement": 1}]}}
+        Path(given[given.index("-o") + 1]).write_text(json.dumps(rows))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    output, ways = tmp_path / "out", ["--held-out", "2", "--ways", "base", "sft"]
+    compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
+    assert shown == [kwargs] * 5
+    asked, *lines = (output / "ledger.jsonl").read_text().splitlines(keepends=True)
+    asked = json.loads(asked)
+    assert asked.pop("--processor-kwargs") == kwargs
+    (output / "ledger.jsonl").write_text("".join([json.dumps(asked) + "\n", *lines]))
+    with pytest.raises(SystemExit, match=r"holds answers of other settings: --processor-kwargs \(None, now \{"):
+        compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
+
+
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
     """A kill between the two runs leaves nothing of the first one that would be taken for the second."""
     (way,), args = ways_of(SETTINGS, ["drift"], [], [], None), Namespace(output=tmp_path, steps=None, minutes=0.5)
@@ -341,6 +391,9 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     for more, told in (
         (["--held-out", "5"], "5 of the 8 samples of the data would be held out: hold out fewer with --held-out"),
         (["--held-out", "0"], "--held-out is above 0, not 0"),
+        (["--search", "-1"], "--search is a number of trials, and 0 for none, not -1"),
+        (["--scales", "0.5", "0"], "--scales takes shares of Δ, such as 0.5, not 0"),
+        (["--merge-first", "0.5", "nan"], "--merge-first takes shares of Δ, such as 0.5, not nan"),
         (["--ways", "drfit"], r"--ways takes one of base, .*, not drfit; did you mean drift\?"),
         (["--held-out", "2", "--ways", "drift"], "drift cannot be compared: the recipe names no prior"),
     ):

@@ -34,6 +34,12 @@ def test_the_answers_that_pass_are_the_result(tmp_path, capsys):
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("teacher", 0.0, 4096)
 
 
+def test_an_empty_prompt_adds_nothing_to_a_question(tmp_path):
+    with OpenAI(right) as server:
+        run(save_questions(tmp_path, 1), tmp_path / "out.parquet", server, "--prompt", "")
+    assert server.asked == ["what is 0 + 1 ?"]
+
+
 def test_an_answer_with_half_a_sign_is_lost_alone(tmp_path, capsys):
     with OpenAI(lambda question: right(question) + "\ud83d" * (number(question) == 1)) as server:
         for _ in range(2):

@@ -18,7 +18,7 @@ from parts.teachers import Local
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import drift_peft.demo
 from drift_peft import make_keep_set
@@ -241,7 +241,7 @@ def test_an_adapter_is_asked_with_the_tokens_that_it_was_trained_with(model, tmp
     """But with the model's processor if it has no more than a tokenizer, as an expert on text has."""
     lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path)
-    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1}
+    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1, "processor_kwargs": None}
     args = Namespace(model=str(model), adapter=tmp_path, **how)
     processor = evaluate.load_model(args).processor
     before = len(processor.tokenizer)
@@ -249,6 +249,28 @@ def test_an_adapter_is_asked_with_the_tokens_that_it_was_trained_with(model, tmp
     for saved, added in ((processor.tokenizer, 0), (processor, 1)):
         saved.save_pretrained(tmp_path)
         assert len(evaluate.load_model(args).processor.tokenizer) == before + added
+
+
+def test_settings_of_the_processor_are_those_of_a_trained_one_too(model, data, tmp_path, capsys):
+    """Or models are examined at two resolutions: one with a processor saved beside its adapter, one without."""
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    AutoProcessor.from_pretrained(model, max_pixels=144).save_pretrained(tmp_path / "adapter")
+    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1, "processor_kwargs": {"max_pixels": 576}}
+    for adapter in (None, tmp_path / "adapter"):
+        local = evaluate.load_model(Namespace(model=str(model), adapter=adapter, **how))
+        assert local.processor.image_processor.size["longest_edge"] == 576
+    run(model, data, tmp_path / "r.json", "--batch-size", "14", "--processor-kwargs", '{"max_pixels": 576}')
+    usual = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
+    assert "holds answers of other settings: processor_kwargs ({'max_pixels': 576}, now None)" in refusal(
+        capsys, *usual
+    )
+    new = (*usual[:5], tmp_path / "n.json")
+    assert "has no setting max_pixel: did you mean max_pixels?" in refusal(
+        capsys, *new, "--processor-kwargs", '{"max_pixel": 1}'
+    )
+    with pytest.raises(SystemExit, match=r"--processor-kwargs: takes a JSON object, such as .*, not max_pixels=5"):
+        evaluate.main([*map(str, new), "--processor-kwargs", "max_pixels=5"])
 
 
 @pytest.fixture

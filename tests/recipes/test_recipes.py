@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import plot_run as plot_run_command
@@ -312,8 +313,22 @@ def test_two_paths_to_one_expert_are_one(train, pair, tmp_path, monkeypatch):
     other.symlink_to(pair("qwen2_vl") / "expert")
     with pytest.raises(SystemExit, match=r"was built with the expert .*expert, not .*expert@2: change expert or prior"):
         train(**FAST, expert=other, output_dir=tmp_path / "other")
-    assert sft_vlm.is_same_model("org/expert@1", "org/expert") and not sft_vlm.is_same_model("org/expert", None)
+    origin = {"id": "org/expert", "revision": "a" * 40}
+    assert sft_vlm.is_same_model("org/expert@1", origin) and not sft_vlm.is_same_model("org/expert", None)
     assert prior.exists()
+
+
+def test_a_prior_of_another_commit_of_the_expert_is_refused(monkeypatch):
+    """A branch or a tag may have been this commit."""
+    origin = {"id": "org/expert", "revision": "a" * 40}
+    prior = Mock(metadata={"expert": origin})
+    monkeypatch.setattr(sft_vlm.ReasoningPrior, "load", lambda file: prior)
+    for expert in ("org/expert", "org/expert@main", f"org/expert@{'a' * 40}"):
+        assert sft_vlm.open_prior(sft_vlm.RunArguments("b", "d", prior="org/prior", expert=expert)) is prior
+    run = sft_vlm.RunArguments("b", "d", prior="org/prior", expert=f"org/expert@{'b' * 40}")
+    told = f"org/prior was built with the expert org/expert@{'a' * 40}, not {run.expert}: change expert or prior"
+    with pytest.raises(ValueError, match=told):
+        sft_vlm.open_prior(run)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])  # its own head, and one tied to the embedding

@@ -11,7 +11,8 @@ import pytest
 import score
 import yaml
 from parts.outputs import BENCHMARKS, read_outputs
-from parts.scoring import final_answer, mark, scorer
+from parts.reading import read_answer
+from parts.scoring import mark, scorer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -230,7 +231,7 @@ def test_how_the_answers_of_each_model_were_read_is_told(tmp_path, capsys):
     ("I will answer this now.\nFirst, look at the angle of the", None), (r"so \boxed{12", None),
 ])  # fmt: skip
 def test_the_final_answer_is_found_by_rule(response, answer):
-    assert final_answer(response) == answer
+    assert (read_answer(response) or [None])[0] == answer
 
 
 def two(tmp_path, first=(1, 0, 1), second=(1, 0, 1), benchmark="MathVista"):
@@ -302,6 +303,32 @@ def torn(tmp_path):
     file.write_text(file.read_text()[:-9])
 
 
+def torn_json(tmp_path, content="{"):
+    two(tmp_path)[0].unlink()
+    vlmevalkit(tmp_path / "base", "MathVista_MINI", [1], form="json").write_text(content)
+
+
+def no_samples(tmp_path):
+    torn_json(tmp_path, "{}")
+
+
+def no_rows(tmp_path):
+    torn_json(tmp_path, "[5]")
+
+
+def no_text(tmp_path):
+    lmms_eval(tmp_path / "base", "mmstar_reasoning", [1], target=[5])
+
+
+def torn_choices(tmp_path):
+    two(tmp_path)
+    vlmevalkit(tmp_path / "base", "MathVista_MINI", [1], choices=["[1,"])
+
+
+def no_table(tmp_path):
+    two(tmp_path)[0].write_bytes(b"\xff\xfe\xfd")
+
+
 def repeated(tmp_path):
     for name in ("base", "drift"):
         lmms_eval(tmp_path / name, "mmstar", [1], resps=[["a", "b"]])
@@ -321,15 +348,21 @@ def not_there(tmp_path):
     (more, "MathVista: sample 2 of DRIFT is not in base: run the same tool"),
     (changed, "sample 1 has another question: 'What is 1 + 1?' in base, 'What is 1 plus 1?' in DRIFT"),
     (gold, "sample 1 has another gold: '2' in base, '3' in DRIFT"),
-    (twice, "m_MathVista_MINI.tsv holds sample 0 twice"),
-    (empty, "m_MathVista_MINI.tsv is empty"),
-    (failed, "holds 1 failures in place of answers: run VLMEvalKit again with --reuse"),
+    (twice, "m_MathVista_MINI.tsv: it holds sample 0 twice"),
+    (empty, "m_MathVista_MINI.tsv: it is empty"),
+    (failed, "m_MathVista_MINI.tsv: it holds 1 failures in place of answers: run VLMEvalKit again with --reuse"),
     (other_benchmark, "there is MMStar of base, and none of DRIFT"),
     (two_runs, "are both of MathVista: name the folder of one run"),
-    (pickled, "runs code when it is read: run VLMEvalKit again with PRED_FORMAT=tsv and --reuse"),
+    (pickled, "m_MathVista_MINI.pkl: it is a pickle, which VLMEvalKit leaves when it is interrupted"),
     (nothing_known, "base holds no answers to a known benchmark: neither <model>_<data set>.tsv of VLMEvalKit"),
-    (without_column, "lacks 'prediction' in sample 0"),
-    (torn, "samples_mathvista_testmini_cot_reasoning.jsonl is no valid JSON"),
+    (without_column, "m_MathVista_MINI.tsv: sample 0 lacks 'prediction'"),
+    (torn, "samples_mathvista_testmini_cot_reasoning.jsonl: line 2 is no valid JSON"),
+    (torn_json, "m_MathVista_MINI.json: it is no valid JSON: "),
+    (no_samples, "m_MathVista_MINI.json: it holds no answers: name a result of evaluate.py"),
+    (no_rows, "m_MathVista_MINI.json: it holds no answers: name a result of evaluate.py"),
+    (no_text, "samples_mmstar_reasoning.jsonl: sample 0 has a gold that is no text: 5"),
+    (torn_choices, "m_MathVista_MINI.tsv: sample 0 has choices that are no list: [1,"),
+    (no_table, "m_MathVista_MINI.tsv: 'utf-8' codec can't decode byte"),
     (repeated, "sample 0 has 2 answers: run lmms-eval with --repeats 1"),
     (incomplete, "WeMath: problem 7 of 2steps lacks one of its steps: run all of the benchmark"),
     (not_there, "there is no "),
@@ -341,16 +374,30 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(make, sentence, tmp_
     assert not output.exists()
 
 
+@pytest.mark.parametrize("content, sentence", [
+    ('{"data": "d", "scor', "own.json: it is no valid JSON: "), ("5", "own.json: it holds no answers: name a result"),
+    ('{"data": "d", "scorer": {}, "samples": 5}', "own.json: it holds no answers: name a result of evaluate.py"),
+    ('{"data": "d", "scorer": {}, "samples": [{"index": 3, "response": "12", "gold": "12"}]}',
+     "own.json: sample 3 lacks 'question'"),
+])  # fmt: skip
+def test_a_file_of_ones_own_that_cannot_be_used_is_named(content, sentence, tmp_path, capsys):
+    (tmp_path / "own.json").write_text(content)
+    assert sentence in refusal(capsys, "--base", tmp_path / "own.json", "--drift", tmp_path / "own.json")
+
+
 def test_excel_needs_a_library_and_its_cut_cells_are_refused(tmp_path, capsys, monkeypatch):
     save("VLMEvalKit", tmp_path / "drift", "MMStar", [1])
     vlmevalkit(tmp_path / "base", "MMStar", [1], form="xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     places = ("--base", tmp_path / "base", "--drift", tmp_path / "drift")
-    assert "takes openpyxl: pip install openpyxl; or run VLMEvalKit with PRED_FORMAT=tsv" in refusal(capsys, *places)
+    assert (
+        "m_MMStar.xlsx: reading it takes openpyxl: pip install openpyxl; or run VLMEvalKit with PRED_FORMAT=tsv"
+        in refusal(capsys, *places)
+    )
     monkeypatch.undo()
     row = {"index": "0", "question": "?", "answer": "1", "prediction": "a" * 32767}
     monkeypatch.setattr(pd, "read_excel", lambda *_, **__: pd.DataFrame([row]))
-    assert "holds 1 answers that Excel's format has cut" in refusal(capsys, *places)
+    assert "m_MMStar.xlsx: it holds 1 answers that Excel's format has cut" in refusal(capsys, *places)
 
 
 def test_the_configurations_name_what_is_scored_and_treat_all_models_alike():

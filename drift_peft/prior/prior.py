@@ -77,6 +77,8 @@ class ReasoningPrior(PriorFile):
             8
         """
         check_type("parts", parts, Mapping[Any, Any] | Iterable[tuple[Any, Any]])
+        check_type("output", output, str | Path)
+        check_type("overwrite", overwrite, bool)
         check_whole(**({} if rank is None else {"rank": rank}))
         pairs = [*(parts.items() if isinstance(parts, Mapping) else parts)]
         check_type("parts", pairs, list[tuple[Any, Any]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from .answering import ends_of, evaluated, greedy, load_model
 from .answers import answer_logits, answered, opening
 from .file import vocabulary_rows
 from .make import answers_in_batches
+from .questions import read_lines
 from .sample_file import tokenizer_identity, write_sample_file
 from .spelling import Spelling
 from .vlm import Vlm
@@ -38,6 +40,7 @@ class Expert:
     def __init__(self, source: str | Path, load_in_4bit: bool = False):
         from transformers import AutoTokenizer
 
+        source = os.path.abspath(source) if os.path.exists(source) else source  # the same by any path
         self.load_in_4bit, self._checkpoint = load_in_4bit, Checkpoint(source, dequantize=True)
         self.origin, self.identity = self._checkpoint.origin, self._checkpoint.identity
         id, revision = self.origin["id"], self.origin["revision"]
@@ -114,7 +117,6 @@ def make_answer_set(
     top_k: int = 32,
     load_in_4bit: bool = False,
     batch_size: int = 8,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> AnswerSet:
     """Have an expert answer prompts in text, and write what it says in the tokens of a VLM; or take the output of such
@@ -132,7 +134,6 @@ def make_answer_set(
         top_k: how many log probabilities of each answer token.
         load_in_4bit: load the expert's projections in NF4, and the rest as it is.
         batch_size: prompts at a time.
-        overwrite: replace an existing output, and throw away what an interrupted run with other settings has left.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -154,12 +155,12 @@ def make_answer_set(
         "generation": {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit},
         "prompts": prompts,
     }
-    if output.is_file() and not overwrite:
+    if output.is_file():
         return _if_alike(AnswerSet.load(output), facts)
     machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     everything = {**facts, "batch_size": batch_size, **machine}
-    claimed = claimed_output(output, overwrite, example=FILE_NAME)
-    with claimed, resumable_folder(output, everything, overwrite, "batches") as folder:
+    claimed = claimed_output(output, overwrite=False, example=FILE_NAME)
+    with claimed, resumable_folder(output, everything, parts="batches") as folder:
         ends = ends_of(model.model.generation_config, model.tokenizer)
         spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, rows)
         opened = bool(opening(vlm.asked("?")))
@@ -180,13 +181,11 @@ def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no prompt, or a line is none.
+        ValueError: there is no prompt, or a line is none; the file is no UTF-8 text.
     """
     if isinstance(texts, (str, Path)):
         path = Path(texts)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file of prompts {path}")
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line for line in read_lines(path, "prompts") if line.strip()]
         texts = [_string(line, path) for line in lines] if path.suffix == ".jsonl" else lines
     for text in texts:
         if not isinstance(text, str) or not text.strip():
@@ -204,10 +203,12 @@ def _string(line: str, path: Path) -> Any:
 
 
 def _if_alike(found: AnswerSet, facts: dict) -> AnswerSet:
-    for key, wanted in facts.items():
-        if found.metadata[key] != wanted:
+    """The file, if it was made in this way. Which expert it is, `identity` says, wherever that lies today."""
+    for key in facts.keys() - {"expert"}:
+        if found.metadata[key] != facts[key]:
+            what = "expert" if key == "identity" else key
             raise FileExistsError(
-                f"{found.source} exists and was made with another {key}: name another file for the answers, or pass "
-                "overwrite=True (--overwrite)"
+                f"{found.source} exists and was made with another {what}: name another file for the answers "
+                "(--answers), or delete this one"
             )
     return found

@@ -181,10 +181,18 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
     monkeypatch.setattr(Expert, "answer", lambda *args: asked.append(len(args[1])) or answer(*args))
     assert make(folder, output).path.read_bytes() == (folder / "answers.safetensors").read_bytes()
     assert make(folder, output).path == output and asked == [1]  # 5 prompts in batches of 2, of which 2 were there
-    with pytest.raises(FileExistsError, match="was made with another prompts"):
+    way_out = r"name another file for the answers \(--answers\), or delete this one$"
+    with pytest.raises(FileExistsError, match=f"was made with another prompts: {way_out}"):
         make(folder, output, texts=["7"])
-    assert len(make(folder, output, texts=["7"], overwrite=True)) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_expert_is_the_same_by_any_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = make_answer_set(
+        "expert", Vlm(folder / "base"), experts.PROMPTS, folder / "answers.safetensors", **experts.SETTINGS
+    )
+    assert found.metadata["expert"]["id"] == f"{folder / 'expert'}"
 
 
 def test_a_file_of_prompts(tmp_path):
@@ -195,11 +203,13 @@ def test_a_file_of_prompts(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text("one\n", encoding="utf-8")
     (tmp_path / "c.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_text("zwölf?\n", encoding="latin-1")
     for texts, said in (
         (tmp_path / "no.txt", "there is no file of prompts"),
         (tmp_path / "b.jsonl", "a prompt must be a text"),
         (tmp_path / "c.jsonl", "has a line that is no JSON, 'one'"),
         (tmp_path / "c.txt", "there are no prompts"),
+        (tmp_path / "latin.txt", r"the prompts in \S+latin.txt are no UTF-8 text: save the file as such"),
         ([""], "a prompt must be a text"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=said):

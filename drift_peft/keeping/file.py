@@ -7,7 +7,8 @@ file.
 
 and of the answers what `sample_file` describes. The header also holds vlm (its id and revision), model_type, vocabulary
 (rows of its logits), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the first
-sample's question and image, where the file says so), seed, generation (its settings) and the questions as [kind, text].
+sample's question and image) and ends (tokens that end an answer), which older files lack, seed, generation (its
+settings) and the questions as [kind, text].
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..arguments import typed
 from ..checkpoints import find_file, upload
 from ..warn import warn
-from .answers import prompts
+from .answers import Sample, prompts
 from .header import Header
 from .sample_file import SampleFile, grows, write_sample_file
 from .share import model_card
@@ -86,7 +87,9 @@ class KeepSet(SampleFile):
         """
         kind, made_with = type(processor).__name__, self.metadata["processor"]
         if kind != made_with:
-            raise ValueError(f"{self.source} was made with a {made_with}, not a {kind}: {self._way_out}")
+            raise ValueError(
+                f"{self.source} was made with the processor {made_with}, and not with {kind}: {self._way_out}"
+            )
         if not self.has_tokens_of(processor):
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
         asked = self.metadata.get("prompt_tokens")
@@ -105,10 +108,20 @@ class KeepSet(SampleFile):
         Example:
             >>> KeepSet.load("keep.safetensors").check_model(vlm)
         """
-        kind, made_with = model.config.model_type, self.metadata["model_type"]
+        config = getattr(model, "config", None)
+        if not hasattr(config, "model_type"):
+            raise ValueError(
+                f"the model is a {type(model).__name__}, which is no model of transformers: give the "
+                f"{self.metadata['model_type']} that is in it"
+            )
+        self.check_config(config)
+
+    def check_config(self, config: Any) -> None:
+        """As `check_model`, by the configuration of a model that need not be there."""
+        kind, made_with = config.model_type, self.metadata["model_type"]
         if kind != made_with:
             raise ValueError(f"{self.source} holds a {made_with}'s answers, and the model is a {kind}: {self._way_out}")
-        rows, known = vocabulary_rows(model.config), self.metadata["vocabulary"]
+        rows, known = vocabulary_rows(config), self.metadata["vocabulary"]
         if rows < known:
             raise ValueError(f"{self.source} knows {known} tokens, and the model {rows}: {self._way_out}")
 
@@ -146,6 +159,17 @@ class KeepSet(SampleFile):
         """
         source, images = repo_id or FILE_NAME, len(self._image_ends)
         return model_card(self.metadata, source, self.sha256, self.kinds, images, token)
+
+    def was_cut(self, sample: Sample) -> bool:
+        """Was this answer cut at max_new_tokens, before it had ended?
+
+        Example:
+            >>> keep_set = KeepSet.load("keep.safetensors")
+            >>> keep_set.was_cut(keep_set[0])
+            False
+        """
+        ended = int(sample.tokens[-1]) in self.metadata.get("ends", ())
+        return len(sample.tokens) == self.metadata["generation"]["max_new_tokens"] and not ended
 
     def image_file(self, i: int) -> bytes:
         """The i-th image as the file that it came from; `image_of` says whose it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..checkpoints import Origin, Schema, Text
 
@@ -28,6 +28,7 @@ class Header(Schema):
     processor: str
     image_mode: str
     prompt_tokens: PositiveInt | None = None
+    ends: list[NonNegativeInt] = None
     k: PositiveInt
     seed: int
     generation: Generation

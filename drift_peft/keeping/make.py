@@ -114,6 +114,7 @@ def make_keep_set(
 
         generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
         facts = {**vlm.facts, "format": KeepSet.FORMAT, "k": top_k, "seed": seed, "generation": generation}
+        facts["ends"] = vlm.ends
         facts["questions"] = [[kind, question] for kind, question in asked]
         image, question = pairs[0]
         first = decode_image(pictures[image], vlm.image_mode), asked[question][1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -134,7 +135,14 @@ class SampleFile(Sequence[Sample]):
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         held = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
         dtypes = DTYPES | dtypes
-        return held == {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+        return held == {name: (shape, dtypes[name]) for name, shape in shapes.items()} and self._says_tokens()
+
+    def _says_tokens(self) -> bool:
+        """Is every number a log probability, or a token? Others would add NaN to gradients, or fail in the midst."""
+        rows = self.metadata.get("vocabulary", math.inf)
+        tokens = (self._file.get_tensor(name) for name in ("tokens", "top_tokens"))
+        finite = self._file.get_tensor("top_logprobs").isfinite().all()
+        return bool(finite) and all(0 <= least and most < rows for least, most in (t.aminmax() for t in tokens))
 
     def _part(self, name: str, ends: Tensor, i: int) -> Tensor:
         start = int(ends[i - 1]) if i else 0

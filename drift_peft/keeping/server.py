@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import time
 from collections import defaultdict
@@ -126,6 +127,8 @@ class Server:
                     f"the server {self.url} gives {len(best)} log probabilities of a token, not {k}: pass "
                     f"top_k={len(best)} (--top-k)"
                 )
+            if not all(math.isfinite(logprob) for _, logprob in best):
+                raise ValueError(f"the server {self.url} gives a log probability that is NaN or infinite: take another")
             top_tokens.append([token for token, _ in best])
             top_logprobs.append([logprob for _, logprob in best])
         if places := self.places & {*tokens}:

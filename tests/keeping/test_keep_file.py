@@ -87,7 +87,7 @@ def test_it_is_for_one_tokenizer_and_class_of_processor(keep_set, processor):
     with pytest.raises(ValueError, match=r"was made with another tokenizer than this \w+'s: make one of your model"):
         keep_set.check(_like(processor, words))
     with pytest.raises(
-        ValueError, match=r"was made with a \w+Processor, not a SimpleNamespace: make one of your model"
+        ValueError, match=r"was made with the processor \w+, and not with SimpleNamespace: make one of your model"
     ):
         keep_set.check(types.SimpleNamespace(tokenizer=processor.tokenizer))
 
@@ -185,6 +185,12 @@ def replace(name, value):
         replace("tokens", lambda t: t.long()),
         replace("top_tokens", lambda t: t[:, :4].clone()),
         replace("top_logprobs", lambda t: t.half()),
+        replace("top_logprobs", lambda t: t / 0),
+        replace("top_logprobs", lambda t: t * torch.nan),
+        replace("top_tokens", lambda t: t + 64),
+        replace("top_tokens", lambda t: t - 64),
+        replace("tokens", lambda t: t + 64),
+        replace("tokens", lambda t: t - 64),
         lambda tensors: tensors.update(more=torch.zeros(1)),
     ],
 )

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub repository
-DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32"}
 NEEDS_PILLOW = 'images need pillow: pip install "drift_peft[keep]"'
 
 
@@ -203,10 +202,11 @@ class KeepSet(SampleFile):
         questions = self.metadata["questions"]
         self.kinds = Counter(questions[question][0] for question in self._samples[:, 1].tolist())
         images, answers = len(self._image_ends), len(self.metadata["answers"])
-        shapes = {"images": [int(self._image_ends[-1])], "image_ends": [images], "samples": [answers, 2]}
+        beside = {"images": ([int(self._image_ends[-1])], "U8"), "image_ends": ([images], "I64")}
+        beside |= {"samples": ([answers, 2], "I32")}
         return (
             super()._is_whole()
-            and self._holds(shapes, DTYPES)
+            and self._holds(beside)
             and grows(self._image_ends)
             and int(self._samples.min()) >= 0
             and int(self._samples[:, 0].max()) < images

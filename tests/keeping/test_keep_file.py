@@ -16,10 +16,9 @@ from tiny import tiny_vlm
 from tiny_vlm import tokenizer
 
 from drift_peft import KeepSet, make_keep_set
-from drift_peft.keeping import file as keep_file
-from drift_peft.keeping import sample_file
 
-DTYPES = keep_file.DTYPES | sample_file.DTYPES
+DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32", "tokens": "I32", "token_ends": "I64"}
+DTYPES |= {"top_tokens": "I32", "top_logprobs": "F32"}
 
 
 @pytest.fixture

@@ -168,17 +168,16 @@ class Keeping:
     @torch.no_grad()
     def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], loss_scale: Tensor | float) -> None:
         """g ← g + k·min(1, ρ·‖g‖/‖k‖). Where a gradient is not finite, nothing is added; all of it on the device."""
-        g_norm = _norm([p.grad for p in parameters])
+        g_norm, norm = _norm([p.grad for p in parameters]), _norm(gradients)
         factor = self.weight * loss_scale / self.scale.to(g_norm.dtype)  # of `gradients`, to make them k
-        k_norm = _norm(gradients) * factor
+        k_norm = norm * factor
         if self.bound is not None:
             factor = factor * torch.where(k_norm > 0, (self.bound * g_norm / k_norm).clamp_max(1), 1.0)
         finite = k_norm.isfinite() & g_norm.isfinite()
         for p, gradient in zip(parameters, gradients, strict=True):
             k = gradient * factor.to(p.device)
             p.grad.add_(k.where(finite.to(p.device), 0))
-        added = _norm(gradients) * factor
-        self.ratio = torch.where(finite & (g_norm > 0), added / g_norm, 0.0)
+        self.ratio = torch.where(finite & (g_norm > 0), norm * factor / g_norm, 0.0)
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 

@@ -7,28 +7,23 @@ that an interrupted run loses one batch at most.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
-from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
+from ..checkpoints import claimed_output, finish, finished, resumable_folder
 from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
 from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server
 from .vlm import Vlm
-
-FINISHED = "answers"  # metadata key of a batch that is done: how many answers it holds
 
 
 @typed
@@ -157,12 +152,12 @@ def answers_in_batches(
     """
     starts = range(0, samples, batch_size)
     files = [folder / f"{start:08d}.safetensors" for start in starts]
-    missing = {start: file for start, file in zip(starts, files, strict=True) if not _is_finished(file)}
+    missing = {start: file for start, file in zip(starts, files, strict=True) if finished(file) is None}
     done = samples - sum(min(batch_size, samples - start) for start in missing)
     with tqdm(desc=title, total=samples, initial=done, unit="answer", disable=not progress) as bar:
         for start, file in missing.items():
             answers = ask(start)
-            _keep(file, answers)
+            finish(file, _join(answers), len(answers))
             bar.update(len(answers))
     return [answer for file in files for answer in _split(load_file(file))]
 
@@ -185,25 +180,15 @@ def _hash(pictures: Sequence[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _keep(file: Path, answers: Sequence[dict[str, Tensor]]) -> None:
-    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
+def _join(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of answers, one behind the other."""
     tensors = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
     tensors["lengths"] = torch.tensor([len(answer["tokens"]) for answer in answers])
-    write_tensors(unfinished, tensors, {FINISHED: json.dumps(len(answers))})
-    os.replace(unfinished, file)
+    return tensors
 
 
 def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The answers of a batch, as `_keep` was given them."""
+    """The answers of a batch, as `_join` was given them."""
     lengths = tensors.pop("lengths").tolist()
     parts = {name: tensor.split(lengths) for name, tensor in tensors.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(lengths))]
-
-
-def _is_finished(file: Path) -> bool:
-    """Whether a batch is done, and its file has survived a crash of the machine."""
-    try:
-        with safe_open(file, framework="pt") as batch:
-            return FINISHED in (batch.metadata() or {})
-    except (SafetensorError, OSError):
-        return False

@@ -5,7 +5,7 @@ file     the file of a prior, read and written
 svd      truncated SVD with its captured energy
 delta    Δ of one weight, measured and decomposed
 combine  sums and truncations of priors
-share    model card, upload, the prior as a LoRA adapter
+share    model card, the prior as a LoRA adapter
 prior    ReasoningPrior: the file with all that can be done with it
 same     is an existing prior what a build would make?
 merged   a base that has taken a part of Δ in, and what is left of it then

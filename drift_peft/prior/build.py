@@ -7,8 +7,6 @@ at once, so that an interrupted build loses one weight at most.
 """
 
 import hashlib
-import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -24,18 +21,18 @@ from ..arguments import check_whole, typed
 from ..checkpoints import (
     MODULES,
     MOST_LAYERS,
-    UNFINISHED,
     Checkpoint,
     Match,
     claimed_output,
     describe,
+    finish,
+    finished,
     layer_order,
     match_weights,
     open_expert,
     partial_path,
     resumable_folder,
     warn_of_other_rotations,
-    write_tensors,
 )
 from ..warn import warn
 from .delta import take_delta
@@ -46,7 +43,6 @@ from .same import refuse_other
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256
 LEAST_COSINE = 0.1  # matrices of one ancestor have a cosine near 1; unrelated or shifted ones near 0
-STATISTICS = "statistics"  # metadata key of a finished weight
 PAGE = 4096  # bytes
 
 
@@ -153,7 +149,7 @@ def build_prior(
             _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
             for source in sources.values():
                 source.refuse_changed()
-            weights = {name: _finished(file) for name, file in files.items()}
+            weights = {name: finished(file) for name, file in files.items()}
             steered = {name: stats for name, stats in weights.items() if stats["delta_norm"] > 0}
             if steered:
                 metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
@@ -251,7 +247,7 @@ def _take_deltas(
                 if not left[str(file)]:
                     sources["expert"].release(file)
 
-    names = [name for name, file in files.items() if _finished(file) is None]
+    names = [name for name, file in files.items() if finished(file) is None]
     # So that each shard is opened once.
     names.sort(key=lambda name: (shards(name, "expert"), shards(name, "base"), layer_order(name)))
     left = Counter(shard for name in names for shard in shards(name, "expert"))
@@ -277,7 +273,7 @@ def _take_deltas(
                         f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) builds "
                         "the prior nevertheless"
                     )
-            _keep(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
+            finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
             left.subtract(used := shards(name, "expert"))
             if not all(left[shard] for shard in used):
                 free_used_up()
@@ -291,18 +287,3 @@ def _page_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         tensor.flatten().view(torch.uint8)[::PAGE].sum()
     return tensor.to(device)
-
-
-def _keep(file: Path, tensors: dict[str, torch.Tensor], stats: dict) -> None:
-    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
-    write_tensors(unfinished, tensors, {STATISTICS: json.dumps(stats)})
-    os.replace(unfinished, file)
-
-
-def _finished(file: Path) -> dict | None:
-    """Statistics of a weight that is done; None if it is not, or its file did not survive a crash of the machine."""
-    try:
-        with safe_open(file, framework="pt") as weight:
-            return json.loads(weight.metadata()[STATISTICS])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
-        return None

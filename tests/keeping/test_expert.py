@@ -163,7 +163,7 @@ def test_what_is_laid_into_its_mouth_is_part_of_the_answer(folder, tmp_path):
 
 
 def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monkeypatch):
-    output, keep, count = tmp_path / "a.safetensors", batches._keep, iter(range(10))
+    output, keep, count = tmp_path / "a.safetensors", batches.finish, iter(range(10))
     with monkeypatch.context() as patch:
 
         def kept(*args):
@@ -171,7 +171,7 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
                 raise KeyboardInterrupt
             keep(*args)
 
-        patch.setattr(batches, "_keep", kept)
+        patch.setattr(batches, "finish", kept)
         with pytest.raises(KeyboardInterrupt) as caught:
             make(folder, output)
     assert "keeps the 2 batches that are done" in caught.value.__notes__[0] and not output.exists()

@@ -23,14 +23,14 @@ def done(output):
 
 def interrupt(monkeypatch, after, error=KeyboardInterrupt):
     """The run ends in `error` once so many batches are done."""
-    keep, count = module._keep, iter(range(10**6))
+    keep, count = module.finish, iter(range(10**6))
 
     def kept(*args):
         if next(count) == after:
             raise error
         keep(*args)
 
-    monkeypatch.setattr(module, "_keep", kept)
+    monkeypatch.setattr(module, "finish", kept)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

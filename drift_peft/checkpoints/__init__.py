@@ -70,6 +70,8 @@ from .output import (
     gathered,
     partial_folder,
     partial_path,
+    refuse_both,
+    refuse_other,
     resumable_folder,
     write_tensors,
 )
@@ -166,6 +168,8 @@ __all__ = [
     "read_json",
     "recorded_base",
     "recorded_revision",
+    "refuse_both",
+    "refuse_other",
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",

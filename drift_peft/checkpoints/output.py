@@ -45,6 +45,20 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
         yield
 
 
+def refuse_both(exist_ok: bool, overwrite: bool) -> None:
+    """ValueError if an existing output is to be taken and to be replaced."""
+    if exist_ok and overwrite:
+        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+
+
+def refuse_other(output: Path, difference: str | None) -> None:
+    """FileExistsError if an existing output is another one than would be made, for such a reason as "was gated"."""
+    if difference is not None:
+        raise FileExistsError(
+            f"output {output} exists and {difference}: name another output, or pass overwrite=True (--overwrite)"
+        )
+
+
 @contextlib.contextmanager
 def partial_folder(output: Path, afresh: bool = False) -> Iterator[Path]:
     """A folder `<output>.partial/` beside the output, empty but for `OURS`. It is gone afterwards, whatever happened.

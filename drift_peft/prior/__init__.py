@@ -13,7 +13,8 @@ build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """
 
-from .build import LEAST_COSINE, build_prior
+from .build import build_prior
+from .delta import refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
@@ -21,7 +22,6 @@ from .prior import ReasoningPrior
 __all__ = [
     "FINGERPRINT_TOLERANCE",
     "HOW_KEY",
-    "LEAST_COSINE",
     "ROUNDING_TOLERANCE",
     "MergedDelta",
     "PriorVector",
@@ -30,4 +30,5 @@ __all__ = [
     "build_prior",
     "forget_merge",
     "read_merge",
+    "refuse_unrelated",
 ]

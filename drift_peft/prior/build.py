@@ -31,18 +31,19 @@ from ..checkpoints import (
     match_weights,
     open_expert,
     partial_path,
+    refuse_both,
+    refuse_other,
     resumable_folder,
     warn_of_other_rotations,
 )
 from ..warn import warn
-from .delta import take_delta
+from .delta import refuse_unrelated, take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
-from .same import refuse_other
+from .same import difference
 
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256
-LEAST_COSINE = 0.1  # matrices of one ancestor have a cosine near 1; unrelated or shifted ones near 0
 PAGE = 4096  # bytes
 
 
@@ -119,8 +120,7 @@ def build_prior(
     settings |= {"skip_first": skip_first, "seed": seed}
     device = _check_device(device)
     output = Path(output)
-    if exist_ok and overwrite:
-        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+    refuse_both(exist_ok, overwrite)
     with claimed_output(output, overwrite or exist_ok, example="prior.safetensors"):
         # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
         record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
@@ -136,9 +136,12 @@ def build_prior(
         match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)
-            refuse_other(prior, output, sources, match, settings)
+            refuse_other(output, difference(prior, sources, match, settings))
             return prior
-        _warn(sources, match)
+        if match.without_counterpart:
+            unsteered = describe(match.without_counterpart, match.shares)
+            warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
+        warn_of_other_rotations(sources)
 
         inputs = {role: source.origin for role, source in sources.items()}
         inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
@@ -214,13 +217,6 @@ def _check_device(device: str | int | torch.device | None) -> torch.device:
     return found
 
 
-def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
-    if match.without_counterpart:
-        unsteered = describe(match.without_counterpart, match.shares)
-        warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
-    warn_of_other_rotations(sources)
-
-
 def _take_deltas(
     sources: dict[str, Checkpoint],
     match: Match,
@@ -267,12 +263,8 @@ def _take_deltas(
             rows = match.rows_of(name, tensors)
             factors, stats = take_delta(tensors, rows, settings["rank"], settings["energy"], seed, labels)
             for role, cosine in stats.pop("cosines").items():
-                if "rank" in stats and abs(cosine) < LEAST_COSINE and not force:
-                    raise ValueError(
-                        f"{name} of {sources['expert'].source} has cosine {cosine:.3f} with that of "
-                        f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) builds "
-                        "the prior nevertheless"
-                    )
+                if "rank" in stats and not force:
+                    refuse_unrelated(name, cosine, sources["expert"].source, sources[role].source)
             finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
             left.subtract(used := shards(name, "expert"))
             if not all(left[shard] for shard in used):

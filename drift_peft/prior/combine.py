@@ -19,6 +19,7 @@ from ..arguments import is_number
 from ..checkpoints import named
 from ..warn import warn
 from .file import PriorFile
+from .svd import signed
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
 ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
@@ -214,10 +215,10 @@ def _weighted_sum(
     largest = math.fsum(abs(c) * S_part[0].item() for c, _, S_part, _ in parts)
     r = min(rank, int((S > ROUNDING * largest).sum()))
     square = S.double().square().sum().item()
-    U, S, Vh = Q_U @ U[:, :r], S[:r].clone(), Vh[:r] @ Q_V.T
+    U, Vh = Q_U @ U[:, :r], Vh[:r] @ Q_V.T
     U[~left.any(dim=1)] = 0
-    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # [1, r]; an SVD is unique up to these
-    return U * signs, S, Vh * signs.T, square
+    U, Vh = signed(U, Vh)
+    return U, S[:r].clone(), Vh, square
 
 
 def _energy(S: torch.Tensor, norm: float) -> float:

@@ -53,8 +53,7 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     Raises:
         ValueError: the processor has no chat template.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"{type(processor).__name__} has no chat template, which says where an answer begins")
+    refuse_mute(processor, type(processor).__name__)
     shown = [[] if image is None else [{"type": "image"}] for image in images]
     turns = [
         [{"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
@@ -69,6 +68,12 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     finally:
         processor.tokenizer.padding_side = side
     return dict(inputs)
+
+
+def refuse_mute(words: Any, name: str) -> None:
+    """ValueError if a processor or a tokenizer has no chat template; `name` is what it is called."""
+    if getattr(words, "chat_template", None) is None:
+        raise ValueError(f"{name} has no chat template, which says where an answer begins: give an instruct model")
 
 
 def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:

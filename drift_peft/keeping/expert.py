@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
 from .answer_set import FILE_NAME, AnswerSet
-from .answering import ends_of, evaluated, greedy, load_model
-from .answers import answer_logits, answered, opening
-from .file import vocabulary_rows
+from .answering import ends_of, evaluated, greedy, load_model, machine, refuse_infinite, with_room
+from .answers import answer_logits, answered, opening, refuse_mute
 from .make import answers_in_batches
 from .questions import read_lines
 from .sample_file import tokenizer_identity, write_sample_file
@@ -49,8 +48,7 @@ class Expert:
         except Exception as error:  # each class has its own way to say that its files are not there
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{id} has no tokenizer that transformers can load ({reason})") from error
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"{id} has no chat template, which says where an answer begins: give an instruct model")
+        refuse_mute(self.tokenizer, id)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
@@ -83,29 +81,20 @@ class Expert:
         Raises:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
-        try:
-            with evaluated(self.model):
-                return self._answer(prompts, max_new_tokens, spelling, k, opened)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU has no room for {len(prompts)} prompts at a time: pass a smaller batch_size (--batch-size), "
-                "or load_in_4bit=True (--load-in-4bit)"
-            ) from error
-
-    def _answer(self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int, opened: bool):
         texts = [self.asked(prompt) for prompt in prompts]
-        inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")  # the template has
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
-        whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
-        logits = answer_logits(self.model, whole, said.shape[1])
-        if not logits[said.to(logits.device)].isfinite().all():
-            raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
         openings = ["" if opened else opening(text) for text in texts]
-        return [
-            spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
-            for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
-        ]
+        with with_room(f"{len(prompts)} prompts"), evaluated(self.model):
+            # The template has written the special tokens.
+            inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+            inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
+            whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
+            logits = answer_logits(self.model, whole, said.shape[1])
+            refuse_infinite(logits[said.to(logits.device)], self.origin["id"])
+            return [
+                spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
+                for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
+            ]
 
 
 def make_answer_set(
@@ -144,8 +133,7 @@ def make_answer_set(
     """
     prompts, output = read_texts(texts), Path(output)
     model = Expert(expert, load_in_4bit)
-    if top_k > (rows := vocabulary_rows(vlm.config)):
-        raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+    vlm.check_top_k(top_k)
     facts = {
         "format": AnswerSet.FORMAT,
         "expert": model.origin,
@@ -157,12 +145,11 @@ def make_answer_set(
     }
     if output.is_file():
         return _if_alike(AnswerSet.load(output), facts)
-    machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    everything = {**facts, "batch_size": batch_size, **machine}
+    everything = {**facts, "batch_size": batch_size, **machine()}
     claimed = claimed_output(output, overwrite=False, example=FILE_NAME)
     with claimed, resumable_folder(output, everything, parts="batches") as folder:
         ends = ends_of(model.model.generation_config, model.tokenizer)
-        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, rows)
+        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, vlm.vocabulary)
         opened = bool(opening(vlm.asked("?")))
 
         def ask(start: int) -> list[dict[str, Tensor]]:

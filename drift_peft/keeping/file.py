@@ -96,8 +96,8 @@ class KeepSet(SampleFile):
             warn(
                 f"{self.source} was made with another resolution of images or another chat template: its first "
                 f"question had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
-                "other inputs: make one with the processor that you train with: processor= of "
-                "make_keep_set, --processor-kwargs of drift-peft keep make"
+                "other inputs. Make the set with the processor that you train with (processor= of make_keep_set, "
+                "--processor-kwargs of drift-peft keep make)."
             )
 
     def check_model(self, model: nn.Module) -> None:

@@ -35,7 +35,7 @@ from .steps import Act, act_in_steps
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
 BUCKET = 2**24  # elements that processes average at a time
-WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)."
+WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)"
 
 _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
@@ -192,7 +192,7 @@ def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[i
             f"keep() is not available for sharded parameters, such as those of FSDP2 (fully_shard): {WAY_OUT}"
         )
     if any(groups[id(p)].get("maximize") for p in parameters):
-        raise RuntimeError("An optimizer with maximize=True moves away from the VLM: negate the loss instead.")
+        raise RuntimeError("an optimizer with maximize=True moves away from the VLM: negate the loss instead")
 
 
 def _in_deepspeed(model: nn.Module) -> bool:

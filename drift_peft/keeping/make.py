@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
 from ..checkpoints import claimed_output, finish, finished, resumable_folder
-from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
+from .answering import machine
+from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, write_keep_set
 from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server
@@ -99,11 +100,12 @@ def make_keep_set(
         raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
     with claimed_output(output, overwrite, example=FILE_NAME):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
-        if top_k > (rows := vocabulary_rows(vlm.config)):
-            raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+        vlm.check_top_k(top_k)
         vlm_or_server = vlm
         if server is not None:
-            vlm_or_server = Server(server, vlm.origin["id"], vlm.processor.tokenizer, rows, vlm.places, api_key)
+            vlm_or_server = Server(
+                server, vlm.origin["id"], vlm.processor.tokenizer, vlm.vocabulary, vlm.places, api_key
+            )
         pictures = read_pictures(images, samples, seed)
         pairs = _pairs(len(pictures), len(asked), samples)
 
@@ -114,8 +116,7 @@ def make_keep_set(
         image, question = pairs[0]
         first = decode_image(pictures[image], vlm.image_mode), asked[question][1]
         facts["prompt_tokens"] = prompt_tokens(vlm.processor, *first)
-        machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
+        everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine()}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
 
             def ask(start: int) -> list[dict[str, Tensor]]:

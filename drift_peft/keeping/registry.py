@@ -13,7 +13,8 @@ from torch import Tensor
 
 class OnParameters(Protocol):
     def among(self, parameters: Container[int]) -> object:
-        """Whether it acts on any parameter whose id() is in `parameters`; not on those of a model that is gone."""
+        """Which of the parameters that it acts on are in `parameters`, by their id(); something empty, or False, for
+        none, as where its model is gone."""
 
 
 Entry = TypeVar("Entry", bound=OnParameters)

@@ -25,7 +25,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TRIES, TIMEOUT = 5, 600.0  # seconds
+TRIES = 5
+TIMEOUT = 600.0  # seconds that the server may take for an answer
 NUMBER = re.compile(r"token_id:(\d+)")
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]

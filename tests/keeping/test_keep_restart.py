@@ -136,7 +136,7 @@ def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module.Vlm, "_answer", full)
+    monkeypatch.setattr("drift_peft.keeping.vlm.greedy", full)
     with pytest.raises(ValueError, match=r"no room for 4 questions at a time: pass a smaller batch_size"):
         make(folder, tmp_path / "k.safetensors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ..checkpoints import Origin, Schema, Text
 
@@ -28,7 +28,7 @@ class Header(Schema):
     processor: str
     image_mode: str
     prompt_tokens: PositiveInt | None = None
-    ends: list[NonNegativeInt] = None
+    ends: list[int] = None
     k: PositiveInt
     seed: int
     generation: Generation

@@ -13,8 +13,7 @@ from torch import Tensor
 
 class OnParameters(Protocol):
     def among(self, parameters: Container[int]) -> object:
-        """Which of the parameters that it acts on are in `parameters`, by their id(); something empty, or False, for
-        none, as where its model is gone."""
+        """What it acts on among `parameters`, known by their id(): empty if nothing, as once its model is gone."""
 
 
 Entry = TypeVar("Entry", bound=OnParameters)

@@ -186,7 +186,7 @@ class Vlm:
     def _check_processor(self) -> None:
         kind = type(self.processor).__name__
         if getattr(self.processor, "image_processor", None) is None or not hasattr(self.processor, "tokenizer"):
-            raise ValueError(f"{self.origin['id']} has no processor of images but a {kind}: give a VLM")
+            raise ValueError(f"{self.origin['id']} has no processor of images but {kind}: give a VLM")
         refuse_mute(self.processor, self.origin["id"])
         if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")

@@ -195,6 +195,15 @@ def test_an_expert_is_the_same_by_any_path(folder, tmp_path, monkeypatch):
     assert found.metadata["expert"]["id"] == f"{folder / 'expert'}"
 
 
+def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("drift_peft.keeping.expert.greedy", full)
+    with pytest.raises(ValueError, match=r"no room for 2 prompts at a time: pass a smaller batch_size"):
+        make(folder, tmp_path / "a.safetensors")
+
+
 def test_a_file_of_prompts(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\n  two\u2028= 2\n".encode())
     (tmp_path / "a.jsonl").write_text('"one\\ntwo"\n"th\u0085ree"\n', encoding="utf-8")

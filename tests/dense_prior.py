@@ -5,6 +5,8 @@ import torch
 from drift_peft import ReasoningPrior
 from drift_peft.prior.file import FORMAT, partial_output, write_prior
 
+GATES_FROM = {"keep_set": "0" * 64, "base": {"id": "org/vlm", "revision": None}, "seed": 0}  # as a header says it
+
 
 def dense_prior(path, weights, rank=8, base="org/vlm", expert="org/expert", **header):
     """Write a prior and load it.

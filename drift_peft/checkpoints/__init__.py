@@ -64,7 +64,19 @@ from .naming import (
     says_tied,
     unwrapped,
 )
-from .output import UNFINISHED, claimed_output, partial_folder, partial_path, resumable_folder, write_tensors
+from .output import (
+    UNFINISHED,
+    claimed_output,
+    finish,
+    finished,
+    gathered,
+    partial_folder,
+    partial_path,
+    refuse_both,
+    refuse_other,
+    resumable_folder,
+    write_tensors,
+)
 from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
@@ -132,6 +144,9 @@ __all__ = [
     "file_sha256",
     "find_file",
     "find_license",
+    "finish",
+    "finished",
+    "gathered",
     "how_to_load",
     "how_to_serve",
     "hub_id",
@@ -156,6 +171,8 @@ __all__ = [
     "read_config",
     "read_json",
     "recorded_base",
+    "refuse_both",
+    "refuse_other",
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",

@@ -9,17 +9,19 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from .lock import only_writer
 
 SETTINGS, UNFINISHED = "settings.json", ".tmp"
 OURS = ".drift_peft"  # a file in what may be thrown away after a run that was killed
+DONE = "done"  # metadata key of a finished part
 SHORT = 80  # characters of values that an error shows
 
 
@@ -41,6 +43,20 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
         if output.exists() and not overwrite:
             raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
         yield
+
+
+def refuse_both(exist_ok: bool, overwrite: bool) -> None:
+    """ValueError if an existing output is to be taken and to be replaced."""
+    if exist_ok and overwrite:
+        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+
+
+def refuse_other(output: Path, difference: str | None) -> None:
+    """FileExistsError if an existing output is another one than would be made, for such a reason as "was gated"."""
+    if difference is not None:
+        raise FileExistsError(
+            f"output {output} exists and {difference}: name another output, or pass overwrite=True (--overwrite)"
+        )
 
 
 @contextlib.contextmanager
@@ -129,6 +145,41 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         raise OSError(f"{file} could not be written: {error}") from error
     with contextlib.suppress(OSError):  # some network drives keep no modes
         file.chmod(mode)
+
+
+@contextlib.contextmanager
+def gathered(folder: Path, parts: Iterable[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of these parts, memory-mapped: each part goes to disk at once, so that they do not add up in memory.
+    Their files are gone afterwards."""
+    files: list[Path] = []
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for part in parts:
+            files.append(folder / f"{len(files)}.safetensors")
+            write_tensors(files[-1], part)
+        for file in files:
+            tensors |= load_file(file)
+        yield tensors
+    finally:
+        tensors.clear()  # Windows deletes no file that is still mapped
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def finish(file: Path, tensors: dict[str, torch.Tensor], done: Any) -> None:
+    """Write a part of `resumable_folder` that is done, and `done`, which JSON can hold, of it."""
+    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
+    write_tensors(unfinished, tensors, {DONE: json.dumps(done)})
+    os.replace(unfinished, file)
+
+
+def finished(file: Path) -> Any:
+    """What `finish` said of a part; None if it is not done, or its file did not survive a crash of the machine."""
+    try:
+        with safe_open(file, framework="pt") as part:
+            return json.loads(part.metadata()[DONE])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
+        return None
 
 
 def partial_path(output: Path) -> Path:

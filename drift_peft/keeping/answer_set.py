@@ -48,4 +48,4 @@ class AnswerSet(SampleFile):
         return {"image": None, "question": self.metadata["prompts"][i], "kind": "text"}
 
     def _is_whole(self) -> bool:
-        return super()._is_whole() and self._holds({}, {}) and len(self.metadata["prompts"]) == len(self)
+        return super()._is_whole() and self._holds({}) and len(self.metadata["prompts"]) == len(self)

@@ -1,4 +1,4 @@
-"""A model that answers: loaded as it lies on disk, and asked for what it finds likeliest."""
+"""A model that answers: loaded as it lies on disk, and asked for what it finds likeliest; what stands in its way."""
 
 from __future__ import annotations
 
@@ -63,6 +63,29 @@ def ends_of(generation_config: Any, tokenizer: Any) -> list[int]:
     own = generation_config.eos_token_id
     ends = own if own is not None else tokenizer.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+
+
+def machine() -> dict:
+    """What the last bits of an answer depend on, beside the model and what it is asked."""
+    return {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def refuse_infinite(values: Tensor, model: str) -> None:
+    """ValueError if what the model says is NaN or infinite."""
+    if not values.isfinite().all():
+        raise ValueError(f"{model} gives NaN or infinite logits: load it in bfloat16 or float32")
+
+
+@contextlib.contextmanager
+def with_room(asked: str) -> Iterator[None]:
+    """ValueError if the GPU has no room for what is asked at a time, such as "8 questions"."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has no room for {asked} at a time: pass a smaller batch_size (--batch-size), or "
+            "load_in_4bit=True (--load-in-4bit)"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -53,8 +53,7 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     Raises:
         ValueError: the processor has no chat template.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(f"{type(processor).__name__} has no chat template, which says where an answer begins")
+    refuse_mute(processor, type(processor).__name__)
     shown = [[] if image is None else [{"type": "image"}] for image in images]
     turns = [
         [{"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
@@ -75,6 +74,12 @@ def image_mode(processor: Any) -> str:
     """What a processor takes: RGB, or L where it normalizes a single channel."""
     mean = getattr(processor.image_processor, "image_mean", None)
     return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
+
+
+def refuse_mute(words: Any, name: str) -> None:
+    """ValueError if a processor or a tokenizer has no chat template; `name` is what it is called."""
+    if getattr(words, "chat_template", None) is None:
+        raise ValueError(f"{name} has no chat template, which says where an answer begins: give an instruct model")
 
 
 def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:

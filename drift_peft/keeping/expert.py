@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
 from .answer_set import FILE_NAME, AnswerSet
-from .answering import ends_of, evaluated, greedy, load_model
-from .answers import answer_logits, answered, opening
-from .file import vocabulary_rows
+from .answering import ends_of, evaluated, greedy, load_model, machine, refuse_infinite, with_room
+from .answers import answer_logits, answered, opening, refuse_mute
 from .make import answers_in_batches
+from .questions import read_lines
 from .sample_file import tokenizer_identity, write_sample_file
 from .spelling import Spelling
 from .vlm import Vlm
@@ -38,16 +39,16 @@ class Expert:
     def __init__(self, source: str | Path, load_in_4bit: bool = False):
         from transformers import AutoTokenizer
 
+        source = os.path.abspath(source) if os.path.exists(source) else source  # the same by any path
         self.load_in_4bit, self._checkpoint = load_in_4bit, Checkpoint(source, dequantize=True)
         self.origin, self.identity = self._checkpoint.origin, self._checkpoint.identity
         id, revision = self.origin["id"], self.origin["revision"]
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, trust_remote_code=False)
         except Exception as error:  # each class has its own way to say that its files are not there
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise ValueError(f"{id} has no tokenizer that transformers can load ({reason})") from error
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"{id} has no chat template, which says where an answer begins: give an instruct model")
+        refuse_mute(self.tokenizer, id)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
@@ -80,29 +81,20 @@ class Expert:
         Raises:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
-        try:
-            with evaluated(self.model):
-                return self._answer(prompts, max_new_tokens, spelling, k, opened)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU has no room for {len(prompts)} prompts at a time: pass a smaller batch_size (--batch-size), "
-                "or load_in_4bit=True (--load-in-4bit)"
-            ) from error
-
-    def _answer(self, prompts: Sequence[str], max_new_tokens: int, spelling: Spelling, k: int, opened: bool):
         texts = [self.asked(prompt) for prompt in prompts]
-        inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")  # the template has
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
-        whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
-        logits = answer_logits(self.model, whole, said.shape[1])
-        if not logits[said.to(logits.device)].isfinite().all():
-            raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
         openings = ["" if opened else opening(text) for text in texts]
-        return [
-            spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
-            for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
-        ]
+        with with_room(f"{len(prompts)} prompts"), evaluated(self.model):
+            # The template has written the special tokens.
+            inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+            inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
+            whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
+            logits = answer_logits(self.model, whole, said.shape[1])
+            refuse_infinite(logits[said.to(logits.device)], self.origin["id"])
+            return [
+                spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
+                for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
+            ]
 
 
 def make_answer_set(
@@ -114,7 +106,6 @@ def make_answer_set(
     top_k: int = 32,
     load_in_4bit: bool = False,
     batch_size: int = 8,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> AnswerSet:
     """Have an expert answer prompts in text, and write what it says in the tokens of a VLM; or take the output of such
@@ -132,7 +123,6 @@ def make_answer_set(
         top_k: how many log probabilities of each answer token.
         load_in_4bit: load the expert's projections in NF4, and the rest as it is.
         batch_size: prompts at a time.
-        overwrite: replace an existing output, and throw away what an interrupted run with other settings has left.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -143,8 +133,7 @@ def make_answer_set(
     """
     prompts, output = read_texts(texts), Path(output)
     model = Expert(expert, load_in_4bit)
-    if top_k > (rows := vocabulary_rows(vlm.config)):
-        raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+    vlm.check_top_k(top_k)
     facts = {
         "format": AnswerSet.FORMAT,
         "expert": model.origin,
@@ -154,14 +143,13 @@ def make_answer_set(
         "generation": {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit},
         "prompts": prompts,
     }
-    if output.is_file() and not overwrite:
+    if output.is_file():
         return _if_alike(AnswerSet.load(output), facts)
-    machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    everything = {**facts, "batch_size": batch_size, **machine}
-    claimed = claimed_output(output, overwrite, example=FILE_NAME)
-    with claimed, resumable_folder(output, everything, overwrite, "batches") as folder:
+    everything = {**facts, "batch_size": batch_size, **machine()}
+    claimed = claimed_output(output, overwrite=False, example=FILE_NAME)
+    with claimed, resumable_folder(output, everything, parts="batches") as folder:
         ends = ends_of(model.model.generation_config, model.tokenizer)
-        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, rows)
+        spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, vlm.vocabulary)
         opened = bool(opening(vlm.asked("?")))
 
         def ask(start: int) -> list[dict[str, Tensor]]:
@@ -180,13 +168,11 @@ def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no prompt, or a line is none.
+        ValueError: there is no prompt, or a line is none; the file is no UTF-8 text.
     """
     if isinstance(texts, (str, Path)):
         path = Path(texts)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file of prompts {path}")
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = [line for line in read_lines(path, "prompts") if line.strip()]
         texts = [_string(line, path) for line in lines] if path.suffix == ".jsonl" else lines
     for text in texts:
         if not isinstance(text, str) or not text.strip():
@@ -204,10 +190,12 @@ def _string(line: str, path: Path) -> Any:
 
 
 def _if_alike(found: AnswerSet, facts: dict) -> AnswerSet:
-    for key, wanted in facts.items():
-        if found.metadata[key] != wanted:
+    """The file, if it was made in this way. Which expert it is, `identity` says, wherever that lies today."""
+    for key in facts.keys() - {"expert"}:
+        if found.metadata[key] != facts[key]:
+            what = "expert" if key == "identity" else key
             raise FileExistsError(
-                f"{found.source} exists and was made with another {key}: name another file for the answers, or pass "
-                "overwrite=True (--overwrite)"
+                f"{found.source} exists and was made with another {what}: name another file for the answers "
+                "(--answers), or delete this one"
             )
     return found

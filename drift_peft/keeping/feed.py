@@ -84,8 +84,8 @@ class Feed:
         """Which samples are in a batch."""
         size, found = len(self.keep_set), []
         for place in range(number * self.batch_size, (number + 1) * self.batch_size):
-            round, i = divmod(place, size)
-            generator = torch.Generator().manual_seed(mixed(self.seed, round))
+            turn, i = divmod(place, size)
+            generator = torch.Generator().manual_seed(mixed(self.seed, turn))
             found.append(int(torch.randperm(size, generator=generator)[i]))
         return found
 

@@ -7,7 +7,8 @@ file.
 
 and of the answers what `sample_file` describes. The header also holds vlm (its id and revision), model_type, vocabulary
 (rows of its logits), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the first
-sample's question and image, where the file says so), seed, generation (its settings) and the questions as [kind, text].
+sample's question and image) and ends (tokens that end an answer), which older files lack, seed, generation (its
+settings) and the questions as [kind, text].
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..arguments import typed
 from ..checkpoints import find_file, upload
 from ..warn import warn
-from .answers import prompts
+from .answers import Sample, prompts
 from .header import Header
 from .sample_file import SampleFile, grows, write_sample_file
 from .share import model_card
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub repository
-DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32"}
 NEEDS_PILLOW = 'images need pillow: pip install "drift_peft[keep]"'
 
 
@@ -86,7 +86,9 @@ class KeepSet(SampleFile):
         """
         kind, made_with = type(processor).__name__, self.metadata["processor"]
         if kind != made_with:
-            raise ValueError(f"{self.source} was made with a {made_with}, not a {kind}: {self._way_out}")
+            raise ValueError(
+                f"{self.source} was made with the processor {made_with}, and not with {kind}: {self._way_out}"
+            )
         if not self.has_tokens_of(processor):
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
         asked = self.metadata.get("prompt_tokens")
@@ -94,8 +96,8 @@ class KeepSet(SampleFile):
             warn(
                 f"{self.source} was made with another resolution of images or another chat template: its first "
                 f"question had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
-                "other inputs: make one with the processor that you train with: processor= of "
-                "make_keep_set, --processor-kwargs of drift-peft keep make"
+                "other inputs. Make the set with the processor that you train with (processor= of make_keep_set, "
+                "--processor-kwargs of drift-peft keep make)."
             )
 
     def check_model(self, model: nn.Module) -> None:
@@ -105,10 +107,20 @@ class KeepSet(SampleFile):
         Example:
             >>> KeepSet.load("keep.safetensors").check_model(vlm)
         """
-        kind, made_with = model.config.model_type, self.metadata["model_type"]
+        config = getattr(model, "config", None)
+        if not hasattr(config, "model_type"):
+            raise ValueError(
+                f"the model is a {type(model).__name__}, which is no model of transformers: give the "
+                f"{self.metadata['model_type']} that is in it"
+            )
+        self.check_config(config)
+
+    def check_config(self, config: Any) -> None:
+        """As `check_model`, by the configuration of a model that need not be there."""
+        kind, made_with = config.model_type, self.metadata["model_type"]
         if kind != made_with:
             raise ValueError(f"{self.source} holds a {made_with}'s answers, and the model is a {kind}: {self._way_out}")
-        rows, known = vocabulary_rows(model.config), self.metadata["vocabulary"]
+        rows, known = vocabulary_rows(config), self.metadata["vocabulary"]
         if rows < known:
             raise ValueError(f"{self.source} knows {known} tokens, and the model {rows}: {self._way_out}")
 
@@ -147,6 +159,17 @@ class KeepSet(SampleFile):
         source, images = repo_id or FILE_NAME, len(self._image_ends)
         return model_card(self.metadata, source, self.sha256, self.kinds, images, token)
 
+    def was_cut(self, sample: Sample) -> bool:
+        """Was this answer cut at max_new_tokens, before it had ended?
+
+        Example:
+            >>> keep_set = KeepSet.load("keep.safetensors")
+            >>> keep_set.was_cut(keep_set[0])
+            False
+        """
+        ended = int(sample.tokens[-1]) in self.metadata.get("ends", ())
+        return len(sample.tokens) == self.metadata["generation"]["max_new_tokens"] and not ended
+
     def image_file(self, i: int) -> bytes:
         """The i-th image as the file that it came from; `image_of` says whose it is.
 
@@ -179,10 +202,11 @@ class KeepSet(SampleFile):
         questions = self.metadata["questions"]
         self.kinds = Counter(questions[question][0] for question in self._samples[:, 1].tolist())
         images, answers = len(self._image_ends), len(self.metadata["answers"])
-        shapes = {"images": [int(self._image_ends[-1])], "image_ends": [images], "samples": [answers, 2]}
+        beside = {"images": ([int(self._image_ends[-1])], "U8"), "image_ends": ([images], "I64")}
+        beside |= {"samples": ([answers, 2], "I32")}
         return (
             super()._is_whole()
-            and self._holds(shapes, DTYPES)
+            and self._holds(beside)
             and grows(self._image_ends)
             and int(self._samples.min()) >= 0
             and int(self._samples[:, 0].max()) < images

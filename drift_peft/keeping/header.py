@@ -28,6 +28,7 @@ class Header(Schema):
     processor: str
     image_mode: str
     prompt_tokens: PositiveInt | None = None
+    ends: list[int] = None
     k: PositiveInt
     seed: int
     generation: Generation

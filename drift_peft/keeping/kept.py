@@ -36,7 +36,7 @@ from .steps import Act, act_in_steps
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
 BUCKET = 2**24  # elements that processes average at a time
-WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)."
+WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)"
 
 _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
@@ -174,17 +174,16 @@ class Keeping:
     @torch.no_grad()
     def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], loss_scale: Tensor | float) -> None:
         """g ← g + k·min(1, ρ·‖g‖/‖k‖). Where a gradient is not finite, nothing is added; all of it on the device."""
-        g_norm = _norm([p.grad for p in parameters])
+        g_norm, norm = _norm([p.grad for p in parameters]), _norm(gradients)
         factor = self.weight * loss_scale / self.scale.to(g_norm.dtype)  # of `gradients`, to make them k
-        k_norm = _norm(gradients) * factor
+        k_norm = norm * factor
         if self.bound is not None:
             factor = factor * torch.where(k_norm > 0, (self.bound * g_norm / k_norm).clamp_max(1), 1.0)
         finite = k_norm.isfinite() & g_norm.isfinite()
         for p, gradient in zip(parameters, gradients, strict=True):
             k = gradient * factor.to(p.device)
             p.grad.add_(k.where(finite.to(p.device), 0))
-        added = _norm(gradients) * factor
-        self.ratio = torch.where(finite & (g_norm > 0), added / g_norm, 0.0)
+        self.ratio = torch.where(finite & (g_norm > 0), norm * factor / g_norm, 0.0)
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 
@@ -199,7 +198,7 @@ def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[i
             f"keep() is not available for sharded parameters, such as those of FSDP2 (fully_shard): {WAY_OUT}"
         )
     if any(groups[id(p)].get("maximize") for p in parameters):
-        raise RuntimeError("An optimizer with maximize=True moves away from the VLM: negate the loss instead.")
+        raise RuntimeError("an optimizer with maximize=True moves away from the VLM: negate the loss instead")
 
 
 def _in_deepspeed(model: nn.Module) -> bool:

@@ -7,28 +7,24 @@ that an interrupted run loses one batch at most.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
-from ..checkpoints import UNFINISHED, claimed_output, resumable_folder, write_tensors
-from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, vocabulary_rows, write_keep_set
+from ..checkpoints import claimed_output, finish, finished, resumable_folder
+from .answering import machine
+from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, write_keep_set
 from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server
 from .vlm import Vlm
-
-FINISHED = "answers"  # metadata key of a batch that is done: how many answers it holds
 
 
 @typed
@@ -104,22 +100,23 @@ def make_keep_set(
         raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
     with claimed_output(output, overwrite, example=FILE_NAME):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
-        if top_k > (rows := vocabulary_rows(vlm.config)):
-            raise ValueError(f"top_k={top_k} is larger than the vocabulary of {vlm.origin['id']}: it has {rows} tokens")
+        vlm.check_top_k(top_k)
         vlm_or_server = vlm
         if server is not None:
-            vlm_or_server = Server(server, vlm.origin["id"], vlm.processor.tokenizer, rows, vlm.places, api_key)
+            vlm_or_server = Server(
+                server, vlm.origin["id"], vlm.processor.tokenizer, vlm.vocabulary, vlm.places, api_key
+            )
         pictures = read_pictures(images, samples, seed)
         pairs = _pairs(len(pictures), len(asked), samples)
 
         generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}
         facts = {**vlm.facts, "format": KeepSet.FORMAT, "k": top_k, "seed": seed, "generation": generation}
+        facts["ends"] = vlm.ends
         facts["questions"] = [[kind, question] for kind, question in asked]
         image, question = pairs[0]
         first = decode_image(pictures[image], vlm.image_mode), asked[question][1]
         facts["prompt_tokens"] = prompt_tokens(vlm.processor, *first)
-        machine = {"gpu": torch.cuda.is_available(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine}
+        everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine()}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
 
             def ask(start: int) -> list[dict[str, Tensor]]:
@@ -156,12 +153,12 @@ def answers_in_batches(
     """
     starts = range(0, samples, batch_size)
     files = [folder / f"{start:08d}.safetensors" for start in starts]
-    missing = {start: file for start, file in zip(starts, files, strict=True) if not _is_finished(file)}
+    missing = {start: file for start, file in zip(starts, files, strict=True) if finished(file) is None}
     done = samples - sum(min(batch_size, samples - start) for start in missing)
     with tqdm(desc=title, total=samples, initial=done, unit="answer", disable=not progress) as bar:
         for start, file in missing.items():
             answers = ask(start)
-            _keep(file, answers)
+            finish(file, _join(answers), len(answers))
             bar.update(len(answers))
     return [answer for file in files for answer in _split(load_file(file))]
 
@@ -184,25 +181,15 @@ def _hash(pictures: Sequence[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _keep(file: Path, answers: Sequence[dict[str, Tensor]]) -> None:
-    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
+def _join(answers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of answers, one behind the other."""
     tensors = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
     tensors["lengths"] = torch.tensor([len(answer["tokens"]) for answer in answers])
-    write_tensors(unfinished, tensors, {FINISHED: json.dumps(len(answers))})
-    os.replace(unfinished, file)
+    return tensors
 
 
 def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The answers of a batch, as `_keep` was given them."""
+    """The answers of a batch, as `_join` was given them."""
     lengths = tensors.pop("lengths").tolist()
     parts = {name: tensor.split(lengths) for name, tensor in tensors.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(lengths))]
-
-
-def _is_finished(file: Path) -> bool:
-    """Whether a batch is done, and its file has survived a crash of the machine."""
-    try:
-        with safe_open(file, framework="pt") as batch:
-            return FINISHED in (batch.metadata() or {})
-    except (SafetensorError, OSError):
-        return False

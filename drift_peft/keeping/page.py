@@ -66,8 +66,8 @@ def render_page(keep_set: KeepSet) -> str:
 def _cells(cells: list[str], i: int, last: bool) -> str:
     """A row of the table, whose kind leads to its samples."""
     kind, *numbers = map(escape, cells)
-    shown = kind if last else f'<a href="#kind-{i}">{kind}</a>'
-    return "".join(f"<td>{cell}</td>" for cell in (shown, *numbers))
+    kind = kind if last else f'<a href="#kind-{i}">{kind}</a>'
+    return "".join(f"<td>{cell}</td>" for cell in (kind, *numbers))
 
 
 def _card(sample: Sample) -> str:

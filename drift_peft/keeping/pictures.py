@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
     if not isinstance(source, (str, Path)):
         if hasattr(source, "features"):  # of datasets
             yield from _rows(source, seed, "the data set")
+        elif isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):  # a DatasetDict is a Mapping
+            kind = type(source).__name__
+            raise ValueError(f"images must be a folder, a data set (one split of it) or a list of images, got {kind}")
         else:
             yield from _shuffled([(image, None, f"image {i}") for i, image in enumerate(source)], seed)
         return
@@ -138,7 +141,7 @@ def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Ite
             dataset = dataset.shuffle(seed=seed).to_iterable_dataset()
         else:
             dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER)
-        rows = iter(dataset.decode(False))
+        rows = iter(dataset.with_format(None).decode(False))
     while True:
         with _explained(name):
             row = next(rows, None)

@@ -9,18 +9,20 @@ from pathlib import Path
 BUILT_IN = Path(__file__).with_name("questions.txt")
 
 
-def check_questions(questions: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """The pairs of kind and question, as they are. ValueError if there is none, one is half empty or there twice."""
+def check_questions(questions: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs of kind and question, without space around them, as `read_questions` has them. ValueError if there is
+    none, one is half empty or there twice."""
     if not questions:
         raise ValueError(
             "questions is empty: give pairs of a kind and a question, or leave it out for the built-in ones"
         )
-    for i, pair in enumerate(questions):
-        if not all(part.strip() for part in pair):
-            raise ValueError(f"questions holds {pair!r}, which is half empty: give a kind and a question")
-        if pair in questions[:i]:
+    pairs = [(kind.strip(), question.strip()) for kind, question in questions]
+    for i, pair in enumerate(pairs):
+        if not all(pair):
+            raise ValueError(f"questions holds {questions[i]!r}, which is half empty: give a kind and a question")
+        if pair in pairs[:i]:
             raise ValueError(f"questions holds {pair!r} twice: take one of them out")
-    return questions
+    return pairs
 
 
 def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
@@ -34,14 +36,8 @@ def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
         ValueError: a line has no tab, is half empty or is there twice; there is no question; the file is no UTF-8 text.
     """
     path = BUILT_IN if path is None else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of questions {path}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the questions in {path} are no UTF-8 text: save the file as such") from error
     found: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "questions"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         kind, _, question = (part.strip() for part in line.partition("\t"))
@@ -56,3 +52,18 @@ def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
     for kind, question in found:
         kinds.setdefault(kind, []).append((kind, question))
     return [question for question in chain.from_iterable(zip_longest(*kinds.values())) if question]
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a file of questions or prompts, which end at line feeds alone.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8 text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of {what} {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the {what} in {path} are no UTF-8 text: save the file as such") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 class OnParameters(Protocol):
     def among(self, parameters: Container[int]) -> object:
-        """Whether it acts on any parameter whose id() is in `parameters`; not on those of a model that is gone."""
+        """What it acts on among `parameters`, known by their id(): empty if nothing, as once its model is gone."""
 
 
 Entry = TypeVar("Entry", bound=OnParameters)

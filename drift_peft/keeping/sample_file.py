@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,7 +28,6 @@ from ..checkpoints import Schema, check, file_sha256, write_tensors
 from .answers import Sample
 
 WRITTEN = "written.safetensors"  # what it is called until it is complete
-DTYPES = {"tokens": "I32", "token_ends": "I64", "top_tokens": "I32", "top_logprobs": "F32"}
 
 
 class SampleFile(Sequence[Sample]):
@@ -126,15 +126,21 @@ class SampleFile(Sequence[Sample]):
         self.k, self._ends = self.metadata["k"], self._file.get_tensor("token_ends")
         return len(self.metadata["answers"]) == len(self._ends) and grows(self._ends)
 
-    def _holds(self, shapes: dict[str, list[int]], dtypes: dict[str, str]) -> bool:
-        """Are these and the answers' own all that the file holds?"""
-        tokens = int(self._ends[-1])
-        shapes = shapes | {"tokens": [tokens], "token_ends": [len(self._ends)]}
-        shapes |= {"top_tokens": [tokens, self.k], "top_logprobs": [tokens, self.k]}
+    def _holds(self, beside: dict[str, tuple[list[int], str]]) -> bool:
+        """Are these tensors, by shape and dtype, and the answers' own all that the file holds?"""
+        tokens, samples = int(self._ends[-1]), len(self._ends)
+        promised = {**beside, "tokens": ([tokens], "I32"), "token_ends": ([samples], "I64")}
+        promised |= {"top_tokens": ([tokens, self.k], "I32"), "top_logprobs": ([tokens, self.k], "F32")}
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         held = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        dtypes = DTYPES | dtypes
-        return held == {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+        return held == promised and self._says_tokens()
+
+    def _says_tokens(self) -> bool:
+        """Is every number a log probability, or a token? Others would add NaN to gradients, or fail in the midst."""
+        rows = self.metadata.get("vocabulary", math.inf)
+        tokens = (self._file.get_tensor(name) for name in ("tokens", "top_tokens"))
+        finite = self._file.get_tensor("top_logprobs").isfinite().all()
+        return bool(finite) and all(0 <= least and most < rows for least, most in (t.aminmax() for t in tokens))
 
     def _part(self, name: str, ends: Tensor, i: int) -> Tensor:
         start = int(ends[i - 1]) if i else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from .file import KeepSet, upright
 
 PLACEHOLDER = "<image>"
 FILE_NAME = "samples.jsonl"  # what the samples are called in a folder
+PICTURE = re.compile(r"\d{6}\.\w+")  # what a picture is called
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 
 
@@ -30,11 +32,11 @@ def training_samples(keep_set: KeepSet) -> tuple[list[tuple[int, list[dict]]], C
     Raises:
         ValueError: none is left.
     """
-    longest = keep_set.metadata["generation"]["max_new_tokens"]
+    cut = f"cut at max_new_tokens={keep_set.metadata['generation']['max_new_tokens']}"
     kept, left_out = [], Counter()
     for i, sample in enumerate(keep_set):
-        if len(sample.tokens) == longest:
-            left_out[f"cut at {longest} tokens"] += 1
+        if keep_set.was_cut(sample):
+            left_out[cut] += 1
         elif not sample.answer.strip():
             left_out["without words"] += 1
         elif PLACEHOLDER in sample.question + sample.answer:
@@ -56,7 +58,7 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
 
     Args:
         output: file that ends in .jsonl, or a folder, which then holds samples.jsonl.
-        overwrite: replace both.
+        overwrite: replace both; a folder that holds anything else is left alone.
 
     Returns:
         `samples` and `pictures`, where they are; `written`, how many samples; `left_out`, how many by reason.
@@ -73,6 +75,12 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
     pictures = file.with_name(f"{file.stem}_images")
     if pictures.exists() and not overwrite:
         raise FileExistsError(f"output {pictures} exists: name another one, or pass overwrite=True (--overwrite)")
+    others = [path.name for path in pictures.iterdir() if not PICTURE.fullmatch(path.name)] if pictures.is_dir() else []
+    if others:
+        raise FileExistsError(
+            f"output {pictures} holds {min(others)}, which is no picture of samples, so it is not overwritten: name "
+            "another output"
+        )
     kept, left_out = training_samples(keep_set)
     if is_folder and output.parent.is_dir():
         output.mkdir(exist_ok=True)

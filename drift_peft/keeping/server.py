@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import time
 from collections import defaultdict
@@ -24,7 +25,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TRIES, TIMEOUT = 5, 600.0  # seconds
+TRIES = 5
+TIMEOUT = 600.0  # seconds that the server may take for an answer
 NUMBER = re.compile(r"token_id:(\d+)")
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
@@ -126,6 +128,8 @@ class Server:
                     f"the server {self.url} gives {len(best)} log probabilities of a token, not {k}: pass "
                     f"top_k={len(best)} (--top-k)"
                 )
+            if not all(math.isfinite(logprob) for _, logprob in best):
+                raise ValueError(f"the server {self.url} gives a log probability that is NaN or infinite: take another")
             top_tokens.append([token for token, _ in best])
             top_logprobs.append([logprob for _, logprob in best])
         if places := self.places & {*tokens}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.table import Table
@@ -13,7 +13,7 @@ from torch import Tensor
 from .answers import Sample
 from .file import KeepSet
 
-CAPTION = "cut: answers as long as an answer may be; entropy: at least, nats a token; top: what the stored tokens have"
+CAPTION = "cut: answers that max_new_tokens ended; entropy: at least, nats a token; top: what the stored tokens have"
 
 
 def keep_summary(keep_set: KeepSet) -> dict:
@@ -25,15 +25,14 @@ def keep_summary(keep_set: KeepSet) -> dict:
     """
     header, samples = keep_set.metadata, [*keep_set]
     kinds = {kind: [sample for sample in samples if sample.kind == kind] for kind in keep_set.kinds}
-    longest = header["generation"]["max_new_tokens"]
     return {
         "source": keep_set.source,
         "sha256": keep_set.sha256,
         **{key: header[key] for key in ("vlm", "model_type", "processor", "k", "seed", "generation")},
         "images": len({keep_set.image_of(i) for i in range(len(keep_set))}),
         "questions": len({(sample.kind, sample.question) for sample in samples}),
-        "kinds": {kind: _measured(group, longest) for kind, group in kinds.items()},
-        "total": _measured(samples, longest),
+        "kinds": {kind: _measured(group, keep_set.was_cut) for kind, group in kinds.items()},
+        "total": _measured(samples, keep_set.was_cut),
     }
 
 
@@ -72,14 +71,14 @@ def keep_table(summary: dict) -> Table:
     return table
 
 
-def _measured(samples: Sequence[Sample], longest: int) -> dict:
+def _measured(samples: Sequence[Sample], was_cut: Callable[[Sample], bool]) -> dict:
     lengths = [len(sample.tokens) for sample in samples]
     logprobs = torch.cat([sample.top_logprobs for sample in samples]).double()
     return {
         "samples": len(samples),
         "mean_tokens": math.fsum(lengths) / len(lengths),
         "longest": max(lengths),
-        "cut": sum(length == longest for length in lengths),
+        "cut": sum(map(was_cut, samples)),
         "entropy": entropy(logprobs).mean().item(),
         "captured": logprobs.exp().sum(-1).clamp_max(1).mean().item(),
     }

@@ -56,17 +56,22 @@ def keep(
         True
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"keep() takes the model first, then the keep set, but got {type(model).__name__} as model.")
+        raise ValueError(f"keep() takes the model first, then the keep set, but got {type(model).__name__} as model")
     weight, bound, batch_size, every, seed = plain((weight, bound, batch_size, every, seed))
     check_type("keep_set", keep_set, KeepSet | str | Path | None)
-    _check(weight=weight, bound=bound, batch_size=batch_size, every=every, seed=seed)
+    if not is_number(weight) or weight < 0:
+        raise ValueError(f"weight must be a number ≥ 0, got {weight!r}")
+    if bound is not None and (not is_number(bound) or bound <= 0):
+        raise ValueError(f"bound must be a number > 0, or None for no bound, got {bound!r}")
+    check_whole(batch_size=batch_size, every=every)
+    check_whole(0, seed=seed)
     kept = _unwrapped(model)
     if keep_set is None or weight == 0:
         for keeping in keepings_of(kept):
             keeping.release()
         return model
     if processor is None:
-        raise ValueError("keep() needs the model's processor, which turns questions and images into its inputs.")
+        raise ValueError("keep() needs the model's processor, which turns questions and images into its inputs")
     if isinstance(keep_set, (str, Path)):
         keep_set = KeepSet.load(keep_set)
     keep_set.check(processor)
@@ -77,15 +82,6 @@ def keep(
     Keeping(kept, keep_set, processor, float(weight), bound, batch_size, every, seed)
     add_to_trainers(KeepCallback)
     return model
-
-
-def _check(weight: Any, bound: Any, seed: Any, **whole: Any) -> None:
-    if not is_number(weight) or weight < 0:
-        raise ValueError(f"weight must be a number ≥ 0, got {weight!r}.")
-    if bound is not None and (not is_number(bound) or bound <= 0):
-        raise ValueError(f"bound must be a number > 0, or None for no bound, got {bound!r}.")
-    check_whole(**whole)
-    check_whole(0, seed=seed)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..arguments import nearest
 from ..checkpoints import Checkpoint
 from ..warn import warn
-from .answering import ends_of, evaluated, greedy, load_model
-from .answers import answer_logits, answered, image_mode, placed, prompts
+from .answering import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
+from .answers import answer_logits, answered, image_mode, placed, prompts, refuse_mute
 from .file import NEEDS_PILLOW, vocabulary_rows
 from .sample_file import tokenizer_identity
 
@@ -77,11 +77,16 @@ class Vlm:
         return {
             "vlm": self.origin,
             "model_type": self.config.model_type,
-            "vocabulary": vocabulary_rows(self.config),
+            "vocabulary": self.vocabulary,
             "tokenizer": tokenizer_identity(self.processor),
             "processor": type(self.processor).__name__,
             "image_mode": self.image_mode,
         }
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it gives a probability."""
+        return vocabulary_rows(self.config)
 
     @property
     def image_mode(self) -> str:
@@ -120,6 +125,13 @@ class Vlm:
         turn = {"role": "user", "content": [{"type": "text", "text": question}]}
         return self.processor.apply_chat_template([turn], add_generation_prompt=True)
 
+    def check_top_k(self, k: int) -> None:
+        """ValueError if it has fewer tokens than these."""
+        if k > self.vocabulary:
+            raise ValueError(
+                f"top_k={k} is larger than the vocabulary of {self.origin['id']}: it has {self.vocabulary} tokens"
+            )
+
     @property
     def skeleton(self) -> nn.Module:
         """The model without its weights, as far as they are not there already."""
@@ -143,26 +155,16 @@ class Vlm:
         Raises:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
-        try:
-            with evaluated(self.model):
-                return self._answer(images, questions, max_new_tokens, k)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU has no room for {len(images)} questions at a time: pass a smaller batch_size (--batch-size), "
-                "or load_in_4bit=True (--load-in-4bit)"
-            ) from error
-
-    def _answer(self, images, questions, max_new_tokens: int, k: int) -> list[dict[str, Tensor]]:
-        inputs = placed(prompts(self.processor, images, questions), self.model)
-        answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
-        whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
-        logits = answer_logits(self.model, whole, said.shape[1])
         scored = []
-        for tokens, row, places in zip(answers, logits, said, strict=True):
-            top = torch.log_softmax(row[places.to(row.device)].float(), -1).topk(k)
-            if not top.values.isfinite().all():
-                raise ValueError(f"{self.origin['id']} gives NaN or infinite logits: load it in bfloat16 or float32")
-            scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})
+        with with_room(f"{len(images)} questions"), evaluated(self.model):
+            inputs = placed(prompts(self.processor, images, questions), self.model)
+            answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
+            whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
+            logits = answer_logits(self.model, whole, said.shape[1])
+            for tokens, row, places in zip(answers, logits, said, strict=True):
+                top = torch.log_softmax(row[places.to(row.device)].float(), -1).topk(k)
+                refuse_infinite(top.values, self.origin["id"])
+                scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})
         return [{name: tensor.cpu() for name, tensor in answer.items()} for answer in scored]
 
     def _load_processor(self, settings: dict[str, Any]) -> Any:
@@ -174,7 +176,7 @@ class Vlm:
         except Exception as error:  # each class has its own way to say that its files are not there
             if importlib.util.find_spec("PIL") is None:
                 raise ImportError(NEEDS_PILLOW) from error
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error
         check_processor_settings(processor, settings)
         return processor
@@ -182,11 +184,8 @@ class Vlm:
     def _check_processor(self) -> None:
         kind = type(self.processor).__name__
         if getattr(self.processor, "image_processor", None) is None or not hasattr(self.processor, "tokenizer"):
-            raise ValueError(f"{self.origin['id']} has no processor of images but a {kind}: give a VLM")
-        if getattr(self.processor, "chat_template", None) is None:
-            raise ValueError(
-                f"{self.origin['id']} has no chat template, which says where an answer begins: give an instruct model"
-            )
+            raise ValueError(f"{self.origin['id']} has no processor of images but {kind}: give a VLM")
+        refuse_mute(self.processor, self.origin["id"])
         if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")
 

@@ -44,15 +44,17 @@ from ..checkpoints import (
     match_weights,
     needs_peft,
     open_expert,
+    refuse_both,
+    refuse_other,
     replaced_when_complete,
     repository_of,
     shown,
     warn_of_other_rotations,
     write_model,
 )
-from ..prior import LEAST_COSINE, MergedDelta, forget_merge, read_merge
+from ..prior import MergedDelta, forget_merge, read_merge, refuse_unrelated
 from .card import write_card
-from .same import refuse_other
+from .same import difference
 
 MODULES = ("attn", "mlp", "norm", "bias")
 ROLES = ("base", "expert", "reference")
@@ -179,8 +181,7 @@ def merge_baseline(
     if recipe.merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
     given = [source for source in (expert, base, reference) if source is not None]
-    if exist_ok and overwrite:
-        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+    refuse_both(exist_ok, overwrite)
     exists = exist_ok and Path(output).exists()
     with contextlib.nullcontext() if exists else replaced_when_complete(Path(output), overwrite, given) as folder:
         sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
@@ -208,8 +209,8 @@ def merge_baseline(
         how |= {"only_layers": only_layers, "skip_first": skip_first}
         how |= {"seed": seed if recipe.merge in (dare_linear, dare_ties) else None}
         if exists:
-            refuse_other(Path(output), checkpoint, names, blocks, claim, how)
             change = None
+            refuse_other(Path(output), difference(Path(output), checkpoint, names, blocks, claim, how))
         else:
             change = write_model(checkpoint, folder, names, blocks, progress)
         for source in sources.values():
@@ -296,12 +297,8 @@ def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[st
             raise ValueError(f"{name} of the {role} {sources[role].source} holds NaN or infinite values")
     for role, product in inner.items():
         norms = math.sqrt(squares["expert"]) * math.sqrt(squares[role])
-        if W.dim() == 2 and abs(product) < LEAST_COSINE * norms and not force:
-            raise ValueError(
-                f"{name} of {sources['expert'].source} has cosine {product / norms:.3f} with that of "
-                f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) merges "
-                "nevertheless"
-            )
+        if W.dim() == 2 and norms and not force:
+            refuse_unrelated(name, product / norms, sources["expert"].source, sources[role].source)
 
 
 def _merge(

@@ -59,7 +59,7 @@ class Scales:
     def __init__(self, base: str | Path, keep_set: KeepSet, load_in_4bit: bool, batch_size: int, progress: bool):
         self._vlm = Vlm(base, load_in_4bit=load_in_4bit)
         keep_set.check(self._vlm.processor)
-        keep_set.check_model(self._vlm)
+        keep_set.check_config(self._vlm.config)
         self._keep_set, self._batch_size, self._progress = keep_set, batch_size, progress
         self.costs: list[Cost] = []
 

@@ -114,7 +114,7 @@ def gate_prior(
     keep_set = keep_set if isinstance(keep_set, KeepSet) else KeepSet.load(keep_set)
     vlm = Vlm(base, processor, load_in_4bit)
     keep_set.check(vlm.processor)
-    keep_set.check_model(vlm)
+    keep_set.check_config(vlm.config)
     fitting_modules(vlm.skeleton, prior)
     said = None
     if objective == "expert":

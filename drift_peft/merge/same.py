@@ -15,15 +15,16 @@ from ..prior import HOW_KEY, MergedDelta, read_merge
 SAMPLED = 3  # of the weights that are merged again, and of those that stay as they are
 
 
-def refuse_other(
+def difference(
     output: Path,
     checkpoint: Checkpoint,
     names: dict[str, str],
     blocks: Callable[[str, torch.Tensor], Iterator[torch.Tensor]],
     claim: MergedDelta | None,
     how: dict,
-) -> None:
-    """Refuse a folder that was merged with other settings or of other models than these.
+) -> str | None:
+    """The first thing in which a folder differs from what is merged with these settings of these models, in words for
+    `refuse_other`; None if there is none.
 
     Args:
         output: the folder.
@@ -32,25 +33,21 @@ def refuse_other(
         blocks: what replaces a tensor of the base, as `write_model` takes it.
         claim: what config.json would say; ids of models are not compared, since a folder may have another place today.
         how: the settings, which config.json holds where there is no claim.
-
-    Raises:
-        FileExistsError: the folder is no such model.
     """
-    way_out = "name another output, or pass overwrite=True (--overwrite)"
     try:
         merged = Checkpoint(output)
         had = read_merge(merged.config)
     except (ValueError, OSError) as error:
-        raise FileExistsError(f"output {output} exists and is no merged model ({error}): {way_out}") from error
+        return f"is no merged model ({error})"
     if (had and _settings(had)) != (claim and _settings(claim)):
         was = f"is {had.words}" if had else "was merged in another way"
-        raise FileExistsError(f"output {output} exists and {was}, not {claim.words if claim else 'this'}: {way_out}")
+        return f"{was}, not {claim.words if claim else 'this'}"
     made_by = getattr(merged.config, HOW_KEY, None)
     if claim is None and not isinstance(made_by, dict):
-        raise FileExistsError(f"output {output} exists and does not say how it was merged: {way_out}")
+        return "does not say how it was merged"
     for key, wanted in how.items() if claim is None else ():
         if (was := made_by.get(key)) != wanted:
-            raise FileExistsError(f"output {output} exists and was merged with {key}={was}, not {wanted}: {way_out}")
+            return f"was merged with {key}={was}, not {wanted}"
     made = [checkpoint.layout.conversions[name].sources for name in names if name not in checkpoint.keys]
     kept = {*checkpoint.keys} - {*names}.union(*made)
     for raw in [*_sample(names), *_sample(kept)]:
@@ -61,7 +58,8 @@ def refuse_other(
         # Another machine may round the last bit differently.
         allowed = 0.0 if raw in kept else torch.finfo(W.dtype).eps * wanted.float().norm()
         if not held or (merged.tensor(raw).float() - wanted.float()).norm() > allowed:
-            raise FileExistsError(f"output {output} exists and holds another {raw} than this merge: {way_out}")
+            return f"holds another {raw} than this merge"
+    return None
 
 
 def _sample(keys: Iterable[str]) -> list[str]:

@@ -5,7 +5,7 @@ file     the file of a prior, read and written
 svd      truncated SVD with its captured energy
 delta    Δ of one weight, measured and decomposed
 combine  sums and truncations of priors
-share    model card, upload, the prior as a LoRA adapter
+share    model card, the prior as a LoRA adapter
 prior    ReasoningPrior: the file with all that can be done with it
 same     is an existing prior what a build would make?
 merged   a base that has taken a part of Δ in, and what is left of it then
@@ -13,7 +13,8 @@ build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """
 
-from .build import LEAST_COSINE, build_prior
+from .build import build_prior
+from .delta import refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
@@ -21,7 +22,6 @@ from .prior import ReasoningPrior
 __all__ = [
     "FINGERPRINT_TOLERANCE",
     "HOW_KEY",
-    "LEAST_COSINE",
     "ROUNDING_TOLERANCE",
     "MergedDelta",
     "PriorVector",
@@ -30,4 +30,5 @@ __all__ = [
     "build_prior",
     "forget_merge",
     "read_merge",
+    "refuse_unrelated",
 ]

@@ -7,8 +7,6 @@ at once, so that an interrupted build loses one weight at most.
 """
 
 import hashlib
-import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -24,29 +21,29 @@ from ..arguments import check_whole, typed
 from ..checkpoints import (
     MODULES,
     MOST_LAYERS,
-    UNFINISHED,
     Checkpoint,
     Match,
     claimed_output,
     describe,
+    finish,
+    finished,
     layer_order,
     match_weights,
     open_expert,
     partial_path,
+    refuse_both,
+    refuse_other,
     resumable_folder,
     warn_of_other_rotations,
-    write_tensors,
 )
 from ..warn import first_line, warn
-from .delta import take_delta
+from .delta import refuse_unrelated, take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
-from .same import refuse_other
+from .same import difference
 
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256
-LEAST_COSINE = 0.1  # matrices of one ancestor have a cosine near 1; unrelated or shifted ones near 0
-STATISTICS = "statistics"  # metadata key of a finished weight
 PAGE = 4096  # bytes
 
 
@@ -123,8 +120,7 @@ def build_prior(
     settings |= {"skip_first": skip_first, "seed": seed}
     device = _check_device(device)
     output = Path(output)
-    if exist_ok and overwrite:
-        raise ValueError("give exist_ok=True, which takes an existing output, or overwrite=True, which replaces it")
+    refuse_both(exist_ok, overwrite)
     with claimed_output(output, overwrite or exist_ok, example="prior.safetensors"):
         # Also frees what a killed build has downloaded. 4-bit weights are looked into before there is this folder.
         record = partial_path(output) / "downloads.json" if delete_shards and not dequantize else None
@@ -141,12 +137,15 @@ def build_prior(
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)
             try:
-                refuse_other(prior, output, sources, match, settings)
+                refuse_other(output, difference(prior, sources, match, settings))
             finally:
                 for file in sources["expert"].files if delete_shards else ():
                     sources["expert"].release(file)
             return prior
-        _warn(sources, match)
+        if match.without_counterpart:
+            unsteered = describe(match.without_counterpart, match.shares)
+            warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
+        warn_of_other_rotations(sources)
 
         inputs = {role: source.origin for role, source in sources.items()}
         inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
@@ -157,7 +156,7 @@ def build_prior(
             _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
             for source in sources.values():
                 source.refuse_changed()
-            weights = {name: _finished(file) for name, file in files.items()}
+            weights = {name: finished(file) for name, file in files.items()}
             steered = {name: stats for name, stats in weights.items() if stats["delta_norm"] > 0}
             if steered:
                 metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
@@ -222,13 +221,6 @@ def _check_device(device: str | int | torch.device | None) -> torch.device:
     return found
 
 
-def _warn(sources: dict[str, Checkpoint], match: Match) -> None:
-    if match.without_counterpart:
-        unsteered = describe(match.without_counterpart, match.shares)
-        warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
-    warn_of_other_rotations(sources)
-
-
 def _take_deltas(
     sources: dict[str, Checkpoint],
     match: Match,
@@ -255,7 +247,7 @@ def _take_deltas(
                 if not left[str(file)]:
                     sources["expert"].release(file)
 
-    names = [name for name, file in files.items() if _finished(file) is None]
+    names = [name for name, file in files.items() if finished(file) is None]
     # So that each shard is opened once.
     names.sort(key=lambda name: (shards(name, "expert"), shards(name, "base"), layer_order(name)))
     left = Counter(shard for name in names for shard in shards(name, "expert"))
@@ -275,13 +267,9 @@ def _take_deltas(
             rows = match.rows_of(name, tensors)
             factors, stats = take_delta(tensors, rows, settings["rank"], settings["energy"], seed, labels)
             for role, cosine in stats.pop("cosines").items():
-                if "rank" in stats and abs(cosine) < LEAST_COSINE and not force:
-                    raise ValueError(
-                        f"{name} of {sources['expert'].source} has cosine {cosine:.3f} with that of "
-                        f"{sources[role].source}: no common ancestor, or shifted layers; force=True (--force) builds "
-                        "the prior nevertheless"
-                    )
-            _keep(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
+                if "rank" in stats and not force:
+                    refuse_unrelated(name, cosine, sources["expert"].source, sources[role].source)
+            finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
             left.subtract(used := shards(name, "expert"))
             if not all(left[shard] for shard in used):
                 free_used_up()
@@ -295,18 +283,3 @@ def _page_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         tensor.flatten().view(torch.uint8)[::PAGE].sum()
     return tensor.to(device)
-
-
-def _keep(file: Path, tensors: dict[str, torch.Tensor], stats: dict) -> None:
-    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
-    write_tensors(unfinished, tensors, {STATISTICS: json.dumps(stats)})
-    os.replace(unfinished, file)
-
-
-def _finished(file: Path) -> dict | None:
-    """Statistics of a weight that is done; None if it is not, or its file did not survive a crash of the machine."""
-    try:
-        with safe_open(file, framework="pt") as weight:
-            return json.loads(weight.metadata()[STATISTICS])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError):
-        return None

@@ -19,9 +19,11 @@ from ..arguments import is_number
 from ..checkpoints import named
 from ..warn import warn
 from .file import PriorFile
+from .svd import signed
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
 ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
+TOO_LARGE = "the sum is larger than fp32 can hold: choose smaller coefficients"
 
 Weight = tuple[str, dict[str, torch.Tensor], dict]  # canonical name, tensors, statistics as in a prior's header
 
@@ -160,8 +162,11 @@ def combined_weights(parents: Sequence[tuple[PriorFile, float]], rank: int) -> I
         stats["cosine"] = min(measured["cosine"] for _, _, measured in parts)
         if len(stats["shape"]) == 1:
             delta = sum(c * vector.delta for c, vector, _ in parts)
-            if delta.any():
-                yield name, {"delta": delta}, {**stats, "delta_norm": delta.norm().item(), "energy": 1.0}
+            norm = delta.double().norm().item()  # in fp32, squares of numbers below 1e-22 vanish
+            if not math.isfinite(norm):
+                raise ValueError(TOO_LARGE)
+            if norm:
+                yield name, {"delta": delta}, {**stats, "delta_norm": norm, "energy": 1.0}
             continue
         U, S, Vh, square = _weighted_sum([(c, w.U, w.S, w.Vh) for c, w, _ in parts], rank)
         if not len(S):
@@ -205,15 +210,15 @@ def _weighted_sum(
     Q_V, R_V = torch.linalg.qr(right.T)
     product = (R_U * middle) @ R_V.T  # of at most [K, K]
     if not math.isfinite(product.norm()):
-        raise ValueError("the sum is larger than fp32 can hold: choose smaller coefficients")
+        raise ValueError(TOO_LARGE)
     U, S, Vh = torch.linalg.svd(product, full_matrices=False)
     largest = math.fsum(abs(c) * S_part[0].item() for c, _, S_part, _ in parts)
     r = min(rank, int((S > ROUNDING * largest).sum()))
     square = S.double().square().sum().item()
-    U, S, Vh = Q_U @ U[:, :r], S[:r].clone(), Vh[:r] @ Q_V.T
+    U, Vh = Q_U @ U[:, :r], Vh[:r] @ Q_V.T
     U[~left.any(dim=1)] = 0
-    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # [1, r]; an SVD is unique up to these
-    return U * signs, S, Vh * signs.T, square
+    U, Vh = signed(U, Vh)
+    return U, S[:r].clone(), Vh, square
 
 
 def _energy(S: torch.Tensor, norm: float) -> float:

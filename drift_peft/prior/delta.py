@@ -10,6 +10,7 @@ from .svd import truncated_svd
 FINGERPRINT = 8  # how many singular directions recognize the base
 BLOCK = {"cpu": 1 << 18}  # elements that are subtracted at once: they fit the cache, and only Δ is ever whole in fp32
 LARGE_BLOCK = 1 << 24  # on other devices, where each operation costs a launch
+LEAST_COSINE = 0.1  # matrices of one ancestor have a cosine near 1; unrelated or shifted ones near 0
 
 
 def take_delta(
@@ -65,6 +66,15 @@ def take_delta(
 def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> dict:
     """`delta_norm`, `base_norm` and `cosine` of one weight, as `take_delta` measures them; arguments as there."""
     return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"))[1]
+
+
+def refuse_unrelated(name: str, cosine: float, expert: str, other: str) -> None:
+    """ValueError if a matrix of the expert has nothing in common with that of the other model, by their cosine."""
+    if abs(cosine) < LEAST_COSINE:
+        raise ValueError(
+            f"{name} of {expert} has cosine {cosine:.3f} with that of {other}: no common ancestor, or shifted layers; "
+            "force=True (--force) goes on nevertheless"
+        )
 
 
 def _subtract(

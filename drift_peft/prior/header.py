@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, Positiv
 
 from ..checkpoints import Origin, Schema, Text
 
+SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
 CORRELATION = Field(ge=-1.001, le=1.001)  # rounded
 
 
@@ -30,6 +31,8 @@ class Statistics(Schema):
     fingerprint: list[FiniteFloat] | None = None
     probe: list[FiniteFloat] | None = None
     rows: NonNegativeInt | None = None
+    gates: list[FiniteFloat] = None
+    ungated_norm: FiniteFloat = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _of_matrix(self) -> Statistics:
@@ -37,17 +40,29 @@ class Statistics(Schema):
             raise ValueError("a matrix lacks its rank or its fingerprint")
         if len(self.shape) == 2 and len(self.fingerprint) > self.rank:
             raise ValueError("a fingerprint is longer than the rank")
+        if self.gates is not None and len(self.gates) != self.rank:
+            raise ValueError("there are more or fewer gates than directions")
         return self
+
+
+class Gated(Schema):
+    """Where the gates of a prior came from."""
+
+    prior: str = SHA256
+    keep_set: str = SHA256
+    base: Origin
+    expert: Origin = None
 
 
 class Parent(Schema):
     """One of the priors that a combined one was made of."""
 
     weight: FiniteFloat
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = SHA256
     expert: Origin | None
     reference: Origin | None
     parents: list[Parent] = Field(default=None, min_length=1)
+    gated: Gated = None
 
     @model_validator(mode="after")
     def _of_something(self) -> Parent:
@@ -65,6 +80,7 @@ class Header(Schema):
     expert: Origin | None
     reference: Origin | None
     parents: list[Parent] = Field(default=None, min_length=1)
+    gated: Gated = None
     rank: PositiveInt | None
     modules: list[str]
     dtype: str
@@ -76,6 +92,13 @@ class Header(Schema):
     without_counterpart: dict[Text, NonNegativeInt] | None = None
 
     _of_something = model_validator(mode="after")(Parent._of_something)
+
+    @model_validator(mode="after")
+    def _every_weight_has_gates_or_none(self) -> Header:
+        for name, stats in self.weights.items():
+            if {stats.gates is None, stats.ungated_norm is None} != {self.gated is None}:
+                raise ValueError(f"{name} is gated, or has no gates, unlike the whole")
+        return self
 
 
 def cosine_of(header: dict) -> str:

@@ -11,17 +11,30 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import FiniteFloat, NonNegativeInt
 
-from ..checkpoints import UNFINISHED, layer_order, module_kind
+from ..checkpoints import UNFINISHED, Origin, Schema, check, layer_order, module_kind
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"
 HOW_KEY = "drift_merge_baseline"  # of what is no W + λΔ: the settings of merge_baseline
+
+
+class Claim(Schema):
+    """The form of a `MergedDelta` in config.json."""
+
+    scale: FiniteFloat
+    base: Origin
+    expert: Origin
+    reference: Origin | None
+    modules: list[str]
+    only_layers: list[NonNegativeInt] | None
+    skip_first: NonNegativeInt
 
 
 @dataclass(frozen=True)
@@ -110,16 +123,10 @@ def read_merge(config: Any) -> MergedDelta | None:
     if claim is None:
         return None
     try:
-        merged = MergedDelta(**{field.name: claim[field.name] for field in fields(MergedDelta)})
-        ids = [part["id"] for part in (merged.base, merged.expert, merged.reference or merged.base)]
-        whole = [merged.skip_first, *(merged.only_layers or ())]
-        if not all(isinstance(text, str) for text in [*ids, *merged.modules]):
-            raise TypeError("a name is none")
-        if not math.isfinite(merged.scale) or not all(isinstance(number, int) for number in whole):
-            raise TypeError("a number is none")
-    except (KeyError, TypeError) as error:
+        check(claim, Claim)
+    except ValueError as error:
         raise ValueError(f"{MERGE_KEY} in the base's config.json is damaged ({error}): merge it again") from error
-    return merged
+    return MergedDelta(**{key: claim[key] for key in Claim.model_fields})
 
 
 def _write_config(folder: Path, config: dict) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..arguments import check_type, check_whole, plain, typed
-from ..checkpoints import write_tensors
+from ..checkpoints import gathered, upload
 from .combine import (
     Weight,
     check_parents,
@@ -24,7 +23,7 @@ from .combine import (
 )
 from .file import FILE_NAME, PriorFile, partial_output, write_prior
 from .report import prior_html, prior_summary
-from .share import export_lora, model_card, push
+from .share import export_lora, model_card
 
 Part = TypeVar("Part", bound="str | Path | ReasoningPrior")
 
@@ -77,6 +76,8 @@ class ReasoningPrior(PriorFile):
             8
         """
         check_type("parts", parts, Mapping[Any, Any] | Iterable[tuple[Any, Any]])
+        check_type("output", output, str | Path)
+        check_type("overwrite", overwrite, bool)
         check_whole(**({} if rank is None else {"rank": rank}))
         pairs = [*(parts.items() if isinstance(parts, Mapping) else parts)]
         check_type("parts", pairs, list[tuple[Any, Any]])
@@ -178,7 +179,11 @@ class ReasoningPrior(PriorFile):
         Example:
             >>> prior.push_to_hub("me/prior", private=True)  # doctest: +SKIP
         """
-        return push(self, repo_id, private, token, commit_message, revision)
+        name = "@".join(filter(None, (repo_id, revision)))
+        files = {FILE_NAME: self.path, "README.md": str(self.model_card(name, token)).encode()}
+        return upload(
+            self.source, repo_id, files, private, token, commit_message or "Upload a reasoning prior", revision
+        )
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
         """What `push_to_hub` writes as README.md; looks the parents' licences up in their cards.
@@ -218,18 +223,18 @@ def _write_weights(
 
     ValueError if a parent's file is changed meanwhile.
     """
-    with partial_output(output, overwrite) as folder:
-        stats, files = {}, []
+    stats = {}
+
+    def parts() -> Iterator[dict[str, Tensor]]:
         for name, tensors, measured in weights:
             stats[name] = measured
-            # To disk at once: mapped back below, the weights do not add up in memory.
-            files.append(folder / f"{len(files)}.safetensors")
-            write_tensors(files[-1], {f"{name}.{key}": tensor for key, tensor in tensors.items()})
+            yield {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+    with partial_output(output, overwrite) as folder, gathered(folder, parts()) as tensors:
         if not stats:
             raise ValueError(nothing)
         for parent in parents:
             parent.refuse_changed()
         header = {**header, "weights": stats, "not_steered": [n for n in header["not_steered"] if n not in stats]}
-        # No variable for the mapped tensors: Windows deletes no file that is still mapped.
-        write_prior(folder, output, {k: t for file in files for k, t in load_file(file).items()}, header)
+        write_prior(folder, output, tensors, header)
     return ReasoningPrior.load(output)

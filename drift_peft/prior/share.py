@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 from ..arguments import is_number
 from ..checkpoints import (
@@ -20,6 +20,7 @@ from ..checkpoints import (
     UNTRAINED,
     Checkpoint,
     as_peft_reads,
+    gathered,
     in_markdown,
     language_model_targets,
     module_kind,
@@ -29,13 +30,13 @@ from ..checkpoints import (
     repository_of,
     shown,
     state_licences,
-    upload,
     write_tensors,
 )
 from ..warn import warn
 from .combine import formula
 from .file import FILE_NAME, FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorFile
 from .header import cosine_of
+from .report import prior_summary
 
 PROBED = 3  # weights that tell another base
 CARD = """\
@@ -88,21 +89,6 @@ The weights here are differences of other models' weights. Their cards give thes
 # The hub
 
 
-def push(
-    prior: PriorFile,
-    repo_id: str,
-    private: bool | None,
-    token: str | None,
-    commit_message: str | None,
-    revision: str | None,
-) -> str:
-    """`ReasoningPrior.push_to_hub`."""
-    name = "@".join(filter(None, (repo_id, revision)))
-    files = {FILE_NAME: prior.path, "README.md": str(model_card(prior, name, token)).encode()}
-    message = commit_message or "Upload a reasoning prior"
-    return upload(prior.source, repo_id, files, private, token, message, revision)
-
-
 def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None = None) -> ModelCard:
     """What a prior is, how to use it, and the licences of the models it was made from, as their own cards give them.
 
@@ -125,7 +111,7 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         base=in_markdown(named(header["base"])),
         formula=in_markdown(formula(header)),
         rank=prior.rank,
-        table=_table(header["weights"]),
+        table=_table(prior),
         cosine_of=cosine_of(header),
         sha256=prior.sha256,
         source=repo_id or FILE_NAME,
@@ -142,18 +128,13 @@ def _origins(header: dict) -> list[tuple[str, dict]]:
     return own + adapted + [origin for parent in header.get("parents", ()) for origin in _origins(parent)]
 
 
-def _table(weights: dict[str, dict]) -> str:
+def _table(prior: PriorFile) -> str:
     """Rows of the card's table: a module kind's weights taken together, and all."""
-    kinds = defaultdict(list)
-    for name, stats in weights.items():
-        kinds[module_kind(name)].append(stats)
+    summary = prior_summary(prior)
     rows = []
-    for kind, group in [*sorted(kinds.items()), ("all", [*weights.values()])]:
-        delta, base = (math.fsum(stats[key] ** 2 for stats in group) for key in ("delta_norm", "base_norm"))
-        energy = math.fsum(stats["energy"] * stats["delta_norm"] ** 2 for stats in group) / delta
-        relative = f"{math.sqrt(delta / base):.3f}" if base else "–"  # all biases of a base may be zero
-        cosine = min(stats["cosine"] for stats in group)
-        rows.append(f"| {kind} | {len(group)} | {energy:.1%} | {relative} | {cosine:.3f} |")
+    for row in [*summary["kinds"], {"modules": "all", **summary["total"]}]:
+        relative = "–" if row["relative_norm"] is None else f"{row['relative_norm']:.3f}"
+        rows.append(f"| {row['modules']} | {row['weights']} | {row['energy']:.1%} | {relative} | {row['cosine']:.3f} |")
     return "\n".join(rows)
 
 
@@ -221,27 +202,21 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
                 "weights was not compared, since they are on the hub: name a folder as base= (--base) to have them "
                 "compared."
             )
-        files, ranks = [], {}
-        for name, module in modules.items():
-            weight = prior[name]
-            root = (abs(scale) * weight.S).sqrt()
-            # B·A = scale·U diag(S) Vh
-            factors = {
-                f"base_model.model.{module}.lora_A.weight": root[:, None] * weight.Vh.float(),
-                f"base_model.model.{module}.lora_B.weight": math.copysign(1, scale) * weight.U.float() * root,
-            }
-            ranks[module] = len(weight.S)
-            if not all(factor.isfinite().all() for factor in factors.values()):
-                raise ValueError(f"scale={scale} makes {name} larger than fp32 can hold: choose a smaller one")
-            # To disk at once: mapped back below, the factors do not add up in memory.
-            files.append(folder / f"{len(files)}.safetensors")
-            write_tensors(files[-1], factors)
-        prior.refuse_changed()
-        mapped = {key: tensor for file in files for key, tensor in load_file(file).items()}
-        write_tensors(folder / "adapter_model.safetensors", mapped, UNTRAINED)
-        mapped.clear()  # Windows deletes no file that is still mapped
-        for file in files:
-            file.unlink()
+
+        def factors() -> Iterator[dict[str, torch.Tensor]]:
+            for name, module in modules.items():
+                weight = prior[name]
+                root = (abs(scale) * weight.S).sqrt()
+                A, B = root[:, None] * weight.Vh.float(), math.copysign(1, scale) * weight.U.float() * root
+                if not all(factor.isfinite().all() for factor in (A, B)):
+                    raise ValueError(f"scale={scale} makes {name} larger than fp32 can hold: choose a smaller one")
+                # B·A = scale·U diag(S) Vh
+                yield {f"base_model.model.{module}.lora_{key}.weight": t for key, t in (("A", A), ("B", B))}
+
+        with gathered(folder, factors()) as tensors:
+            prior.refuse_changed()
+            write_tensors(folder / "adapter_model.safetensors", tensors, UNTRAINED)
+        ranks = {module: prior.metadata["weights"][name]["rank"] for name, module in modules.items()}
         (r, _), *_ = Counter(ranks.values()).most_common(1)
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
         LoraConfig(

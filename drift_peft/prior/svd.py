@@ -47,9 +47,16 @@ def truncated_svd(
     if wide:
         U, Vh = Vh.T, U.T
 
-    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # [1, k]; an SVD is unique up to these
+    U, Vh = signed(U, Vh)
     energy = min(1.0, float(S.double().square().sum()) / total) if total else 0.0
-    return (U * signs).contiguous(), S.contiguous(), (Vh * signs.T).contiguous(), energy
+    return U.contiguous(), S.contiguous(), Vh.contiguous(), energy
+
+
+def signed(U: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U [out, k] and Vh [k, in] of an SVD, which is unique up to signs: the largest entry of each column of U becomes
+    positive."""
+    signs = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()  # [1, k]
+    return U * signs, Vh * signs.T
 
 
 def frobenius_norm(matrix: torch.Tensor) -> float:

@@ -163,7 +163,7 @@ def test_what_is_laid_into_its_mouth_is_part_of_the_answer(folder, tmp_path):
 
 
 def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monkeypatch):
-    output, keep, count = tmp_path / "a.safetensors", batches._keep, iter(range(10))
+    output, keep, count = tmp_path / "a.safetensors", batches.finish, iter(range(10))
     with monkeypatch.context() as patch:
 
         def kept(*args):
@@ -171,7 +171,7 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
                 raise KeyboardInterrupt
             keep(*args)
 
-        patch.setattr(batches, "_keep", kept)
+        patch.setattr(batches, "finish", kept)
         with pytest.raises(KeyboardInterrupt) as caught:
             make(folder, output)
     assert "keeps the 2 batches that are done" in caught.value.__notes__[0] and not output.exists()
@@ -181,10 +181,27 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
     monkeypatch.setattr(Expert, "answer", lambda *args: asked.append(len(args[1])) or answer(*args))
     assert make(folder, output).path.read_bytes() == (folder / "answers.safetensors").read_bytes()
     assert make(folder, output).path == output and asked == [1]  # 5 prompts in batches of 2, of which 2 were there
-    with pytest.raises(FileExistsError, match="was made with another prompts"):
+    way_out = r"name another file for the answers \(--answers\), or delete this one$"
+    with pytest.raises(FileExistsError, match=f"was made with another prompts: {way_out}"):
         make(folder, output, texts=["7"])
-    assert len(make(folder, output, texts=["7"], overwrite=True)) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_expert_is_the_same_by_any_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = make_answer_set(
+        "expert", Vlm(folder / "base"), experts.PROMPTS, folder / "answers.safetensors", **experts.SETTINGS
+    )
+    assert found.metadata["expert"]["id"] == f"{folder / 'expert'}"
+
+
+def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("drift_peft.keeping.expert.greedy", full)
+    with pytest.raises(ValueError, match=r"no room for 2 prompts at a time: pass a smaller batch_size"):
+        make(folder, tmp_path / "a.safetensors")
 
 
 def test_a_file_of_prompts(tmp_path):
@@ -195,11 +212,13 @@ def test_a_file_of_prompts(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text("one\n", encoding="utf-8")
     (tmp_path / "c.txt").write_text("\n", encoding="utf-8")
+    (tmp_path / "latin.txt").write_text("zwölf?\n", encoding="latin-1")
     for texts, said in (
         (tmp_path / "no.txt", "there is no file of prompts"),
         (tmp_path / "b.jsonl", "a prompt must be a text"),
         (tmp_path / "c.jsonl", "has a line that is no JSON, 'one'"),
         (tmp_path / "c.txt", "there are no prompts"),
+        (tmp_path / "latin.txt", r"the prompts in \S+latin.txt are no UTF-8 text: save the file as such"),
         ([""], "a prompt must be a text"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=said):

@@ -16,10 +16,9 @@ from tiny import tiny_vlm
 from tiny_vlm import tokenizer
 
 from drift_peft import KeepSet, make_keep_set
-from drift_peft.keeping import file as keep_file
-from drift_peft.keeping import sample_file
 
-DTYPES = keep_file.DTYPES | sample_file.DTYPES
+DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32", "tokens": "I32", "token_ends": "I64"}
+DTYPES |= {"top_tokens": "I32", "top_logprobs": "F32"}
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_it_is_for_one_tokenizer_and_class_of_processor(keep_set, processor):
     with pytest.raises(ValueError, match=r"was made with another tokenizer than this \w+'s: make one of your model"):
         keep_set.check(_like(processor, words))
     with pytest.raises(
-        ValueError, match=r"was made with a \w+Processor, not a SimpleNamespace: make one of your model"
+        ValueError, match=r"was made with the processor \w+, and not with SimpleNamespace: make one of your model"
     ):
         keep_set.check(types.SimpleNamespace(tokenizer=processor.tokenizer))
 
@@ -185,6 +184,12 @@ def replace(name, value):
         replace("tokens", lambda t: t.long()),
         replace("top_tokens", lambda t: t[:, :4].clone()),
         replace("top_logprobs", lambda t: t.half()),
+        replace("top_logprobs", lambda t: t / 0),
+        replace("top_logprobs", lambda t: t * torch.nan),
+        replace("top_tokens", lambda t: t + 64),
+        replace("top_tokens", lambda t: t - 64),
+        replace("tokens", lambda t: t + 64),
+        replace("tokens", lambda t: t - 64),
         lambda tensors: tensors.update(more=torch.zeros(1)),
     ],
 )

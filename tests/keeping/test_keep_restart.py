@@ -23,14 +23,14 @@ def done(output):
 
 def interrupt(monkeypatch, after, error=KeyboardInterrupt):
     """The run ends in `error` once so many batches are done."""
-    keep, count = module._keep, iter(range(10**6))
+    keep, count = module.finish, iter(range(10**6))
 
     def kept(*args):
         if next(count) == after:
             raise error
         keep(*args)
 
-    monkeypatch.setattr(module, "_keep", kept)
+    monkeypatch.setattr(module, "finish", kept)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -136,7 +136,7 @@ def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module.Vlm, "_answer", full)
+    monkeypatch.setattr("drift_peft.keeping.vlm.greedy", full)
     with pytest.raises(ValueError, match=r"no room for 4 questions at a time: pass a smaller batch_size"):
         make(folder, tmp_path / "k.safetensors")
 

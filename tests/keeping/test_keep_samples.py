@@ -6,13 +6,16 @@ from collections import Counter
 
 import pytest
 from command import run
-from keep_sets import make
+from keep_sets import ENDS, make
 from parts.loading import load_messages
 from parts.replay import with_replay
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from drift_peft.keeping import training_samples, write_samples
+from drift_peft import KeepSet
+from drift_peft.keeping import keep_summary, training_samples, write_samples
 from drift_peft.keeping.file import upright
 
 
@@ -23,7 +26,7 @@ def keep_set(folder):
 
 def whole(keep_set):
     """Which answers ended by themselves, and say something."""
-    return [i for i, s in enumerate(keep_set) if len(s.tokens) < 3 and s.answer.strip()]
+    return [i for i, s in enumerate(keep_set) if (len(s.tokens) < 3 or int(s.tokens[-1]) in ENDS) and s.answer.strip()]
 
 
 def test_the_command_writes_what_the_recipes_read(keep_set, capsys, tmp_path):
@@ -32,8 +35,10 @@ def test_the_command_writes_what_the_recipes_read(keep_set, capsys, tmp_path):
     result, kept = json.loads(out), whole(keep_set)
     assert status == 0 and 0 < len(kept) < 20
     assert result["written"] == len(kept) == 20 - sum(result["left_out"].values())
-    lengths = [len(sample.tokens) for sample in keep_set]
-    assert result["left_out"]["cut at 3 tokens"] == lengths.count(3) > 0
+    longest = [sample for sample in keep_set if len(sample.tokens) == 3]
+    cut = sum(int(sample.tokens[-1]) not in ENDS for sample in longest)
+    assert result["left_out"]["cut at max_new_tokens=3"] == cut and 0 < cut < len(longest)
+    assert keep_summary(keep_set)["total"]["cut"] == cut
     dataset, dropped = load_messages(where / "samples.jsonl")
     assert not dropped and len(dataset) == len(kept)
     for i, row in zip(kept, dataset, strict=True):
@@ -43,7 +48,7 @@ def test_the_command_writes_what_the_recipes_read(keep_set, capsys, tmp_path):
         assert (answer["role"], answer["content"][0]["text"]) == ("assistant", keep_set[i].answer)
         assert row["images"][0].tobytes() == keep_set[i].image.tobytes()
     status, out, _ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "other.jsonl")
-    assert status == 0 and "left out: cut at 3 tokens" in " ".join(out.split())
+    assert status == 0 and "left out: cut at max_new_tokens=3" in " ".join(out.split())
     assert load_messages(tmp_path / "other.jsonl")[0]["messages"] == dataset["messages"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl", "other_images", "samples"]
 
@@ -74,7 +79,7 @@ def test_outputs_that_are_there_are_left(keep_set, capsys, tmp_path):
         assert status == 1 and told in err and err.count("\n") == 1, name
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     write_samples(keep_set, tmp_path / "keep.jsonl")
-    (tmp_path / "keep_images" / "left.png").touch()
+    (tmp_path / "keep_images" / "000099.png").touch()
     with pytest.raises(FileExistsError, match=r"keep_images exists: name another one, or pass overwrite=True"):
         write_samples(keep_set, tmp_path / "keep.jsonl")
     (tmp_path / "keep_images").rename(tmp_path / "mine")
@@ -82,7 +87,22 @@ def test_outputs_that_are_there_are_left(keep_set, capsys, tmp_path):
         write_samples(keep_set, tmp_path / "keep.jsonl")
     (tmp_path / "mine").rename(tmp_path / "keep_images")
     status, *_ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "keep.jsonl", "--overwrite")
-    assert status == 0 and not (tmp_path / "keep_images" / "left.png").exists()
+    assert status == 0 and not (tmp_path / "keep_images" / "000099.png").exists()
+    before = (tmp_path / "keep.jsonl").read_bytes()
+    (tmp_path / "keep_images" / "mine.jpg").touch()
+    status, _, err = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "keep.jsonl", "--overwrite")
+    assert status == 1 and "keep_images holds mine.jpg, which is no picture of samples" in err and err.count("\n") == 1
+    assert (tmp_path / "keep_images" / "mine.jpg").exists() and (tmp_path / "keep.jsonl").read_bytes() == before
+
+
+def test_without_the_tokens_that_end_an_answer_each_of_the_longest_was_cut(keep_set, tmp_path):
+    """As in files that do not name them."""
+    with safe_open(keep_set.path, framework="pt") as file:
+        header = json.loads(file.metadata()[KeepSet.HEADER_KEY])
+    assert sorted(header.pop("ends")) == sorted(ENDS)
+    save_file(load_file(keep_set.path), tmp_path / "k.safetensors", {KeepSet.HEADER_KEY: json.dumps(header)})
+    old = KeepSet.load(tmp_path / "k.safetensors")
+    assert sum(map(old.was_cut, old)) == sum(len(sample.tokens) == 3 for sample in old)
 
 
 class Edited:
@@ -92,6 +112,9 @@ class Edited:
         self.whole, self.changes, self.source = keep_set, changes, "edited"
         self.metadata = {"generation": {"max_new_tokens": longest}}
         self.image_of = keep_set.image_of
+
+    def was_cut(self, sample):
+        return len(sample.tokens) == self.metadata["generation"]["max_new_tokens"]
 
     def __iter__(self):
         for i, sample in enumerate(self.whole):
@@ -113,8 +136,8 @@ def test_answers_that_teach_something_else_are_left_out(keep_set):
 
 
 def test_a_set_of_cut_answers_says_so(folder):
-    cut = make(folder, "cut.safetensors", max_new_tokens=1, samples=4)
-    with pytest.raises(ValueError, match=r"cut\.safetensors can be trained on, 4 are cut at 1 tokens: make a set with"):
+    cut = Edited(make(folder, "cut.safetensors", max_new_tokens=1, samples=4), longest=1)
+    with pytest.raises(ValueError, match=r"edited can be trained on, 4 are cut at max_new_tokens=1: make a set with"):
         training_samples(cut)
 
 

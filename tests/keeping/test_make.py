@@ -204,6 +204,7 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ),
         ({"questions": [("a", " ")]}, ValueError, r"questions holds \('a', ' '\), which is half empty"),
         ({"questions": [("a", "b")] * 2}, ValueError, r"questions holds \('a', 'b'\) twice"),
+        ({"questions": [["a", "b"], ("a", "b ")]}, ValueError, r"questions holds \('a', 'b'\) twice"),
         ({"questions": "none.txt"}, FileNotFoundError, "there is no file of questions none.txt"),
         ({"samples": 10**4}, ValueError, "samples=10000 is too many for 7 images with 36 questions each: .*=252"),
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
@@ -323,6 +324,7 @@ def test_wherever_the_images_are(folder, pictures, tmp_path):
         "one row over several lines": tmp_path / "pretty.json",
         "parquet": tmp_path / "data.parquet",
         "dataset": data,
+        "dataset of arrays": data.with_format("numpy"),
         "paths": pictures,
         "bytes": [path.read_bytes() for path in pictures],
         "pictures": [Image.open(path) for path in pictures],
@@ -357,6 +359,11 @@ def test_images_that_are_refused(folder, pictures, tmp_path):
     )
     refused(tmp_path / "gone", r"gone, which is no file or folder here, cannot be read as a data set")
     refused([], "there are no images in what was given")
+    for wrong in (5, None, Image.new("RGB", (8, 8)), b"PNG", {"train": [str(pictures[0])]}):
+        kind = type(wrong).__name__
+        refused(wrong, rf"^images must be a folder, a data set \(one split of it\) or a list of images, got {kind}$")
+    splits = pytest.importorskip("datasets").DatasetDict
+    refused(splits(), r"\(one split of it\) or a list of images, got DatasetDict$")
     refused([3], "image 0 is '3': give a path, the bytes of a file, or a picture of PIL")
     refused(["gone.png"], "there is no image gone.png, which is image 0", FileNotFoundError)
     refused(["https://example.com/a.png"], "is the web address https://example.com/a.png: download it")

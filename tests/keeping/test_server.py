@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 
 import pytest
 import torch
@@ -94,6 +95,10 @@ TOP = [{"token": f"token_id:{i}", "logprob": -1.0 - i} for i in range(8, 13)]
         (
             [{"token": "token_id:8", "logprob": -1.0, "top_logprobs": TOP[:3]}],
             r"gives 3 log probabilities of a token, not 5: pass top_k=3 \(--top-k\)",
+        ),
+        (
+            [{"token": "token_id:8", "logprob": -1.0, "top_logprobs": [*TOP[:4], {**TOP[4], "logprob": -math.inf}]}],
+            "gives a log probability that is NaN or infinite",
         ),
         (
             [{"token": "Zebra", "logprob": -1.0, "top_logprobs": TOP}],

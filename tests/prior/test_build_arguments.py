@@ -75,7 +75,7 @@ def test_an_existing_output_of_the_same_build_is_taken(pair, tmp_path, monkeypat
         ({"rank": 3}, "was built with rank=64, not 3: name another output"),
         ({"modules": ["attn"]}, r"was built with modules=\['attn', 'mlp'\], not \['attn'\]"),
         ({"seed": 1}, "was built with seed=0, not 1"),
-        ({"reference": "vlm"}, "only one of the two builds has a reference"),
+        ({"reference": "vlm"}, "was built without a reference, unlike this one: name another output"),
         ({"expert": "other"}, "was built of other models than .*other and .*vlm"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_prior import dense_prior, stored, truncated
+from dense_prior import GATES_FROM, dense_prior, stored, truncated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import load, train, untouched, wrap
@@ -246,7 +246,7 @@ def test_a_gated_prior_is_truncated_as_a_sum_of_itself(tmp_path):
     prior = dense_prior(tmp_path / "p", {Q: (W, delta)}, rank=4)
     gates = {name: torch.tensor([0.1, 0.9, 0.5, 0.7]) for name in prior}
     products = {name: torch.zeros(4) for name in prior}
-    gated = prior.gated(gates, products, tmp_path / "gated", {"seed": 0})
+    gated = prior.gated(gates, products, tmp_path / "gated", GATES_FROM)
     small = gated.truncate(2, tmp_path / "small")
     for name in gated:
         whole, part = (p[name].U.float() * p[name].S @ p[name].Vh.float() for p in (gated, small))
@@ -262,11 +262,11 @@ def test_weights_whose_gates_have_closed_are_left_out(tmp_path):
     W, delta = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
     prior = dense_prior(tmp_path / "p", {Q: (W, delta), UP: (W, delta)}, rank=4)
     gates, products = {Q: torch.zeros(4), UP: torch.ones(4)}, dict.fromkeys((Q, UP), torch.zeros(4))
-    gated = prior.gated(gates, products, tmp_path / "gated", {"seed": 0})
+    gated = prior.gated(gates, products, tmp_path / "gated", GATES_FROM)
     assert [*gated] == [UP] and gated.metadata["not_steered"] == [Q]
     before = (tmp_path / "gated").read_bytes()
     with pytest.raises(ValueError, match="every gate has closed, so that the prior would steer nothing: train"):
-        prior.gated({Q: gates[Q], UP: gates[Q]}, products, tmp_path / "gated", {"seed": 0}, overwrite=True)
+        prior.gated({Q: gates[Q], UP: gates[Q]}, products, tmp_path / "gated", GATES_FROM, overwrite=True)
     assert (tmp_path / "gated").read_bytes() == before
 
 
@@ -278,10 +278,32 @@ def test_sums_that_fp32_cannot_hold(tmp_path, c):
     assert not [*tmp_path.glob("sum*")]
 
 
+def test_sums_of_vectors_at_the_ends_of_fp32(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    prior = dense_prior(tmp_path / "p", {NORM: torch.randn(2, 400, generator=generator)})
+    for c in (1e-25, 1e-30):
+        small = ReasoningPrior.combine({prior: c}, tmp_path / f"{c}")  # which is opened again
+        assert small[NORM].delta_norm == pytest.approx(c * prior[NORM].delta_norm, rel=1e-5)
+    with pytest.raises(ValueError, match="the sum is zero in every weight"):
+        ReasoningPrior.combine({prior: 1e-60}, tmp_path / "sum")
+    with pytest.raises(ValueError, match="the sum is larger than fp32 can hold: choose smaller coefficients"):
+        ReasoningPrior.combine({prior: 3e38}, tmp_path / "sum")
+    assert not [*tmp_path.glob("sum*")]
+
+
 @pytest.mark.parametrize("parts", ["a", 5, None, ["a", "b"], [("a",)], ReasoningPrior])
 def test_what_is_no_sum_of_priors(tmp_path, parts):
     with pytest.raises(ValueError, match=r"^parts must be a dict of .* or a list, .*, got "):
         ReasoningPrior.combine(parts, tmp_path / "sum")
+
+
+@pytest.mark.parametrize("wrong", [{"output": 5}, {"output": ""}, {"overwrite": "no"}, {"overwrite": 1}])
+def test_arguments_of_combine_that_are_none(tmp_path, wrong):
+    (prior,) = random_priors(tmp_path, 1, 6, 5, rank=2)
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} (must be|is empty)"):
+        ReasoningPrior.combine({prior: 1}, **{"output": tmp_path / "x", **wrong})
+    assert (tmp_path / "x").read_text() == "mine"
 
 
 @pytest.mark.parametrize("rank", [0, True, 2.5])

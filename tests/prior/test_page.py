@@ -9,9 +9,10 @@ import pytest
 from browser import browser, in_browser
 from sample_prior import BETWEEN, sample_prior
 
+from drift_peft import ReasoningPrior
 from drift_peft.checkpoints import shown
 from drift_peft.cli import main
-from drift_peft.prior.report.page import render_page
+from drift_peft.prior.report.page import render_page, write_report
 from drift_peft.prior.report.summary import prior_summary
 from drift_peft.prior.report.tables import prior_notes
 
@@ -251,6 +252,12 @@ def test_outputs_that_cannot_be(flags, message, path, capsys, monkeypatch):
     status, out, err = inspect(capsys, "p.safetensors", *flags)
     assert (status, out) == (1, "") and message in err and err.count("\n") == 1
     assert [file.name for file in path.parent.iterdir()] == ["p.safetensors"] and path.read_bytes() == before
+
+
+def test_the_pages_name_is_checked_before_the_figure_is_drawn(path, monkeypatch):
+    monkeypatch.setattr("drift_peft.prior.report.page.draw_prior", lambda *args: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=r"prior.txt needs a name that ends in .html"):
+        write_report(prior_summary(ReasoningPrior.load(path)), path.with_name("prior.png"), path.with_name("prior.txt"))
 
 
 def test_without_matplotlib(path, capsys, monkeypatch):

@@ -267,6 +267,46 @@ def test_numbers_of_the_header_that_are_none(tmp_path, stats):
         ReasoningPrior.load(path)
 
 
+def gate(header):
+    """As a gated prior's is."""
+    origin = {"id": "org/vlm", "revision": None}
+    header["gated"] = {"prior": "0" * 64, "keep_set": "1" * 64, "base": origin, "expert": origin, "seed": 0}
+    for stats in header["weights"].values():
+        stats |= {"gates": [0.5] * stats["rank"], "ungated_norm": 2.0}
+
+
+GATED = {
+    "gated is a number": lambda h: h.update(gated=5),
+    "gated is null": lambda h: h.update(gated=None),
+    "no base": lambda h: h["gated"].pop("base"),
+    "an expert without id": lambda h: h["gated"].update(expert={}),
+    "no prior": lambda h: h["gated"].pop("prior"),
+    "no keep set": lambda h: h["gated"].pop("keep_set"),
+    "gates are a text": lambda h: h["weights"][NAMES[0]].update(gates="abc"),
+    "too many gates": lambda h: h["weights"][NAMES[0]].update(gates=[0.5] * 4),
+    "a weight without gates": lambda h: h["weights"][NAMES[0]].pop("gates"),
+    "a norm of 0": lambda h: h["weights"][NAMES[0]].update(ungated_norm=0.0),
+    "no norm": lambda h: h["weights"][NAMES[0]].pop("ungated_norm"),
+    "gates of what is not gated": lambda h: h.pop("gated"),
+}
+
+
+@pytest.mark.parametrize("case", [None, *GATED])
+def test_headers_of_gated_priors_that_are_damaged(tmp_path, case):
+    path = tmp_path / "p.safetensors"
+    tensors = {key: tensor for key, tensor in write(path).items() if not key.startswith(VECTOR)}
+    metadata = ReasoningPrior.load(path).metadata
+    del metadata["weights"][VECTOR]
+    gate(metadata)
+    (GATED[case] if case else lambda header: None)(metadata)
+    save_file(tensors, path, {HEADER_KEY: json.dumps(metadata)})
+    if case:
+        with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+            ReasoningPrior.load(path)
+    else:
+        assert "gate_prior(" in ReasoningPrior.load(path).model_card().text
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_changed_dtype(tmp_path, dtype):
     path = tmp_path / "p.safetensors"

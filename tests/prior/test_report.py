@@ -7,6 +7,7 @@ from html import escape
 
 import pytest
 import torch
+from dense_prior import GATES_FROM
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -174,7 +175,7 @@ def test_nothing_to_judge(tmp_path):
 def test_vectors_only(tmp_path):
     summary = prior_summary(sample_prior(tmp_path / "p.safetensors", 2, extras=True, only="norm|bias"))
     assert summary["rank"] == 0 and summary["spectra"] == [] and "vectors only" in summary["verdict"]["rank"]
-    assert "k=0" in printed(prior_table(summary))
+    assert "k=0" not in printed(prior_table(summary)) and "rank 0" not in render_page(summary)
     assert draw_prior(summary)[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -204,7 +205,7 @@ def test_a_combined_prior_is_not_judged_by_its_experts(tmp_path):
         assert f"mean cosine {named}" in render_page(shown) and f"cosine {named}" in draw_prior(shown, "svg").decode()
     gates = {name: torch.full((len(one[name].S),), 0.5) for name in one}
     products = {name: torch.zeros(len(one[name].S)) for name in one}
-    gated = prior_summary(combined.gated(gates, products, tmp_path / "g.safetensors", {"seed": 0}))
+    gated = prior_summary(combined.gated(gates, products, tmp_path / "g.safetensors", GATES_FROM))
     assert gated["cosine_of"] == "base and base + Δ"
     assert gated["verdict"]["distance"].startswith("The two models are")
 

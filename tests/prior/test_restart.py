@@ -52,14 +52,14 @@ def done(folder):
 
 def interrupt(monkeypatch, after, error=KeyboardInterrupt):
     """The build ends in `error` once so many weights are done."""
-    keep, count = module._keep, iter(range(10**6))
+    keep, count = module.finish, iter(range(10**6))
 
     def kept(*args):
         if next(count) == after:
             raise error
         keep(*args)
 
-    monkeypatch.setattr(module, "_keep", kept)
+    monkeypatch.setattr(module, "finish", kept)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -295,14 +295,14 @@ def test_an_unreadable_weight_leaves_nothing(pair, capsys):
 
 def test_interrupted_on_the_command_line(pair, monkeypatch, capsys, request):
     """Ctrl-C: one sentence, status 130, and the same command goes on."""
-    keep = module._keep
+    keep = module.finish
 
     def interrupted(file, *args):
         keep(file, *args)
         if len(done(pair)) == 20:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(module, "_keep", interrupted)
+    monkeypatch.setattr(module, "finish", interrupted)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     command = ["prior", "build", "--expert", f"{pair / 'expert'}", "--base", f"{pair / 'vlm'}", "--rank", "8"]
@@ -338,13 +338,13 @@ def test_network_loss(pair, hub, monkeypatch):
     shutil.rmtree(pair / "cache")
     hub.forget()
     third = shards(sorted(hub.files("org/expert")))[2]
-    keep = module._keep
-    monkeypatch.setattr(module, "_keep", lambda *args: (keep(*args), hub.cut(third, size=100)))
+    keep = module.finish
+    monkeypatch.setattr(module, "finish", lambda *args: (keep(*args), hub.cut(third, size=100)))
     with pytest.raises(OSError, match=f"{third} of org/expert .*cannot be fetched") as caught:
         build(pair, expert="org/expert")
     assert "run the same again to go on" in caught.value.__notes__[0] and len(done(pair)) > 5
     before = shards(hub.fetched("org/expert"))
-    monkeypatch.setattr(module, "_keep", keep)
+    monkeypatch.setattr(module, "finish", keep)
     hub.heal()
     assert build(pair, expert="org/expert").path.read_bytes() == expected
     fetched = shards(hub.fetched("org/expert"))
@@ -362,19 +362,19 @@ def test_shards_are_freed_as_they_are_used_up(pair, hub, monkeypatch):
     shutil.rmtree(pair / "cache")
     mine = Checkpoint("org/expert").fetch(Checkpoint("org/expert").files[1]).name  # in the cache before
     at_once = []
-    keep = module._keep
+    keep = module.finish
 
     def watched(*args):
         at_once.append({*cached(pair)} & {*names} - {mine})
         keep(*args)
 
-    monkeypatch.setattr(module, "_keep", watched)
+    monkeypatch.setattr(module, "finish", watched)
     interrupt(monkeypatch, after=15)
     with pytest.raises(KeyboardInterrupt):
         build(pair, **sources, delete_shards=True)
     left = {*cached(pair)} & {*names} - {mine}
     assert left and len(done(pair)) == 15
-    monkeypatch.setattr(module, "_keep", watched)
+    monkeypatch.setattr(module, "finish", watched)
     hub.forget()
     assert build(pair, **sources, delete_shards=True).path.read_bytes() == expected
     assert {*cached(pair)} & {*names} == {mine}  # also what the interrupted build had brought

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, build_prior, merge_adapter
+from drift_peft.checkpoints import output
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
 from drift_peft.prior import share
 
@@ -90,6 +91,13 @@ def test_licences(tmp_path, base, expert, metadata, lines):
     card = random_prior(tmp_path / "p", base=folders[0], expert=folders[1]).model_card()
     assert (card.data.license, card.data.license_name) == metadata
     assert re.findall(r"^- (?:base|expert) \S+: (.+)$", card.text, re.M) == lines
+
+
+def test_card_of_weights_of_no_known_kind(tmp_path):
+    W, delta = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    names = (NAMES[0], "layers.0.mlp.router.weight")
+    card = dense_prior(tmp_path / "p", dict.fromkeys(names, (W, delta))).model_card()
+    assert re.findall(r"^\| (\w+) \| (\d+) \|", card.text, re.M) == [("attn", "1"), ("other", "1"), ("all", "2")]
 
 
 def test_card_of_a_combined_and_a_hierarchical_prior(tmp_path):
@@ -425,10 +433,11 @@ def test_export_writes_each_weight_at_once(tmp_path, monkeypatch):
     prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "p", rank=2, progress=False)
     written = []
 
-    def write(file, tensors, metadata=None, real=share.write_tensors):
+    def write(file, tensors, metadata=None, real=output.write_tensors):
         written.append(len(tensors))
         real(file, tensors, metadata)
 
+    monkeypatch.setattr(output, "write_tensors", write)
     monkeypatch.setattr(share, "write_tensors", write)
     adapter = prior.as_lora(1.0, tmp_path / "adapter")
     assert written == [2] * 14 + [28]

@@ -139,7 +139,11 @@ def test_a_delta_from_the_common_ancestor_is_one_of_its_own(folder, tmp_path):
         wrap(load(folder / "hierarchical", "llama"), drift(folder))
 
 
-@pytest.mark.parametrize("claim", [7, {}, {"scale": "half"}, {"base": {}}, {"only_layers": ["x"]}, {"expert": None}])
+DAMAGED = [7, {}, {"scale": "half"}, {"scale": True}, {"base": {}}, {"expert": None}, {"modules": "attn"}]
+DAMAGED += [{"only_layers": ["x"]}, {"only_layers": [True]}, {"skip_first": -3}]
+
+
+@pytest.mark.parametrize("claim", DAMAGED)
 def test_a_damaged_claim_is_one_sentence(claim, folder):
     model = load(folder / "0.5", "llama")
     setattr(model.config, MERGE_KEY, {**getattr(model.config, MERGE_KEY), **claim} if claim and claim != 7 else claim)

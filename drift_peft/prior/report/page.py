@@ -46,12 +46,12 @@ def write_report(
     with contextlib.ExitStack() as claims:
         for output, example in outputs.items():
             claims.enter_context(claimed_output(output, overwrite, example))
+        if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"the page {html} needs a name that ends in .html")
         contents = {}
         if plot is not None:
             contents[Path(plot)] = draw_prior(summary, Path(plot).suffix[1:].lower() or "png")
         if html is not None:
-            if Path(html).suffix.lower() not in (".html", ".htm"):
-                raise ValueError(f"the page {html} needs a name that ends in .html")
             contents[Path(html)] = render_page(summary).encode()
         for output, content in contents.items():
             with partial_folder(output, overwrite) as folder:
@@ -66,20 +66,20 @@ def render_page(summary: dict) -> str:
     """`prior_summary` as an HTML page: the verdict, plots, what the gates take of it if there are gates, what each rank
     holds, a sortable table of the weights."""
     verdict, total = summary["verdict"], summary["total"]
-    expert = f"Expert {summary['expert']['id']}, " if summary.get("expert") else ""
+    rank = f"rank {summary['rank']}" if summary["rank"] else ""  # vectors are kept whole
+    expert = f"Expert {summary['expert']['id']}" if summary.get("expert") else ""
+    facts = expert, f"base {summary['base']['id']}", rank, f"sha256 {summary['sha256'][:16]}"
     heading = [f"<span>{part}</span>" for part in escape(prior_title(summary)).replace(" − ", "\n−&nbsp;").split("\n")]
     tiles = {
         f"mean cosine of {summary['cosine_of']}": f"{verdict['mean_cosine']:.3f}" if verdict["level"] else "–",
         "relative norm ‖Δ‖/‖W‖": f"{total['relative_norm']:.3f}" if total["relative_norm"] else "–",
-        f"captured energy at rank {summary['rank']}": f"{total['energy']:.1%}",
+        **({f"captured energy at {rank}": f"{total['energy']:.1%}"} if rank else {}),
         "weights steered": str(total["weights"]),
     }
     fields = {
         "title": escape(prior_title(summary)),
         "heading": " ".join(heading),
-        "facts": escape(
-            f"{expert}base {summary['base']['id']}, rank {summary['rank']}, sha256 {summary['sha256'][:16]}"
-        ),
+        "facts": escape(", ".join(filter(None, facts))),
         "level": verdict["level"] or "unknown",
         "verdict": verdict["title"],
         **{key: escape(verdict[key]) for key in ("distance", "merging", "rank", "basis")},

@@ -17,14 +17,15 @@ CAPTION = "captured energy at rank k; cosine of {cosine_of}: mean and lowest"
 
 def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of `prior_summary`, a row per layer and module kind; the last one is over all of them."""
-    ranks = [k for k in summary["total"]["energy_by_rank"] if k < summary["rank"]][-3:]
+    rank = summary["rank"]  # 0 where there are vectors alone, which are kept whole
+    ranks = [k for k in summary["total"]["energy_by_rank"] if k < rank][-3:]
     heads = ["layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest"]
-    heads += [f"k={k}" for k in (*ranks, summary["rank"])]
+    heads += [f"k={k}" for k in (*ranks, rank) if k]
     heads += ["taken"] if summary["gates"] else []
     rows = []
     for row in [*summary["rows"], {"layer": "all", "modules": "", **summary["total"]}]:
         numbers = (row[key] for key in ("relative_norm", "mean_cosine", "cosine"))
-        energies = [*(row["energy_by_rank"].get(k) for k in ranks), row["energy"]]
+        energies = [*(row["energy_by_rank"].get(k) for k in ranks), *([row["energy"]] if rank else [])]
         energies += [row["taken"]] if summary["gates"] else []
         cells = ["–" if row["layer"] is None else str(row["layer"]), row["modules"], str(row["weights"])]
         cells += ["–" if x is None else f"{x:.3f}" for x in numbers]

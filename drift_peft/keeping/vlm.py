@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..arguments import nearest
 from ..checkpoints import Checkpoint
-from ..warn import warn
+from ..warn import first_line, warn
 from .answering import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
 from .answers import answer_logits, answered, image_mode, placed, prompts, refuse_mute
 from .file import NEEDS_PILLOW, vocabulary_rows

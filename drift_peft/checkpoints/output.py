@@ -214,7 +214,7 @@ def _clear(partial: Path) -> None:
 
 def _read_settings(partial: Path) -> dict | None:
     """None where there is no such folder, or nothing in it that could be trusted."""
-    if not (partial / OURS).exists():
+    if not os.path.exists(partial / OURS):  # which a name that is too long is not
         return None
     try:
         settings = json.loads((partial / SETTINGS).read_text(encoding="utf-8"))

@@ -85,6 +85,11 @@ class KeepSet(SampleFile):
             >>> KeepSet.load("keep.safetensors").check(processor)
         """
         kind, made_with = type(processor).__name__, self.metadata["processor"]
+        if not hasattr(processor, "tokenizer"):
+            raise ValueError(
+                f"the processor is a {kind}, which is at most a part of one: give the whole {made_with}, as "
+                "AutoProcessor.from_pretrained(VLM) makes it"
+            )
         if kind != made_with:
             raise ValueError(
                 f"{self.source} was made with the processor {made_with}, and not with {kind}: {self._way_out}"

@@ -129,7 +129,8 @@ class Vlm:
         """ValueError if it has fewer tokens than these."""
         if k > self.vocabulary:
             raise ValueError(
-                f"top_k={k} is larger than the vocabulary of {self.origin['id']}: it has {self.vocabulary} tokens"
+                f"top_k={k} (--top-k) is larger than the vocabulary of {self.origin['id']}, which has "
+                f"{self.vocabulary} tokens: lower it"
             )
 
     @property

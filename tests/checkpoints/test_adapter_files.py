@@ -70,7 +70,7 @@ def save(folder, tensors, pickled=False, **settings):
 
 def only(found):
     """The one update of the one tensor."""
-    ((update,),) = found.values()
+    (update,) = found.values()
     return update
 
 
@@ -111,7 +111,7 @@ def test_all_parts_of_a_module(tmp_path):
     }
     found = read_updates(save(tmp_path, parts, lora_bias=True))
     assert found.keys() == {f"model.{Q}.weight", f"model.{Q}.bias"}
-    (update,), (bias,) = found.values()
+    update, bias = found.values()
     assert torch.equal(update.magnitude, parts[f"model.{Q}.lora_magnitude_vector"])
     assert torch.equal(update.start, parts[f"model.{Q}.base_layer.weight"])
     assert (
@@ -139,7 +139,7 @@ def test_tensors_that_were_trained_themselves(tmp_path):
     bias = {f"model.{Q}.base_layer.bias": randn(5)}
     found = read_updates(save(tmp_path, low_rank() | bias, bias="lora_only"))
     assert found.keys() == {f"model.{Q}.weight", f"model.{Q}.bias"}
-    (whole,) = found[f"model.{Q}.bias"]
+    whole = found[f"model.{Q}.bias"]
     assert torch.equal(whole.value, bias[f"model.{Q}.base_layer.bias"]) and whole.module == f"model.{Q}"
     assert read_updates(save(tmp_path, bias, bias="lora_only")).keys() == {f"model.{Q}.bias"}
 
@@ -296,13 +296,13 @@ def test_other_adapters_and_damaged_files(tmp_path):
 def test_a_folder_says_what_it_is(tmp_path):
     save(tmp_path, low_rank(), base_model_name_or_path="org/base")
     assert is_adapter(tmp_path) and is_adapter(str(tmp_path)) and adapter_folder(str(tmp_path)) == tmp_path
-    assert recorded_base(tmp_path) == "org/base"
+    assert recorded_base(tmp_path) == ("org/base", None)
     watch = watched_adapter(tmp_path, "the/adapter")
     assert {path.name for path in watch.states()} >= {"adapter_config.json", "adapter_model.safetensors"}
     edit(tmp_path, base_model_name_or_path="")
     with pytest.raises(ValueError, match=r"adapter_config\.json has changed while the/adapter was read"):
         watch.check()
-    assert recorded_base(tmp_path) is None
+    assert recorded_base(tmp_path) == (None, None)
     (tmp_path / "adapter_config.json").unlink()
     assert not is_adapter(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json: name what save_pretrained wrote"):
@@ -325,11 +325,11 @@ def test_whose_names_the_adapter_has():
     """The model's own names come before those of the layout, and its layers before their number."""
     base, update = Base(), Whole("own", randn(5, 4))
     base.decoder.name = {"own.weight": f"{Q}.weight"}.get
-    assert _match(base, {"own.weight": [update]}, "a") == {f"raw.{Q}.weight": update}
+    assert _match(base, {"own.weight": update}, "a") == {f"raw.{Q}.weight": update}
     base.decoder.skipped = (0,)  # a layer that the text LLM lacks
-    assert _match(base, {f"model.{Q.replace('0', '1')}.weight": [update]}, "a") == {f"raw.{Q}.weight": update}
+    assert _match(base, {f"model.{Q.replace('0', '1')}.weight": update}, "a") == {f"raw.{Q}.weight": update}
     base.layout.name, update = lambda name: "renamed", Whole(FC, randn(6, 4))
-    assert _match(base, {f"{FC}.weight": [update]}, "a") == {f"raw.{FC}.weight": update}
+    assert _match(base, {f"{FC}.weight": update}, "a") == {f"raw.{FC}.weight": update}
 
 
 @pytest.mark.parametrize("name", [f"language_model.model.{Q}", f"older.{FC}", f"{FC}.base_layer"])
@@ -337,11 +337,11 @@ def test_names_of_other_versions_and_wrappers(name):
     shape = (5, 4) if Q in name else (6, 4)
     raw = f"raw.{Q if Q in name else FC}.weight"
     update = Whole(name, randn(*shape))
-    assert _match(Base(), {f"{name}.weight": [update]}, "a") == {raw: update}
+    assert _match(Base(), {f"{name}.weight": update}, "a") == {raw: update}
 
 
 def whole(name, *size):
-    return {f"model.{name}.weight": [Whole(f"model.{name}", randn(*size))]}
+    return {f"model.{name}.weight": Whole(f"model.{name}", randn(*size))}
 
 
 def misfits(base, updates):
@@ -352,15 +352,15 @@ def misfits(base, updates):
 
 def test_what_finds_no_tensor_is_listed():
     assert misfits(Base(), whole("layers.7.mlp.up_proj", 5, 4)) == "the base has no layers.7.mlp.up_proj.weight"
-    assert misfits(Base(), {"other.weight": [Whole("other", randn(2, 2))]}) == "the base has no other.weight"
+    assert misfits(Base(), {"other.weight": Whole("other", randn(2, 2))}) == "the base has no other.weight"
     assert misfits(Base(), whole(Q, 5, 3)) == f"raw.{Q}.weight is [5, 4] in the base and [5, 3] in the adapter"
     quantized = Base(quantized=f"raw.{Q}.weight")
     assert misfits(quantized, whole(Q, 5, 4)).startswith(f"raw.{Q}.weight is in 4 bits in the base: name the full")
-    twice = {**whole(Q, 5, 4), f"language_model.{Q}.weight": [Whole(f"language_model.{Q}", randn(5, 4))]}
+    twice = {**whole(Q, 5, 4), f"language_model.{Q}.weight": Whole(f"language_model.{Q}", randn(5, 4))}
     assert misfits(Base(), twice) == f"language_model.{Q} and model.{Q} are the same weight {Q}.weight"
-    six = {f"other{i}.weight": [Whole(f"other{i}", randn(2, 2))] for i in range(6)}
+    six = {f"other{i}.weight": Whole(f"other{i}", randn(2, 2)) for i in range(6)}
     assert misfits(Base(), six).endswith("the base has no other3.weight; the base has no other4.weight; and 1 more")
-    many = {f"other{i}.weight": [Whole(f"other{i}", randn(2, 2))] for i in range(7)}
+    many = {f"other{i}.weight": Whole(f"other{i}", randn(2, 2)) for i in range(7)}
     listed = misfits(Base(), many)
     assert listed.count("the base has no") == 5 and listed.endswith("; and 2 more")
     five = misfits(Base(), dict([*many.items()][:5]))
@@ -370,7 +370,7 @@ def test_what_finds_no_tensor_is_listed():
 @pytest.mark.parametrize("head", [False, True])
 def test_a_tied_weight(head):
     base, value = Base(tied=True, head=head), randn(9, 4)
-    ends = {f"model.{name}.weight": [Whole(name, value.clone())] for name in (EMBED, HEAD)}
+    ends = {f"model.{name}.weight": Whole(name, value.clone()) for name in (EMBED, HEAD)}
     base.decoder.kinds |= {f"{HEAD}.weight": "head"}
     found = _match(base, {f"{HEAD}.weight": ends[f"model.{HEAD}.weight"], **whole_of(ends)}, "a")
     assert found.keys() == {f"raw.{EMBED}.weight"} | ({f"raw.{HEAD}.weight"} if head else set())
@@ -383,10 +383,10 @@ def test_a_tied_weight(head):
     assert misfits(base, {f"{HEAD}.weight": ends[f"model.{HEAD}.weight"]}).startswith(
         "lm_head shares its weight with the embedding, and only one is trained"
     )
-    other = {f"{HEAD}.weight": [Whole("lm_head", value + 1)], **whole_of(ends)}
+    other = {f"{HEAD}.weight": Whole("lm_head", value + 1), **whole_of(ends)}
     assert "embed_tokens and lm_head are the same weight embed_tokens.weight" in misfits(base, other)
     rows = Rows(EMBED, torch.tensor([1]), randn(1, 4))
-    found = _match(base, {f"model.{EMBED}.weight": [rows]}, "a")  # a row of an embedding is one of the head
+    found = _match(base, {f"model.{EMBED}.weight": rows}, "a")  # a row of an embedding is one of the head
     assert [*found.values()] == [rows] * (1 + head)
 
 

@@ -26,7 +26,7 @@ class Source:
         shapes = {f"layers.{i}.{rest}": shape for i in range(depth) for rest, shape in LAYER.items()} | ENDS
         self.shapes = {f"{name}.{key}": shape for key, shape in shapes.items()}
         self.claims = {key: [f"{name}.{key}"] for key in shapes}
-        self.config = SimpleNamespace(tie_word_embeddings=tied)
+        self.config = SimpleNamespace(tie_word_embeddings=tied, get_text_config=lambda: self.text_config)
         dimensions = {"hidden_size": 8, "intermediate_size": 16, **dimensions}
         self.text_config = SimpleNamespace(to_dict=lambda: dimensions)
         self.decoder = Decoder({key: module_kind(key) for key in shapes}, depth, shapes, beside)

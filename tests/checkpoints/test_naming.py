@@ -1,7 +1,6 @@
 """naming.py: one canonical name whatever wrote or wraps a weight, and targets that hit the language model alone."""
 
 import re
-from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -190,7 +189,8 @@ def test_patterns_match_a_name_or_its_end():
 
 
 def test_cross_attention_layers_of_configs():
-    assert cross_attention_layers(SimpleNamespace(cross_attention_layers=[2])) == (2,)  # of a text model alone
+    text = FAMILIES["mllama"][0]().text_config
+    assert cross_attention_layers(text) == (1, 3)  # of a text model alone
     assert {family: cross_attention_layers(FAMILIES[family][0]()) for family in ("llava", "qwen2_vl", "mllama")} == {
         "llava": (), "qwen2_vl": (), "mllama": (1, 3),
     }  # fmt: skip

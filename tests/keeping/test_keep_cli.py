@@ -32,7 +32,7 @@ def test_make(folder, capsys, tmp_path):
     status, _, err = run(capsys, "keep", "make", *where)
     assert status == 1 and re.fullmatch(r"drift-peft: error: output \S+ exists: name another file, .*\n", err)
     status, _, err = run(capsys, "keep", "make", *where, "--overwrite", "--top-k", 99)
-    assert status == 1 and "top_k=99 is larger than the vocabulary" in err and err.count("\n") == 1
+    assert status == 1 and "top_k=99 (--top-k) is larger than the vocabulary" in err and err.count("\n") == 1
     status, _, err = run(capsys, "keep", "make", *where, "--api-key-env", "NO_SUCH_KEY")
     assert status == 1 and "--api-key-env NO_SUCH_KEY: there is no such environment variable, or it is empty" in err
 

@@ -332,8 +332,11 @@ def test_sets_of_other_models(model, folder, processor):
     inside = r"the model is a Linear, which is no model of transformers: give the qwen2_5_vl that is in it$"
     with pytest.raises(ValueError, match=inside):
         keep(torch.nn.Linear(2, 2), folder / "keep.safetensors", processor)
-    with pytest.raises(ValueError, match=r"was made with the processor \w+Processor, and not with int: make one"):
-        keep(model, folder / "keep.safetensors", 5)
+    for part in (processor.tokenizer, processor.image_processor, 5):
+        with pytest.raises(
+            ValueError, match=rf"the processor is a {type(part).__name__}, .*: give the whole \w+Processor"
+        ):
+            keep(model, folder / "keep.safetensors", part)
     llava = load(folder)
     llava.config.model_type = "llava"
     with pytest.raises(ValueError, match="holds a qwen2_5_vl's answers, and the model is a llava"):

@@ -195,7 +195,7 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ({"samples": 0}, ValueError, "samples must be a whole number ≥ 1, got 0"),
         ({"batch_size": 2.0}, ValueError, "batch_size must be a whole number, got 2.0"),
         ({"seed": "1"}, ValueError, "seed must be a whole number, got '1'"),
-        ({"top_k": 65}, ValueError, r"top_k=65 is larger than the vocabulary of \S+base: it has 64 tokens"),
+        ({"top_k": 65}, ValueError, r"top_k=65 \(--top-k\) is larger than the vocabulary of \S+base, which has 64 tok"),
         ({"questions": []}, ValueError, "questions is empty: give pairs of a kind and a question, or leave it out for"),
         (
             {"questions": ["what?"]},

@@ -240,7 +240,7 @@ def weights(*priors):
         ({"keep_set": "gated.safetensors"}, "is a safetensors file but no keep set"),
         ({"keep_set": "none.safetensors"}, "none.safetensors"),
         ({"texts": []}, "there are no prompts"),
-        ({"top_k": 65}, "top_k=65 is larger than the vocabulary"),
+        ({"top_k": 65}, "top_k=65 (--top-k) is larger than the vocabulary"),
         ({"base": "expert"}, "has no processor"),
         ({"prior": "gated.safetensors"}, "is gated already: gate the prior that it was made of"),
         ({"prior": "norms.safetensors"}, "holds norm.weight, and gates weigh attention and MLP projections alone"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -19,7 +20,7 @@ def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of `prior_summary`, a row per layer and module kind; the last one is over all of them."""
     rank = summary["rank"]  # 0 where there are vectors alone, which are kept whole
     ranks = [k for k in summary["total"]["energy_by_rank"] if k < rank][-3:]
-    heads = ["layer", "modules", "weights", "‖Δ‖/‖W‖", "cosine", "lowest"]
+    heads = ["layer", "kind", "weights", "‖Δ‖/‖W‖", "cosine", "lowest"]
     heads += [f"k={k}" for k in (*ranks, rank) if k]
     heads += ["taken"] if summary["gates"] else []
     rows = []
@@ -29,7 +30,7 @@ def prior_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
         energies += [row["taken"]] if summary["gates"] else []
         cells = ["–" if row["layer"] is None else str(row["layer"]), row["modules"], str(row["weights"])]
         cells += ["–" if x is None else f"{x:.3f}" for x in numbers]
-        rows.append(cells + ["–" if x is None else f"{x:.1%}" for x in energies])
+        rows.append(cells + ["–" if x is None else f"{x:.1%}".replace("100.0%", "100%") for x in energies])
     return heads, rows
 
 
@@ -38,7 +39,8 @@ def prior_table(summary: dict) -> Table:
     heads, rows = prior_rows(summary)
     # As Text, since brackets and colons in a folder's name are no markup.
     title, caption = Text(prior_title(summary)), Text("\n".join([CAPTION.format_map(summary), *prior_notes(summary)]))
-    table = Table(*heads, title=title, caption=caption, collapse_padding=True)
+    # So narrow that 80 columns hold eleven of these.
+    table = Table(*heads, title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in table.columns:
         column.justify = "right"
     for cells in rows[:-1]:

@@ -43,7 +43,7 @@ from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, Way, gating, transplanting, ways_of
+from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from parts.whole import write_json
 from rich.console import Console
 
@@ -270,11 +270,6 @@ def top_k(settings: dict) -> list:
     return ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
 
 
-def processing(settings: dict) -> list:
-    """Images as they are trained on, for every way: an untrained one has no processor saved beside it."""
-    return ["--processor-kwargs", json.dumps(settings["processor_kwargs"])] if "processor_kwargs" in settings else []
-
-
 def read_recipe(file: Path) -> dict:
     """Its settings as sft_vlm.py reads them, once its own parser has found nothing wrong with them."""
     from parts.arguments import RecipeParser, parse
@@ -300,7 +295,7 @@ def compare(args: Namespace) -> dict:
     args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
-    asked["--processor-kwargs"] = settings.get("processor_kwargs")  # without which earlier versions examined
+    asked["examined with processor_kwargs"] = settings.get("processor_kwargs")  # which earlier versions did not do
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
@@ -308,6 +303,7 @@ def compare(args: Namespace) -> dict:
     texts = None if args.texts is None else hashlib.sha256(args.texts.read_bytes()).hexdigest()
     ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep, texts)
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
+        ledger.begin()  # what is made next is of these settings
         data = split(dataset, args)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
@@ -373,6 +369,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0, not {getattr(args, name)}")
+    for name in ("minutes", "budget"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
+            parser.error(f"--{name} is a finite number, at least 0, not {value:g}")
     if args.search < 0:
         parser.error(f"--search is a number of trials, and 0 for none, not {args.search}")
     for name, shares in (("scales", args.scales), ("merge-first", args.merge_first)):

@@ -316,7 +316,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
             ways_out = "lower per_device_train_batch_size, max_tokens, or max_pixels in processor_kwargs"
             stop("sft_vlm.py", f"{told}: {ways_out}; drift-peft preflight says what that saves", 1)
         if result.global_step == begun and earlier_record(output):
-            told = f"{start} has taken all {result.global_step} steps that these settings ask for"
+            told = f"{start} has taken {result.global_step} steps, these settings ask for no more"
             way_out = "raise num_train_epochs or max_steps, or change output_dir"
             stop("sft_vlm.py", f"{told}, and the run was finished with others: {way_out}", 1)
         save_adapter(trainer)

@@ -18,7 +18,7 @@ GROUPS = {
     "Nothing trained": TRAINING_FREE,
     "Trained": TRAINING | ANCESTOR | STARTS,
     "Kept near the VLM's own answers": KEPT,
-    "Trained as long as keeping takes, settings as above": COMPUTE,
+    "Trained on as many samples as keeping reads, settings as above": COMPUTE,
     "Kept, and trained on chains in text alone (settings chosen by the mean of text and perception)": TEXT,
     "Other scales, targets and norms of DRIFT": VARIANTS,
     "On a 4-bit VLM, settings as above": NF4,

@@ -106,7 +106,7 @@ ANCESTOR = {  # the two ways that are best inside and outside the adapter, with 
 }
 
 # Of a keep set: how many images, what they show and what is asked of them (see `keeping`), and the k largest log
-# probabilities of a token; of its use: weight, answers a step, and at every so manieth step.
+# probabilities of a token; of its use: weight, answers a step, and at every n-th step.
 KEEP = {
     "keep_images": 240,
     "keep_variety": "as examined",

@@ -106,7 +106,7 @@ SWEEPS = {
         "Kept answers a step", "keep_batch_size", [4, 8, 16], ("lora-keep", "drift-ancestor-keep"), ONCE
     ),
     "keep_every": Sweep.of(
-        "At every so manieth step", "keep_every", [1, 2, 4, 8], ("lora-keep", "drift-ancestor-keep"), ONCE
+        "Keeping at every n-th step", "keep_every", [1, 2, 4, 8], ("lora-keep", "drift-ancestor-keep"), ONCE
     ),
     "keep_images": Sweep.of(
         "Images of the keep set", "keep_images", [15, 60, 240, 960], ("lora-keep", "drift-ancestor-keep")

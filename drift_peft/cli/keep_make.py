@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .keys import key_of
-from .parser import Parser, json_object
+from .parser import Parser
 
 HELP = "a VLM and unlabelled images -> keep set"
 DESCRIPTION = "Have a VLM answer questions about images that nobody has labelled, and keep what it says."
@@ -26,12 +26,7 @@ def flags(parser: Parser) -> None:
     add("--max-new-tokens", type=int, default=64, metavar="N", help="an answer is cut there (default: %(default)s)")
     add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
     add("--load-in-4bit", action="store_true", help="load the model in NF4")
-    add(
-        "--processor-kwargs",
-        type=json_object,
-        metavar="JSON",
-        help="settings of its processor that you train with, such as '{\"max_pixels\": 262144}'",
-    )
+    parser.add_processor_kwargs()
     add("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
     add("--server", metavar="URL", help="ask there, such as http://localhost:8000/v1 of vLLM; it must know --base")
@@ -40,10 +35,10 @@ def flags(parser: Parser) -> None:
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 
 
-def run(base: str, api_key_env: str | None, processor_kwargs: dict | None, as_json: bool, **settings) -> None:
+def run(base: str, api_key_env: str | None, as_json: bool, **settings) -> None:
     api_key = key_of(api_key_env)
     from ..keeping import keep_summary, keep_table, make_keep_set
     from .show import show
 
-    summary = keep_summary(make_keep_set(base, processor=processor_kwargs, api_key=api_key, **settings))
+    summary = keep_summary(make_keep_set(base, api_key=api_key, **settings))
     show(summary, as_json, keep_table(summary))

@@ -56,6 +56,15 @@ class Parser(ArgumentParser):
         self.verbs: dict[str, ModuleType] = {}
         self._negative_number_matcher = NEGATIVE  # argparse's own knows no -5e-1
 
+    def add_processor_kwargs(self) -> None:
+        self.add_argument(
+            "--processor-kwargs",
+            dest="processor",
+            type=json_object,
+            metavar="JSON",
+            help="settings of the VLM's processor that you train with, such as '{\"max_pixels\": 262144}'",
+        )
+
     def add_verbs(self, verbs: dict[str, ModuleType]) -> None:
         """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE and a function that adds its flags."""
         self.verbs = verbs

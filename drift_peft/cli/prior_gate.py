@@ -42,6 +42,7 @@ def flags(parser: Parser) -> None:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there (default: %(default)s)")
     add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
     add("--load-in-4bit", action="store_true", help="load both models in NF4")
+    parser.add_processor_kwargs()
     add("--seed", type=int, default=0, help="seed of the order of the answers (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")

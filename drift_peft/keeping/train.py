@@ -40,7 +40,7 @@ def keep(
         weight: w.
         bound: ρ; what is added is at most ρ times as long as the gradient. None: as long as it is.
         batch_size: answers a step, in each process.
-        every: only at every so manieth step.
+        every: keep at every n-th step only.
         seed: of the order of the keep set, and of dropout there. An optimizer that is resumed goes on in this order.
 
     Raises:

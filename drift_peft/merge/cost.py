@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -48,6 +49,7 @@ class Scales:
         load_in_4bit: load it in NF4.
         batch_size: answers at a time.
         progress: show a progress bar on stderr.
+        processor: as of `Vlm`.
 
     Attributes:
         costs: what was measured so far, in this order; the VLM itself, at scale 0, is the first.
@@ -56,8 +58,16 @@ class Scales:
         ValueError: the keep set is of another model or tokenizer.
     """
 
-    def __init__(self, base: str | Path, keep_set: KeepSet, load_in_4bit: bool, batch_size: int, progress: bool):
-        self._vlm = Vlm(base, load_in_4bit=load_in_4bit)
+    def __init__(
+        self,
+        base: str | Path,
+        keep_set: KeepSet,
+        load_in_4bit: bool,
+        batch_size: int,
+        progress: bool,
+        processor: Any = None,
+    ):
+        self._vlm = Vlm(base, processor, load_in_4bit)
         keep_set.check(self._vlm.processor)
         keep_set.check_config(self._vlm.config)
         self._keep_set, self._batch_size, self._progress = keep_set, batch_size, progress

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
@@ -106,6 +106,7 @@ def transplant(
     budget: float | None = None,
     load_in_4bit: bool = False,
     batch_size: int = 8,
+    processor: Any = None,
     force: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -133,6 +134,7 @@ def transplant(
         budget: for scale="auto".
         load_in_4bit: measure on the VLM in NF4, which has a distance of its own: scale 0 in the costs.
         batch_size: answers at a time, where the cost is measured.
+        processor: of the VLM there, if not the one that lies with it; or settings of that one.
         force: go on where a weight of a full fine-tune has nothing in common with the base's.
         overwrite: replace an existing folder of the same kind, once the new one is complete.
         progress: show progress bars on stderr.
@@ -148,7 +150,7 @@ def transplant(
         >>> report.modules, 0 < report.energy < 1
         (28, True)
     """
-    _check_arguments(scale, keep, budget, load_in_4bit, batch_size)
+    _check_arguments(scale, keep, budget, load_in_4bit, batch_size, processor)
     scale = scale if scale == "auto" else float(scale)
     given = [source for source in (expert, base, reference, keep) if source is not None]
     options = {"reference": reference, "force": force, "progress": progress}
@@ -160,7 +162,7 @@ def transplant(
             _refuse_adapters_settings(rank, energy, load_in_4bit)
         scales = None
         if keep is not None:
-            scales = Scales(base, KeepSet.load(keep), load_in_4bit, batch_size, progress)
+            scales = Scales(base, KeepSet.load(keep), load_in_4bit, batch_size, progress, processor)
         vlm, result = Checkpoint(base), Path(work, "result")
         if as_it_is:
             delta = _of_adapter(expert, vlm, Path(work, "adapter"))
@@ -262,7 +264,7 @@ def _of_fine_tune(expert: str | Path, vlm: Checkpoint, reference: str | Path | N
     return _Delta(len(match.keys), origins, lambda scales: scales.of_weights(sources, match), left_alone=left_alone)
 
 
-def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -> None:
+def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int, processor) -> None:
     if scale != "auto" and not (is_number(scale) and scale):
         raise ValueError(f'scale must be "auto" or a finite number other than 0, got {scale!r}')
     if scale == "auto" and (keep is None or budget is None):
@@ -276,6 +278,8 @@ def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int) -
         raise ValueError(f"budget must be a number of nats above 0, got {budget!r}")
     if load_in_4bit and keep is None:
         raise ValueError("load_in_4bit goes with keep (--keep): the model is loaded only where a cost is measured")
+    if processor is not None and keep is None:
+        raise ValueError("processor (--processor-kwargs) goes with keep (--keep): nothing else asks about images")
     check_whole(batch_size=batch_size)
 
 

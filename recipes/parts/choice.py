@@ -13,6 +13,7 @@ from rich.table import Table
 from .frontier import Measured, frontier
 from .intervals import interval
 from .ways import Way, gating, transplanting
+from .whole import write
 
 RULE = """\
 Of the ways that these samples cannot tell from the best one, it is the one that keeps most. It was chosen on these very
@@ -122,4 +123,5 @@ def write_choice(
     comments += [*(f"  {command}" for command in commands), ""]
     comments += [told(result), *lines, "", *RULE.splitlines(), ""]
     head = "".join(f"# {line}".rstrip() + "\n" for line in comments)
-    output.write_text(head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write(output, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .intervals import interval
+from .whole import write
 
 
 @dataclass(frozen=True)
@@ -97,4 +98,4 @@ def draw(measured: dict[str, Measured], titles: dict[str, str], choice: str, out
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("filled: nothing beats it in both; star: the choice", fontsize=9)
-    figure.savefig(output)
+    write(output, lambda unfinished: figure.savefig(unfinished, format=output.suffix[1:]))

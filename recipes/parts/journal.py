@@ -44,15 +44,23 @@ class Journal:
             self._release()
             raise
 
-    def add(self, question: str, answer: dict) -> None:
-        """Write an answer; the file is made with the first."""
+    def begin(self) -> None:
+        """Write the settings now, where work begins that belongs to them before there is an answer."""
         with self._lock:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)
-            if not os.fstat(self._file.fileno()).st_size:
-                self._write(self.settings)
+            self._begin()
+
+    def add(self, question: str, answer: dict) -> None:
+        """Write an answer; the file is made with the first, if not before."""
+        with self._lock:
+            self._begin()
             self._write({"question": question, **answer})
             self.answers[question] = answer
+
+    def _begin(self) -> None:
+        if self._file is None:
+            self._file = open(self.path, "ab", buffering=0)
+        if not os.fstat(self._file.fileno()).st_size:
+            self._write(self.settings)
 
     def __enter__(self) -> Journal:
         return self

@@ -92,7 +92,7 @@ def _naming(path: Path) -> Iterator[None]:
     """What is wrong with a file, behind its name."""
     try:
         yield
-    except (ValueError, zipfile.BadZipFile, RecursionError) as error:
+    except (ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:  # KeyError: a zip that is no Excel file
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -173,6 +173,8 @@ def _from_lmms_eval(row: dict) -> Answer:
     if len(responses) != 1:
         raise ValueError(f"has {len(responses)} answers: run lmms-eval with --repeats 1")
     problem = row.get("wemath_strict")
+    if problem and not isinstance(problem, dict):
+        raise ValueError(f"has a wemath_strict that is no object: {str(problem)[:40]}")
     step = (str(problem["ID"]), problem["key"]) if problem else None
     return Answer(str(row["doc_id"]), row["input"], row["target"], responses[0], step)
 

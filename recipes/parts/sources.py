@@ -30,7 +30,7 @@ def find_files(source: str, split: str, images: str | Path | None, streaming: bo
         files, root = _split_files(source, split), Root(source, path.resolve().name)
     elif path.exists() or path.suffix in FILES:
         if not path.exists():
-            raise ValueError(f"there is no file {source}: the paths of a recipe begin where the command is run")
+            raise ValueError(f"there is no file {source} here: a path begins where the command is run")
         if path.suffix not in FILES:
             raise ValueError(f"{source} is no file to be read: take one of {', '.join(FILES)}, a folder, or a hub id")
         files, root = [source], Root(str(path.parent), path.resolve().parent.name)

@@ -141,10 +141,10 @@ class Local:
         name, revision = (model, None) if Path(model).exists() else split_revision(model)
         options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
         try:
-            self.processor = AutoProcessor.from_pretrained(processor or name, **options, **(processor_kwargs or {}))
+            self.processor = AutoProcessor.from_pretrained(processor or name, **{**(processor_kwargs or {}), **options})
             check_processor_settings(self.processor, processor_kwargs or {})
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         self.batch_size = batch_size
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

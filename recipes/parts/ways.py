@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
@@ -102,9 +103,15 @@ def gating(settings: dict, keep: str, texts: object, gated: object, adapter: obj
     asked |= {"top-k": settings["keep_top_k"]} if "keep_top_k" in settings else {}
     flags = [part for key, value in asked.items() for part in (f"--{key}", value)]
     flags += [] if settings.get("use_cpu") else ["--load-in-4bit"]
+    flags += processing(settings)
     gate = ["prior", "gate", settings["prior"], *flags, "-o", gated]
     export = ["prior", "export", gated, "--scale", 1, "-o", adapter]
     return [[*map(str, command)] for command in (gate, export)]
+
+
+def processing(settings: dict) -> list[str]:
+    """Images as they are trained on, for every way: an untrained one has no processor saved beside it."""
+    return ["--processor-kwargs", json.dumps(settings["processor_kwargs"])] if settings.get("processor_kwargs") else []
 
 
 def transplanting(settings: dict, scale: float) -> dict:

@@ -272,6 +272,7 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
     """The prior and the keep set that the recipe names, and the expert's answers; then an adapter like the others."""
     digits_pair.main([str(tmp_path / "d"), "--size", "1"])
     settings = compare.read_recipe(tmp_path / "d" / "recipe.yaml") | {"keep_samples": 4, "prior_rank": 2}
+    settings["processor_kwargs"] = {"do_resize": True, "min_pixels": 36, "max_pixels": 576}
     texts = tmp_path / "two.txt"
     texts.write_text("".join((tmp_path / "d" / "prompts.txt").read_text().splitlines(keepends=True)[:2]))
     (way,) = ways_of(settings, ["gated"], [], [], settings["keep"], "0123")
@@ -285,6 +286,8 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
         comparison.gate(folder)
     verbs = [["prior", "build"], ["keep", "make"], ["prior", "gate"], ["prior", "export"]]
     assert [told[2:4] for told in launched] == verbs
+    for told in launched[1:3]:  # the images are those of training in both
+        assert json.loads(told[told.index("--processor-kwargs") + 1]) == settings["processor_kwargs"]
     gated = ReasoningPrior.load(folder / "gated.safetensors").metadata["gated"]
     assert seed == 0 and gated["prompts"] == 2 and gated["steps"] == 2
     assert LoraConfig.from_pretrained(folder / "adapter").r == 2
@@ -314,10 +317,26 @@ def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path)
     assert shown == [kwargs] * 5
     asked, *lines = (output / "ledger.jsonl").read_text().splitlines(keepends=True)
     asked = json.loads(asked)
-    assert asked.pop("--processor-kwargs") == kwargs
+    assert asked.pop("examined with processor_kwargs") == kwargs
     (output / "ledger.jsonl").write_text("".join([json.dumps(asked) + "\n", *lines]))
-    with pytest.raises(SystemExit, match=r"holds answers of other settings: --processor-kwargs \(None, now \{"):
+    with pytest.raises(SystemExit, match=r"of other settings: examined with processor_kwargs \(None, now \{"):
         compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
+
+
+def test_samples_are_not_held_out_anew_for_other_settings(monkeypatch, data, tmp_path):
+    """Nor where the first run was stopped before it had measured anything."""
+    settings = {"base": "b", "data": str(data), "method": "sft", "use_cpu": True, "output_dir": "o"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    flags = [str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "--ways", "base"]
+
+    def launch(*command):
+        raise compare.Failed("stopped")
+
+    monkeypatch.setattr(compare, "launch", launch)
+    with pytest.raises(SystemExit, match="stopped"):
+        compare.main([*flags, "--held-out", "2"])
+    with pytest.raises(SystemExit, match=r"holds answers of other settings: --held-out \(2, now 1\)"):
+        compare.main([*flags, "--held-out", "1"])
 
 
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
@@ -394,6 +413,8 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
         (["--search", "-1"], "--search is a number of trials, and 0 for none, not -1"),
         (["--scales", "0.5", "0"], "--scales takes shares of Δ, such as 0.5, not 0"),
         (["--merge-first", "0.5", "nan"], "--merge-first takes shares of Δ, such as 0.5, not nan"),
+        (["--minutes", "nan"], "--minutes is a finite number, at least 0, not nan"),
+        (["--budget", "-1"], "--budget is a finite number, at least 0, not -1"),
         (["--ways", "drfit"], r"--ways takes one of base, .*, not drfit; did you mean drift\?"),
         (["--held-out", "2", "--ways", "drift"], "drift cannot be compared: the recipe names no prior"),
     ):

@@ -115,7 +115,7 @@ def test_a_folder_of_files_has_splits_by_their_names(folder):
 
 @pytest.mark.parametrize(
     ("source", "content", "sentence"),
-    [("missing.jsonl", None, "there is no file missing.jsonl: the paths of a recipe begin where"),
+    [("missing.jsonl", None, "there is no file missing.jsonl here: a path begins where"),
      ("a.csv", b"a,b", "a.csv is no file to be read: take one of .json"),
      ("a.jsonl", b"", "a.jsonl cannot be read: "),
      ("a.jsonl", b"\xff\xfe{}", "a.jsonl cannot be read: 'utf-8' codec can't decode byte 0xff"),

@@ -385,6 +385,13 @@ def test_a_file_of_ones_own_that_cannot_be_used_is_named(content, sentence, tmp_
     assert sentence in refusal(capsys, "--base", tmp_path / "own.json", "--drift", tmp_path / "own.json")
 
 
+def test_a_step_of_wemath_that_says_no_problem_is_named(tmp_path, capsys):
+    lmms_eval(tmp_path / "base", "wemath_testmini_reasoning", [1], wemath_strict=["torn"])
+    assert "sample 0 has a wemath_strict that is no object: torn" in refusal(
+        capsys, "--base", tmp_path / "base", "--drift", tmp_path / "base"
+    )
+
+
 def test_excel_needs_a_library_and_its_cut_cells_are_refused(tmp_path, capsys, monkeypatch):
     save("VLMEvalKit", tmp_path / "drift", "MMStar", [1])
     vlmevalkit(tmp_path / "base", "MMStar", [1], form="xlsx")

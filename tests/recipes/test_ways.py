@@ -102,7 +102,10 @@ def test_resuming_a_finished_run_does_nothing(train, tmp_path, capsys):
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     trainer, _ = train(**settings, resume_from_checkpoint="true")
     assert trainer is None and f"The run in {output} was finished before, after 2 steps." in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"checkpoint-2 has taken all 2 steps .*: raise num_train_epochs or max_steps"):
+    with pytest.raises(
+        SystemExit,
+        match=r"checkpoint-2 has taken 2 steps, these settings ask for no more, .*: raise num_train_epochs",
+    ):
         train(**{**settings, "logging_steps": 2}, resume_from_checkpoint="true")
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     train(**settings, resume_from_checkpoint="true", merge=True, verify=False)

@@ -107,7 +107,7 @@ def open_expert(
     source: str | Path, revision: str | None = None, dequantize: bool = False, record: Path | None = None
 ) -> Checkpoint:
     """A checkpoint, or the one that a LoRA adapter makes of its base; arguments as for Checkpoint."""
-    if Path(source).exists():
+    if revision is None and Path(source).exists():
         adapter = Path(source, CONFIG).is_file()
     else:
         repository = Repository(*split_revision(str(source), revision))

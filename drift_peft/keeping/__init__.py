@@ -35,7 +35,7 @@ from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
-from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words, warn_of_lost_keeping
+from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
@@ -79,7 +79,6 @@ __all__ = [
     "measure",
     "summarize",
     "training_samples",
-    "warn_of_lost_keeping",
     "write_page",
     "write_samples",
 ]

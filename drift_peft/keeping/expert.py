@@ -108,6 +108,7 @@ def make_answer_set(
     load_in_4bit: bool = False,
     batch_size: int = 8,
     progress: bool = True,
+    afresh: bool = False,
 ) -> AnswerSet:
     """Have an expert answer prompts in text, and write what it says in the tokens of a VLM; or take the output of such
     a call with the same expert, prompts and settings.
@@ -125,6 +126,7 @@ def make_answer_set(
         load_in_4bit: load the expert's projections in NF4, and the rest as it is.
         batch_size: prompts at a time.
         progress: show a progress bar on stderr.
+        afresh: throw away what an interrupted run of other settings has left, instead of refusing.
 
     Raises:
         ValueError: there are no prompts; the expert has no chat template; the two models' tokens have too little in
@@ -146,9 +148,10 @@ def make_answer_set(
     }
     if output.is_file():
         return _if_alike(AnswerSet.load(output), facts)
-    everything = {**facts, "batch_size": batch_size, **machine()}
+    everything = {key: value for key, value in facts.items() if key != "expert"}  # whose place may be another now
+    everything |= {"batch_size": batch_size, **machine()}
     claimed = claimed_output(output, overwrite=False, example=FILE_NAME)
-    with claimed, resumable_folder(output, everything, parts="batches") as folder:
+    with claimed, resumable_folder(output, everything, afresh, parts="batches") as folder:
         ends = ends_of(model.model.generation_config, model.tokenizer)
         spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, vlm.vocabulary)
         opened = bool(opening(vlm.asked("?")))
@@ -192,8 +195,8 @@ def _string(line: str, path: Path) -> Any:
 
 def _if_alike(found: AnswerSet, facts: dict) -> AnswerSet:
     """The file, if it was made in this way. Which expert it is, `identity` says, wherever that lies today."""
-    for key in facts.keys() - {"expert"}:
-        if found.metadata[key] != facts[key]:
+    for key, wanted in facts.items():
+        if key != "expert" and found.metadata[key] != wanted:
             what = "expert" if key == "identity" else key
             raise FileExistsError(
                 f"{found.source} exists and was made with another {what}: name another file for the answers "

@@ -40,6 +40,8 @@ WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training d
 
 _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
+_ENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # what is kept no more, because the user says so
+_TOLD: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers whose keep set was missed
 
 
 class Keeping:
@@ -227,17 +229,11 @@ def is_kept(parameters: Container[int]) -> bool:
     return any(keeping.among(parameters) for keeping in _alive())
 
 
-def warn_of_lost_keeping(groups: dict[int, dict]) -> None:
-    """An optimizer that is resumed knows that its model was kept, and a keep set is not saved with a checkpoint.
-
-    Args:
-        groups: id(parameter) -> its group, for what it trains.
-    """
-    if any(STEPS in group for group in groups.values()) and not is_kept(groups):
-        warn(
-            "This optimizer goes on from steps that were kept near the VLM, and now nothing keeps its model: call "
-            "keep(model, keep_set, processor) before training, too."
-        )
+def end_keeping(model: nn.Module) -> None:
+    """Keep this model no more, which is meant."""
+    for keeping in keepings_of(model):
+        keeping.release()
+    _ENDED.add(model)
 
 
 def keep_telemetry(model: nn.Module) -> dict[str, float]:
@@ -285,10 +281,25 @@ def _trained(optimizer: torch.optim.Optimizer, groups: dict[int, dict]) -> dict[
 
 def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
     trained = _trained(optimizer, groups)
+    if not trained:
+        _warn_of_lost(optimizer)
     for keeping in _alive():
         _refuse(keeping.model, trained.get(keeping, []), groups)
     for keeping, parameters in trained.items():
         keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
+
+
+def _warn_of_lost(optimizer: torch.optim.Optimizer) -> None:
+    """A keep set is not saved with a checkpoint, but the optimizer's state tells of it."""
+    if STEPS not in optimizer.param_groups[0] or optimizer in _TOLD or _KNOWN[optimizer].entries():
+        return
+    _TOLD.add(optimizer)
+    trains = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trains for model in _ENDED for p in model.parameters()):
+        warn(
+            "This optimizer goes on from steps that were kept near the VLM, and now nothing keeps its model: call "
+            "keep(model, keep_set, processor) before training, too."
+        )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
@@ -300,7 +311,11 @@ def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], appli
         group[STEPS] = step + 1
 
 
-act_in_steps("keep", Act(lambda: bool(_KEPT), _before_step, _after_step))
+def _wanted(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(_KEPT) or any(STEPS in group for group in getattr(optimizer, "param_groups", ()))
+
+
+act_in_steps("keep", Act(_wanted, _before_step, _after_step))
 
 
 # The training is not disturbed

@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,21 @@ def read_pictures(source: Any, count: int, seed: int) -> list[bytes]:
     return [*found]
 
 
+def _can_be_read(source: Any) -> bool:
+    """One after another, as a list, or a data set of torch that has numbers for them."""
+    try:
+        iter(source)
+    except TypeError:
+        return False
+    return True
+
+
 def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
     """(image, where relative paths start, what an error calls it) in random order."""
     if not isinstance(source, (str, Path)):
         if hasattr(source, "features"):  # of datasets
             yield from _rows(source, seed, "the data set")
-        elif isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):  # a DatasetDict is a Mapping
+        elif isinstance(source, (bytes, Mapping)) or not _can_be_read(source):  # a DatasetDict is a Mapping
             kind = type(source).__name__
             raise ValueError(f"images must be a folder, a data set (one split of it) or a list of images, got {kind}")
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -20,7 +19,6 @@ from .file import KeepSet, upright
 
 PLACEHOLDER = "<image>"
 FILE_NAME = "samples.jsonl"  # what the samples are called in a folder
-PICTURE = re.compile(r"\d{6}\.\w+")  # what a picture is called
 ORIENTATION = 0x0112  # of EXIF: how a camera was held
 
 
@@ -53,6 +51,15 @@ def training_samples(keep_set: KeepSet) -> tuple[list[tuple[int, list[dict]]], C
     return kept, left_out
 
 
+def _named_in(file: Path) -> set[str]:
+    """The pictures that samples written earlier name; none where there is no such file."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {Path(image).name for row in rows for image in row["images"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
 def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False) -> dict:
     """Write a keep set as training samples: lines of JSON, and beside them a folder of the pictures that they name.
 
@@ -75,11 +82,11 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
     pictures = file.with_name(f"{file.stem}_images")
     if pictures.exists() and not overwrite:
         raise FileExistsError(f"output {pictures} exists: name another one, or pass overwrite=True (--overwrite)")
-    others = [path.name for path in pictures.iterdir() if not PICTURE.fullmatch(path.name)] if pictures.is_dir() else []
-    if others:
+    held = {path.name for path in pictures.iterdir() if path.name[0] != "."} if pictures.is_dir() else set()
+    if others := held - _named_in(file):
         raise FileExistsError(
-            f"output {pictures} holds {min(others)}, which is no picture of samples, so it is not overwritten: name "
-            "another output"
+            f"output {pictures} holds {min(others)}, which {file} does not name, so the folder is not overwritten: "
+            "take it out, or name another output"
         )
     kept, left_out = training_samples(keep_set)
     if is_folder and output.parent.is_dir():

@@ -24,13 +24,13 @@ class Act:
     """What acts around a step.
 
     Attributes:
-        wanted: whether there is anything to act on, in any optimizer.
+        wanted: takes an optimizer: whether there is anything to do at its step.
         before: takes the optimizer, id(parameter) -> its group for whatever has a gradient, and the factor that a
             GradScaler has left in the gradients, or None.
         after: takes the optimizer, the same groups, and what is 0 where the update was skipped, else 1.
     """
 
-    wanted: Callable[[], bool]
+    wanted: Callable[[torch.optim.Optimizer], bool]
     before: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | None], None]
     after: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | int], None]
 
@@ -43,8 +43,8 @@ def act_in_steps(name: str, act: Act) -> None:
     _ACTS[name] = act
 
 
-def _wanted() -> list[Act]:
-    return [_ACTS[name] for name in ORDER if name in _ACTS and _ACTS[name].wanted()]
+def _wanted(optimizer: torch.optim.Optimizer) -> list[Act]:
+    return [_ACTS[name] for name in ORDER if name in _ACTS and _ACTS[name].wanted(optimizer)]
 
 
 def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
@@ -74,7 +74,7 @@ def _enclosing_steps() -> list[torch.optim.Optimizer]:
 # A compiled `step()` would trace all that acts into graphs of its own, in a minute and more: it is called instead.
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    acts = _wanted()
+    acts = _wanted(optimizer)
     if not acts:
         return None
     enclosing = _enclosing_steps()
@@ -103,7 +103,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    acts = _wanted()
+    acts = _wanted(optimizer)
     if not acts:
         return
     groups = _trained_by(optimizer, _enclosing_steps())

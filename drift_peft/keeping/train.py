@@ -11,7 +11,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ..arguments import check_type, check_whole, is_number, plain
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
-from .kept import Keeping, keepings_of
+from .kept import Keeping, end_keeping, keepings_of
 from .trainer import KeepCallback, add_to_trainers
 
 
@@ -67,8 +67,7 @@ def keep(
     check_whole(0, seed=seed)
     kept = _unwrapped(model)
     if keep_set is None or weight == 0:
-        for keeping in keepings_of(kept):
-            keeping.release()
+        end_keeping(kept)
         return model
     if processor is None:
         raise ValueError("keep() needs the model's processor, which turns questions and images into its inputs")

@@ -81,7 +81,8 @@ def gate_prior(
         gradient_checkpointing: less memory, a third more time.
         seed: of the order of the answers.
         processor: of the VLM, if not the one that lies with it; or settings of that one.
-        overwrite: replace an existing output; its answers are kept.
+        overwrite: replace an existing output, and what an interrupted run of other settings has left; answers that are
+            complete are kept.
         progress: show progress bars on stderr.
 
     Raises:
@@ -120,7 +121,7 @@ def gate_prior(
     if objective == "expert":
         file = output.with_suffix(".answers.safetensors") if answers is None else Path(answers)
         said = make_answer_set(
-            expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress=progress
+            expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress, overwrite
         )
     origin: dict[str, Any] = {"objective": objective}
     if said is None:

@@ -64,10 +64,11 @@ def steer(
             f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
             f"{lower[0]}: these are steered by all that it holds."
         )
-    earlier = [(layer, adapter) for _, layer, adapter in layers] + [(t.module, t.attribute) for t in trained]
-    for module, key in earlier:  # whatever steered these before, also what the settings leave out now
-        if key in vars(module).get("drift_peft", {}):
-            module.drift_peft[key].release()
+    # Whatever steered these before goes, also what the settings leave out now; but not another adapter's guidance.
+    mine = {"", adapter_name, *(adapter for *_, adapter in layers)}
+    for module in [*(layer for _, layer, _ in layers), *(t.module for t in trained)]:
+        for earlier in [s for s in vars(module).get("drift_peft", {}).values() if s.adapter in mine]:
+            earlier.release()
     for s in [*adapters, *tensors]:
         s.register()
     add_to_trainers(DriftCallback)

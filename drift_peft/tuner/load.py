@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..warn import warn
 from .config import DriftConfig
+from .settings import DriftSettings, listed_modules
 
 
 def _noticing(load_adapter: Callable) -> Callable:
@@ -23,7 +23,7 @@ def _noticing(load_adapter: Callable) -> Callable:
         result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         config = model.peft_config[adapter_name]
         if isinstance(config, DriftConfig):
-            if vars(config).pop("read_from", None) != os.fspath(model_id) and (stored := _settings(model_id, kwargs)):
+            if vars(config).pop("read_from", None) != _place(model_id) and (stored := _settings(model_id, kwargs)):
                 config.drift_steps = stored.get("drift_steps", 0)
                 if is_trainable:
                     _warn_of_other_settings(config, stored, model_id)
@@ -65,17 +65,34 @@ def _warn_of_plain_training(source: str, kwargs: dict) -> None:
 
 def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> None:
     """As Trainer compares the arguments of a checkpoint with its own."""
+    earlier = DriftSettings(**{name: stored[name] for name in stored.keys() & DriftSettings.__dataclass_fields__})
     names = [name for name in stored if name.startswith("drift_") and name != "drift_steps"]
-    now = json.loads(json.dumps({name: getattr(config, name) for name in names}))  # lists for tuples
-    changed = [name for name in names if stored[name] != now[name]]
-    told = [f"{name}={stored[name]!r}, which is {now[name]!r} now" for name in changed]
-    if stored.get("prior_sha256") != config.prior_sha256:
-        told = [f"another prior than '{config.prior}'", *told]
+    changed = [name for name in names if _meant(earlier, name) != _meant(config, name)]
+    told = [f"{name}={stored[name]!r}, which is {getattr(config, name)!r} now" for name in changed]
+    if earlier.prior_sha256 != config.prior_sha256:
+        told = [f"another prior than '{config.prior}'" if config.prior else "a prior, and has none now", *told]
     if told:
         warn(
             f"The adapter in '{source}' was trained with {', and with '.join(told)}: unless that is meant, wrap the "
             "model as it was."
         )
+
+
+def _meant(config: DriftSettings, name: str) -> Any:
+    """A setting in one of several forms that mean the same."""
+    if name == "drift_sketch" and config.drift_norm != "weight":
+        return None
+    if name == "drift_spectrum":
+        return config.spectrum_power
+    value = getattr(config, name)
+    if name == "drift_modules":
+        return None if value is None else sorted(listed_modules(value))
+    return value
+
+
+def _place(source: str) -> str:
+    """A folder by its whole path."""
+    return os.path.realpath(os.fspath(source))
 
 
 def _warn_of_ended_schedule(config: DriftConfig) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from peft import PeftModel, mixed_model, peft_model
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_a
 from .names import prior_names
 from .saved import check_saved, tensors_to_train
 from .settings import check_patterns_used, refuse_unmeasured
-from .steered import SteeredAdapter, lora_layers, steered_of, trainable_tensors
+from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 # Of these, PEFT adds the heads to the list in the user's config, and only after it has made the LoRA layers.
@@ -86,16 +86,18 @@ class DriftModel(LoraModel):
         other = _target_parameters(model, config)
         parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
         canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
-        embeddings = [f"{name}.weight" for name in intended if isinstance(model.get_submodule(name), nn.Embedding)]
-        for name in (canonical(name) or name for name in embeddings + other):
-            if prior is None or name in prior:
-                refuse_unmeasured(config, name)
         if prior is not None:
             targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}
             check_fit(model, prior, config, targets, trained)
         else:
             config.merged = read_merge(getattr(model, "config", None))
             check_patterns_used(config, [canonical(name) or name for name in parameters] + trained)
+        modules = {name: model.get_submodule(name) for name in sorted(intended)}
+        modules = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in modules.items()}
+        embeddings = [f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        for name in (canonical(name) or name for name in embeddings + other):
+            if (prior is None or name in prior) and not config.absorbed(name):
+                refuse_unmeasured(config, name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NotImplementedError as error:  # PEFT asks where the embedding is, to see what is tied
@@ -162,20 +164,18 @@ def _grown(inject_adapter):
             self.__class__ = DriftModel  # which has no state of its own
             return self.inject_adapter(model, adapter_name, *args, **kwargs)
         inject_adapter(self, model, adapter_name, *args, **kwargs)
-        _release_frozen(model, adapter_name, self.peft_config[adapter_name])
+        _warn_of_frozen(model, adapter_name, self.peft_config[adapter_name])
 
     return wrapper
 
 
-def _release_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+def _warn_of_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     """What guide() steers of a model without adapters is trained no more once PEFT has frozen it."""
-    frozen = [s for s in steered_of(model) if not s.adapter and not s.parameter(s.factors[0]).requires_grad]
-    for steered in frozen:
-        steered.release()
+    frozen = [s for s in all_steered(model) if not s.adapter and not s.parameter(s.factors[0]).requires_grad]
     if frozen and not isinstance(config, DriftConfig) and not config.inference_mode:
         warn(
-            f"guide() steered this model's own weights, which PEFT has frozen now, and the adapter '{adapter_name}' is "
-            "not steered: call guide(model, prior) after get_peft_model."
+            f"guide() steered {len(frozen)} of this model's own weights, which PEFT has frozen now, and the adapter "
+            f"'{adapter_name}' is not steered: call guide(model, prior) after get_peft_model."
         )
 
 

@@ -205,7 +205,7 @@ def drift_alpha_of(config: DriftSettings, name: str) -> float:
 
 def is_guided(config: DriftSettings, name: str) -> bool:
     """Does `drift_modules` select this canonical weight name?"""
-    return config.drift_modules is None or any(_selects(key, name) for key in _listed(config.drift_modules))
+    return config.drift_modules is None or any(_selects(key, name) for key in listed_modules(config.drift_modules))
 
 
 def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
@@ -215,7 +215,7 @@ def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
         ValueError: a pattern of drift_alpha_pattern, or a part of drift_modules, matches none of these names.
     """
     names = list(names)
-    for key in _listed(config.drift_modules):
+    for key in listed_modules(config.drift_modules):
         if not any(_selects(key, name) for name in names):
             raise ValueError(
                 f"drift_modules names {key!r}, but nothing that would be steered matches it: there is "
@@ -225,7 +225,10 @@ def check_patterns_used(config: DriftSettings, names: Iterable[str]) -> None:
     for key in config.drift_alpha_pattern:
         if not any(_matches(key, name) for name in guided):
             named = f"its names are like {guided[0]}" if guided else "nothing is steered at all"
-            raise ValueError(f"drift_alpha_pattern names {key!r}, but nothing that is steered matches it: {named}.")
+            raise ValueError(
+                f"drift_alpha_pattern names {key!r}, but nothing that is steered matches it: {named}; take it out, or "
+                "add it to drift_modules."
+            )
 
 
 def refuse_unmeasured(config: DriftSettings, name: str) -> None:
@@ -237,7 +240,7 @@ def refuse_unmeasured(config: DriftSettings, name: str) -> None:
         )
 
 
-def _listed(modules: str | list[str] | None) -> list[str]:
+def listed_modules(modules: str | list[str] | None) -> list[str]:
     return [modules] if isinstance(modules, str) else modules or []
 
 

@@ -81,7 +81,7 @@ class Steered:
 
     @property
     def key(self) -> str:
-        """What stands for these parameters in `module.drift`."""
+        """What stands for these parameters in `module.drift_peft`."""
         return self.adapter
 
     @property
@@ -288,13 +288,18 @@ class Stack:
 # What there is to steer in a model
 
 
-def steered_of(model: nn.Module) -> list[Steered]:
-    """Everything of a model that is steered, in module order; of adapters the active ones."""
+def all_steered(model: nn.Module) -> list[Steered]:
+    """Everything of a model that is steered, in module order, whether it is active or not."""
     # vars: PEFT's wrapper of a module to save passes on its copy's attributes, and that copy comes by itself.
-    found = [s for module in model.modules() for s in vars(module).get("drift_peft", {}).values() if s.present]
+    return [s for module in model.modules() for s in vars(module).get("drift_peft", {}).values() if s.present]
+
+
+def steered_of(model: nn.Module) -> list[Steered]:
+    """The same of the active adapters; and of the model's own weights where PEFT has not frozen them."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     idle = {adapter for layer in layers for adapter in layer.r if adapter not in layer.active_adapters}
-    return [s for s in found if s.adapter not in idle]
+    found = [s for s in all_steered(model) if s.adapter not in idle]
+    return [s for s in found if s.adapter or not layers or s.parameter(s.factors[0]).requires_grad]
 
 
 def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..keeping import Act, Known, act_in_steps, is_kept, warn_of_lost_keeping
+from ..keeping import Act, Known, act_in_steps, is_kept
 from . import deepspeed
 from .batches import TORCH, bias_gradients, pull_parameters
 from .plan import Plan
@@ -28,8 +28,6 @@ def _plan(optimizer: Any, groups: dict[int, dict], parameters: Sequence[Tensor],
     """What is guided of these groups, as it was found before if that still holds; `parameters` are all of the
     optimizer's, with a gradient or without."""
     plan = _PLANS.get(optimizer)
-    if plan is None:
-        warn_of_lost_keeping(groups)
     if plan is None or not plan.holds(groups.keys()):
         known = plan.known if plan is not None and plan.known.are_of(parameters) else Known(STEERED, parameters)
         plan = _PLANS[optimizer] = Plan(groups, known, storage)
@@ -111,5 +109,5 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     return result
 
 
-act_in_steps("guide", Act(lambda: bool(STEERED), _before_step, _after_step))
+act_in_steps("guide", Act(lambda _: bool(STEERED), _before_step, _after_step))
 deepspeed.install(_engine_step)

@@ -14,7 +14,7 @@ from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
 from .sharding import values
-from .steered import Stack, Steered, SteeredAdapter, lora_layers, steered_of
+from .steered import Stack, Steered, SteeredAdapter, all_steered, lora_layers, steered_of
 
 
 @typed
@@ -63,7 +63,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
     if kept and not found:
         return kept
     if not found:
-        idle = {s.adapter for module in model.modules() for s in vars(module).get("drift_peft", {}).values()}
+        idle = {s.adapter for s in all_steered(model) if s.adapter}
         if idle and prior is None:
             name = min(idle)
             raise ValueError(f"No active adapter is steered, but '{name}' is: call model.set_adapter('{name}') first.")

@@ -10,7 +10,7 @@ from pairs import drift, load, train, wrap
 from peft import LoraConfig, get_peft_model
 
 from drift_peft import ReasoningPrior, guide
-from drift_peft.tuner.steered import steered_of
+from drift_peft.tuner.steered import all_steered, steered_of
 
 
 def test_guide_equals_drift_config(pairs):
@@ -59,6 +59,19 @@ def test_guide_again_steers_no_more_what_the_new_settings_leave_out(pairs):
     assert {s.alpha for s in steered_of(model)} == {0.1} and not any("down_proj" in s.name for s in steered_of(model))
 
 
+def test_guide_of_one_adapter_leaves_another_ones_alone(pairs):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj"]))
+    own = next(module for name, module in model.named_modules() if name.endswith("up_proj"))
+    own.weight.requires_grad_(True)
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    guide(model, prior, "default")
+    guide(model, prior, "b", drift_modules=["attn"])
+    assert {s.adapter for s in all_steered(model)} == {"default", "b"}
+    assert [s.adapter for s in all_steered(model) if "up_proj" in s.name] == ["default"]
+
+
 def test_what_guide_refuses_leaves_the_earlier_settings(pairs):
     folder = pairs("llama")
     config = LoraConfig(r=4, target_modules=["down_proj"], target_parameters=["self_attn.q_proj.weight"])
@@ -77,10 +90,11 @@ def test_guide_before_the_model_is_wrapped(pairs):
     folder = pairs("llama")
     model = guide(load(folder, "llama"), folder / "prior.safetensors")
     with pytest.warns(
-        UserWarning, match=r"the adapter 'default' is not steered: call guide\(model, prior\) after get_"
+        UserWarning, match=r"steered 14 of .* adapter 'default' is not steered: call guide\(model, prior\)"
     ):
         plain = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     assert steered_of(plain) == []
+    assert len(steered_of(plain.unload().requires_grad_(True))) == 14  # as before, once the adapter is gone
     model = guide(load(folder, "llama"), folder / "prior.safetensors")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is not steered")

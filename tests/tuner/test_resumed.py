@@ -6,7 +6,7 @@ import pytest
 import torch
 from keep_sets import make, save_folder
 from pairs import IDS, drift, load
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from drift_peft import DriftConfig, build_prior, keep, telemetry
@@ -59,17 +59,50 @@ def test_the_checkpoints_own_settings(pairs, checkpoint, tmp_path):
     assert telemetry(model)["guided_steps"] == 4
 
 
-def test_a_keep_set_that_is_not_given_again(tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "now"),
+    [
+        ({"drift_spectrum": "flat"}, {"drift_spectrum": 0.0}),
+        ({"drift_modules": ["attn", "mlp"]}, {"drift_modules": ["mlp", "attn"]}),
+        ({"drift_modules": ["attn"]}, {"drift_modules": "attn"}),
+        ({"drift_sketch": 64}, {"drift_sketch": 32}),  # of drift_norm="weight" alone
+    ],
+)
+def test_settings_that_mean_the_same(pairs, tmp_path, stored, now):
+    folder = pairs("llama")
+    get_peft_model(load(folder, "llama"), drift(folder, **stored)).save_pretrained(tmp_path)
+    model = get_peft_model(load(folder, "llama"), drift(folder, **now))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was trained with")
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+def test_a_change_by_name_is_meant(pairs, tmp_path, monkeypatch):
+    """Wherever the same folder is named from."""
+    folder = pairs("llama")
+    get_peft_model(load(folder, "llama"), drift(folder)).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    config = DriftConfig.from_pretrained("adapter", drift_alpha=0.2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was trained with")
+        PeftModel.from_pretrained(load(folder, "llama"), "./adapter", config=config, is_trainable=True)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_keep_set_that_is_not_given_again(tmp_path, guided):
     folder = save_folder(tmp_path, "qwen2_5_vl")
     make(folder)
 
     def model(kept):
         torch.manual_seed(0)
         base = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
-        settings = {"drift_scale": "decoupled", "drift_target": "base", "target_modules": ["q_proj"]}
-        steered = get_peft_model(base, DriftConfig(r=2, **settings))
-        keep_set = folder / "keep.safetensors" if kept else None
-        return keep(steered, keep_set, AutoProcessor.from_pretrained(folder / "base"))
+        settings = {"drift_scale": "decoupled", "drift_target": "base"} if guided else {}
+        config = (DriftConfig if guided else LoraConfig)(r=2, target_modules=["q_proj"], **settings)
+        adapted = get_peft_model(base, config)
+            base, (DriftConfig if guided else LoraConfig)(r=2, target_modules=["q_proj"], **settings)
+        )
+        processor = AutoProcessor.from_pretrained(folder / "base")
+        return keep(adapted, folder / "keep.safetensors", processor) if kept else adapted
 
     def optimizer(model, state=None):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -98,3 +131,11 @@ def test_a_keep_set_that_is_not_given_again(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*nothing keeps its model")
         step(lost, resumed)  # said once
+        ended = keep(model(False), None)  # as the user says
+        step(ended, optimizer(ended, state))
+    late = model(False)
+    stepped = optimizer(late)
+    step(late, stepped)  # as where a distributed checkpoint is loaded
+    stepped.load_state_dict(state)
+    with pytest.warns(UserWarning, match="now nothing keeps its model"):
+        step(late, stepped)

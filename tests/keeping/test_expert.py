@@ -1,5 +1,7 @@
 """An expert's own answers in text, in the VLM's tokens: against its own logits, across tokenizers, and interrupted."""
 
+import shutil
+
 import experts
 import pytest
 import torch
@@ -177,6 +179,9 @@ def test_goes_on_with_what_is_missing_and_is_taken_again(folder, tmp_path, monke
     assert "keeps the 2 batches that are done" in caught.value.__notes__[0] and not output.exists()
     with pytest.raises(FileExistsError, match="an interrupted build that differs in k "):
         make(folder, output, top_k=4)
+    shutil.copytree(tmp_path / "a.safetensors.partial", tmp_path / "b.safetensors.partial")
+    assert make(folder, tmp_path / "b.safetensors", top_k=4, afresh=True).metadata["k"] == 4
+    (tmp_path / "b.safetensors").unlink()
     asked, answer = [], Expert.answer
     monkeypatch.setattr(Expert, "answer", lambda *args: asked.append(len(args[1])) or answer(*args))
     assert make(folder, output).path.read_bytes() == (folder / "answers.safetensors").read_bytes()

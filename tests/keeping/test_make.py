@@ -15,6 +15,7 @@ from PIL import Image
 
 import drift_peft.demo
 from drift_peft import KeepSet, make_keep_set
+from drift_peft.keeping.pictures import read_pictures
 from drift_peft.keeping.questions import BUILT_IN, read_questions
 
 
@@ -359,6 +360,8 @@ def test_images_that_are_refused(folder, pictures, tmp_path):
     )
     refused(tmp_path / "gone", r"gone, which is no file or folder here, cannot be read as a data set")
     refused([], "there are no images in what was given")
+    numbered = type("Numbered", (), {"__getitem__": lambda self, i: [str(pictures[0])][i]})()  # as a data set of torch
+    assert len(read_pictures(numbered, 5, 0)) == 1
     for wrong in (5, None, Image.new("RGB", (8, 8)), b"PNG", {"train": [str(pictures[0])]}):
         kind = type(wrong).__name__
         refused(wrong, rf"^images must be a folder, a data set \(one split of it\) or a list of images, got {kind}$")

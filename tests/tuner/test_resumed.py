@@ -99,8 +99,6 @@ def test_a_keep_set_that_is_not_given_again(tmp_path, guided):
         settings = {"drift_scale": "decoupled", "drift_target": "base"} if guided else {}
         config = (DriftConfig if guided else LoraConfig)(r=2, target_modules=["q_proj"], **settings)
         adapted = get_peft_model(base, config)
-            base, (DriftConfig if guided else LoraConfig)(r=2, target_modules=["q_proj"], **settings)
-        )
         processor = AutoProcessor.from_pretrained(folder / "base")
         return keep(adapted, folder / "keep.safetensors", processor) if kept else adapted
 

@@ -127,8 +127,9 @@ def test_a_shard_that_does_not_come(hub, llm, tmp_path, monkeypatch, spoil, mess
     monkeypatch.undo()
 
 
-def test_a_hub_in_trouble_is_one_without_a_network(hub, llm, tmp_path):
+def test_a_hub_in_trouble_is_one_without_a_network(hub, llm, tmp_path, monkeypatch):
     """What is in the cache serves; but a repository that refuses is not one that is not there."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own trials
     hub.add("org/model", llm)
     opened = Checkpoint("org/model")
     opened.tensor(Q)

@@ -92,9 +92,7 @@ class DriftModel(LoraModel):
         else:
             config.merged = read_merge(getattr(model, "config", None))
             check_patterns_used(config, [canonical(name) or name for name in parameters] + trained)
-        modules = {name: model.get_submodule(name) for name in sorted(intended)}
-        modules = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in modules.items()}
-        embeddings = [f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Embedding)]
+        embeddings = [f"{name}.weight" for name in sorted(intended) if _is_embedding(model.get_submodule(name))]
         for name in (canonical(name) or name for name in embeddings + other):
             if (prior is None or name in prior) and not config.absorbed(name):
                 refuse_unmeasured(config, name)
@@ -260,6 +258,10 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
     _maybe_include_all_linear_layers(config, model)
     refuse_other_targets(model, asked, intended, targeted_modules(model, config))
     return intended
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Embedding)
 
 
 def _target_parameters(model: nn.Module, config: DriftConfig) -> list[str]:

@@ -261,15 +261,14 @@ def _check_spectrum(spectrum: Any) -> None:
 
 
 def _check_patterns(config: DriftSettings) -> None:
-    modules = config.drift_modules
-    listed = [modules] if isinstance(modules, str) else modules
-    if listed is not None and not (is_of(listed, Sequence[str]) and listed and all(listed)):
+    modules, listed = config.drift_modules, listed_modules(config.drift_modules)
+    if modules is not None and not (is_of(listed, Sequence[str]) and listed and all(listed)):
         raise ValueError(
             f"drift_modules must be None, or name presets ({', '.join(PRESETS)}) or regular expressions, got "
             f"{modules!r}."
         )
     check_type("drift_alpha_pattern", config.drift_alpha_pattern, dict[str, Any])
-    for name, keys in (("drift_modules", listed or []), ("drift_alpha_pattern", config.drift_alpha_pattern)):
+    for name, keys in (("drift_modules", listed), ("drift_alpha_pattern", config.drift_alpha_pattern)):
         for key in keys:
             try:
                 pattern_matches(key, "")

@@ -141,7 +141,7 @@ def gate_prior(
             f"the model is {merged.words}, and gates weigh what is added to a VLM without any of it: give "
             f"{merged.base['id']} (--base)"
         )
-    gates = {name: Gate(prior[name], modules[name].weight.device, model.dtype) for name in prior}
+    gates = {name: Gate(prior[name], next(modules[name].parameters()).device, model.dtype) for name in prior}
     train = train_gates(model, [*gates.values()], kept, answered, keep_weight, alpha, steps, rate, max_tokens)
     try:
         with frozen(model, gradient_checkpointing), gated(modules, gates):

@@ -25,7 +25,14 @@ from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
+from .fit import (
+    adapted_modules,
+    check_fit,
+    refuse_other_targets,
+    refuse_tied_adapters,
+    targeted_modules,
+    warn_of_unused,
+)
 from .names import prior_names
 from .saved import check_saved, tensors_to_train
 from .settings import check_patterns_used, refuse_unmeasured
@@ -244,6 +251,7 @@ PeftModel.print_trainable_parameters = _with_steering(PeftModel.print_trainable_
 
 def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior | None) -> set[str]:
     """Put into the config what PEFT takes for the modules that are meant, and return their names."""
+    layers = config.layers_to_transform
     if config.target_modules is None:
         canonical = prior_names(model)
         others = {canonical(name) for name in _target_parameters(model, config)}
@@ -257,6 +265,7 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
     convert_peft_config_for_transformers(config, model, None)  # as PEFT does next
     _maybe_include_all_linear_layers(config, model)
     refuse_other_targets(model, asked, intended, targeted_modules(model, config))
+    warn_of_unused(config.target_modules, layers, intended)
     return intended
 
 

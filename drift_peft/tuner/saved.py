@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -42,9 +43,16 @@ def check_saved(model: nn.Module, config: LoraConfig, adapted: Iterable[str]) ->
         adapted: names of the modules that LoRA will adapt.
 
     Raises:
-        ValueError: they are quantized, or overlap with each other or with what LoRA adapts.
+        ValueError: no module has such a name; they are quantized, or overlap with each other or with what LoRA adapts.
     """
     copied = saved_modules(model, config)
+    of_peft = SEQ_CLS_HEAD_NAMES if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()  # a model has one of them
+    for end in set(config.modules_to_save or ()).difference(of_peft):
+        if not any(name.endswith(end) for name in copied):
+            raise ValueError(
+                f"modules_to_save names {end!r}, and no module of this {type(model).__name__} is called so: leave it "
+                "out, or give a name of model.named_modules()."
+            )
     refuse_nested_copies(model, copied, adapted)
     for name in copied:
         for path, parameter in model.get_submodule(name).named_parameters(name):

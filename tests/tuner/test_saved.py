@@ -311,6 +311,14 @@ def test_targets_that_are_all_in_modules_to_save_are_refused(pairs):
     assert untouched(model)
 
 
+def test_names_of_no_module_to_save_are_refused(pairs):
+    folder = pairs("llama")
+    model = load(folder, "llama")
+    with pytest.raises(ValueError, match="modules_to_save names 'projector', and no module of this LlamaForCausalLM"):
+        get_peft_model(model, drift(folder, target_modules=["q_proj"], modules_to_save=["lm_head", "projector"]))
+    assert untouched(model)
+
+
 @pytest.mark.parametrize("saved", ["up_proj", "mlp", "layers.1"])
 def test_modules_to_save_in_4_bits_are_refused(pairs, saved):
     folder = pairs("llama")

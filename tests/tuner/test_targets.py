@@ -159,6 +159,19 @@ def test_the_layers_that_are_asked_for_are_loaded_again(pair, tmp_path):
     assert len(adapted_modules(again.get_base_model(), ["default"])) == 7
 
 
+UNUSED = {
+    "target_modules names k_porj too, and": {"target_modules": ["q_proj", "k_porj"]},
+    "layers_to_transform names 7, 8 too, and": {"target_modules": ["q_proj"], "layers_to_transform": [0, 7, 8]},
+    "layers_to_transform names 9 too": {"layers_to_transform": [1, 9], "layers_pattern": "layers"},
+}
+
+
+@pytest.mark.parametrize(("message", "settings"), UNUSED.items(), ids=UNUSED)
+def test_what_is_named_and_adapts_nothing_is_told(pair, message, settings):
+    with pytest.warns(UserWarning, match=message):
+        get_peft_model(copy.deepcopy(pair.base), drift(pair, **settings))
+
+
 # Held at the base: everything that is adapted
 
 
@@ -203,6 +216,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error:target_modules names")
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_held_at_the_base_is_all_that_is_adapted(name):
     make, targets = MODELS[name]

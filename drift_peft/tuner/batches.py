@@ -90,7 +90,7 @@ def groups_of(steered: Iterable[Steered], parameters: Container[int], storage: S
         groups.setdefault(key, []).append(s)
     found = []
     for (trained, *_), members in groups.items():
-        size = members[0].batch_size(members)
+        size = members[0].batch_size()
         found += [Group(members[i : i + size], trained, storage) for i in range(0, len(members), size)]
     return found
 

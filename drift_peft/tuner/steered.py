@@ -104,6 +104,10 @@ class Steered:
         """What decides about its batch, beside its parameters."""
         return (self.alpha,)
 
+    def batch_size(self) -> int:
+        """How many of its shape go through one call at most."""
+        return max(1, BATCH_ELEMENTS // shape(self.parameter(self.factors[-1])).numel())
+
 
 class SteeredAdapter(Steered):
     """One adapter of one LoRA layer: W + s·B·A with A [r, in], B [out, r].
@@ -184,10 +188,6 @@ class SteeredAdapter(Steered):
         others = tuple(layout(lora_factor(self.module, factor, a)) for a in self.others for factor in "AB")
         return layout(A), layout(B), others
 
-    @staticmethod
-    def batch_size(members: list[Steered]) -> int:
-        return max(1, BATCH_ELEMENTS // shape(members[0].parameter("B")).numel())
-
 
 class SteeredTensor(Steered):
     """One tensor that is trained itself: a bias, a norm, a head saved with the adapter, or a fully trained weight."""
@@ -227,10 +227,6 @@ class SteeredTensor(Steered):
 
     def batch_key(self) -> tuple:
         return (layout(self.parameter("W")),)
-
-    @staticmethod
-    def batch_size(members: list[Steered]) -> int:
-        return max(1, BATCH_ELEMENTS // shape(members[0].parameter("W")).numel())
 
 
 class Stack:

@@ -23,7 +23,8 @@ def _noticing(load_adapter: Callable) -> Callable:
         result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         config = model.peft_config[adapter_name]
         if isinstance(config, DriftConfig):
-            if vars(config).pop("read_from", None) != _place(model_id) and (stored := _settings(model_id, kwargs)):
+            known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
+            if not known and (stored := _settings(model_id, kwargs)):
                 config.drift_steps = stored.get("drift_steps", 0)
                 if is_trainable:
                     _warn_of_other_settings(config, stored, model_id)
@@ -88,11 +89,6 @@ def _meant(config: DriftSettings, name: str) -> Any:
     if name == "drift_modules":
         return None if value is None else sorted(listed_modules(value))
     return value
-
-
-def _place(source: str) -> str:
-    """A folder by its whole path."""
-    return os.path.realpath(os.fspath(source))
 
 
 def _warn_of_ended_schedule(config: DriftConfig) -> None:

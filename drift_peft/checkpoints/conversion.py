@@ -7,7 +7,6 @@ and undone for those that are written back.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -118,4 +117,4 @@ def _natural(key: str) -> list:
 
 def _without(model: PreTrainedModel, name: str) -> str:
     """A name without the prefix of the base model, which a file may have or not."""
-    return re.sub(rf"^{re.escape(model.base_model_prefix)}\.", "", name)
+    return name.removeprefix(f"{model.base_model_prefix}.")

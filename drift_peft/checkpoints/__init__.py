@@ -65,7 +65,6 @@ from .naming import (
     unwrapped,
 )
 from .output import (
-    UNFINISHED,
     claimed_output,
     finish,
     finished,
@@ -76,6 +75,7 @@ from .output import (
     refuse_other,
     resumable_folder,
     write_tensors,
+    write_text,
 )
 from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
@@ -111,7 +111,6 @@ __all__ = [
     "PROJECTIONS",
     "TASK",
     "TOKENIZER",
-    "UNFINISHED",
     "UNTRAINED",
     "Checkpoint",
     "Decoder",
@@ -188,4 +187,5 @@ __all__ = [
     "watched_adapter",
     "write_model",
     "write_tensors",
+    "write_text",
 ]

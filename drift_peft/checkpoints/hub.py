@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from ..warn import first_line, warn
+from .output import write_text
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -132,9 +133,7 @@ class Repository:
 
     def _note(self, brought: set[str]) -> None:
         if self._record is not None and self._record.parent.is_dir():
-            partial = self._record.with_name(self._record.name + ".tmp")
-            partial.write_text(json.dumps(sorted(brought)), encoding="utf-8")
-            os.replace(partial, self._record)
+            write_text(self._record, json.dumps(sorted(brought)))
         self._brought = brought
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, NonNegativeInt
 
-from ..checkpoints import UNFINISHED, Origin, Schema, check, layer_order, module_kind
+from ..checkpoints import Origin, Schema, check, layer_order, module_kind, write_text
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"
@@ -130,9 +129,7 @@ def read_merge(config: Any) -> MergedDelta | None:
 
 
 def _write_config(folder: Path, config: dict) -> None:
-    unfinished = folder / f"config.json{UNFINISHED}"
-    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / "config.json")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _named(origin: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
 from ..arguments import is_number, is_whole, nearest, plain
-from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json
+from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json, write_text
 from .card import update_card
 from .described import documented, own_fields
 from .settings import DriftSettings, check_settings
@@ -147,10 +147,7 @@ class DriftConfig(DriftSettings, LoraConfig):
         """
         self.to_lora().save_pretrained(save_directory, **kwargs)
         own = {name: value for name, value in self.to_dict().items() if name in _stored_fields()}
-        path = Path(save_directory, DRIFT_CONFIG)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(save_directory, DRIFT_CONFIG), json.dumps(own, indent=2, sort_keys=True) + "\n")
         update_card(Path(save_directory), self)
 
     @classmethod

@@ -61,6 +61,7 @@ from .naming import (
     layer_order,
     module_kind,
     pattern_matches,
+    sampled,
     says_tied,
     unwrapped,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",
+    "sampled",
     "says_tied",
     "scale_adapter",
     "shown",

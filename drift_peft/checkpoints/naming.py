@@ -7,8 +7,9 @@ name is first reduced to what the text LLM itself would call it: `layers.N.REST`
 without a model, and files that no version of transformers reads.
 """
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import regex
 
@@ -107,6 +108,11 @@ def layer_order(canonical: str) -> list[str | int]:
     """Key that sorts canonical names by layer, 2 before 10; of `layers.N.REST`, its second entry is N."""
     first, *rest = canonical.split(".")
     return [first, int(rest[0]), *rest[1:]] if first == "layers" else [first, *rest]
+
+
+def sampled(names: Iterable[str], most: int) -> list[str]:
+    """At most so many of these names, spread over all of them: their hashes alone decide which."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:most]
 
 
 def cross_attention_layers(config) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..checkpoints import (
     named,
     recorded_base,
     repository_of,
+    sampled,
 )
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
@@ -131,9 +131,9 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     if other is None:
         alike = _called(origin) == _called(checkpoint.origin)
         return None if alike else "is called otherwise", False
-    names = {raw: name for name, raw in checkpoint.in_memory.items() if raw in updates}
-    for raw, name in sorted(names.items(), key=lambda pair: hashlib.sha256(pair[1].encode()).digest())[:SAMPLED]:
-        key = other.in_memory.get(name)
+    ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates}
+    for name in sampled(ours, SAMPLED):
+        raw, key = ours[name], other.in_memory.get(name)
         if key is None or not _same(checkpoint.tensor(raw), other.tensor(key)):
             return f"has another {raw}", True
     return None, True

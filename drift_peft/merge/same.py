@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, sampled
 from ..prior import HOW_KEY, MergedDelta, read_merge
 
 SAMPLED = 3  # of the weights that are merged again, and of those that stay as they are
@@ -50,7 +49,7 @@ def difference(
             return f"was merged with {key}={was}, not {wanted}"
     made = [checkpoint.layout.conversions[name].sources for name in names if name not in checkpoint.keys]
     kept = {*checkpoint.keys} - {*names}.union(*made)
-    for raw in [*_sample(names), *_sample(kept)]:
+    for raw in [*sampled(names, SAMPLED), *sampled(kept, SAMPLED)]:
         W = checkpoint.tensor(raw)
         wanted = W if raw in kept else torch.cat([block.to(W.dtype) for block in blocks(raw, W)])
         there = raw in merged.keys or raw in merged.layout.conversions
@@ -60,10 +59,6 @@ def difference(
         if not held or (merged.tensor(raw).float() - wanted.float()).norm() > allowed:
             return f"holds another {raw} than this merge"
     return None
-
-
-def _sample(keys: Iterable[str]) -> list[str]:
-    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:SAMPLED]
 
 
 def _settings(claim: MergedDelta) -> tuple:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from ..checkpoints import (
     find_file,
     layer_order,
     partial_folder,
+    sampled,
     write_tensors,
 )
 from .header import Header
@@ -180,7 +180,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         stats = self.metadata["weights"]
         names = [name for name in self if stats[name].get("probe") or stats[name].get("fingerprint")]
         names = [name for name in names if name.startswith("layers.")] or names
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:PROBES]:
+        for name in sampled(names, PROBES):
             tensors, values = self.tensors(name), stats[name].get("probe") or stats[name]["fingerprint"]
             U, Vh = (tensors.get(f"probe_{factor}", tensors[factor]) for factor in ("U", "Vh"))
             yield name, U[:, : len(values)], Vh[: len(values)], torch.tensor(values, dtype=torch.float32)

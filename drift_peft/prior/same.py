@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from ..checkpoints import Checkpoint, Match
+from ..checkpoints import Checkpoint, Match, sampled
 from .delta import measure_delta
 from .file import MEASURED, PriorFile
 
@@ -31,8 +29,7 @@ def difference(prior: PriorFile, sources: dict[str, Checkpoint], match: Match, s
     held = {*prior, *header["not_steered"]}
     if held != match.keys.keys():
         return f"differs from this build in {min(held ^ match.keys.keys())}"
-    names = sorted(prior, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED]
-    for name in names:
+    for name in sampled(prior, SAMPLED):
         tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
         found = measure_delta(tensors, match.rows_of(name, tensors))
         had = header["weights"][name]

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
     from PIL.Image import Image
@@ -98,23 +99,19 @@ def opening(text: str) -> str:
 def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:
     """The prompts with their answers behind them, all ending in the same column, and [B, T] which of the last T columns
     hold an answer's tokens. T is the length of the longest answer."""
-    longest = max(map(len, answers))
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    rows = [_joined(row, kept, answer) for row, kept, answer in zip(ids, mask.bool(), answers, strict=True)]
-    width = max(map(len, rows))
-    whole = {"input_ids": torch.stack([_left(row, width, pad) for row in rows])}
-    whole["attention_mask"] = torch.stack([_left(torch.ones_like(row), width, 0) for row in rows])
+    kept = inputs["attention_mask"].bool()
+
+    def joined(values: Tensor, answers: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([row[held], answer.to(row)]) for row, held, answer in zip(values, kept, answers, strict=True)]
+
+    rows = joined(inputs["input_ids"], answers)
+    whole = {"input_ids": _padded(rows, pad), "attention_mask": _padded([torch.ones_like(row) for row in rows])}
     for name, value in inputs.items():
         if name.endswith("token_type_ids"):  # of each token, in which text has 0
-            kinds = [
-                _joined(row, kept, torch.zeros_like(answer))
-                for row, kept, answer in zip(value, mask.bool(), answers, strict=True)
-            ]
-            whole[name] = torch.stack([_left(row, width, 0) for row in kinds])
+            whole[name] = _padded(joined(value, [torch.zeros_like(answer) for answer in answers]))
         else:
             whole.setdefault(name, value)
-    said = torch.stack([_left(torch.ones_like(answer, dtype=torch.bool), longest, False) for answer in answers])
-    return whole, said
+    return whole, _padded([torch.ones_like(answer, dtype=torch.bool) for answer in answers])
 
 
 def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -142,10 +139,6 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> T
     return logits[:, -length - 1 : -1]  # some models know no logits_to_keep, and give all of them
 
 
-def _joined(prompt: Tensor, kept: Tensor, answer: Tensor) -> Tensor:
-    return torch.cat([prompt[kept], answer.to(prompt)])
-
-
-def _left(row: Tensor, width: int, value: int | bool) -> Tensor:
-    """Padded on the left."""
-    return torch.cat([row.new_full((width - len(row),), value), row])
+def _padded(rows: list[Tensor], value: int = 0) -> Tensor:
+    """[B, T] on the left."""
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")

@@ -75,6 +75,7 @@ from .output import (
     refuse_both,
     refuse_other,
     resumable_folder,
+    write_output,
     write_tensors,
     write_text,
 )
@@ -188,6 +189,7 @@ __all__ = [
     "warn_of_other_rotations",
     "watched_adapter",
     "write_model",
+    "write_output",
     "write_tensors",
     "write_text",
 ]

@@ -182,6 +182,16 @@ def finished(file: Path) -> Any:
         return None
 
 
+def write_output(output: Path, content: bytes, overwrite: bool) -> None:
+    """Write a file that is complete once it has its name. Raises what `partial_folder` raises."""
+    with partial_folder(output, overwrite) as folder:
+        try:
+            (folder / output.name).write_bytes(content)
+            os.replace(folder / output.name, output)
+        except OSError as error:
+            raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file under a temporary name, and rename it when it is complete."""
     unfinished = file.with_name(f"{file.name}{UNFINISHED}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints import claimed_output, partial_folder, shown
+from ..checkpoints import claimed_output, shown, write_output
 from .file import KeepSet
 from .summary import CAPTION, entropy, keep_rows, keep_summary
 
@@ -33,13 +32,8 @@ def write_page(keep_set: KeepSet, html: str | Path, overwrite: bool = False) -> 
     output = Path(html)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the page {html} needs a name that ends in .html")
-    with claimed_output(output, overwrite, example="keep.html"), partial_folder(output, overwrite) as folder:
-        content = render_page(keep_set).encode()
-        try:
-            (folder / output.name).write_bytes(content)
-            os.replace(folder / output.name, output)
-        except OSError as error:
-            raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+    with claimed_output(output, overwrite, example="keep.html"):
+        write_output(output, render_page(keep_set).encode(), overwrite)
 
 
 def render_page(keep_set: KeepSet) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 from html import escape
 from pathlib import Path
 
-from ...checkpoints import claimed_output, partial_folder
+from ...checkpoints import claimed_output, write_output
 from .plot import draw_prior
 from .tables import prior_notes, prior_title
 
@@ -54,12 +53,7 @@ def write_report(
         if html is not None:
             contents[Path(html)] = render_page(summary).encode()
         for output, content in contents.items():
-            with partial_folder(output, overwrite) as folder:
-                try:
-                    (folder / output.name).write_bytes(content)
-                    os.replace(folder / output.name, output)
-                except OSError as error:
-                    raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+            write_output(output, content, overwrite)
 
 
 def render_page(summary: dict) -> str:

@@ -92,6 +92,12 @@ def listed(problems: Sequence[str], most: int) -> str:
     return "; ".join([*problems[:most], *more])
 
 
+def shortened(names: Sequence[str], most: int) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def is_of(value: Any, hint: Any) -> bool:
     """Is the value of this type? Of what can be read only once, the entries stay unread."""
     kind, inner = get_origin(hint), get_args(hint)

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from ..arguments import shortened
 from ..warn import warn
 from .decoder import Decoder
 from .naming import unwrapped
@@ -76,11 +77,10 @@ def refuse_incomplete(
         tower = by_targets and not language and not any(decoder.name(n) is None for n in names)
         (towers if tower else lost).append((name, field))
     if lost:
-        name, field = lost[0]
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        absent, field = [name for name, _ in lost], lost[0][1]
         raise ValueError(
-            f"adapter {source} lacks {name}{more}, which {field} in its adapter_config.json promises: save or fetch it "
-            f"again{ON_PURPOSE[field]}"
+            f"adapter {source} lacks {shortened(absent, 1)}, which {field} in its adapter_config.json promises: save "
+            f"or fetch it again{ON_PURPOSE[field]}"
         )
     if towers:  # as tools other than PEFT write it, which adapt the language model alone
         warn(

@@ -10,7 +10,7 @@ That is task arithmetic (arXiv 2212.04089). What a λ costs is measured on the V
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
-from ..arguments import check_whole, is_number, typed
+from ..arguments import check_whole, is_number, shortened, typed
 from ..checkpoints import (
     TASK,
     Checkpoint,
@@ -306,15 +306,11 @@ def _refuse_lost(expert: Checkpoint, base: Checkpoint) -> None:
         for one, two in ((theirs, ours), (ours, theirs))
     )
     if lost:
-        alone = f"; {base.source} alone has {_listed(other)}" if other else ""
+        alone = f"; {base.source} alone has {shortened(other, LISTED)}" if other else ""
         raise ValueError(
-            f"{len(lost)} weights of {expert.source} have no counterpart in {base.source}: {_listed(lost)}{alone}"
+            f"{len(lost)} weights of {expert.source} have no counterpart in {base.source}: {shortened(lost, LISTED)}"
+            f"{alone}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{', '.join(names[:LISTED])}{more}"
 
 
 def _energy(prior: ReasoningPrior) -> float:

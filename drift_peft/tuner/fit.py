@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from ..arguments import shortened
 from ..checkpoints import EMBEDDING, HEAD, says_tied
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
@@ -21,6 +22,7 @@ from .names import prior_names
 from .settings import check_patterns_used, is_guided
 from .sharding import shape, whole
 
+LISTED = 20  # modules that an error spells out
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
 
 
@@ -238,11 +240,11 @@ def refuse_other_targets(model: nn.Module, targets: str | Iterable[str], intende
     if intended == adapted:
         return
     differences = {"leaves out": intended - adapted, "adds": adapted - intended}
-    done = " and ".join(f"{verb} {_some(names)}" for verb, names in differences.items() if names)
+    done = " and ".join(f"{verb} {shortened(sorted(names), LISTED)}" for verb, names in differences.items() if names)
+    given = repr(targets) if isinstance(targets, str) else f"[{shortened(sorted(targets), LISTED)}]"
     raise ValueError(
-        f"target_modules={repr(targets) if isinstance(targets, str) else f'[{_some(targets)}]'} names {len(intended)} "
-        f"modules of this {type(model).__name__}, but PEFT {done}: name them as language_model_targets(model) does, or "
-        "leave target_modules=None."
+        f"target_modules={given} names {len(intended)} modules of this {type(model).__name__}, but PEFT {done}: name "
+        "them as language_model_targets(model) does, or leave target_modules=None."
     )
 
 
@@ -274,11 +276,6 @@ def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[s
             "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors, which guidance would pull "
             "twice: leave it out, or train the weight itself with modules_to_save=['embed_tokens']."
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
 
 
 def _has(module: nn.Module, parameter: str) -> bool:

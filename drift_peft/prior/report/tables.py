@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ...arguments import shortened
 from ...checkpoints import Checkpoint, as_peft_reads, describe, language_model_targets
 from ..combine import formula
 from ..file import PriorFile
@@ -82,8 +83,7 @@ def prior_notes(summary: dict) -> list[str]:
         if "rows" in stats:
             notes.append(f"{stats['rows']} of the {stats['shape'][0]} rows of {name} have a counterpart.")
     if names := summary["not_steered"]:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        notes.append(f"Δ is zero in {', '.join(names[:3])}{more}: not steered.")
+        notes.append(f"Δ is zero in {shortened(names, 3)}: not steered.")
     if missing := summary.get("without_counterpart"):
         notes.append(f"Not steered for want of a counterpart: {describe(missing)}.")
     return notes

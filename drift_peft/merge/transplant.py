@@ -38,7 +38,8 @@ from ..checkpoints import (
     shown,
 )
 from ..keeping import KeepSet
-from ..prior import ReasoningPrior, build_prior
+from ..prior import build_prior
+from ..prior.report import prior_summary
 from .adapter import merge_adapter
 from .baseline import kinds_in, merge_baseline
 from .card import licences_of, write_card
@@ -245,7 +246,7 @@ def _of_truncated(
     # Carried over, too: what is exported has alpha_pattern, beside which lora_alpha alone is no scale.
     modules = carry_adapter(prior.as_lora(1.0, work / "exported"), vlm, folder)
     origins = {role: header[role] for role in ("expert", "base", "reference") if header[role]}
-    held = _energy(prior)
+    held = prior_summary(prior)["total"]["energy"]
     minuend, subtrahend = (in_markdown(shown(str(source))) for source in (expert, options["reference"] or base))
     words = f"{minuend} − {subtrahend}, with {held:.1%} of its energy"
     left_alone = header["without_counterpart"]
@@ -311,13 +312,6 @@ def _refuse_lost(expert: Checkpoint, base: Checkpoint) -> None:
             f"{len(lost)} weights of {expert.source} have no counterpart in {base.source}: {shortened(lost, LISTED)}"
             f"{alone}"
         )
-
-
-def _energy(prior: ReasoningPrior) -> float:
-    """‖Δ_r‖²/‖Δ‖² over all weights of the prior."""
-    stats = prior.metadata["weights"].values()
-    held = math.fsum(weight["energy"] * weight["delta_norm"] ** 2 for weight in stats)
-    return held / math.fsum(weight["delta_norm"] ** 2 for weight in stats)
 
 
 def _card(report: TransplantReport, folder: Path, expert: str | Path, vlm: Checkpoint, delta: _Delta) -> ModelCard:

@@ -15,7 +15,7 @@ import torch
 
 from ..arguments import listed
 from .checkpoint import Checkpoint
-from .naming import EMBEDDING, HEAD, layer_order, module_kind, says_tied
+from .naming import EMBEDDING, HEAD, layer_of, layer_order, module_kind, says_tied
 
 MODULES = ("attn", "mlp", "norm", "bias", "head", "embed")
 SAME_IN_BOTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -78,7 +78,7 @@ def match_weights(
     sizes = {name: size for name, _, size in base.decoder.sizes()}
     keys, problems, alone = {}, [], list(_unsteered(base, modules, layers))
     for name in sorted(expected, key=layer_order):
-        if _layer(name) not in {*layers, None}:
+        if layer_of(name) not in {*layers, None}:
             continue
         claims = {role: _claims(source, name) for role, source in sources.items()}
         # Few families have biases, and not all of their files.
@@ -158,12 +158,8 @@ def _unsteered(base: Checkpoint, modules: Sequence[str], layers: set[int]) -> It
     kinds = base.decoder.kinds
     for name, counted, size in base.decoder.sizes():
         beside = name is None and module_kind(counted) in (*modules, None)
-        if beside or (name and _layer(name) in layers and kinds[name] is None):
+        if beside or (name and layer_of(name) in layers and kinds[name] is None):
             yield _pattern(counted if beside else name), size
-
-
-def _layer(name: str) -> int | None:
-    return layer_order(name)[1] if name.startswith("layers.") else None
 
 
 def _pattern(name: str) -> str:

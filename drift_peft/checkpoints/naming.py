@@ -105,9 +105,14 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def layer_order(canonical: str) -> list[str | int]:
-    """Key that sorts canonical names by layer, 2 before 10; of `layers.N.REST`, its second entry is N."""
+    """Key that sorts canonical names by layer, 2 before 10."""
     first, *rest = canonical.split(".")
     return [first, int(rest[0]), *rest[1:]] if first == "layers" else [first, *rest]
+
+
+def layer_of(canonical: str) -> int | None:
+    """N of `layers.N.REST`; None outside of the layers."""
+    return layer_order(canonical)[1] if canonical.startswith("layers.") else None
 
 
 def sampled(names: Iterable[str], most: int) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, NonNegativeInt
 
-from ..checkpoints import Origin, Schema, check, layer_order, module_kind, write_text
+from ..checkpoints import Origin, Schema, check, layer_of, module_kind, write_text
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"
@@ -57,7 +57,7 @@ class MergedDelta:
 
     def scale_of(self, name: str) -> float:
         """λ of a weight, by its canonical name: 0 where nothing was merged."""
-        layer = layer_order(name)[1] if name.startswith("layers.") else None
+        layer = layer_of(name)
         chosen = layer is None or (layer >= self.skip_first and layer in (self.only_layers or [layer]))
         return self.scale if chosen and module_kind(name) in self.modules else 0.0
 

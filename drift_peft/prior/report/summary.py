@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ...checkpoints import module_kind
+from ...checkpoints import layer_of, module_kind
 from ..file import PriorFile
 from ..header import cosine_of
 from .verdict import verdict
@@ -42,8 +42,7 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
     squares: dict[str, torch.Tensor] = {}  # of the singular values of each matrix
     for name in prior:
         stats = weights[name] = dict(prior.metadata["weights"][name])
-        layer = re.match(r"layers\.(\d+)\.", name)
-        stats["layer"] = int(layer[1]) if layer else None
+        stats["layer"] = layer_of(name)
         stats["modules"] = module_kind(name) or "other"
         stats["projection"] = projection(name)
         stats["relative_norm"] = _relative_norm([stats])

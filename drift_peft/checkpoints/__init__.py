@@ -42,6 +42,7 @@ from .hub import cached_snapshot, download, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
+    PLAIN_STARTS,
     UNTRAINED,
     adapter_folder,
     adapter_updates,
@@ -111,6 +112,7 @@ __all__ = [
     "HEAD",
     "MODULES",
     "MOST_LAYERS",
+    "PLAIN_STARTS",
     "PROJECTIONS",
     "TASK",
     "TOKENIZER",

@@ -33,7 +33,7 @@ FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 # file: training and saving again drops it there. In a file beside it, it would outlive the weights that it speaks of.
 UNTRAINED = {"format": "pt", "drift_peft": "made without training"}
 # Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "arrow_config")  # by PEFT 0.18 and 0.19
 LISTED = 5  # problems that an error spells out
 IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
@@ -192,7 +192,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     variants = [name for name in lora_variants() if name != "use_dora"]
     others = ["use_qalora", "target_parameters", "layer_replication"]
     used = [name for name in [*variants, *others] if getattr(config, name, None)]
-    used += ["init_lora_weights"] if config.init_lora_weights not in STARTS else []
+    used += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
     if used:
         values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
         raise ValueError(f"adapter {folder} uses {values}, which is more than W + s·B·A; {IN_MEMORY}")

@@ -16,13 +16,12 @@ from peft import LoraConfig, PeftConfig
 from pydantic import create_model
 
 from ..arguments import is_number, is_whole, nearest, plain
-from ..checkpoints import DRIFT_CONFIG, Schema, check, lora_variants, needs_peft, read_json, write_text
+from ..checkpoints import DRIFT_CONFIG, PLAIN_STARTS, Schema, check, lora_variants, needs_peft, read_json, write_text
 from .card import update_card
 from .described import documented, own_fields
 from .settings import DriftSettings, check_settings
 
-# Starts that leave the base weight as it is; the others (PiSSA, OLoRA, …) change W, and with it Δ.
-STARTS = ("drift", True, False, "gaussian", "eva", "orthogonal")
+STARTS = ("drift", *PLAIN_STARTS)  # the others (PiSSA, OLoRA, …) change W, and with it Δ
 # Variants of LoRA that act on the weight as W + s·B·A too: one on the tokens after an invocation, one with compressed
 # activations.
 PLAIN_CHAIN_RULE = ("alora_invocation_tokens", "velora_config")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ...checkpoints import module_kind
+from ...checkpoints import PROJECTIONS, module_kind
 
 CLOSE, FAR = 0.97, 0.80  # mean cosine of expert and base: at least, below
 
@@ -58,7 +58,7 @@ def verdict(weights: Mapping[str, dict], energy_by_rank: Mapping[int, float], co
         `level` ("close", "between", "far", or None if there is no such matrix), `mean_cosine`, the thresholds
         `close_from` and `far_below`, and the sentences `title`, `distance`, `merging`, `rank`, `basis`.
     """
-    cosines = {name: w["cosine"] for name, w in weights.items() if module_kind(name) in ("attn", "mlp")}
+    cosines = {name: w["cosine"] for name, w in weights.items() if module_kind(name) in PROJECTIONS}
     if cosines:
         mean = math.fsum(cosines.values()) / len(cosines)
         level = "close" if mean >= CLOSE else "far" if mean < FAR else "between"

@@ -63,12 +63,11 @@ def draw_results(result: dict, file: Path) -> None:
     figure.savefig(file, dpi=DPI)
 
 
-def label_ends(axes: Axes, gap: float, size: float = 8) -> None:
+def label_ends(axes: Axes, gap: float) -> None:
     """Write each line's label beside its end, right of the axes, instead of a legend; call it when all is drawn.
 
     Args:
         gap: least distance of two labels, as a share of the axes' height.
-        size: of the letters, in points.
     """
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
@@ -81,14 +80,14 @@ def label_ends(axes: Axes, gap: float, size: float = 8) -> None:
             xytext=(1.03, place),
             textcoords="axes fraction",
             va="center",
-            fontsize=size,
+            fontsize=8,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "lw": 0.7, "color": line.get_color(), "relpos": (0, 0.5), "shrinkA": 1},
         )
 
 
-def spread(places: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
-    """The places moved as little as keeps neighbours `gap` apart, in their order, from 0 to `top` if they fit.
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places moved as little as keeps neighbours `gap` apart, in their order, from 0 to 1 if they fit.
 
     Least squares: without i·gap the i-th place only has to be no lower than the one before, and pools of neighbours
     that are not so take their mean.
@@ -99,7 +98,7 @@ def spread(places: Sequence[float], gap: float, top: float = 1.0) -> list[float]
         pools.append([places[place] - i * gap])
         while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
-    room = max(0.0, top - (len(places) - 1) * gap)
+    room = max(0.0, 1 - (len(places) - 1) * gap)
     level = [min(max(fmean(pool), 0.0), room) for pool in pools for _ in pool]
     moved = {place: level[i] + i * gap for i, place in enumerate(order)}
     return [moved[i] for i in range(len(places))]

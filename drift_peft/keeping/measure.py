@@ -69,18 +69,18 @@ def _of_batch(model: nn.Module, samples: list[Sample], processor: Any) -> list[D
     return found
 
 
-def summarize(distances: Sequence[Distance], seed: int = 0) -> dict[str, dict]:
+def summarize(distances: Sequence[Distance]) -> dict[str, dict]:
     """By kind of question and in "total": number of answers, mean KL and agreement, each with the 95 % interval of
     10,000 bootstrap resamples of the answers."""
     groups: dict[str, list[Distance]] = defaultdict(list)
     for distance in distances:
         groups[distance.kind].append(distance)
     groups = {**dict(sorted(groups.items())), "total": [*distances]}
-    return {kind: _statistics(group, seed) for kind, group in groups.items()}
+    return {kind: _statistics(group) for kind, group in groups.items()}
 
 
-def _statistics(group: list[Distance], seed: int) -> dict:
-    generator = torch.Generator().manual_seed(seed)
+def _statistics(group: list[Distance]) -> dict:
+    generator = torch.Generator().manual_seed(0)
     values = torch.tensor([[d.kl, d.agreement] for d in group], dtype=torch.float64)
     means = []
     for _ in range(RESAMPLES // 100):  # a hundred at a time

@@ -208,7 +208,7 @@ class SteeredTensor(Steered):
         if isinstance(weight, PriorWeight):
             k = config.drift_rank
             S = guidance.spectrum(weight.S[:k].float(), config.spectrum_power)
-            prior |= {"U": weight.U[:, :k].clone(), "S": S.clone(), "Vh": weight.Vh[:k].clone()}
+            prior |= {"U": weight.U[:, :k].clone(), "S": S, "Vh": weight.Vh[:k].clone()}
         elif weight is not None:
             prior |= {"delta": weight.delta.clone()}
         super().__init__(module, adapter, name, config, prior)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 TRIES = 5
 TIMEOUT = 600.0  # seconds that the server may take for an answer
 NUMBER = re.compile(r"token_id:(\d+)")
-_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_HIDDEN = [byte for byte in range(256) if byte not in _SHOWN]
-LETTERS = {chr(byte): byte for byte in _SHOWN} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}  # GPT-2's
+LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's
 TOO_MANY = "vLLM allows top_k={k} (--top-k) when it is started with --max-logprobs {k}"
 WAYS_OUT = dict.fromkeys((401, 403), "give the server's key as api_key (--api-key-env)")
 WAYS_OUT[404] = "give the address that ends in /v1, and the id by which the server knows its model, if not {model}"

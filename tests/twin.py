@@ -148,9 +148,12 @@ def pull_by_oracle(model, prior, scale, optimizer, target="factors", alpha=None,
         return
     for name, parameters, oracle in oracles(model, prior, **which):
         for group in optimizer.param_groups:
-            pulled = oracle.pulled(float(group["lr"]), alpha(name) if alpha else ALPHA[scale], target)
-            for p, value in zip(parameters, pulled, strict=True):
+            lr, a = float(group["lr"]), alpha(name) if alpha else ALPHA[scale]
+            for p, value in zip(parameters, oracle.pulled(lr, a, target), strict=True):
                 if p.grad is not None and any(p is q for q in group["params"]):
+                    if "train_mode" in group:  # schedule-free: its other weights go as large a part of the way
+                        z = optimizer.state[p]["z"]
+                        z.add_(value - p.data + lr * a * (p.data - z))
                     p.data.copy_(value)
 
 

@@ -22,6 +22,7 @@ registry    what acts on models in this process, from any thread
 samples     the hard form: a keep set as ordinary training samples
 steps       around every optimizer step: what keeps, then what guides
 feed        batches of a keep set in their order, read while the model trains
+undisturbed  a pass of keeping that the training does not notice
 kept        a model that is kept: what is added to its gradients
 trainer     its distance from the VLM in Trainer's logs
 four_bit    bitsandbytes on a CPU
@@ -41,7 +42,7 @@ from .measure import measure, summarize
 from .page import write_page
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
-from .steps import Act, act_in_steps
+from .steps import Act, LeftGradient, act_in_steps
 from .summary import keep_summary, keep_table
 from .train import keep
 from .trainer import KeepCallback, add_to_trainers
@@ -54,6 +55,7 @@ __all__ = [
     "KeepCallback",
     "KeepSet",
     "Known",
+    "LeftGradient",
     "Part",
     "Registry",
     "Sample",

@@ -4,26 +4,23 @@ do").
     k  =  w·∇L_keep,  L_keep the mean KL(p_vlm || p_θ) over the answer tokens of one batch of the keep set
     g  ←  g + k·min(1, ρ·‖g‖/‖k‖)   over all parameters that the optimizer trains
 
-What keeps a model lives on the model itself (`model.drift_keep`), outside any state dict, so it follows the model
-through copies, pickling and whatever wraps it.
+What keeps a model lives on the base model itself (`drift_keep`), outside any state dict, so it follows the weights
+through copies, pickling, whatever wraps the model, and adapters that come and go.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import TensorWeakRef
 
 from ..checkpoints import shown
 from ..warn import warn
@@ -31,7 +28,8 @@ from .distance import answer_rows, divergence
 from .feed import Feed, Part, mixed
 from .file import KeepSet
 from .registry import Known, Registry
-from .steps import Act, act_in_steps
+from .steps import Act, LeftGradient, act_in_steps
+from .undisturbed import buffers_as_they_are, differentiable_checkpoints, random_numbers, unheard
 
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
@@ -63,49 +61,55 @@ class Keeping:
         every: int,
         seed: int,
     ):
-        self._model = weakref.ref(model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._called, self._base = weakref.ref(model), weakref.ref(base)
         self.weight, self.bound, self.every, self.seed = weight, bound, every, seed
         self.feed = Feed(keep_set, processor, batch_size, seed)
         self.autocast: torch.dtype | None = None
-        self.tokens = 0  # of the largest batch that was trained on: none of ours is to be larger
+        self.seen = self.tokens = 0  # of the last and the largest batch trained on: none of ours is to be larger
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
-        self._left: tuple[TensorWeakRef, int] | None = None  # a gradient and its version, as the last step left it
+        self._left: dict[int, LeftGradient] = {}  # by the first parameter of an optimizer
         self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training)
-        vars(model)["drift_keep"] = self
+        vars(base)["drift_keep"] = self
         _KEPT.add(self)
 
     @property
-    def model(self) -> nn.Module:
-        return self._model()
+    def model(self) -> nn.Module | None:
+        """As the training loop calls it, or without its adapters once these are merged or taken off."""
+        return self._called() or self._base()
 
     def release(self) -> None:
         """Keep no more."""
-        del vars(self.model)["drift_keep"]
+        del vars(self._base())["drift_keep"]
         self._handle.remove()
         _KEPT.discard(self)
 
     def __getstate__(self):
-        return {**self.__dict__, "_model": self.model, "_left": None}
+        return {**self.__dict__, "_called": self.model, "_base": self._base(), "_left": {}}
 
     def __setstate__(self, state):  # a copied or unpickled model is kept like the one it came from
-        self.__dict__.update(state, _model=weakref.ref(state["_model"]))
+        self.__dict__.update(state, **{name: weakref.ref(state[name]) for name in ("_called", "_base")})
         _KEPT.add(self)
 
     def __deepcopy__(self, memo: dict) -> Keeping:
         """A copy of the model is kept by a copy. One of its embedding alone, as PEFT makes for `modules_to_save`, still
         tells this one what it sees."""
-        if id(self.model) not in memo:
+        if id(self._base()) not in memo:
             return self
-        copied = memo[id(self)] = object.__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied, state = object.__new__(type(self)), self.__getstate__()
+        memo[id(self)] = copied
+        if id(state["_called"]) not in memo:  # the base alone is copied
+            state["_called"] = state["_base"]
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def _see_training(self, module: nn.Module, args: tuple) -> None:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
-            self.tokens = max([self.tokens, *(ids.numel() for ids in args)])
+            for ids in args:  # written and not read: a compiled model would be compiled anew for each new size
+                self.seen = ids.numel()
             kind = next(module.parameters()).device.type
             self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -118,15 +122,18 @@ class Keeping:
 
     def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
         """Add what belongs to step number `step` to the gradients of these."""
-        if step % self.every or self._stepped_already(parameters[0]):
+        self.tokens = max(self.tokens, self.seen)
+        left = self._left.get(id(parameters[0]))
+        if step % self.every or (left is not None and left.is_still(parameters[0].grad)):
             return
+        parameters = [p for p in parameters if p.requires_grad] or parameters  # what is frozen may still have zeros
         rank, processes = _place()
         number = step // self.every * processes + rank
         parts = self.feed.batch(number, self.tokens)
         device = parameters[0].device
         if self.scale is None or self.scale.device != device:
             self.scale = torch.tensor(GRADIENT_SCALE, device=device, dtype=torch.float32)
-        with _random_numbers(self.model, mixed(self.seed, step, rank)), _buffers_as_they_are(self.model):
+        with random_numbers(self.model, mixed(self.seed, step, rank)), buffers_as_they_are(self.model):
             loss, gradients = self._gradients(parts, parameters)
         self.feed.read_ahead(number + processes, self.tokens)
         self.kl = loss.detach().float().to(device, copy=True)
@@ -136,15 +143,9 @@ class Keeping:
 
     def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         if step % self.every == 0:
-            gradient = parameters[0].grad
-            self._left = None if gradient is None else (TensorWeakRef(gradient), gradient._version)
-
-    def _stepped_already(self, first: nn.Parameter) -> bool:
-        """Has nothing touched these gradients since the last step? Then they hold what was added to them there."""
-        if self._left is None:
-            return False
-        gradient, version = self._left
-        return gradient() is first.grad and version == first.grad._version
+            self._left.pop(id(parameters[0]), None)
+            if parameters[0].grad is not None:
+                self._left[id(parameters[0])] = LeftGradient(parameters[0].grad)
 
     def _gradients(self, parts: Sequence[Part], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
@@ -158,7 +159,8 @@ class Keeping:
                         "no part in that now: enable the adapter, or unmerge it, before step()."
                     )
                 scaled = loss * self.scale.to(loss.device)
-            gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
+            with unheard(parameters):
+                gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
             total = total or [*gradients]
             for i, gradient in enumerate(gradients if losses else ()):  # one by one, which takes no third copy of all
                 total[i] = total[i] + gradient
@@ -168,7 +170,7 @@ class Keeping:
     def _divergence(self, part: Part) -> Tensor:
         """[N] of each answer token."""
         kind = self.model.device.type
-        with _differentiable_checkpoints(self.model):
+        with differentiable_checkpoints(self.model):
             with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
                 rows = answer_rows(self.model, part)
             return divergence(rows, part)
@@ -316,50 +318,6 @@ def _wanted(optimizer: torch.optim.Optimizer) -> bool:
 
 
 act_in_steps("keep", Act(_wanted, _before_step, _after_step))
-
-
-# The training is not disturbed
-
-
-@contextlib.contextmanager
-def _random_numbers(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers of its own; afterwards they go on as if there had been none."""
-    devices = {p.device for p in model.parameters() if p.device.type in ("cuda", "xpu")}
-    kind = next((device.type for device in devices), "cuda")
-    with torch.random.fork_rng([device.index for device in devices], device_type=kind):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.get_device_module(kind).default_generators[device.index].manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _buffers_as_they_are(model: nn.Module) -> Iterator[None]:
-    """What a module in train mode counts or averages is vectors and numbers; a matrix in a buffer is a weight."""
-    kept = [(b, b._version, b.clone()) for b in model.buffers() if b.dim() <= 1]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, value in kept:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _differentiable_checkpoints(model: nn.Module) -> Iterator[None]:
-    """Reentrant checkpoints of transformers serve `backward()` alone: the other kind takes their place."""
-    checkpointed = []
-    for module in model.modules():
-        found = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(found, functools.partial) and found.func is checkpoint:
-            checkpointed.append((module, found))
-            module._gradient_checkpointing_func = functools.partial(found, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for module, found in checkpointed:
-            module._gradient_checkpointing_func = found
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

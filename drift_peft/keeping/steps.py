@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
 
 ORDER = ("keep", "guide")  # so that the bias's norms and cosines see the whole gradient
 WRAPPER = torch.optim.Optimizer.profile_hook_step(len).__code__  # of torch's wrapper of every `step()`
@@ -33,6 +35,28 @@ class Act:
     wanted: Callable[[torch.optim.Optimizer], bool]
     before: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | None], None]
     after: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | int], None]
+
+
+class LeftGradient:
+    """A gradient as a step left it: a second step on it finds there what the first one has added.
+
+    What is written through `.data` raises no version. So some entries are remembered too; they are compared, which
+    waits for the device, where all else is the same.
+    """
+
+    def __init__(self, gradient: Tensor):
+        self._gradient, self._version, self._entries = TensorWeakRef(gradient), gradient._version, _entries(gradient)
+
+    def is_still(self, gradient: Tensor | None) -> bool:
+        if gradient is None or self._gradient() is not gradient or self._version != gradient._version:
+            return False
+        return torch.equal(self._entries, _entries(gradient))
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """A few, from all over it; none of what is sharded, of which each process has others."""
+    flat = gradient.new_empty(0) if isinstance(gradient, DTensor) else gradient.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // 64)].clone()
 
 
 _ACTS: dict[str, Act] = globals().get("_ACTS", {})  # reloading this module keeps what acts
@@ -87,7 +111,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         for each in acts:
             each.before(optimizer, groups, loss_scale)
 
-    if closure is None:
+    if not callable(closure):  # none, or another argument of this optimizer's own
         act()
         return None
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import TensorWeakRef
 
+from ..keeping import LeftGradient
 from ..warn import warn
 from . import guidance
 from .capture import weight_gradient
@@ -30,11 +32,12 @@ def bias_gradients(groups: Iterable[Group], loss_scale: Tensor | float | None = 
     for group in groups:
         if group.config.drift_scale == "decoupled":
             continue
-        batch = group.batch()
-        if batch.biased_already():
-            repeated[id(batch.config)] = batch.config
-        else:
-            batch.bias_gradients(loss_scale)
+        with group.exact():
+            batch = group.batch()
+            if batch.biased_already():
+                repeated[id(batch.config)] = batch.config
+            else:
+                batch.bias_gradients(loss_scale)
         del batch  # before the next one is made
     for config in repeated.values():
         if not config.repeated_steps:
@@ -47,15 +50,25 @@ def bias_gradients(groups: Iterable[Group], loss_scale: Tensor | float | None = 
 
 @torch.no_grad()
 def pull_parameters(
-    groups: Iterable[Group], lr: dict[int, float | Tensor | None], applied: Tensor | float = 1.0
+    groups: Iterable[Group],
+    lr: dict[int, float | Tensor | None],
+    applied: Tensor | float = 1.0,
+    second: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> None:
     """The `decoupled` scale, after the optimizer's update: p ← p + lr·a·(p* − p).
 
-    `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update.
+    `lr` maps id(parameter) to its group's learning rate; `applied` is 0 where a GradScaler undid the update. `second`
+    has of each id(parameter) what a schedule-free optimizer keeps beside it. The weights that are saved in the end are
+    a mean of both, so both are pulled.
     """
     for group in groups:
         if group.config.drift_scale == "decoupled":
-            group.batch().pull_parameters(lr, applied)
+            with group.exact():
+                group.batch().pull_parameters(lr, applied)
+                if second:
+                    group.of(second).batch().pull_parameters(
+                        lr | {id(z): lr.get(p) for p, z in second.items()}, applied
+                    )
 
 
 class Group:
@@ -72,6 +85,16 @@ class Group:
         self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
         self._members = [weakref.ref(m) for m in members]  # which belong to their modules
         self._batch = AdapterBatch if isinstance(members[0], SteeredAdapter) else TensorBatch
+
+    def of(self, second: Mapping[int, Tensor]) -> Group:
+        """The same with other tensors in place of the parameters that have them there."""
+        other = copy.copy(self)
+        other.parameters = {f: [second.get(id(p), p) for p in members] for f, members in self.parameters.items()}
+        return other
+
+    def exact(self) -> torch.autocast:
+        """Within, nothing is cast down: a step may stand where the loss is computed in 16 bits."""
+        return torch.autocast(next(iter(self.parameters.values()))[0].device.type, enabled=False)
 
     def batch(self) -> Batch:
         """This step's numbers of it."""
@@ -113,17 +136,14 @@ class Batch:
 
     def biased_already(self) -> bool:
         """Has nothing touched these gradients since they were biased? Then a second `step()` uses them again."""
-        gradient = self.parameters[self.trained[0]][0].grad
-        if gradient is None or self.stack.biased is None:
-            return False
-        biased, version = self.stack.biased
-        return biased() is gradient and version == gradient._version
+        left = self.stack.biased.get(self.trained)
+        return left is not None and left.is_still(self.parameters[self.trained[0]][0].grad)
 
     def remember(self, *measured: Tensor) -> None:
         """‖g‖, ‖D‖, ⟨g, D⟩ and c of g̃ = g − c·D, each [factors, L]. For telemetry, and for `biased_already`."""
         gradient = self.parameters[self.trained[0]][0].grad
         if gradient is not None:  # else DeepSpeed keeps it, and discards it after its step
-            self.stack.biased = TensorWeakRef(gradient), gradient._version
+            self.stack.biased[self.trained] = LeftGradient(gradient)
         self.stack.measured = measured
 
     def rates(self, factor: str, lr: dict[int, float | Tensor | None]) -> Tensor | float:
@@ -133,6 +153,12 @@ class Batch:
             raise RuntimeError(
                 "drift_scale='decoupled' moves by the learning rate, and this optimizer's parameter groups "
                 "name none ('lr'): give it one, or use another drift_scale."
+            )
+        known = not isinstance(self.alpha, Tensor) and not any(isinstance(rate, Tensor) for rate in rates)
+        if known and self.alpha * max(rates) > 1:
+            warn(
+                "drift_scale='decoupled' goes lr·drift_alpha of the way to its target at each step, and that is more "
+                "than 1 here, so it goes past it: lower one of them."
             )
         if all(rate is rates[0] for rate in rates):
             return rates[0]
@@ -187,6 +213,11 @@ class AdapterBatch(Batch):
         if isinstance(self.parameters["B"][0].data, DTensor) or self.storage is not TORCH:
             raise RuntimeError(
                 "drift_norm='weight' is not available under FSDP and DeepSpeed: use drift_norm='factor', or DDP."
+            )
+        if any(m.capture is None for m in self.members):
+            raise RuntimeError(
+                "drift_norm='weight' measures what has a strength when its guidance is made: make it with a "
+                "drift_alpha above 0."
             )
         G_norm, inner = weight_gradient([m.capture for m in self.members], g["B"], self.A.shape[-2], self.s)
         if self.config.drift_target == "residual":  # ⟨G, s·B·A⟩ = ⟨s·G·Aᵀ, B⟩ = ⟨g_B, B⟩

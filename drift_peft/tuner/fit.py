@@ -252,11 +252,11 @@ def warn_of_unused(targets: str | Iterable[str], layers: int | Iterable[int] | N
     """Name what target_modules and layers_to_transform list beside what they adapt: PEFT passes over it in silence."""
     parts = {part for name in intended for part in name.split(".")}
     names = () if isinstance(targets, str) else sorted(targets)
-    indices = () if layers is None or isinstance(layers, int) else layers
+    indices = () if layers is None or isinstance(layers, int) else sorted(layers)
     if unused := [name for name in names if not any(f".{module}".endswith(f".{name}") for module in intended)]:
-        warn(f"target_modules names {_some(unused)} too, and nothing of this name is adapted.")
+        warn(f"target_modules names {shortened(unused, LISTED)} too, and nothing of this name is adapted.")
     if unused := [str(index) for index in indices if str(index) not in parts]:
-        warn(f"layers_to_transform names {_some(unused)} too, and nothing is adapted in such a layer.")
+        warn(f"layers_to_transform names {shortened(unused, LISTED)} too, and nothing is adapted in such a layer.")
 
 
 def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> None:

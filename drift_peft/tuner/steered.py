@@ -17,10 +17,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from ..checkpoints import module_kind, unwrapped
-from ..keeping import Registry
+from ..keeping import LeftGradient, Registry
 from ..prior import PriorVector, PriorWeight
 from . import guidance
 from .capture import Capture
@@ -42,7 +41,7 @@ class Steered:
     Attributes:
         name: canonical name of the weight that they are, or adapt.
         adapter: the adapter that they belong to.
-        config: the settings; `alpha` is the strength here, before warm-up and decay.
+        config: the settings, which may change between steps.
         prior: U [out, k] and Vh [k, in] in the prior's dtype and S [k] in fp32, or delta [n]; and for tensors that are
             trained themselves W0, what they started from. Empty for `drift_target="base"` without a prior.
     """
@@ -52,7 +51,6 @@ class Steered:
     def __init__(self, module: nn.Module, adapter: str, name: str, config: DriftConfig, prior: dict[str, Tensor]):
         self._module = weakref.ref(module)
         self.adapter, self.name, self.config, self.prior = adapter, name, config, prior
-        self.alpha = drift_alpha_of(config, name)
         self.stack: Stack | None = None
 
     def register(self) -> None:
@@ -78,6 +76,11 @@ class Steered:
     @property
     def module(self) -> nn.Module:
         return self._module()
+
+    @property
+    def alpha(self) -> float:
+        """The strength here, before warm-up and decay."""
+        return drift_alpha_of(self.config, self.name)
 
     @property
     def key(self) -> str:
@@ -250,7 +253,7 @@ class Stack:
         elif "delta" in self.prior:
             self.norm = torch.linalg.vector_norm(self.prior["delta"].float(), dim=-1)
         self.measured: tuple[Tensor, ...] | None = None
-        self.biased: tuple[TensorWeakRef, int] | None = None
+        self.biased: dict[tuple[str, ...], LeftGradient] = {}  # by which of the factors an optimizer trains
         self._scaling: list[tuple[dict[str, float], str]] = []  # where each layer keeps that of its adapters
         self.scalings: list[float] = []
         self.s: Tensor | None = None

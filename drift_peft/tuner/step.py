@@ -71,10 +71,12 @@ def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_sca
     bias_gradients(plan.groups, loss_scale)
 
 
-def _finish(plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied: Tensor | int) -> None:
-    """After the step: `applied` is 0 where it was skipped."""
+def _finish(
+    plan: Plan, groups: dict[int, dict], all_groups: list[dict], applied: Tensor | int, second: dict[int, Tensor]
+) -> None:
+    """After the step: `applied` is 0 where it was skipped; for `second` see `pull_parameters`."""
     plan.end_step()
-    pull_parameters(plan.groups, {p: group.get("lr") for p, group in groups.items()}, applied)
+    pull_parameters(plan.groups, {p: group.get("lr") for p, group in groups.items()}, applied, second)
     for config, parts in plan.parts:
         if config.stepped == parts | {id(all_groups)}:  # the first optimizer of an iteration counts it
             config.drift_steps = config.drift_steps + applied
@@ -93,7 +95,9 @@ def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], appli
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups, _parameters(optimizer))
-    _finish(plan, groups, optimizer.param_groups, applied)
+    schedule_free = "train_mode" in optimizer.param_groups[0]
+    second = {id(p): state["z"] for p, state in optimizer.state.items() if "z" in state} if schedule_free else {}
+    _finish(plan, groups, optimizer.param_groups, applied, second)
 
 
 def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
@@ -105,7 +109,7 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     plan = _plan(engine, groups, [*engine.module.parameters()], storage)
     _guide(plan, groups, all_groups, deepspeed.loss_scale_of(engine))
     result = step()
-    _finish(plan, groups, all_groups, int(engine.was_step_applied()))
+    _finish(plan, groups, all_groups, int(engine.was_step_applied()), {})
     return result
 
 

@@ -267,7 +267,7 @@ def test_a_copy_of_the_embedding_alone_tells_the_model(folder, processor):
     assert len(hooked) > 1 and all(owner is kept for owner in hooked)
     with torch.autocast("cpu", torch.bfloat16):
         wrapped(input_ids=BATCH)
-    assert kept.tokens == BATCH.numel() and kept.autocast == torch.bfloat16
+    assert kept.seen == BATCH.numel() and kept.autocast == torch.bfloat16
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

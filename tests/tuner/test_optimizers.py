@@ -12,6 +12,7 @@ import torch
 from torch import optim
 from transformers.optimization import Adafactor
 from twin import (
+    ALPHA,
     assert_guided_like_oracle,
     assert_same_update,
     backward,
@@ -84,6 +85,22 @@ two_modes = pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual
 @pytest.mark.parametrize("make", [*TORCH.values(), *OTHERS.values()], ids=[*TORCH, *OTHERS])
 def test_optimizers(pair, scale, target, make):
     assert_guided_like_oracle(pair, lambda model: make(trainable(model)), scale, target)
+
+
+@pytest.mark.parametrize("kind", [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree])
+def test_what_a_schedule_free_optimizer_saves_is_held_at_the_base(pair, kind):
+    """Its second weights, of which the saved ones are a mean, go toward the target as those that are trained."""
+    model, rate, steps = steered(pair, "decoupled", "base"), 0.02 * ALPHA["decoupled"], 20
+    optimizer = schedule_free(kind)(trainable(model))
+    start = state(model)
+    for _ in range(steps):
+        for p in trainable(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    optimizer.eval()
+    for name, value in state(model).items():
+        share = (1 - rate) ** steps if "lora_B" in name else 1.0
+        torch.testing.assert_close(value, share * start[name], rtol=1e-6, atol=1e-9)
 
 
 @two_modes

@@ -165,8 +165,7 @@ def add_to_the_optimizer(model, optimizer):
 
 
 def strengthen(model, optimizer):
-    for layer in layers(model)[1::2]:
-        layer.drift_peft["default"].alpha = 0.1
+    layers(model)[0].drift_peft["default"].config.drift_alpha_pattern = {r"layers\.1\..*": 0.1}
 
 
 CHANGES = [freeze, freeze_more, move, move_some, replace, replace_a_module, scale_up, activate_another, deactivate]

@@ -50,6 +50,24 @@ def test_closures_are_guided_after_they_ran(pair, scale, target, call):
     assert telemetry(model)["guided_steps"] == 2
 
 
+class Stretched(torch.optim.SGD):
+    """Its step takes something else than a closure."""
+
+    @torch.no_grad()
+    def step(self, factor):
+        for p in self.param_groups[0]["params"]:
+            p -= factor * self.param_groups[0]["lr"] * p.grad
+
+
+def test_an_argument_that_is_no_closure_is_the_optimizers_own(pair):
+    model = steered(pair)
+    twin, start = twin_of(pair, model), state(model)
+    backward(model)
+    Stretched(trainable(model), lr=0.1).step(0.5)
+    train_by_oracle(twin, sgd(twin, lr=0.05), pair.prior, "adaptive", "residual", 1)
+    assert_same_update(model, twin, start)
+
+
 def test_lbfgs_is_guided_at_every_evaluation(pair):
     model = steered(pair, "gradnorm")
     twin, start = twin_of(pair, model), state(model)

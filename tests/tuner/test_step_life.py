@@ -125,6 +125,25 @@ def test_scaling_is_read_at_the_step(pair):
         assert_same_update(model, twin, start)
 
 
+@pytest.mark.parametrize("scale", ["adaptive", "decoupled"])
+def test_the_strength_is_read_at_the_step(pair, scale):
+    """As scale and target are: `model.peft_config` is where the settings of a DriftConfig are changed."""
+    target = "factors" if scale == "decoupled" else "residual"
+    model = steered(pair, scale, target)
+    twin, config = twin_of(pair, model), model.peft_config["default"]
+    optimizer, plain = sgd(model), sgd(twin)
+    for strength in (ALPHA[scale], 0.1, 0.0, 0.3):
+        config.drift_alpha, start = strength, state(model)
+        train(model, optimizer, 1)
+        train_by_oracle(twin, plain, pair.prior, scale, target, 1, alpha=lambda name, step, a=strength: a)
+        assert_same_update(model, twin, start)
+    config.drift_alpha, config.drift_alpha_pattern, start = 0.0, {r"layers\.1\..*": 0.5}, state(model)
+    train(model, optimizer, 1)
+    given = {"alpha": lambda name, step: 0.5 if "layers.1." in name else 0.0}
+    train_by_oracle(twin, plain, pair.prior, scale, target, 1, **given)
+    assert_same_update(model, twin, start)
+
+
 # Several adapters
 
 

@@ -94,6 +94,54 @@ def test_the_same_gradients_are_biased_once():
     assert not any(torch.equal(p.grad, g) for p, g in zip(model.trained(), biased, strict=True))
 
 
+def test_gradients_that_are_written_past_autograds_eyes_are_biased():
+    """`.data` raises no version: copies from a flat buffer, and what projects gradients, write so."""
+    model = Layers(settings("gradnorm"))
+    optimizer = torch.optim.SGD(model.trained(), lr=0.1)
+    for number in range(3):
+        fresh = [torch.randn(p.shape, generator=torch.Generator().manual_seed(number)) for p in model.trained()]
+        for p, gradient in zip(model.trained(), fresh, strict=True):
+            p.grad.data.copy_(gradient)
+        expected = model.expected(0.7, "gradnorm", "residual", 0.1)
+        step(model, optimizer=optimizer)
+        for p, value in zip(model.trained(), expected, strict=True):
+            close(p, value)
+    assert model.config.repeated_steps == 0
+
+
+def test_each_optimizers_own_gradients_are_biased_once():
+    model = Layers(settings("gradnorm"))
+    A, B = (torch.optim.SGD(model.trained()[i::2], lr=0.0) for i in (0, 1))
+    A.step()
+    B.step()
+    biased = [p.grad.clone() for p in model.trained()]
+    with pytest.warns(UserWarning, match="twice on the same gradients"):
+        A.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.trained(), biased, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Layers, Tensors])
+@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
+def test_a_step_within_autocast_is_as_exact_as_outside(kind, scale, target):
+    if kind is Tensors and scale == "decoupled":
+        target = "base"
+    outside, inside = (kind(settings(scale, target), dtype=torch.float32) for _ in range(2))
+    step(outside)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(inside)
+    for p, q in zip(outside.trained(), inside.trained(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_decoupled_step_past_its_target_is_told_of():
+    model = Layers(settings("decoupled", "factors"))
+    with pytest.warns(UserWarning, match=r"lr·drift_alpha of the way .* more than 1 here"):
+        step(model, optimizer=torch.optim.SGD(model.trained(), lr=2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, optimizer=torch.optim.SGD(model.trained(), lr=1.0))
+
+
 def test_a_step_that_discards_gradients_is_followed_by_what_is_left():
     model = Layers(settings("decoupled", "factors"))
     expected = model.expected(0.7, "decoupled", "factors", 0.1)[:2]

@@ -1,0 +1,105 @@
+"""keep while a model lives: hooks of its parameters, what is frozen, adapters that are merged, and compiling."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from kept_models import (
+    Watched,
+    adapted,
+    assert_close,
+    expected_step,
+    gradients_of_step,
+    kept_twin,
+    processor_of,
+)
+from peft import LoraConfig, get_peft_model
+from twin import BATCH, backward, sgd, trainable
+
+from drift_peft import keep
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return processor_of(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return adapted(folder)
+
+
+def test_hooks_of_parameters_are_for_the_gradients_of_the_task(model, folder, processor):
+    """One that clips would clip what keeping adds as well, and times the scale that it is computed at."""
+    twin, watched = kept_twin(model, folder)
+    heard = []
+    handles = [p.register_hook(lambda g: heard.append(1) or g.clamp(-10, 10)) for p in trainable(twin)]
+    found = gradients_of_step(twin, sgd(twin, lr=0.0))
+    assert len(heard) == len(handles)  # the task's backward pass alone
+    assert_close(found, expected_step(model, processor, watched.batch(0, 3)))
+    backward(twin, BATCH)
+    assert len(heard) == 2 * len(handles)  # they are there again
+    for handle in handles:
+        handle.remove()
+    backward(twin, BATCH)
+    assert len(heard) == 2 * len(handles)
+
+
+def test_what_is_frozen_meanwhile_is_left_alone(model, folder):
+    """Its gradient of zeros is still there."""
+    twin, _ = kept_twin(model, folder)
+    optimizer, (first, *others) = sgd(twin, lr=0.1), trainable(twin)
+    backward(twin, BATCH)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    first.requires_grad_(False)
+    before = first.detach().clone()
+    backward(twin, BATCH)
+    bare = [p.grad.clone() for p in others]
+    optimizer.step()
+    assert torch.equal(first, before)
+    assert not any(torch.equal(p.grad, g) for p, g in zip(others, bare, strict=True))
+
+
+def test_keeping_goes_on_when_the_adapter_is_merged(folder, processor):
+    """ReLoRA and its like merge, begin a new adapter, and drop the model that was kept."""
+    watched = Watched(folder)
+    base = keep(adapted(folder), watched, processor, batch_size=3).merge_and_unload()
+    gc.collect()
+    again = get_peft_model(base, LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")).double()
+    for p in trainable(again):
+        p.data.normal_(std=0.05)
+    plain = copy.deepcopy(again)
+    keep(plain, None)
+    found = gradients_of_step(again, sgd(again, lr=0.0))
+    assert_close(found, expected_step(plain, processor, watched.batch(0, 3)))
+    freed = weakref.ref(base)
+    del base, again
+    gc.collect()
+    assert freed() is None
+
+
+def test_a_copy_of_the_base_alone_is_kept(folder, processor):
+    model = keep(adapted(folder), Watched(folder), processor, batch_size=3)
+    base = copy.deepcopy(model.get_base_model())
+    (first, *_), watched = [p for p in base.parameters() if p.requires_grad], vars(base)["drift_keep"].feed.keep_set
+    assert watched is not vars(model.get_base_model())["drift_keep"].feed.keep_set
+    base(input_ids=BATCH, labels=BATCH).loss.backward()
+    bare = first.grad.clone()
+    torch.optim.SGD([first], lr=0.0).step()
+    assert not torch.equal(first.grad, bare) and watched.read
+
+
+def test_batches_that_grow_do_not_compile_the_model_anew(folder, processor):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = keep(adapted(folder, torch.float32), folder / "keep.safetensors", processor, batch_size=2)
+    compiled, optimizer, made = torch.compile(model, backend="eager", dynamic=True), sgd(model, lr=0.0), []
+    for length in (8, 9, 14, 16, 18):
+        ids = torch.randint(3, 60, (2, length))
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[-1] == made[1] and vars(model.get_base_model())["drift_keep"].tokens == 36

@@ -81,7 +81,8 @@ def gated(settings: dict, seed: int, steps: int, home: Path, measured: dict):
     """The VLM with the gated Δ merged into it."""
     prior, settings = settings["prior"], {key: value for key, value in settings.items() if key != "prior"}
     texts = [s.symbols + s.question for s in make_samples(PROMPTS, ["solve"], np.random.default_rng([seed, 4]))]
-    asked = {"expert": None, "texts": None} if "objective" in settings else {"expert": WORLD.expert, "texts": texts}
+    asked = {"expert": WORLD.expert, "texts": texts, "answers": home / f"answers{seed}.safetensors"}
+    asked = dict.fromkeys(asked) if "objective" in settings else asked
     model, processor = load(WORLD.vlm)
     start = time.process_time()
     made = gate_prior(
@@ -89,7 +90,6 @@ def gated(settings: dict, seed: int, steps: int, home: Path, measured: dict):
         model,
         keep_set=keep_set_of(seed, home),
         output=home / "gated.safetensors",
-        answers=home / f"answers{seed}.safetensors",
         max_new_tokens=64,
         top_k=8,
         steps=steps,

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..arguments import check_type, plain
 from ..warn import warn
 from .decoder import Decoder
 from .peft_names import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 
 
 def language_model_targets(
-    model: nn.Module, names: Iterable[str] | None = None, layers: Container[int] | int | None = None
+    model: nn.Module, names: Collection[str] | None = None, layers: Iterable[int] | int | None = None
 ) -> str | list[str]:
     """PEFT's `target_modules` that hits exactly the language model's projections.
 
@@ -37,7 +38,7 @@ def language_model_targets(
         Modules that it cannot be told of at all are left out, with a warning that names them.
 
     Raises:
-        ValueError: no module would be hit.
+        ValueError: no module would be hit, or there is no such layer.
 
     Example:
         >>> attention = ["layers.0.self_attn.q_proj.weight", "layers.1.self_attn.q_proj.weight"]
@@ -45,10 +46,20 @@ def language_model_targets(
         >>> len(get_peft_model(vlm, config).targeted_module_names)
         2
     """
+    check_type("model", model, nn.Module)
+    if isinstance(names, str):
+        raise ValueError(
+            f"names must be a list of weights, such as ['layers.0.self_attn.q_proj.weight'], got {names!r}"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = Decoder(base)
     keep = None if names is None else set(names)
-    layers = (layers,) if isinstance(layers, int) else layers
+    if layers is not None:
+        layers = plain(layers)
+        layers = [layers] if isinstance(layers, int) else [*layers]
+        if unknown := [i for i in layers if type(i) is not int or not 0 <= i < len(decoder.layers)]:
+            last = len(decoder.layers) - 1
+            raise ValueError(f"layers names {unknown[0]!r}, and {type(base).__name__} has those from 0 to {last}")
     found = {}  # module -> index of its layer, and its path in there
     for module, canonical in decoder.projections.items():
         index, _, path = module.removeprefix(f"{decoder.path}.").partition(".")

@@ -32,8 +32,8 @@ def flags(parser: Parser) -> None:
         metavar="NAME",
         help="expert: near its answers in text; frism: as much of Δ as the keep set allows (default: %(default)s)",
     )
-    add("--keep-weight", type=float, default=0.3, help="the larger, the nearer to the VLM (default: %(default)s)")
-    add("--alpha", type=float, default=1.0, help="of frism: the larger, the more of Δ is taken (default: %(default)s)")
+    add("--keep-weight", type=float, help="of expert: the larger, the nearer to the VLM (default: 0.3)")
+    add("--alpha", type=float, help="of frism: the larger, the more of Δ is taken (default: 1)")
     add("--steps", type=int, default=200, metavar="N", help="steps of Adam (default: %(default)s)")
     add("--rate", type=float, default=0.1, help="its learning rate (default: %(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind (default: %(default)s)")
@@ -42,6 +42,12 @@ def flags(parser: Parser) -> None:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there (default: %(default)s)")
     add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
     add("--load-in-4bit", action="store_true", help="load both models in NF4")
+    add(
+        "--no-gradient-checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="more memory, a quarter less time",
+    )
     parser.add_processor_kwargs()
     add("--seed", type=int, default=0, help="seed of the order of the answers (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an existing output")

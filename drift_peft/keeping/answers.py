@@ -135,7 +135,12 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> T
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
     # transformers makes a slice of a number, and on a CPU torch copies a frozen lm_head for each sample of a slice.
     last = torch.arange(-length - 1, 0) if inputs["input_ids"].device.type == "cpu" else length + 1
-    logits = model(**taken(model, inputs), logits_to_keep=last, use_cache=False).logits
+    logits = getattr(model(**taken(model, inputs), logits_to_keep=last, use_cache=False), "logits", None)
+    if logits is None:
+        raise RuntimeError(
+            f"{type(model).__name__} gives no logits: take the model with its head, such as one of "
+            "AutoModelForImageTextToText"
+        )
     return logits[:, -length - 1 : -1]  # some models know no logits_to_keep, and give all of them
 
 

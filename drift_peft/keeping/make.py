@@ -98,6 +98,8 @@ def make_keep_set(
     asked = read_questions(questions) if from_file else check_questions(questions)
     if server is not None and (isinstance(model_or_id, nn.Module) or load_in_4bit):
         raise ValueError("server goes with the id by which it knows its model, and decides itself how that is loaded")
+    if api_key is not None and server is None:
+        raise ValueError("api_key goes with server (--server): a model in this process asks for none")
     with claimed_output(output, overwrite, example=FILE_NAME):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
         vlm.check_top_k(top_k)
@@ -167,8 +169,8 @@ def _pairs(images: int, questions: int, samples: int) -> list[tuple[int, int]]:
     """(image, question) of each sample: no image is asked the same twice, and no question is left behind."""
     if samples > images * questions:
         raise ValueError(
-            f"samples={samples} is too many for {images} images with {questions} questions each: give more of them, or "
-            f"pass samples={images * questions} (--samples)"
+            f"samples={samples} is too many for {images} different images with {questions} questions each: give more "
+            f"of them, or pass samples={images * questions} (--samples)"
         )
     period = math.lcm(images, questions)  # after which the same pairs would come again
     return [(i % images, (i + i // period) % questions) for i in range(samples)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import nearest
@@ -56,6 +57,12 @@ class Vlm:
                 raise ValueError("load_in_4bit goes with a model's id: this one is in memory already")
             if processor is None or isinstance(processor, dict):
                 raise ValueError("give the processor of the model that is in memory: processor=")
+            layers = [module for module in model_or_id.modules() if isinstance(module, BaseTunerLayer)]
+            if any(not layer.disable_adapters for layer in layers):
+                warn(
+                    "The model answers with its adapter: unless that is meant, give the VLM before it is wrapped, or "
+                    "by its folder or hub id."
+                )
             self._checkpoint, self._given = None, model_or_id
             self.config = model_or_id.config
             name = getattr(self.config, "name_or_path", "")

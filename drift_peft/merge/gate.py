@@ -33,8 +33,8 @@ def gate_prior(
     texts: str | Path | Sequence[str] | None,
     output: str | Path,
     objective: Literal["expert", "frism"] = "expert",
-    keep_weight: float = 0.3,
-    alpha: float = 1.0,
+    keep_weight: float | None = None,
+    alpha: float | None = None,
     steps: int = 200,
     rate: float = 0.1,
     batch_size: int = 8,
@@ -68,8 +68,8 @@ def gate_prior(
             `objective="frism"`.
         output: file to write.
         objective: "expert" or "frism".
-        keep_weight: κ: the larger, the more the VLM stays as it is.
-        alpha: α of FRISM's: the larger, the more of Δ is taken.
+        keep_weight: κ of "expert": the larger, the more the VLM stays as it is; 0.3 if None.
+        alpha: α of "frism": the larger, the more of Δ is taken; 1 if None.
         steps: of Adam.
         rate: its learning rate.
         batch_size: answers of the keep set, and of the expert, a step.
@@ -86,9 +86,9 @@ def gate_prior(
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: an argument is out of range; the prior holds other weights than projections, is gated already, or
-            is of another base; the keep set is of another VLM; the expert's tokens are not the VLM's; the GPU has no
-            room.
+        ValueError: an argument is out of range, or of the other objective; the prior holds other weights than
+            projections, is gated already, or is of another base; the keep set is of another VLM; the expert's tokens
+            are not the VLM's; the GPU has no room.
         OSError: something is not found; the output exists, or the answers were made in another way.
 
     Example:
@@ -99,12 +99,14 @@ def gate_prior(
         >>> {round(gate, 1) for weight in gated.metadata["weights"].values() for gate in weight["gates"]} >= {0.5}
         True
     """
+    _check_objective(objective, expert, texts, keep_weight, alpha, answers)
+    keep_weight = (0.3 if objective == "expert" else 1.0) if keep_weight is None else keep_weight
+    alpha = 1.0 if alpha is None else alpha
     for name, value in (("keep_weight", keep_weight), ("alpha", alpha), ("rate", rate)):
         if not is_number(value) or value <= 0:
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
     whole = {"steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
     check_whole(**whole, top_k=top_k, max_new_tokens=max_new_tokens)
-    _check_objective(objective, expert, texts)
     output = Path(output)
     if answers is not None and Path(answers).resolve() == output.resolve():
         raise ValueError(f"answers and output are both {output}: name a file of its own for the expert's answers")
@@ -158,11 +160,14 @@ def gate_prior(
     return prior.gated(taken, products, output, origin, overwrite)
 
 
-def _check_objective(objective: str, expert: Any, texts: Any) -> None:
+def _check_objective(objective: str, expert: Any, texts: Any, keep_weight: Any, alpha: Any, answers: Any) -> None:
     if objective == "expert" and (expert is None or texts is None):
         raise ValueError("objective 'expert' needs an expert and texts that it answers: give both, or take 'frism'")
     if objective == "frism" and (expert is not None or texts is not None):
         raise ValueError("objective 'frism' asks no expert: give neither an expert nor texts, or take 'expert'")
+    others = {"alpha": alpha} if objective == "expert" else {"keep_weight": keep_weight, "answers": answers}
+    if foreign := next((name for name, value in others.items() if value is not None), None):
+        raise ValueError(f"objective {objective!r} has no {foreign}, which is of the other one: leave it out")
 
 
 def _check_prior(prior: ReasoningPrior) -> None:

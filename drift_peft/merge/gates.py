@@ -116,7 +116,7 @@ def train_gates(
     Args:
         model: frozen and gated.
         kept, answers: batches of the keep set, and of the expert's answers; without these it is FRISM's.
-        keep_weight: κ.
+        keep_weight: κ; FRISM's objective has 1.
         tokens: how many go through the model at a time, padding included, where one sample is not longer.
     """
     gammas = [gate.gamma for gate in gates]

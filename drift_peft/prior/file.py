@@ -197,6 +197,9 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
     # A prior is its file, so it can be a key of `combine`; a Mapping would compare contents and have no hash.
     __eq__, __hash__ = object.__eq__, object.__hash__
 
+    def __reduce__(self) -> tuple:  # an open file is not copied or pickled, but opened again
+        return type(self), (self.path, self.source)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self)} weights, rank {self.rank})"
 

@@ -70,6 +70,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, plain(getattr(self, f.name)))
+        if isinstance(self.drift_modules, (set, frozenset)):  # as PEFT takes target_modules
+            self.drift_modules = sorted(self.drift_modules, key=repr)
         start = self.init_lora_weights
         self.init_lora_weights = True if start == "drift" else start  # PEFT refuses other starts beside lora_bias
         super().__post_init__()
@@ -82,6 +84,8 @@ class DriftConfig(DriftSettings, LoraConfig):
             self.init_lora_weights = True  # there is no Δ to start from
         if self.prior is not None and not isinstance(self.prior, str):
             raise ValueError(f"prior must be a path or a hub id, got {type(self.prior).__name__}.")
+        if self.prior == "":
+            raise ValueError("prior is empty: name a file, a folder or a hub id.")
         if self.prior is None and not self.inference_mode and not needless:
             raise ValueError(
                 "DriftConfig needs a prior to train: build one with build_prior(expert, base, output) and pass its "

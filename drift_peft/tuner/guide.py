@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..arguments import check_type
+from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
@@ -58,10 +58,17 @@ def guide(
     if not isinstance(model, nn.Module):
         raise ValueError(f"guide() takes the model first, then the prior, but got {type(model).__name__} as model.")
     check_type("prior", prior, ReasoningPrior | str | Path | None)
+    check_type("adapter_name", adapter_name, str | None)
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
         raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
+    if unknown := next((name for name in settings if name not in DriftConfig.__dataclass_fields__), None):
+        words = (
+            f"guide() got an unexpected keyword argument '{unknown}'",
+            nearest(unknown, DriftConfig.__dataclass_fields__),
+        )
+        raise TypeError("; ".join(filter(None, words)))
     refuse_meta(model)
     refuse_nested_copies(model)
     layers = list(lora_layers(model, adapter_name))

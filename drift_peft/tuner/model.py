@@ -83,6 +83,7 @@ class DriftModel(LoraModel):
         given, config = config, copy.deepcopy(config)
         config.loaded_by = loaded_by
         self.peft_config[adapter_name] = config
+        config.steps_of_weights, config.drift_steps = config.drift_steps, 0  # no weights are there yet
         if config.task_type in HEADS_LATER:
             given.modules_to_save = config.modules_to_save = config.modules_to_save or []
         config.quantization = quantization_of(model)
@@ -195,6 +196,8 @@ def _noting_weights(load_from_state_dict):
         for name, config in self.peft_config.items():
             if any(f".lora_B.{name}." in key for key in state_dict):
                 config.weights_loaded = True  # no field of the config, so it is not stored
+                if steps := vars(config).pop("steps_of_weights", 0):
+                    config.drift_steps = steps
         load_from_state_dict(self, state_dict, *args, **kwargs)
 
     return wrapper

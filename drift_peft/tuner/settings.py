@@ -172,7 +172,8 @@ def check_settings(config: DriftSettings) -> None:
     for name in ("drift_rank", "drift_sketch", "drift_decay_steps"):
         if (value := getattr(config, name)) is not None and not is_whole(value):
             raise ValueError(f"{name} must be None or a whole number ≥ 1, got {value!r}.")
-    check_whole(0, drift_warmup_steps=config.drift_warmup_steps)
+    check_whole(0, drift_warmup_steps=config.drift_warmup_steps, drift_steps=config.drift_steps)
+    check_type("prior_sha256", config.prior_sha256, str | None)
     if config.drift_scale == "decoupled" and config.drift_target not in ("factors", "base"):
         raise ValueError(
             f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "
@@ -191,6 +192,12 @@ def check_settings(config: DriftSettings) -> None:
     check_type("drift_log_kinds", config.drift_log_kinds, bool)
     _check_spectrum(config.drift_spectrum)
     _check_patterns(config)
+    if config.drift_target == "base" and (rank is not None or config.spectrum_power != 1):
+        name = "drift_spectrum" if rank is None else "drift_rank"
+        raise ValueError(
+            f"{name}={getattr(config, name)!r} has no meaning with drift_target='base', which goes to no part of Δ: "
+            "leave it out."
+        )
     if config.drift_target == "factors" and rank is not None:
         raise ValueError(
             f"drift_rank={rank} has no meaning with drift_target='factors', which gives every row of lora_A its own "

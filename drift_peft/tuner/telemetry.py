@@ -67,6 +67,10 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
         if idle and prior is None:
             name = min(idle)
             raise ValueError(f"No active adapter is steered, but '{name}' is: call model.set_adapter('{name}') first.")
+        if prior is not None:
+            raise ValueError(
+                f"No active LoRA layer of this model has a Δ in {prior.source}: leave prior out for what is steered."
+            )
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
     steps = max((int(config.drift_steps) for config in configs), default=0)
     result: dict[str, float | int] = {"guided_steps": steps, **kept}

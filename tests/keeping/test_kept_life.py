@@ -13,6 +13,7 @@ from kept_models import (
     expected_step,
     gradients_of_step,
     kept_twin,
+    load,
     processor_of,
 )
 from peft import LoraConfig, get_peft_model
@@ -90,6 +91,14 @@ def test_a_copy_of_the_base_alone_is_kept(folder, processor):
     bare = first.grad.clone()
     torch.optim.SGD([first], lr=0.0).step()
     assert not torch.equal(first.grad, bare) and watched.read
+
+
+def test_a_model_without_its_head_is_told_so(folder, processor):
+    model = load(folder)
+    keep(model.model, folder / "keep.safetensors", processor)
+    model(input_ids=BATCH, labels=BATCH).loss.backward()
+    with pytest.raises(RuntimeError, match="Qwen2_5_VLModel gives no logits: take the model with its head"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
 def test_batches_that_grow_do_not_compile_the_model_anew(folder, processor):

@@ -105,9 +105,9 @@ def test_a_model_with_adapters_answers_with_them(folder, tmp_path):
     model, processor = load(folder)
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    keep_set = make_keep_set(
-        adapted, folder / "pictures", tmp_path / "k.safetensors", processor=processor, **{**SETTINGS, "samples": 4}
-    )
+    given = folder / "pictures", tmp_path / "k.safetensors"
+    with pytest.warns(UserWarning, match="The model answers with its adapter: unless that is meant, give the VLM"):
+        keep_set = make_keep_set(adapted, *given, processor=processor, **{**SETTINGS, "samples": 4})
     for sample in keep_set:
         expected = dense_logprobs(adapted.double(), processor, sample).topk(5)
         torch.testing.assert_close(sample.top_logprobs.double(), expected.values, atol=1e-4, rtol=0)
@@ -207,7 +207,8 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ({"questions": [("a", "b")] * 2}, ValueError, r"questions holds \('a', 'b'\) twice"),
         ({"questions": [["a", "b"], ("a", "b ")]}, ValueError, r"questions holds \('a', 'b'\) twice"),
         ({"questions": "none.txt"}, FileNotFoundError, "there is no file of questions none.txt"),
-        ({"samples": 10**4}, ValueError, "samples=10000 is too many for 7 images with 36 questions each: .*=252"),
+        ({"samples": 10**4}, ValueError, "10000 is too many for 7 different images with 36 questions each: .*=252"),
+        ({"api_key": "key"}, ValueError, r"api_key goes with server \(--server\)"),
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
         ({"server": "localhost"}, ValueError, "server localhost is no address such as http://localhost:8000/v1"),
         ({"server": "http://x/v1", "load_in_4bit": True}, ValueError, "server goes with the id"),

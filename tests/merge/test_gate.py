@@ -23,6 +23,7 @@ from drift_peft.prior.report import prior_summary
 from drift_peft.prior.report.page import render_page
 from drift_peft.tuner import fitting_modules
 
+FRISM = {"objective": "frism", "expert": None, "texts": None}
 FEW = {**experts.SETTINGS, "steps": 3}
 
 
@@ -35,7 +36,9 @@ def folder(tmp_path_factory):
 
 def gate(folder, output, **changes):
     given = {"expert": folder / "expert", "texts": experts.PROMPTS, "keep_set": folder / "keep.safetensors", **FEW}
-    given |= {"answers": folder / "answers.safetensors", "base": folder / "base", **changes}
+    if changes.get("objective") != "frism":
+        given["answers"] = folder / "answers.safetensors"
+    given |= {"base": folder / "base", **changes}
     return gate_prior(folder / "prior.safetensors", output=output, **given)
 
 
@@ -199,6 +202,16 @@ def test_a_gated_prior_is_a_prior(folder, tmp_path):
         build_prior(folder / "expert", folder / "base", tmp_path / "p.safetensors", rank=4, exist_ok=True)
 
 
+def test_frisms_objective_has_no_weight_of_its_own(folder, tmp_path, monkeypatch):
+    """What is documented is KL − α·‖σ(γ)·S‖²/‖S‖²."""
+    given = {}
+    monkeypatch.setattr("drift_peft.merge.gate.train_gates", lambda *args: given.update(args=args) or [(0.0, 0.0)])
+    gate(folder, tmp_path / "g.safetensors", objective="frism", expert=None, texts=None)
+    assert given["args"][3:6] == (None, 1.0, 1.0)  # the expert's answers, κ and α
+    gate(folder, tmp_path / "h.safetensors")
+    assert given["args"][4] == 0.3
+
+
 def test_frism_asks_no_expert(folder, tmp_path):
     made = gate(folder, tmp_path / "g.safetensors", objective="frism", expert=None, texts=None, alpha=50.0, steps=8)
     gates = torch.cat([torch.tensor(stats["gates"]) for stats in made.metadata["weights"].values()])
@@ -237,6 +250,9 @@ def weights(*priors):
         ({"objective": "ours"}, "objective must be 'expert' or 'frism', got 'ours'"),
         ({"texts": None}, "objective 'expert' needs an expert and texts"),
         ({"objective": "frism"}, "objective 'frism' asks no expert"),
+        ({"alpha": 1.0}, "objective 'expert' has no alpha"),
+        (FRISM | {"keep_weight": 0.3}, "objective 'frism' has no keep_weight"),
+        (FRISM | {"answers": "nowhere/a.safetensors"}, "objective 'frism' has no answers"),
         ({"keep_set": "gated.safetensors"}, "is a safetensors file but no keep set"),
         ({"keep_set": "none.safetensors"}, "none.safetensors"),
         ({"texts": []}, "there are no prompts"),

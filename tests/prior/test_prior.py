@@ -1,9 +1,11 @@
 """file.py: the file of a prior, what reads it, and what happens when it cannot be written."""
 
+import copy
 import hashlib
 import json
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -53,6 +55,15 @@ def test_a_prior_is_a_mapping(tmp_path):
     assert prior.source == str(tmp_path / "p.safetensors")
     assert prior.sha256 == hashlib.sha256((tmp_path / "p.safetensors").read_bytes()).hexdigest()
     assert repr(prior).endswith("3 weights, rank 3)") and {prior: 1}[prior] == 1
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda prior: pickle.loads(pickle.dumps(prior))])
+def test_a_prior_is_copied_and_pickled(tmp_path, how):
+    write(tmp_path / "p.safetensors")
+    prior = ReasoningPrior.load(tmp_path / "p.safetensors")
+    again = how({"prior": prior})["prior"]
+    assert type(again) is ReasoningPrior and (again.source, again.metadata) == (prior.source, prior.metadata)
+    assert torch.equal(again[NAMES[0]].U, prior[NAMES[0]].U)
 
 
 def test_header_is_one_sorted_json_string(tmp_path):

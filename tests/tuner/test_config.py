@@ -101,6 +101,12 @@ REFUSED = [
     ({"init_lora_weights": "corda"}, CHANGES_W),
     ({"init_lora_weights": "mica"}, CHANGES_W),
     ({"init_lora_weights": "drfit"}, CHANGES_W),
+    ({"prior": ""}, "prior is empty: name a file"),
+    ({"drift_steps": "5"}, "drift_steps must be a whole number"),
+    ({"drift_steps": -5}, "drift_steps must be a whole number ≥ 0, got -5"),
+    ({"prior_sha256": 3}, "prior_sha256 must be"),
+    ({"drift_scale": "decoupled", "drift_target": "base", "drift_rank": 2}, "drift_rank=2 has no meaning with"),
+    ({"drift_scale": "decoupled", "drift_target": "base", "drift_spectrum": "flat"}, "drift_spectrum='flat' has no"),
 ]
 
 

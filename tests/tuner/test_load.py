@@ -65,6 +65,18 @@ def test_a_count_that_was_given_is_kept(pair, trained):
         assert telemetry(model)["guided_steps"] == 3
 
 
+def test_a_new_adapter_begins_its_schedule(pair, trained):
+    """Wherever the settings were read: no weights came with them. Those that are loaded bring their count."""
+    read = DriftConfig.from_pretrained(trained[0] / "checkpoint-3", drift_decay_steps=2)
+    by_hand = DriftConfig(prior=pair.path, r=2, target_modules=["q_proj"], drift_steps=50)
+    for config in (read, by_hand, wrapped(pair).peft_config["default"], copy.deepcopy(read)):
+        steps = config.drift_steps
+        model = get_peft_model(copy.deepcopy(pair.base), config)
+        assert telemetry(model)["guided_steps"] == 0 and config.drift_steps == steps
+        model.load_state_dict(model.state_dict())
+        assert telemetry(model)["guided_steps"] == steps
+
+
 def test_a_count_that_is_not_stored_is_none(pair, trained, tmp_path):
     """As `from_pretrained` has it."""
     folder = shutil.copytree(trained[0] / "checkpoint-2", tmp_path / "adapter")

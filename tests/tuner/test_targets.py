@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -162,7 +163,6 @@ def test_the_layers_that_are_asked_for_are_loaded_again(pair, tmp_path):
 UNUSED = {
     "target_modules names k_porj too, and": {"target_modules": ["q_proj", "k_porj"]},
     "layers_to_transform names 7, 8 too, and": {"target_modules": ["q_proj"], "layers_to_transform": [0, 7, 8]},
-    "layers_to_transform names 9 too": {"layers_to_transform": [1, 9], "layers_pattern": "layers"},
 }
 
 
@@ -170,6 +170,31 @@ UNUSED = {
 def test_what_is_named_and_adapts_nothing_is_told(pair, message, settings):
     with pytest.warns(UserWarning, match=message):
         get_peft_model(copy.deepcopy(pair.base), drift(pair, **settings))
+
+
+@pytest.mark.parametrize(
+    ("layers", "unknown"),
+    [([0, 99], "99"), (-1, "-1"), (True, "True"), ("0", "'0'"), (["0"], "'0'"), ((i for i in (1, 2)), "2")],
+)
+def test_layers_that_the_model_does_not_have_are_refused(pair, layers, unknown):
+    with pytest.raises(ValueError, match=f"layers names {unknown}, and LlamaForCausalLM has those from 0 to 1"):
+        language_model_targets(pair.base, layers=layers)
+
+
+@pytest.mark.parametrize(
+    "layers", [iter([1, 0]), np.arange(2), range(2), {0, 1}], ids=lambda given: type(given).__name__
+)
+def test_layers_come_in_any_form(pair, layers):
+    assert language_model_targets(pair.base, layers=layers) == language_model_targets(pair.base)
+    assert language_model_targets(pair.base, layers=np.int64(1)) == language_model_targets(pair.base, layers=[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "said"), [("vlm", None, "model must be"), (None, "q_proj", "names must be")]
+)
+def test_what_is_no_model_and_no_list_of_names_is_refused(pair, model, names, said):
+    with pytest.raises(ValueError, match=said):
+        language_model_targets(model or pair.base, names)
 
 
 # Held at the base: everything that is adapted

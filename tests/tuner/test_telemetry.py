@@ -161,6 +161,8 @@ def test_of_a_start_and_of_a_plain_model(pair):
     assert not any("gradient" in key or "ratio" in key or "repeated" in key for key in telemetry(model))
     with pytest.raises(ValueError, match=r"No layer of this model is steered.*guide\(model, prior\)"):
         telemetry(twin_of(pair, model))
+    with pytest.raises(ValueError, match=r"No active LoRA layer of this model has a Δ in .*: leave prior out for what"):
+        telemetry(guide(copy.deepcopy(pair.base).requires_grad_(True), pair.prior, drift_target="delta"), pair.prior)
 
 
 # What is said loudly

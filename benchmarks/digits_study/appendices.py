@@ -9,7 +9,7 @@ from drift_peft.demo.evaluate import MEASURES
 from .comparisons import comparisons
 from .defaults import recommendation
 from .figures import draw_losses, draw_sweep
-from .methods import ANCESTOR, COMPUTE, CONTROLS, KEPT, NF4, STARTS, TEXT, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import ANCESTOR, COMPUTE, CONTROLS, KEPT, MORE, NF4, STARTS, TEXT, TRAINING, TRAINING_FREE, VARIANTS
 from .plan import CRITERIA, SWEEPS
 from .words import MEANS, percent, signed
 
@@ -18,6 +18,7 @@ GROUPS = {
     "Nothing trained": TRAINING_FREE,
     "Trained": TRAINING | ANCESTOR | STARTS,
     "Kept near the VLM's own answers": KEPT,
+    "Kept near the VLM's own answers to four times the images": MORE,
     "Trained on as many samples as keeping reads, settings as above": COMPUTE,
     "Kept, and trained on chains in text alone (settings chosen by the mean of text and perception)": TEXT,
     "Other scales, targets and norms of DRIFT": VARIANTS,
@@ -139,7 +140,7 @@ def common_settings(results: dict, worlds: dict) -> list[str]:
         "| | worlds | by the image mean | mean | shortfall | by the mean of all four | mean | shortfall |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in TRAINING | ANCESTOR | KEPT | TEXT | STARTS | VARIANTS:
+    for method in TRAINING | ANCESTOR | KEPT | MORE | TEXT | STARTS | VARIANTS:
         grids_of = [tuning[method] for tuning in complete if method in tuning]
         if len(grids_of) < 2:
             continue

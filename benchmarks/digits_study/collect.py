@@ -9,7 +9,7 @@ from drift_peft.demo.evaluate import MEASURES
 
 from .intervals import interval
 from .ledger import Ledger
-from .methods import METHODS, VARIANTS
+from .methods import METHODS, MORE, VARIANTS
 from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores
 from .worlds import WORLDS
@@ -60,6 +60,18 @@ DUELS = (  # (first, second, what their difference answers)
     ("merge-drift-ancestor-keep", "merge-lora-ancestor-keep", "Kept, merged first: then DRIFT, or LoRA?"),
     ("merge-drift-ancestor-keep", "drift-ancestor-keep", ""),
     ("merge-drift-ancestor-keep", "lora-keep", ""),
+    ("drift-keep-more", "drift-keep", "Kept by 960 images, or by 240?"),
+    ("drift-ancestor-keep-more", "drift-ancestor-keep", ""),
+    ("lora-keep-more", "lora-keep", ""),
+    ("merge-lora-keep-more", "merge-lora-keep", ""),
+    ("merge-lora-ancestor-keep-more", "merge-lora-ancestor-keep", ""),
+    ("drift-keep-more", "lora-keep-more", "All kept by 960 images:"),
+    ("drift-ancestor-keep-more", "lora-keep-more", ""),
+    ("drift-keep-more", "merge-lora-keep-more", ""),
+    ("drift-keep-more", "merge-lora-ancestor-keep-more", ""),
+    ("drift-ancestor-keep-more", "merge-lora-keep-more", ""),
+    ("drift-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
+    ("merge-drift-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("drift-ancestor-keep", "vlm", "What is gained in all:"),
     ("drift-ancestor-keep", "drift-ancestor-replay", "Keeping, or replay of the same answers?"),
     ("lora-keep", "lora-replay", ""),
@@ -75,10 +87,11 @@ DUELS = (  # (first, second, what their difference answers)
     *((key, "drift", "") for key in VARIANTS),
 )
 
-# DRIFT inside the adapter, whose rivals are listed: those that keep nothing either, and those that keep too.
+# DRIFT inside the adapter, whose rivals are listed: those that keep nothing either, and those that keep as much.
 LEADERS = {
     "without keeping": ("drift", "decoupled", "drift-ancestor"),
     "keeping": ("drift-keep", "drift-ancestor-keep"),
+    "keeping, 960 images": ("drift-keep-more", "drift-ancestor-keep-more"),
 }
 RIVAL = "lora"  # what a user would do without us: every row is compared with it, seed by seed
 
@@ -195,7 +208,7 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
     def led(leaders: tuple[str, ...]) -> dict:
         there = [m for m in leaders if m in rows]
         leader = max(there, key=lambda m: best_validation(ledger, plan, world, m, criterion), default=None)
-        alike = [m for m in done if leader and m != leader and bool(METHODS[m].kept) == bool(METHODS[leader].kept)]
+        alike = [m for m in done if leader and m != leader and keeps(m) == keeps(leader)]
         return {"leader": leader, "leads": {m: difference(m, leader) for m in alike}}
 
     return {
@@ -203,6 +216,11 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
         "duels": {f"{a} {b}": difference(a, b) for a, b, _ in DUELS if a in done and b in done},
         "leaders": {kind: led(leaders) for kind, leaders in LEADERS.items()},
     }
+
+
+def keeps(method: str) -> tuple[bool, bool]:
+    """Whether it keeps what the VLM can do, and by more images than the others."""
+    return bool(METHODS[method].kept), method in MORE
 
 
 def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:

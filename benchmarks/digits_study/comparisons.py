@@ -20,12 +20,13 @@ def comparisons(results: dict, worlds: dict) -> list[str]:
         lines += [
             f"\n## Chosen and compared by the {mean}\n",
             "What beats DRIFT inside the adapter, in its best form by validation: adaptive with Δ from the VLM, with Δ "
-            "from the ancestor, or decoupled. What keeps is compared with what keeps.\n",
+            "from the ancestor, or decoupled. What keeps is compared with what keeps as many answers.\n",
         ]
         for key, world in worlds.items():
             lines.append(f"- `{key}`: {beaten_by(results, world, criterion, 'without keeping')}")
-            if world["chosen by"][criterion]["leaders"]["keeping"]["leader"]:
-                lines.append(f"- `{key}`, keeping: {beaten_by(results, world, criterion, 'keeping')}")
+            for kind in [kind for kind in LEADERS if kind != "without keeping"]:
+                if world["chosen by"][criterion]["leaders"][kind]["leader"]:
+                    lines.append(f"- `{key}`, {kind}: {beaten_by(results, world, criterion, kind)}")
         lines += ["\nAgainst plain LoRA, in points with 95 % intervals:\n"]
         for key, world in worlds.items():
             for method in ("drift", "decoupled", "hold"):

@@ -139,6 +139,14 @@ KEPT["merge-drift-ancestor-keep"] = replace(  # what the two ways that are best 
 )
 KEPT |= {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 
+MORE = {  # the ways that keep best, each tuned again with four times the images
+    f"{key}-more": replace(KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEEP | {"keep_images": 960})
+    for key in (
+        *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
+        "merge-drift-ancestor-keep",
+    )
+}
+
 COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 answers beside 16 samples
     f"{key}-longer": replace(
         (TRAINING | ANCESTOR)[key],
@@ -215,5 +223,5 @@ CONTROLS = {
     )
 }
 
-METHODS = TRAINING_FREE | TRAINING | ANCESTOR | KEPT | COMPUTE | TEXT | STARTS | VARIANTS | NF4 | CONTROLS
+METHODS = TRAINING_FREE | TRAINING | ANCESTOR | KEPT | MORE | COMPUTE | TEXT | STARTS | VARIANTS | NF4 | CONTROLS
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

@@ -22,6 +22,10 @@ TABLE = {  # what stands in the one table
         *("merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         "merge-drift-ancestor-keep",
     ),
+    "Trained, keeping by 960 images instead of 240": (
+        *("lora-keep-more", "merge-lora-keep-more", "merge-lora-ancestor-keep-more"),
+        *("drift-keep-more", "drift-ancestor-keep-more", "merge-drift-ancestor-keep-more"),
+    ),
 }
 
 

@@ -9,7 +9,20 @@ from drift_peft.demo.evaluate import MEASURES
 
 from .keep_sets import VARIETIES
 from .ledger import Ledger
-from .methods import ANCESTOR, COMPUTE, CONTROLS, KEPT, METHODS, NF4, STARTS, TEXT, TRAINING, TRAINING_FREE, VARIANTS
+from .methods import (
+    ANCESTOR,
+    COMPUTE,
+    CONTROLS,
+    KEPT,
+    METHODS,
+    MORE,
+    NF4,
+    STARTS,
+    TEXT,
+    TRAINING,
+    TRAINING_FREE,
+    VARIANTS,
+)
 from .run import DEFAULTS, scores
 from .worlds import WORLDS
 
@@ -124,6 +137,13 @@ SWEEPS = {
         ("lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         ONCE,
     ),
+    "keep_rank": Sweep.of(  # is it the rank that holds DRIFT back where merging all of Δ is better?
+        "Rank of the adapter, keeping",
+        "r",
+        [8, 16, 32],
+        ("merge-lora-ancestor-keep", "drift-ancestor-keep"),
+        ("llava",),
+    ),
 }
 
 
@@ -230,6 +250,8 @@ class Plan:
             yield from compared("ancestor", world, ANCESTOR)
         for world in self.worlds:
             yield from compared("keeping", world, KEPT)
+        for world in self.worlds:
+            yield from compared("keeping, more images", world, MORE)
         for world in self.worlds:
             yield seeds("as long as keeping takes", world, COMPUTE)
             yield from compared("text chains alone", world, TEXT)

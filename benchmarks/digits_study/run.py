@@ -88,7 +88,7 @@ def trained(world: World, method: Method, settings: dict, seed: int, prior: Path
     else:
         model = adapted(model, processor, method, settings, drift, prior, samples)
     if method.kept:
-        keep_set = keep_set_of(world, settings, seed, samples, home / "keep.safetensors")
+        keep_set = keep_set_of(world, settings, seed, samples, prior.parent)
         if method.kept == "replay":
             samples = samples + replayed(keep_set)
         else:

@@ -7,6 +7,10 @@ from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points,
 
 DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
 KEPT, MERGED_KEPT = ("drift-keep", "drift-ancestor-keep"), ("merge-lora-keep", "merge-lora-ancestor-keep")
+MORE, MERGED_MORE = (
+    ("drift-keep-more", "drift-ancestor-keep-more"),
+    ("merge-lora-keep-more", "merge-lora-ancestor-keep-more"),
+)
 BOTH = "merge-drift-ancestor-keep"  # a part of Δ merged, then DRIFT
 OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
 
@@ -120,29 +124,40 @@ def cost(worlds: dict) -> str:
 
 def keeping(worlds: dict) -> str:
     """What keeping adds to DRIFT, what perception it leaves lost, and DRIFT with keeping against rivals that keep."""
-    gained, left = {}, {}
+    gained = {}
     for key, world in worlds.items():
-        rows = world["chosen by"]["images"]["rows"]
-        if way := preferred(world, "images", KEPT):
-            if difference := duel(world, "images", way, way.removesuffix("-keep")):
-                gained[f"`{key}`"] = difference
-            if "vlm" in rows:
-                lost = rows["vlm"]["scores"]["perception"][0] - rows[way]["scores"]["perception"][0]
-                left[f"`{key}`"] = f"{100 * lost:.0f} in `{key}`"
+        way = preferred(world, "images", KEPT)
+        if way and (difference := duel(world, "images", way, way.removesuffix("-keep"))):
+            gained[f"`{key}`"] = difference
     if not gained:
         return "Keeping, which is to cure that, has not been run yet with DRIFT."
     sentences = [f"Keeping makes DRIFT {compared(gained, worlds)}."]
-    if left:
-        sentences.append(f"Of perception it then loses so many points: {listed(left.values())}.")
+    if left := perception_lost(worlds, KEPT):
+        sentences.append(f"Of perception it then loses so many points: {left}.")
+    forms = {"the VLM": perception_lost(worlds, MORE[:1]), "the ancestor": perception_lost(worlds, MORE[1:])}
+    if said := [f"{left}, with Δ from {where}" for where, left in forms.items() if left]:
+        sentences.append(f"With 960 images instead of 240, and tuned again, it loses so many: {'; '.join(said)}.")
     for rival, name in ((MERGED_KEPT, "merging a part of Δ and then training LoRA"), (("lora-keep",), "LoRA")):
         if found := best_duels(worlds, "images", KEPT, rival):
             sentences.append(f"With keeping in both, DRIFT compared with {name} is {compared(found, worlds)}.")
+    if found := best_duels(worlds, "images", MORE, MERGED_MORE):
+        sentences.append(f"By 960 images in both, DRIFT compared with merging first is {compared(found, worlds)}.")
     if found := duels(worlds, "images", BOTH, "merge-lora-ancestor-keep"):
         first = "Where a part of Δ from the ancestor is merged first, DRIFT compared with LoRA is"
         sentences.append(f"{first} {compared(found, worlds)}.")
     if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
         sentences.append(f"In {listed(missing)} it has not been run yet.")
     return " ".join(sentences)
+
+
+def perception_lost(worlds: dict, forms: tuple[str, ...]) -> str:
+    """How many points less than the VLM in which world, in the form that validation prefers; empty if none is run."""
+    lost = {}
+    for key, world in worlds.items():
+        rows = world["chosen by"]["images"]["rows"]
+        if "vlm" in rows and (way := preferred(world, "images", forms)):
+            lost[key] = rows["vlm"]["scores"]["perception"][0] - rows[way]["scores"]["perception"][0]
+    return listed(f"{100 * share:.0f} in `{key}`" for key, share in lost.items()) if lost else ""
 
 
 def is_it_delta(worlds: dict) -> str:

@@ -192,6 +192,23 @@ def test_a_row_is_shown_when_every_run_of_it_is_there(tmp_path):
     assert re.search(r"With keeping in both, DRIFT compared with LoRA is better in `qwen`, by \d\d\.\d points \[", page)
 
 
+def test_what_more_images_keep_is_compared_with_what_they_keep(tmp_path):
+    """Neither rows that keep by 240 images nor those of other worlds stand for it."""
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    shares = {"vlm": 0.95, "drift": 0.4, "drift-keep": 0.6, "lora-keep": 0.9}
+    shares |= {"drift-keep-more": 0.9, "merge-lora-keep-more": 0.5}
+    plan = replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=())
+    filled(ledger, plan, lambda run: shares[run["method"]])
+    pages = report(ledger, plan, tmp_path)
+    page = pages["RESULTS.md"]
+    found = re.search(r"With 960 images .* it loses so many: (-?\d+) in `qwen` and (-?\d+) in `llava`, with", page)
+    assert all(0 <= int(lost) <= 10 for lost in found.groups())
+    assert re.search(r"By 960 images in both, DRIFT compared with merging first is better in every world, by", page)
+    beaten = {line for line in pages["appendix_comparisons.md"].splitlines() if line.startswith("- `qwen`, keeping")}
+    assert any("keeping: LoRA, keeping by +" in line for line in beaten)
+    assert any("keeping, 960 images: nothing clearly beats" in line for line in beaten)
+
+
 def test_the_page_says_what_keepings_settings_rest_on(tmp_path):
     ledger, method = Ledger(tmp_path / "digits.jsonl"), "drift-ancestor-keep"
     plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", method), sweeps=("keep_images",))

@@ -1,9 +1,11 @@
 """benchmarks/digits_study/keep_sets.py: what the study keeps is the VLM's own, and what it says it is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from digits_study.keep_sets import VARIETIES, keep_set_of, replayed
-from digits_study.methods import KEEP, KEPT, METHODS, REPLAY
+from digits_study.methods import KEEP, KEPT, METHODS, MORE, REPLAY
 from digits_study.run import perform, training_samples
 from digits_study.worlds import FOLDER, WORLDS
 
@@ -20,10 +22,20 @@ def keep_sets(tmp_path_factory):
             KEEP | {"keep_images": 12, "keep_variety": variety},
             0,
             SAMPLES,
-            folder / f"{i}.safetensors",
+            folder,
         )
-        for i, variety in enumerate(VARIETIES)
+        for variety in VARIETIES
     }
+
+
+def test_answers_are_made_once_and_by_seed(tmp_path, monkeypatch):
+    settings = KEEP | {"keep_images": 2}
+    made = {seed: keep_set_of(WORLD, settings, seed, SAMPLES, tmp_path) for seed in (0, 1)}
+    assert pictures(made[0])[0].tobytes() != pictures(made[1])[0].tobytes()
+    monkeypatch.setattr("digits_study.keep_sets.make_keep_set", None)
+    again = keep_set_of(WORLD, settings, 0, SAMPLES, tmp_path)
+    assert [again[i].tokens.tolist() for i in (0, 1)] == [made[0][i].tokens.tolist() for i in (0, 1)]
+    assert len([*tmp_path.iterdir()]) == 2  # and nothing beside them is left
 
 
 def pictures(keep_set):
@@ -44,7 +56,7 @@ def test_varieties_are_what_they_are_called(keep_sets):
 
 def test_an_unknown_variety_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"keep_variety is one of .*, not 'blue'"):
-        keep_set_of(WORLD, KEEP | {"keep_variety": "blue"}, 0, SAMPLES, tmp_path / "keep.safetensors")
+        keep_set_of(WORLD, KEEP | {"keep_variety": "blue"}, 0, SAMPLES, tmp_path)
 
 
 def test_replay_trains_the_answers_of_the_keep_set(keep_sets):
@@ -65,6 +77,10 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
         plain = METHODS[key.removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
         assert method.settings == (KEEP if method.kept == "kl" else REPLAY)
+    for key, method in MORE.items():
+        few = KEPT[key.removesuffix("-more")]
+        assert replace(method, title=few.title, settings=few.settings) == few
+        assert few.settings == KEEP and method.settings == KEEP | {"keep_images": 960}
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="the source distribution lacks the study's checkpoints")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
@@ -255,6 +256,7 @@ def _selects(key: str, name: str) -> bool:
     return module_kind(name) == key if key in PRESETS else _matches(key, name)
 
 
+@cache  # asked at every step
 def _matches(pattern: str, name: str) -> bool:
     """As PEFT's rank_pattern; `.weight` is left out."""
     return pattern_matches(pattern, name.removesuffix(".weight"))

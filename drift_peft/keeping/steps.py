@@ -50,12 +50,13 @@ class LeftGradient:
     def is_still(self, gradient: Tensor | None) -> bool:
         if gradient is None or self._gradient() is not gradient or self._version != gradient._version:
             return False
-        return torch.equal(self._entries, _entries(gradient))
+        return torch.equal(self._entries, _entries(gradient).to(self._entries))  # cast and moved it is still the same
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    """A few, from all over it; none of what is sharded, of which each process has others."""
-    flat = gradient.new_empty(0) if isinstance(gradient, DTensor) else gradient.detach().reshape(-1)
+    """A few, from all over it; none of what is sharded, of which each process has others, or sparse."""
+    plain = gradient.layout is torch.strided and not isinstance(gradient, DTensor)
+    flat = gradient.detach().reshape(-1) if plain else torch.empty(0)
     return flat[:: max(1, len(flat) // 64)].clone()
 
 

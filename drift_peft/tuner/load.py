@@ -24,7 +24,9 @@ def _noticing(load_adapter: Callable) -> Callable:
         config = model.peft_config[adapter_name]
         if isinstance(config, DriftConfig):
             known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
-            if not known and (stored := _settings(model_id, kwargs)):
+            if known:
+                config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
+            elif stored := _settings(model_id, kwargs):
                 config.drift_steps = stored.get("drift_steps", 0)
                 if is_trainable:
                     _warn_of_other_settings(config, stored, model_id)

@@ -196,8 +196,8 @@ def _noting_weights(load_from_state_dict):
         for name, config in self.peft_config.items():
             if any(f".lora_B.{name}." in key for key in state_dict):
                 config.weights_loaded = True  # no field of the config, so it is not stored
-                if steps := vars(config).pop("steps_of_weights", 0):
-                    config.drift_steps = steps
+                if vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
+                    config.drift_steps = config.steps_of_weights
         load_from_state_dict(self, state_dict, *args, **kwargs)
 
     return wrapper

@@ -75,6 +75,10 @@ def test_a_new_adapter_begins_its_schedule(pair, trained):
         assert telemetry(model)["guided_steps"] == 0 and config.drift_steps == steps
         model.load_state_dict(model.state_dict())
         assert telemetry(model)["guided_steps"] == steps
+    model = get_peft_model(copy.deepcopy(pair.base), read)
+    model.peft_config["default"].drift_steps = 1  # it has been trained itself since
+    model.load_state_dict(model.state_dict())
+    assert telemetry(model)["guided_steps"] == 1
 
 
 def test_a_count_that_is_not_stored_is_none(pair, trained, tmp_path):

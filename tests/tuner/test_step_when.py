@@ -109,6 +109,15 @@ def test_gradients_that_are_written_past_autograds_eyes_are_biased():
     assert model.config.repeated_steps == 0
 
 
+def test_gradients_that_are_cast_between_two_steps_are_still_biased_once():
+    model = Layers(settings("gradnorm"), dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.trained(), lr=0.0)
+    step(model, optimizer=optimizer)
+    model.double()
+    with pytest.warns(UserWarning, match="twice on the same gradients"):
+        step(model, optimizer=optimizer)
+
+
 def test_each_optimizers_own_gradients_are_biased_once():
     model = Layers(settings("gradnorm"))
     A, B = (torch.optim.SGD(model.trained()[i::2], lr=0.0) for i in (0, 1))

@@ -82,7 +82,8 @@ class Keeping:
 
     def release(self) -> None:
         """Keep no more."""
-        del vars(self._base())["drift_keep"]
+        if vars(self._base()).get("drift_keep") is self:
+            del vars(self._base())["drift_keep"]
         self._handle.remove()
         _KEPT.discard(self)
 
@@ -122,11 +123,11 @@ class Keeping:
 
     def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
         """Add what belongs to step number `step` to the gradients of these."""
+        parameters = _not_frozen(parameters)
         self.tokens = max(self.tokens, self.seen)
         left = self._left.get(id(parameters[0]))
         if step % self.every or (left is not None and left.is_still(parameters[0].grad)):
             return
-        parameters = [p for p in parameters if p.requires_grad] or parameters  # what is frozen may still have zeros
         rank, processes = _place()
         number = step // self.every * processes + rank
         parts = self.feed.batch(number, self.tokens)
@@ -143,6 +144,7 @@ class Keeping:
 
     def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         if step % self.every == 0:
+            parameters = _not_frozen(parameters)
             self._left.pop(id(parameters[0]), None)
             if parameters[0].grad is not None:
                 self._left[id(parameters[0])] = LeftGradient(parameters[0].grad)
@@ -191,6 +193,11 @@ class Keeping:
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 
+def _not_frozen(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+    """What was frozen meanwhile may still have a gradient; if all was, `_gradients` says what to do."""
+    return [p for p in parameters if p.requires_grad] or parameters
+
+
 def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[int, dict]) -> None:
     """RuntimeError for what is not reached."""
     if _in_deepspeed(model):
@@ -223,7 +230,7 @@ def _in_deepspeed(model: nn.Module) -> bool:
 
 def keepings_of(model: nn.Module) -> list[Keeping]:
     """What keeps this model, a part of it, or a model that it is part of."""
-    return [keeping for keeping in _alive() if _related(keeping.model, model)]
+    return [keeping for keeping in _alive() if _related(keeping._base(), model)]  # which other wrappers have, too
 
 
 def is_kept(parameters: Container[int]) -> bool:

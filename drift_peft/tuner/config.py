@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig
 from pydantic import create_model
+from torch import Tensor
 
 from ..arguments import is_number, is_whole, nearest, plain
 from ..checkpoints import DRIFT_CONFIG, PLAIN_STARTS, Schema, check, lora_variants, needs_peft, read_json, write_text
@@ -70,6 +71,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     def __post_init__(self):
         for f in fields(self):
             setattr(self, f.name, plain(getattr(self, f.name)))
+        if isinstance(self.drift_steps, Tensor):  # as steps with a GradScaler are counted
+            self.drift_steps = int(self.drift_steps)
         if isinstance(self.drift_modules, (set, frozenset)):  # as PEFT takes target_modules
             self.drift_modules = sorted(self.drift_modules, key=repr)
         start = self.init_lora_weights

@@ -45,6 +45,9 @@ def _noticing_without_wrapper(load_adapter: Callable) -> Callable:
     @functools.wraps(load_adapter)
     def wrapper(model: PeftAdapterMixin, peft_model_id: str | None = None, *args, **kwargs) -> Any:
         result = load_adapter(model, peft_model_id, *args, **kwargs)
+        name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
+        if isinstance(config := model.peft_config.get(name), DriftConfig):
+            config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
         if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
             _warn_of_plain_training(peft_model_id, kwargs)
         return result

@@ -194,10 +194,12 @@ def _noting_weights(load_from_state_dict):
     @functools.wraps(load_from_state_dict)
     def wrapper(self: LoraModel, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
         for name, config in self.peft_config.items():
-            if any(f".lora_B.{name}." in key for key in state_dict):
+            loaded = [B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")]
+            if loaded:
                 config.weights_loaded = True  # no field of the config, so it is not stored
-                if vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
-                    config.drift_steps = config.steps_of_weights
+            trained = any(not B.is_meta and B.any() for B in loaded)  # a start is loaded, too, to be spread over ranks
+            if trained and vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
+                config.drift_steps = config.steps_of_weights
         load_from_state_dict(self, state_dict, *args, **kwargs)
 
     return wrapper

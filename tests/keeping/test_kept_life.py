@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from twin import BATCH, backward, sgd, trainable
 
 from drift_peft import keep
+from drift_peft.keeping.kept import keepings_of
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,16 @@ def test_keeping_goes_on_when_the_adapter_is_merged(folder, processor):
     del base, again
     gc.collect()
     assert freed() is None
+
+
+def test_keeping_again_after_a_merge_replaces_the_settings(folder, processor):
+    """Though the first wrapper is still there, as in a notebook."""
+    first = keep(adapted(folder), Watched(folder), processor, batch_size=3)
+    second = get_peft_model(first.merge_and_unload(), LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj"))
+    keep(second, Watched(folder), processor, batch_size=3)
+    assert len(keepings_of(second)) == len(keepings_of(first)) == 1
+    keep(second, None)
+    assert keepings_of(first) == [] and "drift_keep" not in vars(second.get_base_model())
 
 
 def test_a_copy_of_the_base_alone_is_kept(folder, processor):

@@ -73,12 +73,22 @@ def test_a_new_adapter_begins_its_schedule(pair, trained):
         steps = config.drift_steps
         model = get_peft_model(copy.deepcopy(pair.base), config)
         assert telemetry(model)["guided_steps"] == 0 and config.drift_steps == steps
-        model.load_state_dict(model.state_dict())
+        model.load_state_dict(model.state_dict())  # the start, as FSDP spreads it
+        assert telemetry(model)["guided_steps"] == 0
+        model.load_state_dict({k: v + 0.1 if ".lora_B." in k else v for k, v in model.state_dict().items()})
         assert telemetry(model)["guided_steps"] == steps
     model = get_peft_model(copy.deepcopy(pair.base), read)
     model.peft_config["default"].drift_steps = 1  # it has been trained itself since
-    model.load_state_dict(model.state_dict())
+    model.load_state_dict({k: v + 0.1 if ".lora_B." in k else v for k, v in model.state_dict().items()})
     assert telemetry(model)["guided_steps"] == 1
+
+
+@transformers_takes_it
+def test_what_transformers_loads_brings_its_count(pair, trained):
+    folder = trained[0] / "checkpoint-3"
+    model = copy.deepcopy(pair.base)
+    model.load_adapter(str(folder), peft_config=DriftConfig.from_pretrained(folder), is_trainable=True)
+    assert telemetry(model)["guided_steps"] == 3
 
 
 def test_a_count_that_is_not_stored_is_none(pair, trained, tmp_path):

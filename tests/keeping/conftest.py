@@ -2,6 +2,7 @@
 
 import pytest
 from keep_sets import make, save_folder
+from kept_models import adapted, processor_of
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +11,13 @@ def folder(tmp_path_factory):
     folder = save_folder(tmp_path_factory.mktemp("keep"), "qwen2_5_vl")
     make(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return processor_of(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return adapted(folder)

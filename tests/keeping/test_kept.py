@@ -30,16 +30,6 @@ from twin import BATCH, backward, bias_by_oracle, randomized, sgd, train, traina
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, guide, keep, telemetry
 
 
-@pytest.fixture(scope="module")
-def processor(folder):
-    return processor_of(folder)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return adapted(folder)
-
-
 def full(folder):
     """Trained in full, but for its vision tower."""
     model = load(folder).double().train()

@@ -14,23 +14,12 @@ from kept_models import (
     gradients_of_step,
     kept_twin,
     load,
-    processor_of,
 )
 from peft import LoraConfig, get_peft_model
 from twin import BATCH, backward, sgd, trainable
 
 from drift_peft import keep
 from drift_peft.keeping.kept import keepings_of
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return processor_of(folder)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return adapted(folder)
 
 
 def test_hooks_of_parameters_are_for_the_gradients_of_the_task(model, folder, processor):

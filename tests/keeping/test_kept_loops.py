@@ -36,16 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Switch
 TOWER = ["lm_head", "visual"]
 
 
-@pytest.fixture(scope="module")
-def processor(folder):
-    return processor_of(folder)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return adapted(folder)
-
-
 # Plain PyTorch
 
 

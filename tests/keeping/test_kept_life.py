@@ -54,6 +54,21 @@ def test_what_is_frozen_meanwhile_is_left_alone(model, folder):
     assert not any(torch.equal(p.grad, g) for p, g in zip(others, bare, strict=True))
 
 
+def test_what_is_frozen_with_its_gradient_does_not_end_keeping(model, folder):
+    """The first parameter's gradient is as the last step left it, and those of the others are new."""
+    twin, _ = kept_twin(model, folder)
+    optimizer, (first, *others) = sgd(twin, lr=0.0), trainable(twin)
+    backward(twin, BATCH)
+    optimizer.step()
+    first.requires_grad_(False)
+    for p in others:
+        p.grad = None
+    backward(twin, BATCH)
+    bare = [p.grad.clone() for p in others]
+    optimizer.step()
+    assert not any(torch.equal(p.grad, g) for p, g in zip(others, bare, strict=True))
+
+
 def test_keeping_goes_on_when_the_adapter_is_merged(folder, processor):
     """ReLoRA and its like merge, begin a new adapter, and drop the model that was kept."""
     watched = Watched(folder)

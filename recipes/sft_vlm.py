@@ -43,7 +43,7 @@ from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
 from parts.template import check_template
 from parts.whole import write_json
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoProcessor
 
 from drift_peft import (
     DriftConfig,
@@ -56,7 +56,7 @@ from drift_peft import (
     merge_baseline,
     telemetry,
 )
-from drift_peft.checkpoints import Checkpoint, Decoder, shown, split_revision
+from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
 from drift_peft.keeping import check_processor_settings, image_mode
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
@@ -145,7 +145,7 @@ def run_or_prior(named: str | None, origin: dict | None) -> str | None:
     """A model as the run names it, else as the prior's header does."""
     if named is not None or origin is None:
         return named
-    return f"{origin['id']}@{origin['revision']}" if origin["revision"] else origin["id"]
+    return at_revision(origin["id"], origin["revision"])
 
 
 def check_keep(run: RunArguments, images: int | None) -> None:
@@ -172,15 +172,6 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
     told = f"{run.keep} was made before, and its {len(keep_set)} answers and their images are used as they are"
     print(f"{told}: for others, name another file in keep.")
     return keep_set
-
-
-def not_quantized(config) -> list[str]:
-    """Full names of all linear layers but the language model's projections: the vision tower, projector and head."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    projections = Decoder(model).projections
-    linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name in linear if name not in projections]
 
 
 def think_tokens(tokenizer, base: Checkpoint) -> dict[str, list[int]]:
@@ -268,13 +259,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
 
     dtype = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
     train.model_init_kwargs = {"dtype": dtype, "revision": start.revision, **(train.model_init_kwargs or {})}
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=not_quantized(base.config),
-    )
+    nf4 = assumed_quantization(base, dtype)
     pieces = {"train_dataset": dataset, "processing_class": processor, "quantization_config": nf4, "peft_config": drift}
     trainer = Trainer(start.source, train, **pieces)
     trainer.held = held.content

@@ -1,6 +1,7 @@
 """A steered model and its twin: plain LoRA with the same weights, whose gradients the oracle of reference.py biases."""
 
 import copy
+import io
 import re
 import warnings
 
@@ -27,6 +28,14 @@ each_scale = pytest.mark.parametrize(
     [("absolute", "residual"), ("gradnorm", "delta"), ("adaptive", "residual"), ("decoupled", "factors")],
 )
 BATCH = torch.randint(7, 64, (8, 10), generator=torch.Generator().manual_seed(0))
+
+
+def pickled(model):
+    """Saved whole, and loaded again."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def randomized(model, seed=0, dtype=torch.float64):

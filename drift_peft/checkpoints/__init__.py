@@ -38,7 +38,7 @@ from .dequantized import (
     quantization_in_training,
     quantization_of,
 )
-from .hub import cached_snapshot, download, split_revision
+from .hub import at_revision, cached_snapshot, download, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
@@ -133,6 +133,7 @@ __all__ = [
     "adapter_updates",
     "as_peft_reads",
     "assumed_quantization",
+    "at_revision",
     "auto_class_of",
     "block_rows",
     "cached_snapshot",

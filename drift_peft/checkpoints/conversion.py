@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Layout:
         self.conversions: dict[str, Conversion] = {}
         self.unread: list[str] = []
         found: dict[str, dict[str, str]] = {}  # first name of what a conversion makes -> its sources
-        for key in sorted(keys, key=_natural):
+        for key in sorted(keys, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             if name not in state and key in state:  # as transformers does: it was in memory's form already
                 name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
@@ -108,11 +108,6 @@ class Layout:
     def name(self, other: str) -> str:
         """What this version of transformers calls a parameter that another one has called so."""
         return rename_source_key(other, self._renamings, [], self._model.base_model_prefix, self._state)[0]
-
-
-def _natural(key: str) -> list:
-    """Experts and layers in the order of their numbers, as transformers collects them."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _without(model: PreTrainedModel, name: str) -> str:

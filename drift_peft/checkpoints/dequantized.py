@@ -84,7 +84,7 @@ def _record(adapter: Path) -> dict | None:
         raise ValueError(f"{file} is damaged ({error}): save the adapter again") from error
 
 
-def assumed_quantization(checkpoint: Checkpoint) -> BitsAndBytesConfig:
+def assumed_quantization(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """NF4 with double quantization of the language model's projections, and of nothing else."""
     projections = checkpoint.decoder.projections
     linear = [name for name, module in checkpoint.model.named_modules() if isinstance(module, nn.Linear)]
@@ -92,7 +92,7 @@ def assumed_quantization(checkpoint: Checkpoint) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[name for name in linear if name not in projections],
     )
 

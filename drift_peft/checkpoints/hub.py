@@ -145,6 +145,11 @@ def split_revision(source: str, revision: str | None = None) -> tuple[str, str |
     return repository, inline or revision
 
 
+def at_revision(source: str, revision: str | None = None) -> str:
+    """`id@revision`, or the id alone: what `split_revision` takes apart."""
+    return f"{source}@{revision}" if revision else source
+
+
 def download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     """Folder of a hub snapshot that holds `files` (patterns), from the cache where they are in it.
 

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from .hub import at_revision
+
 TASK = "image-text-to-text"  # what the hub calls it: the pipeline tag of a VLM, and of what is made for one
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
@@ -109,7 +111,7 @@ def how_to_serve(base: str, loaded_by: str | None, folder: str, rank: int | None
     """
     plain, at = " ".join(base.split()), f" --revision {shlex.quote(revision)}" if revision else ""
     values = {"argument": shlex.quote(plain), "folder": folder, "at": at}
-    values["pinned"] = shlex.quote("@".join(filter(None, (plain, revision))))
+    values["pinned"] = shlex.quote(at_revision(plain, revision))
     allowed = None if rank is None else next((r for r in MAX_LORA_RANKS if r >= rank), None)
     beside = "" if allowed is None else BESIDE.format(**values, rank=allowed)
     tower = TOWER if loaded_by == AutoModelForImageTextToText.__name__ else ""

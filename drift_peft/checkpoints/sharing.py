@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from ..warn import first_line, visible, warn
-from .hub import download, split_revision
+from .hub import at_revision, download, split_revision
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b[\\/]?(\w*)")  # a snapshot in the hub's cache
@@ -138,7 +138,7 @@ def pinned(origin: Mapping) -> str:
     >>> pinned({"id": "org/vlm", "revision": "0a1b2c"}), pinned({"id": "/data/vlm", "revision": None})
     ('org/vlm@0a1b2c', 'vlm')
     """
-    return "@".join(filter(None, repository_of(origin) or (_last_part(origin["id"]),)))
+    return at_revision(*repository_of(origin) or (_last_part(origin["id"]),))
 
 
 def find_license(origin: dict, token: str | None = None) -> dict | None:

@@ -20,10 +20,11 @@ def upload(file: Any, repository: str, private: bool, revision: str | None, mess
     """Push a prior or a keep set, and say how it is loaded from there."""
     from rich.table import Table
 
+    from ..checkpoints import at_revision
     from .show import show
 
     url = file.push_to_hub(repository, private=private or None, commit_message=message, revision=revision)
-    name = "@".join(filter(None, (repository, revision)))
+    name = at_revision(repository, revision)
     table = Table(show_header=False, title=f"{file.source} uploaded")
     table.add_row("commit", url)
     table.add_row("load with", f'{type(file).__name__}.load("{name}")')

@@ -34,12 +34,13 @@ from .answers import Sample, as_templates_are_read, image_mode
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
 from .feed import Feed, Part
-from .file import KeepSet
+from .file import KeepSet, data_address
 from .four_bit import keep_4bit_differentiable
 from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
+from .pictures import PICTURES
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -50,6 +51,7 @@ from .vlm import Vlm, check_processor_settings
 
 __all__ = [
     "GRADIENT_SCALE",
+    "PICTURES",
     "Act",
     "Feed",
     "KeepCallback",
@@ -66,6 +68,7 @@ __all__ = [
     "as_templates_are_read",
     "bucketed_kl",
     "check_processor_settings",
+    "data_address",
     "divergence",
     "evaluated",
     "image_mode",

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
 
 if TYPE_CHECKING:  # pillow is needed by who keeps, and by nobody else
     from PIL.Image import Image
@@ -116,11 +117,7 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
 
 def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """On the model's device, images in its dtype."""
-    device, dtype = model.device, model.dtype
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else None) if torch.is_tensor(value) else value
-        for name, value in inputs.items()
-    }
+    return BatchFeature(inputs).to(model.device, model.dtype).data
 
 
 def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

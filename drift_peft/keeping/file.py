@@ -13,6 +13,7 @@ settings) and the questions as [kind, text].
 
 from __future__ import annotations
 
+import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import typed
-from ..checkpoints import find_file, upload
+from ..checkpoints import at_revision, find_file, upload
 from ..warn import warn
 from .answers import Sample, prompts
 from .header import Header
@@ -150,8 +151,8 @@ class KeepSet(SampleFile):
         Example:
             >>> keep_set.push_to_hub("me/keep", private=True)  # doctest: +SKIP
         """
-        name = "@".join(filter(None, (repo_id, revision)))
-        files = {FILE_NAME: self.path, "README.md": str(self.model_card(name, token)).encode()}
+        card = self.model_card(at_revision(repo_id, revision), token)
+        files = {FILE_NAME: self.path, "README.md": str(card).encode()}
         return upload(self.source, repo_id, files, private, token, commit_message or "Upload a keep set", revision)
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
@@ -233,6 +234,13 @@ def upright(image: Image, mode: str = "RGB") -> Image:
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image).convert(mode)
+
+
+def data_address(image: Image, format: str = "PNG", **options) -> str:
+    """The image itself as an address, for servers and pages; `options` are those of PIL's `save`."""
+    content = io.BytesIO()
+    image.save(content, format, **options)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def prompt_tokens(processor: Any, image: Image, question: str) -> int:

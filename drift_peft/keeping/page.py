@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints import claimed_output, shown, write_output
-from .file import KeepSet
+from .file import KeepSet, data_address
 from .summary import CAPTION, entropy, keep_rows, keep_summary
 
 if TYPE_CHECKING:
@@ -75,6 +73,4 @@ def _card(sample: Sample) -> str:
 
 def _thumbnail(image: Image) -> str:
     image.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_address(image, "JPEG", quality=80)

@@ -6,8 +6,6 @@ as does llama.cpp; from other servers a token is taken if its text or bytes are 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import re
@@ -22,6 +20,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .file import data_address
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ class Server:
             return [*pool.map(lambda image, question: self._ask(image, question, max_new_tokens, k), images, questions)]
 
     def _ask(self, image: Image, question: str, max_new_tokens: int, k: int) -> dict[str, Tensor]:
-        parts = [{"type": "image_url", "image_url": {"url": _data_address(image)}}, {"type": "text", "text": question}]
+        parts = [{"type": "image_url", "image_url": {"url": data_address(image)}}, {"type": "text", "text": question}]
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": parts}],
@@ -180,9 +180,3 @@ def _spelled(token: str) -> bytes:
     """What a token of SentencePiece stands for."""
     byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
     return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-
-
-def _data_address(image: Image) -> str:
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -13,6 +13,7 @@ from ..checkpoints import (
     Checkpoint,
     LowRank,
     Update,
+    at_revision,
     cached_snapshot,
     named,
     recorded_base,
@@ -44,11 +45,9 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
         ValueError: it is another model, with both names; or the adapter is in it already.
     """
     (recorded, revision), prior = recorded_base(folder), _prior(folder)
-    why, trained_on, base = None, recorded, checkpoint.source
+    why, trained_on, base = None, recorded, at_revision(checkpoint.source, checkpoint.revision)
     if revision and not Path(recorded or "").exists():
-        trained_on = f"{recorded}@{revision}"
-    if checkpoint.revision is not None:
-        base = f"{checkpoint.source}@{checkpoint.revision}"
+        trained_on = at_revision(recorded, revision)
     if prior is not None:
         merged = read_merge(checkpoint.config)
         near, why = _by_fingerprint(checkpoint, prior, merged, updates)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, NonNegativeInt
 
-from ..checkpoints import Origin, Schema, check, layer_of, module_kind, write_text
+from ..checkpoints import Origin, Schema, at_revision, check, layer_of, module_kind, write_text
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"
@@ -133,4 +133,4 @@ def _write_config(folder: Path, config: dict) -> None:
 
 
 def _named(origin: dict[str, Any]) -> str:
-    return f"{origin['id']}@{origin['revision']}" if origin.get("revision") else origin["id"]
+    return at_revision(origin["id"], origin.get("revision"))

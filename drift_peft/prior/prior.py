@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..arguments import check_type, check_whole, plain, typed
-from ..checkpoints import gathered, upload
+from ..checkpoints import at_revision, gathered, upload
 from .combine import (
     Weight,
     check_parents,
@@ -179,8 +179,8 @@ class ReasoningPrior(PriorFile):
         Example:
             >>> prior.push_to_hub("me/prior", private=True)  # doctest: +SKIP
         """
-        name = "@".join(filter(None, (repo_id, revision)))
-        files = {FILE_NAME: self.path, "README.md": str(self.model_card(name, token)).encode()}
+        card = self.model_card(at_revision(repo_id, revision), token)
+        files = {FILE_NAME: self.path, "README.md": str(card).encode()}
         return upload(
             self.source, repo_id, files, private, token, commit_message or "Upload a reasoning prior", revision
         )

@@ -22,6 +22,7 @@ from torch.nn import functional
 from .sharding import Storage, shape
 
 ENGINE = "deepspeed.runtime.engine"
+Part = Callable[[Tensor], Tensor | None]  # of what a parameter has, this process's
 
 # Installation
 
@@ -144,7 +145,7 @@ class ZeroStorage(Storage):
     """
 
     def weights(self, parameters: Sequence[Tensor]) -> Tensor:
-        return _whole(parameters, _weights)
+        return _whole(parameters, utils().safe_get_local_fp32_param, lambda p: p._hp_mapping.get_hp_fragment())
 
     def set_weights(self, parameters: Sequence[Tensor], stack: Tensor) -> None:
         for p, value in zip(parameters, stack, strict=True):
@@ -159,7 +160,11 @@ class ZeroStorage(Storage):
     def gradients(self, parameters: Sequence[Tensor]) -> Tensor:
         if getattr(parameters[0], "_hp_grad", None) is not None:  # bf16 accumulated in fp32: there in full
             return torch.stack([p._hp_grad.view(p.shape) for p in parameters])
-        return _whole(parameters, _gradient)
+
+        def fragment(p: Tensor) -> Tensor | None:
+            return p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
+
+        return _whole(parameters, utils().safe_get_local_grad, fragment)
 
     def set_gradients(self, parameters: Sequence[Tensor], stack: Tensor) -> None:
         for p, value in zip(parameters, stack, strict=True):
@@ -175,36 +180,24 @@ def utils():
     return sys.modules["deepspeed.utils"]
 
 
-def _whole(parameters: Sequence[Tensor], fragment: Callable[[Tensor], tuple[int, Tensor | None]]) -> Tensor:
-    """[L, *shape] in fp32 of L parameters of one shape."""
+def _whole(parameters: Sequence[Tensor], local: Part, fragment: Part) -> Tensor:
+    """[L, *shape] in fp32 of L parameters of one shape, of each of which this process has a part: `local` under ZeRO 3,
+    else `fragment`."""
     first = parameters[0]
-    size = shape(first)
+    size, zero3 = shape(first), hasattr(first, "ds_id")
     flat = torch.zeros(len(parameters), size.numel(), device=first.device, dtype=torch.float32)
     for row, p in zip(flat, parameters, strict=True):
-        start, part = fragment(p)
+        if zero3:
+            start, part = _start(p), local(p)
+        elif p._hp_mapping is not None:
+            start, part = p._hp_mapping.lp_fragment_address.start, fragment(p)
+        else:
+            continue
         if part is not None:
             here = row[start : start + part.numel()]
             here.copy_(part.flatten()[: here.numel()])  # ZeRO 3 pads the last fragment
-    torch.distributed.all_reduce(flat, group=first.ds_process_group if hasattr(first, "ds_id") else first._dp_group)
+    torch.distributed.all_reduce(flat, group=first.ds_process_group if zero3 else first._dp_group)
     return flat.view(len(parameters), *size)
-
-
-def _gradient(p: Tensor) -> tuple[int, Tensor | None]:
-    """Where this process's fragment of a gradient begins, counted flat, and the fragment."""
-    if hasattr(p, "ds_id"):
-        return _start(p), utils().safe_get_local_grad(p)
-    if p._hp_mapping is None:
-        return 0, None
-    return p._hp_mapping.lp_fragment_address.start, p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group)
-
-
-def _weights(p: Tensor) -> tuple[int, Tensor | None]:
-    """Likewise of the fp32 weights."""
-    if hasattr(p, "ds_id"):
-        return _start(p), utils().safe_get_local_fp32_param(p)
-    if p._hp_mapping is None:
-        return 0, None
-    return p._hp_mapping.lp_fragment_address.start, p._hp_mapping.get_hp_fragment()
 
 
 def _start(p: Tensor) -> int:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
-from ..checkpoints import module_kind, pattern_matches
+from ..checkpoints import MODULES, module_kind, pattern_matches
 from ..prior import MergedDelta
 
-SCALES = ("absolute", "gradnorm", "adaptive", "decoupled")
-TARGETS = ("residual", "delta", "factors", "base")
-NORMS = ("factor", "weight")
 SPECTRA = {"full": 1.0, "flat": 0.0}
-PRESETS = ("attn", "mlp", "bias", "norm", "head", "embed")
 
 
 @dataclass
@@ -159,9 +155,9 @@ def check_settings(config: DriftSettings) -> None:
     Raises:
         ValueError: the value is unknown, out of range, or at odds with another setting.
     """
-    _choose("drift_scale", config.drift_scale, SCALES)
-    _choose("drift_target", config.drift_target, TARGETS)
-    _choose("drift_norm", config.drift_norm, NORMS)
+    types = get_type_hints(DriftSettings)
+    for name in ("drift_scale", "drift_target", "drift_norm"):
+        _choose(name, getattr(config, name), get_args(types[name]))
     alpha, rank = config.drift_alpha, config.drift_rank
     if not is_number(alpha):
         raise ValueError(f"drift_alpha must be a finite number ≥ 0, got {alpha!r}.")
@@ -253,7 +249,7 @@ def listed_modules(modules: str | list[str] | None) -> list[str]:
 
 
 def _selects(key: str, name: str) -> bool:
-    return module_kind(name) == key if key in PRESETS else _matches(key, name)
+    return module_kind(name) == key if key in MODULES else _matches(key, name)
 
 
 @cache  # asked at every step
@@ -273,7 +269,7 @@ def _check_patterns(config: DriftSettings) -> None:
     modules, listed = config.drift_modules, listed_modules(config.drift_modules)
     if modules is not None and not (is_of(listed, Sequence[str]) and listed and all(listed)):
         raise ValueError(
-            f"drift_modules must be None, or name presets ({', '.join(PRESETS)}) or regular expressions, got "
+            f"drift_modules must be None, or name presets ({', '.join(MODULES)}) or regular expressions, got "
             f"{modules!r}."
         )
     check_type("drift_alpha_pattern", config.drift_alpha_pattern, dict[str, Any])

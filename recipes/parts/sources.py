@@ -17,10 +17,11 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
+from drift_peft.keeping import PICTURES
+
 from .images import Root
 
 FILES = (".json", ".jsonl", ".parquet")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def find_files(source: str, split: str, images: str | Path | None, streaming: bool) -> tuple[list[str], Root]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import random
 import threading
@@ -16,6 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
+
+from drift_peft.keeping import data_address
 
 PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
@@ -212,18 +212,12 @@ def _to_openai(messages: list[dict], images: list) -> list[dict]:
             "content": [
                 {"type": "text", "text": part["text"]}
                 if part["type"] == "text"
-                else {"type": "image_url", "image_url": {"url": _data_address(next(images))}}
+                else {"type": "image_url", "image_url": {"url": data_address(next(images))}}
                 for part in message["content"]
             ],
         }
         for message in messages
     ]
-
-
-def _data_address(image) -> str:
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _read_answer(content: bytes) -> dict:

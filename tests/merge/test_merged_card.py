@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hub import Hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -95,13 +94,6 @@ def test_the_card_loads_the_model(folder, monkeypatch):
     exec(use.replace("path/or/hub-id", "made").replace(', device_map="auto"', ""), names)
     assert type(names["model"]).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert names["processor"].tokenizer is not None
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with Hub() as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        yield hub
 
 
 def test_models_of_the_hub_are_named_by_their_ids_and_commits(folder, tmp_path, hub):

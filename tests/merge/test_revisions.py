@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from hub import Hub
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from tiny import save_layout, tiny_expert, tiny_vlm
@@ -19,13 +18,6 @@ def folders(tmp_path_factory):
     save_layout(vlm, folder / "vlm")
     save_layout(tiny_expert("llava", vlm)[0], folder / "expert")
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        yield hub
 
 
 @pytest.mark.parametrize("spelling", ["revision", "snapshot"])

@@ -13,11 +13,11 @@ from command import run
 from older import loads_processors
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from sft_vlm import not_quantized
 from tiny import FAMILIES, MIXED
 from tiny_vlm import PROCESSORS, SIDE, tokenizer
 
 from drift_peft import language_model_targets
+from drift_peft.checkpoints import Checkpoint, assumed_quantization
 from drift_peft.keeping.feed import Part
 from drift_peft.keeping.kept import Keeping
 from drift_peft.preflight import dry_run as dry
@@ -40,12 +40,11 @@ def settings(**changes):
 
 def adapted(made, folder):
     """As the recipes train it: 4 bits, LoRA in fp32, gradient checkpointing."""
-    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    quantized = tf.BitsAndBytesConfig(**bits, llm_int8_skip_modules=not_quantized(made))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = tf.AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
         base.save_pretrained(folder)
+        quantized = assumed_quantization(Checkpoint(folder))
         base = type(base).from_pretrained(folder, quantization_config=quantized, dtype=torch.bfloat16, device_map="cpu")
         model = get_peft_model(base, LoraConfig(r=16, target_modules=language_model_targets(base))).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from sft_vlm import not_quantized
 from tiny import FAMILIES, MIXED, TEXT
 from tiny_memory import PART, settings, slow
 
 from drift_peft import language_model_targets
-from drift_peft.checkpoints import Decoder
+from drift_peft.checkpoints import Checkpoint, Decoder, assumed_quantization
 from drift_peft.merge.gates import Gate, frozen, gated
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.memory import Memory, patches
@@ -40,18 +39,12 @@ def layers_of(family, layer_types):
     return config
 
 
-def in_4_bits(model, folder, skip):
+def in_4_bits(model, folder):
     """A tiny model with its projections in NF4, as the recipes load it."""
-    bits = tf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=skip,
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
+        bits = assumed_quantization(Checkpoint(folder))
         options = {"dtype": torch.bfloat16, "quantization_config": bits, "device_map": "cpu"}
         return type(model).from_pretrained(folder, **options)
 
@@ -99,7 +92,7 @@ def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing
     config = layers_of(family, layer_types)
     step = dry.Step(2, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
     model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    real = real_step(in_4_bits(model, tmp_path, not_quantized(config)), step)
+    real = real_step(in_4_bits(model, tmp_path), step)
     peaks = Memory(config, "tiny").step_peaks(step)
     for phase in dry.PHASES:
         assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
@@ -109,7 +102,7 @@ def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
     config, k = layers_of("qwen2_5_vl", [FULL] * 4), 16
     step = dry.Step(1, 512, gated=k)
     model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model = in_4_bits(model, tmp_path, not_quantized(config)).requires_grad_(False)
+    model = in_4_bits(model, tmp_path).requires_grad_(False)
     decoder, gates = model.get_decoder(), {}
     modules = {name: m for name, m in decoder.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     for name, m in modules.items():
@@ -147,7 +140,7 @@ def test_activations_of_gemma_3n(checkpointing, tmp_path):
 def test_in_4_bits_is_counted_what_bitsandbytes_makes_so(family, tmp_path):
     config = glm4v() if family == "glm4v" else MIXED[family][0]()
     model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model = in_4_bits(model, tmp_path, not_quantized(config))
+    model = in_4_bits(model, tmp_path)
     four = {
         name: m.weight.quant_state.shape.numel()
         for name, m in model.named_modules()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import Hub
 from older import frees_files
 from peft import LoraConfig, get_peft_model
 from processes import CONTEXT
@@ -315,13 +314,6 @@ def test_interrupted_on_the_command_line(pair, monkeypatch, capsys, request):
         "run the same again to go on from there"
     )
     assert main(command) == 0 and not partial.exists()
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with Hub() as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        yield hub
 
 
 def shards(names):

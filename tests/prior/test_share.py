@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from dense_prior import dense_prior, stored
-from hub import Hub
 from huggingface_hub import ModelCard, snapshot_download
 from older import rewrites_targets
 from pairs import load
@@ -149,13 +148,6 @@ def test_the_call_that_makes_it_again_dequantizes(tmp_path):
 
 
 # The hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with Hub() as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        yield hub
 
 
 def test_push_and_load(tmp_path, hub):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import json
 
 import pytest
@@ -19,7 +18,7 @@ from peft import (
 )
 from peft_cases import CASES, equal, every_case, files, quiet, several_adapters, some_cases
 from safetensors.torch import load_file
-from twin import assert_same_update, state
+from twin import assert_same_update, pickled, state
 
 from drift_peft import DriftConfig, telemetry
 
@@ -156,13 +155,6 @@ def test_transformers_adds_and_saves_it(at, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors", "drift_config.json"} <= files(tmp_path)
     assert at.same(at.stock(tmp_path), model)
     assert telemetry(at.train(at.resumed(tmp_path), 1))["guided_steps"] == 3
-
-
-def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 # A Llava that has run holds hooks of transformers that cannot be pickled.

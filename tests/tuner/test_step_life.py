@@ -3,7 +3,6 @@
 import copy
 import gc
 import importlib
-import io
 import weakref
 
 import pytest
@@ -16,6 +15,7 @@ from twin import (
     assert_same_update,
     backward,
     bias_by_oracle,
+    pickled,
     randomized,
     sgd,
     state,
@@ -30,13 +30,6 @@ from drift_peft import DriftConfig, guide, telemetry
 from drift_peft.tuner.steered import STEERED, Stack
 
 # The life of a model
-
-
-def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

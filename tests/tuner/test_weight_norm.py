@@ -1,7 +1,6 @@
 """drift_norm="weight": norm and cosine of the weight gradient G, against the dense G of a trainable base weight."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from twin import (
     assert_same_update,
     backward,
     oracle_layers,
+    pickled,
     sgd,
     state,
     steered,
@@ -227,13 +227,6 @@ def test_two_processes_equal_one(pair):
 
 
 # The life of the taps
-
-
-def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

@@ -137,13 +137,21 @@ KEPT["merge-drift-ancestor-keep"] = replace(  # what the two ways that are best 
     drift=ADAPTIVE | {"drift_alpha": 0.3},
     grid=grid(rate=STEERED_RATES, merged=[0.2, 0.5, 0.8]),
 )
+KEPT["hold-ancestor-keep"] = replace(  # pulled back to the merged base, as gently as keeping allows
+    TRAINING["hold"],
+    title="merged, then held LoRA, Δ from the ancestor, keeping",
+    prior="hierarchical",
+    kept="kl",
+    settings=KEEP | {"rate": 5e-3},
+    grid=grid(merged=[0.2, 0.5, 1.0], drift_alpha=[1.0, 3.0, 10.0]),
+)
 KEPT |= {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
     f"{key}-more": replace(KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEEP | {"keep_images": 960})
     for key in (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
-        "merge-drift-ancestor-keep",
+        *("merge-drift-ancestor-keep", "hold-ancestor-keep"),
     )
 }
 

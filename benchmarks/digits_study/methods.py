@@ -148,7 +148,9 @@ KEPT["hold-ancestor-keep"] = replace(  # pulled back to the merged base, as gent
 KEPT |= {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
-    f"{key}-more": replace(KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEEP | {"keep_images": 960})
+    f"{key}-more": replace(
+        KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEPT[key].settings | {"keep_images": 960}
+    )
     for key in (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         *("merge-drift-ancestor-keep", "hold-ancestor-keep"),

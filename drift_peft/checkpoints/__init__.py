@@ -99,7 +99,7 @@ from .sharing import (
     state_licences,
     upload,
 )
-from .standalone import replaced_when_complete, write_model
+from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, block_rows
 from .versions import needs_peft
@@ -179,6 +179,7 @@ __all__ = [
     "recorded_base",
     "refuse_both",
     "refuse_other",
+    "refuse_other_files",
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",

@@ -6,6 +6,7 @@ shards stay on the hub until one of their tensors is read.
 """
 
 import copy
+import os
 import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_sc
 _SCALE = re.compile(r"(.+?)(?:\.weight)?[._]q?(?:scales?|zeros|zero_points?)(?:_(?:weight|inv))?")
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
 _GGUF = "GGUF, which is quantized: give the safetensors model that it was made from"
-_FOUR_BIT_WAY_OUT = "give the full-precision model, or build a prior from it with dequantize=True (--dequantize)"
+_FOUR_BIT_WAY_OUT = "give the full-precision model; build_prior alone takes this one: dequantize=True (--dequantize)"
 
 
 class Checkpoint:
@@ -166,8 +167,8 @@ class Checkpoint:
         """What tells these weights from others: a hub repository's commit, or a folder's files with size and time."""
         if self._hub is not None:
             return [self._hub.name, self._hub.commit]
-        states = sorted(self._watch.states().items())
-        return [str(self.folder), [[file.relative_to(self.folder).as_posix(), *state] for file, state in states]]
+        files = sorted((file.relative_to(self.folder).as_posix(), *s) for file, s in self._watch.states().items())
+        return [os.path.abspath(self.folder), [[*file] for file in files]]
 
     def refuse_changed(self) -> None:
         """ValueError if a file of a local folder is no longer what it was when this object was made."""
@@ -289,17 +290,20 @@ class Checkpoint:
         if "adapter_config.json" in self._names:
             raise ValueError(f"{where} is an adapter, not a model: merge it into its base and give the merged folder")
         if "config.json" not in self._names:
-            if any(name.endswith(".gguf") for name in self._names):
-                raise ValueError(f"{where} is {_GGUF}")
+            self._refuse_gguf()
             if named := named_adapters(self.folder):
                 raise FileNotFoundError(f"{where} holds the adapters {', '.join(named)}: name one of these folders")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
+    def _refuse_gguf(self) -> None:
+        if any(name.endswith(".gguf") for name in self._names):
+            raise ValueError(f"{self.source} is {_GGUF}")
+
     def _refuse_quantized(self, four_bit_too: bool) -> None:
         for part in (self.config, self.text_config):
-            if quantization := dict(getattr(part, "quantization_config", None) or {}):
-                method = quantization.get("quant_method", "an unnamed method")
-                if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+            if quantization := getattr(part, "quantization_config", None) or getattr(part, "quantization", None):  # MLX
+                method = dict(quantization).get("quant_method", "an unnamed method")
+                if method != "bitsandbytes" or not dict(quantization).get("load_in_4bit"):
                     raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
                 if not four_bit_too:
                     raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
@@ -308,6 +312,7 @@ class Checkpoint:
         """The single file or the index that transformers would read."""
         layouts = [name for name in LAYOUTS if name in self._names]
         if not layouts:
+            self._refuse_gguf()
             offline = "" if self._hub is None else ", on the hub or, if that cannot be reached, in the cache"
             raise FileNotFoundError(
                 f"{self.source} holds none of {', '.join(LAYOUTS)}{offline}: give a model that save_pretrained wrote"

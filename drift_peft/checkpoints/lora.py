@@ -7,6 +7,7 @@ through the renaming that transformers does itself when it loads the checkpoint.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -71,6 +72,11 @@ class AdaptedCheckpoint(Checkpoint):
                 f"adapter {adapter} adapts {base}, which is not to be had: write the folder or hub id of that model "
                 f"into base_model_name_or_path of its {CONFIG} ({error})"
             ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; adapter {adapter} adapts it, and takes another one that is written into "
+                f"base_model_name_or_path of its {CONFIG}"
+            ) from error
         self.base = super().origin
         self._updates = adapter_updates(self._adapter, self, str(adapter))
         if revision is None and Path(adapter).exists():
@@ -87,7 +93,8 @@ class AdaptedCheckpoint(Checkpoint):
     def identity(self) -> list:
         if self.revision is not None:
             return [*super().identity, self.source, self.revision]
-        return [*super().identity, self.source, [[f.name, *state] for f, state in self._files.states().items()]]
+        files = [[f.name, *state] for f, state in self._files.states().items()]
+        return [*super().identity, os.path.abspath(self.source), files]
 
     def refuse_changed(self) -> None:
         super().refuse_changed()
@@ -211,11 +218,19 @@ def read_updates(folder: Path) -> dict[str, Update]:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     updates: dict[str, Update] = {}
     for key, tensor in _adapter_tensors(folder).items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"adapter {folder} holds NaN or infinity in {key}: its training diverged, so take an earlier checkpoint"
+            )
         name = key.removeprefix("base_model.model.")
         module, _, attribute = name.rpartition(".")
         if match := PART.fullmatch(name):
             modules.setdefault(match["module"], {})[match["part"]] = tensor
-        elif "lora_" not in name and (config.modules_to_save or (config.bias != "none" and attribute == "bias")):
+        elif "lora_" not in name and (
+            config.modules_to_save
+            or (config.bias != "none" and attribute == "bias")
+            or canonical_name(name) in TIED  # PEFT saves them by itself where the vocabulary has another size
+        ):
             updates[name] = Whole(module, tensor)
         else:
             raise ValueError(f"adapter {folder} holds {key}, which is no part of LoRA; {IN_MEMORY}")
@@ -326,7 +341,10 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
             problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
         elif wanted := update.misfit(checkpoint.shape(raw)):
             shape = list(checkpoint.shape(raw))
-            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
+            way_out = ""
+            if canonical in TIED and shape[1:] == list(wanted[1:]):
+                way_out = f": call resize_token_embeddings({wanted[0]}) on the base, save it, and name that folder"
+            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter{way_out}")
         elif wrong := checkpoint.quantized(raw):
             problems.append(f"{raw} {wrong} in the base: name the full-precision one")
         else:

@@ -104,7 +104,7 @@ def load_bin(file: Path | BinaryIO, name: str, **options) -> dict[str, torch.Ten
     if others := [key for key, value in content.items() if not isinstance(key, str) or not _is_plain(value, options)]:
         kind = "no plain tensor by name" if isinstance(content[others[0]], torch.Tensor) else "no tensor"
         raise ValueError(f"{name} holds {others[0]}, which is {kind}: give the model as save_pretrained wrote it")
-    return content
+    return {key: tensor.detach() for key, tensor in content.items()}  # some were Parameters
 
 
 def _is_plain(value: object, options: dict) -> bool:

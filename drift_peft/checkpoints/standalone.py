@@ -53,6 +53,7 @@ def replaced_when_complete(
         FileNotFoundError, OSError: there is no place for it, or it cannot be written.
     """
     output = output.resolve()
+    _refuse_mount(output)
     with only_writer(output):
         _put_back(output)
         _refuse_folder(output, overwrite, sources, kind)
@@ -84,6 +85,11 @@ def _replace(output: Path, partial: Path) -> None:
         raise
 
 
+def _refuse_mount(output: Path) -> None:
+    if output.is_mount():
+        raise FileExistsError(f"output {output} is a mounted volume, which cannot be renamed: name a folder in it")
+
+
 def _refuse_folder(output: Path, overwrite: bool, sources: Collection[str | Path], kind: str) -> None:
     if output.exists():
         if not overwrite:
@@ -93,6 +99,15 @@ def _refuse_folder(output: Path, overwrite: bool, sources: Collection[str | Path
         for source in sources:
             if Path(source).exists() and Path(source).resolve().is_relative_to(output):
                 raise FileExistsError(f"output {output} is or holds {source}, which it is made of: name another folder")
+
+
+def refuse_other_files(checkpoint: Checkpoint) -> None:
+    """ValueError for a model that `write_model` cannot write: tensors are overwritten in copies of its files."""
+    if others := [file.name for file in checkpoint.files if file.suffix != ".safetensors"]:
+        raise ValueError(
+            f"{checkpoint.source} holds {others[0]}, and tensors are overwritten in copies of safetensors files only: "
+            "load it and save_pretrained it, then give that folder"
+        )
 
 
 def write_model(
@@ -121,11 +136,7 @@ def write_model(
             the model is not stored as safetensors, or was written to meanwhile.
         OSError: the folder could not be written.
     """
-    if others := [file.name for file in checkpoint.files if file.suffix != ".safetensors"]:
-        raise ValueError(
-            f"{checkpoint.source} holds {others[0]}, and tensors are overwritten in copies of safetensors files only: "
-            "load it and save_pretrained it, then give that folder"
-        )
+    refuse_other_files(checkpoint)
     companions = _companions(checkpoint)
     try:
         change = _write_shards(checkpoint, folder, replaced, blocks, progress)

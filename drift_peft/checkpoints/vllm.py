@@ -90,7 +90,10 @@ def export_for_vllm(
         tensors[f"base_model.model.{names[module]}.lora_A.weight"] = update.A
         tensors[f"base_model.model.{names[module]}.lora_B.weight"] = update.B
     renamed = sum(module != name for module, name in names.items())
-    config.target_modules = sorted({key.split(".")[-3] for key in tensors})
+    if renamed:
+        config.target_modules = sorted({key.split(".")[-3] for key in tensors})
+    local = Path(base).exists()
+    config.base_model_name_or_path, config.revision = (str(base), None) if local else split_revision(base, revision)
     with replaced_when_complete(Path(output), overwrite, [folder], kind="adapter") as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         config.save_pretrained(partial)

@@ -136,15 +136,11 @@ def merge_adapter(
                 )
             start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
             written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
+        _refuse_zero(updates, checkpoint.source)
         change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
         forget_merge(folder)
         if change == 0:
             why = "all is lost in rounding to the base's dtype"
-            low_rank = [u for u in updates.values() if isinstance(u, LowRank)]
-            if not any(u.B.any() for u in low_rank):
-                why = "its lora_B are zero, as before training"
-            elif not any(u.scaling for u in low_rank):
-                why = "its lora_alpha is 0"
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
         ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
         if not ends.isdisjoint(updates):
@@ -168,6 +164,16 @@ def merge_adapter(
         logits_error=verification and verification.logits_error,
         verification=verification,
     )
+
+
+def _refuse_zero(updates: dict[str, Update], base: str) -> None:
+    """ValueError where it is plain beforehand that no weight would change."""
+    if any(not isinstance(u, LowRank) or u.magnitude is not None or u.start is not None for u in updates.values()):
+        return
+    if not any(u.B.any() for u in updates.values()):
+        raise ValueError(f"the adapter changes no weight of {base}: its lora_B are zero, as before training")
+    if not any(u.scaling for u in updates.values()):
+        raise ValueError(f"the adapter changes no weight of {base}: its lora_alpha is 0")
 
 
 def _take_tokenizer(adapter: str | Path, folder_of_adapter: Path, folder: Path) -> None:

@@ -32,6 +32,7 @@ from ..checkpoints import (
     match_weights,
     named,
     open_expert,
+    refuse_other_files,
     replaced_when_complete,
     repository_of,
     scale_adapter,
@@ -161,10 +162,11 @@ def transplant(
         as_it_is = is_adapter(expert) and (reference, rank, energy) == (None, None, None)
         if merged and not as_it_is:
             _refuse_adapters_settings(rank, energy, load_in_4bit)
-        scales = None
+        vlm, result, scales = Checkpoint(base), Path(work, "result"), None
+        if merged:
+            refuse_other_files(vlm)
         if keep is not None:
             scales = Scales(base, KeepSet.load(keep), load_in_4bit, batch_size, progress, processor)
-        vlm, result = Checkpoint(base), Path(work, "result")
         if as_it_is:
             delta = _of_adapter(expert, vlm, Path(work, "adapter"))
         elif merged:
@@ -241,7 +243,11 @@ def _of_truncated(
 ) -> _Delta:
     """Of a full fine-tune's attention and MLP projections, at a rank."""
     _refuse_lost(open_expert(expert), vlm)
-    prior = build_prior(expert, base, work / "prior.safetensors", rank, energy, **options)
+    try:
+        prior = build_prior(expert, base, work / "prior.safetensors", rank, energy, **options)
+    except BaseException as error:
+        vars(error).pop("__notes__", None)  # that a part of it is kept: here it goes with the folder
+        raise
     folder, header = work / "adapter", prior.metadata
     # Carried over, too: what is exported has alpha_pattern, beside which lora_alpha alone is no scale.
     modules = carry_adapter(prior.as_lora(1.0, work / "exported"), vlm, folder)

@@ -104,6 +104,15 @@ def gguf(folder):
     (folder / "model-q4.gguf").touch()
 
 
+def gguf_with_config(folder):
+    no_weights(folder)
+    (folder / "model-q4.gguf").touch()
+
+
+def mlx(folder):
+    edit_json(folder / "config.json", quantization={"group_size": 64, "bits": 4})
+
+
 def quantized_config(folder):
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -193,6 +202,8 @@ def four_bit(folder):
         (empty, FileNotFoundError, "is an empty folder"),
         (adapter, ValueError, "is an adapter, not a model: merge it into its base"),
         (gguf, ValueError, "is GGUF, which is quantized"),
+        (gguf_with_config, ValueError, "is GGUF, which is quantized"),
+        (mlx, ValueError, r"is quantized \(an unnamed method\): give the full-precision model"),
         (quantized_config, ValueError, r"is quantized \(gptq\): give the full-precision model"),
         (fp8_keys, ValueError, r"is quantized \(it holds model.*norm.weight_scale_inv\)"),
         (bitsandbytes_keys, ValueError, r"is quantized \(it holds model.*norm.weight.absmax\): .* \(--dequantize\)"),
@@ -272,6 +283,14 @@ def test_bin_weights_are_mapped_into_memory(llm):
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch pwned",)
+
+
+def test_bin_files_may_hold_parameters(tmp_path):
+    """As torch.save(dict(model.named_parameters())) writes them."""
+    folder = to_bin(save_layout(tiny_llm("llava"), tmp_path / "bin"))
+    torch.save({name: torch.nn.Parameter(t) for name, t in torch.load(folder / BIN).items()}, folder / BIN)
+    checkpoint = Checkpoint(folder)
+    assert not any(checkpoint.tensor(raw).requires_grad for raw in checkpoint.keys)
 
 
 def cut_short(file):

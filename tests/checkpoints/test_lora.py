@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -147,7 +148,10 @@ def test_what_is_brought_of_the_base_is_on_the_record(pair, monkeypatch):
 def test_a_four_bit_base(pair):
     save_four_bit(pair / "base")
     for opener in open_expert, AdaptedCheckpoint:
-        with pytest.raises(ValueError, match=r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize"):
+        message = (
+            r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize.* written into base_model_name_or_path of its"
+        )
+        with pytest.raises(ValueError, match=message):
             opener(pair / "adapter")
     expert, base = (
         opener(p, dequantize=True) for opener, p in ((open_expert, pair / "adapter"), (Checkpoint, pair / "base"))
@@ -175,6 +179,23 @@ def malicious(p):
     torch.save({"a": Malicious()}, p / "adapter" / "adapter_model.bin")
 
 
+def not_a_number(p):
+    file = p / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(t for name, t in tensors.items() if "lora_B" in name)[0, 0] = torch.nan
+    save_file(tensors, file)
+
+
+def enlarged(p):
+    """PEFT saves embedding and head by itself where the vocabulary has another size than the base's."""
+    model = AutoModelForCausalLM.from_pretrained(p / "base")
+    model.resize_token_embeddings(model.config.vocab_size + 2)
+    model = get_peft_model(model, LoraConfig(target_modules=TARGETS, r=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(p / "adapter")
+
+
 def chained(p):
     (p / "base" / "adapter_config.json").write_text((p / "adapter" / "adapter_config.json").read_text())
 
@@ -189,6 +210,8 @@ REFUSED = {
         lambda p: edit_config(p / "adapter", base_model_name_or_path=None),
         "does not say what it adapts: base_model_name_or_path in its adapter_config.json",
     ),
+    "not a number": (not_a_number, r"adapter \S+ holds NaN or infinity in \S+lora_B.weight: its training diverged, so"),
+    "enlarged": (enlarged, r"in the adapter: call resize_token_embeddings\(\d+\) on the base, save it, and name that"),
     "chained": (chained, "base is an adapter, not a model"),
     "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not LoRA"),
     "damaged config": (
@@ -231,6 +254,13 @@ def test_a_base_in_bin_format(pair):
     with pytest.raises(ValueError, match=r"base holds pytorch_model-00001-of-\S+.bin, and tensors are overwritten in"):
         merge_adapter(pair / "base", pair / "adapter", pair / "merged", progress=False)
     assert {path.name for path in pair.iterdir()} == {"base", "adapter"}
+
+
+def test_embedding_and_head_that_were_saved_with_the_adapter(pair):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair / "base"), LoraConfig(target_modules=TARGETS, r=4))
+    embedding = torch.nn.init.normal_(model.get_input_embeddings().weight.data)
+    model.save_pretrained(pair / "adapter", save_embedding_layers=True)
+    assert torch.equal(open_expert(pair / "adapter").tensor("model.embed_tokens.weight"), embedding)
 
 
 def test_an_empty_adapter_file(pair):

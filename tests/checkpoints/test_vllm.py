@@ -1,6 +1,7 @@
 """Adapters as vLLM serves them. That it does is `benchmarks/vllm_names.py`, which needs vLLM."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_vlm
 
 from drift_peft.checkpoints import export_for_vllm, how_to_serve, language_model_targets
+
+RECORDED = ("base_model_name_or_path", "revision")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,16 @@ def test_the_names_are_those_of_vllm(saved, tmp_path, family, renamed):
     assert all(torch.equal(t, after[name.replace(".conv.", ".short_conv.")]) for name, t in before.items())
     assert (report.modules, report.renamed, report.max_lora_rank) == (len(before) // 2, renamed, 8)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert {name.split(".")[-3] for name in after} == {*config["target_modules"]}
+    before = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert {*config["target_modules"]} == ({name.split(".")[-3] for name in after} if renamed else {*before})
+
+
+def test_the_config_names_the_base_that_was_given(saved, tmp_path):
+    adapter = saved("llava", revision="v1")
+    moved = shutil.copytree(adapter.parent / "base", tmp_path / "moved")
+    export_for_vllm(adapter, tmp_path / "out", moved)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert [config[key] for key in RECORDED] == [str(moved), None]
 
 
 def test_a_config_without_what_peft_takes_for_granted(saved, tmp_path):
@@ -46,7 +58,7 @@ def test_a_config_without_what_peft_takes_for_granted(saved, tmp_path):
     file.write_text(json.dumps({key: value for key, value in config.items() if key not in ("r", "lora_alpha")}))
     assert export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base").max_lora_rank == 8
     after = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert after.keys() == config.keys() and [key for key in after if after[key] != config[key]] == ["target_modules"]
+    assert after.keys() == config.keys() and [key for key in after if after[key] != config[key]] == [*RECORDED]
 
 
 @pytest.mark.parametrize("rank, flag", [(1, 1), (9, 16), (257, 320), (321, 512), (512, 512), (513, None), (None, None)])

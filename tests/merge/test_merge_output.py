@@ -57,6 +57,20 @@ def test_an_unwritable_output_is_refused_before_work(pair, monkeypatch):
         merge(pair)
 
 
+def test_a_mounted_volume_is_refused_before_work(pair, monkeypatch):
+    monkeypatch.setattr(drift_peft.merge.adapter, "Checkpoint", None)  # not even opened
+    with pytest.raises(FileExistsError, match=r"output / is a mounted volume, .*: name a folder in it"):
+        merge_adapter(pair / "base", pair / "adapter", "/", overwrite=True, progress=False)
+
+
+@pytest.mark.parametrize("onto", ["base", "dequantized"])
+def test_an_adapter_that_adds_nothing_is_refused_before_work(pair, monkeypatch, onto):
+    save_adapter(pair / "adapter", std=0)
+    monkeypatch.setattr(drift_peft.merge.adapter, "write_model", None)
+    with pytest.raises(ValueError, match=r"changes no weight of .* lora_B are zero, as before training"):
+        merge(pair, onto=onto)
+
+
 def test_a_shard_that_vanishes_is_not_the_outputs_fault(tmp_path, monkeypatch):
     save_base(tmp_path / "base", layout="sharded")
     save_adapter(tmp_path / "adapter")

@@ -1,6 +1,7 @@
 """transplant: what a text expert has learned, in the VLM: W + λ·s·B·A or W + λ·Δ_r in stock PEFT, W + λ·Δ merged."""
 
 import copy
+import importlib
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from drift_peft import KeepSet, merge_adapter, merge_baseline, transplant
 from drift_peft.checkpoints.naming import canonical_name
 from drift_peft.keeping import measure, summarize
 from drift_peft.merge.cost import Cost, cost_table
+from drift_peft.prior import build
 
 IDS = torch.arange(7, 27).reshape(2, 10)
 FAMILIES = ("qwen2_5_vl", "mllama", "qwen3_5", "gemma3")
@@ -313,6 +315,30 @@ def test_a_fine_tune_of_the_vlm_may_be_saved_as_text_model_or_as_vlm(vlms, tmp_p
         go(folder, expert, tmp_path / output, rank=4)
     text, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("as_text", "as_vlm"))
     assert text.keys() == whole.keys() and all(torch.equal(text[name], whole[name]) for name in text)
+
+
+def test_merged_other_files_than_safetensors_are_refused_before_work(vlms, tmp_path, monkeypatch):
+    shutil.copytree(vlms["qwen2_5_vl"], tmp_path, dirs_exist_ok=True)
+    torch.save(load_file(tmp_path / "vlm" / "model.safetensors"), tmp_path / "vlm" / "pytorch_model.bin")
+    (tmp_path / "vlm" / "model.safetensors").unlink()
+    monkeypatch.setattr(importlib.import_module("drift_peft.merge.transplant"), "Scales", None)
+    with pytest.raises(ValueError, match=r"holds pytorch_model\.bin, and tensors are overwritten in"):
+        go(tmp_path, merged=True, keep=tmp_path / "keep.safetensors")
+
+
+def test_what_is_interrupted_promises_no_going_on(vlms, tmp_path, monkeypatch):
+    """The prior is made in a folder that goes with the run."""
+    done = []
+
+    def finish(*args, real=build.finish):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+
+    monkeypatch.setattr(build, "finish", finish)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        go(vlms["qwen2_5_vl"], output=tmp_path / "out", rank=4)
+    assert not getattr(caught.value, "__notes__", []) and not any(tmp_path.iterdir())
 
 
 def test_merged_a_fine_tune_is_task_arithmetic(vlms, tmp_path):

@@ -115,6 +115,19 @@ def test_goes_on_with_what_is_missing(pair, monkeypatch):
     assert len(taken) == 7 * LAYERS - 10 and not (pair / "p.safetensors.partial").exists()
 
 
+def test_goes_on_from_another_folder(pair, monkeypatch):
+    """The paths are the same ones, however they are written."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=10)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    monkeypatch.chdir(pair)
+    taken = []
+    monkeypatch.setattr(module, "take_delta", lambda *args, real=module.take_delta: taken.append(1) or real(*args))
+    build_prior("expert", "vlm", "p.safetensors", rank=8, progress=False)
+    assert len(taken) == 7 * LAYERS - 10
+
+
 def test_torn_files_are_not_trusted(pair, monkeypatch):
     expected = build(pair, output=pair / "q.safetensors").path.read_bytes()
     with monkeypatch.context() as patch:

@@ -20,11 +20,12 @@ TABLE = {  # what stands in the one table
     "Trained, keeping the VLM's own answers": (
         *("lora-keep", "full-keep", "full-drift-keep"),
         *("merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
-        "merge-drift-ancestor-keep",
+        *("merge-drift-ancestor-keep", "hold-ancestor-keep"),
     ),
     "Trained, keeping by 960 images instead of 240": (
         *("lora-keep-more", "merge-lora-keep-more", "merge-lora-ancestor-keep-more"),
-        *("drift-keep-more", "drift-ancestor-keep-more", "merge-drift-ancestor-keep-more"),
+        *("drift-keep-more", "drift-ancestor-keep-more"),
+        *("merge-drift-ancestor-keep-more", "hold-ancestor-keep-more"),
     ),
 }
 

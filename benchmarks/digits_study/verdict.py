@@ -12,6 +12,7 @@ MORE, MERGED_MORE = (
     ("merge-lora-keep-more", "merge-lora-ancestor-keep-more"),
 )
 BOTH = "merge-drift-ancestor-keep"  # a part of Δ merged, then DRIFT
+HELD = "hold-ancestor-keep"  # a part of Δ merged, then LoRA that is held near it
 OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
 
 
@@ -145,6 +146,10 @@ def keeping(worlds: dict) -> str:
     if found := duels(worlds, "images", BOTH, "merge-lora-ancestor-keep"):
         first = "Where a part of Δ from the ancestor is merged first, DRIFT compared with LoRA is"
         sentences.append(f"{first} {compared(found, worlds)}.")
+    for images, more in (("240", ""), ("960", "-more")):
+        if found := duels(worlds, "images", f"{HELD}{more}", f"merge-lora-ancestor-keep{more}"):
+            first = f'By {images} images, LoRA that is held near this merged VLM (`drift_target="base"`), compared with'
+            sentences.append(f"{first} LoRA that is not, is {compared(found, worlds)}.")
     if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
         sentences.append(f"In {listed(missing)} it has not been run yet.")
     return " ".join(sentences)

@@ -71,8 +71,11 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
     merged = KEPT["merge-drift-ancestor-keep"]  # which has no plain one: DRIFT of one strength on a merged base
     assert merged.drift == METHODS["drift-ancestor"].drift | {"drift_alpha": 0.3} and "merged" in merged.grid[0]
     assert (merged.prior, merged.settings) == ("hierarchical", KEEP)
+    held = KEPT["hold-ancestor-keep"]  # nor has this one; its rate is fixed, and its strength is chosen
+    assert (held.drift, held.prior) == (METHODS["hold"].drift, "hierarchical")
+    assert held.settings == KEEP | {"rate": 5e-3} and held.grid[0].keys() == {"merged", "drift_alpha"}
     for key, method in KEPT.items():
-        if method is merged:
+        if method in (merged, held):
             continue
         plain = METHODS[key.removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
@@ -80,7 +83,7 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
     for key, method in MORE.items():
         few = KEPT[key.removesuffix("-more")]
         assert replace(method, title=few.title, settings=few.settings) == few
-        assert few.settings == KEEP and method.settings == KEEP | {"keep_images": 960}
+        assert few.settings["keep_images"] == 240 and method.settings == few.settings | {"keep_images": 960}
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="the source distribution lacks the study's checkpoints")

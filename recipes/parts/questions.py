@@ -30,9 +30,9 @@ def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
     answer, *others = [key for key in answers if texts[key].strip()] or answers[:1]
     chain = next((key for key in (*CHAINS, *reversed(others)) if texts.get(key, "").strip()), None)
     question, said = texts[questions[0]], texts[answer]
-    options, columns = _options(sample)
+    options, columns, numbers = _options(sample)
     if options:
-        said = _choice(sample[answer], said, options)
+        said = _choice(sample[answer], said, options, numbers)
         if len(read_options(question)) < 2:
             question = "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
     read = [questions[0], *columns, *([chain] if chain else []), answer]
@@ -64,8 +64,8 @@ def _text(value, key: str) -> str:
     return str(value)
 
 
-def _options(sample: dict) -> tuple[dict[str, str], list[str]]:
-    """Letter -> text of what there is to choose from, and the keys that it stands under."""
+def _options(sample: dict) -> tuple[dict[str, str], list[str], bool]:
+    """Letter -> text of what there is to choose from, the keys that it stands under, and whether it is numbers."""
     key = next((key for key in OPTIONS if sample.get(key)), None)
     if key is None:
         columns = {"".join(filter(None, found.groups())).upper(): name
@@ -75,13 +75,13 @@ def _options(sample: dict) -> tuple[dict[str, str], list[str]]:
         values, columns = _listed(sample[key], key), {"": key}
     if len(values) < 2 or [*values] != [*string.ascii_uppercase[: len(values)]]:
         if key is None or not values:
-            return {}, []  # a column that happens to be called A, or a question without a choice
+            return {}, [], False  # a column that happens to be called A, or a question without a choice
         raise BadSample("unknown options", f"has {key} that are {str(sample[key])[:40]!r}: two at least, from A on")
     texts = {letter: _text(value, f"option {letter}").strip() for letter, value in values.items()}
     marks = {letter: re.match(rf"\(?{letter}[.):]\s*(?=\S)", text) for letter, text in texts.items()}
     if all(marks.values()):
         texts = {letter: text[marks[letter].end() :] for letter, text in texts.items()}
-    return texts, [*columns.values()]
+    return texts, [*columns.values()], not any(isinstance(value, str) for value in values.values())
 
 
 def _listed(value, key: str) -> dict[str, object]:
@@ -106,13 +106,24 @@ def _listed(value, key: str) -> dict[str, object]:
     return dict(zip(string.ascii_uppercase, value, strict=False))
 
 
-def _choice(answer, said: str, options: dict[str, str]) -> str:
-    """An answer that is an option's index, from 0 on, as its letter; any other as it is."""
-    if said.strip() in options.values():
+def _choice(answer, said: str, options: dict[str, str], numbers: bool) -> str:
+    """An answer that is an option's index, from 0 on, as its letter; any other as it is.
+
+    A number is no text: beside options that are texts, `1` is an index, even where one of them is "1".
+    """
+    text = said.strip()
+    index = int(text) if re.fullmatch(r"\d{1,3}", text) else answer
+    known = text in options.values() and (numbers or isinstance(answer, str))
+    letter = None
+    if not isinstance(index, (str, bool)) and index in range(len(options)):
+        letter = [*options][int(index)]
+    if known and letter and options[letter] != text:
+        raise BadSample(
+            "ambiguous answer",
+            f"has the answer {text}, which is the text of one option and the index of {letter}: write its letter",
+        )
+    if known or isinstance(index, (str, bool)):
         return said
-    index = int(said) if re.fullmatch(r"\s*\d{1,3}\s*", said) else answer
-    if isinstance(index, (str, bool)):
-        return said
-    if index not in range(len(options)):
+    if letter is None:
         raise BadSample("answer is no option", f"has the answer {said}, and {len(options)} options, counted from 0")
-    return [*options][int(index)]
+    return letter

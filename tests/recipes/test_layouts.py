@@ -87,6 +87,18 @@ OPTIONS = [  # row, question, answer
     ({"question": RED, "options": ["red", "blue"], "answer": 0}, RED, "A"),  # there already
     ({"A": "a grade", "answer": "5"}, "which?", "5"),
 ]
+DIGITS, SIZES = ["1", "2", "3"], [1.5, 1.0]
+CHOSEN = [  # options, answer, what is read; None where its text is one option, and the index another
+    *((DIGITS, answer, letter) for answer, letter in ((0, "A"), (1, "B"), (2, "C"), (1.0, "B"))),
+    *((DIGITS, answer, read) for answer, read in (("0", "A"), ("1", None), (" 2 ", None), ("3", "3"), ("B", "B"))),
+    *(([1, 2, 3], answer, read) for answer, read in ((0, "A"), (1, None), (2, None), (3, "3"))),
+    *(([1, 2, 3], answer, read) for answer, read in (("0", "A"), ("1", None), ("3", "3"))),
+    *((["0", "1"], answer, read) for answer, read in ((0, "A"), (1, "B"), ("0", "0"), ("1", "1"))),  # all the same
+    *(([0, 1], answer, read) for answer, read in ((0, "0"), ("1", "1"))),
+    *((SIZES, answer, read) for answer, read in ((1.5, "1.5"), (1.0, "1.0"), (0, "A"))),
+    (["A. 2", "B. 1"], 1, "B"), (["A. 2", "B. 1"], "1", "1"), (["A. 1", "B. 2"], "1", None), ("[1, 2]", 1, None),
+    (["yes", "1", "0"], "1", "1"), (["yes", "1", "0"], "2", "C"), (["yes", "1", "0"], True, "True"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "question", "answer"), OPTIONS)
@@ -95,9 +107,21 @@ def test_options_are_part_of_the_question(row, question, answer):
     assert (asked(read), last_answer(read.messages)) == (question, answer)
 
 
+@pytest.mark.parametrize(("options", "answer", "expected"), CHOSEN)
+def test_a_number_beside_options_that_are_numbers_has_one_reading_or_none(options, answer, expected):
+    row = {"question": "which?", "choices": options, "answer": answer}
+    if expected is not None:
+        assert last_answer(read_sample(row).messages).strip() == expected
+        return
+    with pytest.raises(BadSample, match=r"is the text of one option and the index of [BC]: write its letter") as error:
+        read_sample(row)
+    assert error.value.reason == "ambiguous answer"
+
+
 REFUSED = [  # row, reason, what the sentence says
     ({"question": "q", "options": ["red", "blue"], "answer": 2}, "answer is no option", "the answer 2, and 2 options"),
     ({"question": "q", "options": ["red", "blue"], "answer": -1}, "answer is no option", "the answer -1"),
+    ({"question": "q", "options": ["3", "4"], "answer": 4}, "answer is no option", "the answer 4, and 2 options"),
     ({"question": "q", "options": ["red"], "answer": "A"}, "unknown options", "options that are \"['red']\""),
     ({"question": "q", "options": ["red", {"bytes": "x"}], "answer": "A"}, "unknown layout", "option B that is"),
     ({"question": ["q"], "answer": "5"}, "unknown layout", "has question that is"),

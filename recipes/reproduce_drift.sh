@@ -6,9 +6,10 @@
 #
 # The recipe is configs/qwen2_5_vl_7b_r1.yaml unless named. Its prior and its keep set are made by the first run. Trained
 # are SFT, SFT after a fifth of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
-# The same command goes on wherever it was stopped.
+# The same command goes on wherever it was stopped. A run that is finished is named and not done again. One of another
+# recipe, or of other flags, is refused.
 #
-#   OUT          folder of all that comes out, runs/reproduce by default
+#   OUT          folder of all that comes out, runs/reproduce/<name of the recipe> by default
 #   PYTHON       with drift_peft[recipes]; python by default
 #   VLMEVALKIT   its checkout, as recipes/EVALUATION.md installs it; nothing is asked without it
 #   VLMEVAL_PYTHON, LMMS_EVAL_PYTHON   of these tools' own environments; the tripwires are asked if the latter is set
@@ -19,7 +20,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipe=$here/configs/qwen2_5_vl_7b_r1.yaml
 [[ ${1:-} == *.yaml ]] && recipe=$1 && shift
 python=${PYTHON:-python}
-out=${OUT:-runs/reproduce}
+out=${OUT:-runs/reproduce/$(basename "$recipe" .yaml)}
+[[ $out == /* ]] || out=$PWD/$out
 ways=(sft merged drift drift-keep)
 
 run() {
@@ -30,10 +32,15 @@ run() {
 train() { # name, its settings
   local name=$1 resume=()
   shift
-  if [[ -d $out/$name-merged ]]; then return; fi
+  # sft_vlm.py compares the settings, and does nothing more for a run that is finished.
   if compgen -G "$out/$name/checkpoint-*" > /dev/null; then resume=(--resume-from-checkpoint true); fi
   run "$python" "$here/sft_vlm.py" --config "$recipe" --output-dir "$out/$name" --merge true "${resume[@]}" "$@"
 }
+
+if [[ -n ${VLMEVALKIT:-} ]]; then # before a night of training
+  asked=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -m parts.asked --config "$recipe" "$@")
+  { read -r settings && read -r kind && read -r base; } <<< "$asked"
+fi
 
 train sft --method sft --keep-weight 0 "$@"
 train merged --method sft --merge-first 0.2 --keep-weight 0 "$@"
@@ -44,8 +51,6 @@ if [[ -z ${VLMEVALKIT:-} ]]; then
   echo "The models are in $out/*-merged. To ask them, name VLMEvalKit's checkout: VLMEVALKIT=../VLMEvalKit"
   exit
 fi
-[[ $out == /* ]] || out=$PWD/$out
-base=$(sed -n 's/^base: *\([^ #]*\).*/\1/p' "$recipe")
 run "$python" -c '
 import json, sys
 from pathlib import Path
@@ -54,7 +59,7 @@ settings = content["model"]["base"]
 named = (argument.partition("=")[::2] for argument in sys.argv[3:])
 content["model"] = {name: settings | {"model_path": path} for name, path in named}
 Path(sys.argv[2]).write_text(json.dumps(content, indent=2))
-' "$here/eval/vlmevalkit_qwen2_5_vl.json" "$out/vlmevalkit.json" "base=$base" \
+' "$settings" "$out/vlmevalkit.json" "base=$base" \
   "sft=$out/sft-merged" "merged=$out/merged-merged" "drift=$out/drift-merged" "drift-keep=$out/drift-keep-merged"
 (
   run cd "$VLMEVALKIT"
@@ -69,7 +74,7 @@ if [[ -n ${LMMS_EVAL_PYTHON:-} ]]; then
   for name in base "${ways[@]}"; do
     model=$out/$name-merged
     [[ $name == base ]] && model=$base
-    run "$LMMS_EVAL_PYTHON" -m lmms_eval --config "$here/eval/lmms_eval_perception.yaml" \
+    run "$LMMS_EVAL_PYTHON" -m lmms_eval --config "$here/eval/lmms_eval_perception.yaml" --model "$kind" \
       --model_args "pretrained=$model,device_map=auto" --output_path "$out/perception/$name"
   done
 fi

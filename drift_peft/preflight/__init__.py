@@ -7,7 +7,7 @@ cards    which cards a recipe fits, and what to change where it does not
 gating   what gating a prior takes, in place of training
 """
 
-from .cards import cards_table, keeping_sentence, preflight_summary, preflight_table
+from .cards import base_config, cards_table, keeping_sentence, preflight_summary, preflight_table
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
 from .recipe import as_meant, check_type, read_recipe, read_yaml
@@ -16,6 +16,7 @@ __all__ = [
     "Memory",
     "Settings",
     "as_meant",
+    "base_config",
     "cards_table",
     "check_type",
     "gating_summary",

@@ -31,5 +31,6 @@ search        settings of the leading ways, tuned with optuna
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
+asked         what reproduce_drift.sh asks beside what it trains, and with which settings
 whole         files that are there when they are complete
 """

@@ -9,6 +9,7 @@ import sys
 import pytest
 import sft_vlm
 import yaml
+from parts import asked
 from parts.arguments import parse
 from recipe_runs import CONFIGS, FAST, RECIPES
 
@@ -28,22 +29,47 @@ for i, (name, settings) in enumerate(json.loads(config.read_text())["model"].ite
 """
 
 
-def reproduce(*arguments, **variables):
-    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+def started(*arguments, cwd=None, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
     command = ["bash", str(RECIPES / "reproduce_drift.sh"), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+
+
+def reproduce(*arguments, **variables):
+    done = started(*arguments, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_its_commands_are_ones_that_the_scripts_take(tmp_path):
-    told = reproduce("--max-steps", 9, OUT=tmp_path / "out", DRY_RUN=1, VLMEVALKIT="kit", LMMS_EVAL_PYTHON="python3")
+def refused(*arguments, **variables):
+    done = started(*arguments, **variables)
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def recipe(pair, data, tmp_path):
+    """The paper's recipe, on a tiny pair."""
+    folder = pair("qwen2_5_vl")
+    settings = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b_r1.yaml").read_text())
+    names = {key: str(folder / key) for key in ("base", "expert")} | {"data": str(data)}
+    made = {key: str(tmp_path / f"{key}.safetensors") for key in ("prior", "keep")}
+    settings |= {**names, **made, **FAST, "use_cpu": True, "optim": "adamw_torch"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "recipe.yaml"
+
+
+def test_its_commands_are_ones_that_the_scripts_take(pair, tmp_path):
+    base, variables = pair("qwen2_5_vl") / "base", {"VLMEVALKIT": "kit", "LMMS_EVAL_PYTHON": "python3"}
+    flags = ["--base", "base", "--max-steps", 9]  # the path starts from the folder that it is called in
+    told = reproduce(*flags, cwd=base.parent, OUT=tmp_path / "out", DRY_RUN=1, **variables)
+    assert f"vlmevalkit_qwen2_5_vl.json {tmp_path}/out/vlmevalkit.json base={base} sft=" in "\n".join(told)
     commands = [shlex.split(line[1:]) for line in told if line.startswith("+ ") and "$'" not in line]
     trained = [command[2:] for command in commands if command[1].endswith("sft_vlm.py")]
     found = {}
     for command in trained:
         run, drift, train = parse([*command, "--use-cpu"], sft_vlm.__doc__)
-        assert run.merge and train.max_steps == 9 and run.base == "Qwen/Qwen2.5-VL-7B-Instruct"
+        assert run.merge and train.max_steps == 9 and run.base == "base"
         found[train.output_dir.rpartition("/")[2]] = (
             run.method,
             run.merge_first,
@@ -58,29 +84,62 @@ def test_its_commands_are_ones_that_the_scripts_take(tmp_path):
     }
     assert [command[1:3] for command in commands[4:6]] == [["kit"], ["run.py", "--config"]]
     assert [command[1] for command in commands[6:9]] == [str(RECIPES / "score.py")] * 3
-    asked = [command[command.index("--model_args") + 1] for command in commands[9:]]
+    models = [command[command.index("--model_args") + 1] for command in commands[9:]]
     merged = [f"pretrained={tmp_path}/out/{name}-merged,device_map=auto" for name in found]
-    assert asked == ["pretrained=Qwen/Qwen2.5-VL-7B-Instruct,device_map=auto", *merged]
+    assert models == [f"pretrained={base},device_map=auto", *merged]
+    assert all(command[command.index("--model") + 1] == "qwen2_5_vl" for command in commands[9:])
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("family", "settings"), [
+    ("qwen2_5_vl", "vlmevalkit_qwen2_5_vl.json"), ("qwen2_vl", "vlmevalkit_qwen2_5_vl.json"),
+    ("qwen3_vl", "vlmevalkit_qwen3_vl.json"),
+])  # fmt: skip
+def test_the_base_is_the_one_that_is_trained_on_and_its_kind_decides_how_it_is_asked(
+    family, settings, pair, tmp_path, capsys, monkeypatch
+):
+    folder, recipe = pair(family), tmp_path / "recipe.yaml"
+    monkeypatch.chdir(folder)
+    rest = "data: d\noutput_dir: out\nmethod: sft\n"
+    for base, flags in (('"base"  # quoted', []), ("no/where", ["--base=base"]), ("no/where", ["--base", "./base"])):
+        recipe.write_text(f"base: {base}\n{rest}")
+        asked.main(["--config", str(recipe), *flags])
+        assert capsys.readouterr().out.splitlines() == [str(RECIPES / "eval" / settings), family, str(folder / "base")]
+    assert (RECIPES / "eval" / settings).is_file()
+
+
+def test_what_cannot_be_asked_is_refused_before_it_is_trained(pair, tmp_path):
+    base = pair("llava_next") / "base"
+    told = refused("--base", base, OUT=tmp_path / "out", VLMEVALKIT="kit")
+    assert f"base {base} is llava_next: leave out VLMEVALKIT" in told
+    told = refused("--base", "a/b@main", OUT=tmp_path / "out", VLMEVALKIT="kit")
+    assert "VLMEvalKit takes no revision, as of base a/b@main: download it" in told
+    assert "unknown flag --bsae; did you mean --base?" in refused("--bsae", base, OUT="out", VLMEVALKIT="kit")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):
+    (tmp_path / "out/sft-merged").mkdir(parents=True)
+    told = refused(recipe, OUT=tmp_path / "out")
+    assert f"{tmp_path}/out/sft-merged exists, and --merge would write there: move it away" in told
+
+
 @pytest.mark.slow
-def test_a_tiny_pair_goes_the_whole_way(pair, data, tmp_path):
-    """Twice: nothing that is finished is done again."""
-    folder, out, kit = pair("qwen2_5_vl"), tmp_path / "out", tmp_path / "kit"
-    settings = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b_r1.yaml").read_text())
-    names = {key: str(folder / key) for key in ("base", "expert")} | {"data": str(data)}
-    made = {key: str(tmp_path / f"{key}.safetensors") for key in ("prior", "keep")}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**settings, **names, **made, **FAST, "use_cpu": True, "optim": "adamw_torch"}))
+def test_a_tiny_pair_goes_the_whole_way(recipe, tmp_path):
+    """Twice: nothing that is finished is done again, and it is said. Another recipe's is refused."""
+    out, kit = tmp_path / "out", tmp_path / "kit"
     kit.mkdir()
     (kit / "run.py").write_text(STAND_IN)
-    reproduce(recipe, OUT=out, PYTHON=sys.executable, VLMEVALKIT=kit)
+    reproduce(recipe, OUT=out, VLMEVALKIT=kit)
     for name in ("sft-drift", "merged-drift", "sft-drift-keep"):
         columns = json.loads((out / f"scores-{name}.json").read_text())["columns"]
         assert [*columns] == ["MathVista"] and columns["MathVista"]["samples"] == 9
     (kit / "run.py").write_text("")
     for name in ("sft-drift", "merged-drift", "sft-drift-keep"):
         (out / f"scores-{name}.json").unlink()
-    told = reproduce(recipe, OUT=out, PYTHON=sys.executable, VLMEVALKIT=kit)
-    assert not any("sft_vlm.py" in line for line in told) and (out / "scores-sft-drift.json").exists()
+    told = "\n".join(reproduce(recipe, OUT="out", VLMEVALKIT=kit, cwd=tmp_path))
+    for name in ("sft", "merged", "drift", "drift-keep"):
+        assert f"The run in {out / name} was finished before, after 2 steps." in told
+    assert (out / "scores-sft-drift.json").exists()
+    told = refused(recipe, "--learning-rate", 0.002, OUT=out, VLMEVALKIT=kit)
+    assert f"{out}/sft-merged exists, and --merge would write there: move it away" in told

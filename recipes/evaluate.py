@@ -43,6 +43,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 CATEGORY = "category"  # key of a sample
+# What decides a model's answers, beside its tokenizer. A result, a journal or a card in its folder does not.
+DECIDING = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "chat_template*")
+DECIDING += ("additional_chat_templates/*",)
 
 
 @dataclass
@@ -71,11 +74,14 @@ def check(model: str, adapter: Path | None, data: str | None, output: Path) -> N
 
 
 def stamp(folder: str | Path | None) -> str | None:
-    """Another one when a local folder's files have changed: answers of an earlier model must not be taken for its."""
+    """Another one when files have changed that decide the answers of what is in a local folder: those of an earlier
+    model must not be taken for its."""
     if folder is None or not Path(folder).is_dir():
         return None
-    files = ((path.name, path.stat()) for path in sorted(Path(folder).iterdir()))
-    told = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    from drift_peft.checkpoints import TOKENIZER
+
+    files = {path for pattern in (*DECIDING, *TOKENIZER) for path in Path(folder).glob(pattern)}
+    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -185,7 +191,27 @@ def has_processor(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").exists() and any(folder.glob("*processor_config.json"))
 
 
+def refuse_other_model(model: str, adapter: Path) -> None:
+    """As drift-peft merge does. On another model than its own an adapter answers too, and nothing in that shows it.
+
+    Raises:
+        ValueError: the adapter was not trained on this model; OSError.
+    """
+    from drift_peft.checkpoints import Checkpoint, adapter_updates
+    from drift_peft.merge import refuse_other_base
+
+    try:
+        checkpoint = Checkpoint(model)
+        updates = adapter_updates(adapter, checkpoint, str(adapter))
+    except ValueError as error:  # what cannot be merged may be asked nevertheless, such as a model in 4 bits
+        print(f"note: whether {adapter} was trained on {model} is not known: {error}", file=sys.stderr)
+    else:
+        refuse_other_base(checkpoint, adapter, str(adapter), updates)
+
+
 def load_model(args: Namespace) -> Local:
+    if args.adapter and not args.force:
+        refuse_other_model(args.model, args.adapter)
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
     how["processor"] = args.adapter if args.adapter and has_processor(args.adapter) else None
     how["processor_kwargs"] = args.processor_kwargs
@@ -266,6 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("evaluate.py", __doc__)
     parser.add_argument("--model", required=True, help="merged folder, any vision-language model's, or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder to put on the model without merging")
+    told = "put it even on another model than it was trained on"
+    parser.add_argument("--force", action="store_true", help=told)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--data", help=".json, .jsonl or .parquet file, or a folder of these")
     asked.add_argument("--keep", help="keep set instead of data: file or hub id")

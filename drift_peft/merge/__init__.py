@@ -14,6 +14,7 @@ gate        a prior -> the same with each singular direction weighed by such gat
 
 from .adapter import merge_adapter
 from .baseline import METHODS, merge_baseline
+from .belongs import refuse_other_base
 from .cost import cost_table
 from .gate import gate_prior
 from .gates import Gate, gated
@@ -30,6 +31,7 @@ __all__ = [
     "gated",
     "merge_adapter",
     "merge_baseline",
+    "refuse_other_base",
     "transplant",
     "verification_table",
 ]

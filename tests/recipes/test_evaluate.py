@@ -15,7 +15,7 @@ import score
 import torch
 from parts.outputs import read_outputs
 from parts.teachers import Local
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -237,11 +237,58 @@ def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(mode
     )
 
 
+def test_an_adapter_is_not_put_on_another_model_than_its_own(model, data, tmp_path, capsys):
+    other, adapter = shutil.copytree(model, tmp_path / "other"), tmp_path / "adapter"
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(adapter)
+    usual = ("--model", other, "--adapter", adapter, "-o", tmp_path / "r.json", "--batch-size", "14")
+    make_keep_set(model, data.parent, tmp_path / "k.safetensors", max_new_tokens=2, top_k=4, progress=False)
+    for questions in (("--data", data), ("--keep", tmp_path / "k.safetensors")):
+        told = refusal(capsys, *usual, *questions)
+        assert f"adapter {adapter} was trained on {model}, and base {other} has another" in told
+        assert "name the model that it was trained on, or pass force=True (--force)" in told
+    assert not [*tmp_path.glob("r.json*")]
+    run(other, data, tmp_path / "forced.json", "--adapter", str(adapter), "--force", "--batch-size", "14")
+
+
+def test_where_a_model_cannot_be_compared_with_the_adapters_own_that_is_said(model, data, tmp_path, capsys):
+    config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    get_peft_model(AutoModelForImageTextToText.from_pretrained(model), config).save_pretrained(tmp_path / "ia3")
+    run(model, data, tmp_path / "r.json", "--adapter", str(tmp_path / "ia3"), "--batch-size", "14")
+    told = capsys.readouterr().err
+    assert f"note: whether {tmp_path / 'ia3'} was trained on {model} is not known: adapter" in told
+
+
+def test_a_result_in_the_folder_of_what_is_asked_makes_it_no_other_one(model, data, tmp_path, capsys):
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    folder = shutil.copytree(model, tmp_path / "model")
+    for place, flags in ((folder, ()), (tmp_path / "adapter", ("--adapter", str(tmp_path / "adapter")))):
+        found = run(model if flags else folder, data, place / "r.json", *flags, "--batch_size", "14")
+        (place / "README.md").write_text("Written later.")
+        assert run(model if flags else folder, data, place / "r.json", *flags) == found
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "processor_config.json",
+    ):
+        before = evaluate.stamp(folder)
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        assert evaluate.stamp(folder) != before, name
+    before = evaluate.stamp(folder)
+    (folder / "chat_template.jinja").write_text("another")
+    assert evaluate.stamp(folder) != before
+
+
 def test_an_adapter_is_asked_with_the_tokens_that_it_was_trained_with(model, tmp_path):
     """But with the model's processor if it has no more than a tokenizer, as an expert on text has."""
     lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path)
-    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1, "processor_kwargs": None}
+    how = {"batch_size": 1, "trust_remote_code": False, "force": False, "max_new_tokens": 1, "processor_kwargs": None}
     args = Namespace(model=str(model), adapter=tmp_path, **how)
     processor = evaluate.load_model(args).processor
     before = len(processor.tokenizer)
@@ -256,7 +303,13 @@ def test_settings_of_the_processor_are_those_of_a_trained_one_too(model, data, t
     lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "adapter")
     AutoProcessor.from_pretrained(model, max_pixels=144).save_pretrained(tmp_path / "adapter")
-    how = {"batch_size": 1, "trust_remote_code": False, "max_new_tokens": 1, "processor_kwargs": {"max_pixels": 576}}
+    how = {
+        "batch_size": 1,
+        "trust_remote_code": False,
+        "force": False,
+        "max_new_tokens": 1,
+        "processor_kwargs": {"max_pixels": 576},
+    }
     for adapter in (None, tmp_path / "adapter"):
         local = evaluate.load_model(Namespace(model=str(model), adapter=adapter, **how))
         assert local.processor.image_processor.size["longest_edge"] == 576

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
 from rich.table import Table
 from rich.text import Text
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
 from ..checkpoints import download, read_config, split_revision
+from ..tuner import DriftConfig
 from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
 from .recipe import as_meant, read_recipe
 
 CARDS = 8, 12, 16, 24  # GB
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
 FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
+# Keys of a recipe that decide nothing here: those of recipes/parts/arguments.py, and TRL's own. Neither is imported,
+# since a recipe is looked at before TRL is installed.
+OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_images keep_samples "
+          "keep_top_k keep_questions keep_bound merge verify lora_alpha use_rslora env").split()  # fmt: skip
+TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
+       "dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length model_init_kwargs packing "
+       "packing_strategy pad_to_multiple_of pad_token padding_free router_aux_loss_coef shuffle_dataset "
+       "truncation_mode trust_remote_code").split()  # fmt: skip
+
+
+def recipe_keys() -> set[str]:
+    """All that a recipe may have."""
+    ours = {field.name for field in fields(DriftConfig) if field.name.startswith("drift_")} - {"drift_steps"}
+    return {*get_type_hints(Settings), *OTHERS, *TRL, *ours, *(field.name for field in fields(TrainingArguments))}
 
 
 def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
@@ -26,11 +41,16 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
 
     Raises:
         FileNotFoundError, OSError: there is no such file, or it cannot be read.
-        ValueError: it is no recipe, or a value is none that training takes.
+        ValueError: it is no recipe, or has a key or a value that training does not take.
     """
     content = read_recipe(recipe)
     if not isinstance((content | (changes or {})).get("base"), str):
         raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
+    keys = recipe_keys()
+    for key in content:
+        if key not in keys:
+            way_out = nearest(key, sorted(keys)) or "take it out"
+            raise ValueError(f"{recipe} has the key {key}, which no recipe has: {way_out}")
     known = get_type_hints(Settings)
     for key in set(changes or {}) - set(known):
         way_out = nearest(key, known) or f"what decides it is {', '.join(known)}"

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import preflight as benchmark
 import pytest
@@ -10,11 +10,13 @@ import tiny_memory
 import yaml
 from command import run
 from hub import Hub
+from parts.arguments import RecipeParser
 from tiny import FAMILIES, save_layout, tiny_llm
 from tiny_memory import TINY, settings
+from trl import SFTConfig
 
 from drift_peft import gate_prior
-from drift_peft.preflight.cards import USABLE, advise, cards_table, read_settings
+from drift_peft.preflight.cards import USABLE, advise, cards_table, read_settings, recipe_keys
 from drift_peft.preflight.gating import gating_table
 from drift_peft.preflight.memory import Memory, Settings
 
@@ -122,6 +124,25 @@ def test_nothing_but_the_config_is_downloaded(recipe, capsys, tmp_path, monkeypa
         hub.add("user/base", tmp_path / "whole")
         assert run(capsys, "preflight", recipe, "--set", "base=user/base", "--json")[0] == 0
         assert hub.fetched("user/base") == ["config.json"] and not hub.peeked("user/base")
+
+
+def test_a_recipe_may_have_the_keys_that_training_takes():
+    parser = RecipeParser("a\n\nb\n\nc")
+    taken = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
+    ours = taken - {field.name for field in fields(SFTConfig)}
+    assert taken <= recipe_keys() and ours == recipe_keys() - {field.name for field in fields(SFTConfig)}
+
+
+@pytest.mark.parametrize(("key", "way_out"), [
+    ("max_token", "did you mean max_tokens?"), ("lora_r", "did you mean lora_dropout?"),
+    ("per_device_train_batchsize", "did you mean per_device_train_batch_size?"),
+    ("use_dora", "did you mean use_rslora?"), ("xyz", "take it out"),
+])  # fmt: skip
+def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsys):
+    recipe.write_text(f"{recipe.read_text()}{key}: 8\n")
+    for flags in ((), ("--gates",)):
+        status, _, err = run(capsys, "preflight", recipe, *flags)
+        assert status == 1 and err.endswith(f"has the key {key}, which no recipe has: {way_out}\n")
 
 
 @pytest.mark.parametrize(

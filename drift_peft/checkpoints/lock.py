@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 
@@ -33,19 +34,8 @@ def only_writer(output: Path) -> Iterator[None]:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
     file = output.with_name(f"{output.name}.lock")
-    holder = _holder(file)  # now, since older versions of filelock empty the file as they try
     lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        if not file.exists():  # of folders where nothing can be made, such as /proc, filelock says it is held
-            raise OSError(f"output {output} cannot be written: {output.parent} takes no file") from error
-        who = _holder(file) or holder or "another process"
-        raise FileExistsError(
-            f"output {output} is being written by {who}: wait until it is done, or name another output"
-        ) from error
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+    _acquire(lock, file, output)
     try:
         if _read(file).split("\n")[0] != str(os.getpid()):  # else a soft lock's record, by which others take it over
             with contextlib.suppress(OSError):  # of a full disk; Windows lets nobody write into a locked file
@@ -55,6 +45,28 @@ def only_writer(output: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows keeps open files; there, filelock deletes it
             file.unlink()  # while it is held: who takes it now makes another
         lock.release()
+
+
+def _acquire(lock: FileLock, file: Path, output: Path) -> None:
+    """FileExistsError if another holds the lock; OSError if there can be none."""
+    while True:
+        holder = _holder(file)  # now, since older versions of filelock empty the file as they try
+        try:
+            lock.acquire(timeout=0)
+            return
+        except Timeout as error:
+            if file.exists():
+                who = _holder(file) or holder or "another process"
+                raise FileExistsError(
+                    f"output {output} is being written by {who}: wait until it is done, or name another output"
+                ) from error
+        except OSError as error:
+            raise OSError(f"output {output} cannot be written: {error.strerror}") from error
+        # Its holder has finished meanwhile; or nothing can be made here, as in /proc, of which filelock says the same.
+        try:
+            TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            raise OSError(f"output {output} cannot be written: {file.parent} takes no file") from error
 
 
 def _holder(file: Path) -> str:

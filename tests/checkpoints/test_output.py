@@ -1,5 +1,6 @@
 """lock.py, watch.py, output.py, standalone.py: one writer at a time, whole outputs, inputs that stay what they were."""
 
+import contextlib
 import errno
 import json
 import os
@@ -88,6 +89,24 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(tmp_path):
     assert os.listdir(tmp_path) == ["out.lock"]
     with only_writer(tmp_path / "out"):
         assert str(os.getpid()) in (tmp_path / "out.lock").read_text()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_that_finishes_just_then_holds_nobody_up(tmp_path, monkeypatch):
+    """Its lock is there when the next one asks for it, and gone when that one looks who it is."""
+    acquire, first = filelock.FileLock.acquire, contextlib.ExitStack()
+    first.enter_context(only_writer(tmp_path / "out"))
+
+    def late(self, *args, **options):
+        try:
+            return acquire(self, *args, **options)
+        except filelock.Timeout:
+            first.close()
+            raise
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", late)
+    with only_writer(tmp_path / "out"):
+        assert os.listdir(tmp_path) == ["out.lock"]
     assert os.listdir(tmp_path) == []
 
 

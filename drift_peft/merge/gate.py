@@ -88,7 +88,7 @@ def gate_prior(
     Raises:
         ValueError: an argument is out of range, or of the other objective; the prior holds other weights than
             projections, is gated already, or is of another base; the keep set is of another VLM; the expert's tokens
-            are not the VLM's; the GPU has no room.
+            are not the VLM's; the GPU has no room; a divergence or a gradient is not finite.
         OSError: something is not found; the output exists, or the answers were made in another way.
 
     Example:

@@ -118,6 +118,9 @@ def train_gates(
         kept, answers: batches of the keep set, and of the expert's answers; without these it is FRISM's.
         keep_weight: κ; FRISM's objective has 1.
         tokens: how many go through the model at a time, padding included, where one sample is not longer.
+
+    Raises:
+        ValueError: a divergence or a gradient is not finite.
     """
     gammas = [gate.gamma for gate in gates]
     whole = sum(gate.S.double().square().sum().item() for gate in gates)
@@ -131,10 +134,20 @@ def train_gates(
             (-GRADIENT_SCALE * alpha * norm / whole).backward()
         else:
             text_kl = _backward(model, answers, step, tokens, 1.0)
+        _refuse_infinite(step, keep_kl, text_kl, *(gamma.grad for gamma in gammas))
         for gamma in gammas:
             gamma.grad /= GRADIENT_SCALE
         optimizer.step()
         yield keep_kl, text_kl
+
+
+def _refuse_infinite(step: int, *numbers: float | Tensor) -> None:
+    """ValueError before gates are made of divergences or gradients that are none."""
+    if not all(torch.as_tensor(number).isfinite().all() for number in numbers):
+        raise ValueError(
+            f"divergence or gradient is NaN or infinite in step {step + 1}: load the VLM in bfloat16 instead of "
+            "float16, or pass a lower rate (--rate)"
+        )
 
 
 def _backward(model: nn.Module, feed: Feed, step: int, tokens: int, weight: float) -> float:

@@ -282,6 +282,18 @@ def test_what_cannot_be_gated_is_refused_in_one_sentence(changes, said, folder, 
     assert "\n" not in str(caught.value) and sorted(file.name for file in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("objective", ["expert", "frism"])
+def test_a_step_that_is_not_finite_ends_it_in_one_sentence(objective, folder, tmp_path):
+    """As in fp16, where activations overflow."""
+    model = load(folder)
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output * float("inf"))
+    others = FRISM if objective == "frism" else {}
+    with pytest.raises(ValueError, match=r"is NaN or infinite in step 1: load the VLM in bfloat16 .* lower rate"):
+        gate(folder, tmp_path / "p.safetensors", base=model, processor=processor_of(folder), **others)
+    hook.remove()
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_command(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(experts.PROMPTS), encoding="utf-8")
     given = "--base", folder / "base", "--keep", folder / "keep.safetensors", "-o", tmp_path / "g.safetensors"

@@ -21,6 +21,7 @@ uploaded is in `hub.files("org/model")`. It asks for no token.
     hub.forget()                                            start counting anew
     hub.fail("resolve/.*/model", status=401, code="GatedRepo")     requests whose path matches are answered like this
     hub.cut("model-00002", size=100)                        downloads of matching files end after 100 bytes
+    hub.stall("model-00002")                                whole downloads of matching files begin at hub.heal()
     hub.heal()                                              no more faults
     hub.stop()                                              from now on: connection refused
 """
@@ -31,6 +32,7 @@ import json
 import os
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -49,6 +51,7 @@ class Hub:
         self.requests: list[tuple[str, str, str | None]] = []
         self.faults: list[tuple[str, int, str]] = []
         self.cuts: list[tuple[str, int]] = []
+        self.stalls: list[str] = []
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -136,9 +139,13 @@ class Hub:
     def cut(self, pattern: str, size: int) -> None:
         self.cuts.append((pattern, size))
 
+    def stall(self, pattern: str) -> None:
+        self.stalls.append(pattern)
+
     def heal(self) -> None:
         self.faults.clear()
         self.cuts.clear()
+        self.stalls.clear()
 
 
 class _Server(ThreadingHTTPServer):
@@ -244,6 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             status, content = 206, content[first : last + 1]
         if self.command == "GET":
+            while "Range" not in self.headers and any(re.search(pattern, path) for pattern in self.hub.stalls):
+                time.sleep(0.05)
             for pattern, size in self.hub.cuts:
                 content = content[:size] if re.search(pattern, path) else content
         self.send(status, content, headers)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -245,8 +245,26 @@ def _take_deltas(
 
     def read(name: str) -> dict[str, torch.Tensor]:
         with lock:
-            tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
-            return {role: _page_in(tensor, device) for role, tensor in tensors.items()}
+            for role, source in sources.items():
+                for file in source.files_of(match.keys[name][role]):
+                    source.fetch(file)
+            with reading:
+                if stopped.is_set():
+                    return {}
+                tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
+                return {role: _page_in(tensor, device) for role, tensor in tensors.items()}
+
+    def read_ahead(name: str) -> Future:
+        ahead = Future()
+
+        def work() -> None:
+            try:
+                ahead.set_result(read(name))
+            except BaseException as error:
+                ahead.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # Python's end waits for no download
+        return ahead
 
     def free_used_up() -> None:
         with lock:
@@ -259,15 +277,15 @@ def _take_deltas(
     names.sort(key=lambda name: (shards(name, "expert"), shards(name, "base"), layer_order(name)))
     left = Counter(shard for name in names for shard in shards(name, "expert"))
     lock = threading.Lock()  # a checkpoint serves one thread at a time
-    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+    reading, stopped = threading.Lock(), threading.Event()
     bar = tqdm(names, "prior", len(files), unit="weight", initial=len(files) - len(names), disable=not progress)
     try:
         free_used_up()  # what an interrupted build had brought
-        ahead = [reader.submit(read, name) for name in names[:1]]
+        ahead = [read_ahead(name) for name in names[:1]]
         for index, name in enumerate(bar):
             bar.set_postfix_str(name, refresh=False)
             tensors = ahead.pop().result()
-            ahead += [reader.submit(read, following) for following in names[index + 1 : index + 2]]
+            ahead += [read_ahead(following) for following in names[index + 1 : index + 2]]
             labels = {role: f"{key} of {sources[role].source}" for role, key in match.keys[name].items()}
             # Each weight has a seed of its own, so that it does not depend on which other weights are selected.
             seed = int.from_bytes(hashlib.sha256(f"{settings['seed']} {name}".encode()).digest()[:7], "big")
@@ -282,7 +300,9 @@ def _take_deltas(
                 free_used_up()
     finally:
         bar.close()
-        reader.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
+        with reading:  # else Python's end would cut torch off in the midst of it, and abort
+            pass
 
 
 def _page_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -354,6 +356,55 @@ def test_network_loss(pair, hub, monkeypatch):
     assert build(pair, expert="org/expert").path.read_bytes() == expected
     fetched = shards(hub.fetched("org/expert"))
     assert not set(before) & set(fetched[len(before) :]) - {third}  # what came is not fetched again
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_waits_for_no_download(pair, hub):
+    """Python's end waits for threads that are no daemons, and a second Ctrl-C there is a traceback."""
+    hub.add("org/expert", pair / "expert")
+    expected = build(pair, expert="org/expert", output=pair / "q.safetensors").path.read_bytes()
+    shutil.rmtree(pair / "cache")
+    last = shards(hub.fetched("org/expert"))[-1]
+    hub.forget()
+    hub.stall(last)
+    command = ["prior", "build", "--expert", "org/expert", "--base", f"{pair / 'vlm'}", "--rank", "8"]
+    command = [sys.executable, "-m", "drift_peft", *command, "-o", f"{pair / 'p.safetensors'}"]
+    environment = {**hub.env(pair / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1000"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            end = time.monotonic() + 120
+            while last not in hub.fetched("org/expert") or len(done(pair)) < 2:
+                assert process.poll() is None and time.monotonic() < end, (hub.requests, done(pair))
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            hub.heal()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"error: interrupted; {pair / 'p.safetensors.partial'} keeps the " in err.splitlines()[-1]
+    assert sorted(os.listdir(pair)) == ["cache", "expert", "p.safetensors.partial", "q.safetensors", "vlm"]
+    assert build(pair, expert="org/expert").path.read_bytes() == expected
+
+
+def test_nothing_is_read_any_more_when_an_interrupted_build_has_ended(pair, monkeypatch):
+    """Python's end would cut torch off in the midst of it, and abort."""
+    begun, ended = [], []
+
+    def slowly(tensor, device):
+        begun.append(device)
+        time.sleep(0.2)
+        ended.append(device)
+        return tensor
+
+    monkeypatch.setattr(module, "_page_in", slowly)
+    interrupt(monkeypatch, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        build(pair)
+    so_far = len(begun)
+    assert len(ended) == so_far
+    time.sleep(0.5)
+    assert len(begun) == so_far
 
 
 @frees_files

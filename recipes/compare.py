@@ -42,6 +42,7 @@ from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
 from parts.journal import Journal
+from parts.processing import processor_settings
 from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from parts.whole import write_json
@@ -295,7 +296,8 @@ def compare(args: Namespace) -> dict:
     args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
-    asked["examined with processor_kwargs"] = settings.get("processor_kwargs")  # which earlier versions did not do
+    processor = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
+    asked["examined with processor_kwargs"] = processor or None  # which earlier versions did not do
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):

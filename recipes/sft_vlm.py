@@ -39,6 +39,7 @@ from parts.curves import plot_run
 from parts.held import Held, mark_of, settings_to_hold
 from parts.lengths import within_length
 from parts.loading import load_messages
+from parts.processing import processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
 from parts.template import check_template
@@ -156,7 +157,7 @@ def check_keep(run: RunArguments, images: int | None) -> None:
     raise ValueError(f"there is no keep set {run.keep}, and {why}: name a folder of pictures in keep_images")
 
 
-def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> KeepSet | None:
+def open_keep_set(run: RunArguments, dataset: Dataset, processor: dict, load_in_4bit: bool) -> KeepSet | None:
     """The VLM's own answers to questions about the data's images, or about others, made if they are not there."""
     if run.keep is None:
         return None
@@ -164,7 +165,7 @@ def open_keep_set(run: RunArguments, dataset: Dataset, load_in_4bit: bool) -> Ke
         Path(run.keep).parent.mkdir(parents=True, exist_ok=True)
         how = {"questions": run.keep_questions, "samples": run.keep_samples, "top_k": run.keep_top_k}
         how |= {"max_new_tokens": run.keep_max_new_tokens, "load_in_4bit": load_in_4bit}
-        how["processor"] = run.processor_kwargs or None  # it answers to images as they are trained on
+        how["processor"] = processor or None  # it answers to images and chats as they are trained on
         make_keep_set(run.base, dataset if run.keep_images is None else run.keep_images, run.keep, **how)
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
         return KeepSet.load(run.keep)
@@ -210,17 +211,18 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     held.add("base", run.base, mark_of(base))
     if run.merge and run.verify:
         check_memory(base)
+    settings = processor_settings(run.processor_kwargs, train.chat_template_path)
     processor = AutoProcessor.from_pretrained(
-        base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **run.processor_kwargs
+        base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **settings
     )
-    check_processor_settings(processor, run.processor_kwargs)
+    check_processor_settings(processor, settings)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
     dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
-    check_template(dataset, processor, train.chat_template_path)
+    check_template(dataset, processor)
     data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
@@ -230,7 +232,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     check_keep(run, data["images"])
     prior = open_prior(run)
     start = open_start(run, base, prior, beside(train.output_dir, "base"))
-    keep_set = open_keep_set(run, dataset, load_in_4bit=not train.use_cpu)
+    keep_set = open_keep_set(run, dataset, settings, load_in_4bit=not train.use_cpu)
     for key, file in {"prior": prior, "keep": keep_set}.items():
         held.add(key, getattr(run, key), file and file.sha256)
     record = {

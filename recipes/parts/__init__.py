@@ -12,6 +12,7 @@ questions     a question with its options, its answer, and the chain of thought 
 layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
 loading       the usable samples of a source, as TRL takes them, and a count of the others
+processing    what the processor of a run is told: its settings, and the chat template
 template      what the chat template makes of an answer
 lengths       how many tokens a conversation has, and which are too long
 replay        the answers of a keep set among the training samples

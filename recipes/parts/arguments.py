@@ -106,6 +106,10 @@ class TrainArguments(SFTConfig):
             raise ValueError("max_length cuts samples, and their images' tokens with them: set max_tokens instead")
         if not self.use_cpu and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
+        template = self.chat_template_path
+        if template is not None and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
+            way_out = "a model's folder has one, chat_template.jinja"
+            raise ValueError(f"chat_template_path={template} is no .jinja file that is here: name one; {way_out}")
         super().__post_init__()
         if self.resume_from_checkpoint:
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))

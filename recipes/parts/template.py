@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import datasets
-from transformers import AutoTokenizer
 
 from .bad_sample import printable
 from .layouts import last_answer
@@ -15,14 +13,11 @@ FIRST = 8  # samples of a stream
 SHORT = 120  # signs of a text that an error shows
 
 
-def check_template(dataset, processor, chat_template_path: str | None = None) -> None:
+def check_template(dataset, processor) -> None:
     """Compare what would be trained with each answer; of a stream, with the first ones.
 
     Templates of reasoning models take the reasoning out of an answer, and a few write no token that ends it: the model
     would learn the bare answer, or never to stop.
-
-    Args:
-        chat_template_path: TRL's: a .jinja file, or a model whose template is taken instead of the processor's.
 
     Raises:
         ValueError: they differ; it shows both.
@@ -30,10 +25,9 @@ def check_template(dataset, processor, chat_template_path: str | None = None) ->
     tokenizer = getattr(processor, "tokenizer", processor)
     ends = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends |= {*tokenizer.all_special_tokens}
-    options = {"chat_template": _read(chat_template_path)} if chat_template_path else {}
 
     def rendered(turns: list[dict]) -> str:
-        return processor.apply_chat_template(turns, tokenize=False, **options)
+        return processor.apply_chat_template(turns, tokenize=False)
 
     stream = isinstance(dataset, datasets.IterableDataset)
     samples = dataset.take(FIRST) if stream else dataset.select_columns("messages")
@@ -49,13 +43,6 @@ def check_template(dataset, processor, chat_template_path: str | None = None) ->
             raise ValueError(f"{told}template makes of it {_short(said)}: {way_out}, such as a .jinja file")
         if not any(end in said[place + len(answer) :] for end in ends):
             raise ValueError(f"{told}template writes {_short(said)}, with no token that ends it: {way_out} and ends it")
-
-
-def _read(path: str) -> str:
-    if os.path.isfile(path) and path.endswith((".jinja", ".j2")):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
 
 
 def _words(text: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 
+from .processing import processor_settings
+
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
 KINDS += ("merged-drift-keep",)
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
@@ -110,8 +112,9 @@ def gating(settings: dict, keep: str, texts: object, gated: object, adapter: obj
 
 
 def processing(settings: dict) -> list[str]:
-    """Images as they are trained on, for every way: an untrained one has no processor saved beside it."""
-    return ["--processor-kwargs", json.dumps(settings["processor_kwargs"])] if settings.get("processor_kwargs") else []
+    """Images and chats as they are trained on, for every way: an untrained one has no processor saved beside it."""
+    kwargs = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
+    return ["--processor-kwargs", json.dumps(kwargs)] if kwargs else []
 
 
 def transplanting(settings: dict, scale: float) -> dict:

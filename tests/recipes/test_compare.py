@@ -294,10 +294,13 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
 
 
 def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path):
-    """The keep sets to measure with, and each way's exams; a ledger of exams with other ones is not gone on with."""
-    kwargs = {"size": {"shortest_edge": 64, "longest_edge": 64}}
+    """And chats, in keep sets to measure with and in each exam; a ledger of other exams is not gone on with."""
+    kwargs, template = {"size": {"shortest_edge": 64, "longest_edge": 64}}, tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
     settings = {"base": "b", "data": str(data), "method": "sft", "use_cpu": True, "processor_kwargs": kwargs}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o"}))
+    settings |= {"output_dir": "o", "chat_template_path": str(template)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    kwargs = {**kwargs, "chat_template": "{{ messages }}"}
     shown = []
 
     def launch(*command):

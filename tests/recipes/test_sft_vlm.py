@@ -1,6 +1,7 @@
 """recipes/sft_vlm.py: what its training step computes, and the card that it pushes."""
 
 import json
+import shutil
 from unittest.mock import Mock
 
 import pytest
@@ -82,6 +83,27 @@ def test_a_keep_set_is_of_images_as_they_are_trained_on(train, tmp_path):
     place, kwargs = tmp_path / "keep.safetensors", {"size": {"shortest_edge": 64, "longest_edge": 64}}
     trainer, _ = train("qwen2_5_vl", **{**FAST, "max_steps": 1}, keep=place, processor_kwargs=kwargs)
     KeepSet.load(place).check(trainer.processing_class)
+
+
+def test_the_chat_template_that_is_named_makes_lengths_and_keep_set(train, pair, tmp_path):
+    """Of a base that has none of its own; the processor that is saved has it, too."""
+    folder, place = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "mute"), tmp_path / "keep.safetensors"
+    own = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "long.jinja").write_text("{{ 'how ' * 50 }}" + own, encoding="utf-8")
+    settings = {**FAST, "max_steps": 1, "base": folder, "chat_template_path": tmp_path / "long.jinja", "keep": place}
+    with pytest.raises(SystemExit, match=r"sample 1 has \d+ tokens, its images' included, and max_tokens allows 50"):
+        train(**settings, max_tokens=50)
+    _, output = train(**settings)
+    assert KeepSet.load(place).metadata["prompt_tokens"] > 50
+    assert (output / "chat_template.jinja").read_text(encoding="utf-8").startswith("{{ 'how ' * 50 }}")
+
+
+def test_a_chat_template_is_a_jinja_file(train, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "prepare", lambda *_: pytest.fail("something was loaded"))
+    for named in (pair("qwen2_5_vl") / "base", tmp_path / "gone.jinja"):
+        with pytest.raises(SystemExit, match=f"chat_template_path={named} is no .jinja file that is here: name one"):
+            train(chat_template_path=named)
 
 
 def test_a_keep_set_that_is_there_is_said_to_be_used_as_it_is(train, tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_a_template_that_keeps_the_answer_passes(template, answered):
     (CHAT.replace(TEXT, "{{ part.text.replace('<think>', '') }}"), "template makes of it “assistant: 2 + 3 = 5 </thi"),
     (CHAT.replace(END, "{% endfor %}"), "template writes “assistant: <think> 2 + 3 = 5 </think> 5”, with no token"),
 ])  # fmt: skip
-def test_a_template_that_does_not_is_an_error_that_shows_both(template, sentence, answered, tmp_path):
+def test_a_template_that_does_not_is_an_error_that_shows_both(template, sentence, answered):
     with pytest.raises(ValueError) as error:
         check_template(answered(ANSWER), processor(template))
     said = str(error.value)
@@ -55,8 +55,7 @@ def test_a_template_that_does_not_is_an_error_that_shows_both(template, sentence
         said.startswith("sample 1 would not be trained as it is written: its answer is “<think> 2 + 3")
         and sentence in said
     )
-    (tmp_path / "other.jinja").write_text(CHAT.replace("IMAGE", "<image>"))
-    check_template(answered(ANSWER), processor(template), str(tmp_path / "other.jinja"))
+    check_template(answered(ANSWER), processor(CHAT))
 
 
 def test_all_samples_are_looked_at():

@@ -3,11 +3,14 @@
 import argparse
 import math
 import os
-from dataclasses import MISSING, dataclass, field, make_dataclass
+import re
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
 import torch
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
@@ -19,6 +22,15 @@ from .command_line import Parser, guess
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
 WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of
+STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+NO_EVALUATION = "a recipe has no data for an evaluation while it trains: leave it out, and ask evaluate.py afterwards"
+NEVER = {  # TRL's settings that no recipe can take, unless they are as they come -> why
+    "packing": "samples with images cannot be packed: leave it out",
+    "padding_free": "samples with images are padded: leave it out",
+    "assistant_only_loss": "the loss is on the last turn alone: leave it out",
+    "pad_to_multiple_of": "a question and its answer are not padded to a multiple: leave it out",
+    "save_only_model": "training goes on from a checkpoint only with its optimizer: leave it out",
+}
 
 
 @dataclass
@@ -104,6 +116,7 @@ class TrainArguments(SFTConfig):
     def __post_init__(self):
         if self.max_length is not None:
             raise ValueError("max_length cuts samples, and their images' tokens with them: set max_tokens instead")
+        self._refuse_what_cannot_work()
         if not self.use_cpu and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
         template = self.chat_template_path
@@ -113,6 +126,24 @@ class TrainArguments(SFTConfig):
         super().__post_init__()
         if self.resume_from_checkpoint:
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))
+
+    def _refuse_what_cannot_work(self) -> None:
+        """What TRL refuses after the models were read, or takes and the recipe cannot keep."""
+        check_whole(**{key: getattr(self, key) for key in STEP})
+        for known in fields(self):
+            value, never = getattr(self, known.name), NEVER.get(known.name)
+            if re.search("eval|best|better|predict", known.name):
+                never = NO_EVALUATION
+            if never and value not in (known.default, None):
+                raise ValueError(f"{known.name}={value} cannot be: {never}")
+        if self.save_strategy == "best":
+            raise ValueError(f"save_strategy=best cannot be: {NO_EVALUATION}")
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in {*named} - {"none", "all", *get_available_reporting_integrations()}:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise ValueError(f"report_to={name} is not known: {guess(name, ['none', *INTEGRATION_TO_CALLBACK])}")
+            if name != "flyte":  # whose package is asked for by itself alone
+                raise ValueError(f"report_to={name} needs {name}, which is not installed here: install it, or set none")
 
     def _checkpoint(self, named: str) -> Path:
         """What to go on from: "true" stands for the newest that is whole."""

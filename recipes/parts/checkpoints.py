@@ -38,7 +38,8 @@ def is_whole(checkpoint: Path) -> bool:
                 return False
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return False
-    return any(file.suffix == ".safetensors" for file in files)
+    goes_on = {"optimizer.pt", "scheduler.pt"} <= {file.name for file in files}  # else Trainer begins both anew
+    return goes_on and any(file.suffix == ".safetensors" for file in files)
 
 
 def steps_of(checkpoint: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from drift_peft import DriftConfig
 from drift_peft.checkpoints import Checkpoint
 
-from .arguments import DRIFT, LORA, RunArguments, TrainArguments
+from .arguments import DRIFT, LORA, STEP, RunArguments, TrainArguments
 
 FILE = "trained_with.json"
 PLACES = ("base", "expert", "prior", "reference", "data", "images", "keep", "chat_template_path")
@@ -30,7 +30,6 @@ TRAIN = tuple(
     "data_seed train_sampling_strategy dataloader_drop_last shuffle_dataset chat_template_path packing "
     "completion_only_loss assistant_only_loss loss_type".split()
 )
-STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 PLACES_READ, READ = 64, 4096  # of each file of weights; bytes at each
 WAY_OUT = "or start again in another output_dir"
 

@@ -120,8 +120,7 @@ def test_a_torn_checkpoint_is_left_aside(file, run, tmp_path):
         os.truncate(torn, cut)
         assert not is_whole(place / "checkpoint-4") and newest_whole(place) == place / "checkpoint-2"
     torn.unlink()
-    if file != "optimizer.pt" and file != "scheduler.pt":  # save_only_model leaves these out
-        assert newest_whole(place) == place / "checkpoint-2"
+    assert newest_whole(place) == place / "checkpoint-2"
 
 
 def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(run, train, tmp_path, capsys):

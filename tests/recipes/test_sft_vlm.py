@@ -167,6 +167,32 @@ def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monk
         train(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy=steps cannot be: a recipe has no data for"),
+        ({"eval_on_start": True}, "eval_on_start=True cannot be: .*: leave it out, and ask evaluate.py afterwards"),
+        ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size=1 cannot be: a recipe has no data for an eval"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True cannot be: a recipe has no data for an eval"),
+        ({"save_strategy": "best"}, "save_strategy=best cannot be: a recipe has no data for an evaluation"),
+        ({"packing": True}, "packing=True cannot be: samples with images cannot be packed: leave it out"),
+        ({"padding_free": True}, "padding_free=True cannot be: samples with images are padded"),
+        ({"assistant_only_loss": True}, "assistant_only_loss=True cannot be: the loss is on the last turn alone"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 cannot be: "),
+        ({"save_only_model": True}, "save_only_model=True cannot be: training goes on from a checkpoint only with its"),
+        ({"report_to": "swanlab"}, "report_to=swanlab needs swanlab, which is not installed here: install"),
+        ({"report_to": "wandbb"}, r"report_to=wandbb is not known: did you mean wandb\?"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number ≥ 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number ≥ 1, got 0"),
+    ],
+)
+def test_what_can_never_work_is_refused_by_name(settings, told, train, monkeypatch):
+    """What TRL refuses when the models are read, or not at all."""
+    monkeypatch.setattr(sft_vlm, "prepare", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(SystemExit, match=rf"^sft_vlm\.py: error: {told}"):
+        train(**settings)
+
+
 def test_a_misspelt_setting_of_the_processor_is_told(train):
     with pytest.raises(SystemExit, match=r"Processor has no setting max_pixel: did you mean max_pixels\?"):
         train(processor_kwargs={"max_pixel": 64})

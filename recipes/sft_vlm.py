@@ -33,10 +33,10 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, List
 from parts.arguments import RunArguments, TrainArguments, is_missing, parse
-from parts.checkpoints import checkpoints, is_whole, newest_whole, steps_of
+from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
-from parts.held import Held, mark_of, settings_to_hold
+from parts.held import Held, is_finished, mark_of, settings_of, settings_to_hold
 from parts.lengths import within_length
 from parts.loading import load_messages
 from parts.processing import processor_settings
@@ -77,9 +77,14 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
     place = next(path for path in (output, *output.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OSError(f"output_dir {output} cannot be written: {place} is no folder, or not yours to write to")
-    earlier = checkpoints(output) or (output / "adapter_config.json").exists()
-    if earlier and not train.resume_from_checkpoint:
-        raise FileExistsError(f"{output} holds an earlier run: add --resume-from-checkpoint true, or change output_dir")
+    earlier, start = checkpoints(output) or (output / "adapter_config.json").exists(), train.resume_from_checkpoint
+    if earlier and not start:
+        same = is_finished(earlier_record(output), settings_of(run, drift, train))
+        way_on = "add --resume-from-checkpoint true, or " if same or newest_whole(output) else ""
+        raise FileExistsError(f"{output} holds an earlier run: {way_on}change output_dir")
+    if start and not Path(start).exists():  # see `_checkpoint` of TrainArguments
+        told = "was finished with other settings, and left no checkpoint to go on from"
+        raise FileExistsError(f"the run in {output} {told}: change them back, or change output_dir")
     if run.merge and merged.exists():
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if run.prior is not None and is_missing(run.prior) and run.expert is None:
@@ -285,7 +290,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
     output, start = Path(train.output_dir), train.resume_from_checkpoint
     with in_one_sentence("sft_vlm.py", ValueError, OSError, ImportError, yaml.YAMLError):
         check(run, drift, train)
-        held = Held(settings_to_hold(run, drift, train), start)
+        held = Held(settings_to_hold(settings_of(run, drift, train)), start)
         clear(output)
         trainer, record = prepare(run, drift, train, held)
         if start:
@@ -326,27 +331,6 @@ def merge(run: RunArguments, output: Path, record: dict) -> None:
     print(f"The merged model is in {report.output}" + ("." if run.verify else ", and was compared with nothing."))
     if report.verification is not None:
         print(report.verification.verdict)
-
-
-def is_finished(record: dict | None, settings: dict) -> bool:
-    """Was this very run finished before? What is done with its adapter may differ, and how the run is taken up."""
-    afterwards = ("resume_from_checkpoint", "merge", "verify", "prior_sha256", "trainable_token_indices")
-    wanted = json.loads(json.dumps(settings, default=str))
-    had = {} if record is None else record["settings"]
-    return all(key in had and had[key] == value for key, value in wanted.items() if key not in afterwards)
-
-
-def earlier_record(output: Path) -> dict | None:
-    """run.json of a run that came to its end."""
-    try:
-        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        return record if {"settings", "results"} <= record.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-
-
-def settings_of(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> dict:
-    return {**drift.to_dict(), **train.to_dict(), **asdict(run)}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from drift_peft import DriftConfig
 from drift_peft.arguments import check_whole
 from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
-from .checkpoints import checkpoints, is_whole, newest_whole
+from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser, guess
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
@@ -149,6 +149,8 @@ class TrainArguments(SFTConfig):
         """What to go on from: "true" stands for the newest that is whole."""
         if named.lower() == "true":
             found, torn = newest_whole(self.output_dir), [path.name for path in checkpoints(self.output_dir)]
+            if found is None and earlier_record(self.output_dir):
+                return Path(named)  # a run that was finished needs no checkpoint
             if found is None and torn:
                 what = f"none of {', '.join(torn)} in {self.output_dir} is whole"
                 raise ValueError(f"{what}, so there is nothing to go on from: start in another output_dir")

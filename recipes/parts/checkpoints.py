@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, and so what training can go on from."""
+"""The checkpoints of a run: which are whole, and so what training can go on from; and whether it came to its end."""
 
 import json
 import re
@@ -45,3 +45,12 @@ def is_whole(checkpoint: Path) -> bool:
 def steps_of(checkpoint: Path) -> int:
     """How many steps it has behind it."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"]
+
+
+def earlier_record(output: str | Path) -> dict | None:
+    """run.json of a run that came to its end."""
+    try:
+        record = json.loads((Path(output) / "run.json").read_text(encoding="utf-8"))
+        return record if {"settings", "results"} <= record.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None

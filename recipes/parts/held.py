@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,27 @@ class Held:
         self.content["files"][key] = mark
 
 
-def settings_to_hold(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> dict:
-    """All settings that change what is learnt, by name."""
-    trains = train.to_dict()
-    held = {key: getattr(run, key) for key in RUN} | {key: getattr(drift, key) for key in LORA + DRIFT}
-    held |= {key: trains[key] for key in TRAIN if key in trains}
-    held = {key: _place(value) if key in PLACES else value for key, value in held.items() if key != "drift_log_kinds"}
-    return held | {" × ".join(STEP): trains[STEP[0]] * trains[STEP[1]]}
+def settings_of(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> dict:
+    return {**drift.to_dict(), **train.to_dict(), **asdict(run)}
+
+
+def settings_to_hold(settings: dict) -> dict:
+    """Those of `settings_of` that change what is learnt."""
+    held = {key: settings[key] for key in (*RUN, *LORA, *DRIFT, *TRAIN) if key in settings and key != "drift_log_kinds"}
+    held = {key: _place(value) if key in PLACES else value for key, value in held.items()}
+    return held | {" × ".join(STEP): settings[STEP[0]] * settings[STEP[1]]}
+
+
+def is_finished(record: dict | None, settings: dict) -> bool:
+    """Was this very run finished before, to these weights? What is logged and saved, where it lies now, and what is
+    done with its adapter may differ."""
+    if record is None:
+        return False
+    had, wanted = record["settings"], json.loads(json.dumps(settings, default=str))
+    ends = ["max_steps"] if wanted["max_steps"] > 0 else ["max_steps", "num_train_epochs"]
+    held = settings_to_hold(had)
+    decisive = all(key in held and _same(held[key], value) for key, value in settings_to_hold(wanted).items())
+    return decisive and all(had[key] == wanted[key] for key in ends)
 
 
 def mark_of(base: Checkpoint) -> str:

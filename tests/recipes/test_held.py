@@ -99,6 +99,35 @@ def test_what_is_free_may_change_and_the_checkpoints_say_it(train, tmp_path, cap
     assert held["settings"]["r"] == 4 and {*held["files"]} == {"base", "data", "prior", "keep"}
 
 
+def test_a_finished_run_is_known_by_what_decides_its_weights(train, pair, tmp_path, monkeypatch, capsys):
+    _, output = train(**SETTINGS)
+    monkeypatch.setattr(sft_vlm, "fine_tune", load)
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(output, tmp_path / "moved")
+    free = {"logging_steps": 2, "save_steps": 2, "base": os.path.relpath(pair("qwen2_5_vl") / "base")}
+    for again in ({}, {"output_dir": "run"}, {"output_dir": moved, "merge": True, "verify": False}, free):
+        assert train(**{**SETTINGS, **again}, resume_from_checkpoint="true")[0] is None
+        assert "was finished before, after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "moved-merged" / "model.safetensors").exists()
+    for other in ({"learning_rate": 1e-4}, {"max_steps": 3}):
+        with pytest.raises(LoadedSomething):
+            train(**{**SETTINGS, **other}, resume_from_checkpoint="true")
+
+
+def test_a_run_without_checkpoints_is_finished_nevertheless(train, tmp_path, capsys):
+    _, output = train(**FAST, save_strategy="no")
+    held, flag = f"{output} holds an earlier run: ", "add --resume-from-checkpoint true, or "
+    with pytest.raises(SystemExit, match=f"{held}{flag}change output_dir$"):
+        train(**FAST, save_strategy="no")
+    trainer, _ = train(**FAST, save_strategy="no", resume_from_checkpoint="true", merge=True, verify=False)
+    assert trainer is None and (tmp_path / "run-merged").exists()
+    other = {**FAST, "r": 2}
+    with pytest.raises(SystemExit, match=f"{held}change output_dir$"):
+        train(**other)
+    with pytest.raises(SystemExit, match="was finished with other settings, and left no checkpoint to go on from: cha"):
+        train(**other, resume_from_checkpoint="true")
+
+
 def test_a_checkpoint_that_does_not_say_is_gone_on_from_with_a_word(train, capsys):
     _, output = train(**SETTINGS)
     (output / "checkpoint-2" / FILE).unlink()

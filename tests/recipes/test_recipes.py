@@ -234,7 +234,7 @@ def test_what_would_fail_in_the_end_fails_before_anything_is_loaded(train, tmp_p
     (tmp_path / "run-merged").mkdir()
     for settings, told in (
         ({"output_dir": tmp_path / "file"}, "file cannot be written: .*file is no folder"),
-        ({"output_dir": tmp_path / "earlier"}, "earlier holds an earlier run: add --resume-from-checkpoint true"),
+        ({"output_dir": tmp_path / "earlier"}, "earlier holds an earlier run: change output_dir"),
         ({"resume_from_checkpoint": "true"}, "no checkpoint"),
         ({"resume_from_checkpoint": tmp_path / "gone"}, "no checkpoint .*gone"),
         ({"merge": True}, "run-merged exists"),

@@ -114,6 +114,15 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
         if wanted is not None and not is_same_model(wanted, origin):
             built = run_or_prior(None, origin)
             raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
+    other = prior.metadata.get("reference")
+    if None not in (run.expert, other) and run.reference is None and not is_same_model(run.base, other):
+        built = run_or_prior(None, other)
+        told = f"{run.prior} was built with the reference {built}, not without"
+        raise ValueError(f"{told}: name it in reference, or change prior")
+    had = prior.metadata.get("rank")
+    if had not in (None, run.prior_rank):
+        told = f"The rank of {run.prior} is {had}, and it is used as it is"
+        print(f"{told}: prior_rank={run.prior_rank} is for one that is built.")
     return prior
 
 

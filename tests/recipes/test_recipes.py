@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -300,6 +301,20 @@ def test_a_prior_of_another_pair_is_refused(train, pair, tmp_path):
     with pytest.raises(SystemExit, match="was built for other base weights"):
         train("qwen2_vl", **FAST, prior=prior, expert=None, reference=None, output_dir=tmp_path / "other")
     assert not (tmp_path / "other" / "adapter_config.json").exists()
+
+
+def test_a_prior_with_a_reference_that_is_no_longer_named_is_refused(train, pair, tmp_path, capsys):
+    ancestor = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "ancestor")
+    prior = tmp_path / "prior.safetensors"
+    train(**FAST, prior=prior, reference=ancestor)
+    assert "is used as it is" not in capsys.readouterr().out
+    again = {**FAST, "prior": prior, "output_dir": tmp_path / "again"}
+    told = f"{prior} was built with the reference {ancestor}, not without: name it in reference, or change prior"
+    with pytest.raises(SystemExit, match=told):
+        train(**again, reference=None)
+    train(**{**again, "prior_rank": 4}, reference=ancestor)
+    told = f"The rank of {prior} is 8, and it is used as it is: prior_rank=4 is for one that is built."
+    assert told in capsys.readouterr().out
 
 
 def test_two_paths_to_one_expert_are_one(train, pair, tmp_path, monkeypatch):

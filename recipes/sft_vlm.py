@@ -38,7 +38,7 @@ from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.held import Held, is_finished, mark_of, settings_of, settings_to_hold
 from parts.lengths import within_length
-from parts.loading import load_messages
+from parts.loading import PLACE, load_messages, nothing_left
 from parts.processing import processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
@@ -232,11 +232,14 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     check_processor_settings(processor, settings)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
-    options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad}
+    options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad, "places": True}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
     dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
+    if run.streaming and next(iter(dataset), None) is None:  # else the trainer would find no first sample
+        raise nothing_left(run.data, dropped)
     check_template(dataset, processor)
+    dataset = dataset.remove_columns(PLACE)
     data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
     told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")

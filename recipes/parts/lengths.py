@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Literal
 
 import datasets
 from tqdm import tqdm
 
 from .bad_sample import BadSample
+from .loading import PLACE, Dropped
 
 
-def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Counter):
+def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Dropped):
     """The conversations of at most max_tokens tokens, those of their images included. None is ever cut.
 
     Each is processed as TRL's collator does it, so this takes as long as an epoch of loading.
@@ -23,27 +23,27 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
     Raises:
         BadSample: with on_long="fail", or if none is left.
     """
-    bad: dict[int, BadSample] = {}  # a stream may be read again
+    bad: list[BadSample] = []
 
     def fits(sample: dict, index: int) -> bool:
+        place = sample.get(PLACE) or f"sample {index + 1}"
         try:
             length = count_tokens(sample["messages"], sample["images"], processor)
         except Exception as error:  # of any kind: each processor has its own
             said = " ".join(str(error).split())
-            problem = BadSample("refused by the processor", f"sample {index + 1} is refused by the processor: {said}")
+            problem = BadSample("refused by the processor", f"{place} is refused by the processor: {said}")
         else:
             if length <= max_tokens:
                 return True
             problem = BadSample(
                 f"longer than {max_tokens} tokens",
-                f"sample {index + 1} has {length} tokens, its images' included, and max_tokens allows {max_tokens}: "
+                f"{place} has {length} tokens, its images' included, and max_tokens allows {max_tokens}: "
                 "allow more, or make the images smaller" + ", or set on_long to drop" * (on_long == "fail"),
             )
         if on_long == "fail":
             raise problem
-        if index not in bad:
-            bad[index] = problem
-            dropped[problem.reason] += 1
+        bad.append(problem)
+        dropped.add(problem)
         return False
 
     if isinstance(dataset, datasets.IterableDataset):

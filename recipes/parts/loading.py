@@ -28,6 +28,7 @@ FEATURES = datasets.Features(
         "images": [datasets.Image(mode="RGB")],
     }
 )
+PLACE = "place"  # a column with the name of each sample, where it is asked for
 
 
 class Dropped(Counter):
@@ -76,6 +77,7 @@ def load_messages(
     on_bad: Literal["drop", "fail"] = "drop",
     boxed: bool = False,
     chains: bool = True,
+    places: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Dropped]:
     r"""The usable samples of a source, and what was dropped.
 
@@ -88,17 +90,20 @@ def load_messages(
         on_bad: "fail" raises at the first sample that cannot be used.
         boxed: drop samples whose last answer has no \boxed{…}.
         chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
+        places: add the column PLACE, which says of each sample where it stands in the source.
 
     Raises:
         BadSample: with on_bad="fail", or if none is left.
         ValueError: the source cannot be read, or lacks the split.
     """
     files, root = find_files(str(source), split, images, streaming)
+    features = datasets.Features({**FEATURES, PLACE: TEXT}) if places else FEATURES
     dropped = Dropped()
 
     def keep(table: pa.Table, indices: list[int], file: str) -> pa.Table:
-        columns = {name: [] for name in FEATURES}
+        columns = {name: [] for name in features}
         for number, sample in samples(table, indices, file):
+            place = f"sample {number} of {file.removeprefix('hf://datasets/')}"
             try:
                 read = read_sample(sample, chains)
                 if boxed and not extract_boxed(last_answer(read.messages)):
@@ -106,27 +111,29 @@ def load_messages(
                 images = [read_image(value, root) for value in read.images]
             except (BadSample, RecursionError) as error:
                 reason = getattr(error, "reason", "nested too deeply")
-                named = BadSample(reason, f"sample {number} of {file.removeprefix('hf://datasets/')} {error}")
+                named = BadSample(reason, f"{place} {error}")
                 if on_bad == "fail":
                     raise named from error
                 dropped.add(named)
             else:
                 columns["messages"].append(read.messages)
                 columns["images"].append([image for image, _ in images])
+                if places:
+                    columns[PLACE].append(place)
                 dropped.layouts.add(read.layout)
                 dropped.unread = read.unread | dropped.unread
                 for what in (what for _, done in images for what in done):
                     dropped.changed.setdefault(what, set()).add((file, number))
-        return pa.Table.from_pydict(FEATURES.encode_batch(columns), schema=FEATURES.arrow_schema)
+        return pa.Table.from_pydict(features.encode_batch(columns), schema=features.arrow_schema)
 
     parts = []
     for file in files:
         rows = read_file(file, streaming)
         options = dict(with_indices=True, batched=True, batch_size=32, fn_kwargs={"file": file})
-        if streaming:  # features=FEATURES would leave the images undecoded for a filter or map of the stream
-            parts.append(rows.map(keep, **options).with_format(None).cast(FEATURES))
+        if streaming:  # features=features would leave the images undecoded for a filter or map of the stream
+            parts.append(rows.map(keep, **options).with_format(None).cast(features))
         else:  # not from the cache of datasets, which cannot know that an image has changed
-            kept = rows.map(keep, features=FEATURES, load_from_cache_file=False, **options)
+            kept = rows.map(keep, features=features, load_from_cache_file=False, **options)
             parts.append(kept.with_format(None))
     dataset = datasets.concatenate_datasets(parts)
     if not streaming and not len(dataset):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import datasets
 
@@ -12,7 +11,7 @@ from drift_peft.keeping import training_samples
 
 from .layouts import read_sample
 from .lengths import within_length
-from .loading import FEATURES
+from .loading import FEATURES, Dropped
 
 
 def with_replay(
@@ -35,7 +34,8 @@ def with_replay(
         sample = read_sample({"messages": messages, "images": [keep_set.image_file(picture)]})
         columns["messages"].append(sample.messages)
         columns["images"].append([{"bytes": image, "path": None} for image in sample.images])
-    dropped = Counter(left_out)
+    dropped = Dropped()
+    dropped.update(left_out)
     kept = within_length(datasets.Dataset.from_dict(columns, FEATURES), processor, max_tokens, dropped=dropped)
     wanted = max(1, round(share / (1 - share) * len(dataset)))
     order, draw = [], random.Random(seed)

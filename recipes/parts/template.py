@@ -8,6 +8,7 @@ import datasets
 
 from .bad_sample import printable
 from .layouts import last_answer
+from .loading import PLACE
 
 FIRST = 8  # samples of a stream
 SHORT = 120  # signs of a text that an error shows
@@ -30,13 +31,15 @@ def check_template(dataset, processor) -> None:
         return processor.apply_chat_template(turns, tokenize=False)
 
     stream = isinstance(dataset, datasets.IterableDataset)
-    samples = dataset.take(FIRST) if stream else dataset.select_columns("messages")
-    for number, turns in enumerate((sample["messages"] for sample in samples), 1):
+    samples = dataset.take(FIRST) if stream else dataset.remove_columns("images")
+    for number, sample in enumerate(samples, 1):
+        turns = sample["messages"]
         before, whole = rendered(turns[:-1]), rendered(turns)
         alike = itertools.takewhile(lambda signs: signs[0] == signs[1], zip(before, whole, strict=False))
         said = _words(whole[sum(1 for _ in alike) :])
         answer = _words(last_answer(turns))
-        told = f"sample {number} would not be trained as it is written: its answer is {_short(answer)}, and the chat "
+        place = sample.get(PLACE) or f"sample {number}"
+        told = f"{place} would not be trained as it is written: its answer is {_short(answer)}, and the chat "
         way_out = "set chat_template_path to a template that keeps it"
         place = said.rfind(answer)
         if place < 0:

@@ -9,7 +9,8 @@ import pytest
 from chain_files import ANSWER, ONE, encoded, load, pictures, pixels, processor, save, turns
 from parts.layouts import BadSample
 from parts.lengths import count_tokens, within_length
-from parts.loading import load_messages
+from parts.loading import Dropped, load_messages
+from parts.template import check_template
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -143,7 +144,8 @@ def test_what_is_too_long_is_dropped_whole(streaming):
     processing = processor()
     lengths = [count_tokens(sample["messages"], sample["images"], processing) for sample in dataset]
     images = processing.tokenizer.convert_tokens_to_ids("<image>")
-    limit, dropped = lengths[2], Counter(empty=1)
+    limit, dropped = lengths[2], Dropped()
+    dropped["empty"] = 1
     kept = within_length(dataset, processing, limit, dropped=dropped)
     for _ in range(2):  # a stream may be read again
         samples = [*kept]
@@ -159,11 +161,27 @@ def test_what_is_too_long_is_dropped_whole(streaming):
         if streaming and on_long == "drop":  # of which nobody knows what is left
             continue
         with pytest.raises(BadSample) as error:
-            [*within_length(only, processing, limit, on_long=on_long, dropped=Counter())]
+            [*within_length(only, processing, limit, on_long=on_long, dropped=Dropped())]
         assert str(error.value) == (
             f"sample {number} has {lengths[1]} tokens, its images' included, and max_tokens allows {limit}: "
             f"allow more, or make the images smaller{more}"
         )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_sample_is_named_by_its_row_in_the_source(streaming):
+    """Where others were dropped before it, and where it is too long or its answer not as the template has it."""
+    rows = [{"messages": turns("how many ?" + " 1" * i), "images": ["images/0.png"]} for i in (0, 0, 30)]
+    rows[0]["images"] = ["images/gone.png"]
+    file = "a.jsonl"
+    save(rows, file)
+    dataset, dropped = load_messages(file, streaming=streaming, places=True)
+    with pytest.raises(BadSample, match=f"^sample 3 of {file} has "):
+        [*within_length(dataset, processor(), 60, on_long="fail", dropped=dropped)]
+    stripped = processor()
+    stripped.chat_template = "{{ messages[0].role }}"
+    with pytest.raises(ValueError, match=f"^sample 2 of {file} would not be trained as it is written"):
+        check_template(dataset, stripped)
 
 
 def test_what_the_processor_refuses_is_dropped_like_what_is_too_long():

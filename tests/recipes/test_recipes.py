@@ -292,6 +292,13 @@ def test_a_stream_trains(train):
     assert json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]["samples"] is None
 
 
+def test_a_stream_of_which_nothing_is_left_is_one_sentence(train, data, tmp_path):
+    told = rf"no sample of {data} is left: 8 longer than 5 tokens \(sample 1 of {data} has \d+ tokens"
+    with pytest.raises(SystemExit, match=told):
+        train(**FAST, streaming=True, max_tokens=5)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prior_of_another_pair_is_refused(train, pair, tmp_path):
     train(**FAST)  # builds it
     prior = pair("qwen2_5_vl") / "prior.safetensors"

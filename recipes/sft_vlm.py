@@ -91,6 +91,9 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         raise FileNotFoundError(f"there is no prior {run.prior}, and no expert to build it from: set expert")
     if run.prior is None and run.merge_first is not None and run.expert is None:
         raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
+    if train.max_steps <= 0 and (run.streaming or train.num_train_epochs <= 0):
+        why = "streaming: true, whose length nobody knows" if run.streaming else f"{train.num_train_epochs} epochs"
+        raise ValueError(f"max_steps={train.max_steps} sets no number of steps for {why}: set max_steps")
     if run.merge_first == 1 and drift.pulls:
         raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
     if run.keep is not None and not run.replay and drift.drift_norm == "weight":
@@ -270,6 +273,11 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         )
         told = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
         print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {told}")
+    batch = train.per_device_train_batch_size
+    first = dataset.take(batch) if train.dataloader_drop_last else None
+    if first is not None and (there := sum(1 for _ in first)) < batch:
+        told = f"{there} samples are no batch of per_device_train_batch_size={batch}"
+        raise ValueError(f"{told}, and dataloader_drop_last takes whole ones alone: lower it, or leave that out")
     # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
     turns = dataset.features["messages"]
     columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types

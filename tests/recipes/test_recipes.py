@@ -292,6 +292,21 @@ def test_a_stream_trains(train):
     assert json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]["samples"] is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"dataloader_drop_last": True}, "8 samples are no batch of per_device_train_batch_size=16, and"),
+        ({"dataloader_drop_last": True, "streaming": True}, "8 samples are no batch of per_device"),
+        ({"max_steps": -1, "num_train_epochs": 0}, r"max_steps=-1 sets no number of steps for 0\.0 epochs: set max_s"),
+        ({"max_steps": -1, "streaming": True}, "max_steps=-1 sets no number of steps for streaming: true, whose len"),
+    ],
+)
+def test_a_run_without_a_step_is_refused(settings, told, train, tmp_path):
+    with pytest.raises(SystemExit, match=rf"^sft_vlm\.py: error: {told}"):
+        train(**{**FAST, "per_device_train_batch_size": 16, **settings})
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
 def test_a_stream_of_which_nothing_is_left_is_one_sentence(train, data, tmp_path):
     told = rf"no sample of {data} is left: 8 longer than 5 tokens \(sample 1 of {data} has \d+ tokens"
     with pytest.raises(SystemExit, match=told):

@@ -64,6 +64,7 @@ from drift_peft.prior import read_merge
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]
+SHUFFLED = 256  # samples of a stream, of which the next one is drawn; their images are in memory
 
 
 def beside(output: str | Path, what: str) -> Path:
@@ -278,6 +279,10 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     if first is not None and (there := sum(1 for _ in first)) < batch:
         told = f"{there} samples are no batch of per_device_train_batch_size={batch}"
         raise ValueError(f"{told}, and dataloader_drop_last takes whole ones alone: lower it, or leave that out")
+    if run.streaming:
+        if train.train_sampling_strategy != "sequential":  # Trainer's own samplers take no streams
+            dataset = dataset.shuffle(train.seed if train.data_seed is None else train.data_seed, buffer_size=SHUFFLED)
+        dataset = dataset.repeat(None)  # Trainer goes on in the first pass alone, since it knows no pass's length
     # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
     turns = dataset.features["messages"]
     columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types

@@ -314,6 +314,31 @@ def test_a_stream_of_which_nothing_is_left_is_one_sentence(train, data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stream_is_shuffled_by_the_seed_and_goes_on_in_its_order(train, tmp_path, monkeypatch):
+    """In the second pass, too."""
+    seen, step = [], sft_vlm.Trainer.training_step
+
+    def watched(self, model, inputs, *args):
+        seen.append(inputs["input_ids"].tolist())
+        return step(self, model, inputs, *args)
+
+    def run(name, **settings):
+        seen.clear()
+        settings = {**FAST, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, **settings}
+        settings |= {"lr_scheduler_type": "constant"}  # which does not ask for the length
+        _, output = train(**settings, streaming=True, save_steps=1, output_dir=tmp_path / name)
+        return [*seen], weights(output)
+
+    monkeypatch.setattr(sft_vlm.Trainer, "training_step", watched)
+    whole, ended = run("whole", max_steps=4)
+    assert run("again", max_steps=4)[0] == whole and run("other", max_steps=4, seed=7)[0] != whole
+    plain, _ = run("plain", max_steps=4, train_sampling_strategy="sequential")
+    assert plain[:2] == plain[2:] and whole[:2] != plain[:2]
+    run("stopped", max_steps=3)
+    rest, resumed = run("stopped", max_steps=4, resume_from_checkpoint="true")
+    assert rest == whole[3:] and all(torch.equal(ended[key], resumed[key]) for key in ended)
+
+
 def test_a_prior_of_another_pair_is_refused(train, pair, tmp_path):
     train(**FAST)  # builds it
     prior = pair("qwen2_5_vl") / "prior.safetensors"

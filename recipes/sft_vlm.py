@@ -188,7 +188,9 @@ def open_keep_set(run: RunArguments, dataset: Dataset, processor: dict, load_in_
         print(f"The keep set is made: {run.keep} serves all further runs on this base.")
         return KeepSet.load(run.keep)
     keep_set = KeepSet.load(run.keep)
-    told = f"{run.keep} was made before, and its {len(keep_set)} answers and their images are used as they are"
+    vlm = keep_set.metadata["vlm"]
+    other = "" if is_same_model(run.base, vlm) else f" with {run_or_prior(None, vlm)}, which is not {run.base}"
+    told = f"{run.keep} was made before{other}, and its {len(keep_set)} answers and their images are used as they are"
     print(f"{told}: for others, name another file in keep.")
     return keep_set
 

@@ -114,6 +114,18 @@ def test_a_keep_set_that_is_there_is_said_to_be_used_as_it_is(train, tmp_path, c
     assert "was made before, and its 4 answers and their images are used as they are" in capsys.readouterr().out
 
 
+def test_a_keep_set_of_another_vlm_is_named(train, pair, tmp_path, capsys):
+    """As one of the VLM before a merge, which may be meant."""
+    base, place = pair("qwen2_5_vl") / "base", tmp_path / "keep.safetensors"
+    settings = {**FAST, "max_steps": 1, "keep": place, "keep_samples": 4}
+    train(**settings)
+    train(**settings, output_dir=tmp_path / "second")
+    assert "was made before, and its 4 answers" in capsys.readouterr().out
+    other = shutil.copytree(base, tmp_path / "other")
+    train(**settings, base=other, output_dir=tmp_path / "third")
+    assert f"{place} was made before with {base}, which is not {other}, and its 4 answers" in capsys.readouterr().out
+
+
 def test_a_step_that_the_gpu_has_no_room_for_is_one_sentence(train, monkeypatch):
     full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(sft_vlm.Trainer, "training_step", full)

@@ -140,6 +140,7 @@ def test_a_run_goes_on_from_the_newest_whole_one_and_says_so(run, train, tmp_pat
         assert all(torch.equal(again[key], whole[key]) for key in whole)
     for name in ("checkpoint-2", "checkpoint-4"):
         os.truncate(place / name / "trainer_state.json", 10)
+    (place / "run.json").unlink()  # a run that was finished needs none
     with pytest.raises(
         SystemExit, match=r"none of checkpoint-2, checkpoint-4 in .* is whole.*: start in another output"
     ):

@@ -106,7 +106,7 @@ def test_resuming_a_finished_run_does_nothing(train, tmp_path, capsys):
         SystemExit,
         match=r"checkpoint-2 has taken 2 steps, these settings ask for no more, .*: raise num_train_epochs",
     ):
-        train(**{**settings, "logging_steps": 2}, resume_from_checkpoint="true")
+        train(**{**settings, "max_steps": 1}, resume_from_checkpoint="true")
     assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     train(**settings, resume_from_checkpoint="true", merge=True, verify=False)
     assert record(output)["merge"]["verification"] is None and (tmp_path / "run-merged").is_dir()

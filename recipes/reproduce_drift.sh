@@ -33,7 +33,9 @@ train() { # name, its settings
   local name=$1 resume=()
   shift
   # sft_vlm.py compares the settings, and does nothing more for a run that is finished.
-  if compgen -G "$out/$name/checkpoint-*" > /dev/null; then resume=(--resume-from-checkpoint true); fi
+  if compgen -G "$out/$name/checkpoint-*" > /dev/null || [[ -f $out/$name/run.json ]]; then
+    resume=(--resume-from-checkpoint true)
+  fi
   run "$python" "$here/sft_vlm.py" --config "$recipe" --output-dir "$out/$name" --merge true "${resume[@]}" "$@"
 }
 

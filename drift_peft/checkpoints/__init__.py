@@ -101,7 +101,7 @@ from .sharing import (
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets
-from .update import LowRank, Rows, Update, block_rows
+from .update import LowRank, Rows, Update, Whole, block_rows
 from .versions import needs_peft
 from .vllm import export_for_vllm
 from .watch import Watch
@@ -129,6 +129,7 @@ __all__ = [
     "Text",
     "Update",
     "Watch",
+    "Whole",
     "adapter_folder",
     "adapter_updates",
     "as_peft_reads",

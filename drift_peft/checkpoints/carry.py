@@ -105,7 +105,7 @@ def _plain(number: float) -> float | int:
 def _refuse_more_than_lora(updates: dict[str, Update], adapter: str | Path) -> None:
     for name, update in updates.items():
         if isinstance(update, Whole):
-            part = f"{name} as it was trained itself (modules_to_save, bias or lora_bias)"
+            part = f"{name} itself (modules_to_save, bias or lora_bias, or saved with the embedding)"
         elif isinstance(update, Rows):
             part = f"rows of {name} (trainable_token_indices)"
         elif update.magnitude is not None:

@@ -36,7 +36,7 @@ _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_sc
 _SCALE = re.compile(r"(.+?)(?:\.weight)?[._]q?(?:scales?|zeros|zero_points?)(?:_(?:weight|inv))?")
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
 _GGUF = "GGUF, which is quantized: give the safetensors model that it was made from"
-_FOUR_BIT_WAY_OUT = "give the full-precision model; build_prior alone takes this one: dequantize=True (--dequantize)"
+_FOUR_BIT_WAY_OUT = "give the full-precision model, or, for a prior, pass dequantize=True (--dequantize)"
 
 
 class Checkpoint:
@@ -290,20 +290,19 @@ class Checkpoint:
         if "adapter_config.json" in self._names:
             raise ValueError(f"{where} is an adapter, not a model: merge it into its base and give the merged folder")
         if "config.json" not in self._names:
-            self._refuse_gguf()
+            if any(name.endswith(".gguf") for name in self._names):
+                raise ValueError(f"{where} is {_GGUF}")
             if named := named_adapters(self.folder):
                 raise FileNotFoundError(f"{where} holds the adapters {', '.join(named)}: name one of these folders")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
-    def _refuse_gguf(self) -> None:
-        if any(name.endswith(".gguf") for name in self._names):
-            raise ValueError(f"{self.source} is {_GGUF}")
-
     def _refuse_quantized(self, four_bit_too: bool) -> None:
         for part in (self.config, self.text_config):
-            if quantization := getattr(part, "quantization_config", None) or getattr(part, "quantization", None):  # MLX
-                method = dict(quantization).get("quant_method", "an unnamed method")
-                if method != "bitsandbytes" or not dict(quantization).get("load_in_4bit"):
+            mlx = getattr(part, "quantization", None)
+            mlx = mlx | {"quant_method": "MLX"} if isinstance(mlx, dict) and "bits" in mlx else {}
+            if quantization := dict(getattr(part, "quantization_config", None) or {}) | mlx:
+                method = quantization.get("quant_method", "an unnamed method")
+                if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
                     raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
                 if not four_bit_too:
                     raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
@@ -312,7 +311,8 @@ class Checkpoint:
         """The single file or the index that transformers would read."""
         layouts = [name for name in LAYOUTS if name in self._names]
         if not layouts:
-            self._refuse_gguf()
+            if any(name.endswith(".gguf") for name in self._names):
+                raise ValueError(f"{self.source} is {_GGUF}")
             offline = "" if self._hub is None else ", on the hub or, if that cannot be reached, in the cache"
             raise FileNotFoundError(
                 f"{self.source} holds none of {', '.join(LAYOUTS)}{offline}: give a model that save_pretrained wrote"

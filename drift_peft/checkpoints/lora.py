@@ -74,7 +74,7 @@ class AdaptedCheckpoint(Checkpoint):
             ) from error
         except ValueError as error:
             raise ValueError(
-                f"{error}; adapter {adapter} adapts it, and takes another one that is written into "
+                f"{error}; adapter {adapter} names it as its base: write the folder of another into "
                 f"base_model_name_or_path of its {CONFIG}"
             ) from error
         self.base = super().origin
@@ -218,7 +218,7 @@ def read_updates(folder: Path) -> dict[str, Update]:
     modules: dict[str, dict[str, torch.Tensor]] = {}
     updates: dict[str, Update] = {}
     for key, tensor in _adapter_tensors(folder).items():
-        if not tensor.isfinite().all():
+        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():  # which some of one byte lack
             raise ValueError(
                 f"adapter {folder} holds NaN or infinity in {key}: its training diverged, so take an earlier checkpoint"
             )
@@ -325,7 +325,7 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> dict[str, Update]:
     """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
-    problems, updates = [], {}
+    problems, updates, way_out = [], {}, ""
     find = _tensor_finder(checkpoint)
     ends: dict[str, Update] = {}  # embedding and head as they were trained, where these are one weight
     for name, update in adapter.items():
@@ -341,10 +341,12 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
             problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
         elif wanted := update.misfit(checkpoint.shape(raw)):
             shape = list(checkpoint.shape(raw))
-            way_out = ""
+            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
             if canonical in TIED and shape[1:] == list(wanted[1:]):
-                way_out = f": call resize_token_embeddings({wanted[0]}) on the base, save it, and name that folder"
-            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter{way_out}")
+                way_out = (
+                    f"; call resize_token_embeddings({wanted[0]}) on the base, save it, and name that folder as the "
+                    f"base (of an expert, in base_model_name_or_path of its {CONFIG})"
+                )
         elif wrong := checkpoint.quantized(raw):
             problems.append(f"{raw} {wrong} in the base: name the full-precision one")
         else:
@@ -358,7 +360,8 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
             "ensure_weight_tying=True of PEFT 0.19 or newer would have trained as one"
         )
     if problems:
-        raise ValueError(f"adapter {source} does not fit the base {checkpoint.source}: {listed(problems, LISTED)}")
+        told = f"adapter {source} does not fit the base {checkpoint.source}: {listed(problems, LISTED)}"
+        raise ValueError(told + way_out)
     return updates
 
 

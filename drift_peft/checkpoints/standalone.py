@@ -86,7 +86,7 @@ def _replace(output: Path, partial: Path) -> None:
 
 
 def _refuse_mount(output: Path) -> None:
-    if output.is_mount():
+    if os.path.ismount(output):  # Path.is_mount is not there on Windows before Python 3.12
         raise FileExistsError(f"output {output} is a mounted volume, which cannot be renamed: name a folder in it")
 
 

@@ -8,6 +8,7 @@ LFM2-VL: it has another name for them, and would leave them out in silence.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def export_for_vllm(
     if renamed:
         config.target_modules = sorted({key.split(".")[-3] for key in tensors})
     local = Path(base).exists()
-    config.base_model_name_or_path, config.revision = (str(base), None) if local else split_revision(base, revision)
+    config.base_model_name_or_path, config.revision = (
+        (os.path.abspath(base), None) if local else split_revision(base, revision)
+    )
     with replaced_when_complete(Path(output), overwrite, [folder], kind="adapter") as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         config.save_pretrained(partial)

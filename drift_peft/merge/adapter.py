@@ -136,12 +136,13 @@ def merge_adapter(
                 )
             start = DequantizedCheckpoint(checkpoint.source, checkpoint.revision, trained.config)
             written = {raw: updates.get(raw, Update(module)) for raw, module in start.four_bit.items()} | updates
-        _refuse_zero(updates, checkpoint.source)
+        if all(isinstance(u, LowRank) and u.magnitude is None and u.start is None for u in updates.values()):
+            if not any(u.scaling and u.B.any() for u in updates.values()):  # plain before anything is copied
+                raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {_why_zero(updates)}")
         change = write_model(start, folder, written, lambda raw, W: written[raw].blocks(W), progress)
         forget_merge(folder)
         if change == 0:
-            why = "all is lost in rounding to the base's dtype"
-            raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {why}")
+            raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {_why_zero(updates)}")
         ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
         if not ends.isdisjoint(updates):
             _take_tokenizer(adapter, folder_of_adapter, folder)
@@ -166,14 +167,13 @@ def merge_adapter(
     )
 
 
-def _refuse_zero(updates: dict[str, Update], base: str) -> None:
-    """ValueError where it is plain beforehand that no weight would change."""
-    if any(not isinstance(u, LowRank) or u.magnitude is not None or u.start is not None for u in updates.values()):
-        return
-    if not any(u.B.any() for u in updates.values()):
-        raise ValueError(f"the adapter changes no weight of {base}: its lora_B are zero, as before training")
-    if not any(u.scaling for u in updates.values()):
-        raise ValueError(f"the adapter changes no weight of {base}: its lora_alpha is 0")
+def _why_zero(updates: dict[str, Update]) -> str:
+    low_rank = [u for u in updates.values() if isinstance(u, LowRank)]
+    if not any(u.B.any() for u in low_rank):
+        return "its lora_B are zero, as before training"
+    if not any(u.scaling for u in low_rank):
+        return "its lora_alpha is 0"
+    return "all is lost in rounding to the base's dtype"
 
 
 def _take_tokenizer(adapter: str | Path, folder_of_adapter: Path, folder: Path) -> None:

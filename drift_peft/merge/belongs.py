@@ -13,6 +13,7 @@ from ..checkpoints import (
     Checkpoint,
     LowRank,
     Update,
+    Whole,
     at_revision,
     cached_snapshot,
     named,
@@ -130,7 +131,8 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     if other is None:
         alike = _called(origin) == _called(checkpoint.origin)
         return None if alike else "is called otherwise", False
-    ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates}
+    replaced = {raw for raw, update in updates.items() if isinstance(update, Whole) and not update.added}
+    ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates and raw not in replaced}
     for name in sampled(ours, SAMPLED):
         raw, key = ours[name], other.in_memory.get(name)
         if key is None or not _same(checkpoint.tensor(raw), other.tensor(key)):

@@ -246,7 +246,8 @@ def _of_truncated(
     try:
         prior = build_prior(expert, base, work / "prior.safetensors", rank, energy, **options)
     except BaseException as error:
-        vars(error).pop("__notes__", None)  # that a part of it is kept: here it goes with the folder
+        notes = getattr(error, "__notes__", [])  # that a part of it is kept: here it goes with the folder
+        notes[:] = [note for note in notes if str(work) not in note]
         raise
     folder, header = work / "adapter", prior.metadata
     # Carried over, too: what is exported has alpha_pattern, beside which lora_alpha alone is no scale.

@@ -203,7 +203,7 @@ def four_bit(folder):
         (adapter, ValueError, "is an adapter, not a model: merge it into its base"),
         (gguf, ValueError, "is GGUF, which is quantized"),
         (gguf_with_config, ValueError, "is GGUF, which is quantized"),
-        (mlx, ValueError, r"is quantized \(an unnamed method\): give the full-precision model"),
+        (mlx, ValueError, r"is quantized \(MLX\): give the full-precision model"),
         (quantized_config, ValueError, r"is quantized \(gptq\): give the full-precision model"),
         (fp8_keys, ValueError, r"is quantized \(it holds model.*norm.weight_scale_inv\)"),
         (bitsandbytes_keys, ValueError, r"is quantized \(it holds model.*norm.weight.absmax\): .* \(--dequantize\)"),
@@ -232,6 +232,12 @@ def test_refused_when_opened(spoil, error, message, llm):
     with pytest.raises(error, match=message) as caught:
         Checkpoint(llm)
     assert "\n" not in str(caught.value) and str(llm) in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["none", True, {"quant_algo": None}])
+def test_a_config_may_have_a_quantization_of_another_kind(said, llm):
+    edit_json(llm / "config.json", quantization=said)
+    assert Checkpoint(llm).language_model
 
 
 def test_files_are_refused(tmp_path):

@@ -148,9 +148,7 @@ def test_what_is_brought_of_the_base_is_on_the_record(pair, monkeypatch):
 def test_a_four_bit_base(pair):
     save_four_bit(pair / "base")
     for opener in open_expert, AdaptedCheckpoint:
-        message = (
-            r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize.* written into base_model_name_or_path of its"
-        )
+        message = r"base is quantized \(bitsandbytes, 4 bits\): .*--dequantize.* into base_model_name_or_path of its"
         with pytest.raises(ValueError, match=message):
             opener(pair / "adapter")
     expert, base = (
@@ -190,7 +188,7 @@ def enlarged(p):
     """PEFT saves embedding and head by itself where the vocabulary has another size than the base's."""
     model = AutoModelForCausalLM.from_pretrained(p / "base")
     model.resize_token_embeddings(model.config.vocab_size + 2)
-    model = get_peft_model(model, LoraConfig(target_modules=TARGETS, r=4))
+    model = get_peft_model(model, LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(p / "adapter")
@@ -211,7 +209,7 @@ REFUSED = {
         "does not say what it adapts: base_model_name_or_path in its adapter_config.json",
     ),
     "not a number": (not_a_number, r"adapter \S+ holds NaN or infinity in \S+lora_B.weight: its training diverged, so"),
-    "enlarged": (enlarged, r"in the adapter: call resize_token_embeddings\(\d+\) on the base, save it, and name that"),
+    "enlarged": (enlarged, r"; call resize_token_embeddings\(\d+\) on the base, save it, and name that folder"),
     "chained": (chained, "base is an adapter, not a model"),
     "not lora": (lambda p: LoHaConfig().save_pretrained(p / "adapter"), "is LOHA, not LoRA"),
     "damaged config": (
@@ -257,10 +255,32 @@ def test_a_base_in_bin_format(pair):
 
 
 def test_embedding_and_head_that_were_saved_with_the_adapter(pair):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pair / "base"), LoraConfig(target_modules=TARGETS, r=4))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pair / "base"),
+        LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=False),
+    )
     embedding = torch.nn.init.normal_(model.get_input_embeddings().weight.data)
     model.save_pretrained(pair / "adapter", save_embedding_layers=True)
     assert torch.equal(open_expert(pair / "adapter").tensor("model.embed_tokens.weight"), embedding)
+
+
+def test_the_way_out_of_an_enlarged_vocabulary(pair):
+    enlarged(pair)
+    resized = AutoModelForCausalLM.from_pretrained(pair / "base")
+    resized.resize_token_embeddings(resized.config.vocab_size + 2)
+    resized.save_pretrained(pair / "resized")
+    assert merge_adapter(pair / "resized", pair / "adapter", pair / "merged", progress=False).modules > 4
+    edit_config(pair / "adapter", base_model_name_or_path=str(pair / "resized"))
+    expert = open_expert(pair / "adapter")
+    merged = load_file(pair / "merged" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", ADAPTED[0]):
+        assert torch.equal(expert.tensor(name), merged[name])
+
+
+def test_numbers_of_one_byte_are_looked_at(pair):
+    file = pair / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}, file)
+    assert open_expert(pair / "adapter").tensor(ADAPTED[0]).isfinite().all()
 
 
 def test_an_empty_adapter_file(pair):

@@ -197,16 +197,15 @@ def refuse_other_model(model: str, adapter: Path) -> None:
     Raises:
         ValueError: the adapter was not trained on this model; OSError.
     """
-    from drift_peft.checkpoints import Checkpoint, adapter_updates
+    from drift_peft.checkpoints import Checkpoint, adapter_updates, read_updates
     from drift_peft.merge import refuse_other_base
 
     try:
-        checkpoint = Checkpoint(model)
-        updates = adapter_updates(adapter, checkpoint, str(adapter))
+        checkpoint, _ = Checkpoint(model), read_updates(adapter)
     except ValueError as error:  # what cannot be merged may be asked nevertheless, such as a model in 4 bits
         print(f"note: whether {adapter} was trained on {model} is not known: {error}", file=sys.stderr)
-    else:
-        refuse_other_base(checkpoint, adapter, str(adapter), updates)
+        return
+    refuse_other_base(checkpoint, adapter, str(adapter), adapter_updates(adapter, checkpoint, str(adapter)))
 
 
 def load_model(args: Namespace) -> Local:

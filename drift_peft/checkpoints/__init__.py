@@ -49,6 +49,7 @@ from .lora import (
     is_adapter,
     lora_variants,
     open_expert,
+    read_updates,
     recorded_base,
     watched_adapter,
 )
@@ -177,6 +178,7 @@ __all__ = [
     "quantization_of",
     "read_config",
     "read_json",
+    "read_updates",
     "recorded_base",
     "refuse_both",
     "refuse_other",

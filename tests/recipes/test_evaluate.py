@@ -253,6 +253,16 @@ def test_an_adapter_is_not_put_on_another_model_than_its_own(model, data, tmp_pa
     run(other, data, tmp_path / "forced.json", "--adapter", str(adapter), "--force", "--batch-size", "14")
 
 
+def test_an_adapter_that_does_not_fit_is_refused(model, data, tmp_path, capsys):
+    """PEFT loads it with a warning, and what has no place in the model is not there."""
+    lora = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace("layers.0", "layers.97"): t for name, t in load_file(file).items()}, file)
+    asked = ("--model", model, "--adapter", tmp_path / "adapter", "--data", data, "-o", tmp_path / "r.json")
+    assert f"does not fit the base {model}: the base has no layers.97" in refusal(capsys, *asked, "--batch-size", "14")
+
+
 def test_where_a_model_cannot_be_compared_with_the_adapters_own_that_is_said(model, data, tmp_path, capsys):
     config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     get_peft_model(AutoModelForImageTextToText.from_pretrained(model), config).save_pretrained(tmp_path / "ia3")

@@ -8,53 +8,20 @@ import shutil
 
 import pytest
 import torch
-from command import run
 from huggingface_hub import ModelCard
-from keep_sets import make, save_folder
 from older import known
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny import SELF_LAYERS, save_layout, tiny_expert, tiny_llm, tiny_vlm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny import SELF_LAYERS, save_layout, tiny_llm, tiny_vlm
+from transformers import AutoModelForImageTextToText
+from transplants import LORA, go, save_lora
 
-from drift_peft import KeepSet, merge_adapter, merge_baseline, transplant
+from drift_peft import merge_adapter, merge_baseline, transplant
 from drift_peft.checkpoints.naming import canonical_name
-from drift_peft.keeping import measure, summarize
-from drift_peft.merge.cost import Cost, cost_table
 from drift_peft.prior import build
 
 IDS = torch.arange(7, 27).reshape(2, 10)
-FAMILIES = ("qwen2_5_vl", "mllama", "qwen3_5", "gemma3")
-LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 PATTERNS = {"rank_pattern": {"v_proj": 6, "layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 5}}
-
-
-@pytest.fixture(scope="module")
-def vlms(tmp_path_factory):
-    """Family -> folder with `vlm`, a text fine-tune `expert`, which is the VLM + Δ, and `delta`, of its projections."""
-    folders = {}
-    for family in FAMILIES:
-        folders[family] = folder = tmp_path_factory.mktemp(family)
-        vlm = tiny_vlm(family)
-        expert, delta = tiny_expert(family, vlm)
-        save_layout(vlm, folder / "vlm")
-        save_layout(expert, folder / "expert")
-        torch.save(delta, folder / "delta")
-    return folders
-
-
-def save_lora(folder, model, seed=0, **settings):
-    """A LoRA adapter of a text model as after training, and what it adds: its modules' names -> s·B·A by PEFT."""
-    torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(**{**LORA, **settings}))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    return {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
 
 
 def in_vlm(family, vlm, name):
@@ -86,11 +53,6 @@ def moved(vlm, deltas, scale=1.0):
 def close(found, expected, start, tolerance):
     """By how far both have gone from the VLM."""
     return (found - expected).norm() <= tolerance * (expected - start).norm()
-
-
-def go(folder, expert="expert", output="out", **options):
-    where = {"expert": folder / expert, "base": folder / "vlm", "output": folder / output}
-    return transplant(**where | {"progress": False, "overwrite": True} | options)
 
 
 # LoRA adapters
@@ -379,84 +341,6 @@ def test_a_vlm_as_the_expert_of_a_text_model_is_refused(vlms, tmp_path):
     folder = vlms["qwen2_5_vl"]
     with pytest.raises(ValueError, match="a text model: change places"):
         transplant(folder / "vlm", folder / "expert", tmp_path / "out", merged=True)
-
-
-# What it costs
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """`base` with its keep set, a text fine-tune and a LoRA adapter."""
-    folder = save_folder(tmp_path_factory.mktemp("kept"), "qwen2_5_vl")
-    make(folder, samples=6)
-    shutil.copytree(folder / "base", folder / "vlm")
-    vlm = AutoModelForImageTextToText.from_pretrained(folder / "vlm")
-    save_layout(tiny_expert("qwen2_5_vl", vlm, scale=0.3)[0], folder / "expert")
-    save_lora(folder / "lora", tiny_llm("qwen2_5_vl"))
-    return folder
-
-
-def distance(kept, model):
-    processor = AutoProcessor.from_pretrained(kept / "base")
-    found = measure(model, KeepSet.load(kept / "keep.safetensors"), processor, progress=False)
-    return summarize(found)["total"]["kl"]
-
-
-@pytest.mark.parametrize("options", [{"expert": "lora"}, {"rank": 4}, {"merged": True}])
-def test_the_cost_is_that_of_what_is_written(kept, tmp_path, options):
-    report = go(kept, output=tmp_path / "out", scale=0.7, keep=kept / "keep.safetensors", **options)
-    assert [cost.scale for cost in report.costs] == [0, 0.7] and report.costs[0].kl < 1e-6
-    if "merged" in options:
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    else:
-        model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(kept / "vlm"), tmp_path / "out")
-        assert f"{report.costs[1].kl:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
-    assert report.costs[1].kl == pytest.approx(distance(kept, model), rel=1e-4)
-    low, high = report.costs[1].kl_interval
-    assert 1e-3 < low <= report.costs[1].kl <= high
-
-
-def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
-    """Whatever the adapter is measured beside, it is the same."""
-    options = {"expert": "lora", "keep": kept / "keep.safetensors"}
-    report = go(kept, output=tmp_path / "out", load_in_4bit=True, **options)
-    whole = go(kept, output=tmp_path / "other", **options)
-    assert report.costs[0].kl > 1e-4 and report.costs[1].kl == pytest.approx(whole.costs[1].kl, rel=0.2)
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "other"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
-        go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
-
-
-def test_a_cost_that_is_nothing_has_no_sign():
-    """KL of float32 may come out a little below zero."""
-    cells = [list(column.cells) for column in cost_table([Cost(0, -1e-9, (-2e-8, 1e-9), 1.0)], 1).columns]
-    assert cells[1:3] == [["0.0000"], ["0.0000 to 0.0000"]]
-
-
-def test_auto_takes_the_largest_scale_below_the_budget(kept, tmp_path):
-    options = {"expert": "lora", "keep": kept / "keep.safetensors", "output": tmp_path / "out"}
-    budget = go(kept, scale=0.45, **options).costs[-1].kl
-    report = go(kept, scale="auto", budget=budget, **options)
-    costs = {cost.scale: cost.kl for cost in report.costs}
-    assert report.scale == 0.4 and costs.keys() >= {0, 0.4, 0.45, 1} and len(costs) == len(report.costs) < 8
-    assert {scale for scale, kl in costs.items() if kl < budget} == {scale for scale in costs if scale <= 0.4}
-    assert f"{costs[0.4]:.3g} nats" in (tmp_path / "out" / "README.md").read_text()
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == pytest.approx(0.4 * LORA["lora_alpha"])
-    with pytest.raises(ValueError, match=r"even scale 0.05 costs .* raise the budget"):
-        go(kept, scale="auto", budget=1e-5, **options)
-
-
-def test_the_command_line(kept, capsys):
-    argv = ["transplant", "--expert", kept / "lora", "--base", kept / "vlm", "-o", kept / "adapter"]
-    status, out, _ = run(capsys, *argv, "--scale", "auto", "--budget", 9, "--keep", kept / "keep.safetensors", "--json")
-    report = json.loads(out)
-    assert (status, report["scale"], len(report["costs"])) == (0, 1, 2)
-    status, out, _ = run(capsys, *argv, "--overwrite", "--scale", 0.5)
-    assert status == 0 and "modules of the adapter" in out and "0.5" in out
-    status, _, err = run(capsys, *argv, "--scale", "all")
-    assert status == 2 and "--scale takes a number or auto, got all" in err
 
 
 @pytest.mark.parametrize(

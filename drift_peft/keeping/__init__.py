@@ -36,7 +36,7 @@ from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet, data_address
 from .four_bit import keep_4bit_differentiable
-from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words
+from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
@@ -79,6 +79,7 @@ __all__ = [
     "keep_table",
     "keep_telemetry",
     "keep_words",
+    "keepings_of",
     "make_answer_set",
     "make_keep_set",
     "measure",

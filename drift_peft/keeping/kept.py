@@ -29,7 +29,14 @@ from .feed import Feed, Part, mixed
 from .file import KeepSet
 from .registry import Known, Registry
 from .steps import Act, LeftGradient, act_in_steps
-from .undisturbed import buffers_as_they_are, differentiable_checkpoints, random_numbers, unheard
+from .undisturbed import (
+    buffers_as_they_are,
+    differentiable_checkpoints,
+    random_numbers,
+    uncompiled,
+    unheard,
+    without_noise,
+)
 
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
@@ -46,7 +53,8 @@ class Keeping:
     """Keeps one model; see `keep` for the settings.
 
     Attributes:
-        kl: L_keep of the last batch in nats, the mean over the processes.
+        seen: tokens of the last batch that the model was trained on; 0 before it.
+        kl: L_keep of the last batch in nats, the mean over the processes; None before the first step.
         ratio: ‖what was added‖/‖g‖ then.
     """
 
@@ -162,8 +170,14 @@ class Keeping:
                     )
                 scaled = loss * self.scale.to(loss.device)
             with unheard(parameters):
-                gradients = torch.autograd.grad(scaled, parameters, materialize_grads=True)
-            total = total or [*gradients]
+                found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+            if all(gradient is None for gradient in found) and not _reaches_parameters(scaled):
+                raise RuntimeError(
+                    "keep() finds no gradient of what is trained in a pass of its own: the model checkpoints its "
+                    "layers in a way that serves backward() alone. Use torch's checkpoints with use_reentrant=False."
+                )
+            gradients = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, found, strict=True)]
+            total = total or gradients
             for i, gradient in enumerate(gradients if losses else ()):  # one by one, which takes no third copy of all
                 total[i] = total[i] + gradient
             losses.append(loss.detach())
@@ -172,7 +186,7 @@ class Keeping:
     def _divergence(self, part: Part) -> Tensor:
         """[N] of each answer token."""
         kind = self.model.device.type
-        with differentiable_checkpoints(self.model):
+        with differentiable_checkpoints(self.model), without_noise(self.model), uncompiled(self.model):
             with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
                 rows = answer_rows(self.model, part)
             return divergence(rows, part)
@@ -191,6 +205,18 @@ class Keeping:
             p.grad.add_(k.where(finite.to(p.device), 0))
         self.ratio = torch.where(finite & (g_norm > 0), norm * factor / g_norm, 0.0)
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
+
+
+def _reaches_parameters(loss: Tensor) -> bool:
+    """Does its graph end in any parameter? One of a reentrant checkpoint ends in the checkpoint's input."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions if after is not None and after not in seen]
+    return False
 
 
 def _not_frozen(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
@@ -259,8 +285,10 @@ def keep_telemetry(model: nn.Module) -> dict[str, float]:
 
 
 def keep_words(model: nn.Module) -> str | None:
-    """What keeps the model and how, for its card; None if nothing does."""
+    """What has kept the model and how, for its card; None if nothing has."""
     for keeping in keepings_of(model):
+        if keeping.kl is None:
+            continue
         keep_set, often = keeping.feed.keep_set, "every step" if keeping.every == 1 else f"every {keeping.every} steps"
         bound = "no bound" if keeping.bound is None else f"bound {keeping.bound:g}"
         return (

@@ -51,15 +51,41 @@ def unheard(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def differentiable_checkpoints(model: nn.Module) -> Iterator[None]:
-    """Reentrant checkpoints of transformers serve `backward()` alone: the other kind takes their place."""
-    checkpointed = []
+    """Reentrant checkpoints serve `backward()` alone: torch's other kind takes the place of whatever checkpoints the
+    layers of a transformers model, such as what Unsloth and LLaMA-Factory put there."""
+    attribute, checkpointed = "_gradient_checkpointing_func", []
     for module in model.modules():
-        found = vars(module).get("_gradient_checkpointing_func")
-        if isinstance(found, functools.partial) and found.func is checkpoint:
+        if (found := vars(module).get(attribute)) is not None:
             checkpointed.append((module, found))
-            module._gradient_checkpointing_func = functools.partial(found, use_reentrant=False)
+            settings = found.keywords if getattr(found, "func", None) is checkpoint else {}
+            setattr(module, attribute, functools.partial(checkpoint, **{**settings, "use_reentrant": False}))
     try:
         yield
     finally:
         for module, found in checkpointed:
-            module._gradient_checkpointing_func = found
+            setattr(module, attribute, found)
+
+
+@contextlib.contextmanager
+def without_noise(model: nn.Module) -> Iterator[None]:
+    """The hook of NEFTune, which Trainer puts on the embedding, adds noise where that is in train mode."""
+    embedding = model.get_input_embeddings()
+    mode, embedding.training = embedding.training, False  # its own alone: dropout below it stays
+    try:
+        yield
+    finally:
+        embedding.training = mode
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """What `module.compile()` compiled in place was compiled for the batches of the training, and for a limited number
+    of sizes."""
+    compiled = [(module, impl) for module in model.modules() if (impl := module._compiled_call_impl) is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, impl in compiled:
+            module._compiled_call_impl = impl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -71,17 +72,39 @@ def pull_parameters(
                     )
 
 
+def warn_of_rounding(groups: Iterable[Group], settings: Mapping[int, Mapping]) -> None:
+    """`decoupled` moves p by a part lr·a of the way. A 16-bit p rounds away what is less than its precision.
+
+    `settings` maps id(parameter) to its group of the optimizer, where a scheduler writes the rate that it starts from.
+    """
+    for group in groups:
+        if group.config.drift_scale != "decoupled":
+            continue
+        for p in itertools.chain.from_iterable(group.parameters.values()):
+            rates = [settings[id(p)].get(key) for key in ("lr", "initial_lr")] if id(p) in settings else []
+            part = group.alpha * max((float(rate) for rate in rates if rate is not None), default=0.0)
+            if 0 < part < torch.finfo(p.dtype).eps and p.dtype.itemsize <= 2:
+                warn(
+                    f"drift_scale='decoupled' goes lr·drift_alpha = {part:.1g} of the way to its target at each step, "
+                    f"and weights in {str(p.dtype).removeprefix('torch.')} round most of that away: train them in "
+                    "float32."
+                )
+                return
+
+
 class Group:
     """What goes through one batched call, looked up once for many steps.
 
     Attributes:
         trained: names of those of the parameters that the optimizer updates; they have a gradient.
+        alpha: their strength, before warm-up and decay.
         storage: where the optimizer finds its gradients.
         parameters: factor -> the parameters of all members.
     """
 
     def __init__(self, members: Sequence[Steered], trained: tuple[str, ...], storage: Storage):
         self.config, self.trained, self.storage = members[0].config, trained, storage
+        self.alpha = members[0].alpha
         self.parameters = {factor: [m.parameter(factor) for m in members] for factor in members[0].factors}
         self._members = [weakref.ref(m) for m in members]  # which belong to their modules
         self._batch = AdapterBatch if isinstance(members[0], SteeredAdapter) else TensorBatch
@@ -128,7 +151,7 @@ class Batch:
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.stack = Stack.of(members, first.device)
         steps = self.config.iteration, self.config.drift_warmup_steps, self.config.drift_decay_steps
-        self.alpha = members[0].alpha * guidance.schedule(*steps)
+        self.alpha = group.alpha * guidance.schedule(*steps)
 
     def strength(self, loss_scale: Tensor | float | None) -> Tensor | float:
         scaled = self.config.drift_scale == "absolute" and loss_scale is not None

@@ -14,6 +14,12 @@ from ..warn import warn
 from .config import DriftConfig
 from .settings import DriftSettings, listed_modules
 
+ALONE = "PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)"
+BESIDE = (
+    "model.add_adapter('{name}', DriftConfig.from_pretrained(folder)) and then model.load_adapter(folder, '{name}', "
+    "is_trainable=True)"
+)
+
 
 def _noticing(load_adapter: Callable) -> Callable:
     """Trainer comes here when it resumes, and for the best checkpoint at the end."""
@@ -33,7 +39,8 @@ def _noticing(load_adapter: Callable) -> Callable:
             if is_trainable:
                 _warn_of_ended_schedule(config)
         elif is_trainable:
-            _warn_of_plain_training(model_id, kwargs)
+            further = len(model.peft_config) > 1
+            _warn_of_plain_training(model_id, kwargs, BESIDE.format(name=adapter_name) if further else ALONE)
         return result
 
     return wrapper
@@ -49,7 +56,7 @@ def _noticing_without_wrapper(load_adapter: Callable) -> Callable:
         if isinstance(config := model.peft_config.get(name), DriftConfig):
             config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
         if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
-            _warn_of_plain_training(peft_model_id, kwargs)
+            _warn_of_plain_training(peft_model_id, kwargs, ALONE)
         return result
 
     return wrapper
@@ -60,12 +67,11 @@ def _settings(source: str, kwargs: dict) -> dict | None:
     return DriftConfig.stored(source, **hub)
 
 
-def _warn_of_plain_training(source: str, kwargs: dict) -> None:
+def _warn_of_plain_training(source: str, kwargs: dict, way: str) -> None:
     if _settings(source, kwargs):
         warn(
             f"The adapter '{source}' was trained with guidance, and without its DriftConfig training goes on as plain "
-            "LoRA: load it with PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), "
-            "is_trainable=True), or steer it with guide(model, prior)."
+            f"LoRA: load it with {way}, or steer it with guide(model, prior)."
         )
 
 

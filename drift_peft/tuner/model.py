@@ -20,7 +20,7 @@ from ..checkpoints import (
     named,
     quantization_of,
 )
-from ..keeping import keep_4bit_differentiable
+from ..keeping import keep_4bit_differentiable, keepings_of
 from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
@@ -208,22 +208,36 @@ def _noting_weights(load_from_state_dict):
 LoraModel._load_from_state_dict = _noting_weights(LoraModel._load_from_state_dict)
 
 
+def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
+    config = model.peft_config[adapter]
+    guided = [s for s in all_steered(model) if s.adapter == adapter and s.alpha]
+    trainable = any(p.requires_grad for name, p in model.named_parameters() if f".{adapter}." in name)
+    if isinstance(config, DriftConfig) and config.guides and not guided and trainable:
+        warn(
+            f"The adapter '{adapter}' was loaded for inference and is trainable now, so whatever has trained it since "
+            "was not guided: load it with is_trainable=True."
+        )
+    if getattr(config, "init_lora_weights", None) not in ZERO_STARTS or getattr(config, "weights_loaded", False):
+        return
+    if not any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
+        return
+    missed = ["the guidance"] if guided and not any(int(s.config.drift_steps) for s in guided) else []
+    missed += ["keep()"] if any(kept.seen and kept.kl is None for kept in keepings_of(model)) else []
+    if missed:
+        warn(
+            f"The adapter '{adapter}' was trained, but {' and '.join(missed)} never ran: its optimizer does not call "
+            "the step hooks of torch.optim, or trains copies of the parameters. Or it is a copy of the model that was "
+            "trained, such as an average of its weights."
+        )
+
+
 def _telling_unguided(get_state_dict):
     """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
 
     @functools.wraps(get_state_dict)
     def wrapper(model: PeftModel, state_dict=None, adapter_name: str = "default", **kwargs) -> dict[str, Tensor]:
         weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
-        guided = [s for s in steered_of(model) if s.adapter == adapter_name and s.alpha]
-        if not guided or any(int(s.config.drift_steps) for s in guided):
-            return weights
-        config = model.peft_config[adapter_name]
-        starts_at_zero = config.init_lora_weights in ZERO_STARTS and not getattr(config, "weights_loaded", False)
-        if starts_at_zero and any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
-            warn(
-                f"The adapter '{adapter_name}' was trained, but the guidance never ran: its optimizer does not "
-                "call the step hooks of torch.optim, or trains copies of the parameters. It is plain LoRA."
-            )
+        _warn_of_missed(model, adapter_name, weights)
         return weights
 
     return wrapper

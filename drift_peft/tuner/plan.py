@@ -8,10 +8,12 @@ are looked at once, when an optimizer steps for the first time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from ..keeping import Known
-from .batches import TORCH, groups_of
+from .batches import groups_of
 from .settings import DriftSettings
 from .sharding import Storage
 from .steered import Steered, SteeredAdapter
@@ -24,17 +26,19 @@ class Plan:
         parameters: id() of each parameter with a gradient.
         known: who is steered of all parameters of the optimizer.
         storage: where the optimizer finds its gradients.
+        written: of the optimizer's groups, what guidance has written into them so far.
 
     Attributes:
         groups: what goes through one batched call each.
         parts: settings, and what they guide here: (weight, adapter, factor).
-        counted: settings and adapter of whatever counts its guided steps, once each.
+        counted: id() of settings -> the keys under which their guided steps are counted in the optimizer's groups.
 
     Raises:
         RuntimeError: guidance is not available for these parameters.
     """
 
-    def __init__(self, parameters: Collection[int], known: Known[Steered], storage: Storage = TORCH):
+    def __init__(self, parameters: Collection[int], known: Known[Steered], storage: Storage, written: dict[str, Any]):
+        self.written = written
         self.known, self._changes, self._parameters = known, known.changes(), frozenset(parameters)
         steered = [s for s in known.entries() if s.among(parameters)]
         self.groups = groups_of(steered, parameters, storage)
@@ -43,7 +47,7 @@ class Plan:
             here = {(s.name, s.adapter, factor) for factor in s.among(parameters)}
             parts.setdefault(id(s.config), (s.config, set()))[1].update(here)
         self.parts = [(config, frozenset(here)) for config, here in parts.values()]
-        self.counted = [*{(id(s.config), s.adapter): (s.config, s.adapter) for s in steered if s.alpha}.values()]
+        self.counted = _keys(known.entries())
         # Weak references: what steers a module goes with it, whatever becomes of the optimizer. The groups do hold the
         # parameters, so that no other one gets the id() of one that is gone.
         captures = (s.capture for s in steered if isinstance(s, SteeredAdapter) and s.capture is not None)
@@ -72,3 +76,14 @@ class Plan:
         for ref in self._captures:
             if (capture := ref()) is not None:
                 capture.stale = True
+
+
+def _keys(steered: Iterable[Steered]) -> dict[int, list[str]]:
+    """Adapters of several models that are called alike are numbered, in the order in which they were made."""
+    keys: dict[int, list[str]] = defaultdict(list)
+    numbers: Counter[str] = Counter()
+    for config, adapter in {(id(s.config), s.adapter): None for s in steered}:
+        number = numbers[adapter]
+        keys[config].append(f"drift_steps.{adapter}" + (f".{number}" if number else ""))
+        numbers[adapter] += 1
+    return keys

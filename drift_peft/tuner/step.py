@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..keeping import Act, Known, act_in_steps, is_kept
 from . import deepspeed
-from .batches import TORCH, bias_gradients, pull_parameters
+from .batches import TORCH, bias_gradients, pull_parameters, warn_of_rounding
 from .plan import Plan
+from .settings import DriftSettings
 from .sharding import Storage
 from .steered import STEERED
 
@@ -30,12 +31,19 @@ def _plan(optimizer: Any, groups: dict[int, dict], parameters: Sequence[Tensor],
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.holds(groups.keys()):
         known = plan.known if plan is not None and plan.known.are_of(parameters) else Known(STEERED, parameters)
-        plan = _PLANS[optimizer] = Plan(groups, known, storage)
+        written = {} if plan is None else plan.written
+        plan = _PLANS[optimizer] = Plan(groups, known, storage, written)
+        warn_of_rounding(plan.groups, groups)
     return plan
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _not_frozen(optimizer: torch.optim.Optimizer, groups: dict[int, dict]) -> dict[int, dict]:
+    """Of these, what PEFT lets train: an adapter that is not active may still have gradients, of zeros."""
+    return {id(p): groups[id(p)] for p in _parameters(optimizer) if p.requires_grad and id(p) in groups}
 
 
 def _refuse_unreached() -> None:
@@ -56,19 +64,25 @@ def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_sca
             "drift_norm='weight' does not see the gradient that keep() adds: use drift_norm='factor' beside it, or mix "
             "the keep set's answers into the training data (drift-peft keep samples)."
         )
-    # Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config that starts at 0,
-    # or at 1 (distributed checkpoints take a step with zero gradients first), and with them the place in warm-up.
-    for config, adapter in plan.counted:
-        restored = all_groups[0].get(f"drift_steps.{adapter}", 0)
-        if isinstance(config.drift_steps, int) and config.drift_steps < restored:  # a tensor after loss scaling
-            config.drift_steps = restored
     for config, parts in plan.parts:
         parts = parts | {id(all_groups)}  # the optimizer itself
         if config.stepped and config.stepped.isdisjoint(parts):  # another optimizer's share of the same iteration
             config.stepped |= parts
         else:
+            for key in plan.counted[id(config)]:
+                _restore(config, all_groups[0].get(key), plan.written.get(key))
             config.stepped, config.iteration = parts, config.drift_steps
     bias_gradients(plan.groups, loss_scale)
+
+
+def _restore(config: DriftSettings, stored: Tensor | int | None, written: Tensor | int | None) -> None:
+    """Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config, and with them
+    the place in warm-up, whether training goes on in a new process or goes back in this one. What this process has
+    `written` there itself may be of an adapter that is gone."""
+    if stored is None or stored is written or (isinstance(stored, int) and stored == written):
+        return
+    if written is not None or int(stored) > int(config.drift_steps):
+        config.drift_steps = stored
 
 
 def _finish(
@@ -80,18 +94,24 @@ def _finish(
     for config, parts in plan.parts:
         if config.stepped == parts | {id(all_groups)}:  # the first optimizer of an iteration counts it
             config.drift_steps = config.drift_steps + applied
-    for config, adapter in plan.counted:
-        for group in all_groups:
-            group[f"drift_steps.{adapter}"] = config.drift_steps
+    for config, _ in plan.parts:
+        for key in plan.counted[id(config)]:
+            plan.written[key] = config.drift_steps
+            for group in all_groups:
+                group[key] = config.drift_steps
 
 
 def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
     _refuse_unreached()
+    groups = _not_frozen(optimizer, groups)
     if groups:
         _guide(_plan(optimizer, groups, _parameters(optimizer)), groups, optimizer.param_groups, loss_scale)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
+    groups = _not_frozen(optimizer, groups)
+    if not groups:
+        return
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups, _parameters(optimizer))

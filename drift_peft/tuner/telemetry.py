@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arguments import typed
 from ..checkpoints import module_kind
-from ..keeping import keep_telemetry
+from ..keeping import keep_telemetry, keepings_of
 from ..prior import ReasoningPrior
 from . import guidance
 from .config import DriftConfig
@@ -31,7 +31,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
         bias_ratio      ‖bias‖/‖gradient‖ in the last step, likewise
         repeated_steps  steps taken twice on the same gradients, if there were any
 
-    and of a model that `keep` keeps, steered or not:
+    and of a model that `keep` keeps, steered or not, from its first step on:
 
         keep_kl         KL(VLM || model) per answer token on the last batch of the keep set, in nats
         keep_ratio      ‖what keeping added‖/‖gradient‖ there
@@ -60,7 +60,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
             if name in prior
         ]
     kept = keep_telemetry(model) if prior is None else {}
-    if kept and not found:
+    if not found and prior is None and keepings_of(model):
         return kept
     if not found:
         idle = {s.adapter for s in all_steered(model) if s.adapter}

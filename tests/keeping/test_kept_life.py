@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
 from kept_models import (
+    LORA,
     Watched,
     adapted,
     assert_close,
@@ -18,8 +20,8 @@ from kept_models import (
 from peft import LoraConfig, get_peft_model
 from twin import BATCH, backward, sgd, trainable
 
-from drift_peft import keep
-from drift_peft.keeping.kept import keepings_of
+from drift_peft import keep, telemetry
+from drift_peft.keeping.kept import keep_words, keepings_of
 
 
 def test_hooks_of_parameters_are_for_the_gradients_of_the_task(model, folder, processor):
@@ -127,3 +129,30 @@ def test_batches_that_grow_do_not_compile_the_model_anew(folder, processor):
         optimizer.step()
         made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert made[-1] == made[1] and vars(model.get_base_model())["drift_keep"].tokens == 36
+
+
+class Foreign:
+    """An optimizer that calls no hooks."""
+
+    def __init__(self, model):
+        self.parameters = trainable(model)
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.parameters:
+            p -= 0.05 * p.grad
+
+
+@pytest.mark.parametrize("optimizer", [Foreign, sgd])
+def test_saving_says_when_no_step_was_kept(folder, processor, tmp_path, optimizer):
+    model = get_peft_model(load(folder), LoraConfig(**LORA)).train()
+    keep(model, folder / "keep.safetensors", processor, batch_size=2)
+    assert telemetry(model) == {}
+    backward(model)
+    optimizer(model).step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path)
+    missed = optimizer is Foreign
+    assert any("was trained, but keep() never ran: its optimizer" in str(w.message) for w in caught) == missed
+    assert (keep_words(model) is None) == (telemetry(model) == {}) == missed

@@ -50,23 +50,6 @@ def test_accumulation(model, folder, processor):
     assert optimizer.param_groups[0]["keep_steps"] == 1
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(model, folder, processor, reentrant):
-    model = copy.deepcopy(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    twin, watched = kept_twin(model, folder)
-    found = gradients_of_step(twin, sgd(twin, lr=0.0))
-    model.gradient_checkpointing_disable()
-    assert_close(found, expected_step(model, processor, watched.batch(0, 3)))
-    kinds = {
-        m._gradient_checkpointing_func.keywords["use_reentrant"]
-        for m in twin.modules()
-        if "_gradient_checkpointing_func" in vars(m)
-    }
-    assert kinds == {reentrant}
-
-
 def test_an_adapter_that_is_disabled_at_the_step(model, folder):
     twin, _ = kept_twin(model, folder)
     optimizer = sgd(twin, lr=0.0)

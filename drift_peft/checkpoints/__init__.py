@@ -5,7 +5,8 @@ Nothing here knows of priors or of training.
     schema       JSON that others write: its form
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
-    sharing      a file of ours that others have or will have: found, hashed, uploaded with its card
+    sharing      a file of ours that others have or will have: found, uploaded with its card
+    headed       a safetensors file of ours with its header, read and written
     serving      how an adapter is loaded, merged and served, as the cards tell it
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
@@ -38,6 +39,7 @@ from .dequantized import (
     quantization_in_training,
     quantization_of,
 )
+from .headed import HeadedFile, write_headed
 from .hub import at_revision, cached_snapshot, download, split_revision
 from .lock import only_writer
 from .lora import (
@@ -87,7 +89,6 @@ from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
 from .sharing import (
-    file_sha256,
     find_file,
     find_license,
     hub_id,
@@ -121,6 +122,7 @@ __all__ = [
     "Checkpoint",
     "Decoder",
     "DequantizedCheckpoint",
+    "HeadedFile",
     "LowRank",
     "Match",
     "Origin",
@@ -148,7 +150,6 @@ __all__ = [
     "describe",
     "download",
     "export_for_vllm",
-    "file_sha256",
     "find_file",
     "find_license",
     "finish",
@@ -197,6 +198,7 @@ __all__ = [
     "upload",
     "warn_of_other_rotations",
     "watched_adapter",
+    "write_headed",
     "write_model",
     "write_output",
     "write_tensors",

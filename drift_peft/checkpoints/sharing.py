@@ -1,8 +1,7 @@
-"""A file of ours that others have or will have: found by path or hub id, hashed, uploaded with its card."""
+"""A file of ours that others have or will have: found by path or hub id, uploaded with its card."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,12 +39,6 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{source} holds no {name}")
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file, as a hexadecimal string."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload(

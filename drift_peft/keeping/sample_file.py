@@ -5,8 +5,7 @@
     top_tokens    I32 [tokens, k]
     top_logprobs  F32 [tokens, k]   in descending order
 
-The header is one JSON string, with format, k, tokenizer (of the VLM: its size and hash) and the answers in words among
-it.
+The header has format, k, tokenizer (of the VLM: its size and hash) and the answers in words.
 """
 
 from __future__ import annotations
@@ -14,23 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints import Schema, check, file_sha256, write_tensors
+from ..checkpoints import HeadedFile, write_headed
 from .answers import Sample
 
-WRITTEN = "written.safetensors"  # what it is called until it is complete
 
-
-class SampleFile(Sequence[Sample]):
+class SampleFile(HeadedFile, Sequence[Sample]):
     """Answers in one safetensors file; `[i]` is read from it on access.
 
     Attributes:
@@ -39,45 +33,6 @@ class SampleFile(Sequence[Sample]):
         metadata: the header.
         k: how many log probabilities are known of each answer token.
     """
-
-    NOUN: ClassVar[str]  # what an error calls it
-    MAKE: ClassVar[str]  # what to do with a file that is none
-    HEADER_KEY: ClassVar[str]
-    FORMAT: ClassVar[int] = 1
-    HEADER: ClassVar[type[Schema]]
-
-    def __init__(self, path: Path, source: str):
-        self.path, self.source = path, source
-        try:
-            self._file = safe_open(path, framework="pt")
-            header = (self._file.metadata() or {}).get(self.HEADER_KEY)
-        except (SafetensorError, OSError) as error:
-            reason = f"it is truncated or no safetensors file ({error})"
-            raise ValueError(f"{source} is no {self.NOUN}: {reason}") from error
-        if header is None:
-            raise ValueError(f"{source} is a safetensors file but no {self.NOUN}: {self.MAKE}")
-        damaged = f"{source} is a damaged {self.NOUN}: make or fetch it again"
-        try:
-            self.metadata = json.loads(header)
-            written = self.metadata["format"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(damaged) from error
-        if written != self.FORMAT:
-            raise ValueError(
-                f"{source} is of format {written}, not {self.FORMAT}: read this {self.NOUN} with another drift_peft"
-            )
-        try:
-            check(self.metadata, self.HEADER)
-            whole = self._is_whole()
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise ValueError(damaged) from error
-        if not whole:
-            raise ValueError(damaged)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the file, as a hexadecimal string."""
-        return file_sha256(self.path)
 
     def has_tokens_of(self, processor: Any) -> bool:
         """Are the answers in this processor's tokens? Tokens that were added since then are no matter."""
@@ -108,12 +63,6 @@ class SampleFile(Sequence[Sample]):
             top_logprobs=top_logprobs,
         )
 
-    # It is its file; a Sequence would compare contents.
-    __eq__, __hash__ = object.__eq__, object.__hash__
-
-    def __reduce__(self) -> tuple:  # an open file is not copied or pickled, but opened again
-        return type(self), (self.path, self.source)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self)} samples, k {self.k})"
 
@@ -131,9 +80,7 @@ class SampleFile(Sequence[Sample]):
         tokens, samples = int(self._ends[-1]), len(self._ends)
         promised = {**beside, "tokens": ([tokens], "I32"), "token_ends": ([samples], "I64")}
         promised |= {"top_tokens": ([tokens, self.k], "I32"), "top_logprobs": ([tokens, self.k], "F32")}
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}
-        held = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
-        return held == promised and self._says_tokens()
+        return self._held() == promised and self._says_tokens()
 
     def _says_tokens(self) -> bool:
         """Is every number a log probability, or a token? Others would add NaN to gradients, or fail in the midst."""
@@ -175,9 +122,7 @@ def write_sample_file(
         "top_tokens": joined["top_tokens"].int(),
         "top_logprobs": joined["top_logprobs"].float(),
     }
-    header = {kind.HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
-    write_tensors(folder / WRITTEN, tensors, header)
-    os.replace(folder / WRITTEN, output)
+    write_headed(kind, folder, output, tensors, metadata)
 
 
 def tokenizer_identity(processor: Any, size: int | None = None) -> dict:

@@ -1,40 +1,34 @@
 """The file of a prior: Δ of every steered weight as a truncated SVD, and of vectors whole, in one safetensors file.
 
 Keys are `<canonical name>.U`, `.S` and `.Vh` for matrices, `<canonical name>.delta` for vectors (norms, biases). The
-header holds one JSON string (several keys would be written in random order, and the same prior would not be the same
-bytes): format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is zero (`not_steered`), and
-the statistics of each weight (`weights`). A combined prior names its `parents` in place of an expert. A gated one says
-where its gates came from (`gated`), and of each weight the gate of every direction of the prior that it was made of
-(`gates`), in that one's order, and ‖U diag(S) Vh‖ there (`ungated_norm`).
+header holds format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is zero (`not_steered`),
+and the statistics of each weight (`weights`). A combined prior names its `parents` in place of an expert. A gated one
+says where its gates came from (`gated`), and of each weight the gate of every direction of the prior that it was made
+of (`gates`), in that one's order, and ‖U diag(S) Vh‖ there (`ungated_norm`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..arguments import typed
 from ..checkpoints import (
+    HeadedFile,
     Watch,
-    check,
     claimed_output,
-    file_sha256,
     find_file,
     layer_order,
     partial_folder,
     sampled,
-    write_tensors,
+    write_headed,
 )
 from .header import Header
 
@@ -86,7 +80,7 @@ class PriorVector:
     cosine: float
 
 
-class PriorFile(Mapping[str, PriorWeight | PriorVector]):
+class PriorFile(HeadedFile, Mapping[str, PriorWeight | PriorVector]):
     """Canonical weight name -> PriorWeight, or PriorVector for a vector, read from the file on access.
 
     Attributes:
@@ -95,25 +89,12 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
         metadata: the header, as described at the top of this module.
     """
 
+    NOUN, MAKE = "prior", "make one with `drift-peft prior build`"
+    HEADER_KEY, FORMAT, HEADER = HEADER_KEY, FORMAT, Header
+
     def __init__(self, path: Path, source: str):
-        self.path, self.source = path, source
         self._watch = Watch(source, [path])
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{source} is no prior: it is truncated or no safetensors file ({error})") from error
-        header = (self._file.metadata() or {}).get(HEADER_KEY)
-        if header is None:
-            raise ValueError(f"{source} is a safetensors file but no prior: make one with `drift-peft prior build`")
-        try:
-            self.metadata = json.loads(header)
-            written = self.metadata["format"]
-            if written == FORMAT:
-                check(self.metadata, Header)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{source} is no prior: its header is damaged, so build or fetch it again") from error
-        if written != FORMAT:
-            raise ValueError(f"{source} is a prior of format {written}, not {FORMAT}: read it with another drift_peft")
+        super().__init__(path, source)
         self._names = sorted(self.metadata["weights"], key=layer_order)
         self._check_tensors({key: kind for name in self._names for key, kind in self._promised(name).items()})
         self._check_numbers()
@@ -128,11 +109,6 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
             ValueError: the file is no prior, or a damaged one: cut short, or with numbers that are none.
         """
         return cls(find_file(source, revision, FILE_NAME), str(source))
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the file, as a hexadecimal string."""
-        return file_sha256(self.path)
 
     @property
     def rank(self) -> int:
@@ -194,12 +170,6 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
     def __len__(self) -> int:
         return len(self._names)
 
-    # A prior is its file, so it can be a key of `combine`; a Mapping would compare contents and have no hash.
-    __eq__, __hash__ = object.__eq__, object.__hash__
-
-    def __reduce__(self) -> tuple:  # an open file is not copied or pickled, but opened again
-        return type(self), (self.path, self.source)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source!r}, {len(self)} weights, rank {self.rank})"
 
@@ -216,8 +186,7 @@ class PriorFile(Mapping[str, PriorWeight | PriorVector]):
 
     def _check_tensors(self, promised: dict[str, tuple[list[int], str]]) -> None:
         """The file holds what its header promises, in shape and dtype. No tensor is read for that."""
-        slices = {key: self._file.get_slice(key) for key in self._file.keys()}
-        held = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+        held = self._held()
         for key in sorted(promised.keys() | held.keys()):
             if promised.get(key) != held.get(key):
                 says, holds = ("{1} {0}".format(*of[key]) if key in of else "none" for of in (promised, held))
@@ -257,6 +226,4 @@ def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path
 
 def write_prior(folder: Path, output: str | Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """Write a prior inside the folder of `partial_output` and rename it when it is complete."""
-    header = {HEADER_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}
-    write_tensors(folder / FILE_NAME, tensors, header)
-    os.replace(folder / FILE_NAME, output)
+    write_headed(PriorFile, folder, output, tensors, metadata)

@@ -128,7 +128,7 @@ def test_files_that_are_no_prior(tmp_path):
         ReasoningPrior.load(path)
     path.unlink()
     write(path, format=99)
-    with pytest.raises(ValueError, match=f"is a prior of format 99, not {FORMAT}"):
+    with pytest.raises(ValueError, match=f"is of format 99, not {FORMAT}: read this prior with another drift_peft"):
         ReasoningPrior.load(path)
 
 
@@ -180,7 +180,7 @@ def test_full_disk(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
     try:
-        with pytest.raises(OSError, match=r"prior.safetensors could not be written: .*File too large"):
+        with pytest.raises(OSError, match=r"written.safetensors could not be written: .*File too large"):
             write(tmp_path / "p.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -190,7 +190,7 @@ def test_full_disk(tmp_path):
 @pytest.mark.parametrize("header", ["{broken", "[]", '{"format": 1}'])
 def test_damaged_header(tmp_path, header):
     save_file({"x": torch.zeros(1)}, tmp_path / "p.safetensors", metadata={"drift_prior": header})
-    with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+    with pytest.raises(ValueError, match="is a damaged prior: make or fetch it again"):
         ReasoningPrior.load(tmp_path / "p.safetensors")
 
 
@@ -218,11 +218,11 @@ CHANGED = {
     ),
     "another rank": (lambda w: change(w, rank=4), r"promises F32 \[4\] and the file holds F32 \[3\]"),
     "no matrix": (lambda w: change(w, shape=[6]), r"up_proj.weight.S its header promises none"),
-    "long fingerprint": (lambda w: change(w, fingerprint=[1.0] * 4), "its header is damaged"),
-    "no rank": (lambda w: {n: {k: v for k, v in s.items() if k != "rank"} for n, s in w.items()}, "header is damaged"),
-    "a text": (lambda w: change(w, delta_norm="2"), "its header is damaged"),
-    "a cube": (lambda w: change(w, shape=[6, 5, 4]), "its header is damaged"),
-    "a list": (list, "its header is damaged"),
+    "long fingerprint": (lambda w: change(w, fingerprint=[1.0] * 4), "is a damaged prior"),
+    "no rank": (lambda w: {n: {k: v for k, v in s.items() if k != "rank"} for n, s in w.items()}, "is a damaged prior"),
+    "a text": (lambda w: change(w, delta_norm="2"), "is a damaged prior"),
+    "a cube": (lambda w: change(w, shape=[6, 5, 4]), "is a damaged prior"),
+    "a list": (list, "is a damaged prior"),
 }
 
 
@@ -274,7 +274,7 @@ def test_numbers_of_the_header_that_are_none(tmp_path, stats):
     metadata = ReasoningPrior.load(path).metadata
     metadata["weights"][NAMES[0]] |= stats
     save_file(tensors, path, {HEADER_KEY: json.dumps(metadata)})
-    with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+    with pytest.raises(ValueError, match="is a damaged prior: make or fetch it again"):
         ReasoningPrior.load(path)
 
 
@@ -312,7 +312,7 @@ def test_headers_of_gated_priors_that_are_damaged(tmp_path, case):
     (GATED[case] if case else lambda header: None)(metadata)
     save_file(tensors, path, {HEADER_KEY: json.dumps(metadata)})
     if case:
-        with pytest.raises(ValueError, match="is no prior: its header is damaged"):
+        with pytest.raises(ValueError, match="is a damaged prior: make or fetch it again"):
             ReasoningPrior.load(path)
     else:
         assert "gate_prior(" in ReasoningPrior.load(path).model_card().text

@@ -11,7 +11,6 @@ EXAMPLE = "drift-peft demo --out runs/demo"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add(
         "--out",

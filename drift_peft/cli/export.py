@@ -15,7 +15,6 @@ EXAMPLE = "drift-peft export adapter --for vllm -o served"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", help="LoRA adapter: folder, hub id or id@revision")
     add("--for", dest="server", required=True, choices=("vllm",), help="who shall serve it")

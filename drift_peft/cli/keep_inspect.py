@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft keep inspect keep.safetensors --html keep.html"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
     add("--html", metavar="PAGE", help="also write a contact sheet: one page with pictures, questions and answers")

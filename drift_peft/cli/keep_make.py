@@ -12,7 +12,6 @@ EXAMPLE = r"""drift-peft keep make --base Qwen/Qwen2.5-VL-7B-Instruct --images p
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--base", required=True, help="vision-language model: folder, hub id or id@revision")
     add("--images", required=True, help="folder of pictures, hub data set, or training data (.jsonl, .json, .parquet)")

@@ -11,7 +11,6 @@ EXAMPLE = "drift-peft keep push keep.safetensors user/repository --private"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     parser.add_argument("keep_set", metavar="KEEP_SET", help="keep set")
     upload_flags(parser)
 

@@ -11,7 +11,6 @@ EXAMPLE = "drift-peft keep samples keep.safetensors -o keep_samples"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
     add("-o", "--output", required=True, help="folder to write samples.jsonl into, or a file that ends in .jsonl")

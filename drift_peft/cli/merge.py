@@ -14,7 +14,6 @@ ONTO = "base", "dequantized"  # the library's own, which to import would take se
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--base", required=True, help="full-precision model: folder, hub id or id@revision")
     add("--adapter", required=True, help="adapter folder or hub id, DRIFT or plain LoRA")

@@ -23,7 +23,6 @@ MODULES = "attn", "mlp", "norm", "bias"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--method", required=True, choices=METHODS, metavar="METHOD", help="one of %(choices)s")
     add("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")

@@ -66,11 +66,14 @@ class Parser(ArgumentParser):
         )
 
     def add_verbs(self, verbs: dict[str, ModuleType]) -> None:
-        """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE and a function that adds its flags."""
+        """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE, a function that adds its flags, and one
+        that runs it or further verbs."""
         self.verbs = verbs
         commands = self.add_subparsers(title="commands", metavar="COMMAND")
         for name, verb in verbs.items():
-            verb.flags(commands.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION, example=verb.EXAMPLE))
+            command = commands.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION, example=verb.EXAMPLE)
+            command.set_defaults(run=getattr(verb, "run", None))
+            verb.flags(command)
         # Not `required`, which argparse would speak of before an unknown flag.
         self.set_defaults(run=lambda: self.error(f"a command is missing: one of {', '.join(verbs)}"))
 

@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft preflight recipes/configs/qwen2_5_vl_7b_r1.yaml --set max_
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="YAML of recipes/sft_vlm.py")
     add(

@@ -17,7 +17,6 @@ RANK, MAX_RANK = 64, 256
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")
     add("--base", required=True, help="vision-language model, in full precision")

@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft prior combine a.safetensors=0.7 b.safetensors=0.3 -o c.saf
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add(
         "parts",

@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft prior export prior.safetensors --scale 0.5 -o folder"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--scale", type=float, required=True, help="how much of Δ to add, such as 0.1")

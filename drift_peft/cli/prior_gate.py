@@ -17,7 +17,6 @@ OBJECTIVES = "expert", "frism"  # the library's own, which to import would take 
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--base", required=True, help="the VLM that it was built for: folder, hub id or id@revision")

@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft prior inspect prior.safetensors --html prior.html"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--rank", type=int, help="captured energy when Δ is truncated to this rank, as an adapter's is")

@@ -11,7 +11,6 @@ EXAMPLE = "drift-peft prior push prior.safetensors user/repository --private"
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     parser.add_argument("prior", metavar="PRIOR", help="prior file")
     upload_flags(parser)
 

@@ -8,7 +8,6 @@ EXAMPLE = "drift-peft prior truncate prior.safetensors --rank 16 -o small.safete
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--rank", type=int, required=True, help="largest rank per weight")

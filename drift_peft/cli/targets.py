@@ -10,7 +10,6 @@ EXAMPLE = "drift-peft targets Qwen/Qwen2.5-VL-7B-Instruct --prior prior.safetens
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id or id@revision")
     add("--prior", help="adapt and steer what has a Δ in this prior")

@@ -18,7 +18,6 @@ EXAMPLE = r"""drift-peft transplant --expert deepseek-ai/DeepSeek-R1-Distill-Qwe
 
 
 def flags(parser: Parser) -> None:
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("--expert", required=True, help="LoRA adapter or full fine-tune, on text: folder, hub id or id@revision")
     add("--base", required=True, help="vision-language model, in full precision")

@@ -9,7 +9,7 @@ import os
 import threading
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from drift_peft.checkpoints import only_writer
 
 
 def journal_path(output: Path) -> Path:
@@ -26,23 +26,19 @@ class Journal:
         text: what each answer has in words; None where answers are of another kind.
 
     Raises:
-        ValueError: the file is of other settings or damaged, or another process is writing.
+        ValueError: the file is of other settings or damaged.
+        OSError: another process is writing it, or nothing can be written there.
     """
 
     def __init__(self, path: Path, settings: dict, text: str | None = "response"):
         self.path, self.settings, self.text = path, settings, text
         self.answers: dict[str, dict] = {}
         self._file = None
-        self._lock, self._process = threading.Lock(), FileLock(f"{path}.lock")
-        try:
-            self._process.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"another run is writing {path}: wait for it, or name another output") from error
-        try:
+        self._lock = threading.Lock()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(only_writer(path))
             self._read()
-        except BaseException:
-            self._release()
-            raise
+            self._held = stack.pop_all()  # until __exit__
 
     def begin(self) -> None:
         """Write the settings now, where work begins that belongs to them before there is an answer."""
@@ -66,16 +62,9 @@ class Journal:
         return self
 
     def __exit__(self, *_) -> None:
-        try:
+        with self._held:
             if self._file is not None:
                 self._file.close()
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        with contextlib.suppress(OSError):  # Windows keeps open files
-            os.unlink(self._process.lock_file)  # while it is held: who takes it now makes another
-        self._process.release()
 
     def _write(self, line: dict) -> None:
         """All of a line or nothing: what follows half of one could not be read."""

@@ -93,7 +93,7 @@ def test_answers_of_other_settings_are_not_mixed(flags, difference, tmp_path, ca
 def test_a_journal_is_written_by_one_run_at_a_time(tmp_path):
     with Journal(tmp_path / "j.jsonl", {"a": 1}) as journal:
         journal.add("q", {"response": "r"})
-        with pytest.raises(ValueError, match=r"another run is writing .*j\.jsonl: wait for it, or name another output"):
+        with pytest.raises(FileExistsError, match=r"j\.jsonl is being written by process \d+"):
             Journal(tmp_path / "j.jsonl", {"a": 1})
     with Journal(tmp_path / "j.jsonl", {"a": 1}) as journal:
         assert journal.answers == {"q": {"response": "r"}}

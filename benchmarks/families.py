@@ -33,7 +33,7 @@ from every_type import TYPES, tiny_base, tiny_text_expert
 
 from drift_peft import DriftConfig, build_prior, merge_adapter
 from drift_peft.checkpoints import Checkpoint
-from drift_peft.prior.report import targets_summary
+from drift_peft.tuner import targets_summary
 
 WORKS, REFUSED, FAILS, NOT_BUILT = "works", "refused", "FAILS", "not built here"
 IDS = torch.arange(8, 28).reshape(2, 10)

@@ -17,14 +17,22 @@ def flags(parser: Parser) -> None:
 
 
 def run(model: str, prior: str | None, as_json: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     from ..checkpoints import Checkpoint
     from ..prior import ReasoningPrior
-    from ..prior.report import targets_summary, targets_table
+    from ..tuner import targets_summary
     from .show import show
 
     loaded = None if prior is None else ReasoningPrior.load(prior)
     summary = targets_summary(Checkpoint(model), loaded)
-    show(summary, as_json, targets_table(summary))
+    title = f"LoRA targets of {summary['model']} ({summary['class']})"
+    table = Table("module", "adapted", "steered", "left alone", title=Text(title))
+    for row in summary["rows"]:
+        steered = "no prior given" if row["steered"] is None else str(row["steered"])
+        table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))
+    show(summary, as_json, table)
     if not as_json:  # in one line, whatever the terminal's width, to be copied
         targets = summary["target_modules"]
         print(f"target_modules = r'{targets}'" if isinstance(targets, str) else f"target_modules = {targets}")

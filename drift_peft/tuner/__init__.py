@@ -22,6 +22,7 @@ attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
 load       what PEFT loads: its guided steps, and whether training goes on guided
 guide      the same for models that were wrapped elsewhere, and for full fine-tuning
+targets    what target_modules=None adapts and steers, in numbers
 """
 
 from peft import PeftType
@@ -35,6 +36,7 @@ from .guide import guide
 from .model import DriftModel
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
+from .targets import targets_summary
 from .telemetry import telemetry
 from .trainer import DriftCallback
 
@@ -49,6 +51,7 @@ __all__ = [
     "guide",
     "is_guided",
     "own_fields",
+    "targets_summary",
     "telemetry",
     "weight_products",
 ]

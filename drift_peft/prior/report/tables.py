@@ -1,4 +1,4 @@
-"""What a prior holds and what a model's targets are, as rich tables."""
+"""What a prior holds, as a table of rich's and of HTML."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from html import escape
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from ...arguments import shortened
-from ...checkpoints import Checkpoint, as_peft_reads, describe, language_model_targets
+from ...checkpoints import describe
 from ..combine import formula
-from ..file import PriorFile
 
 CAPTION = "captured energy at rank k; cosine of {cosine_of}: mean and lowest"
 
@@ -92,45 +90,3 @@ def prior_notes(summary: dict) -> list[str]:
 def gate_range(summary: dict) -> tuple[float, float]:
     """The lowest and the highest gate of all."""
     return min(min(kind["least"]) for kind in summary["gates"]), max(max(kind["most"]) for kind in summary["gates"])
-
-
-def targets_summary(checkpoint: Checkpoint, prior: PriorFile | None = None) -> dict:
-    """What `target_modules=None` adapts and steers on this model, from its config alone: no weight is loaded.
-
-    Per module type (q_proj, …): how many modules are adapted, which are those with a Δ if there is a prior; how many
-    are steered (None without a prior); and how many other modules of the same name are left alone.
-
-    Raises:
-        ValueError: the model has no such module, or none that the prior covers.
-    """
-    model, projections = checkpoint.model, checkpoint.decoder.projections
-    targets = language_model_targets(model, prior)
-    rows: dict[str, dict] = {}
-    modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    hit = as_peft_reads(model, targets)
-    adapted = [name for name in projections if name in hit]
-    for name in adapted:
-        kind = name.rpartition(".")[2]
-        row = rows.setdefault(kind, {"module": kind, "adapted": 0, "steered": None if prior is None else 0, "left": 0})
-        row["adapted"] += 1
-        if prior is not None:
-            row["steered"] += projections[name] in prior
-    for name in set(modules) - set(adapted):
-        if (kind := name.rpartition(".")[2]) in rows:
-            rows[kind]["left"] += 1
-    return {
-        "model": checkpoint.source,
-        "class": type(model).__name__,
-        "target_modules": targets,
-        "rows": [*rows.values()],
-    }
-
-
-def targets_table(summary: dict) -> Table:
-    """`targets_summary` as a table."""
-    title = f"LoRA targets of {summary['model']} ({summary['class']})"
-    table = Table("module", "adapted", "steered", "left alone", title=Text(title))
-    for row in summary["rows"]:
-        steered = "no prior given" if row["steered"] is None else str(row["steered"])
-        table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))
-    return table

@@ -35,7 +35,6 @@ _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_sc
 # What belongs to a quantized weight, whose name stands in front.
 _SCALE = re.compile(r"(.+?)(?:\.weight)?[._]q?(?:scales?|zeros|zero_points?)(?:_(?:weight|inv))?")
 _VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
-_GGUF = "GGUF, which is quantized: give the safetensors model that it was made from"
 _FOUR_BIT_WAY_OUT = "give the full-precision model, or, for a prior, pass dequantize=True (--dequantize)"
 
 
@@ -281,8 +280,9 @@ class Checkpoint:
 
     def _refuse_what_is_no_model(self) -> None:
         where = self.source
-        if self.folder.suffix == ".gguf":
-            raise ValueError(f"{where} is {_GGUF}")
+        alone = self._names.isdisjoint(("adapter_config.json", *LAYOUTS))
+        if self.folder.suffix == ".gguf" or (alone and any(name.endswith(".gguf") for name in self._names)):
+            raise ValueError(f"{where} is GGUF, which is quantized: give the safetensors model that it was made from")
         if self.folder.is_file():
             raise ValueError(f"{where} is a file: give the folder with config.json and the safetensors files")
         if not self._names:
@@ -290,8 +290,6 @@ class Checkpoint:
         if "adapter_config.json" in self._names:
             raise ValueError(f"{where} is an adapter, not a model: merge it into its base and give the merged folder")
         if "config.json" not in self._names:
-            if any(name.endswith(".gguf") for name in self._names):
-                raise ValueError(f"{where} is {_GGUF}")
             if named := named_adapters(self.folder):
                 raise FileNotFoundError(f"{where} holds the adapters {', '.join(named)}: name one of these folders")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
@@ -311,8 +309,6 @@ class Checkpoint:
         """The single file or the index that transformers would read."""
         layouts = [name for name in LAYOUTS if name in self._names]
         if not layouts:
-            if any(name.endswith(".gguf") for name in self._names):
-                raise ValueError(f"{self.source} is {_GGUF}")
             offline = "" if self._hub is None else ", on the hub or, if that cannot be reached, in the cache"
             raise FileNotFoundError(
                 f"{self.source} holds none of {', '.join(LAYOUTS)}{offline}: give a model that save_pretrained wrote"

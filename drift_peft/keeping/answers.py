@@ -64,12 +64,7 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     pictures = {"images": [[image] for image in images]} if any(shown) else {}
     texts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
     pictures |= as_templates_are_read(processor, texts[0])
-    side, processor.tokenizer.padding_side = processor.tokenizer.padding_side, "left"
-    try:
-        inputs = processor(text=texts, **pictures, padding=True, return_tensors="pt")
-    finally:
-        processor.tokenizer.padding_side = side
-    return dict(inputs)
+    return dict(processor(text=texts, **pictures, padding=True, padding_side="left", return_tensors="pt"))
 
 
 def image_mode(processor: Any) -> str:

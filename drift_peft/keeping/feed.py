@@ -52,8 +52,7 @@ class Feed:
 
     def __init__(self, keep_set: Sequence[Sample], processor: Any, batch_size: int, seed: int):
         self.keep_set, self.batch_size, self.seed = keep_set, batch_size, seed
-        # Training may use the processor at the same time, and neither do tokenizers stand that nor does `prompts`,
-        # which turns their padding to the left.
+        # Training may use the processor at the same time, which tokenizers do not stand.
         self.processor = copy.deepcopy(processor)
         self._ahead: tuple[int, Future[list[Part]]] | None = None
         self._thread: ThreadPoolExecutor | None = None

@@ -40,7 +40,7 @@ from .dequantized import (
     quantization_of,
 )
 from .headed import HeadedFile, write_headed
-from .hub import at_revision, cached_snapshot, download, split_revision
+from .hub import at_revision, cached_snapshot, folder_of, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
@@ -148,12 +148,12 @@ __all__ = [
     "convert_peft_config_for_transformers",
     "cross_attention_layers",
     "describe",
-    "download",
     "export_for_vllm",
     "find_file",
     "find_license",
     "finish",
     "finished",
+    "folder_of",
     "gathered",
     "how_to_load",
     "how_to_serve",

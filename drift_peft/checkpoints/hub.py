@@ -162,6 +162,13 @@ def download(repository: str, revision: str | None, files: Sequence[str]) -> Pat
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
+def folder_of(source: str | Path, revision: str | None, files: Sequence[str]) -> Path:
+    """An existing local path as it is; else the hub snapshot, of `id` or `id@revision`, as of `download`."""
+    if not revision and Path(source).exists():
+        return Path(source)
+    return download(*split_revision(str(source), revision), files)
+
+
 def cached_snapshot(repository: str, revision: str) -> Path | None:
     """The folder of a snapshot that is in the hub's cache, maybe in part; the hub is not asked."""
     try:

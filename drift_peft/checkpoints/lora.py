@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ..arguments import listed
 from .checkpoint import Checkpoint, named_adapters
-from .hub import Repository, download, split_revision
+from .hub import Repository, folder_of, split_revision
 from .naming import EMBEDDING, HEAD, canonical_name, pattern_matches, unwrapped
 from .promised import PART, refuse_incomplete
 from .schema import AdapterConfig, check, read_json
@@ -125,14 +125,12 @@ def open_expert(
 
 def is_adapter(source: str | Path) -> bool:
     """Whether a folder or hub repository (`id@revision`) holds an adapter rather than a model."""
-    folder = Path(source) if Path(source).exists() else Repository(*split_revision(str(source))).folder
-    return (folder / CONFIG).is_file()
+    return (folder_of(source, None, [CONFIG]) / CONFIG).is_file()
 
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
-    local = revision is None and Path(adapter).exists()
-    folder = Path(adapter) if local else download(*split_revision(str(adapter), revision), FILES)
+    folder = folder_of(adapter, revision, (*FILES, DRIFT_CONFIG))
     if not (folder / CONFIG).is_file():
         if named := named_adapters(folder):
             raise FileNotFoundError(f"{adapter} holds the adapters {', '.join(named)}: name one of these folders")

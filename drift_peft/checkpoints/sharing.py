@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from ..warn import first_line, visible, warn
-from .hub import at_revision, download, split_revision
+from .hub import at_revision, folder_of
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b[\\/]?(\w*)")  # a snapshot in the hub's cache
@@ -29,11 +29,9 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
     path = Path(source)
     if path.exists() and revision:
         raise ValueError(f"{source} is a local path, which has no revision {revision!r}: leave out revision=")
-    if not path.exists():
-        if path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
-            raise FileNotFoundError(f"there is no file {source}")
-        repository, revision = split_revision(str(source), revision)
-        path = download(repository, revision, [name])
+    if not path.exists() and path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
+        raise FileNotFoundError(f"there is no file {source}")
+    path = folder_of(source, revision, [name])
     if path.is_dir():
         path /= name
         if not path.is_file():

@@ -15,7 +15,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from .checkpoint import read_config, skeleton
-from .hub import download, split_revision
+from .hub import folder_of, split_revision
 from .lora import adapter_folder, read_adapter_config, read_updates
 from .naming import canonical_name
 from .output import write_tensors
@@ -65,9 +65,9 @@ def export_for_vllm(
     config = read_adapter_config(folder)
     if not (base := base or config.base_model_name_or_path):
         raise ValueError(f"adapter {adapter} does not say what it was trained on: name the model as base (--base)")
-    revision = config.revision if base == config.base_model_name_or_path else None
-    place = Path(base) if Path(base).exists() else download(*split_revision(base, revision), ("config.json",))
-    base_config = read_config(place, str(base))
+    local = Path(base).exists()
+    revision = config.revision if base == config.base_model_name_or_path and not local else None
+    base_config = read_config(folder_of(base, revision, ("config.json",)), base)
     model_type = base_config.model_type
     if model_type not in SERVED:
         raise ValueError(
@@ -76,7 +76,7 @@ def export_for_vllm(
         )
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
-    model = skeleton(base_config, str(base))
+    model = skeleton(base_config, base)
     there = {name for name, _ in model.named_modules()}
     if absent := [module for module in factors if module not in there]:
         raise ValueError(
@@ -93,7 +93,6 @@ def export_for_vllm(
     renamed = sum(module != name for module, name in names.items())
     if renamed:
         config.target_modules = sorted({key.split(".")[-3] for key in tensors})
-    local = Path(base).exists()
     config.base_model_name_or_path, config.revision = (
         (os.path.abspath(base), None) if local else split_revision(base, revision)
     )

@@ -11,7 +11,6 @@ from typing import Literal
 
 from ..arguments import typed
 from ..checkpoints import (
-    DRIFT_CONFIG,
     EMBEDDING,
     HEAD,
     TOKENIZER,
@@ -21,12 +20,11 @@ from ..checkpoints import (
     Update,
     adapter_folder,
     adapter_updates,
-    download,
+    folder_of,
     in_markdown,
     quantization_in_training,
     replaced_when_complete,
     shown,
-    split_revision,
     watched_adapter,
     write_model,
 )
@@ -121,8 +119,6 @@ def merge_adapter(
         if verify:
             check_memory(checkpoint)
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
-        if not Path(adapter).exists():
-            download(*split_revision(str(adapter)), (DRIFT_CONFIG,))
         if not force:
             refuse_other_base(checkpoint, folder_of_adapter, str(adapter), updates)
         trained = None
@@ -145,7 +141,7 @@ def merge_adapter(
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {_why_zero(updates)}")
         ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
         if not ends.isdisjoint(updates):
-            _take_tokenizer(adapter, folder_of_adapter, folder)
+            _take_tokenizer(adapter, folder)
         what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))
         made = f"The LoRA adapter {what}, merged into {into}."
         sources = {"adapter": {"id": str(folder_of_adapter), "revision": None}}
@@ -176,9 +172,8 @@ def _why_zero(updates: dict[str, Update]) -> str:
     return "all is lost in rounding to the base's dtype"
 
 
-def _take_tokenizer(adapter: str | Path, folder_of_adapter: Path, folder: Path) -> None:
+def _take_tokenizer(adapter: str | Path, folder: Path) -> None:
     """The adapter's, if it has one: the base's need not know the tokens that were trained."""
-    if not Path(adapter).exists():
-        download(*split_revision(str(adapter)), TOKENIZER)
-    for file in {file for pattern in TOKENIZER for file in folder_of_adapter.glob(pattern)}:
+    held = folder_of(adapter, None, TOKENIZER)
+    for file in {file for pattern in TOKENIZER for file in held.glob(pattern)}:
         shutil.copyfile(file, folder / file.name)

@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
-from ..checkpoints import download, read_config, split_revision
+from ..checkpoints import folder_of, read_config
 from ..tuner import DriftConfig
 from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
 from .recipe import as_meant, read_recipe
@@ -66,7 +66,7 @@ def base_config(base: str) -> PretrainedConfig:
         FileNotFoundError, OSError: there is no such model, or no config.json in it.
         ValueError: it cannot be read, or is quantized.
     """
-    folder = Path(base) if Path(base).exists() else download(*split_revision(base), ("config.json",))
+    folder = folder_of(base, None, ("config.json",))
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{base} has no config.json: give the folder that save_pretrained wrote, or a hub id")
     config = read_config(folder, base)

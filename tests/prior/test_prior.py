@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from drift_peft import ReasoningPrior
-from drift_peft.checkpoints import sharing
+from drift_peft.checkpoints import hub
 from drift_peft.checkpoints.output import OURS
 from drift_peft.prior import PriorVector, PriorWeight
 from drift_peft.prior.file import FILE_NAME, FORMAT, HEADER_KEY, partial_output, write_prior
@@ -102,7 +102,7 @@ def test_folder_and_hub_repository(tmp_path, monkeypatch):
     write(tmp_path / FILE_NAME)
     assert len(ReasoningPrior.load(tmp_path)) == 3
     asked = []
-    monkeypatch.setattr(sharing, "download", lambda *call: asked.append(call) or tmp_path)
+    monkeypatch.setattr(hub, "download", lambda *call: asked.append(call) or tmp_path)
     assert ReasoningPrior.load("some/prior@v1").source == "some/prior@v1"
     assert ReasoningPrior.load("some/prior", revision="v2").sha256
     assert asked == [("some/prior", "v1", [FILE_NAME]), ("some/prior", "v2", [FILE_NAME])]

@@ -1,5 +1,6 @@
 """LoRA steered by a prior, in PEFT's own terms: what is steered, when in the step, and what is done to it there.
 
+patches    functions of PEFT and transformers to which something is added
 names      what the parameters of a model are called in a prior
 settings   the guidance's settings: what is allowed, and which weight they speak of
 described  the same in words, for help() and the documentation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..warn import warn
 from .config import DriftConfig
+from .patches import in_place_of
 from .settings import DriftSettings, listed_modules
 
 ALONE = "PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)"
@@ -21,45 +21,47 @@ BESIDE = (
 )
 
 
-def _noticing(load_adapter: Callable) -> Callable:
+@in_place_of(PeftModel, "load_adapter")
+def _noticing(
+    load_adapter: Callable,
+    model: PeftModel,
+    model_id: str,
+    adapter_name: str,
+    is_trainable: bool = False,
+    *args,
+    **kwargs,
+) -> Any:
     """Trainer comes here when it resumes, and for the best checkpoint at the end."""
-
-    @functools.wraps(load_adapter)
-    def wrapper(model: PeftModel, model_id: str, adapter_name: str, is_trainable: bool = False, *args, **kwargs) -> Any:
-        result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-        config = model.peft_config[adapter_name]
-        if isinstance(config, DriftConfig):
-            known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
-            if known:
-                config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
-            elif stored := _settings(model_id, kwargs):
-                config.drift_steps = stored.get("drift_steps", 0)
-                if is_trainable:
-                    _warn_of_other_settings(config, stored, model_id)
-            if is_trainable:
-                _warn_of_ended_schedule(config)
-        elif is_trainable:
-            further = len(model.peft_config) > 1
-            _warn_of_plain_training(model_id, kwargs, BESIDE.format(name=adapter_name) if further else ALONE)
-        return result
-
-    return wrapper
-
-
-def _noticing_without_wrapper(load_adapter: Callable) -> Callable:
-    """The same of transformers' own models, into which it injects adapters without PEFT's wrapper around them."""
-
-    @functools.wraps(load_adapter)
-    def wrapper(model: PeftAdapterMixin, peft_model_id: str | None = None, *args, **kwargs) -> Any:
-        result = load_adapter(model, peft_model_id, *args, **kwargs)
-        name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
-        if isinstance(config := model.peft_config.get(name), DriftConfig):
+    result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+    config = model.peft_config[adapter_name]
+    if isinstance(config, DriftConfig):
+        known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
+        if known:
             config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
-        if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
-            _warn_of_plain_training(peft_model_id, kwargs, ALONE)
-        return result
+        elif stored := _settings(model_id, kwargs):
+            config.drift_steps = stored.get("drift_steps", 0)
+            if is_trainable:
+                _warn_of_other_settings(config, stored, model_id)
+        if is_trainable:
+            _warn_of_ended_schedule(config)
+    elif is_trainable:
+        further = len(model.peft_config) > 1
+        _warn_of_plain_training(model_id, kwargs, BESIDE.format(name=adapter_name) if further else ALONE)
+    return result
 
-    return wrapper
+
+@in_place_of(PeftAdapterMixin, "load_adapter")
+def _noticing_without_wrapper(
+    load_adapter: Callable, model: PeftAdapterMixin, peft_model_id: str | None = None, *args, **kwargs
+) -> Any:
+    """The same of transformers' own models, into which it injects adapters without PEFT's wrapper around them."""
+    result = load_adapter(model, peft_model_id, *args, **kwargs)
+    name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
+    if isinstance(config := model.peft_config.get(name), DriftConfig):
+        config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
+    if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
+        _warn_of_plain_training(peft_model_id, kwargs, ALONE)
+    return result
 
 
 def _settings(source: str, kwargs: dict) -> dict | None:
@@ -109,7 +111,3 @@ def _warn_of_ended_schedule(config: DriftConfig) -> None:
             f"The adapter has had {config.drift_steps} guided steps, and its strength ended after {warmup + decay}, so "
             "training goes on as plain LoRA: load it with a longer drift_decay_steps, or None, to steer it again."
         )
-
-
-PeftModel.load_adapter = _noticing(PeftModel.load_adapter)
-PeftAdapterMixin.load_adapter = _noticing_without_wrapper(PeftAdapterMixin.load_adapter)

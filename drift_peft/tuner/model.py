@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from peft import PeftModel, mixed_model, peft_model
 from peft.tuners.lora import LoraConfig, LoraLayer, LoraModel
@@ -34,6 +33,7 @@ from .fit import (
     warn_of_unused,
 )
 from .names import prior_names
+from .patches import in_place_of
 from .saved import check_saved, tensors_to_train
 from .settings import check_patterns_used, refuse_unmeasured
 from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
@@ -143,36 +143,25 @@ class DriftModel(LoraModel):
         _forget(modules, adapter_name)
 
 
-def _unmixed(check):
+@in_place_of(mixed_model, "_check_config_compatible")  # what PEFT asks first
+def _unmixed(check: Callable, config):
     """PEFT's models of mixed adapter types make their layers past DriftModel, so nothing there would be guided."""
-
-    @functools.wraps(check)
-    def wrapper(config):
-        if isinstance(config, DriftConfig):
-            raise ValueError(
-                "DriftConfig is not guided beside other adapter types (mixed=True): leave out mixed=True, or use "
-                "peft.LoraConfig for an adapter without guidance."
-            )
-        return check(config)
-
-    return wrapper
+    if isinstance(config, DriftConfig):
+        raise ValueError(
+            "DriftConfig is not guided beside other adapter types (mixed=True): leave out mixed=True, or use "
+            "peft.LoraConfig for an adapter without guidance."
+        )
+    return check(config)
 
 
-mixed_model._check_config_compatible = _unmixed(mixed_model._check_config_compatible)  # what PEFT asks first
-
-
-def _grown(inject_adapter):
+@in_place_of(LoraModel, "inject_adapter")
+def _grown(inject_adapter: Callable, self: LoraModel, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
     """A model that PEFT made before this room was loaded becomes a DriftModel with its first DriftConfig."""
-
-    @functools.wraps(inject_adapter)
-    def wrapper(self: LoraModel, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        if type(self) is LoraModel and isinstance(self.peft_config[adapter_name], DriftConfig):
-            self.__class__ = DriftModel  # which has no state of its own
-            return self.inject_adapter(model, adapter_name, *args, **kwargs)
-        inject_adapter(self, model, adapter_name, *args, **kwargs)
-        _warn_of_frozen(model, adapter_name, self.peft_config[adapter_name])
-
-    return wrapper
+    if type(self) is LoraModel and isinstance(self.peft_config[adapter_name], DriftConfig):
+        self.__class__ = DriftModel  # which has no state of its own
+        return self.inject_adapter(model, adapter_name, *args, **kwargs)
+    inject_adapter(self, model, adapter_name, *args, **kwargs)
+    _warn_of_frozen(model, adapter_name, self.peft_config[adapter_name])
 
 
 def _warn_of_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
@@ -185,27 +174,19 @@ def _warn_of_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
         )
 
 
-LoraModel.inject_adapter = _grown(LoraModel.inject_adapter)
-
-
-def _noting_weights(load_from_state_dict):
+@in_place_of(LoraModel, "_load_from_state_dict")
+def _noting_weights(
+    load_from_state_dict: Callable, self: LoraModel, state_dict: dict[str, Tensor], *args, **kwargs
+) -> None:
     """An adapter whose weights are loaded did not start where its config says."""
-
-    @functools.wraps(load_from_state_dict)
-    def wrapper(self: LoraModel, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
-        for name, config in self.peft_config.items():
-            loaded = [B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")]
-            if loaded:
-                config.weights_loaded = True  # no field of the config, so it is not stored
-            trained = any(not B.is_meta and B.any() for B in loaded)  # a start is loaded, too, to be spread over ranks
-            if trained and vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
-                config.drift_steps = config.steps_of_weights
-        load_from_state_dict(self, state_dict, *args, **kwargs)
-
-    return wrapper
-
-
-LoraModel._load_from_state_dict = _noting_weights(LoraModel._load_from_state_dict)
+    for name, config in self.peft_config.items():
+        loaded = [B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")]
+        if loaded:
+            config.weights_loaded = True  # no field of the config, so it is not stored
+        trained = any(not B.is_meta and B.any() for B in loaded)  # a start is loaded, too, to be spread over ranks
+        if trained and vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
+            config.drift_steps = config.steps_of_weights
+    load_from_state_dict(self, state_dict, *args, **kwargs)
 
 
 def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
@@ -231,41 +212,29 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
         )
 
 
-def _telling_unguided(get_state_dict):
+@in_place_of(peft_model, "get_peft_model_state_dict")
+def _telling_unguided(
+    get_state_dict: Callable, model: PeftModel, state_dict=None, adapter_name: str = "default", **kwargs
+) -> dict[str, Tensor]:
     """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
-
-    @functools.wraps(get_state_dict)
-    def wrapper(model: PeftModel, state_dict=None, adapter_name: str = "default", **kwargs) -> dict[str, Tensor]:
-        weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
-        _warn_of_missed(model, adapter_name, weights)
-        return weights
-
-    return wrapper
+    weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
+    _warn_of_missed(model, adapter_name, weights)
+    return weights
 
 
-peft_model.get_peft_model_state_dict = _telling_unguided(peft_model.get_peft_model_state_dict)
-
-
-def _with_steering(print_trainable):
+@in_place_of(PeftModel, "print_trainable_parameters")
+def _with_steering(print_trainable: Callable, model: PeftModel) -> None:
     """How many of the adapted modules are steered, beside PEFT's count of parameters."""
-
-    @functools.wraps(print_trainable)
-    def wrapper(model: PeftModel) -> None:
-        print_trainable(model)
-        steered = [s for s in steered_of(model) if s.alpha]
-        if not steered:
-            return
-        modules = {s.module for s in steered if isinstance(s, SteeredAdapter)}
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        adapted = sum(any(adapter in layer.r for adapter in layer.active_adapters) for layer in layers)
-        tensors = sum(not isinstance(s, SteeredAdapter) for s in steered)
-        told = f" || steered tensors: {tensors}" if tensors else ""
-        print(f"steered modules: {len(modules)} of {adapted} adapted{told}")
-
-    return wrapper
-
-
-PeftModel.print_trainable_parameters = _with_steering(PeftModel.print_trainable_parameters)
+    print_trainable(model)
+    steered = [s for s in steered_of(model) if s.alpha]
+    if not steered:
+        return
+    modules = {s.module for s in steered if isinstance(s, SteeredAdapter)}
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = sum(any(adapter in layer.r for adapter in layer.active_adapters) for layer in layers)
+    tensors = sum(not isinstance(s, SteeredAdapter) for s in steered)
+    told = f" || steered tensors: {tensors}" if tensors else ""
+    print(f"steered modules: {len(modules)} of {adapted} adapted{told}")
 
 
 def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior | None) -> set[str]:

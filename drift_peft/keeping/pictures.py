@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import split_revision
+from ..warn import first_line
 from .file import decode_image, upright
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -210,5 +211,4 @@ def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{source} cannot be read as a data set: {reason[0]}") from error
+        raise ValueError(f"{source} cannot be read as a data set: {first_line(error.__cause__ or error)}") from error

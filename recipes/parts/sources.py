@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from drift_peft.keeping import PICTURES
+from drift_peft.warn import first_line
 
 from .images import Root
 
@@ -132,5 +133,4 @@ def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{source} cannot be read: {reason[0]}") from error
+        raise ValueError(f"{source} cannot be read: {first_line(error.__cause__ or error)}") from error

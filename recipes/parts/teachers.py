@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from drift_peft.keeping import data_address
+from drift_peft.warn import first_line
 
 PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
@@ -145,7 +146,7 @@ class Local:
             check_processor_settings(self.processor, processor_kwargs or {})
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
         except (OSError, ValueError, TypeError) as error:
-            raise TeacherError(f"the model {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
         self.batch_size = batch_size
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self.options = {"max_new_tokens": max_tokens, **sampling}

@@ -86,7 +86,7 @@ class MergedDelta:
         """What makes it again, without its output."""
         words = ["drift-peft", "merge-baseline", "--method", "task_arithmetic", "--scale", f"{self.scale}"]
         for role, origin in (("expert", self.expert), ("base", self.base), ("reference", self.reference)):
-            words += [] if origin is None else [f"--{role}", _named(origin)]
+            words += [] if origin is None else [f"--{role}", at_revision(origin["id"], origin.get("revision"))]
         words += ["--modules", *self.modules]
         words += ["--only-layers", *map(str, self.only_layers)] if self.only_layers else []
         words += ["--skip-first", str(self.skip_first)] if self.skip_first else []
@@ -130,7 +130,3 @@ def read_merge(config: Any) -> MergedDelta | None:
 
 def _write_config(folder: Path, config: dict) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _named(origin: dict[str, Any]) -> str:
-    return at_revision(origin["id"], origin.get("revision"))

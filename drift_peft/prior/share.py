@@ -20,6 +20,7 @@ from ..checkpoints import (
     UNTRAINED,
     Checkpoint,
     as_peft_reads,
+    at_revision,
     gathered,
     in_markdown,
     language_model_targets,
@@ -163,7 +164,7 @@ def _gate_recipe(header: dict) -> str:
     lines = [
         "gate_prior(",
         f'    "{FILE_NAME}",  # sha256 {gated["prior"]}',
-        f"    base={json.dumps('@'.join(filter(None, (shown(base['id']), base['revision']))))},",
+        f"    base={json.dumps(at_revision(shown(base['id']), base['revision']))},",
         f"    expert={expert},",
         f"    keep_set=…,  # sha256 {gated['keep_set']}",
         f"    texts={'…' if expert else None},",

@@ -25,16 +25,13 @@ def flags(parser: Parser) -> None:
 
 
 def run(adapter: str, server: str, output: str, base: str | None, overwrite: bool, as_json: bool) -> None:
-    from rich.table import Table
-
     from ..checkpoints import export_for_vllm
-    from .show import show
+    from .show import facts, show
 
     report = export_for_vllm(adapter, output, base, overwrite)
-    table = Table(show_header=False, title=f"adapter {report.output} for vLLM")
-    table.add_row("modules that it finds", str(report.modules))
-    table.add_row("under a name of its own", str(report.renamed))
-    table.add_row(
-        "serve with", f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME={report.output}"
-    )
-    show(asdict(report), as_json, table)
+    rows = {
+        "modules that it finds": report.modules,
+        "under a name of its own": report.renamed,
+        "serve with": f"--enable-lora --max-lora-rank {report.max_lora_rank} --lora-modules NAME={report.output}",
+    }
+    show(asdict(report), as_json, facts(f"adapter {report.output} for vLLM", rows))

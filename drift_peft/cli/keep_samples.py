@@ -19,16 +19,10 @@ def flags(parser: Parser) -> None:
 
 
 def run(keep_set: str, output: str, overwrite: bool, as_json: bool) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from ..keeping import KeepSet, write_samples
-    from .show import show
+    from .show import facts, show
 
     result = write_samples(KeepSet.load(keep_set), output, overwrite)
-    table = Table(show_header=False, title=Text(f"{keep_set} -> {result['samples']}"))
-    table.add_row("written", str(result["written"]))
-    for reason, number in result["left_out"].items():
-        table.add_row(f"left out: {reason}", str(number))
-    table.add_row("pictures", Text(result["pictures"]))
-    show(result, as_json, table)
+    left_out = {f"left out: {reason}": number for reason, number in result["left_out"].items()}
+    rows = {"written": result["written"], **left_out, "pictures": result["pictures"]}
+    show(result, as_json, facts(f"{keep_set} -> {result['samples']}", rows))

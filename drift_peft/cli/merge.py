@@ -31,22 +31,20 @@ def flags(parser: Parser) -> None:
 
 
 def run(as_json: bool, **settings) -> None:
-    from rich.table import Table
-
     from ..merge import merge_adapter, verification_table
-    from .show import show
+    from .show import facts, show
 
     report = merge_adapter(**settings)
-    table = Table(show_header=False, title=f"merged into {report.output}")
-    table.add_row("adapter modules merged", str(report.modules))
-    table.add_row("tensors written", str(report.tensors))
     change = "they were zero" if report.relative_change is None else f"{report.relative_change:.2e}"
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", change)
-    if report.trained_on is not None:
-        table.add_row("the base in training", report.trained_on)
     verified = "not verified (--verify)" if report.logits_error is None else f"{report.logits_error:.2e}"
-    table.add_row("logits against base + adapter, relative error", verified)
-    parts = [table]
+    rows = {
+        "adapter modules merged": report.modules,
+        "tensors written": report.tensors,
+        "change of the merged weights ‖W' − W‖/‖W‖": change,
+        **({} if report.trained_on is None else {"the base in training": report.trained_on}),
+        "logits against base + adapter, relative error": verified,
+    }
+    parts = [facts(f"merged into {report.output}", rows)]
     if report.verification is not None:
         parts += [verification_table(report.verification), report.verification.verdict]
     show(asdict(report), as_json, *parts)

@@ -56,22 +56,20 @@ def flags(parser: Parser) -> None:
 
 def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
     numbers = layers(only_layers)
-    from rich.table import Table
-
     from ..checkpoints import describe
     from ..merge import merge_baseline
-    from .show import show
+    from .show import facts, show
 
     taken = settings["exist_ok"] and Path(settings["output"]).exists()
     report = merge_baseline(only_layers=numbers, **settings)
-    table = Table(show_header=False, title=f"{report.method} merged into {report.output}")
-    table.add_row("weights of the task vectors", ", ".join(f"{weight:g}" for weight in report.weights))
-    table.add_row("density", "all entries" if report.density is None else f"{report.density:g}")
-    table.add_row("weights merged", str(report.merged))
-    if report.without_counterpart:
-        table.add_row("not merged, the expert has none", describe(report.without_counterpart))
-    table.add_row("tensors written", str(report.tensors))
-    change = report.relative_change
+    left, change = describe(report.without_counterpart), report.relative_change
     unknown = "not measured again: the folder exists" if taken else "they were zero"
-    table.add_row("change of the merged weights ‖W' − W‖/‖W‖", unknown if change is None else f"{change:.2e}")
-    show(asdict(report), as_json, table)
+    rows = {
+        "weights of the task vectors": ", ".join(f"{weight:g}" for weight in report.weights),
+        "density": "all entries" if report.density is None else f"{report.density:g}",
+        "weights merged": report.merged,
+        **({"not merged, the expert has none": left} if left else {}),
+        "tensors written": report.tensors,
+        "change of the merged weights ‖W' − W‖/‖W‖": unknown if change is None else f"{change:.2e}",
+    }
+    show(asdict(report), as_json, facts(f"{report.method} merged into {report.output}", rows))

@@ -20,13 +20,10 @@ def flags(parser: Parser) -> None:
 
 
 def run(prior: str, scale: float, output: str, base: str | None, overwrite: bool, as_json: bool) -> None:
-    from rich.table import Table
-
     from ..prior import ReasoningPrior
-    from .show import show
+    from .show import facts, show
 
     folder = ReasoningPrior.load(prior).as_lora(scale, output, base, overwrite)
-    table = Table(show_header=False, title=f"LoRA adapter {folder}")
-    table.add_row("adds", f"{scale:g}·Δ, with the LoRA scaling 1")
-    table.add_row("load with", f'PeftModel.from_pretrained(vlm, "{folder}")')
-    show({"output": folder, "scale": scale}, as_json, table)
+    rows = {"adds": f"{scale:g}·Δ, with the LoRA scaling 1"}
+    rows["load with"] = f'PeftModel.from_pretrained(vlm, "{folder}")'
+    show({"output": folder, "scale": scale}, as_json, facts(f"LoRA adapter {folder}", rows))

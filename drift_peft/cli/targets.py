@@ -18,7 +18,6 @@ def flags(parser: Parser) -> None:
 
 def run(model: str, prior: str | None, as_json: bool) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from ..checkpoints import Checkpoint
     from ..prior import ReasoningPrior
@@ -28,7 +27,7 @@ def run(model: str, prior: str | None, as_json: bool) -> None:
     loaded = None if prior is None else ReasoningPrior.load(prior)
     summary = targets_summary(Checkpoint(model), loaded)
     title = f"LoRA targets of {summary['model']} ({summary['class']})"
-    table = Table("module", "adapted", "steered", "left alone", title=Text(title))
+    table = Table("module", "adapted", "steered", "left alone", title=title)
     for row in summary["rows"]:
         steered = "no prior given" if row["steered"] is None else str(row["steered"])
         table.add_row(row["module"], str(row["adapted"]), steered, str(row["left"]))

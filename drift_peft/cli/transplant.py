@@ -43,19 +43,17 @@ def flags(parser: Parser) -> None:
 
 
 def run(as_json: bool, **settings) -> None:
-    from rich.table import Table
-
     from ..checkpoints import describe
     from ..merge import cost_table, transplant
-    from .show import show
+    from .show import facts, show
 
     report = transplant(**settings)
-    table = Table(show_header=False, title=f"transplanted into {report.output}")
-    table.add_row("weights merged" if settings["merged"] else "modules of the adapter", str(report.modules))
-    table.add_row("scale", f"{report.scale:g}")
-    if report.energy < 1:
-        table.add_row("energy of their Δ that is held", f"{report.energy:.1%}")
     stay = "embedding and head" if settings["merged"] else "norms, biases, embedding and head"
-    table.add_row("not changed", ", ".join(filter(None, [stay, describe(report.left_alone)])))
+    rows = {
+        "weights merged" if settings["merged"] else "modules of the adapter": report.modules,
+        "scale": f"{report.scale:g}",
+        **({"energy of their Δ that is held": f"{report.energy:.1%}"} if report.energy < 1 else {}),
+        "not changed": ", ".join(filter(None, [stay, describe(report.left_alone)])),
+    }
     costs = [cost_table(report.costs, report.scale)] if report.costs else []
-    show(asdict(report), as_json, table, *costs)
+    show(asdict(report), as_json, facts(f"transplanted into {report.output}", rows), *costs)

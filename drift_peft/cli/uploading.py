@@ -18,15 +18,11 @@ def upload_flags(parser: Parser) -> None:
 
 def upload(file: Any, repository: str, private: bool, revision: str | None, message: str | None, as_json: bool) -> None:
     """Push a prior or a keep set, and say how it is loaded from there."""
-    from rich.table import Table
-
     from ..checkpoints import at_revision
-    from .show import show
+    from .show import facts, show
 
     url = file.push_to_hub(repository, private=private or None, commit_message=message, revision=revision)
     name = at_revision(repository, revision)
-    table = Table(show_header=False, title=f"{file.source} uploaded")
-    table.add_row("commit", url)
-    table.add_row("load with", f'{type(file).__name__}.load("{name}")')
+    rows = {"commit": url, "load with": f'{type(file).__name__}.load("{name}")'}
     result = {"repository": repository, "revision": revision, "commit": url, "sha256": file.sha256}
-    show(result, as_json, table)
+    show(result, as_json, facts(f"{file.source} uploaded", rows))

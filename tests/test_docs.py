@@ -136,7 +136,7 @@ def test_what_a_field_does_not_allow_is_refused(name, outside):
 def test_pages_take_in_what_stands_elsewhere():
     link = '[x](../../recipes/README.md#y "insert {} Layouts of the data")'
     text = site_pages.whole_page(link.format("section"), "guides/data.md")
-    assert text.lstrip().startswith("What counts is a row's own keys") and "## Things to know" not in text
+    assert text.lstrip().startswith("Each row is read by its own keys") and "## Things to know" not in text
     rest = site_pages.whole_page(link.format("all but"), "guides/recipes.md")
     assert text.strip() not in rest and "## Things to know" in rest
     assert site_pages.whole_page("[r](../../benchmarks/RESULTS.md#x)", "guides/data.md") == "[r](../results.md#x)"
@@ -154,6 +154,14 @@ def test_what_a_page_inserts_is_a_link_where_it_is_read_as_a_file():
     for name, targets in inserts.items():
         assert all("://" in target or (DOCS / name).parent.joinpath(target).exists() for target in targets)
         assert '"insert' not in site_pages.whole_page(pages[name], name)
+
+
+def test_the_recipe_that_the_recipes_page_shows_is_one(tmp_path):
+    sft_vlm, arguments = pytest.importorskip("sft_vlm"), pytest.importorskip("parts.arguments")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(blocks(read("recipes/README.md"), "yaml")[0], encoding="utf-8")
+    run, drift, train = arguments.parse(["--config", str(file), "--use-cpu"], sft_vlm.__doc__)
+    assert run.keep_images == "pictures" and drift.r == 16 and train.num_train_epochs == 3
 
 
 def test_links_to_the_repository_have_its_address(monkeypatch):

@@ -156,6 +156,29 @@ def test_what_a_page_inserts_is_a_link_where_it_is_read_as_a_file():
         assert '"insert' not in site_pages.whole_page(pages[name], name)
 
 
+def headings(text):
+    """The anchors of a Markdown file, as GitHub makes them of its headings."""
+    told = re.findall(r"^#+ (.+)$", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in told}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere_where_a_page_is_read_as_a_file(page):
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)[^)]*\)", read(page)):
+        path = TEXTS[page].parent / target if target else TEXTS[page]
+        assert path.exists(), target
+        assert not anchor or anchor in headings(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def test_the_start_lists_every_page():
+    """Where it is read as a file there is no other list; pages that insert a whole file are listed as that file."""
+    listed = {(DOCS / target).resolve() for target in re.findall(r"\]\(([^)#\s:]+)\)", read("index.md"))}
+    whole = re.compile(r'\[[^\]]*\]\((\S+) "insert (?:file|all but [^"]+)"\)\s*')
+    for page in set(PAGES) - {"index.md"}:
+        inserted = whole.fullmatch(read(page))
+        assert (TEXTS[page].parent / inserted[1] if inserted else TEXTS[page]).resolve() in listed, page
+
+
 def test_the_recipe_that_the_recipes_page_shows_is_one(tmp_path):
     sft_vlm, arguments = pytest.importorskip("sft_vlm"), pytest.importorskip("parts.arguments")
     file = tmp_path / "recipe.yaml"

@@ -5,10 +5,18 @@ file.
     image_ends    I64 [images]   where each of them ends
     samples       I32 [N, 2]   image and question of each sample
 
-and of the answers what `sample_file` describes. The header also holds vlm (its id and revision), model_type, vocabulary
-(rows of its logits), processor (its class), image_mode (what it takes, such as RGB), prompt_tokens (of the first
-sample's question and image) and ends (tokens that end an answer), which older files lack, seed, generation (its
-settings) and the questions as [kind, text].
+and of the answers what `sample_file` describes. The header also holds:
+
+    vlm            its id and revision
+    model_type     its type in transformers
+    vocabulary     rows of its logits
+    processor      its class
+    image_mode     what the processor takes, such as RGB
+    prompt_tokens  of the first sample's question and image; older files lack it
+    ends           tokens that end an answer; older files lack it
+    seed           of the choice of images
+    generation     settings of the answers
+    questions      as [kind, text]
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..checkpoints import Decoder
@@ -36,6 +35,7 @@ PHASES = "forward pass", "loss", "backward pass"
 MOMENTS = "before the layers", *PHASES, "gradient before the layers"
 PHASE_OF = dict(zip(MOMENTS, (PHASES[0], *PHASES, PHASES[2]), strict=True))
 MEASURE = "train a few steps instead, and read peak_gpu_gb in run.json"
+DEVICE = torch.ops.prim.device.default
 TOP_K = 32  # log probabilities that are known of each answer token
 TILE = 4096, 32768  # tokens and tokens of the vocabulary whose logits TRL's loss has in memory at once
 
@@ -63,24 +63,32 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.bytes, self.moment = 0, MOMENTS[0]
         self.peaks = dict.fromkeys(MOMENTS, 0)
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[int, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._see(args, kwargs, made_here=False)
+        if func is DEVICE:  # two of three calls: autograd asks each gradient where it is
+            return args[0].fake_device
+        self._see((args, kwargs), made_here=False)
         out = func(*args, **(kwargs or {}))
         self._see(out, made_here=True)
         self.peaks[self.moment] = max(self.peaks[self.moment], self.bytes)
         return out
 
-    def _see(self, *values, made_here: bool) -> None:
-        for tensor in tree_iter(values):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
-                self._known[storage._cdata] = storage.nbytes() if made_here else 0
-                self.bytes += self._known[storage._cdata]
-                weakref.finalize(storage, self._forget, storage._cdata)
+    def _see(self, value, made_here: bool) -> None:
+        if isinstance(value, Tensor):
+            if (key := (storage := value.untyped_storage())._cdata) not in self._known:
+                size = storage.nbytes() if made_here else 0
+                self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
+                self.bytes += size
+        elif isinstance(value, (list, tuple)):  # in place of tree_iter, which takes as long as the operation itself
+            for inner in value:
+                self._see(inner, made_here)
+        elif isinstance(value, dict):
+            for inner in value.values():
+                self._see(inner, made_here)
 
     def _forget(self, storage: int) -> None:
-        self.bytes -= self._known.pop(storage)
+        self.bytes -= self._known.pop(storage)[0]
 
 
 class FourBit(nn.Linear):

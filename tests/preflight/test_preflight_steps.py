@@ -10,6 +10,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, MIXED, TEXT
 from tiny_memory import PART, settings, slow
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drift_peft import language_model_targets
 from drift_peft.checkpoints import Checkpoint, Decoder, assumed_quantization
@@ -187,3 +188,20 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     assert 0.8 <= memory.tower(wanted) / live.peaks["before the layers"] <= 2
     one = replace(wanted, images_per_sample=1)
     assert memory.tower(wanted) == 16 * memory.tower(one)
+
+
+def test_a_question_after_the_device_is_no_operation(monkeypatch):
+    """With linear attention two of three dispatches are such questions."""
+    seen = []
+    with FakeTensorMode(), dry.Live() as live:
+        made = [torch.zeros(4), (torch.zeros(2), {"other": torch.zeros(8)})]
+        monkeypatch.setattr(live, "_see", lambda *values, **_: seen.append(values))
+        assert torch.ops.prim.device.default(made[0]).type == "cpu" and not seen  # as autograd asks
+        made[0] + 1
+        assert seen
+    assert live.bytes == live.peaks["before the layers"] == 4 * (4 + 2 + 8)
+    with FakeTensorMode(), dry.Live() as live:
+        parts = torch.zeros(8).split(2)  # tensors in a tuple share what they are parts of
+        assert live.bytes == 4 * 8
+        del parts
+        assert live.bytes == 0

@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
 
 from ..arguments import check_whole, is_number
 from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
-from ..tuner import BATCH_ELEMENTS, is_guided
+from ..tuner import BATCH_ELEMENTS, DriftSettings, check_settings, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .recipe import check_type
 
@@ -94,6 +94,17 @@ class Settings:
             check_type(name, getattr(self, name), hint)
         if self.method not in METHODS:
             raise ValueError(f"method is {' or '.join(METHODS)}, got {self.method!r}")
+        if self.method == "drift":  # sft does not look at them
+            drift = {name: value for name, value in vars(self).items() if name.startswith("drift_")}
+            check_settings(DriftSettings(**drift))
+        if self.lora_dropout > 1:  # what is not above 0 is none, to PEFT too
+            raise ValueError(
+                f"lora_dropout is the probability that a number is left out, at most 1: {self.lora_dropout}"
+            )
+        if not 0 <= self.keep_weight < math.inf:
+            raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true, and training is in one of them: leave one out")
         if self.optim.removeprefix("paged_") not in STATE:
             known = ", ".join(STATE)
             raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {known}")

@@ -35,7 +35,7 @@ from .described import describe, own_fields
 from .fit import check_fingerprint, fitting_modules, weight_products
 from .guide import guide
 from .model import DriftModel
-from .settings import is_guided
+from .settings import DriftSettings, check_settings, is_guided
 from .steered import BATCH_ELEMENTS
 from .targets import targets_summary
 from .telemetry import telemetry

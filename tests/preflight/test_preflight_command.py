@@ -11,6 +11,7 @@ import yaml
 from command import run
 from hub import Hub
 from parts.arguments import RecipeParser
+from peft import LoraConfig
 from tiny import FAMILIES, save_layout, tiny_llm
 from tiny_memory import TINY, settings
 from trl import SFTConfig
@@ -157,6 +158,17 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["processor_kwargs={max_pixels: many}"], "max_pixels must be a whole number ≥ 1, got 'many'"),
         (["processor_kwargs={size: {longest_edge: 0}}"], "longest_edge must be a whole number ≥ 1, got 0"),
         (["processor_kwargs={max_soft_tokens: 1.5}"], "max_soft_tokens must be a whole number ≥ 1, got 1.5"),
+        (
+            ["drift_norm=wieght"],
+            "drift_norm='wieght' is unknown: choose one of 'factor', 'weight'; did you mean weight?",
+        ),
+        (["drift_rank=0"], "drift_rank must be None or a whole number ≥ 1, got 0"),
+        (["drift_sketch=-5"], "drift_sketch must be None or a whole number ≥ 1, got -5"),
+        (["drift_modules=[]"], "drift_modules must be None, or name presets"),
+        (["keep_weight=-1"], "keep_weight is a number of at least 0, and 0 keeps nothing, got -1"),
+        (["keep_weight=.nan"], "keep_weight is a number of at least 0, and 0 keeps nothing, got nan"),
+        (["lora_dropout=2"], "lora_dropout is the probability that a number is left out, at most 1: 2"),
+        (["bf16=true", "fp16=true"], "bf16 and fp16 are both true, and training is in one of them: leave one out"),
         (["base=no/where"], "no/where"),
         (["base=EMPTY"], "has no config.json"),
         (["base=TEXT"], "is no vision-language model"),
@@ -191,6 +203,14 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
         (tmp_path / "a.yaml").write_text(f"base: b\n{line}")
         with pytest.raises(ValueError, match=f"^{sentence}$"):
             read_settings(tmp_path / "a.yaml")
+
+
+def test_what_training_takes_is_not_refused():
+    """It leaves nothing out below 0, smooths by any factor, and with sft does not look at the guidance's settings."""
+    LoraConfig(lora_dropout=-1)
+    SFTConfig(label_smoothing_factor=2, use_cpu=True, bf16=False)
+    settings(lora_dropout=-1.0, label_smoothing_factor=2.0)
+    settings(method="sft", drift_rank=0)
 
 
 def test_a_file_that_is_no_recipe(capsys, tmp_path):

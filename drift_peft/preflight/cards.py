@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config
 from ..tuner import DriftConfig
-from .memory import Estimate, Memory, Settings, keep_tokens, optimizer_state, patches
+from .memory import KEEPING, Estimate, Memory, Settings, optimizer_state, patches
 from .recipe import as_meant, read_recipe
 
 CARDS = 8, 12, 16, 24  # GB
@@ -174,10 +174,12 @@ def _keeping(memory: Memory, settings: Settings, gb: float) -> dict | None:
         return {"replay": settings.replay, "time": settings.replay / (1 - settings.replay), "gb": 0.0}
     if not settings.keeps:
         return None
-    tokens, every = keep_tokens(memory.config, settings), settings.keep_every
+    step, every = memory.keep_step(settings), settings.keep_every
+    one = replace(settings, images_per_sample=1)
     samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    time = settings.keep_batch_size * tokens / (samples * settings.max_tokens) / every
-    return {"tokens": tokens, "step_samples": samples, "every": every, "time": time, "gb": gb}
+    time = settings.keep_batch_size * step.tokens / (samples * settings.max_tokens) / every
+    at_once = {"samples": step.batch, "tokens": step.tokens, "patches": patches(memory.config, one)}
+    return {**at_once, "step_samples": samples, "every": every, "time": time, "gb": gb}
 
 
 def keeping_sentence(summary: dict) -> str:
@@ -197,11 +199,14 @@ def keeping_sentence(summary: dict) -> str:
 
 def preflight_table(summary: dict) -> Table:
     """The parts of the estimate."""
-    settings = summary["settings"]
-    images = settings["images_per_sample"]
+    settings, keeping = summary["settings"], summary["keeping"]
+    samples, tokens = settings["per_device_train_batch_size"], settings["max_tokens"]
+    images, cut = settings["images_per_sample"], summary["patches"]
+    if summary["moment"].endswith(KEEPING):
+        samples, tokens, images, cut = keeping["samples"], keeping["tokens"], 1, keeping["patches"]
     caption = (
-        f"at its peak, the {summary['moment']}: {settings['per_device_train_batch_size']} x {settings['max_tokens']} "
-        f"tokens, each with {images} image{'s' * (images > 1)} of {summary['patches']} patches"
+        f"at its peak, the {summary['moment']}: {samples} x {tokens} tokens, each with {images} "
+        f"image{'s' * (images > 1)} of {cut} patches"
     )
     return parts_table(summary, f"training {summary['base']}", caption)
 

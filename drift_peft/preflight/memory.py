@@ -45,6 +45,7 @@ STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keep
 METHODS = "drift", "sft"
 WHOLE = ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size")
 WHOLE += ("gradient_accumulation_steps", "keep_batch_size", "keep_every", "keep_max_new_tokens")
+KEEPING = ", keeping"  # how the names of its moments end
 QUESTION = 32  # tokens of a keep set's question in its chat template, about
 
 
@@ -281,7 +282,7 @@ class Memory:
         step = self.keep_step(settings)
         earlier = {"keeping's gradients so far, 32 bits": 4 * trained * (step.batch < settings.keep_batch_size)}
         one = replace(settings, images_per_sample=1, per_device_train_batch_size=step.batch)
-        return self._moments(one, step, ", keeping", earlier)
+        return self._moments(one, step, KEEPING, earlier)
 
     def _guidance(self, settings: Settings) -> float:
         """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients

@@ -21,7 +21,7 @@ from drift_peft.checkpoints import Checkpoint, assumed_quantization
 from drift_peft.keeping.feed import Part
 from drift_peft.keeping.kept import Keeping
 from drift_peft.preflight import dry_run as dry
-from drift_peft.preflight.cards import estimate_summary, keeping_sentence, read_settings
+from drift_peft.preflight.cards import estimate_summary, keeping_sentence, preflight_table, read_settings
 from drift_peft.preflight.memory import QUESTION, Memory, Settings, keep_tokens
 
 ANSWER, PIXELS = 32, 64**2
@@ -125,6 +125,13 @@ def test_what_keeping_adds_is_told(capsys, tmp_path):
 
     memory, known = Memory(made, "tiny"), read_settings(tmp_path / "recipe.yaml")
     summary = estimate_summary(memory, known)["keeping"]
+    told = estimate_summary(memory, replace(known, images_per_sample=3, keep_batch_size=3))
+    for moment, caption in (
+        ("loss of the language model, keeping", "3 x 128 tokens, each with 1 image of 256 patches"),
+        ("loss of the language model", "2 x 256 tokens, each with 3 images of 768 patches"),
+    ):
+        table = preflight_table({**told, "moment": moment})
+        assert str(table.caption) == f"at its peak, the {moment}: {caption}"
     without = memory.estimate(replace(known, keep=None)).bytes
     assert summary["gb"] == (memory.estimate(known).bytes - without) / 1e9 >= 0
     assert (summary["tokens"], summary["time"]) == (128, 16 * 128 / (8 * 256) / 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
 
@@ -21,7 +23,7 @@ CARDS = 8, 12, 16, 24  # GB
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
 FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
 # Keys of a recipe that decide nothing here: those of recipes/parts/arguments.py, and TRL's own. Neither is imported,
-# since a recipe is looked at before TRL is installed.
+# since a recipe is looked at before TRL is installed. Where it is, its own may be more: see trl_keys.
 OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_images keep_samples "
           "keep_top_k keep_questions keep_bound merge verify lora_alpha use_rslora env").split()  # fmt: skip
 TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
@@ -30,10 +32,23 @@ TRL = ("activation_offloading assistant_only_loss chat_template_path completion_
        "truncation_mode trust_remote_code").split()  # fmt: skip
 
 
+def trl_keys() -> set[str]:
+    """TRL's own keys: those known here, and those that the installed one has, read from its source without an import,
+    which takes seconds."""
+    found, known = find_spec("trl"), {*TRL}
+    trainer = Path(found.origin).with_name("trainer") if found and found.origin else Path("nowhere")
+    for file in filter(Path.is_file, (trainer / "sft_config.py", trainer / "base_config.py")):
+        classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+        lines = [line for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
+        known |= {line.target.id for line in lines if isinstance(line.target, ast.Name)}
+    return known
+
+
 def recipe_keys() -> set[str]:
     """All that a recipe may have."""
     ours = {field.name for field in fields(DriftConfig) if field.name.startswith("drift_")} - {"drift_steps"}
-    return {*get_type_hints(Settings), *OTHERS, *TRL, *ours, *(field.name for field in fields(TrainingArguments))}
+    trained = {field.name for field in fields(TrainingArguments)}
+    return {*get_type_hints(Settings), *OTHERS, *trl_keys(), *ours, *trained}
 
 
 def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:

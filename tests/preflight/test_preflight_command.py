@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from dataclasses import fields, replace
 
 import preflight as benchmark
@@ -14,10 +15,12 @@ from parts.arguments import RecipeParser
 from peft import LoraConfig
 from tiny import FAMILIES, save_layout, tiny_llm
 from tiny_memory import TINY, settings
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from drift_peft import gate_prior
-from drift_peft.preflight.cards import USABLE, advise, cards_table, read_settings, recipe_keys
+from drift_peft.preflight import cards
+from drift_peft.preflight.cards import TRL, USABLE, advise, cards_table, read_settings, recipe_keys, trl_keys
 from drift_peft.preflight.gating import gating_table
 from drift_peft.preflight.memory import Memory, Settings
 
@@ -132,6 +135,20 @@ def test_a_recipe_may_have_the_keys_that_training_takes():
     taken = {action.dest for action in parser._actions} - {"help", "config"} | {"env"}
     ours = taken - {field.name for field in fields(SFTConfig)}
     assert taken <= recipe_keys() and ours == recipe_keys() - {field.name for field in fields(SFTConfig)}
+
+
+def test_keys_of_a_newer_trl_are_those_that_it_has(tmp_path, monkeypatch):
+    here = {field.name for field in fields(SFTConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert here <= {*trl_keys()}
+    trainer = tmp_path / "trl" / "trainer"
+    trainer.mkdir(parents=True)
+    (tmp_path / "trl" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    (trainer / "sft_config.py").write_text("class SFTConfig:\n    brand_new: int = 1\n    other = 2\n")
+    monkeypatch.delitem(sys.modules, "trl")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert trl_keys() == {*TRL, "brand_new"} and "brand_new" in recipe_keys()
+    monkeypatch.setattr(cards, "find_spec", lambda name: None)
+    assert trl_keys() == {*TRL}
 
 
 @pytest.mark.parametrize(("key", "way_out"), [

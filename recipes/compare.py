@@ -7,8 +7,8 @@
 The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, the prior gated on the
 expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping: all
 on the same samples, with the same seeds and budget. They are examined on samples that were held out of the data, or on
---test, and on the VLM's own answers about the images of these, which no way has trained on. The same command goes on
-where it was stopped.
+--test, and on the VLM's own answers about the images of these. Samples with an image in common are held out together,
+so that no way has trained on these images. The same command goes on where it was stopped.
 
 The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
 there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
@@ -41,6 +41,7 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
+from parts.held_out import groups_of, in_common, marks_of, split
 from parts.journal import Journal
 from parts.processing import processor_settings
 from parts.teachers import PROMPT
@@ -220,30 +221,6 @@ def read_data(args: Namespace, settings: dict) -> tuple[Dataset, Dataset | None,
     return dataset, tested, digest.hexdigest()
 
 
-def split(dataset: Dataset, args: Namespace) -> dict[str, str]:
-    """The samples to train on and those that are held out, as files.
-
-    Raises:
-        ValueError: there are too few.
-    """
-    from parts.parquet import write_parquet
-
-    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-    sizes = {"test": 0 if args.test else args.held_out, "validation": args.held_out if args.search else 0}
-    if 2 * sum(sizes.values()) > len(dataset):
-        told = f"{sum(sizes.values())} of the {len(dataset)} samples of the data would be held out"
-        raise ValueError(f"{told}: hold out fewer with --held-out, or name other samples with --test")
-    test, rest = order[: sizes["test"]], order[sizes["test"] :]
-    rows = {"test": test, "train": rest}
-    if args.search:
-        rows |= {"validation": rest[: args.held_out], "fitting": rest[args.held_out :]}
-    files = {name: args.output / f"{name}.parquet" for name, numbers in rows.items() if numbers}
-    for name, file in files.items():
-        if not file.exists():
-            write_parquet(dataset.select(sorted(rows[name])), file)
-    return {"test": args.test, **{name: str(file) for name, file in files.items()}}
-
-
 def has_images(dataset: Dataset) -> bool:
     return any(map(len, dataset.with_format("arrow")["images"]))
 
@@ -299,6 +276,12 @@ def compare(args: Namespace) -> dict:
     processor = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
     asked["examined with processor_kwargs"] = processor or None  # which earlier versions did not do
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
+    groups = groups_of(marks := marks_of(dataset))
+    if len(groups) < len(dataset):
+        asked["samples with an image in common"] = "held out together"  # which earlier versions did not do
+    if tested is not None and (shared := in_common(marks, marks_of(tested))):
+        told = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
+        print(f"note: {told}, so that what is learnt of these images counts too", file=sys.stderr)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
@@ -306,7 +289,7 @@ def compare(args: Namespace) -> dict:
     ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep, texts)
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         ledger.begin()  # what is made next is of these settings
-        data = split(dataset, args)
+        data = split(dataset, groups, args)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         measured = {way.name: comparison.measure(way) for way in ways}

@@ -1,0 +1,88 @@
+"""Samples to train on and samples to examine with, which have no image in common.
+
+Samples with an image in common, be it through others, stay together: a data set often asks several questions about an
+image. The image is its content, wherever it lies. Samples without images are each by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from .parquet import write_parquet
+
+
+def marks_of(dataset: datasets.Dataset) -> list[set[str]]:
+    """What stands for each sample's images: a hash of the content of each."""
+    hashed = cache(lambda path: _hash(Path(path).read_bytes()))
+    plain = dataset.select_columns("images").cast_column("images", [datasets.Image(decode=False)])
+    return [
+        {hashed(image["path"]) if image["bytes"] is None else _hash(image["bytes"]) for image in row["images"]}
+        for row in plain
+    ]
+
+
+def groups_of(marks: list[set[str]]) -> list[list[int]]:
+    """The samples that have an image in common, be it through others, in the order of the first of each group."""
+    parents = list(range(len(marks)))
+    first: dict[str, int] = {}
+
+    def root(row: int) -> int:
+        while parents[row] != row:
+            row = parents[row]
+        return row
+
+    for row, images in enumerate(marks):
+        for image in images:
+            one, other = sorted((root(row), root(first.setdefault(image, row))))
+            parents[other] = one
+    groups: dict[int, list[int]] = {}
+    for row in range(len(marks)):
+        groups.setdefault(root(row), []).append(row)
+    return list(groups.values())
+
+
+def split(dataset: datasets.Dataset, groups: list[list[int]], args: Namespace) -> dict[str, str]:
+    """The samples to train on and those that are held out, as files.
+
+    At least --held-out are held out, more where the last group has more. A group that is larger than that comes last.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    drawn = [groups[number] for number in np.random.default_rng(0).permutation(len(groups))]
+    order = iter(sorted(drawn, key=lambda group: len(group) > args.held_out))
+    sizes = {"test": 0 if args.test else args.held_out, "validation": args.held_out if args.search else 0}
+    rows: dict[str, list[int]] = {name: [] for name in sizes}
+    for name, size in sizes.items():
+        while len(rows[name]) < size and (group := next(order, None)):
+            rows[name] += group
+    held = max(sum(map(len, rows.values())), sum(sizes.values()))
+    if 2 * held > len(dataset):
+        told = f"{held} of the {len(dataset)} samples of the data would be held out"
+        if len(groups) < len(dataset):
+            told += f", where samples with an image in common stay together, up to {max(map(len, groups))} of them"
+        raise ValueError(f"{told}: hold out fewer with --held-out, or name other samples with --test")
+    rows["train"] = sorted({*range(len(dataset))} - {*rows["test"]})
+    if args.search:
+        rows["fitting"] = sorted({*rows["train"]} - {*rows["validation"]})
+    files = {name: args.output / f"{name}.parquet" for name, numbers in rows.items() if numbers}
+    for name, file in files.items():
+        if not file.exists():
+            write_parquet(dataset.select(sorted(rows[name])), file)
+    return {"test": args.test, **{name: str(file) for name, file in files.items()}}
+
+
+def in_common(marks: list[set[str]], others: list[set[str]]) -> int:
+    """How many of the others have an image of these."""
+    images = set().union(*marks)
+    return sum(not images.isdisjoint(each) for each in others)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,115 @@
+"""What recipes/compare.py examines with has no image in common with what is trained on."""
+
+import io
+import json
+from argparse import Namespace
+
+import compare
+import datasets
+import pytest
+import yaml
+from parts.held_out import groups_of, in_common, marks_of, split
+from parts.loading import load_messages
+from PIL import Image
+
+
+def picture(number):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(content, format="PNG")
+    return content.getvalue()
+
+
+def save(folder, samples, name="data.jsonl"):
+    """samples: the numbers of the images of each."""
+    for number in {number for images in samples for number in images}:
+        (folder / f"{number}.png").write_bytes(picture(number))
+        (folder / f"copy_of_{number}.png").write_bytes(picture(number))
+    file = folder / name
+    with open(file, "w") as lines:
+        for i, images in enumerate(samples):
+            told = {"question": f"{i}?", "answer": "5", "images": [f"{'copy_of_' * (i % 2)}{n}.png" for n in images]}
+            lines.write(json.dumps(told) + "\n")
+    return file
+
+
+def asked(output, **more):
+    return Namespace(**{"output": output, "test": None, "held_out": 40, "search": 0} | more)
+
+
+def images(file):
+    dataset = datasets.Dataset.from_parquet(file).cast_column("images", [datasets.Image(decode=False)])
+    return [image["bytes"] for row in dataset["images"] for image in row]
+
+
+@pytest.mark.parametrize("search", [0, 3])
+def test_questions_about_one_image_are_held_out_together(search, tmp_path):
+    """Also where copies of it lie elsewhere."""
+    dataset, _ = load_messages(save(tmp_path, [[i // 4] for i in range(200)]))
+    files = split(dataset, groups_of(marks_of(dataset)), asked(tmp_path, search=search))
+    sizes = {name: len(images(file)) for name, file in files.items() if file}
+    assert sizes == {"test": 40, "train": 160} | ({"validation": 40, "fitting": 120} if search else {})
+    assert not {*images(files["test"])} & {*images(files["train"])}
+    if search:
+        assert not {*images(files["validation"])} & {*images(files["fitting"])}
+        assert {*images(files["validation"])} | {*images(files["fitting"])} == {*images(files["train"])}
+
+
+def test_what_has_an_image_in_common_through_others_belongs_together():
+    marks = [{"a"}, {"b"}, set(), {"c"}, {"a", "b"}, set(), {"b", "d"}]
+    assert groups_of(marks) == [[0, 1, 4, 6], [2], [3], [5]]
+    assert in_common([{"a", "b"}, set()], marks) == 4
+
+
+def test_an_image_of_half_the_data_is_trained_on_if_there_are_others(tmp_path):
+    """And the last group may have more samples than are missing."""
+    dataset, _ = load_messages(save(tmp_path, [[0] for _ in range(20)] + [[1 + i // 3] for i in range(21)]))
+    files = split(dataset, groups_of(marks_of(dataset)), asked(tmp_path, held_out=4))
+    assert len(images(files["test"])) == 6 and picture(0) not in images(files["test"])
+    with pytest.raises(
+        ValueError,
+        match="21 of the 41 samples of the data would be held out, where samples with an image in common stay "
+        "together, up to 20 of them: hold out fewer with --held-out, or name other samples with --test",
+    ):
+        split(dataset, groups_of(marks_of(dataset)), asked(tmp_path / "other", held_out=19))
+
+
+def test_samples_to_test_with_whose_images_are_trained_on_are_counted(tmp_path, monkeypatch, capsys):
+    trained, tested = save(tmp_path, [[1], [2], [2], []]), save(tmp_path, [[2], [1], [3], [], [5, 1]], "test.jsonl")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base": "b", "data": str(trained), "method": "sft", "use_cpu": True}))
+
+    def launch(*command):
+        raise compare.Failed("stopped")
+
+    monkeypatch.setattr(compare, "launch", launch)
+    said = f"note: 3 of the 5 samples of {tested} have an image that is trained on"
+    for test, told in ((tested, [said]), (None, [])):
+        more = ["--test", str(test)] if test else ["--held-out", "1"]
+        with pytest.raises(SystemExit, match="stopped"):
+            compare.main([str(recipe), "-o", str(tmp_path / f"out{bool(test)}"), *more, "--ways", "base"])
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+        assert [line.partition(",")[0] for line in notes] == told
+
+
+def test_a_comparison_whose_samples_were_held_out_one_by_one_is_not_gone_on_with(tmp_path, monkeypatch):
+    """A comparison of an earlier version, where this would be another one."""
+    for name, samples in (("shared", [[1], [1], [2], [3], [4], [5]]), ("alone", [[1], [2], [3], [4], [], []])):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"base": "b", "data": str(save(folder, samples)), "method": "sft", "use_cpu": True}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o"}))
+
+        def launch(*command):
+            raise compare.Failed("stopped")
+
+        monkeypatch.setattr(compare, "launch", launch)
+        flags = [str(folder / "recipe.yaml"), "-o", str(folder / "out"), "--held-out", "2", "--ways", "base"]
+        with pytest.raises(SystemExit, match="stopped"):
+            compare.main(flags)
+        ledger = folder / "out" / "ledger.jsonl"
+        before = json.loads(ledger.read_text())
+        before.pop("samples with an image in common", None)
+        ledger.write_text(json.dumps(before) + "\n")
+        told = {"shared": r"samples with an image in common \(None, now held out together\)", "alone": "stopped"}
+        with pytest.raises(SystemExit, match=told[name]):
+            compare.main(flags)

@@ -23,6 +23,7 @@ reading       what a response, or a known answer, gives as its answer, and by wh
 options       the options of a question, and the letters that name them
 units         a value and its unit
 plain         an answer without what changes only its looks
+numerals      numbers, dates and times in words
 equality      whether two answers are the same
 answers       whether a response is right: read, and compared in a process of its own
 scoring       the frozen scorer, and what stands for its version

@@ -46,6 +46,8 @@ def _same(answer: str, gold: str, options: dict[str, str]) -> bool:
     if not answer or not gold:
         return False
     options = {letter: plain(text) for letter, text in options.items()}
+    if not options and len(answer) == len(gold) == 1:  # r is not R, nor b B where they name no option
+        return answer == gold
     if _same_text(answer, gold):
         return True
     several, known_several = choices(answer, options), choices(gold, options)
@@ -82,8 +84,10 @@ def _same_text(one: str, other: str) -> bool:
     if one == other:
         return bool(one)
     one, other = (ARTICLE.sub("", text) for text in (one, other))
-    return one.casefold() == other.casefold() and bool(
-        re.fullmatch(r"[A-Ja-j]|(?:[^\W\d_]{2,}|a|an|I)(?:[\s,'-]+(?:[^\W\d_]{2,}|a|an|I|s))*", one, re.IGNORECASE)
+    return (
+        len(one) > 1
+        and one.casefold() == other.casefold()
+        and bool(re.fullmatch(r"(?:[^\W\d_]{2,}|a|an|I)(?:[\s,'-]+(?:[^\W\d_]{2,}|a|an|I|s))*", one, re.IGNORECASE))
     )
 
 
@@ -270,7 +274,7 @@ def _parse(text: str) -> list:
 
 def _only_text(text: str) -> bool:
     """Words, a date or a time of day: math-verify would multiply letters and divide hours by minutes."""
-    without = re.sub(r"\\[A-Za-z]+|\b(?:or|and)\b", " ", text)
+    without = re.sub(r"\\log\s*_\s*(?:\{\d+\}|\d)|\\[A-Za-z]+|\b(?:or|and)\b", " ", text)
     return bool(
         re.search(
             r"[^\W\d_]{2,}|\b\d{1,2}:\d\d\b|\b\d{4}-\d\d-\d\d\b|\b\d\d?/\d\d?/\d{4}\b|\d'+\s*$|[?!]{2}|[+\-?]\s*$|_",

@@ -17,7 +17,10 @@ LETTER = re.compile(
     r"(?:option|choice|answer)?\s*[(\[{<]*(?P<letter>[A-Ja-j])(?:[)\]}>]+[.:]?|[.:、．：](?=\s|$)|$)\s*(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-BEFORE = re.compile(r"(?P<letter>[A-J])\s+(?P<text>[\d\\$+\-−(.|√€£].*)", re.DOTALL)  # `B 5`; but `A dog` has no letter
+BEFORE = re.compile(  # `B 5`; but `A dog` has no letter, and A ∪ B is a formula
+    r"(?P<letter>[A-J])\s+(?![+\-−]\s|\\(?:cup|cap|times|cdot|in|to|le|ge|ne|pm)\b)(?P<text>[\d\\$+\-−(.|√€£].*)",
+    re.DOTALL,
+)
 AFTER = re.compile(r"(?P<text>.*\S)\s*[(\[]\s*(?:option|choice)?\s*(?P<letter>[A-J])[)\]]", re.DOTALL | re.IGNORECASE)
 
 

@@ -32,12 +32,17 @@ HASHES = re.compile(r"####\s*(\S.*)")
 
 NAME = r"(?:(?:final|correct|right|best)\s+){0,2}(?:answer|option|choice)s?"
 ABOUT = r"(?:\s+(?:to|for|of|in)\s[^.:=?!]{0,60}?)?(?:\s*\([^()]{0,40}\))?"
+ABROAD = (  # in other languages
+    r"(?:réponse|antwort|respuesta|risposta|resposta|ответ)(?:\s+(?:final|finale|correct[ea]|corretta))?"
+)
 SAID = re.compile(
     rf"(?i)(?:(?<![\w-]){NAME}\b{ABOUT}\s*[*_]*\s*"
     r"(?:(?:is|are|would be|should be|must be)\b(?!n't)\s*:?|[:：=]|->|→|⇒)|"
-    r"(?<![\w-])ans\s*[.:=]|答案\s*(?:是|为|為|[:：]))[\s*_]*"
+    r"(?<![\w-])ans\s*[.:=]|(?:答案|答え|正解|正答|정답|답)\s*(?:是|为|為|は|은|는|[:：])|"
+    rf"(?<![\w-]){ABROAD}\s*[*_]*\s*(?:(?:est|ist|lautet|es|è|é)\b\s*:?|[:：=—]))[\s*_]*"
 )
-HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案)\s*[:：]?$")
+VERB_LAST = re.compile(r"(?<=\S)\s*(?:です|である|だ|입니다|이다|이에요|예요)\s*[.。]?$")
+HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案|答え|正解|정답|답|{ABROAD})\s*[:：]?$")
 NAMED_LAST = re.compile(rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?P<said>\(?[A-J]\)?)\s*\.?$")
 LEAD_IN = re.compile(
     r"(?i)^(?:therefore|thus|then|hence|simply|clearly|indeed|definitely|likely|probably|most likely|that|equal to|"
@@ -258,7 +263,7 @@ def _clause(said: str) -> str:
     said = said.strip()
     said = SENTENCE_END.split(said)[0]
     said = REASON.split(said)[0] or said
-    return LEAD_IN.sub("", said).strip()
+    return VERB_LAST.sub("", LEAD_IN.sub("", said)).strip()
 
 
 def _sentence_of(line: str, found: re.Match) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from .answers import is_known
 from .reading import UNFINISHED, read_answer
 
-VERSION = 3  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
-FILES = ("scoring", "answers", "reading", "options", "plain", "equality", "units")
+VERSION = 4  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
+FILES = ("scoring", "answers", "reading", "options", "plain", "numerals", "equality", "units")
 
 
 def scorer() -> dict:

@@ -1,0 +1,100 @@
+"""Numbers, dates and times in words, as the one way to write them that is compared."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from datetime import datetime
+from fractions import Fraction
+from functools import cache
+
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+LONGEST = 20  # words of a number
+DATES = ("%d %B %Y", "%d %b %Y", "%B %d %Y", "%b %d %Y", "%Y %B %d", "%Y %b %d")
+TIMES = ("%I:%M %p", "%I %p", "%H:%M")
+
+
+@cache
+def _words() -> dict[str, int]:
+    from num2words import num2words
+
+    return {num2words(n): n for n in (*range(20), *range(20, 100, 10))}
+
+
+@cache
+def _parts_in_words() -> dict[str, int]:
+    from num2words import num2words
+
+    named = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4}
+    for n in range(3, 101):
+        ordinal = num2words(n, to="ordinal")
+        named |= {ordinal: n, f"{ordinal}s": n}
+    return named
+
+
+def _number(words: list[str]) -> int | None:
+    """105 of `one hundred and five`; None of what is not how a number is said, such as `nineteen eighty four`."""
+    from num2words import num2words
+
+    said = re.sub(
+        rf"\b({'|'.join(SCALES)}) and(?= )", r"\1", re.sub("^an? ", "one ", " ".join(words).casefold())
+    ).split()
+    total = part = 0
+    for word in said:
+        if word in _words():
+            part += _words()[word]
+        elif word == "hundred":
+            part *= 100
+        elif word in SCALES:
+            total, part = total + part * 10 ** SCALES[word], 0
+        else:
+            return None
+    spelled = re.sub(r"-|,|\band\b", " ", num2words(total + part)).split()
+    return total + part if said == spelled else None
+
+
+def numbers_in_words(text: str) -> str:
+    """`two thirds`, `three and a half`, `minus five`, `5 million` and `5 squared` as the numbers that they are."""
+    if not re.match(r"(?i)^-?(?:[a-z]{3,}(?:[ -]|$)|a |\d[\d.]* ?[a-z])", text):
+        return text
+    if below := re.match(r"(?i)(?:minus|negative) (?=\w)", text):
+        number = numbers_in_words(text[below.end() :])
+        return f"-{number}" if number[0] in "0123456789(" else text
+    words = re.split(r"[ -]", text)
+    for length in range(min(len(words), LONGEST), 0, -1):
+        if (number := _number(words[:length])) is not None:
+            text = " ".join([str(number), *words[length:]])
+            break
+    if found := re.fullmatch(r"(?i)(?:(\d+)|an?)[ -]([a-z]+)", text) or re.fullmatch(r"(?i)(one )?(half)", text):
+        if part := _parts_in_words().get(found[2].casefold()):
+            return f"{found[1] if found[1] and found[1].isdigit() else 1}/{part}"
+    if found := re.match(r"(?i)(\d{1,15}) and (an?|[a-z]+|\d{1,15}) ([a-z]+)\b", text):
+        count, part = found[2].casefold(), _parts_in_words().get(found[3].casefold())
+        count = 1 if count in ("a", "an") else int(count) if count.isdigit() else _words().get(count)
+        if count and part:
+            return f"({int(found[1]) * part + count}/{part}){text[found.end() :]}"
+    text = re.sub(r"(?i)^(-?\d[\d.]*) squared$", r"(\1)^2", text)
+    text = re.sub(r"(?i)^(-?\d[\d.]*) cubed$", r"(\1)^3", text)
+    if found := re.match(rf"(?i)^(-?\d{{1,15}}(?:\.\d{{1,15}})?) ({'|'.join(SCALES)}|dozen)s?\b(?!-)", text):
+        times = 12 if found[2].casefold() == "dozen" else 10 ** SCALES[found[2].casefold()]
+        value = Fraction(found[1]) * times
+        if value.denominator == 1:
+            text = f"{value}{text[found.end() :]}"
+    return text
+
+
+def date_or_time(text: str) -> str:
+    """2023-01-05 of a date whose month is named, 15:45 of `3:45 pm`; 01/05/2023, which has two readings, stays."""
+    if not 3 < len(text) < 40 or not re.search(r"\d", text):
+        return text
+    day = " ".join(re.sub(r"(?i)(?<=\d)(?:st|nd|rd|th)\b|,|\bof\b|\bthe\b|(?<=[a-z]{3})\.", " ", text).split())
+    for said, written in ((day, "%Y-%m-%d"), (f"{day} 2000", "month %m day %d")):  # some give no year
+        for form in DATES:
+            with suppress(ValueError):
+                return format(datetime.strptime(said, form), written)
+    for form in TIMES:
+        with suppress(ValueError):
+            time = datetime.strptime(text, form)
+            half = "" if form == "%H:%M" or not 1 <= time.hour <= 12 else f" {time:%p}".lower()  # 3:45 may be pm
+            return f"{time:%H:%M}{half}"
+    return text

@@ -22,6 +22,8 @@ turns in parts, with the chain of thought in reasoning_content, reasoning or thi
   {"messages": [{"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type": "text", "text": "How many?"}]}, {"role": "assistant", "reasoning_content": "2 + 3 = 5", "content": "5"}]}
 turns, as ShareGPT and LLaVA have them
   {"conversations": [{"from": "human", "value": "<image>How many?"}, {"from": "gpt", "value": "5"}], "image": "1.png"}
+prompt and completion, as TRL has them: texts, or turns in both
+  {"prompt": "<image>How many?", "completion": "5", "image": "1.png"}
 question, problem or query, and answer, solution or response
   {"question": "How many?", "answer": "5", "image": "1.png"}
 the same with how it is solved: trained are both, and evaluated is the answer
@@ -32,8 +34,10 @@ the same with options or choices; the answer is a letter, a text, or an index, f
 PLACEHOLDER = "<image>"
 FOREIGN = re.compile(r"<(?:video|audio)>|<image[ _-]?\d+>")
 TURNS, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
+PAIR = ("prompt", "completion")
 OTHERS = ("videos", "video", "audios", "audio")
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES |= {"system": "system", "developer": "system"}  # the later name
 
 
 class Sample(NamedTuple):
@@ -91,7 +95,10 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
     open_places = found.count(None)
     if open_places != len(given):
         numbers = f"{_count(open_places, 'placeholder')} for {_count(len(given), 'image')}"
-        raise BadSample("placeholders != images", f"has {numbers}: give each image its {PLACEHOLDER}")
+        way = f"give each image its {PLACEHOLDER}"
+        if not given:
+            way = f"add the image, or take {PLACEHOLDER} out of the text"
+        raise BadSample("placeholders != images", f"has {numbers}: {way}")
     given = iter(given)
     images = [next(given) if value is None else value for value in found]
     used = {*read, pictures, "system"}
@@ -111,7 +118,11 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
         raise BadSample("unknown layout", f"has a system that is {str(system)[:40]!r}: a text")
     start = [("system", system)] if system and system.strip() else []
     key = next((key for key in TURNS if sample.get(key)), None)
-    if key is None:
+    turns, read = sample.get(key), [key]
+    if key is None and all(sample.get(name) for name in PAIR):
+        key, read = ", ".join(PAIR), [*PAIR]
+        turns = [*_spoken(sample["prompt"], "user"), *_spoken(sample["completion"], "assistant")]
+    elif key is None:
         found = read_question(sample)
         if found is None:
             raise BadSample(
@@ -122,7 +133,6 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
         question, chain, answer, read = found
         answer = with_chain(chain, answer) if chains and answer.strip() else answer
         return [*start, ("user", question), ("assistant", answer)], ", ".join(read), read, {}
-    turns = sample[key]
     if isinstance(turns, str):
         try:
             turns = json.loads(turns)  # parquet files hold them so
@@ -142,7 +152,12 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
         named.append((ROLES[role], content))
         used = {*names, thought}
         unread |= {f"{key}[].{name}": _begin(said) for name, said in turn.items() if name not in used and _says(said)}
-    return named, f"{key} ({', '.join(names)})", [key], unread
+    return named, f"{key} ({', '.join(names)})", read, unread
+
+
+def _spoken(said, role: str) -> list:
+    """The turns of a prompt or a completion, which may be one text."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else [*said] if isinstance(said, list) else [said]
 
 
 def _after(chain, content, name: str):

@@ -22,12 +22,55 @@ def asked(read):
 
 def test_the_documented_rows_are_read():
     rows = [line for line in LAYOUTS.splitlines() if line.startswith("  ")]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
         read = read_sample(row)
         assert read.images == ["1.png"] and not read.unread and "How many?" in asked(read)
         assert last_answer(read.messages).removeprefix("<think>\n2 + 3 = 5\n</think>\n\n") in ("5", "B")
     assert "\n".join(line.strip() for line in LAYOUTS.splitlines()) in README
+
+
+def test_prompt_and_completion_are_texts_or_turns_as_trl_has_them():
+    question, answer = [{"role": "user", "content": "How many?"}], [{"role": "assistant", "content": "5"}]
+    rules = [{"role": "system", "content": "Be short."}]
+    later = [*answer, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]
+    for prompt, completion, roles, last in (
+        ("How many?", "5", "ua", "5"), (question, answer, "ua", "5"), (rules + question, answer, "sua", "5"),
+        (question, "5", "ua", "5"), (question, later, "uaua", "Yes"),
+    ):  # fmt: skip
+        row = {"prompt": prompt, "completion": completion, "images": ["1.png"]}
+        for sample in (row, json.dumps(row)):
+            read = read_sample(sample)
+            assert "".join(turn["role"][0] for turn in read.messages) == roles and last_answer(read.messages) == last
+            assert read.images == ["1.png"] and not read.unread
+    assert read_sample({**turns("q", "a"), "prompt": "b", "completion": "c"}).unread == {
+        "prompt": "b",
+        "completion": "c",
+    }
+    for prompt, completion, told in (
+        ("How many?", 5, "no list of turns"), (["How many?"], "5", "no list of turns"), ("How many?", "", "name its"),
+        ("How many?", [{"role": "tool", "content": "5"}], "has a turn whose role is 'tool'"),
+    ):  # fmt: skip
+        with pytest.raises(BadSample, match=told):
+            read_sample({"prompt": prompt, "completion": completion})
+
+
+def test_the_developer_is_the_system():
+    row = {"messages": [{"role": "developer", "content": "Be short."}, *turns("q", "5")["messages"]]}
+    assert [turn["role"] for turn in read_sample(row).messages] == ["system", "user", "assistant"]
+
+
+def test_a_placeholder_too_many_and_one_too_few_have_other_ways_out():
+    for text, images, told in (
+        (
+            "What is <image> in HTML?",
+            [],
+            "has 1 placeholder for 0 images: add the image, or take <image> out of the text",
+        ),
+        ("<image>?", ["1.png", "2.png"], "has 1 placeholder for 2 images: give each image its <image>"),
+    ):
+        with pytest.raises(BadSample, match=told):
+            read_sample({**turns(text, "5"), "images": images})
 
 
 THOUGHT = "<think>\n2 + 3 = 5\n</think>\n\n5"

@@ -5,10 +5,11 @@
     python recipes/compare.py recipe.yaml -o compared --search 20
 
 The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, the prior gated on the
-expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping: all
-on the same samples, with the same seeds and budget. They are examined on samples that were held out of the data, or on
---test, and on the VLM's own answers about the images of these. Samples with an image in common are held out together,
-so that no way has trained on these images. The same command goes on where it was stopped.
+expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping. Held
+LoRA is compared where --ways names it. All train on the same samples, with the same seeds and budget. They are examined
+on samples that were held out of the data, or on --test, and on the VLM's own answers about the images of these. Samples
+with an image in common are held out together, so that no way has trained on these images. The same command goes on
+where it was stopped.
 
 The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
 there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
@@ -31,6 +32,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +43,9 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
-from parts.held_out import groups_of, in_common, marks_of, split
+from parts.held_out import groups_of, in_common, marks_of, rows_of, split
 from parts.journal import Journal
+from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
@@ -82,6 +85,7 @@ class Comparison:
         keep: keep set of the ways that keep, made by the first of them; None if there are no images to make it of.
         keep_sets: exam -> another keep set to measure with; empty if there are no images to make one of.
         ledger: what is finished, by way, exam and seed.
+        pace: says how long the exams take.
     """
 
     args: Namespace
@@ -90,6 +94,7 @@ class Comparison:
     keep: str | None
     keep_sets: dict[str, Path]
     ledger: Journal
+    pace: Pace | None = None
 
     def runs(self, way: Way, exam: str) -> dict[str, tuple[int, Path]]:
         """Line of the ledger -> seed and folder. What is not trained has one, and so has what a search tries."""
@@ -109,7 +114,8 @@ class Comparison:
                 self.transplant(way, folder / "adapter")
             elif way.kind == "gated":
                 self.gate(folder)
-            self.examine(folder, exam)
+            with self.pace.exam(line) if self.pace else nullcontext():
+                self.examine(folder, exam)
             for left in (folder / "adapter-base", *checkpoints(folder / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
             self.ledger.add(line, facts)
@@ -286,12 +292,15 @@ def compare(args: Namespace) -> dict:
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
     texts = None if args.texts is None else hashlib.sha256(args.texts.read_bytes()).hexdigest()
-    ways = ways_of(settings, args.ways, args.scales, args.merge_first, keep, texts)
+    ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         ledger.begin()  # what is made next is of these settings
         data = split(dataset, groups, args)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
+        waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]
+        answers = rows_of(data["test"]) if tested is None else len(tested)
+        comparison.pace = Pace(waiting, answers, args.max_new_tokens)
         measured = {way.name: comparison.measure(way) for way in ways}
         if args.search:
             way = tune(comparison, ways, measured)
@@ -339,10 +348,21 @@ def main(arguments: list[str] | None = None) -> None:
     budget.add_argument("--steps", type=int, help="of every way that is trained; otherwise the recipe's")
     budget.add_argument("--minutes", type=float, help="instead: as many steps as fit, by the pace of the first ones")
     add("--seeds", type=int, nargs="+", default=[0], help="of the training runs; more than one give their mean")
-    add("--ways", nargs="+", choices=KINDS, default=[], help="which to compare; otherwise all that the recipe allows")
+    add(
+        "--ways",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        help="which to compare; otherwise all that the recipe allows, but held ones",
+    )
     add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
     add("--texts", type=Path, metavar="FILE", help="prompts for the expert, one a line, whose answers gate the prior")
-    add("--merge-first", type=float, nargs="+", default=[0.5], help="λ of what is merged before training")
+    add(
+        "--merge-first",
+        type=float,
+        nargs="+",
+        help="λ of what is merged before training (default: 0.5; for held LoRA, 1)",
+    )
     add("--search", type=int, default=0, metavar="N", help="tune the leading ways in so many trials, with optuna")
     add("--budget", type=float, help="most that the choice may cost, in nats a token from the VLM's own answers")
     add("--keep-samples", type=int, default=100, help="answers of the VLM to measure with")
@@ -359,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} is a finite number, at least 0, not {value:g}")
     if args.search < 0:
         parser.error(f"--search is a number of trials, and 0 for none, not {args.search}")
-    for name, shares in (("scales", args.scales), ("merge-first", args.merge_first)):
+    for name, shares in (("scales", args.scales), ("merge-first", args.merge_first or [])):
         if useless := [share for share in shares if not (share and math.isfinite(share))]:
             parser.error(f"--{name} takes shares of Δ, such as 0.5, not {useless[0]:g}")
     with in_one_sentence("compare.py", ValueError, OSError, ImportError, yaml.YAMLError, Failed):

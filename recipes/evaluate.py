@@ -169,6 +169,17 @@ def summarize(marked: list[dict]) -> dict:
     return {"total": count(marked), "categories": {name: count(group) for name, group in sorted(groups.items())}}
 
 
+def unfinished_note(result: dict) -> str:
+    """What the unfinished answers are, and so what helps."""
+    unfinished = [sample for sample in result["samples"] if sample["unfinished"]]
+    cut = sum(sample.get("finish_reason") == "length" for sample in unfinished)
+    told = [f"{cut} were cut at {result['max_new_tokens']} tokens: see --max-new-tokens"] if cut else []
+    told += [f"{len(unfinished) - cut} ended without an answer that a rule reads"] if cut < len(unfinished) else []
+    if 2 * len(unfinished) >= len(result["samples"]) and result["prompt"] == PROMPT:
+        told.append("the default --prompt asks for <think> and a box: give a model that was not made for it another")
+    return f"{len(unfinished)} of {len(result['samples'])} answers are unfinished: {'; '.join(told)}"
+
+
 def results_table(result: dict) -> Table:
     shown = ("samples", "correct", "accuracy", "unfinished")
     table = Table("category", *shown, title=f"{result['model']}, {result['data']}")
@@ -323,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
         for table in (keeping_table,) if args.keep else (results_table, reading_table):
             Console(markup=False).print(table(result))
     if not args.keep and result["total"]["unfinished"]:
-        print(f"note: {result['total']['unfinished']} answers are unfinished: see --max-new-tokens", file=sys.stderr)
+        print(f"note: {unfinished_note(result)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

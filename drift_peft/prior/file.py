@@ -1,8 +1,8 @@
 """The file of a prior: Δ of every steered weight as a truncated SVD, and of vectors whole, in one safetensors file.
 
 Keys are `<canonical name>.U`, `.S` and `.Vh` for matrices, `<canonical name>.delta` for vectors (norms, biases). The
-header is one JSON string. It has format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is zero
-(`not_steered`), and the statistics of each weight (`weights`). A combined prior names its `parents` in place of an
+header is one JSON string. It has format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is
+zero (`not_steered`), and the statistics of each weight (`weights`). A combined prior names its `parents` in place of an
 expert. A gated one says where its gates came from (`gated`). For each weight it also has the gate of every direction of
 the prior that it was made of (`gates`), in that prior's order, and ‖U diag(S) Vh‖ there (`ungated_norm`).
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 
 from .parquet import write_parquet
 
@@ -76,6 +77,10 @@ def split(dataset: datasets.Dataset, groups: list[list[int]], args: Namespace) -
         if not file.exists():
             write_parquet(dataset.select(sorted(rows[name])), file)
     return {"test": args.test, **{name: str(file) for name, file in files.items()}}
+
+
+def rows_of(file: str) -> int:
+    return pq.read_metadata(file).num_rows
 
 
 def in_common(marks: list[set[str]], others: list[set[str]]) -> int:

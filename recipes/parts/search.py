@@ -27,7 +27,9 @@ def space(way: Way, settings: dict) -> dict[str, dict]:
     if recipe["method"] == "drift":
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
     found = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
-    return found | ({"merge_first": dict(zip(("low", "high"), SHARES, strict=True))} if "merge_first" in recipe else {})
+    if (own := recipe.get("merge_first")) is not None:
+        found["merge_first"] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
+    return found
 
 
 def search(

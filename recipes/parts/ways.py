@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .processing import processor_settings
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
-KINDS += ("merged-drift-keep",)
+KINDS += ("merged-drift-keep", "held", "held-keep")
+ON_REQUEST = ("held", "held-keep")  # with --ways alone: each is another run, and rarely the best by many kept images
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
 
 
@@ -51,8 +53,11 @@ def ways_of(
     shares: list[float],
     keep: str | None,
     texts: str | None = None,
+    held: Sequence[float] = (1.0,),
 ) -> list[Way]:
     """The ways that a recipe has what it takes for, of the kinds that are asked for, in the order of KINDS.
+
+    Without kinds it is all but those ON_REQUEST.
 
     Args:
         settings: the recipe's.
@@ -60,12 +65,15 @@ def ways_of(
         shares: of Δ that is merged first.
         keep: keep set of the ways that keep; None leaves them out.
         texts: SHA-256 of the prompts for the expert, whose answers gate the prior; None leaves that out.
+        held: shares of Δ that are merged before LoRA is held near the merged base.
 
     Raises:
         ValueError: a kind is asked for, and what it takes is missing.
     """
     plain, kept = {"keep": None, "replay": None}, {"keep": str(keep)}
     sft, drift = ({"method": method, "merge_first": None} for method in ("sft", "drift"))
+    hold = dict.fromkeys(key for key in settings if key.startswith("drift_"))  # what is said of steering
+    hold |= {"method": "drift", "drift_scale": "decoupled", "drift_target": "base", "drift_alpha": 1.0}
     table = {
         "base": [Way("base", "VLM as it is", "base")],
         "transplant": [Way(f"transplant-{λ:g}", f"transplant {λ:g}", "transplant", scale=λ) for λ in scales],
@@ -80,12 +88,14 @@ def ways_of(
         "merged-drift-keep": [
             _merged(λ, "merged-drift-keep", "DRIFT, keeping", drift | kept) for λ in shares if λ != 1
         ],
+        "held": [_merged(λ, "held", "held LoRA", hold | plain) for λ in held],
+        "held-keep": [_merged(λ, "held-keep", "held LoRA, keeping", hold | kept) for λ in held],
     }
     missing = {}
     for kind in KINDS:
-        if kind.startswith(("transplant", "gated", "merged")) and "expert" not in settings:
+        if kind.startswith(("transplant", "gated", "merged", "held")) and "expert" not in settings:
             missing[kind] = "the recipe names no expert"
-        elif kind in ("gated", "drift", "drift-keep", "merged-drift-keep") and "prior" not in settings:
+        elif kind in ("gated", "drift", "drift-keep", "merged-drift-keep", *ON_REQUEST) and "prior" not in settings:
             missing[kind] = "the recipe names no prior"
         elif kind.endswith(("gated", "-keep")) and keep is None:
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
@@ -96,7 +106,8 @@ def ways_of(
     for kind in kinds:
         if kind in missing:
             raise ValueError(f"{kind} cannot be compared: {missing[kind]}")
-    return [way for kind in KINDS if kind not in missing and (not kinds or kind in kinds) for way in table[kind]]
+    wanted = ({*kinds} or {*KINDS} - {*ON_REQUEST}) - missing.keys()
+    return [way for kind in KINDS if kind in wanted for way in table[kind]]
 
 
 def gating(settings: dict, keep: str, texts: object, gated: object, adapter: object) -> list[list[str]]:

@@ -24,7 +24,7 @@ from drift_peft.cli.terminal import spell_out
 
 SCRIPTS = sorted(file.stem for file in RECIPES.glob("*.py"))
 DEFAULTS = {  # script -> some of its flags, with their defaults
-    "compare": {"--held-out HELD_OUT": "100", "--merge-first MERGE_FIRST [MERGE_FIRST ...]": "[0.5]"},
+    "compare": {"--held-out HELD_OUT": "100", "--merge-first MERGE_FIRST [MERGE_FIRST ...]": "0.5; for held LoRA, 1"},
     "data": {"--split SPLIT": "train", "--on-bad {drop,fail}": "drop"},
     "distill": {"--model MODEL": "russwang/ThinkLite-VL-7B", "--max-tokens MAX_TOKENS": "4096"},
     "evaluate": {"--split SPLIT": "test", "--max-new-tokens MAX_NEW_TOKENS": "16384"},

@@ -293,7 +293,7 @@ def test_what_gates_take_is_made_once(launched, tmp_path, monkeypatch):
     assert LoraConfig.from_pretrained(folder / "adapter").r == 2
 
 
-def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path):
+def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path, capsys):
     """And chats, in keep sets to measure with and in each exam; a ledger of other exams is not gone on with."""
     kwargs, template = {"size": {"shortest_edge": 64, "longest_edge": 64}}, tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
@@ -318,6 +318,9 @@ def test_all_ways_see_images_as_they_are_trained_on(monkeypatch, data, tmp_path)
     output, ways = tmp_path / "out", ["--held-out", "2", "--ways", "base", "sft"]
     compare.main([str(tmp_path / "recipe.yaml"), "-o", str(output), *ways])
     assert shown == [kwargs] * 5
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("exams", "this exam"))]
+    assert told[0] == "exams to come: 2, each of 2 answers of at most 16384 tokens (--max-new-tokens)"
+    assert len(told) == 2 and "; exams to come: 1, " in told[1]
     asked, *lines = (output / "ledger.jsonl").read_text().splitlines(keepends=True)
     asked = json.loads(asked)
     assert asked.pop("examined with processor_kwargs") == kwargs
@@ -423,7 +426,7 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     ):
         with pytest.raises(SystemExit, match=told):
             compare.main([*usual, *more])
-    assert len(KINDS) == 10
+    assert len(KINDS) == 12
 
 
 def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):

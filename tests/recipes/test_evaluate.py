@@ -185,7 +185,27 @@ def test_cut_answers_are_unfinished(model, data, tmp_path, capsys):
     found = run(model, data, tmp_path / "r.json", "--max_new_tokens", "3", "--batch_size", "14")
     assert all(sample["unfinished"] and not sample["correct"] for sample in found["samples"][:7])
     assert found["categories"]["sum"]["unfinished"] == 7 <= found["total"]["unfinished"]
-    assert "answers are unfinished: see --max-new-tokens" in capsys.readouterr().err
+    assert "answers are unfinished: 14 were cut at 3 tokens: see --max-new-tokens" in capsys.readouterr().err
+
+
+def test_what_is_unfinished_is_told_with_what_helps():
+    """The prompt only where most are, and where it is the default one."""
+    cut, fine = ("so it is", "length"), ("12", "stop")
+    many = "note that it may be 1, or 2, or any other of the numbers that were not asked for, since the"
+    more, open_end, prompt = "were cut at 9 tokens: see --max-new-tokens", "ended without an answer", "default --prompt"
+    for said, asked, told in (
+        ([cut, fine, fine], evaluate.PROMPT, ["1 of 3", more]), ([cut] * 3, evaluate.PROMPT, ["3 of 3", more, prompt]),
+        ([(many, "stop"), fine], evaluate.PROMPT, ["1 of 2", open_end, prompt]), ([cut] * 2, "", ["2 of 2", more]),
+        ([cut, (many, "stop"), fine, fine, fine], evaluate.PROMPT, ["2 of 5", f"1 {more}", f"1 {open_end}"]),
+    ):  # fmt: skip
+        questions = [evaluate.Question(i, "?", "12", "all") for i in range(len(said))]
+        answers = {str(i): {"response": text, "finish_reason": reason} for i, (text, reason) in enumerate(said)}
+        samples = evaluate.mark_all(questions, answers)
+        note = evaluate.unfinished_note({"samples": samples, "prompt": asked, "max_new_tokens": 9})
+        assert all(part in note for part in told)
+        assert [part in note for part in (more, open_end, prompt)] == [
+            any(part in each for each in told) for part in (more, open_end, prompt)
+        ]
 
 
 @pytest.mark.parametrize("response, reason, found", [

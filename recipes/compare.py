@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         choices=KINDS,
         default=[],
-        help="which to compare; otherwise all that the recipe allows, but held ones",
+        help="which to compare; otherwise all that the recipe allows, without the held ones",
     )
     add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
     add("--texts", type=Path, metavar="FILE", help="prompts for the expert, one a line, whose answers gate the prior")

@@ -130,7 +130,7 @@ def is_adapter(source: str | Path) -> bool:
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     """The folder of an adapter, downloaded if need be. FileNotFoundError if there is none."""
-    folder = folder_of(adapter, revision, (*FILES, DRIFT_CONFIG))
+    folder = folder_of(adapter, revision, FILES)
     if not (folder / CONFIG).is_file():
         if named := named_adapters(folder):
             raise FileNotFoundError(f"{adapter} holds the adapters {', '.join(named)}: name one of these folders")

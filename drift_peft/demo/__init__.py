@@ -10,3 +10,5 @@ make_world  how the three checkpoints in checkpoints/ were made
 """
 
 from .compare import METHODS, run, study
+
+__all__ = ["METHODS", "run", "study"]

@@ -40,6 +40,10 @@ from .undisturbed import (
 
 STEPS = "keep_steps"  # how many steps an optimizer has taken with keeping, in its parameter groups
 GRADIENT_SCALE = 2.0**12  # of the loss, taken out of its gradient: in fp16 a small one would be rounded to 0
+NO_PART = (
+    "keep() passes its answers through the model when the optimizer steps, and what is trained has no part in that "
+    "now: enable the adapter, or unmerge it, before step()."
+)
 BUCKET = 2**24  # elements that processes average at a time
 WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)"
 
@@ -54,7 +58,8 @@ class Keeping:
 
     Attributes:
         seen: tokens of the last batch that the model was trained on; 0 before it.
-        kl: L_keep of the last batch in nats, the mean over the processes; None before the first step.
+        stepped: an optimizer has called for it, whether at a step that keeps or between two of these.
+        kl: L_keep of the last batch in nats, the mean over the processes; None before the first one.
         ratio: ‖what was added‖/‖g‖ then.
     """
 
@@ -75,6 +80,7 @@ class Keeping:
         self.feed = Feed(keep_set, processor, batch_size, seed)
         self.autocast: torch.dtype | None = None
         self.seen = self.tokens = 0  # of the last and the largest batch trained on: none of ours is to be larger
+        self.stepped = False
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
@@ -131,7 +137,7 @@ class Keeping:
 
     def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
         """Add what belongs to step number `step` to the gradients of these."""
-        parameters = _not_frozen(parameters)
+        parameters, self.stepped = _not_frozen(parameters), True
         self.tokens = max(self.tokens, self.seen)
         left = self._left.get(id(parameters[0]))
         if step % self.every or (left is not None and left.is_still(parameters[0].grad)):
@@ -164,18 +170,12 @@ class Keeping:
             with torch.enable_grad():  # a step may stand under no_grad
                 loss = self._divergence(part).sum() / said
                 if not loss.requires_grad:
-                    raise RuntimeError(
-                        "keep() passes its answers through the model when the optimizer steps, and what is trained has "
-                        "no part in that now: enable the adapter, or unmerge it, before step()."
-                    )
+                    raise RuntimeError(NO_PART)
                 scaled = loss * self.scale.to(loss.device)
             with unheard(parameters):
                 found = torch.autograd.grad(scaled, parameters, allow_unused=True)
-            if all(gradient is None for gradient in found) and not _reaches_parameters(scaled):
-                raise RuntimeError(
-                    "keep() finds no gradient of what is trained in a pass of its own: the model checkpoints its "
-                    "layers in a way that serves backward() alone. Use torch's checkpoints with use_reentrant=False."
-                )
+            if any(gradient is None for gradient in found):
+                _refuse_hidden(scaled)
             gradients = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, found, strict=True)]
             total = total or gradients
             for i, gradient in enumerate(gradients if losses else ()):  # one by one, which takes no third copy of all
@@ -207,16 +207,23 @@ class Keeping:
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 
-def _reaches_parameters(loss: Tensor) -> bool:
-    """Does its graph end in any parameter? One of a reentrant checkpoint ends in the checkpoint's input."""
-    nodes, seen = [loss.grad_fn], set()
+def _refuse_hidden(loss: Tensor) -> None:
+    """RuntimeError if a reentrant checkpoint is in its graph, which ends in the checkpoint's input, and not in what is
+    trained there; or if no parameter is."""
+    nodes, seen, reached = [loss.grad_fn], set(), False
     while nodes:
         node = nodes.pop()
-        if isinstance(getattr(node, "variable", None), nn.Parameter):
-            return True
-        seen.add(node)
-        nodes += [after for after, _ in node.next_functions if after is not None and after not in seen]
-    return False
+        reached |= isinstance(getattr(node, "variable", None), nn.Parameter)
+        if "checkpoint" in node.name().lower():
+            raise RuntimeError(
+                f"keep() finds no gradient of what is trained within {node.name()}: the model checkpoints its layers "
+                "in a way that serves backward() alone. Use torch's checkpoints with use_reentrant=False."
+            )
+        after = {function for function, _ in node.next_functions if function is not None} - seen
+        nodes += after
+        seen |= after
+    if not reached:
+        raise RuntimeError(NO_PART)
 
 
 def _not_frozen(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
@@ -287,7 +294,7 @@ def keep_telemetry(model: nn.Module) -> dict[str, float]:
 def keep_words(model: nn.Module) -> str | None:
     """What has kept the model and how, for its card; None if nothing has."""
     for keeping in keepings_of(model):
-        if keeping.kl is None:
+        if not keeping.stepped:
             continue
         keep_set, often = keeping.feed.keep_set, "every step" if keeping.every == 1 else f"every {keeping.every} steps"
         bound = "no bound" if keeping.bound is None else f"bound {keeping.bound:g}"

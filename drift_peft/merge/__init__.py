@@ -20,3 +20,18 @@ from .gate import gate_prior
 from .gates import Gate, gated
 from .transplant import transplant
 from .verify import ONTO, check_memory, verification_table
+
+__all__ = [
+    "METHODS",
+    "ONTO",
+    "Gate",
+    "check_memory",
+    "cost_table",
+    "gate_prior",
+    "gated",
+    "merge_adapter",
+    "merge_baseline",
+    "refuse_other_base",
+    "transplant",
+    "verification_table",
+]

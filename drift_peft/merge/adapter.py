@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..arguments import typed
 from ..checkpoints import (
+    DRIFT_CONFIG,
     EMBEDDING,
     HEAD,
     TOKENIZER,
@@ -112,6 +113,7 @@ def merge_adapter(
     """
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
+        folder_of(adapter, None, (DRIFT_CONFIG,))  # of the hub: into the same snapshot
         watch = watched_adapter(folder_of_adapter, str(adapter))
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")

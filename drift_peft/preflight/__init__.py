@@ -11,3 +11,19 @@ from .cards import base_config, cards_table, keeping_sentence, preflight_summary
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
 from .recipe import as_meant, check_type, read_recipe, read_yaml
+
+__all__ = [
+    "Memory",
+    "Settings",
+    "as_meant",
+    "base_config",
+    "cards_table",
+    "check_type",
+    "gating_summary",
+    "gating_table",
+    "keeping_sentence",
+    "preflight_summary",
+    "preflight_table",
+    "read_recipe",
+    "read_yaml",
+]

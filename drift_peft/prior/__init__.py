@@ -18,3 +18,17 @@ from .delta import refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
+
+__all__ = [
+    "FINGERPRINT_TOLERANCE",
+    "HOW_KEY",
+    "ROUNDING_TOLERANCE",
+    "MergedDelta",
+    "PriorVector",
+    "PriorWeight",
+    "ReasoningPrior",
+    "build_prior",
+    "forget_merge",
+    "read_merge",
+    "refuse_unrelated",
+]

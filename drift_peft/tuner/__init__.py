@@ -29,7 +29,7 @@ targets    what target_modules=None adapts and steers, in numbers
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from . import load, push, step  # for what they hook into: PEFT's loads and uploads, torch.optim's steps
+from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
 from .config import DriftConfig
 from .described import describe, own_fields
 from .fit import check_fingerprint, fitting_modules, weight_products
@@ -40,6 +40,24 @@ from .steered import BATCH_ELEMENTS
 from .targets import targets_summary
 from .telemetry import telemetry
 from .trainer import DriftCallback
+
+__all__ = [
+    "BATCH_ELEMENTS",
+    "DriftCallback",
+    "DriftConfig",
+    "DriftModel",
+    "DriftSettings",
+    "check_fingerprint",
+    "check_settings",
+    "describe",
+    "fitting_modules",
+    "guide",
+    "is_guided",
+    "own_fields",
+    "targets_summary",
+    "telemetry",
+    "weight_products",
+]
 
 # To PEFT, DRIFT is LoRA, so that all that PEFT does for LoRA (adapters side by side, hot-swapping, weight conversions)
 # works for it. A plain LoraConfig makes what it always made: DriftModel adds something to a DriftConfig only.

@@ -190,21 +190,13 @@ def _noting_weights(
 
 
 def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
-    config = model.peft_config[adapter]
-    guided = [s for s in all_steered(model) if s.adapter == adapter and s.alpha]
-    trainable = any(p.requires_grad for name, p in model.named_parameters() if f".{adapter}." in name)
-    if isinstance(config, DriftConfig) and config.guides and not guided and trainable:
-        warn(
-            f"The adapter '{adapter}' was loaded for inference and is trainable now, so whatever has trained it since "
-            "was not guided: load it with is_trainable=True."
-        )
-    if getattr(config, "init_lora_weights", None) not in ZERO_STARTS or getattr(config, "weights_loaded", False):
-        return
-    if not any(weight.any() for name, weight in weights.items() if ".lora_B." in name):
-        return
+    guided = [s for s in steered_of(model) if s.adapter == adapter and s.alpha]
     missed = ["the guidance"] if guided and not any(int(s.config.drift_steps) for s in guided) else []
-    missed += ["keep()"] if any(kept.seen and kept.kl is None for kept in keepings_of(model)) else []
-    if missed:
+    missed += ["keep()"] if any(kept.seen and not kept.stepped for kept in keepings_of(model)) else []
+    config = model.peft_config[adapter]
+    if not missed or config.init_lora_weights not in ZERO_STARTS or getattr(config, "weights_loaded", False):
+        return
+    if any(weight.any() for name, weight in weights.items() if ".lora_B." in name and not weight.is_meta):
         warn(
             f"The adapter '{adapter}' was trained, but {' and '.join(missed)} never ran: its optimizer does not call "
             "the step hooks of torch.optim, or trains copies of the parameters. Or it is a copy of the model that was "

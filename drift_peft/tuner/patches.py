@@ -12,11 +12,13 @@ def in_place_of(owner: Any, name: str) -> Callable[[Callable], Callable]:
 
     def install(function: Callable) -> Callable:
         before = getattr(owner, name)
+        before = getattr(before, "in_place_of", before)  # reloading a module must not act twice
 
         @functools.wraps(before)
         def wrapper(*args, **kwargs):
             return function(before, *args, **kwargs)
 
+        wrapper.in_place_of = before
         setattr(owner, name, wrapper)
         return function
 

@@ -33,7 +33,8 @@ def _plan(optimizer: Any, groups: dict[int, dict], parameters: Sequence[Tensor],
         known = plan.known if plan is not None and plan.known.are_of(parameters) else Known(STEERED, parameters)
         written = {} if plan is None else plan.written
         plan = _PLANS[optimizer] = Plan(groups, known, storage, written)
-        warn_of_rounding(plan.groups, groups)
+        if storage is TORCH:  # DeepSpeed trains copies in fp32
+            warn_of_rounding(plan.groups, groups)
     return plan
 
 
@@ -43,7 +44,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _not_frozen(optimizer: torch.optim.Optimizer, groups: dict[int, dict]) -> dict[int, dict]:
     """Of these, what PEFT lets train: an adapter that is not active may still have gradients, of zeros."""
-    return {id(p): groups[id(p)] for p in _parameters(optimizer) if p.requires_grad and id(p) in groups}
+    frozen = {id(p) for group in optimizer.param_groups for p in group["params"] if not p.requires_grad}
+    return {p: group for p, group in groups.items() if p not in frozen} if frozen else groups
 
 
 def _refuse_unreached() -> None:
@@ -77,11 +79,9 @@ def _guide(plan: Plan, groups: dict[int, dict], all_groups: list[dict], loss_sca
 
 def _restore(config: DriftSettings, stored: Tensor | int | None, written: Tensor | int | None) -> None:
     """Guided steps are counted in the optimizer's state too: a checkpoint brings them back to a config, and with them
-    the place in warm-up, whether training goes on in a new process or goes back in this one. What this process has
+    the place in warm-up, whether training goes on in a new process or goes back in this one. What guidance has
     `written` there itself may be of an adapter that is gone."""
-    if stored is None or stored is written or (isinstance(stored, int) and stored == written):
-        return
-    if written is not None or int(stored) > int(config.drift_steps):
+    if stored is not None and stored is not written and (written is None or stored != written):
         config.drift_steps = stored
 
 

@@ -156,3 +156,16 @@ def test_saving_says_when_no_step_was_kept(folder, processor, tmp_path, optimize
     missed = optimizer is Foreign
     assert any("was trained, but keep() never ran: its optimizer" in str(w.message) for w in caught) == missed
     assert (keep_words(model) is None) == (telemetry(model) == {}) == missed
+
+
+def test_a_step_between_two_that_keep_is_not_missed(folder, processor, tmp_path):
+    model = get_peft_model(load(folder), LoraConfig(**LORA)).train()
+    optimizer = sgd(model)
+    for weight in (1.0, 0.5):  # the optimizer's count goes on
+        keep(model, folder / "keep.safetensors", processor, batch_size=2, weight=weight, every=4)
+        backward(model)
+        optimizer.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path)
+    assert not any("never ran" in str(w.message) for w in caught) and "weight 0.5" in keep_words(model)

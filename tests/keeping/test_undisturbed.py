@@ -18,7 +18,7 @@ from kept_models import (
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
-from twin import BATCH, sgd, trainable
+from twin import BATCH, backward, sgd, trainable
 
 from drift_peft import keep
 
@@ -82,13 +82,24 @@ def checkpointing(forward):
     return checkpointed
 
 
-def test_what_is_hidden_by_a_checkpoint_is_refused(model, folder):
+@pytest.mark.parametrize("layers", [slice(None), slice(1)], ids=["all", "the first"])
+def test_what_is_hidden_by_a_checkpoint_is_refused(model, folder, layers):
     twin, _ = kept_twin(model, folder)
     twin.enable_input_require_grads()
-    for layer in twin.get_base_model().model.language_model.layers:
+    for layer in twin.get_base_model().model.language_model.layers[layers]:
         layer.forward = checkpointing(layer.forward)
-    with pytest.raises(RuntimeError, match=r"serves backward\(\) alone. Use torch's checkpoints with use_reentrant="):
+    with pytest.raises(RuntimeError, match=r"within CheckpointFunctionBackward: .* serves backward\(\) alone. Use"):
         gradients_of_step(twin, sgd(twin, lr=0.0))
+
+
+def test_an_adapter_without_part_is_no_checkpoint(model, folder):
+    twin, _ = kept_twin(model, folder)
+    twin.enable_input_require_grads()  # so the loss has a gradient, of the embedding's output
+    optimizer = sgd(twin, lr=0.0)
+    backward(twin)
+    twin.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"no part in that now: enable the adapter, or unmerge it, before step\(\)"):
+        optimizer.step()
 
 
 def test_an_optimizer_of_what_has_no_part_in_the_answers(model, folder):

@@ -10,3 +10,5 @@ page       its page; page.html is the template
 from .page import write_report
 from .summary import prior_summary
 from .tables import prior_html, prior_table
+
+__all__ = ["prior_html", "prior_summary", "prior_table", "write_report"]

@@ -92,9 +92,11 @@ def date_or_time(text: str) -> str:
         for form in DATES:
             with suppress(ValueError):
                 return format(datetime.strptime(said, form), written)
-    for form in TIMES:
+    for form in TIMES if re.fullmatch(r"\d{1,2}(?::\d\d)?(?: [ap]m)?", text) else ():  # 10:5 is a ratio
         with suppress(ValueError):
             time = datetime.strptime(text, form)
-            half = "" if form == "%H:%M" or not 1 <= time.hour <= 12 else f" {time:%p}".lower()  # 3:45 may be pm
-            return f"{time:%H:%M}{half}"
+            if not 1 <= time.hour <= 12:
+                return f"{time:%H:%M}"
+            half = f" {time:%p}".lower() if "%p" in form else ""  # without it, 3:45 may be pm
+            return f"{time.hour}:{time:%M}{half}"
     return text

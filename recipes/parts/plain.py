@@ -46,7 +46,7 @@ WRITTEN = (  # how an answer looks, not what it says
     (r"(?i)\b(?:the )?square root of (\d+)\b", r"\\sqrt{\1}"),
     (rf"(?<![A-Za-z\\])({GREEK})(?![A-Za-z])", lambda m: "\\" + m[1].replace("infinity", "infty") + " "),
     (rf"(?<![A-Za-z\\])({FUNCTIONS})(?=[\s(\d^\\])", r"\\\1"),
-    (r"\s*(\\(?:cup|cap))\b\s*", r" \1 "), (r"_\{(\w)\}", r"_\1"), (r"\^\s*(-\d+)", r"^{\1}"),
+    (r"\s*(\\(?:cup|cap))\b\s*", r" \1 "), (r"_\{(\w)\}", r"_\1"), (r"\^\s*(-\d+(?:\.\d+)?)(?![\w.(])", r"^{\1}"),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),
     (r"\*\*", "^"), (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])", r"\\cdot "),
     (r"(?<![\d.,])(\d{1,3})((?:[ ,]\d{3})+)(?![\d,])", lambda m: m[1] + m[2].replace(" ", "").replace(",", "")),

@@ -190,6 +190,8 @@ SAME = [  # answer, gold
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
     ("January 5, 2023", "2023-01-05"), ("5th of January 2023", "Jan. 5, 2023"), ("5 January", "Jan 5"),
     ("3:45 pm", "15:45"), ("3 p.m.", "15:00"), ("12:05 am", "0:05"), ("03:45", "3:45"),
+    ("10^-3 m", "1 mm"), ("10^-0.5", "10^{-0.5}"), ("10:5", "2"), ("1:12", "1 : 12"),
+    ("13:45", "13 : 45"), ("5 am", "5:00 am"),
 ]  # fmt: skip
 OTHER = [
     ("2 pi", "2"), (r"2\pi", "2"), ("5 or more", "5"), ("at least 5", "5"), ("5 million", "5"),
@@ -259,7 +261,8 @@ OTHER = [
     ("minus five", "five"), ("negative two thirds", "2/3"), ("minus x", "x"), ("one hundred and five", "100"),
     ("nineteen eighty-four", "103"), ("twenty and five", "25"), ("two and three", "5"), ("two hundred and", "200"),
     ("twenty-first", "21"), ("three and a half", "3"), ("three and a half", "7/2 hours or so"),
-    (r"\log_2 5", r"\log_3 5"), (r"\log_2 8", "4"), (r"\log_2 5", "2.5"), ("5^-1", "4"), ("x^-2", "x^2"),
+    (r"\log_2 5", r"\log_3 5"), (r"\log_2 8", "4"), (r"\log_2 5", "2.5"), ("5^-1", "4"),
+    ("x^-2", "x^2"), ("2^-3x", "x/8"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&3\\2&4\end{bmatrix}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
     (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),

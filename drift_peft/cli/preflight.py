@@ -42,7 +42,7 @@ def run(recipe: str, set: list[str], gates: bool, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("counting what the layers keep; with linear attention this takes minutes"):
+    with Console(stderr=True).status("counting what the layers keep; with linear attention this takes a minute"):
         summary = preflight_summary(recipe, changes)
     sentences = filter(None, [keeping_sentence(summary)])
     show(summary, as_json, preflight_table(summary), cards_table(summary), *sentences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
@@ -101,25 +102,30 @@ def verdict(estimate: Estimate, card: float) -> dict:
 def advise(memory: Memory, now: Estimate, card: float) -> dict:
     """The one change after which least is taken, what that is, and whether it fits; alone, and with all others.
 
-    max_tokens is lowered no further than needed.
+    max_tokens is lowered no further than needed. What cannot be the least, or cannot fit, is not estimated.
     """
     settings = now.settings
     fewest = min(FEWEST_TOKENS, settings.max_tokens)
     changes = dict(_changes(settings))
-    tried = {name: memory.estimate(replace(settings, **{name: value})) for name, value in changes.items()}
+    limit, tried = USABLE * card * 1e9, {}
     if fewest < settings.max_tokens:
-        tried["max_tokens"] = _fewer_tokens(memory, now, fewest, USABLE * card * 1e9)
+        tried["max_tokens"] = _fewer_tokens(memory, now, fewest, limit)
+    for name, value in changes.items():
+        changed = replace(settings, **{name: value})
+        if memory.least(changed, now) <= min((other.bytes for other in tried.values()), default=math.inf):
+            tried[name] = memory.estimate(changed)
     if not tried:
         return {"setting": None, "fits_with_all": False}
-    best = min(tried, key=lambda name: tried[name].bytes)
-    together = memory.estimate(replace(settings, **changes, max_tokens=fewest))
+    best = min((name for name in (*changes, "max_tokens") if name in tried), key=lambda name: tried[name].bytes)
+    together = replace(settings, **changes, max_tokens=fewest)
+    possible = memory.least(together, now) <= limit
     return {
         "setting": best,
         "value": getattr(tried[best].settings, best),
         "total_gb": tried[best].bytes / 1e9,
         "fits": fits(tried[best], card),
         "all": {**changes, "max_tokens": fewest},
-        "fits_with_all": fits(together, card),
+        "fits_with_all": fits(tried[best], card) or (possible and fits(memory.estimate(together), card)),
     }
 
 

@@ -3,8 +3,9 @@ have a shape and no memory.
 
 What is kept for the backward pass is decided by transformers, PEFT and autograd themselves, so nothing here knows an
 architecture. Layers of one kind are alike, so steps through two and through three of each kind give a step through all
-of them. Linear attention is counted as transformers' own code computes it: flash-linear-attention takes less. Where
-layers attend to the keys and values of earlier ones (Gemma 3n, Gemma 4), these are there in every step, in their place.
+of them. A step through two is one through three, less what the second made and freed. Linear attention is counted as
+transformers' own code computes it: flash-linear-attention takes less. Where layers attend to the keys and values of
+earlier ones (Gemma 3n, Gemma 4), these are there in every step, in their place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from peft import LoraConfig
@@ -61,9 +62,10 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.moment = 0, MOMENTS[0]
-        self.peaks = dict.fromkeys(MOMENTS, 0)
-        self._known: dict[int, tuple[int, weakref.ref]] = {}
+        self.bytes, self.moment, self.layer = 0, MOMENTS[0], None
+        # The moment of an operation that is done, or None; the layer; and by how much the bytes changed.
+        self._events: list[tuple[str | None, int | None, int]] = []
+        self._known: dict[int, tuple[int, int | None, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is DEVICE:  # two of three calls: autograd asks each gradient where it is
@@ -71,15 +73,29 @@ class Live(TorchDispatchMode):
         self._see((args, kwargs), made_here=False)
         out = func(*args, **(kwargs or {}))
         self._see(out, made_here=True)
-        self.peaks[self.moment] = max(self.peaks[self.moment], self.bytes)
+        self._events.append((self.moment, self.layer, 0))
         return out
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return self.peaks_without()
+
+    def peaks_without(self, *layers: int) -> dict[str, int]:
+        """Moment -> the most bytes there were after an operation, had these layers not been there."""
+        alive, peaks = 0, dict.fromkeys(MOMENTS, 0)
+        for moment, layer, change in self._events:
+            if layer is None or layer not in layers:
+                alive += change
+                if moment is not None:
+                    peaks[moment] = max(peaks[moment], alive)
+        return peaks
 
     def _see(self, value, made_here: bool) -> None:
         if isinstance(value, Tensor):
             if (key := (storage := value.untyped_storage())._cdata) not in self._known:
                 size = storage.nbytes() if made_here else 0
-                self._known[key] = size, weakref.ref(storage, lambda _: self._forget(key))
-                self.bytes += size
+                self._known[key] = size, self.layer, weakref.ref(storage, lambda _: self._forget(key))
+                self._change(size, self.layer)
         elif isinstance(value, (list, tuple)):  # in place of tree_iter, which takes as long as the operation itself
             for inner in value:
                 self._see(inner, made_here)
@@ -88,7 +104,13 @@ class Live(TorchDispatchMode):
                 self._see(inner, made_here)
 
     def _forget(self, storage: int) -> None:
-        self.bytes -= self._known.pop(storage)[0]
+        size, layer, _ = self._known.pop(storage)
+        # A layer frees what the one before it made, whichever that is. What is freed outside is gone with who made it.
+        self._change(-size, layer if self.layer is None else self.layer)
+
+    def _change(self, size: int, layer: int | None) -> None:
+        self.bytes += size
+        self._events.append((None, layer, size))
 
 
 class FourBit(nn.Linear):
@@ -155,17 +177,29 @@ def step_peaks(decoder: Decoder, head: torch.Size, step: Step) -> dict[str, tupl
         ValueError: it cannot be run without its weights.
     """
     lent = lenders(decoder)
-    run = cache(lambda layers: _run(decoder, head, step, tuple(sorted(lent + layers)) if lent else layers))
+    run = cache(partial(_run, decoder, head, step))
+    # Where layers share more than what goes through all of them, one cannot be taken out: the run is without it.
+    shared = lent or getattr(decoder.module, "hidden_size_per_layer_input", 0)
+
+    @cache
+    def less(order: tuple[int, ...], *places: int) -> dict[str, int]:
+        """Moment -> bytes at its peak, with the layers at these places taken out."""
+        if not shared:
+            return run(order).peaks_without(*places)
+        left = tuple(layer for place, layer in enumerate(order) if place not in places)
+        return run(tuple(sorted(lent + left)) if lent else left).peaks
+
     found = kinds(decoder)
     firsts = [layers[0] for layers in found]
-    # What there is beside it is largest at work on the last layer of some kind, when all others have kept theirs.
-    orders = [(*(other for other in firsts if other != i), i, i) for i in firsts]
+    others, second = range(len(firsts) - 1), len(firsts)
+    orders = {i: (*(other for other in firsts if other != i), i, i, i) for i in firsts}
     peaks = {}
     for moment, phase in PHASE_OF.items():
         # Of a third layer: from the second on, gradients of an input that all layers share are there beside their sum.
-        sizes = {i: run((i, i, i))[moment] - run((i, i))[moment] for i in firsts}
+        sizes = {i: less(o, *others)[moment] - less(o, *others, second)[moment] for i, o in orders.items()}
         keeps = {layer: sizes[layers[0]] for layers in found for layer in layers}
-        rest = max(run(order)[moment] - sum(keeps[i] for i in lent + order) for order in orders)
+        # What there is beside it is largest at work on the last layer of some kind, when all others have kept theirs.
+        rest = max(less(o, second)[moment] - sum(keeps[j] for j in lent + o[:-1]) for o in orders.values())
         peaks[phase] = max(peaks.get(phase, (0, 0)), (sum(keeps.values()), rest), key=sum)
     return peaks
 
@@ -190,7 +224,7 @@ def _inside(decoder: Decoder) -> str:
     return decoder.path.rpartition(".")[2]
 
 
-def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]) -> dict[str, int]:
+def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]) -> Live:
     log = logging.getLogger(FakeTensorMode.__module__)
     log.disabled = True  # what goes wrong is told below
     try:
@@ -200,7 +234,7 @@ def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)  # kept over micro-batches; counted with the adapter
-            return take(step, module, getattr(module, _inside(decoder))[0], torch.empty(head, dtype=step.dtype))
+            return take(step, module, getattr(module, _inside(decoder)), torch.empty(head, dtype=step.dtype))
     except Exception as error:  # whatever the model's own code raises where it wants more than shapes
         reason = " ".join(str(error).split()) or type(error).__name__
         named = " and ".join(sorted({type(decoder.layers[i]).__name__ for i in layers}))
@@ -209,12 +243,12 @@ def _run(decoder: Decoder, head: torch.Size, step: Step, layers: tuple[int, ...]
         log.disabled = False
 
 
-def take(step: Step, decoder: nn.Module, first: nn.Module, weight: Tensor) -> dict[str, int]:
-    """A step's forward pass, loss and backward pass. Returns moment -> bytes at its peak, less what was there before.
+def take(step: Step, decoder: nn.Module, layers: nn.ModuleList, weight: Tensor) -> Live:
+    """A step's forward pass, loss and backward pass. Returns what there is at its moments, less what was there before.
 
     Args:
         decoder: the language model, as it is trained.
-        first: its first layer.
+        layers: those of it that are run.
         weight: what makes logits of its output.
     """
     mixed = step.dtype != torch.float32
@@ -222,38 +256,42 @@ def take(step: Step, decoder: nn.Module, first: nn.Module, weight: Tensor) -> di
     torch.set_autocast_enabled("cuda", mixed)  # where PEFT looks, whatever the device, before it casts to fp32
     try:
         with Live() as live:
-            _tell_moments(first, live)
+            _tell_moments(layers, live)
             with torch.autocast("cpu", step.dtype, enabled=mixed):
                 hidden = _forward(step, decoder, weight.shape[1])
-                live.moment = "loss"
+                live.moment, live.layer = "loss", None
                 scored = hidden.detach().requires_grad_()
                 loss = _loss(step, scored, weight)
             loss.backward()
             gradient = scored.grad
             del loss, scored
-            live.moment = "backward pass"
+            live.moment, live.layer = "backward pass", len(layers) - 1
             if step.answer:  # nothing of it comes into `grad`
                 torch.autograd.grad(hidden, [p for p in decoder.parameters() if p.requires_grad], gradient)
             else:
                 hidden.backward(gradient)
     finally:
         torch.set_autocast_enabled("cuda", before)
-    return live.peaks
+    return live
 
 
-def _tell_moments(first: nn.Module, live: Live) -> None:
-    """Tell when the forward pass enters the first layer, and when the backward pass has left it."""
+def _tell_moments(layers: nn.ModuleList, live: Live) -> None:
+    """Tell when the forward pass enters each layer, and when the backward pass has left it."""
 
-    def enter(_, args: tuple, kwargs: dict) -> None:
-        handle.remove()  # with checkpointing it is entered again
-        live.moment = "forward pass"
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden.register_hook(leave)
+    def told(place: int, layer: nn.Module) -> None:
+        def enter(_, args: tuple, kwargs: dict) -> None:
+            handle.remove()  # with checkpointing it is entered again
+            live.moment, live.layer = "forward pass", place
+            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden.register_hook(leave)
 
-    def leave(_) -> None:
-        live.moment = MOMENTS[-1]
+        def leave(_) -> None:
+            live.moment, live.layer = ("backward pass", place - 1) if place else (MOMENTS[-1], None)
 
-    handle = first.register_forward_pre_hook(enter, with_kwargs=True)
+        handle = layer.register_forward_pre_hook(enter, with_kwargs=True)
+
+    for place, layer in enumerate(layers):
+        told(place, layer)
 
 
 def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:

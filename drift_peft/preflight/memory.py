@@ -210,10 +210,9 @@ class Memory:
             return "per-layer embeddings"
         return "experts" if ".experts." in canonical else "vision tower and the rest"
 
-    def estimate(self, settings: Settings) -> Estimate:
-        size, weights = settings.dtype.itemsize, self.weights
-        trained = settings.r * sum(map(sum, self.shapes.values()))
-        always = {
+    def _always(self, settings: Settings) -> dict[str, float]:
+        size, weights, trained = settings.dtype.itemsize, self.weights, self._trained(settings)
+        return {
             FOUR_BIT: NF4 * weights[FOUR_BIT],
             **{part: size * weights[part] for part in SIXTEEN_BIT},
             "adapter, 32 bits": 4 * trained,
@@ -221,11 +220,23 @@ class Memory:
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
             **self._steering(settings),
         }
+
+    def _trained(self, settings: Settings) -> int:
+        return settings.r * sum(map(sum, self.shapes.values()))
+
+    def estimate(self, settings: Settings) -> Estimate:
         moments = self._moments(settings, settings.step)
         if settings.keeps:
-            moments |= self._keeping(settings, trained)
+            moments |= self._keeping(settings, self._trained(settings))
         moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
-        return self._largest(settings, always, moments)
+        return self._largest(settings, self._always(settings), moments)
+
+    def least(self, settings: Settings, now: Estimate) -> float:
+        """Bytes that an estimate is not below, without a step: what is always there, and of another rank's activations
+        its share, since no tensor has the rank in it twice."""
+        share = settings.r / now.settings.r if replace(settings, r=now.settings.r) == now.settings else 0
+        always, before = (sum(self._always(s).values()) + WORKSPACES + CONTEXT for s in (settings, now.settings))
+        return always + min(share, 1) * (now.bytes - before)
 
     def _moments(self, settings: Settings, step: Step, suffix: str = "", beside: dict | None = None) -> dict[str, dict]:
         """Moment of a pass forward and back -> what is there then alone, and `beside` it."""

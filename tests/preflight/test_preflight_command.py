@@ -55,6 +55,25 @@ def test_advice_names_the_one_setting_that_helps_most(memory):
     assert advice["all"].keys() == {"per_device_train_batch_size", "optim", "gradient_checkpointing", "max_tokens"}
 
 
+def test_advice_takes_no_step_that_cannot_matter(monkeypatch):
+    memory = Memory(TINY(), "tiny")
+    now, taken, take = memory.estimate(settings(max_tokens=4096)), [], memory.step_peaks
+    monkeypatch.setattr(memory, "step_peaks", lambda step: (taken.append((step.tokens, step.r)), take(step))[1])
+    few, low = (memory.estimate(replace(now.settings, **change)) for change in ({"max_tokens": 512}, {"r": 8}))
+    both = memory.estimate(replace(few.settings, r=8))
+    for least, estimate in ((low, now), (both, few)):
+        assert memory.least(least.settings, estimate) <= least.bytes
+    assert memory.least(both.settings, now) <= both.bytes < few.bytes < low.bytes < now.bytes
+    taken.clear()
+    optim = {"optim": "paged_adamw_8bit"}
+    assert advise(memory, now, 0.3)["all"] == {**optim, "r": 8, "max_tokens": 512}  # less than the context
+    assert not taken or {*taken} == {(512, 16), (4096, 16)}
+    advice = advise(memory, now, card(few))
+    assert (advice["setting"], advice["value"], advice["fits"]) == ("max_tokens", 512, True)
+    assert advice["fits_with_all"] and {*taken} == {(512, 16), (4096, 16)}
+    assert advise(memory, now, card(both))["fits_with_all"]
+
+
 @pytest.mark.slow
 def test_advice_lowers_max_tokens_no_further_than_needed(memory):
     now = memory.estimate(settings(max_tokens=8192, r=8, optim="paged_adamw_8bit"))

@@ -61,7 +61,7 @@ def real_step(model, step):
     if step.checkpointing:
         decoder.gradient_checkpointing_enable({"use_reentrant": False})
     head = model.get_base_model().get_output_embeddings().weight.detach()
-    moments = dry.take(step, decoder, decoder.layers[0], head)
+    moments = dry.take(step, decoder, decoder.layers, head).peaks
     return {phase: max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase) for phase in dry.PHASES}
 
 
@@ -111,7 +111,7 @@ def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
         gates[name] = Gate(PriorWeight(U, torch.ones(k), Vh, 1.0, 1.0, 1.0, 1.0, ()), torch.device("cpu"), step.dtype)
         gates[name].gamma.grad = torch.zeros(k)
     with frozen(model, checkpointing=True), gated(modules, gates):
-        moments = dry.take(step, decoder, decoder.layers[0], model.get_output_embeddings().weight)
+        moments = dry.take(step, decoder, decoder.layers, model.get_output_embeddings().weight).peaks
     peaks = Memory(config, "tiny").step_peaks(step)
     for phase in dry.PHASES:
         real = max(moments[m] for m, of in dry.PHASE_OF.items() if of == phase)
@@ -186,6 +186,36 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     assert 0.8 <= memory.tower(wanted) / live.peaks["before the layers"] <= 2
     one = replace(wanted, images_per_sample=1)
     assert memory.tower(wanted) == 16 * memory.tower(one)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": False}, {"answer": 40}])
+def test_a_step_less_a_layer_is_one_without_it(changes, monkeypatch):
+    """So that a step through each kind of layers is enough."""
+    memory, taken = Memory(layers_of("gemma3", [SLIDING, FULL]), "tiny"), {}
+    decoder, head = memory.step_peaks.__wrapped__.args
+    step, run = dry.Step(2, 128, **changes), dry._run
+    monkeypatch.setattr(dry, "_run", lambda *given: taken.setdefault(given[-1], run(*given)))
+    dry.step_peaks(decoder, head, step)
+    assert {*taken} == {(1, 0, 0, 0), (0, 1, 1, 1)}
+    for (other, i, _, _), live in taken.items():
+        three, two, mixed = (run(decoder, head, step, layers).peaks for layers in ((i, i, i), (i, i), (other, i, i)))
+        assert live.peaks_without(2) == mixed
+        less = live.peaks_without(0), live.peaks_without(0, 2)
+        assert [less[0][m] - less[1][m] for m in dry.MOMENTS] == [three[m] - two[m] for m in dry.MOMENTS]
+
+
+@pytest.mark.parametrize("lending", [0, 2])
+def test_where_layers_share_an_input_each_run_is_made(lending, monkeypatch):
+    """Its gradient is a sum over them."""
+    config = MIXED["gemma4"][0](num_hidden_layers=4, layer_types=[FULL] * 4)
+    config.text_config.num_kv_shared_layers = lending
+    memory, taken, run = Memory(config, "tiny"), [], dry._run
+    decoder, head = memory.step_peaks.__wrapped__.args
+    monkeypatch.setattr(dry, "_run", lambda *given: (taken.append(given[-1]), run(*given))[1])
+    dry.step_peaks(decoder, head, dry.Step(1, 64))
+    lent = dry.lenders(decoder)
+    assert len(lent) == min(lending, 1)
+    assert {tuple(sorted(lent + layers)) for layers in ((0, 0), (0, 0, 0))} <= {*taken}
 
 
 def test_a_question_after_the_device_is_no_operation(monkeypatch):

@@ -31,7 +31,7 @@ Nothing here knows of priors or of training.
 
 from .carry import carry_adapter, scale_adapter
 from .checkpoint import TOKENIZER, Checkpoint, read_config, skeleton
-from .decoder import Decoder
+from .decoder import Decoder, shared_weights
 from .dequantized import (
     DequantizedCheckpoint,
     Quantization,

@@ -8,6 +8,7 @@ every linear layer inside the decoder's layers, whatever it is called and howeve
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -128,6 +129,17 @@ ENDS = ("head", "embed")
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies with a matrix [out_features, in_features], in whatever form it keeps that."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of the matrices that several modules hold, without PEFT's wrappers; an embedding and its head apart."""
+    ends = {id(e.weight) for e in model.modules() if isinstance(e, nn.Embedding)}
+    names = defaultdict(list)
+    for module, held in model.named_modules():
+        for attribute, parameter in held.named_parameters(recurse=False):
+            if parameter.dim() > 1 and id(parameter) not in ends:
+                names[id(parameter)].append(unwrapped(f"{module}.{attribute}"))
+    return {name for several in names.values() if len(several) > 1 for name in several}
 
 
 def _speaking(root: PreTrainedModel) -> PreTrainedModel:

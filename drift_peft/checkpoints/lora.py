@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from ..arguments import listed
 from .checkpoint import Checkpoint, named_adapters
+from .decoder import shared_weights
 from .hub import Repository, folder_of, split_revision
 from .naming import EMBEDDING, HEAD, canonical_name, pattern_matches, unwrapped
 from .promised import PART, refuse_incomplete
@@ -324,7 +325,7 @@ def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> dict[str, Update]:
     """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
     problems, updates, way_out = [], {}, ""
-    find = _tensor_finder(checkpoint)
+    find, shared = _tensor_finder(checkpoint), shared_weights(checkpoint.model)
     ends: dict[str, Update] = {}  # embedding and head as they were trained, where these are one weight
     for name, update in adapter.items():
         canonical, raw = find(name)
@@ -335,6 +336,8 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
                 continue
         if raw is None:
             problems.append(f"the base has no {canonical or name}")
+        elif unwrapped(name) in shared:
+            problems.append(f"other modules share the weight of {update.module}, and would change with it")
         elif raw in updates:
             problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
         elif wanted := update.misfit(checkpoint.shape(raw)):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..arguments import check_type, plain
 from ..warn import warn
-from .decoder import Decoder
+from .decoder import Decoder, shared_weights
 from .peft_names import convert_peft_adapter_state_dict_for_transformers, convert_peft_config_for_transformers
 
 
@@ -73,6 +73,8 @@ def language_model_targets(
             "yourself"
         )
     lost = _lost_by_peft(base, found)
+    shared = shared_weights(base)
+    lost |= {m: "merges their adapters into weights that other modules share" for m in found if f"{m}.weight" in shared}
     for module in lost:
         del found[module]
     for targets in (_expression(decoder.path, found.values()), [*found]):

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..arguments import shortened
-from ..checkpoints import EMBEDDING, HEAD, says_tied
+from ..checkpoints import EMBEDDING, HEAD, says_tied, shared_weights, unwrapped
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
@@ -275,6 +275,15 @@ def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[s
         raise ValueError(
             "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors, which guidance would pull "
             "twice: leave it out, or train the weight itself with modules_to_save=['embed_tokens']."
+        )
+
+
+def refuse_shared(model: nn.Module, parameters: Iterable[str]) -> None:
+    """Refuse adapters on weights that several modules hold: trained in one of these, they are merged into all."""
+    if shared := sorted(shared_weights(model).intersection(map(unwrapped, parameters))):
+        raise ValueError(
+            f"{len(shared)} of the weights that are adapted, such as {shared[0]}, are shared with other modules, which "
+            "merging would change too: leave them out of target_modules."
         )
 
 

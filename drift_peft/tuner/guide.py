@@ -15,7 +15,14 @@ from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior
 from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
-from .fit import adapted_modules, check_fit, refuse_other_targets, refuse_tied_adapters, targeted_modules
+from .fit import (
+    adapted_modules,
+    check_fit,
+    refuse_other_targets,
+    refuse_shared,
+    refuse_tied_adapters,
+    targeted_modules,
+)
 from .saved import refuse_nested_copies
 from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
@@ -84,7 +91,9 @@ def guide(
         if prior is None or module_kind(name):
             _refuse_layer(model, name, layer, adapter, config)
     keep_4bit_differentiable(model)
-    adapters = {adapter for _, _, adapter in layers}
+    adapters, own = {adapter for _, _, adapter in layers}, {layer for _, layer, _ in layers}
+    named = [(name, module) for name, module in model.named_modules() if module in own]
+    refuse_shared(model, [f"{name}.{getattr(layer, 'parameter_name', 'weight')}" for name, layer in named])
     _refuse_misread_targets(model, adapters)
     if config.drift_target != "delta":
         _refuse_starts(model, adapters)

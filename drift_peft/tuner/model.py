@@ -28,6 +28,7 @@ from .fit import (
     adapted_modules,
     check_fit,
     refuse_other_targets,
+    refuse_shared,
     refuse_tied_adapters,
     targeted_modules,
     warn_of_unused,
@@ -93,6 +94,7 @@ class DriftModel(LoraModel):
         check_saved(model, config, intended)
         other = _target_parameters(model, config)
         parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
+        refuse_shared(model, parameters)
         canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
         if prior is not None:
             targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}

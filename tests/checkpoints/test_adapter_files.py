@@ -36,7 +36,7 @@ class Base:
     """What `_match` asks of a checkpoint."""
 
     def __init__(self, tied=False, head=False, quantized=None):
-        self.source, self.tied = "the/base", tied
+        self.source, self.tied, self.model = "the/base", tied, torch.nn.Module()
         self.language_model = {f"{name}.weight": f"raw.{name}.weight" for name in (Q, EMBED)}
         self.language_model[f"{Q}.bias"] = f"raw.{Q}.bias"
         if head:

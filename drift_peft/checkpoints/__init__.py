@@ -102,7 +102,7 @@ from .sharing import (
     upload,
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
-from .targets import as_peft_reads, language_model_targets
+from .targets import as_peft_reads, language_model_targets, past_adapters
 from .update import LowRank, Rows, Update, Whole, block_rows
 from .versions import needs_peft
 from .vllm import export_for_vllm

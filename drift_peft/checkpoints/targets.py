@@ -35,7 +35,7 @@ def language_model_targets(
 
     Returns:
         A regular expression; the full names of the modules where PEFT would take an expression for something else.
-        Modules that it cannot be told of at all are left out, with a warning that names them.
+        Modules that cannot be adapted are left out, with a warning that names them and says why.
 
     Raises:
         ValueError: no module would be hit, or there is no such layer.
@@ -74,7 +74,10 @@ def language_model_targets(
         )
     lost = _lost_by_peft(base, found)
     shared = shared_weights(base)
-    lost |= {m: "merges their adapters into weights that other modules share" for m in found if f"{m}.weight" in shared}
+    lost |= {
+        m: "PEFT merges their adapters into weights that other modules share" for m in found if f"{m}.weight" in shared
+    }
+    lost |= dict.fromkeys(past_adapters(base, found), "Mamba's fused kernels read their weights past an adapter")
     for module in lost:
         del found[module]
     for targets in (_expression(decoder.path, found.values()), [*found]):
@@ -82,10 +85,10 @@ def language_model_targets(
             break
     else:
         targets = [module for module in found if _converted(base, [module])]
-        lost |= {module: "takes their names for expert stacks" for module in found if module not in targets}
+        lost |= {module: "PEFT takes their names for expert stacks" for module in found if module not in targets}
     for why in dict.fromkeys(lost.values()):
         modules = [module for module in lost if lost[module] == why]
-        told = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: PEFT {why} in models of type "
+        told = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: {why} in models of type "
         if not targets:
             raise ValueError(f"{told}{base.config.model_type}, and of {type(base).__name__} nothing is left")
         warn(f"{told}{base.config.model_type}")
@@ -98,15 +101,22 @@ def as_peft_reads(model: nn.Module, targets: str | Iterable[str]) -> set[str] | 
     return config and {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
 
 
+def past_adapters(model: nn.Module, modules: Iterable[str]) -> list[str]:
+    """The out_proj of Mamba among these: its fused kernels multiply with the weight itself in training, so that an
+    adapter never moves. PEFT refuses it in the types that it knows by name. Mamba has D, linear attention has not."""
+    mixers = {name: name.removesuffix(".out_proj") for name in modules if name.endswith(".out_proj")}
+    return [name for name, mixer in mixers.items() if hasattr(model.get_submodule(mixer), "D")]
+
+
 def _lost_by_peft(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
-    """Those of the modules whose adapters PEFT would save and not load again -> what it does to them."""
+    """Those of the modules whose adapters PEFT would save and not load again -> why."""
     keys = {f"base_model.model.{module}.lora_A.weight": module for module in modules}
     state = {key: torch.empty(1, 1) for key in keys}
     try:
         loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(state))
     except (ValueError, RuntimeError, KeyError):  # it joins what it takes for several experts
         loaded = {}
-    return {module: "loads their adapters under other names" for key, module in keys.items() if key not in loaded}
+    return {module: "PEFT loads their adapters under other names" for key, module in keys.items() if key not in loaded}
 
 
 def _converted(model: nn.Module, targets: str | Iterable[str]) -> LoraConfig | None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..arguments import shortened
-from ..checkpoints import EMBEDDING, HEAD, says_tied, shared_weights, unwrapped
+from ..checkpoints import EMBEDDING, HEAD, past_adapters, says_tied, shared_weights, unwrapped
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
@@ -278,8 +278,15 @@ def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[s
         )
 
 
-def refuse_shared(model: nn.Module, parameters: Iterable[str]) -> None:
-    """Refuse adapters on weights that several modules hold: trained in one of these, they are merged into all."""
+def check_weights(model: nn.Module, parameters: Iterable[str]) -> None:
+    """Refuse adapters on weights that several modules hold: trained in one of these, they are merged into all. Warn of
+    those that the model may pass over."""
+    parameters = [*parameters]
+    if past := past_adapters(model, [name.removesuffix(".weight") for name in parameters]):
+        warn(
+            f"Mamba's fused kernels read {len(past)} targeted weights past an adapter, such as {past[0]}'s: "
+            "where these kernels are installed, the adapter never moves."
+        )
     if shared := sorted(shared_weights(model).intersection(map(unwrapped, parameters))):
         raise ValueError(
             f"{len(shared)} of the weights that are adapted, such as {shared[0]}, are shared with other modules, which "

@@ -18,8 +18,8 @@ from .config import STARTS, DriftConfig
 from .fit import (
     adapted_modules,
     check_fit,
+    check_weights,
     refuse_other_targets,
-    refuse_shared,
     refuse_tied_adapters,
     targeted_modules,
 )
@@ -93,7 +93,7 @@ def guide(
     keep_4bit_differentiable(model)
     adapters, own = {adapter for _, _, adapter in layers}, {layer for _, layer, _ in layers}
     named = [(name, module) for name, module in model.named_modules() if module in own]
-    refuse_shared(model, [f"{name}.{getattr(layer, 'parameter_name', 'weight')}" for name, layer in named])
+    check_weights(model, [f"{name}.{getattr(layer, 'parameter_name', 'weight')}" for name, layer in named])
     _refuse_misread_targets(model, adapters)
     if config.drift_target != "delta":
         _refuse_starts(model, adapters)

@@ -27,8 +27,8 @@ from .config import DriftConfig
 from .fit import (
     adapted_modules,
     check_fit,
+    check_weights,
     refuse_other_targets,
-    refuse_shared,
     refuse_tied_adapters,
     targeted_modules,
     warn_of_unused,
@@ -94,7 +94,7 @@ class DriftModel(LoraModel):
         check_saved(model, config, intended)
         other = _target_parameters(model, config)
         parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
-        refuse_shared(model, parameters)
+        check_weights(model, parameters)
         canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
         if prior is not None:
             targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}

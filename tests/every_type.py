@@ -294,6 +294,6 @@ def projections_of(layer: nn.Module) -> set[str]:
         chosen = any(part in ("experts", "gate", "indexer", "shared_expert_gate") or "router" in part for part in parts)
         chosen |= any(re.match("cross|encoder_|EncDec", part) for part in parts)  # attention to other inputs
         chosen |= any(part in ("prediction_coefs", "correction_coefs") for part in parts)  # of AltUp, never called
-        if isinstance(module, nn.Linear) and not chosen and "Router" not in type(module).__name__:
+        if isinstance(module, nn.Linear) and not chosen and not re.search("Router|Grouped", type(module).__name__):
             found.add(name)
     return found

@@ -2,7 +2,7 @@
 
 All of it follows from the modules of the class that transformers builds, with its weights or without. A projection is
 every linear layer inside the decoder's layers, whatever it is called and however it is quantized, but for what chooses
-(routers, indexers), what is in expert stacks, and cross-attention.
+(routers, indexers), what is in expert stacks, block-diagonal matrices, and cross-attention.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .naming import PROJECTIONS, cross_attention_layers, module_kind, unwrapped
 
-_ROUTER = re.compile(r"Router|TopK")  # in the name of a class
+_NO_MATRIX = re.compile(r"Router|TopK|GroupedLinear")  # in the name of a class: what chooses, or is block-diagonal
 _INSIDE = re.compile(r"\.(?:base_layer|original_module|modules_to_save|lora_\w+)(?:\.|$)")  # of what PEFT has wrapped
 
 
@@ -90,16 +90,16 @@ class Decoder:
     @cached_property
     def projections(self) -> dict[str, str]:
         """Name of each module that is a projection, as the model names it -> canonical name of its weight."""
-        found, routers = {}, []
+        found, others = {}, []
         for inside, module in self.layers.named_modules():
             if not inside or _INSIDE.search(inside):  # of what PEFT has wrapped, the wrapper is the module
                 continue
             name = f"{self.path}.{inside}"
-            if _ROUTER.search(type(module).__name__):
-                routers.append(name)
+            if _NO_MATRIX.search(type(module).__name__):
+                others.append(name)
             canonical = self.name(f"{name}.weight")
             if canonical and is_linear(module) and module_kind(canonical) in PROJECTIONS:
-                if not any(name == router or name.startswith(f"{router}.") for router in routers):
+                if not any(name == other or name.startswith(f"{other}.") for other in others):
                     found[name] = canonical
         return found
 

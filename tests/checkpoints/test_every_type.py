@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from every_type import TYPES, tiny_base, tiny_text_expert
+from every_type import TYPES, tiny_base, tiny_config, tiny_text_expert
 from older import known_type, known_types
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, rename_keys, save_layout
 from torch import nn
 
-from drift_peft import build_prior
+from drift_peft import DriftConfig, build_prior
 from drift_peft.checkpoints import Checkpoint, Decoder, module_kind
 from drift_peft.checkpoints.match import match_weights
 from drift_peft.checkpoints.standalone import write_model
+from drift_peft.tuner.steered import lora_layers
 
 # One of each kind: what is on disk and in memory, and how tokens are mixed
 KINDS = (
@@ -202,6 +204,22 @@ def test_a_model_that_has_no_decoder_says_so():
     config = tf.PerceiverConfig(num_latents=4, d_latents=16, d_model=16, num_blocks=1, num_self_attends_per_block=1)
     with pytest.raises(ValueError, match="PerceiverModel does not say where its language model is"):
         Decoder(tf.PerceiverModel(config))
+
+
+@known_type("deepseek_v4")
+def test_a_block_diagonal_layer_is_no_projection(tmp_path):
+    """DeepSeek V4's o_a_proj is a Linear whose input is a group's, while its rows are those of all groups."""
+    base = tf.AutoModelForCausalLM.from_config(tiny_config("deepseek_v4"))
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    base.save_pretrained(tmp_path / "expert")
+    with pytest.warns(UserWarning, match=r"layers\.\*\.self_attn\.o_a_proj\.weight \(\d"):
+        prior = build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "p.safetensors", rank=2, progress=False)
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    layers = lora_layers(get_peft_model(model, DriftConfig(prior=prior.path, r=2)))
+    assert {name for name, *_ in layers} == {*prior} and any("o_b_proj" in name for name in prior)
 
 
 def test_models_side_by_side_do_not_say_which_one_is_meant():

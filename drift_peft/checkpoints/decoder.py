@@ -122,8 +122,25 @@ class Decoder:
             if counted and counted.startswith("layers."):
                 yield self.name(parameter), counted, value.numel()
 
+    def beside(self) -> Iterator[str]:
+        """Canonical name of each matrix that a bare model's language model has beside its layers, embedding and head,
+        such as Gemma 3n's altup_projections; not of towers, nor of tables, of which a row is looked up."""
+        apart = {module for part in self.module.children() if _is_tower(part) for module in part.modules()}
+        apart.update(self.layers.modules())
+        for path, module in self.model.named_modules():
+            if module not in apart and not isinstance(module, nn.Embedding):
+                for attribute, value in module.named_parameters(recurse=False):
+                    canonical = self.name(f"{path}.{attribute}")
+                    if value.dim() == 2 and canonical and module_kind(canonical) is None:
+                        yield canonical
+
 
 ENDS = ("head", "embed")
+
+
+def _is_tower(module: nn.Module) -> bool:
+    """Whether a module beside the layers has layers of its own, as Chameleon's tokenizer of images."""
+    return any(isinstance(part, nn.ModuleList) for part in module.modules() if part is not module)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -148,7 +165,8 @@ def _speaking(root: PreTrainedModel) -> PreTrainedModel:
 
 
 def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The list of the language model's layers, which is the outermost one, and the module that holds it."""
+    """The list of the language model's layers, which is the outermost one, and the module that holds it. There is none
+    if several lists of such layers are equally far out, as in HRM, whose H and L modules take turns."""
     try:
         depth = getattr(root.config.get_text_config(decoder=True), "num_hidden_layers", None)
         decoder = _speaking(root).get_decoder()
@@ -160,5 +178,8 @@ def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | Non
     lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and name]
     if not lists:
         return None
-    name, layers = min(lists, key=lambda found: (found[0].count("."), len(found[1]) != depth, -len(found[1])))
+    ranks = [(name.count("."), len(layers) != depth, -len(layers)) for name, layers in lists]
+    (name, layers), *rivals = (found for found, rank in zip(lists, ranks, strict=True) if rank == min(ranks))
+    if any([*map(type, other)] == [*map(type, layers)] for _, other in rivals):
+        return None
     return decoder.get_submodule(name.rpartition(".")[0]), layers

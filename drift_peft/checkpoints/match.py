@@ -154,12 +154,14 @@ def _refuse_requests(base: Checkpoint, modules: Sequence[str]) -> None:
 
 def _unsteered(base: Checkpoint, modules: Sequence[str], layers: set[int]) -> Iterator[tuple[str, int]]:
     """Patterns and sizes of the base's weights that no preset names (routers, experts), or in layers that the text LLM
-    lacks."""
+    lacks, or beside the layers."""
     kinds = base.decoder.kinds
     for name, counted, size in base.decoder.sizes():
         beside = name is None and module_kind(counted) in (*modules, None)
         if beside or (name and layer_of(name) in layers and kinds[name] is None):
             yield _pattern(counted if beside else name), size
+    for name in base.decoder.beside():
+        yield _pattern(name), 0  # it has no share of the layers
 
 
 def _pattern(name: str) -> str:

@@ -222,6 +222,39 @@ def test_a_block_diagonal_layer_is_no_projection(tmp_path):
     assert {name for name, *_ in layers} == {*prior} and any("o_b_proj" in name for name in prior)
 
 
+BESIDE = {  # type -> matrices of its language model that no preset names, outside of the layers
+    "chameleon": {},
+    "gemma3n": {
+        "per_layer_model_projection.weight": 1,
+        "altup_projections.*.weight": 3,
+        "altup_unembed_projections.*.weight": 3,
+    },
+    "gemma4": {"per_layer_model_projection.weight": 1},
+    "idefics": {
+        f"gated_cross_attn_layers.*.{name}_proj.weight": 2
+        for name in [*(f"cross_attn.{p}" for p in "qkvo"), *(f"mlp.{p}" for p in ("gate", "up", "down"))]
+    },
+    "qwen2_5_vl": {},
+    "qwen4_exp": {f"hyper_connection_mixer.input_mix_weight_{way}.weight": 1 for way in ("down", "up")},
+}
+
+
+@pytest.mark.parametrize("model_type", known_types(BESIDE))
+def test_matrices_beside_the_layers_are_said_to_be_left(model_type, tmp_path):
+    """Not those of a tower that stands beside the layers, such as Chameleon's and Idefics'."""
+    tiny_base(model_type).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    found = match_weights({"expert": checkpoint, "base": checkpoint}, ["attn", "mlp"])
+    left = {name: n for name, n in found.without_counterpart.items() if not name.startswith("layers.")}
+    assert left == BESIDE[model_type] and not any(found.shares[name] for name in left)
+
+
+@known_type("hrm_text")
+def test_of_two_lists_of_layers_none_is_taken():
+    with pytest.raises(ValueError, match="HrmTextForCausalLM does not say where its language model is"):
+        Decoder(tf.AutoModelForCausalLM.from_config(tiny_config("hrm_text")))
+
+
 def test_models_side_by_side_do_not_say_which_one_is_meant():
     vlm = tiny_base("qwen2_5_vl")
     assert Decoder(nn.ModuleDict({"model": vlm})).projections

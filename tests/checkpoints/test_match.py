@@ -26,7 +26,7 @@ WITHOUT = {
     "glm4v_moe": EXPERTS,
     "qwen3_5": LINEAR,
     "qwen3_5_moe": {**LINEAR, **dict.fromkeys(EXPERTS, 2), "layers.*.mlp.shared_expert_gate.weight": 2},
-    "gemma4": {},
+    "gemma4": {"per_layer_model_projection.weight": 1},
     "lfm2_vl": {"layers.*.conv.conv.weight": 1},
     "mistral_llava": {},
 }

@@ -50,7 +50,7 @@ class Source:
 
 class Decoder:
     def __init__(self, kinds, depth, shapes, beside):
-        self.kinds, self.depth, self.shapes, self.beside = kinds, depth, dict(shapes), beside
+        self.kinds, self.depth, self.shapes, self.lacking = kinds, depth, dict(shapes), beside
 
     def __len__(self):
         return self.depth
@@ -59,8 +59,11 @@ class Decoder:
         for name, shape in self.shapes.items():
             if name.startswith("layers."):
                 yield name, f"model.{name}", torch.Size(shape).numel()  # its canonical name, and the model's own
-        for name, size in self.beside:  # in layers that the text model lacks
+        for name, size in self.lacking:  # in layers that the text model lacks
             yield None, name, size
+
+    def beside(self):
+        return ()
 
 
 def match(expert=None, base=None, modules=("attn", "mlp"), **selection):

@@ -182,4 +182,16 @@ def _find_layers(root: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | Non
     (name, layers), *rivals = (found for found, rank in zip(lists, ranks, strict=True) if rank == min(ranks))
     if any([*map(type, other)] == [*map(type, layers)] for _, other in rivals):
         return None
+    part = decoder.get_submodule(name.partition(".")[0])
+    if isinstance(part, PreTrainedModel) and _embeds_beside(root, decoder, part):  # pi0's action expert
+        return None
     return decoder.get_submodule(name.rpartition(".")[0]), layers
+
+
+def _embeds_beside(root: PreTrainedModel, decoder: nn.Module, part: nn.Module) -> bool:
+    """Whether the text enters at another place in the decoder than in this part of it."""
+    try:
+        embedding = _speaking(root).get_input_embeddings()
+    except NotImplementedError:
+        return False
+    return embedding in {*decoder.modules()} - {*part.modules()}

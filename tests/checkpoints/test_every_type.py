@@ -255,6 +255,12 @@ def test_of_two_lists_of_layers_none_is_taken():
         Decoder(tf.AutoModelForCausalLM.from_config(tiny_config("hrm_text")))
 
 
+@known_type("pi0")
+def test_an_action_expert_is_no_language_model():
+    with pytest.raises(ValueError, match="PI0ForConditionalGeneration does not say where its language model is"):
+        Decoder(tiny_base("pi0"))
+
+
 def test_models_side_by_side_do_not_say_which_one_is_meant():
     vlm = tiny_base("qwen2_5_vl")
     assert Decoder(nn.ModuleDict({"model": vlm})).projections

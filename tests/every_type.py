@@ -150,6 +150,12 @@ def mrope(*section: int) -> dict:
 
 
 CHANGES: dict[str, dict] = {  # type -> what it needs beyond, in the form of its configuration
+    "apertus1p5": {
+        "vision_config": {**TOKENIZER, "codebook_size": 16, "embed_dim": 32, "latent_channels": 32},
+        "audio_config": {"codebook_dim": 32, "codebook_size": 16},
+        "image_token_offset": 16,
+        "audio_token_offset": 32,
+    },
     "chameleon": {**IMAGES, "vq_config": {**TOKENIZER, "embed_dim": 32}},
     "cohere2_vision": {"alignment_intermediate_size": 128},
     "cohere_compass": {
@@ -189,6 +195,18 @@ CHANGES: dict[str, dict] = {  # type -> what it needs beyond, in the form of its
     "glmga": mrope(4, 2, 2),
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64}},
     "hunyuan_vl": {"text_config": {"head_dim": 16, **mrope(2, 2, 2, 2)["text_config"]}},
+    "hy_v4_vl": {
+        "text_config": {
+            **{"head_dim": 8, "num_key_value_heads": 4, "qk_head_dim": 24},
+            **mrope(2, 1, 1)["text_config"],
+        }
+    },
+    "inkling2_loop": {
+        "text_config": {
+            **{"unpadded_vocab_size": 60, "num_hidden_layers": 4, "layer_types": ["hybrid_sliding", "hybrid"] * 2},
+            **{"loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1},
+        }
+    },
     "inkling_mm_model": {"vision_config": {"n_layers": 2}},
     "janus": {"vq_config": {**TOKENIZER, "embed_dim": 8}},
     "kimi_k25": {"text_config": {"head_dim": 8, "num_key_value_heads": 4}},

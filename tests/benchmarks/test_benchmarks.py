@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import families
 import fits_24gb
 import gates
 import keep_cost
@@ -166,3 +167,20 @@ def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):
         assert row["times_the_floor"] == pytest.approx(row["seconds"] / floor, rel=1e-3)
         assert row["peak_gb"] is None if sys.platform != "linux" else 0.05 < row["peak_gb"] < 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["save_pretrained", "from_pretrained"])
+def test_a_type_that_transformers_does_not_save_or_load_gets_a_row(tmp_path, monkeypatch, step):
+    class Model(torch.nn.Linear):
+        def save_pretrained(self, folder):
+            if step == "save_pretrained":
+                raise RuntimeError("shared tensors")
+
+    def fails(folder):
+        raise RuntimeError("shared tensors")
+
+    monkeypatch.setattr(families, "tiny_base", lambda _: Model(1, 1))
+    monkeypatch.setattr(families, "tiny_text_expert", lambda _: (Model(1, 1), {}))
+    monkeypatch.setattr(families, "_load", fails)
+    row = families.take("a_type", tmp_path)
+    assert row == {"result": "not built here", "steered": 0, "said": "shared tensors"}

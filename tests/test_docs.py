@@ -201,6 +201,14 @@ def test_the_command_line_s_page_has_every_verb():
             assert flag in page
 
 
+def test_the_page_of_plugins_names_the_versions_that_are_tested():
+    page = (ROOT / "docs" / "guides" / "plugins.md").read_text(encoding="utf-8")
+    for tool, file in (("axolotl", "axolotl"), ("ms-swift", "ms_swift"), ("LLaMA-Factory", "llama_factory")):
+        listed = (ROOT / "tests" / "integrations" / f"{file}.txt").read_text(encoding="utf-8")
+        version = re.search(rf"^{tool.replace('LLaMA-Factory', 'llamafactory')}==(\S+)", listed, re.M)[1]
+        assert f"{tool} {version}" in page
+
+
 def test_the_families_page_has_every_type():
     printed = (ROOT / "benchmarks" / "results" / "families.txt").read_text(encoding="utf-8")
     types, page = re.findall(r"^│ ([\w.-]+) ", printed, re.M), site_pages.families()

@@ -239,7 +239,7 @@ def test_full_disk(pair):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # each weight fits, the whole prior does not
     try:
-        with pytest.raises(OSError, match=r"prior.safetensors could not be written: .*File too large"):
+        with pytest.raises(OSError, match=r"written.safetensors could not be written: .*File too large"):
             build(pair)
         assert len(done(pair)) == 7 * LAYERS  # and nothing torn
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))

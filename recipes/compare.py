@@ -43,7 +43,7 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
-from parts.held_out import groups_of, in_common, marks_of, rows_of, split
+from parts.held_out import groups_of, in_common, marks_of, marks_of_keep_set, rows_of, split
 from parts.journal import Journal
 from parts.pace import Pace
 from parts.processing import processor_settings
@@ -163,19 +163,39 @@ class Comparison:
 
         names = {key: self.settings[key] for key in ("expert", "base", "prior")}
         pair = ["--expert", names["expert"], "--base", names["base"]]
-        gated, in_4bit = folder / "gated.safetensors", [] if self.settings.get("use_cpu") else ["--load-in-4bit"]
+        gated = folder / "gated.safetensors"
         if is_missing(names["prior"]):
             reference = ["--reference", self.settings["reference"]] if "reference" in self.settings else []
             rank = ["--rank", self.settings.get("prior_rank", 64)]
             launch("-m", "drift_peft", "prior", "build", *pair, *reference, *rank, "-o", names["prior"])
-        if is_missing(self.keep):
-            images = self.settings.get("keep_images") or self.data["train"]
-            longest = ["--max-new-tokens", self.settings.get("keep_max_new_tokens", 64), *in_4bit]
-            make_keep_set(self.settings, images, self.keep, self.settings.get("keep_samples", 300), *longest)
+        self.make_keep()
         made = gated, folder / "adapter"
         for file, command in zip(made, gating(self.settings, self.keep, self.args.texts, *made), strict=True):
             if not file.exists():
                 launch("-m", "drift_peft", *command)
+
+    def make_keep(self) -> None:
+        """The keep set of the ways that keep, if it is not there; of no images that a search judges by."""
+        from parts.arguments import is_missing
+
+        if is_missing(self.keep):
+            in_4bit = [] if self.settings.get("use_cpu") else ["--load-in-4bit"]
+            images = self.settings.get("keep_images") or self.data.get("fitting", self.data["train"])
+            longest = ["--max-new-tokens", self.settings.get("keep_max_new_tokens", 64), *in_4bit]
+            make_keep_set(self.settings, images, self.keep, self.settings.get("keep_samples", 300), *longest)
+
+    def note_kept(self) -> None:
+        """Say where the keep set of the ways that keep has images of those that are measured on."""
+        from parts.arguments import is_missing
+
+        if self.keep is not None and self.keep_sets and not is_missing(self.keep):
+            kept, measured = (marks_of_keep_set(file) for file in (self.keep, self.keep_sets["test"]))
+            if shared := len(kept & measured):
+                print(
+                    f"note: {shared} of the {len(measured)} images that the distance from the VLM is measured on are "
+                    f"also in the keep set {self.keep}, so that what is kept looks nearer than it is",
+                    file=sys.stderr,
+                )
 
     def examine(self, folder: Path, exam: str) -> None:
         base, adapter = folder / "adapter-base", folder / "adapter"
@@ -283,7 +303,7 @@ def compare(args: Namespace) -> dict:
     asked["examined with processor_kwargs"] = processor or None  # which earlier versions did not do
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     groups = groups_of(marks := marks_of(dataset))
-    if len(groups) < len(dataset):
+    if len(groups) < len(dataset) and (args.search or not args.test):
         asked["samples with an image in common"] = "held out together"  # which earlier versions did not do
     if tested is not None and (shared := in_common(marks, marks_of(tested))):
         told = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
@@ -301,6 +321,9 @@ def compare(args: Namespace) -> dict:
         waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]
         answers = rows_of(data["test"]) if tested is None else len(tested)
         comparison.pace = Pace(waiting, answers, args.max_new_tokens)
+        if args.search and any(way.kind.endswith(("gated", "-keep")) for way in ways):
+            comparison.make_keep()
+        comparison.note_kept()
         measured = {way.name: comparison.measure(way) for way in ways}
         if args.search:
             way = tune(comparison, ways, measured)

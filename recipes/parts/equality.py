@@ -18,6 +18,8 @@ from .reading import readings
 from .units import Unit, split_unit, sum_of_units
 
 DIGITS = 300  # of a number beyond which no mathematics is done with it
+PRICE = r"(?:\\?\$\s*)?\d+(?:[.,]\d+)*"
+RANGE = re.compile(rf"{PRICE}(?:\s*-\s*{PRICE})+")  # or a score, a season, a telephone number
 ARTICLE = re.compile(r"(?i)^(?:an?|the)\s+(?=\S)")
 SYMBOL = r"(?:\\?[A-Za-z]+'*|\\(?:overline|widehat|vec|hat|bar|overrightarrow|mathbf)\s*\{\s*[A-Za-z]+\s*\})"
 INDEX = r"(?:\s*_\s*(?:\{[^{}]*\}|\w))?"
@@ -46,8 +48,6 @@ def _same(answer: str, gold: str, options: dict[str, str]) -> bool:
     if not answer or not gold:
         return False
     options = {letter: plain(text) for letter, text in options.items()}
-    if not options and len(answer) == len(gold) == 1:  # r is not R, nor b B where they name no option
-        return answer == gold
     if _same_text(answer, gold):
         return True
     several, known_several = choices(answer, options), choices(gold, options)
@@ -84,10 +84,8 @@ def _same_text(one: str, other: str) -> bool:
     if one == other:
         return bool(one)
     one, other = (ARTICLE.sub("", text) for text in (one, other))
-    return (
-        len(one) > 1
-        and one.casefold() == other.casefold()
-        and bool(re.fullmatch(r"(?:[^\W\d_]{2,}|a|an|I)(?:[\s,'-]+(?:[^\W\d_]{2,}|a|an|I|s))*", one, re.IGNORECASE))
+    return one.casefold() == other.casefold() and bool(
+        re.fullmatch(r"[A-Ja-j]|(?:[^\W\d_]{2,}|a|an|I)(?:[\s,'-]+(?:[^\W\d_]{2,}|a|an|I|s))*", one, re.IGNORECASE)
     )
 
 
@@ -273,7 +271,10 @@ def _parse(text: str) -> list:
 
 
 def _only_text(text: str) -> bool:
-    """Words, a date or a time of day: math-verify would multiply letters and divide hours by minutes."""
+    """Words, a date, a time of day or a range: math-verify would multiply letters, divide hours by minutes, and take
+    2015 from 2010."""
+    if RANGE.fullmatch(text.strip()):
+        return True
     without = re.sub(r"\\log\s*_\s*(?:\{\d+\}|\d)|\\[A-Za-z]+|\b(?:or|and)\b", " ", text)
     return bool(
         re.search(

@@ -89,5 +89,13 @@ def in_common(marks: list[set[str]], others: list[set[str]]) -> int:
     return sum(not images.isdisjoint(each) for each in others)
 
 
+def marks_of_keep_set(source: str | Path) -> set[str]:
+    """What stands for the images of a keep set."""
+    from drift_peft import KeepSet
+
+    keep_set = KeepSet.load(source)
+    return {_hash(keep_set.image_file(i)) for i in {keep_set.image_of(sample) for sample in range(len(keep_set))}}
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -119,11 +119,11 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
     start = [("system", system)] if system and system.strip() else []
     key = next((key for key in TURNS if sample.get(key)), None)
     turns, read = sample.get(key), [key]
-    if key is None and all(sample.get(name) for name in PAIR):
+    found = read_question(sample) if key is None else None
+    if key is None and found is None and all(sample.get(name) for name in PAIR):
         key, read = ", ".join(PAIR), [*PAIR]
         turns = [*_spoken(sample["prompt"], "user"), *_spoken(sample["completion"], "assistant")]
     elif key is None:
-        found = read_question(sample)
         if found is None:
             raise BadSample(
                 "unknown layout",

@@ -36,6 +36,8 @@ def _number(words: list[str]) -> int | None:
     """105 of `one hundred and five`; None of what is not how a number is said, such as `nineteen eighty four`."""
     from num2words import num2words
 
+    if not all(words):  # a - b
+        return None
     said = re.sub(
         rf"\b({'|'.join(SCALES)}) and(?= )", r"\1", re.sub("^an? ", "one ", " ".join(words).casefold())
     ).split()
@@ -88,7 +90,9 @@ def date_or_time(text: str) -> str:
     if not 3 < len(text) < 40 or not re.search(r"\d", text):
         return text
     day = " ".join(re.sub(r"(?i)(?<=\d)(?:st|nd|rd|th)\b|,|\bof\b|\bthe\b|(?<=[a-z]{3})\.", " ", text).split())
-    for said, written in ((day, "%Y-%m-%d"), (f"{day} 2000", "month %m day %d")):  # some give no year
+    day = re.sub(r"(?i)\bsept\b", "Sep", day)
+    some = (day, "%Y-%m-%d"), (f"{day} 2000", "month %m day %d"), (f"1 {day}", "%Y-%m")  # no year, or no day
+    for said, written in some:
         for form in DATES:
             with suppress(ValueError):
                 return format(datetime.strptime(said, form), written)

@@ -18,7 +18,8 @@ LETTER = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 BEFORE = re.compile(  # `B 5`; but `A dog` has no letter, and A ∪ B is a formula
-    r"(?P<letter>[A-J])\s+(?![+\-−]\s|\\(?:cup|cap|times|cdot|in|to|le|ge|ne|pm)\b)(?P<text>[\d\\$+\-−(.|√€£].*)",
+    r"(?P<letter>[A-J])\s+(?![+\-−]\s+\\?[A-Za-z](?![A-Za-z])|->|\\(?:cup|cap|times|cdot|in|to|ne|neq|setminus|subset\w*|"
+    r"rightarrow|equiv|perp|sim|land|approx)\b)(?P<text>[\d\\$+\-−(.|√€£].*)",
     re.DOTALL,
 )
 AFTER = re.compile(r"(?P<text>.*\S)\s*[(\[]\s*(?:option|choice)?\s*(?P<letter>[A-J])[)\]]", re.DOTALL | re.IGNORECASE)

@@ -41,7 +41,7 @@ SAID = re.compile(
     r"(?<![\w-])ans\s*[.:=]|(?:答案|答え|正解|正答|정답|답)\s*(?:是|为|為|は|은|는|[:：])|"
     rf"(?<![\w-]){ABROAD}\s*[*_]*\s*(?:(?:est|ist|lautet|es|è|é)\b\s*:?|[:：=—]))[\s*_]*"
 )
-VERB_LAST = re.compile(r"(?<=\S)\s*(?:です|である|だ|입니다|이다|이에요|예요)\s*[.。]?$")
+VERB_LAST = re.compile(r"(?<=\S)\s*(?:です|である|(?<=[\dA-Za-z)）」])だ|입니다|이다|이에요|예요)\s*[.。]?$")
 HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案|答え|正解|정답|답|{ABROAD})\s*[:：]?$")
 NAMED_LAST = re.compile(rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?P<said>\(?[A-J]\)?)\s*\.?$")
 LEAD_IN = re.compile(

@@ -17,7 +17,7 @@ from kept_models import (
     kept_twin,
     load,
 )
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from twin import BATCH, backward, sgd, trainable
 
 from drift_peft import keep, telemetry
@@ -169,3 +169,13 @@ def test_a_step_between_two_that_keep_is_not_missed(folder, processor, tmp_path)
         warnings.simplefilter("always")
         model.save_pretrained(tmp_path)
     assert not any("never ran" in str(w.message) for w in caught) and "weight 0.5" in keep_words(model)
+
+
+def test_adapters_of_other_kinds_are_saved(folder, processor, tmp_path):
+    parts = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = get_peft_model(load(folder), IA3Config(**parts)).train()
+    keep(model, folder / "keep.safetensors", processor, batch_size=2)
+    backward(model)
+    Foreign(model).step()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -1,13 +1,17 @@
 """What recipes/compare.py examines with has no image in common with what is trained on."""
 
+import dataclasses
 import io
 import json
+import re
 from argparse import Namespace
+from pathlib import Path
 
 import compare
 import datasets
 import pytest
 import yaml
+from keep_sets import make, save_folder
 from parts.held_out import groups_of, in_common, marks_of, split
 from parts.loading import load_messages
 from PIL import Image
@@ -113,3 +117,53 @@ def test_a_comparison_whose_samples_were_held_out_one_by_one_is_not_gone_on_with
         told = {"shared": r"samples with an image in common \(None, now held out together\)", "alone": "stopped"}
         with pytest.raises(SystemExit, match=told[name]):
             compare.main(flags)
+
+
+def test_a_search_is_judged_by_images_that_nothing_is_kept_on(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    data = save(tmp_path, [[n] for n in range(40)])
+    recipe.write_text(yaml.safe_dump({"base": "b", "data": str(data), "method": "sft", "use_cpu": True}))
+    launched = []
+
+    def launch(*command):
+        launched.append([*map(str, command)])
+        if len(launched) == 3:
+            raise compare.Failed("stopped")
+
+    monkeypatch.setattr(compare, "launch", launch)
+    with pytest.raises(SystemExit, match="stopped"):
+        more = ["--held-out", "4", "--search", "2", "--ways", "base", "sft-keep"]
+        compare.main([str(recipe), "-o", str(tmp_path / "out"), *more])
+    made = {Path(command[command.index("-o") + 1]).name: command[command.index("--images") + 1] for command in launched}
+    assert [*made] == ["keep_test.safetensors", "keep_validation.safetensors", "keep.safetensors"]
+    kept, judged = (images(made[f"{name}.safetensors"]) for name in ("keep", "keep_validation"))
+    assert len(judged) == 4 and not {*kept} & {*judged} and not {*kept} & {*images(made["keep_test.safetensors"])}
+
+
+def test_images_that_are_measured_on_and_kept_on_are_told(tmp_path, capsys):
+    folder = save_folder(tmp_path, "qwen2_5_vl")
+    make(folder)
+    measured = tmp_path / "keep.safetensors"
+    comparison = compare.Comparison(None, {}, {}, str(measured), {"test": measured}, None)
+    comparison.note_kept()
+    said = capsys.readouterr().err
+    assert re.search(r"note: (\d+) of the \1 images that the distance from the VLM is measured on are also in", said)
+    dataclasses.replace(comparison, keep="someone/not-made.safetensors").note_kept()
+    assert not capsys.readouterr().err
+
+
+def test_a_comparison_by_ones_own_samples_goes_on_as_before(tmp_path, monkeypatch):
+    """With --test nothing is held out of the data, so earlier versions compared the same."""
+    trained, tested = save(tmp_path, [[1], [1], [2]]), save(tmp_path, [[3]], "test.jsonl")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"base": "b", "data": str(trained), "method": "sft", "use_cpu": True}))
+    seen = []
+
+    def journal(path, asked, **settings):
+        seen.append(asked)
+        raise compare.Failed("stopped")
+
+    monkeypatch.setattr(compare, "Journal", journal)
+    with pytest.raises(SystemExit, match="stopped"):
+        compare.main([str(recipe), "-o", str(tmp_path / "out"), "--test", str(tested), "--ways", "base"])
+    assert seen and "samples with an image in common" not in seen[0]

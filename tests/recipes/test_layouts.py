@@ -43,6 +43,8 @@ def test_prompt_and_completion_are_texts_or_turns_as_trl_has_them():
             read = read_sample(sample)
             assert "".join(turn["role"][0] for turn in read.messages) == roles and last_answer(read.messages) == last
             assert read.images == ["1.png"] and not read.unread
+    beside = read_sample({"question": "q", "answer": "7", "prompt": "template", "completion": "reason 6"})
+    assert last_answer(beside.messages) == "7" and beside.unread.keys() == {"prompt", "completion"}
     assert read_sample({**turns("q", "a"), "prompt": "b", "completion": "c"}).unread == {
         "prompt": "b",
         "completion": "c",

@@ -35,7 +35,6 @@ from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -43,7 +42,7 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
-from parts.held_out import groups_of, in_common, marks_of, marks_of_keep_set, rows_of, split
+from parts.held_out import groups_of, has_images, in_common, marks_of, note_of_kept, read_data, rows_of, split
 from parts.journal import Journal
 from parts.pace import Pace
 from parts.processing import processor_settings
@@ -51,9 +50,6 @@ from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from parts.whole import write_json
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known
@@ -189,13 +185,8 @@ class Comparison:
         from parts.arguments import is_missing
 
         if self.keep is not None and self.keep_sets and not is_missing(self.keep):
-            kept, measured = (marks_of_keep_set(file) for file in (self.keep, self.keep_sets["test"]))
-            if shared := len(kept & measured):
-                print(
-                    f"note: {shared} of the {len(measured)} images that the distance from the VLM is measured on are "
-                    f"also in the keep set {self.keep}, so that what is kept looks nearer than it is",
-                    file=sys.stderr,
-                )
+            if note := note_of_kept(self.keep, self.keep_sets["test"]):
+                print(note, file=sys.stderr)
 
     def examine(self, folder: Path, exam: str) -> None:
         base, adapter = folder / "adapter-base", folder / "adapter"
@@ -228,27 +219,6 @@ class Comparison:
         told = {key: float(np.mean([each[key] for each in facts])) for key in facts[0]}
         categories = [sample["category"] for sample in samples]
         return Measured(mean("right.json", "samples", "correct"), **kept, categories=categories, facts=told)
-
-
-def read_data(args: Namespace, settings: dict) -> tuple[Dataset, Dataset | None, str]:
-    """The samples of the recipe, those of --test, and a SHA-256 over what both say.
-
-    Raises:
-        ValueError: they cannot be read.
-    """
-    from parts.loading import load_messages
-
-    how = {"images": settings.get("images"), "on_bad": settings.get("on_bad", "drop")}
-    dataset, _ = load_messages(settings["data"], split=settings.get("split", "train"), **how)
-    tested = load_messages(args.test, split="test", on_bad="fail")[0] if args.test else None
-    digest = hashlib.sha256()
-    for each in (dataset, tested):
-        digest.update(json.dumps(each and each["messages"][:]).encode())
-    return dataset, tested, digest.hexdigest()
-
-
-def has_images(dataset: Dataset) -> bool:
-    return any(map(len, dataset.with_format("arrow")["images"]))
 
 
 def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictured: bool) -> dict[str, Path]:

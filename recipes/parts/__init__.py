@@ -30,7 +30,7 @@ scoring       the frozen scorer, and what stands for its version
 intervals     means, and their 95 % intervals by a bootstrap over samples
 ways          what a comparison compares: what each way changes in a recipe
 search        settings of the leading ways, tuned with optuna
-held_out      samples to examine with, which have no image in common with those that are trained on
+held_out      a comparison's samples: read, and split so that exams and training have no image in common
 pace          what is said of the exams to come, and how long they take
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take

@@ -7,6 +7,7 @@ image. The image is its content, wherever it lies. Samples without images are ea
 from __future__ import annotations
 
 import hashlib
+import json
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,27 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .parquet import write_parquet
+
+
+def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datasets.Dataset | None, str]:
+    """The samples of the recipe, those of --test, and a SHA-256 over what both say.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    from .loading import load_messages
+
+    how = {"images": settings.get("images"), "on_bad": settings.get("on_bad", "drop")}
+    dataset, _ = load_messages(settings["data"], split=settings.get("split", "train"), **how)
+    tested = load_messages(args.test, split="test", on_bad="fail")[0] if args.test else None
+    digest = hashlib.sha256()
+    for each in (dataset, tested):
+        digest.update(json.dumps(each and each["messages"][:]).encode())
+    return dataset, tested, digest.hexdigest()
+
+
+def has_images(dataset: datasets.Dataset) -> bool:
+    return any(map(len, dataset.with_format("arrow")["images"]))
 
 
 def marks_of(dataset: datasets.Dataset) -> list[set[str]]:
@@ -89,12 +111,18 @@ def in_common(marks: list[set[str]], others: list[set[str]]) -> int:
     return sum(not images.isdisjoint(each) for each in others)
 
 
-def marks_of_keep_set(source: str | Path) -> set[str]:
-    """What stands for the images of a keep set."""
+def note_of_kept(keep: str, measured: Path) -> str | None:
+    """What is to be said where a keep set to keep by has images of the one to measure with."""
     from drift_peft import KeepSet
 
-    keep_set = KeepSet.load(source)
-    return {_hash(keep_set.image_file(i)) for i in {keep_set.image_of(sample) for sample in range(len(keep_set))}}
+    def marks(source: str | Path) -> set[str]:
+        keep_set = KeepSet.load(source)
+        return {_hash(keep_set.image_file(i)) for i in {keep_set.image_of(sample) for sample in range(len(keep_set))}}
+
+    images = marks(measured)
+    shared = len(images & marks(keep))
+    told = f"note: {shared} of the {len(images)} images that the distance from the VLM is measured on are also in the"
+    return f"{told} keep set {keep}, so that what is kept looks nearer than it is" if shared else None
 
 
 def _hash(content: bytes) -> str:

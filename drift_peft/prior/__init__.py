@@ -9,6 +9,7 @@ share    model card, the prior as a LoRA adapter
 prior    ReasoningPrior: the file with all that can be done with it
 same     is an existing prior what a build would make?
 merged   a base that has taken a part of Δ in, and what is left of it then
+reading  the weights of all models, one read ahead
 build    two checkpoints -> prior file, streaming, resumable
 report/  a prior in words, tables, figures and as a page
 """

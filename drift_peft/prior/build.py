@@ -8,10 +8,7 @@ at once, so that an interrupted build loses one weight at most.
 
 import hashlib
 import os
-import threading
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -28,7 +25,6 @@ from ..checkpoints import (
     describe,
     finish,
     finished,
-    layer_order,
     match_weights,
     open_expert,
     partial_path,
@@ -41,11 +37,11 @@ from ..warn import first_line, warn
 from .delta import refuse_unrelated, take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
+from .reading import Weights
 from .same import difference
 
 DEFAULT_MODULES = ("attn", "mlp")
 RANK, MAX_RANK = 64, 256
-PAGE = 4096  # bytes
 
 
 @typed
@@ -238,54 +234,13 @@ def _take_deltas(
     delete_shards: bool,
     progress: bool,
 ) -> None:
-    """Write Δ of each weight that is not done yet into its file, while another thread reads the next weight."""
-
-    def shards(name: str, role: str) -> list[str]:
-        return [str(file) for file in sources[role].files_of(match.keys[name][role])]
-
-    def read(name: str) -> dict[str, torch.Tensor]:
-        with lock:
-            for role, source in sources.items():
-                for file in source.files_of(match.keys[name][role]):
-                    source.fetch(file)
-            with reading:
-                if stopped.is_set():
-                    return {}
-                tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
-                return {role: _page_in(tensor, device) for role, tensor in tensors.items()}
-
-    def read_ahead(name: str) -> Future:
-        ahead = Future()
-
-        def work() -> None:
-            try:
-                ahead.set_result(read(name))
-            except BaseException as error:
-                ahead.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()  # Python's end waits for no download
-        return ahead
-
-    def free_used_up() -> None:
-        with lock:
-            for file in sources["expert"].files if delete_shards else ():
-                if not left[str(file)]:
-                    sources["expert"].release(file)
-
+    """Write Δ of each weight that is not done yet into its file."""
     names = [name for name, file in files.items() if finished(file) is None]
-    # So that each shard is opened once.
-    names.sort(key=lambda name: (shards(name, "expert"), shards(name, "base"), layer_order(name)))
-    left = Counter(shard for name in names for shard in shards(name, "expert"))
-    lock = threading.Lock()  # a checkpoint serves one thread at a time
-    reading, stopped = threading.Lock(), threading.Event()
-    bar = tqdm(names, "prior", len(files), unit="weight", initial=len(files) - len(names), disable=not progress)
-    try:
-        free_used_up()  # what an interrupted build had brought
-        ahead = [read_ahead(name) for name in names[:1]]
-        for index, name in enumerate(bar):
+    counted = {"total": len(files), "initial": len(files) - len(names)}
+    weights = Weights(sources, match, names, device, delete_shards)
+    with weights, tqdm(weights, "prior", unit="weight", disable=not progress, **counted) as bar:
+        for name, tensors in bar:
             bar.set_postfix_str(name, refresh=False)
-            tensors = ahead.pop().result()
-            ahead += [read_ahead(following) for following in names[index + 1 : index + 2]]
             labels = {role: f"{key} of {sources[role].source}" for role, key in match.keys[name].items()}
             # Each weight has a seed of its own, so that it does not depend on which other weights are selected.
             seed = int.from_bytes(hashlib.sha256(f"{settings['seed']} {name}".encode()).digest()[:7], "big")
@@ -295,18 +250,3 @@ def _take_deltas(
                 if "rank" in stats and not force:
                     refuse_unrelated(name, cosine, sources["expert"].source, sources[role].source)
             finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
-            left.subtract(used := shards(name, "expert"))
-            if not all(left[shard] for shard in used):
-                free_used_up()
-    finally:
-        bar.close()
-        stopped.set()
-        with reading:  # else Python's end would cut torch off in the midst of it, and abort
-            pass
-
-
-def _page_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Bring a memory-mapped tensor into memory, or to the device, before it is needed."""
-    if device.type == "cpu":
-        tensor.flatten().view(torch.uint8)[::PAGE].sum()
-    return tensor.to(device)

@@ -17,6 +17,7 @@ from drift_peft.checkpoints import output as output_module
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.cli import main
 from drift_peft.prior import build as module
+from drift_peft.prior import reading
 from drift_peft.prior.build import build_prior
 from drift_peft.prior.prior import ReasoningPrior
 
@@ -306,7 +307,7 @@ def test_nothing_is_read_any_more_when_an_interrupted_build_has_ended(pair, monk
         ended.append(device)
         return tensor
 
-    monkeypatch.setattr(module, "_page_in", slowly)
+    monkeypatch.setattr(reading, "_page_in", slowly)
     interrupt(monkeypatch, after=2)
     with pytest.raises(KeyboardInterrupt):
         build(pair)

@@ -17,8 +17,6 @@ if __name__ == "__main__":  # before what takes its time to import
     begin("sft_vlm.py")
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import re
@@ -31,18 +29,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset, Features, Image, List
+from datasets import Dataset
 from parts.arguments import RunArguments, TrainArguments, is_missing, parse
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.held import Held, is_finished, mark_of, settings_of, settings_to_hold
-from parts.lengths import within_length
-from parts.loading import PLACE, load_messages, nothing_left
 from parts.processing import processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
-from parts.template import check_template
+from parts.training_data import load_data, prompts_and_completions
 from parts.whole import write_json
 from transformers import AutoProcessor
 
@@ -58,13 +54,12 @@ from drift_peft import (
     telemetry,
 )
 from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
-from drift_peft.keeping import check_processor_settings, image_mode
+from drift_peft.keeping import check_processor_settings
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]
-SHUFFLED = 256  # samples of a stream, of which the next one is drawn; their images are in memory
 
 
 def beside(output: str | Path, what: str) -> Path:
@@ -208,23 +203,6 @@ def think_tokens(tokenizer, base: Checkpoint) -> dict[str, list[int]]:
     return {name: ids for name in ("embed_tokens", "lm_head") if f"{name}.weight" in base.language_model}
 
 
-def split_last(turns: list[dict]) -> dict:
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
-
-
-def describe(dataset: Dataset) -> dict:
-    """Number of samples and of images, and SHA-256 over both; of a stream none is known."""
-    if not isinstance(dataset, Dataset):
-        return {"samples": None, "images": None, "sha256": None}
-    digest, images = hashlib.sha256(), 0
-    for row in dataset.cast_column("images", List(Image(decode=False))):
-        digest.update(json.dumps(row["messages"], sort_keys=True).encode())
-        for image in row["images"]:
-            digest.update(image["bytes"] or Path(image["path"]).read_bytes())
-        images += len(row["images"])
-    return {"samples": len(dataset), "images": images, "sha256": digest.hexdigest()}
-
-
 def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: Held) -> tuple[Trainer, dict]:
     """All that a mistake in the settings may break. Returns the trainer, and what run.json says so far."""
     base = Checkpoint(run.base)
@@ -238,19 +216,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     check_processor_settings(processor, settings)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
-    options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad, "places": True}
-    dataset, dropped = load_messages(run.data, split=run.split, **options)
-    dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
-    dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
-    if run.streaming and next(iter(dataset), None) is None:  # else the trainer would find no first sample
-        raise nothing_left(run.data, dropped)
-    check_template(dataset, processor)
-    dataset = dataset.remove_columns(PLACE)
-    data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
-    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-    print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
-    for key, text in dropped.unread.items():
-        print(f"not read: {key}, such as {text}")
+    dataset, data = load_data(run, processor)
     held.add("data", run.data, data["sha256"])
     check_keep(run, data["images"])
     prior = open_prior(run)
@@ -276,40 +242,35 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         )
         told = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
         print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {told}")
-    batch = train.per_device_train_batch_size
-    first = dataset.take(batch) if train.dataloader_drop_last else None
-    if first is not None and (there := sum(1 for _ in first)) < batch:
-        told = f"{there} samples are no batch of per_device_train_batch_size={batch}"
-        raise ValueError(f"{told}, and dataloader_drop_last takes whole ones alone: lower it, or leave that out")
-    if run.streaming:
-        if train.train_sampling_strategy != "sequential":  # Trainer's own samplers take no streams
-            dataset = dataset.shuffle(train.seed if train.data_seed is None else train.data_seed, buffer_size=SHUFFLED)
-        dataset = dataset.repeat(None)  # Trainer goes on in the first pass alone, since it knows no pass's length
-    # Prompt and completion: the loss is on the last turn alone, not on the question and its images' placeholders.
-    turns = dataset.features["messages"]
-    columns = Features(prompt=turns, completion=turns, images=dataset.features["images"])  # else streams lose the types
-    dataset = dataset.map(split_last, input_columns="messages", remove_columns="messages", features=columns)
+    dataset = prompts_and_completions(dataset, train)
     dataset.info.dataset_name = shown(run.data)  # as the model card calls it
+    trainer = make_trainer(drift, train, base, start, dataset, processor)
+    trainer.held = held.content
+    if keep_set is not None and not run.replay:
+        how = {"weight": run.keep_weight, "bound": run.keep_bound, "batch_size": run.keep_batch_size}
+        keep(trainer.model, keep_set, processor, every=run.keep_every, seed=train.seed, **how)
+    return trainer, record
 
+
+def make_trainer(
+    drift: DriftConfig, train: TrainArguments, base: Checkpoint, start: Checkpoint, dataset: Dataset, processor
+) -> Trainer:
+    """TRL's trainer of an adapter on `start`, in 4 bit as the base would be."""
     dtype = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else torch.float32
     train.model_init_kwargs = {"dtype": dtype, "revision": start.revision, **(train.model_init_kwargs or {})}
     nf4 = assumed_quantization(base, dtype)
     pieces = {"train_dataset": dataset, "processing_class": processor, "quantization_config": nf4, "peft_config": drift}
     trainer = Trainer(start.source, train, **pieces)
-    trainer.held = held.content
-    if run.think_tokens:  # TRL's loss reads the head's bias, which PEFT's wrapper around the head does not have
+    if drift.trainable_token_indices:  # TRL's loss reads the head's bias, which PEFT's wrapper around the head lacks
         trainer.model.get_output_embeddings().bias = None
     for parameter in trainer.model.parameters():  # TRL rounds the adapter to bf16, which is too coarse for its steps
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if keep_set is not None and not run.replay:
-        how = {"weight": run.keep_weight, "bound": run.keep_bound, "batch_size": run.keep_batch_size}
-        keep(trainer.model, keep_set, processor, every=run.keep_every, seed=train.seed, **how)
     # With gradient checkpointing, transformers lets the output of every embedding require gradients: the tower's too,
     # which is frozen, and whose activations would be kept, computed again and differentiated for nothing.
     tower = trainer.model.get_base_model().get_encoder("image")
     tower.forward = torch.no_grad()(tower.forward)
-    return trainer, record
+    return trainer
 
 
 def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> tuple[Trainer, dict]:

@@ -15,6 +15,7 @@ loading       the usable samples of a source, as TRL takes them, and a count of 
 processing    what the processor of a run is told: its settings, and the chat template
 template      what the chat template makes of an answer
 lengths       how many tokens a conversation has, and which are too long
+training_data  the samples of a run, loaded and told, then as the trainer takes them
 replay        the answers of a keep set among the training samples
 parquet       messages and images in one file that stands alone
 teachers      who writes chains of thought: a model in this process, or a server

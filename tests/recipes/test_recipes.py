@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from parts.arguments import parse
 from parts.command_line import run_script
 from parts.curves import plot_run
+from parts.loading import load_messages
+from parts.training_data import describe
 from peft import PeftModel
 from PIL import Image
 from recipe_runs import CONFIGS, FAMILY, FAST, SIZES, SMALL
@@ -277,7 +279,7 @@ def test_what_is_dropped_is_counted(train, data, tmp_path):
 
 def test_the_fingerprint_is_that_of_the_data(data, tmp_path):
     def sha256(folder):
-        return sft_vlm.describe(sft_vlm.load_messages(folder / "data.jsonl")[0])["sha256"]
+        return describe(load_messages(folder / "data.jsonl")[0])["sha256"]
 
     for folder in ("same", "other"):
         (tmp_path / folder).mkdir()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from older import loads_processors
-from processes import run_program
+from processes import CONTEXT, run_program
 from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
 
 from drift_peft import demo
@@ -177,7 +176,7 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
 def test_other_processes_change_nothing_but_the_time():
     given = {"seed": 4, "methods": ["vlm", "lora", "drift-keep"], "steps": 2, "size": 2, "show": False}
     here = demo.run(**given)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(2, CONTEXT) as executor:
         there = demo.run(**given, executor=executor)
     assert here.pop("seconds") and there.pop("seconds")
     assert here == there and list(here["scores"]) == list(there["scores"]) == given["methods"]

@@ -188,7 +188,10 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     assert memory.tower(wanted) == 16 * memory.tower(one)
 
 
-@pytest.mark.parametrize("changes", [{}, {"checkpointing": False}, {"answer": 40}])
+@pytest.mark.parametrize("changes", [
+    {}, {"checkpointing": False, "answer": 40},
+    pytest.param({"checkpointing": False}, marks=slow), pytest.param({"answer": 40}, marks=slow),
+])  # fmt: skip
 def test_a_step_less_a_layer_is_one_without_it(changes, monkeypatch):
     """So that a step through each kind of layers is enough."""
     memory, taken = Memory(layers_of("gemma3", [SLIDING, FULL]), "tiny"), {}
@@ -206,13 +209,14 @@ def test_a_step_less_a_layer_is_one_without_it(changes, monkeypatch):
 
 @pytest.mark.parametrize("lending", [0, 2])
 def test_where_layers_share_an_input_each_run_is_made(lending, monkeypatch):
-    """Its gradient is a sum over them."""
+    """Its gradient is a sum over them. Of one run all take what they count, which is another test's."""
     config = MIXED["gemma4"][0](num_hidden_layers=4, layer_types=[FULL] * 4)
     config.text_config.num_kv_shared_layers = lending
-    memory, taken, run = Memory(config, "tiny"), [], dry._run
+    memory, taken, step = Memory(config, "tiny"), [], dry.Step(1, 64)
     decoder, head = memory.step_peaks.__wrapped__.args
-    monkeypatch.setattr(dry, "_run", lambda *given: (taken.append(given[-1]), run(*given))[1])
-    dry.step_peaks(decoder, head, dry.Step(1, 64))
+    run = dry._run(decoder, head, step, (*dry.lenders(decoder), 0))
+    monkeypatch.setattr(dry, "_run", lambda *given: (taken.append(given[-1]), run)[1])
+    dry.step_peaks(decoder, head, step)
     lent = dry.lenders(decoder)
     assert len(lent) == min(lending, 1)
     assert {tuple(sorted(lent + layers)) for layers in ((0, 0), (0, 0, 0))} <= {*taken}

@@ -127,9 +127,9 @@ def factors(layer, adapter="default"):
 
 def oracles(model, prior, start=None, adapter="default", rank=None, power=1.0):
     """(canonical name, parameters, oracle) of everything with a Δ; `start` holds W_0 of tensors trained themselves."""
+    names = {module: name for name, module in model.named_modules()}
     for layer, oracle in oracle_layers(model, prior, rank, adapter, power):
-        name = next(n for n, m in model.named_modules() if m is layer)
-        yield canonical(f"{name}.weight"), factors(layer, adapter), oracle
+        yield canonical(f"{names[layer]}.weight"), factors(layer, adapter), oracle
     for name, p in model.named_parameters():
         if start is not None and name in start and "lora_" not in name and canonical(name) in prior:
             w = prior[canonical(name)]
@@ -221,7 +221,8 @@ def assert_guided_like_oracle(
     """
     settings = {key: options.pop(key) for key in set(options) - {"steps", "backward"}}
     model = steered(pair, scale, target, **settings) if model is None else model
-    twin, plain, start = twin_of(pair, model), twin_of(pair, model), state(model)
+    twin, start = twin_of(pair, model), state(model)
+    plain = copy.deepcopy(twin)
     train(model, make_optimizer(model), **options)
     train(plain, make_optimizer(plain), **options)
     which = {"rank": settings.get("drift_rank"), "start": start, **(oracle or {})}

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -172,12 +173,11 @@ CHANGES = [freeze, freeze_more, move, move_some, replace, replace_a_module, scal
 CHANGES += [activate_another_here_and_there, add_to_the_optimizer, strengthen]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
-def test_a_change_between_steps_is_noticed(pair, change, scale, target):
-    """To the last bit what a look at every step gives, and not what it was without the change."""
-    found = []
-    for changed, afresh in ((True, False), (True, True), (False, False)):
+@pytest.fixture(scope="module")
+def ended(pair):
+    """Where training ends that is changed after half of its steps, and whose plans are made afresh before each."""
+
+    def run(scale, target, change=None, afresh=False):
         torch.manual_seed(0)
         model = steered(pair, scale, target)
         optimizer = sgd(model)
@@ -186,10 +186,19 @@ def test_a_change_between_steps_is_noticed(pair, change, scale, target):
                 if afresh:
                     forget_plans()
                 train(model, optimizer, 1)
-            if changed and part == 0:
+            if change and part == 0:
                 change(model, optimizer)
-        found.append(state(model))
-    kept, looked, unchanged = found
+        return state(model)
+
+    return cache(run)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
+def test_a_change_between_steps_is_noticed(ended, change, scale, target):
+    """To the last bit what a look at every step gives, and not what it was without the change."""
+    kept, looked = (ended(scale, target, change, afresh) for afresh in (False, True))
+    unchanged = ended(scale, target)
     assert kept.keys() == looked.keys() and all(torch.equal(kept[name], looked[name]) for name in kept)
     same = kept.keys() == unchanged.keys() and all(torch.equal(kept[name], unchanged[name]) for name in kept)
     assert same == (change in (replace, replace_a_module))  # which go on with the same numbers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -108,20 +109,31 @@ def test_the_base_is_the_one_that_is_trained_on_and_its_kind_decides_how_it_is_a
     assert (RECIPES / "eval" / settings).is_file()
 
 
-def test_what_cannot_be_asked_is_refused_before_it_is_trained(pair, tmp_path):
-    base = pair("llava_next") / "base"
-    told = refused("--base", base, OUT=tmp_path / "out", VLMEVALKIT="kit")
-    assert f"base {base} is llava_next: leave out VLMEVALKIT" in told
-    told = refused("--base", "a/b@main", OUT=tmp_path / "out", VLMEVALKIT="kit")
-    assert "VLMEvalKit takes no revision, as of base a/b@main: download it" in told
-    assert "unknown flag --bsae; did you mean --base?" in refused("--bsae", base, OUT="out", VLMEVALKIT="kit")
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_be_asked_is_refused(pair):
+    base, config = pair("llava_next") / "base", ["--config", str(CONFIGS / "qwen2_5_vl_7b_r1.yaml")]
+    for flags, told in (
+        (["--base", str(base)], f"base {base} is llava_next: leave out VLMEVALKIT"),
+        (["--base", "a/b@main"], "VLMEvalKit takes no revision, as of base a/b@main: download it"),
+        (["--bsae", str(base)], "unknown flag --bsae; did you mean --base?"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            asked.main([*config, *flags])
+
+
+def test_what_is_refused_ends_it_before_anything_else_is_run(tmp_path):
+    """Be it what cannot be asked or what cannot be trained: here every command fails."""
+    done = started(OUT=tmp_path / "out", PYTHON="false", VLMEVALKIT="kit")
+    assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()
+    done = started(OUT=tmp_path / "out", PYTHON="false")
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "--method sft" in done.stdout
 
 
 def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):
     (tmp_path / "out/sft-merged").mkdir(parents=True)
-    told = refused(recipe, OUT=tmp_path / "out")
-    assert f"{tmp_path}/out/sft-merged exists, and --merge would write there: move it away" in told
+    first, *_ = reproduce(recipe, OUT=tmp_path / "out", DRY_RUN=1)
+    told = f"{tmp_path}/out/sft-merged exists, and --merge would write there: move it away"
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        sft_vlm.main(shlex.split(first)[3:])
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from drift_peft import DriftConfig, guide, telemetry
 
 # With these and the learning rate below, updates are far above the rounding of fp32 (SGD's gradients are small here).
 STRENGTH = {"absolute": 0.01, "gradnorm": 0.8, "adaptive": 0.8, "decoupled": 0.02}
+STEPS = 2
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Case:
             fully_shard(model, **options.get("root", {}))
         return model
 
-    def train(self, model, rank=None, steps=3):
+    def train(self, model, rank=None, steps=STEPS):
         adamw = self.optimizer == "adamw"
         optimizer = torch.optim.AdamW(trainable(model), lr=0.02) if adamw else sgd(model, lr=self.lr)
         parts = [BATCH] if rank is None else BATCH.chunk(2)[rank].chunk(self.accumulation)
@@ -257,7 +258,7 @@ def test_two_processes_equal_one(sharded, name):
     assert_same_update(one, model, start, tolerance)
     assert one_before == pytest.approx(before, rel=1e-4, abs=1e-6)
     assert one_after == other_after == pytest.approx(after, rel=1e-4, abs=1e-6)
-    assert after["guided_steps"] == 3
+    assert after["guided_steps"] == STEPS
 
 
 def test_collectives_per_shape_and_not_per_layer(sharded):
@@ -281,9 +282,9 @@ def test_resuming_from_a_gathered_state(sharded):
     case = Case(optimizer="adamw", settings={"drift_warmup_steps": 6})
     model = case.model(pair)
     start = state(model)
-    case.train(model, steps=5)
+    case.train(model, steps=STEPS + 2)
     for resumed, told in (results["resumed"] for results in ranks):
-        assert told["guided_steps"] == 5
+        assert told["guided_steps"] == STEPS + 2
         assert_same_update(resumed, model, start, 1e-9)
 
 
@@ -293,7 +294,7 @@ def test_what_is_saved_is_whole(sharded):
     expected = ranks[0]["saved"]
     got = {name: p.detach().double() for name, p in loaded.named_parameters() if "lora_" in name}
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
-    assert json.loads((pair.folder / "sharded" / "drift_config.json").read_text())["drift_steps"] == 3
+    assert json.loads((pair.folder / "sharded" / "drift_config.json").read_text())["drift_steps"] == STEPS
 
 
 def test_fsdp1_is_refused(sharded):

@@ -5,8 +5,8 @@ Nothing here knows of priors or of training.
     schema       JSON that others write: its form
     naming       one canonical name per language-model weight
     hub          model repositories: resolved to a commit, fetched file by file, freed again
-    sharing      a file of ours that others have or will have: found, uploaded with its card
     headed       a safetensors file of ours with its header, read and written
+    sharing      such a file that others have or will have: found, uploaded with its card
     serving      how an adapter is loaded, merged and served, as the cards tell it
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
@@ -89,7 +89,7 @@ from .rope import warn_of_other_rotations
 from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
 from .sharing import (
-    find_file,
+    SharedFile,
     find_license,
     hub_id,
     in_markdown,
@@ -99,7 +99,6 @@ from .sharing import (
     repository_of,
     shown,
     state_licences,
-    upload,
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets, past_adapters
@@ -129,6 +128,7 @@ __all__ = [
     "Quantization",
     "Rows",
     "Schema",
+    "SharedFile",
     "Text",
     "Update",
     "Watch",
@@ -149,7 +149,6 @@ __all__ = [
     "cross_attention_layers",
     "describe",
     "export_for_vllm",
-    "find_file",
     "find_license",
     "finish",
     "finished",
@@ -197,7 +196,6 @@ __all__ = [
     "split_revision",
     "state_licences",
     "unwrapped",
-    "upload",
     "warn_of_other_rotations",
     "watched_adapter",
     "write_headed",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import ClassVar, Self
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, metadata_load
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+from ..arguments import typed
 from ..warn import first_line, visible, warn
+from .headed import HeadedFile
 from .hub import at_revision, folder_of
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -17,6 +20,62 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b[\\/]?(\w*)"
 _MARKUP = re.compile(r"[`<>\[\]\\*~]|://|www\.", re.IGNORECASE)  # of links, images and the like
 
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
+
+
+class SharedFile(HeadedFile):
+    """A `HeadedFile` that others load by its hub id."""
+
+    FILE_NAME: ClassVar[str]  # what it is called in a folder or hub repository
+    COMMIT: ClassVar[str]  # the message of its upload, unless another is given
+
+    @classmethod
+    @typed
+    def load(cls, source: str | Path, revision: str | None = None) -> Self:
+        """Open it: the file, a folder or hub repository that holds one of its usual name, or `id@revision`.
+
+        Raises:
+            FileNotFoundError: there is no such path or repository, or no such file in it.
+            ValueError: the file is no such file, or a damaged one.
+        """
+        return cls(find_file(source, revision, cls.FILE_NAME), str(source))
+
+    @typed
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the file with its card to a hub repository, made if need be. Returns the commit's URL.
+
+        A README.md in the repository is replaced.
+
+        Raises:
+            ValueError: `repo_id` is no hub id.
+            OSError: the hub does not take it: no network, no token, no permission.
+
+        Example:
+            >>> prior.push_to_hub("me/prior", private=True)  # doctest: +SKIP
+        """
+        card = self.model_card(at_revision(repo_id, revision), token)
+        api, message = HfApi(token=token), commit_message or self.COMMIT
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            files = {self.FILE_NAME: self.path, "README.md": str(card).encode()}
+            operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+            return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+        except HFValidationError as error:
+            raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
+        except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+            raise OSError(f"{self.source} could not be uploaded to {repo_id}: {first_line(error)}") from error
+
+    def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
+        """What `push_to_hub` writes as README.md."""
+        raise NotImplementedError
 
 
 def find_file(source: str | Path, revision: str | None, name: str) -> Path:
@@ -37,37 +96,6 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"{source} holds no {name}")
     return path
-
-
-def upload(
-    source: str,
-    repo_id: str,
-    files: Mapping[str, Path | bytes],
-    private: bool | None,
-    token: str | None,
-    commit_message: str,
-    revision: str | None,
-) -> str:
-    """Upload files, name -> path or content, to a hub repository, made if need be. Returns the commit's URL.
-
-    Args:
-        source: what an error calls the files.
-
-    Raises:
-        ValueError: `repo_id` is no hub id.
-        OSError: the hub does not take it: no network, no token, no permission.
-    """
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision).commit_url
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id} is no hub id: name it as user/repository") from error
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        raise OSError(f"{source} could not be uploaded to {repo_id}: {first_line(error)}") from error
 
 
 def hub_id(source: str) -> str | None:

@@ -26,13 +26,12 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import typed
-from ..checkpoints import at_revision, find_file, upload
+from ..checkpoints import SharedFile
 from ..warn import warn
 from .answers import Sample, prompts
 from .header import Header
@@ -47,7 +46,7 @@ FILE_NAME = "keep.safetensors"  # what a keep set is called in a folder or hub r
 NEEDS_PILLOW = 'images need pillow: pip install "drift_peft[keep]"'
 
 
-class KeepSet(SampleFile):
+class KeepSet(SharedFile, SampleFile):
     """A VLM's own answers to questions about unlabelled images; `keep_set[i]` is read from the file on access.
 
     Make one with `load` or `make_keep_set`.
@@ -70,17 +69,7 @@ class KeepSet(SampleFile):
 
     NOUN, MAKE = "keep set", "make one with `drift-peft keep make`"
     HEADER_KEY, HEADER = "drift_keep", Header
-
-    @classmethod
-    @typed
-    def load(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a keep set: a file, a folder or hub repository that holds keep.safetensors, or `id@revision`.
-
-        Raises:
-            FileNotFoundError: there is no such path or repository, or no keep set in it.
-            ValueError: the file is no keep set, or a damaged one.
-        """
-        return cls(find_file(source, revision, FILE_NAME), str(source))
+    FILE_NAME, COMMIT = FILE_NAME, "Upload a keep set"
 
     def check(self, processor: Any) -> None:
         """ValueError unless this processor is of the class, and its tokenizer has the tokens, that the set was made
@@ -137,31 +126,6 @@ class KeepSet(SampleFile):
         rows, known = vocabulary_rows(config), self.metadata["vocabulary"]
         if rows < known:
             raise ValueError(f"{self.source} knows {known} tokens, and the model {rows}: {self._way_out}")
-
-    @typed
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload the keep set, its images among it, with a card to a hub repository, made if need be. Returns the
-        commit's URL.
-
-        A README.md in the repository is replaced.
-
-        Raises:
-            ValueError: `repo_id` is no hub id.
-            OSError: the hub does not take it: no network, no token, no permission.
-
-        Example:
-            >>> keep_set.push_to_hub("me/keep", private=True)  # doctest: +SKIP
-        """
-        card = self.model_card(at_revision(repo_id, revision), token)
-        files = {FILE_NAME: self.path, "README.md": str(card).encode()}
-        return upload(self.source, repo_id, files, private, token, commit_message or "Upload a keep set", revision)
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
         """What `push_to_hub` writes as README.md; looks the VLM's licence up in its card.

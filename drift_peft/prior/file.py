@@ -15,21 +15,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 
-from ..arguments import typed
-from ..checkpoints import (
-    HeadedFile,
-    Watch,
-    claimed_output,
-    find_file,
-    layer_order,
-    partial_folder,
-    sampled,
-    write_headed,
-)
+from ..checkpoints import SharedFile, Watch, claimed_output, layer_order, partial_folder, sampled, write_headed
 from .header import Header
 
 HEADER_KEY, FORMAT = "drift_prior", 1
@@ -80,7 +69,7 @@ class PriorVector:
     cosine: float
 
 
-class PriorFile(HeadedFile, Mapping[str, PriorWeight | PriorVector]):
+class PriorFile(SharedFile, Mapping[str, PriorWeight | PriorVector]):
     """Canonical weight name -> PriorWeight, or PriorVector for a vector, read from the file on access.
 
     Attributes:
@@ -91,6 +80,7 @@ class PriorFile(HeadedFile, Mapping[str, PriorWeight | PriorVector]):
 
     NOUN, MAKE = "prior", "make one with `drift-peft prior build`"
     HEADER_KEY, FORMAT, HEADER = HEADER_KEY, FORMAT, Header
+    FILE_NAME, COMMIT = FILE_NAME, "Upload a reasoning prior"
 
     def __init__(self, path: Path, source: str):
         self._watch = Watch(source, [path])
@@ -98,17 +88,6 @@ class PriorFile(HeadedFile, Mapping[str, PriorWeight | PriorVector]):
         self._names = sorted(self.metadata["weights"], key=layer_order)
         self._check_tensors({key: kind for name in self._names for key, kind in self._promised(name).items()})
         self._check_numbers()
-
-    @classmethod
-    @typed
-    def load(cls, source: str | Path, revision: str | None = None) -> Self:
-        """Open a prior: a file, a folder or hub repository that holds prior.safetensors, or `id@revision`.
-
-        Raises:
-            FileNotFoundError: there is no such path or repository, or no prior in it.
-            ValueError: the file is no prior, or a damaged one: cut short, or with numbers that are none.
-        """
-        return cls(find_file(source, revision, FILE_NAME), str(source))
 
     @property
     def rank(self) -> int:

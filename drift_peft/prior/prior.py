@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..arguments import check_type, check_whole, plain, typed
-from ..checkpoints import at_revision, gathered, upload
+from ..checkpoints import gathered
 from .combine import (
     Weight,
     check_parents,
@@ -158,32 +158,6 @@ class ReasoningPrior(PriorFile):
             'half'
         """
         return export_lora(self, scale, output, base, overwrite)
-
-    @typed
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload the prior with a model card to a hub repository, made if need be. Returns the commit's URL.
-
-        A README.md in the repository is replaced.
-
-        Raises:
-            ValueError: `repo_id` is no hub id.
-            OSError: the hub does not take it: no network, no token, no permission.
-
-        Example:
-            >>> prior.push_to_hub("me/prior", private=True)  # doctest: +SKIP
-        """
-        card = self.model_card(at_revision(repo_id, revision), token)
-        files = {FILE_NAME: self.path, "README.md": str(card).encode()}
-        return upload(
-            self.source, repo_id, files, private, token, commit_message or "Upload a reasoning prior", revision
-        )
 
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
         """What `push_to_hub` writes as README.md; looks the parents' licences up in their cards.

@@ -2,7 +2,8 @@
 
 import pytest
 
-from drift_peft.checkpoints import find_file, hub_id, named, pinned, repository_of, shown
+from drift_peft.checkpoints import hub_id, named, pinned, repository_of, shown
+from drift_peft.checkpoints.sharing import find_file
 
 
 @pytest.mark.parametrize(

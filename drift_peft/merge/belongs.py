@@ -21,7 +21,7 @@ from ..checkpoints import (
     repository_of,
     sampled,
 )
-from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
+from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, fingerprint_of, read_merge
 from ..warn import warn
 
 SAMPLED = 3  # weights that are compared with those of the recorded base
@@ -101,7 +101,7 @@ def _by_fingerprint(
         if raw is None or checkpoint.shape(raw) != (len(U), Vh.shape[1]):
             return False, f"has no {name} of {len(U)} x {Vh.shape[1]}"
         U, Vh, update = U.float(), Vh.float(), updates.get(raw)
-        found = ((U.mT @ checkpoint.tensor(raw).float()) * Vh).sum(-1)
+        found = fingerprint_of(checkpoint.tensor(raw), U, Vh)
         values = values if merged is None else values + merged.moved(prior, name, U, Vh)
         moved = torch.zeros_like(found)
         if isinstance(update, LowRank):

@@ -15,7 +15,7 @@ report/  a prior in words, tables, figures and as a page
 """
 
 from .build import build_prior
-from .delta import refuse_unrelated
+from .delta import fingerprint_of, refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
@@ -29,6 +29,7 @@ __all__ = [
     "PriorWeight",
     "ReasoningPrior",
     "build_prior",
+    "fingerprint_of",
     "forget_merge",
     "read_merge",
     "refuse_unrelated",

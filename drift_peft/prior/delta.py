@@ -57,10 +57,15 @@ def take_delta(
         U, S, Vh, captured = U[:, :k], S[:k], Vh[:k], min(1.0, float(shares[k - 1]))
     U, Vh = U.bfloat16(), Vh.bfloat16()
     # u_iᵀ W v_i of the factors as stored: whoever checks it has no others.
-    u, v = U[:, :FINGERPRINT].float(), Vh[:FINGERPRINT].float()
-    fingerprint = sum((u[block] * (parts["base"] @ v.T)).sum(0) for block, parts in _blocks({"base": base}, rows))
+    u, v = U[:, :FINGERPRINT], Vh[:FINGERPRINT]
+    fingerprint = sum(fingerprint_of(parts["base"], u[block], v) for block, parts in _blocks({"base": base}, rows))
     stats |= {"rank": len(S), "energy": captured, "fingerprint": fingerprint.tolist()}
     return {"U": _spread(U.cpu(), rows, shape[0]), "S": S.cpu().contiguous(), "Vh": Vh.cpu().contiguous()}, stats
+
+
+def fingerprint_of(W: torch.Tensor, U: torch.Tensor, Vh: torch.Tensor) -> torch.Tensor:
+    """u_iᵀ·W·v_i [k] in fp32 of W [out, in], for the columns of U [out, k] and the rows of Vh [k, in]."""
+    return (U.float() * (W.float() @ Vh.float().mT)).sum(0)
 
 
 def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> dict:

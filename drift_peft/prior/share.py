@@ -35,6 +35,7 @@ from ..checkpoints import (
 )
 from ..warn import warn
 from .combine import formula
+from .delta import fingerprint_of
 from .file import FILE_NAME, FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorFile
 from .header import cosine_of
 from .report import prior_summary
@@ -242,22 +243,22 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
 def _refuse_other_weights(prior: PriorFile, checkpoint: Checkpoint) -> None:
     """ValueError if the prior's fingerprint, u_iᵀ·W·v_i, is far from that of the base's first weights, and a warning
     where it is off by more than rounding and nothing is in 4 bits."""
-    full = not any("dequantize" in origin for origin in (checkpoint.origin, prior.metadata["base"]))
+    found, known = [], []
     for name, U, Vh, stored in islice(prior.probes(), PROBED):
-        W = checkpoint.tensor(checkpoint.language_model[name]).float()
-        off = ((U.float().mT @ W * Vh.float()).sum(-1) - stored).norm() / stored.norm()
-        if off > FINGERPRINT_TOLERANCE:
-            raise ValueError(
-                f"{prior.source} was built for another model than {checkpoint.source}: the fingerprint of {name} is "
-                f"off by {off:.0%}; name the place of {named(prior.metadata['base'])} as base= (--base)"
-            )
-        if off > ROUNDING_TOLERANCE and full:
-            full = False  # one is enough
-            warn(
-                f"{prior.source} was built for {pinned(prior.metadata['base'])}, and the weights of "
-                f"{pinned(checkpoint.origin)} are nearly but not quite the same: the fingerprint of {name} is off by "
-                f"{off:.0%}."
-            )
+        found.append(fingerprint_of(checkpoint.tensor(checkpoint.language_model[name]), U, Vh))
+        known.append(stored)
+    here, stored = torch.cat(found), torch.cat(known)
+    off = (here - stored).norm() / stored.norm()
+    if off > FINGERPRINT_TOLERANCE:
+        raise ValueError(
+            f"{prior.source} was built for another model than {checkpoint.source}: its fingerprint is off by "
+            f"{off:.0%}; name the place of {named(prior.metadata['base'])} as base= (--base)"
+        )
+    if off > ROUNDING_TOLERANCE and not any("dequantize" in o for o in (checkpoint.origin, prior.metadata["base"])):
+        warn(
+            f"{prior.source} was built for {pinned(prior.metadata['base'])}, and the weights of "
+            f"{pinned(checkpoint.origin)} are nearly but not quite the same: its fingerprint is off by {off:.0%}."
+        )
 
 
 def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str | list[str], dict[str, str]]:

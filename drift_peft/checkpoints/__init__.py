@@ -55,7 +55,7 @@ from .lora import (
     recorded_base,
     watched_adapter,
 )
-from .match import MODULES, Match, describe, match_weights
+from .match import Match, describe, match_weights
 from .naming import (
     EMBEDDING,
     HEAD,
@@ -86,7 +86,7 @@ from .output import (
 )
 from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
-from .schema import MOST_LAYERS, Origin, Schema, Text, check, read_json
+from .schema import Origin, Schema, Text, check, read_json
 from .serving import TASK, auto_class_of, how_to_load, how_to_serve
 from .sharing import (
     SharedFile,
@@ -111,8 +111,6 @@ __all__ = [
     "DRIFT_CONFIG",
     "EMBEDDING",
     "HEAD",
-    "MODULES",
-    "MOST_LAYERS",
     "PLAIN_STARTS",
     "PROJECTIONS",
     "TASK",

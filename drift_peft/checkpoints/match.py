@@ -17,7 +17,6 @@ from ..arguments import listed
 from .checkpoint import Checkpoint
 from .naming import EMBEDDING, HEAD, layer_of, layer_order, module_kind, says_tied
 
-MODULES = ("attn", "mlp", "norm", "bias", "head", "embed")
 SAME_IN_BOTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 LISTED = 20  # mismatches that an error spells out
 
@@ -58,7 +57,7 @@ def match_weights(
 
     Args:
         sources: role -> checkpoint.
-        modules: presets out of `MODULES`.
+        modules: presets out of `choices.MODULES`.
         only_layers, skip_first: layers to take, as the text model counts them; other weights are not restricted.
 
     Raises:

@@ -19,8 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from ..choices import MOST_LAYERS
+
 SHOWN = 60  # characters of a value in an error
-MOST_LAYERS = 2000  # of a model; more are a slip of the pen, and to build them would take minutes
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages|experts)$")  # keys that say how often a part is built
 
 

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Sequence
 
-# The library's own, which to import would take seconds. A test holds them equal.
-MOST_LAYERS = 2000
+from ..choices import MOST_LAYERS
 
 
 def layers(numbers: Sequence[str] | None) -> list[int] | None:

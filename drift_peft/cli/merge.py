@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import get_args
 
+from ..choices import Onto
 from .parser import Parser
 
 HELP = "adapter + full-precision base -> standalone model"
 DESCRIPTION = "Merge a LoRA adapter into its full-precision base, streaming, as a standalone folder."
 EXAMPLE = "drift-peft merge --base Qwen/Qwen2.5-VL-7B-Instruct --adapter adapter -o merged --verify"
-
-ONTO = "base", "dequantized"  # the library's own, which to import would take seconds; a test holds them equal
 
 
 def flags(parser: Parser) -> None:
@@ -20,8 +20,8 @@ def flags(parser: Parser) -> None:
     add("-o", "--output", required=True, help="folder to write")
     add(
         "--onto",
-        choices=ONTO,
-        default=ONTO[0],
+        choices=get_args(Onto),
+        default="base",
         help="base, or dequantized: the 4-bit base's numbers, as it was trained on (default: %(default)s)",
     )
     add("--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve")

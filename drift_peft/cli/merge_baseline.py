@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from ..choices import MERGED_MODULES, METHODS
 from .layers import layers
 from .parser import Parser
 
@@ -17,13 +18,11 @@ DESCRIPTION = (
 EXAMPLE = r"""drift-peft merge-baseline --method ties --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
   --base Qwen/Qwen2.5-VL-7B-Instruct --reference Qwen/Qwen2.5-7B -o merged"""
 
-# The library's own, which to import would take seconds. A test holds them, and the defaults in the help, equal.
-METHODS = "task_arithmetic", "ties", "dare_linear", "dare_ties", "layer_swap"
-MODULES = "attn", "mlp", "norm", "bias"
-
 
 def flags(parser: Parser) -> None:
     add = parser.add_argument
+    plain, sparse, left = METHODS["task_arithmetic"], METHODS["ties"], METHODS["layer_swap"].skip_first
+    weights = "{} {}; for ties and dare {} {}".format(*plain.weights, *sparse.weights)
     add("--method", required=True, choices=METHODS, metavar="METHOD", help="one of %(choices)s")
     add("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")
     add("--base", required=True, help="vision-language model, in full precision")
@@ -35,18 +34,23 @@ def flags(parser: Parser) -> None:
         type=float,
         nargs=2,
         metavar=("BASE", "EXPERT"),
-        help="of the task vectors of base and expert (default: 0.9 0.1; for ties and dare 1.6 0.2)",
+        help=f"of the task vectors of base and expert (default: {weights})",
     )
-    add("--density", type=float, help="share of entries that ties and dare keep (default: 0.2)")
+    add("--density", type=float, help=f"share of entries that ties and dare keep (default: {sparse.density})")
     add(
         "--modules",
         nargs="+",
-        choices=MODULES,
+        choices=MERGED_MODULES,
         metavar="KIND",
         help="which weights: %(choices)s (default: all that there are)",
     )
     add("--only-layers", nargs="+", metavar="LAYERS", help="these layers alone, from 0 on, such as 0 4 8-27")
-    add("--skip-first", type=int, metavar="N", help="not the first so many layers (default: 6 for layer_swap, else 0)")
+    add(
+        "--skip-first",
+        type=int,
+        metavar="N",
+        help=f"not the first so many layers (default: {left} for layer_swap, else 0)",
+    )
     add("--seed", type=int, default=0, help="seed of what dare keeps (default: %(default)s)")
     add("--force", action="store_true", help="merge even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing model folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..choices import DEFAULT_MODULES, MAX_RANK, MODULES, RANK
 from .layers import layers
 from .parser import Parser
 
@@ -9,11 +10,6 @@ HELP = "two checkpoints -> prior file"
 DESCRIPTION = "Take Δ = expert − base for each language-model weight and write it as a low-rank prior."
 EXAMPLE = r"""drift-peft prior build --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
   --base Qwen/Qwen2.5-VL-7B-Instruct -o prior.safetensors"""
-
-# The library's own, which to import would take seconds. A test holds them equal.
-MODULES = "attn", "mlp", "norm", "bias", "head", "embed"
-DEFAULT_MODULES = "attn", "mlp"
-RANK, MAX_RANK = 64, 256
 
 
 def flags(parser: Parser) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+from ..choices import Objective
 from .parser import Parser
 
 HELP = "weigh each singular direction of a prior, without labels"
@@ -12,8 +15,6 @@ DESCRIPTION = (
 EXAMPLE = r"""drift-peft prior gate prior.safetensors --base Qwen/Qwen2.5-VL-7B-Instruct \
   --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --keep keep.safetensors \
   --texts prompts.txt -o gated.safetensors --load-in-4bit"""
-
-OBJECTIVES = "expert", "frism"  # the library's own, which to import would take seconds. A test holds them equal.
 
 
 def flags(parser: Parser) -> None:
@@ -26,7 +27,7 @@ def flags(parser: Parser) -> None:
     add("-o", "--output", required=True, help="file to write, such as gated.safetensors")
     add(
         "--objective",
-        choices=OBJECTIVES,
+        choices=get_args(Objective),
         default="expert",
         metavar="NAME",
         help="expert: near its answers in text; frism: as much of Δ as the keep set allows (default: %(default)s)",

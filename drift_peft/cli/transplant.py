@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from ..choices import RANK
 from .parser import Parser, number_or_auto
 
 HELP = "text fine-tune or LoRA adapter -> adapter of the VLM, or VLM, without training"
@@ -23,7 +24,7 @@ def flags(parser: Parser) -> None:
     add("--base", required=True, help="vision-language model, in full precision")
     add("-o", "--output", required=True, help="folder to write")
     add("--reference", help="model that the expert was trained from (default: Δ is expert − base)")
-    add("--rank", type=int, help="ceiling of the rank of a full fine-tune's Δ (default: 64)")
+    add("--rank", type=int, help=f"ceiling of the rank of a full fine-tune's Δ (default: {RANK})")
     add("--energy", type=float, help="instead of a rank: the share of Δ to hold, such as 0.9")
     add("--merged", action="store_true", help="write a VLM in full precision instead of an adapter")
     add(

@@ -13,17 +13,15 @@ gate        a prior -> the same with each singular direction weighed by such gat
 """
 
 from .adapter import merge_adapter
-from .baseline import METHODS, merge_baseline
+from .baseline import merge_baseline
 from .belongs import refuse_other_base
 from .cost import cost_table
 from .gate import gate_prior
 from .gates import Gate, gated
 from .transplant import transplant
-from .verify import ONTO, check_memory, verification_table
+from .verify import check_memory, verification_table
 
 __all__ = [
-    "METHODS",
-    "ONTO",
     "Gate",
     "check_memory",
     "cost_table",

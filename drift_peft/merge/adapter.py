@@ -7,7 +7,6 @@ so that everything else stays byte for byte what it was.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ..arguments import typed
 from ..checkpoints import (
@@ -29,6 +28,7 @@ from ..checkpoints import (
     watched_adapter,
     write_model,
 )
+from ..choices import Onto
 from ..prior import forget_merge
 from .belongs import refuse_other_base
 from .card import write_card
@@ -68,7 +68,7 @@ def merge_adapter(
     adapter: str | Path,
     output: str | Path,
     *,
-    onto: Literal["base", "dequantized"] = "base",
+    onto: Onto = "base",
     verify: bool = False,
     force: bool = False,
     overwrite: bool = False,

@@ -52,31 +52,19 @@ from ..checkpoints import (
     warn_of_other_rotations,
     write_model,
 )
+from ..choices import MERGED_MODULES, METHODS
 from ..prior import MergedDelta, forget_merge, read_merge, refuse_unrelated
 from .card import write_card
 from .same import difference
 
-MODULES = ("attn", "mlp", "norm", "bias")
 ROLES = ("base", "expert", "reference")
 _DRAWING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Method:
-    """A merge function of PEFT and its defaults: weights of the VLM and the expert, density, layers left alone."""
-
-    merge: Callable[..., torch.Tensor]
-    weights: tuple[float, float]
-    density: float | None = None
-    skip_first: int = 0
-
-
-METHODS = {
-    "task_arithmetic": Method(task_arithmetic, (0.9, 0.1)),
-    "ties": Method(ties, (1.6, 0.2), density=0.2),
-    "dare_linear": Method(dare_linear, (1.6, 0.2), density=0.2),
-    "dare_ties": Method(dare_ties, (1.6, 0.2), density=0.2),
-    "layer_swap": Method(task_arithmetic, (0.9, 0.1), skip_first=6),
+MERGES = {
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "layer_swap": task_arithmetic,
 }
 
 
@@ -125,7 +113,7 @@ def merge_baseline(
     exist_ok: bool = False,
     progress: bool = True,
 ) -> BaselineReport:
-    """Merge a text-only expert into the language model of a VLM by one of `METHODS`.
+    """Merge a text-only expert into the language model of a VLM by one of `choices.METHODS`.
 
     They are the rivals in table 2 of DRIFT (arXiv 2510.15050), with the settings of its table 9: task_arithmetic (arXiv
     2212.04089), ties (2306.01708), dare_linear and dare_ties (2311.03099), layer_swap (2410.01335). With the task
@@ -139,7 +127,7 @@ def merge_baseline(
     of rows, whatever the model's size; ties sorts one weight at a time, at 36 bytes an entry.
 
     Args:
-        method: a key of `METHODS`.
+        method: a key of `choices.METHODS`.
         expert: text LLM that reasons, or a LoRA adapter that makes one of its base; folder, hub id or `id@revision`, as
             all checkpoints here.
         base: the VLM, in full precision.
@@ -171,14 +159,14 @@ def merge_baseline(
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
     modules = [modules] if isinstance(modules, str) else modules
-    if modules is not None and not (modules and set(modules) <= set(MODULES)):
-        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MODULES)}")
-    modules = modules and [module for module in MODULES if module in modules]  # in a fixed order
+    if modules is not None and not (modules and set(modules) <= set(MERGED_MODULES)):
+        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MERGED_MODULES)}")
+    modules = modules and [module for module in MERGED_MODULES if module in modules]  # in a fixed order
     only_layers = None if only_layers is None else sorted(set(only_layers))
     if skip_first is not None:
         check_whole(0, skip_first=skip_first)
-    recipe = METHODS[method]
-    if recipe.merge in (dare_linear, dare_ties):
+    merge = MERGES[method]
+    if merge in (dare_linear, dare_ties):
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
     given = [source for source in (expert, base, reference) if source is not None]
     refuse_both(exist_ok, overwrite)
@@ -190,7 +178,7 @@ def merge_baseline(
         checkpoint = sources["base"]
         modules = kinds_in(checkpoint) if modules is None else modules
         if skip_first is None:
-            skip_first = recipe.skip_first if only_layers is None else 0
+            skip_first = METHODS[method].skip_first if only_layers is None else 0
         match = match_weights(sources, modules, only_layers, skip_first)
         warn_of_other_rotations(sources)
         names = {keys["base"]: name for name, keys in match.keys.items()}
@@ -198,16 +186,16 @@ def merge_baseline(
         def blocks(raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
             tensors = {role: sources[role].tensor(key) for role, key in match.keys[names[raw]].items()}
             _check_tensors(names[raw], tensors, sources, force)
-            return _merge(recipe.merge, tensors, weights, density, f"{seed} {names[raw]}")
+            return _merge(merge, tensors, weights, density, f"{seed} {names[raw]}")
 
         claim = None
-        if recipe.merge is task_arithmetic and len(weights) == 1:
+        if merge is task_arithmetic and len(weights) == 1:
             origins = {role: _placed(sources[role].origin) if role in sources else None for role in ROLES}
             _refuse_again(checkpoint, origins["expert"])
             claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
         how = {"method": method, "weights": [*weights], "density": density, "modules": [*modules]}
         how |= {"only_layers": only_layers, "skip_first": skip_first}
-        how |= {"seed": seed if recipe.merge in (dare_linear, dare_ties) else None}
+        how |= {"seed": seed if merge in (dare_linear, dare_ties) else None}
         if exists:
             change = None
             refuse_other(Path(output), difference(Path(output), checkpoint, names, blocks, claim, how))
@@ -249,9 +237,9 @@ def _refuse_again(base: Checkpoint, expert: dict) -> None:
 
 
 def kinds_in(base: Checkpoint) -> list[str]:
-    """Those of MODULES that the base has."""
+    """Those of MERGED_MODULES that the base has."""
     present = {base.decoder.kinds.get(name) for name in base.claims}
-    return [module for module in MODULES if module in present]
+    return [module for module in MERGED_MODULES if module in present]
 
 
 def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[float, ...], float | None]:
@@ -272,7 +260,7 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
     if weights[-1] == 0:
         raise ValueError("the expert's weight is 0, so that nothing of it is merged: give it another one")
     if scale is None and reference is None:
-        if recipe.merge is not task_arithmetic or not math.isclose(sum(weights), 1):
+        if MERGES[method] is not task_arithmetic or not math.isclose(sum(weights), 1):
             raise ValueError(
                 f"{method} with weights {weights} needs the model that base and expert were trained from: name it as "
                 "reference (--reference), or give a scale (--scale) for base + scale·Δ"

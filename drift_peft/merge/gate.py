@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, is_number, typed
 from ..checkpoints import PROJECTIONS, claimed_output, module_kind
+from ..choices import Objective
 from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
 from ..prior import ReasoningPrior
 from ..tuner import check_fingerprint, fitting_modules, weight_products
@@ -32,7 +33,7 @@ def gate_prior(
     keep_set: KeepSet | str | Path,
     texts: str | Path | Sequence[str] | None,
     output: str | Path,
-    objective: Literal["expert", "frism"] = "expert",
+    objective: Objective = "expert",
     keep_weight: float | None = None,
     alpha: float | None = None,
     steps: int = 200,

@@ -17,8 +17,6 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
 from ..checkpoints import (
-    MODULES,
-    MOST_LAYERS,
     Checkpoint,
     Match,
     claimed_output,
@@ -33,15 +31,13 @@ from ..checkpoints import (
     resumable_folder,
     warn_of_other_rotations,
 )
+from ..choices import DEFAULT_MODULES, MAX_RANK, MODULES, MOST_LAYERS, RANK
 from ..warn import first_line, warn
 from .delta import refuse_unrelated, take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
 from .reading import Weights
 from .same import difference
-
-DEFAULT_MODULES = ("attn", "mlp")
-RANK, MAX_RANK = 64, 256
 
 
 @typed

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
-from ..checkpoints import MODULES, module_kind, pattern_matches
+from ..checkpoints import module_kind, pattern_matches
+from ..choices import MODULES
 from ..prior import MergedDelta
 
 SPECTRA = {"full": 1.0, "flat": 0.0}

@@ -12,7 +12,8 @@ from older import scales_what_dare_keeps
 from trios import CROSS, FAMILIES, merge, save_trio, tensors, text_weights
 
 import drift_peft.checkpoints.update
-from drift_peft.merge.baseline import METHODS, _merge
+from drift_peft.choices import METHODS
+from drift_peft.merge.baseline import MERGES, _merge
 
 every_method = pytest.mark.parametrize(
     "method", [pytest.param(name, marks=scales_what_dare_keeps if "dare" in name else ()) for name in METHODS]
@@ -171,11 +172,11 @@ numbers = st.floats(-2, 2, width=32)
 def test_merge_of_one_weight(method, shape, weights, density, count, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     V, E, R = (torch.randn(shape, generator=generator) for _ in range(3))
-    weights, recipe = weights[:count], METHODS[method]
+    weights = weights[:count]
     with patch.object(drift_peft.checkpoints.update, "BLOCK", data.draw(st.sampled_from([1, 20, 10**6]))):
         sources = {"base": V, "expert": E, "reference": R}
-        density = None if recipe.density is None else density
-        blocks = list(_merge(recipe.merge, sources, weights, density, "0 name"))
+        density = None if METHODS[method].density is None else density
+        blocks = list(_merge(MERGES[method], sources, weights, density, "0 name"))
     taus = [(E - R).double()] if count == 1 else [(V - R).double(), (E - R).double()]
     anchor = (V if count == 1 else R).double()
     values = [anchor + value for value in outcomes(method, taus, weights, density)]
@@ -186,7 +187,7 @@ def test_merge_of_one_weight(method, shape, weights, density, count, data):
 def test_blocks_of_rows_make_no_difference(method, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     sources = {role: torch.randn(12, 30, generator=generator) for role in ("base", "expert", "reference")}
-    arguments = METHODS[method].merge, sources, (0.7, 0.4), 0.3 if method == "ties" else None, "0"
+    arguments = MERGES[method], sources, (0.7, 0.4), 0.3 if method == "ties" else None, "0"
     (whole,) = _merge(*arguments)
     monkeypatch.setattr(drift_peft.checkpoints.update, "BLOCK", 70)
     blocks = list(_merge(*arguments))
@@ -197,7 +198,7 @@ def test_ties_where_all_agree_is_the_mean():
     R = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
     step = R.sign() * R.abs().clamp(min=0.1)
     sources = {"base": R + step, "expert": R + 2 * step, "reference": R}
-    (merged,) = _merge(METHODS["ties"].merge, sources, (1.6, 0.2), 1.0, "0")
+    (merged,) = _merge(MERGES["ties"], sources, (1.6, 0.2), 1.0, "0")
     torch.testing.assert_close(merged, R + (1.6 + 2 * 0.2) / 2 * step)
 
 
@@ -207,7 +208,7 @@ def test_dare_keeps_the_expectation(method):
     generator = torch.Generator().manual_seed(0)
     W, delta = (torch.randn(64, 64, generator=generator) for _ in range(2))
     sources, runs, density = {"base": W, "expert": W + delta}, 200, 0.2
-    steps = [next(_merge(METHODS[method].merge, sources, (0.5,), density, f"{seed} w")) - W for seed in range(runs)]
+    steps = [next(_merge(MERGES[method], sources, (0.5,), density, f"{seed} w")) - W for seed in range(runs)]
     kept = torch.stack([(step.abs() > 1e-3 * delta.abs()).float().mean() for step in steps])
     assert kept.mean().item() == pytest.approx(density, abs=0.002)  # six standard errors
     assert kept.std().item() == pytest.approx(math.sqrt(density * (1 - density) / W.numel()), rel=0.2)

@@ -40,7 +40,7 @@ from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words, keepings_
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import PICTURES
+from .pictures import PICTURES, explained
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -71,6 +71,7 @@ __all__ = [
     "data_address",
     "divergence",
     "evaluated",
+    "explained",
     "image_mode",
     "is_kept",
     "keep",

@@ -139,21 +139,21 @@ def _loaded(name: str, **files) -> Any:
     except ImportError as error:
         raise ImportError(MISSING) from error
     repository, revision = split_revision(name)
-    with _explained(name if files else f"{name}, which is no file or folder here,"):
+    with explained(name if files else f"{name}, which is no file or folder here,"):
         splits = datasets.load_dataset(repository, revision=revision, streaming=True, **files)
     return splits["train"] if "train" in splits else next(iter(splits.values()))
 
 
 def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Iterator[tuple[Any, Path | None, str]]:
     """The images in the rows of datasets, drawn as its own shuffle draws them, undecoded."""
-    with _explained(name):
+    with explained(name):
         if hasattr(dataset, "to_iterable_dataset"):  # one with a length, which is shuffled as a whole
             dataset = dataset.shuffle(seed=seed).to_iterable_dataset()
         else:
             dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER)
         rows = iter(dataset.with_format(None).decode(False))
     while True:
-        with _explained(name):
+        with explained(name):
             row = next(rows, None)
         if row is None:
             return
@@ -197,7 +197,7 @@ def _content(image: Any, folder: Path | None, name: str) -> bytes:
     if "://" in str(image):  # in a repository of the hub, or in an archive there
         import fsspec
 
-        with _explained(str(image)), fsspec.open(str(image), "rb") as file:
+        with explained(str(image)), fsspec.open(str(image), "rb") as file:
             return file.read()
     path = Path(folder or ".", image)
     if not path.is_file():
@@ -206,9 +206,9 @@ def _content(image: Any, folder: Path | None, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
+def explained(source: str, failed: str = "cannot be read as a data set") -> Iterator[None]:
     """What datasets, pyarrow, the hub's client and the file system raise, as one sentence."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{source} cannot be read as a data set: {first_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{source} {failed}: {first_line(error.__cause__ or error)}") from error

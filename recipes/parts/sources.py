@@ -17,8 +17,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
-from drift_peft.keeping import PICTURES
-from drift_peft.warn import first_line
+from drift_peft.keeping import PICTURES, explained
 
 from .images import Root
 
@@ -41,7 +40,7 @@ def find_files(source: str, split: str, images: str | Path | None, streaming: bo
         folder, name, commit = re.match(r"(hf://datasets/([^/]+/[^/]+)@([^/]+))/", files[0]).groups()
         if images is None and not streaming:
             patterns = [f"*{suffix}" for suffix in (*PICTURES, *map(str.upper, PICTURES))]
-            with _explained(source):
+            with explained(source, "cannot be read"):
                 folder = snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=patterns)
         root = Root(folder, name.partition("/")[2])
     if images is None:
@@ -60,7 +59,7 @@ def read_file(file: str, streaming: bool) -> datasets.Dataset | datasets.Iterabl
         by = "line" if file.endswith(".jsonl") else "document"
         features = datasets.Features({"text": datasets.Value("string")})
         kind, options = "text", {"sample_by": by, "encoding": "utf-8-sig", "features": features}
-    with _explained(file):
+    with explained(file, "cannot be read"):
         options |= {"data_files": file, "cache_dir": scratch(datasets.config.HF_DATASETS_CACHE)}
         rows = datasets.load_dataset(kind, split="train", streaming=streaming, **options)
     return rows.with_format("arrow")
@@ -117,7 +116,7 @@ def _read_document(text: str, file: str) -> list[dict | str]:
 def _split_files(source: str, split: str) -> list[str]:
     """A split by the rules of datasets: what the repository's card says, else the names of its files."""
     name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
-    with _explained(source):
+    with explained(source, "cannot be read"):
         found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
     if split not in found:
         raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, found)) or 'none'}")
@@ -125,12 +124,3 @@ def _split_files(source: str, split: str) -> list[str]:
     if not files:
         raise ValueError(f"{source} has for {split} no file of the kinds {', '.join(FILES)}: convert it to one of them")
     return files
-
-
-@contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """What datasets, pyarrow, the hub's client and the file system raise, as one sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{source} cannot be read: {first_line(error.__cause__ or error)}") from error

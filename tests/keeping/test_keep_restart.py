@@ -1,16 +1,13 @@
 """An interrupted keep set: what is done is kept, and the same call ends in the bytes of an uninterrupted one."""
 
 import os
-import random
 import shutil
-import signal
-import time
 
 import pytest
 import torch
+from interrupted_builds import interrupt, kill_at_any_moment
 from keep_sets import SETTINGS, make
 from openai_server import OpenAI
-from processes import CONTEXT
 
 from drift_peft.keeping import make as module
 
@@ -21,62 +18,23 @@ def done(output):
     return sorted(file.name for file in output.with_name(f"{output.name}.partial").glob("*.safetensors"))
 
 
-def interrupt(monkeypatch, after, error=KeyboardInterrupt):
-    """The run ends in `error` once so many batches are done."""
-    keep, count = module.finish, iter(range(10**6))
-
-    def kept(*args):
-        if next(count) == after:
-            raise error
-        keep(*args)
-
-    monkeypatch.setattr(module, "finish", kept)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
 def test_killed_at_any_moment(folder, tmp_path, monkeypatch):
-    """SIGKILL at random moments, over several runs; each process forks from one that has imported everything."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "keep.safetensors"
+    arguments = folder / "base", folder / "pictures", output
     settings = {**SETTINGS, "samples": 24, "batch_size": 2, "max_new_tokens": 3}
-
-    def start():
-        arguments = folder / "base", folder / "pictures", output
-        process = CONTEXT.Process(target=module.make_keep_set, args=arguments, kwargs=settings)
-        process.start()
-        return process, time.monotonic()
-
-    for _ in range(2):  # the first one waits for the imports
-        output.unlink(missing_ok=True)
-        process, started = start()
-        process.join()
-        duration = time.monotonic() - started
-    uninterrupted = output.read_bytes()
-    output.unlink()
-
-    moments = random.Random(0)
-    kills = halfway = 0
-    while kills < KILLS or not output.exists():
-        if output.exists():  # a set is complete: the next one
-            assert output.read_bytes() == uninterrupted
-            output.unlink()
-            shutil.rmtree(f"{output}.partial", ignore_errors=True)  # killed between its last two steps
-        process, _ = start()
-        process.join(moments.uniform(duration / 2, duration) if kills < KILLS else None)
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        kills += process.exitcode != 0
-        halfway += 0 < len(done(output)) < 12
-    assert output.read_bytes() == uninterrupted
-    assert halfway >= KILLS / 4, f"{halfway} of {kills} kills left something to go on with"
+    halfway = kill_at_any_moment(
+        module.make_keep_set, arguments, settings, output, lambda: done(output), pieces=12, kills=KILLS, earliest=0.5
+    )
+    assert halfway >= KILLS / 4, f"{halfway} of {KILLS} kills left something to go on with"
 
 
 def test_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
     output = tmp_path / "k.safetensors"
     with monkeypatch.context() as patch:
-        interrupt(patch, after=3)
+        interrupt(patch, after=3, module=module)
         with pytest.raises(KeyboardInterrupt) as caught:
             make(folder, output)
     assert len(done(output)) == 3 and not output.exists()
@@ -107,7 +65,7 @@ def test_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
 def test_other_settings_are_refused(changes, named, folder, tmp_path, monkeypatch):
     output = tmp_path / "k.safetensors"
     with monkeypatch.context() as patch:
-        interrupt(patch, after=2)
+        interrupt(patch, after=2, module=module)
         with pytest.raises(KeyboardInterrupt):
             make(folder, output)
     if "images" in changes:
@@ -126,7 +84,7 @@ def test_other_settings_are_refused(changes, named, folder, tmp_path, monkeypatc
 
 
 def test_nothing_is_left_where_nothing_was_done(folder, tmp_path, monkeypatch):
-    interrupt(monkeypatch, after=0, error=OSError("no space left"))
+    interrupt(monkeypatch, after=0, error=OSError("no space left"), module=module)
     with pytest.raises(OSError, match="no space left"):
         make(folder, tmp_path / "k.safetensors")
     assert not [*tmp_path.iterdir()]

@@ -1,16 +1,13 @@
 """An interrupted build: what is done is kept, and the same build ends in the bytes of one that was not interrupted."""
 
 import os
-import random
-import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from interrupted_builds import LAYERS, build, done, interrupt, save_pair
-from processes import CONTEXT
+from interrupted_builds import LAYERS, build, done, interrupt, kill_at_any_moment, save_pair
 from tiny import edit_config, save_layout, tiny_llm
 
 from drift_peft.checkpoints import output as output_module
@@ -31,40 +28,13 @@ def pair(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment(pair, monkeypatch):
-    """SIGKILL at random moments, over several builds; each process forks from one that has imported everything."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    output, partial = pair / "p.safetensors", pair / "p.safetensors.partial"
-
-    def start():
-        arguments = {"rank": 16, "progress": False}
-        process = CONTEXT.Process(target=build_prior, args=(pair / "expert", pair / "vlm", output), kwargs=arguments)
-        process.start()
-        return process, time.monotonic()
-
-    for _ in range(2):  # the first one waits for the imports
-        output.unlink(missing_ok=True)
-        process, started = start()
-        process.join()
-        duration = time.monotonic() - started
-    uninterrupted = output.read_bytes()
-    output.unlink()
-
-    moments = random.Random(0)
-    kills = halfway = 0
-    while kills < KILLS or not output.exists():
-        if output.exists():  # a build is complete: the next one
-            assert output.read_bytes() == uninterrupted
-            output.unlink()
-            shutil.rmtree(partial, ignore_errors=True)  # killed between its last two steps
-        process, _ = start()
-        process.join(moments.uniform(0, duration) if kills < KILLS else None)
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        kills += process.exitcode != 0
-        halfway += 0 < len(done(pair)) < 7 * LAYERS
-    assert output.read_bytes() == uninterrupted
-    assert halfway >= KILLS / 3, f"{halfway} of {kills} kills left something to go on with"
+    output = pair / "p.safetensors"
+    arguments, settings = (pair / "expert", pair / "vlm", output), {"rank": 16, "progress": False}
+    halfway = kill_at_any_moment(
+        build_prior, arguments, settings, output, lambda: done(pair), pieces=7 * LAYERS, kills=KILLS
+    )
+    assert halfway >= KILLS / 3, f"{halfway} of {KILLS} kills left something to go on with"
 
 
 def test_goes_on_with_what_is_missing(pair, monkeypatch):

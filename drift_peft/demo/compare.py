@@ -129,20 +129,7 @@ def run(
         rows = dict(tqdm(carried_out(rows, given, executor), desc="methods", unit="method", total=len(rows)))
 
         result = {"seed": seed, "steps": steps, "size": size, "split": split}
-        result["titles"] = {key: METHODS[key].title for key in methods}
-        result["rates"] = {key: rates[key] for key in methods if METHODS[key].trained}
-        result["scores"] = {key: rows[key]["scores"] for key in methods}
-        result["history"] = {key: rows[key]["history"] for key in result["rates"]}
-        answers = {key: rows[key]["answers"] for key in methods}
-        result["examples"] = [
-            {
-                "symbols": sample.symbols,
-                "answer": sample.answer,
-                "answers": {key: answers[key][i] for key in methods},
-                "right": {key: is_right(sample, answers[key][i]) for key in methods},
-            }
-            for i, sample in enumerate(shown)
-        ]
+        result |= results_of({key: rows[key] for key in methods}, rates, shown)
         result["seconds"] = round(time.perf_counter() - start, 1)
         if out is not None:
             from .figures import draw_results, draw_samples
@@ -217,6 +204,27 @@ def carry_out(
         model, processor = load(base)
         scores = examine(model, processor, tests, progress)
         return {"scores": scores, "history": history, "answers": ask(model, processor, shown)}
+
+
+def results_of(rows: dict[str, dict], rates: dict[str, float], shown: list[Sample]) -> dict:
+    """What results.json says of each method, from what `carry_out` has returned for it."""
+    trained = [key for key in rows if METHODS[key].trained]
+    examples = [
+        {
+            "symbols": sample.symbols,
+            "answer": sample.answer,
+            "answers": {key: row["answers"][i] for key, row in rows.items()},
+            "right": {key: is_right(sample, row["answers"][i]) for key, row in rows.items()},
+        }
+        for i, sample in enumerate(shown)
+    ]
+    return {
+        "titles": {key: METHODS[key].title for key in rows},
+        "rates": {key: rates[key] for key in trained},
+        "scores": {key: row["scores"] for key, row in rows.items()},
+        "history": {key: rows[key]["history"] for key in trained},
+        "examples": examples,
+    }
 
 
 def unlabelled(digits: Digits, seed: int) -> list:

@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from parts.atomic import write_json
 from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
@@ -48,7 +49,6 @@ from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
-from parts.whole import write_json
 from rich.console import Console
 
 RECIPES = Path(__file__).parent

@@ -29,6 +29,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, json_object, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
@@ -37,7 +38,6 @@ from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import find_files, read_file, samples
 from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
-from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

@@ -40,7 +40,7 @@ train() { # name, its settings
 }
 
 if [[ -n ${VLMEVALKIT:-} ]]; then # before a night of training
-  asked=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -m parts.asked --config "$recipe" "$@")
+  asked=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -m parts.eval_settings --config "$recipe" "$@")
   { read -r settings && read -r kind && read -r base; } <<< "$asked"
 fi
 

@@ -20,12 +20,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
 from parts.outputs import BENCHMARKS, Answer, read_outputs
 from parts.reading import RULES, UNFINISHED
 from parts.scoring import mark, scorer
-from parts.whole import write_json
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

@@ -31,15 +31,15 @@ import torch
 import yaml
 from datasets import Dataset
 from parts.arguments import RunArguments, TrainArguments, is_missing, parse
+from parts.atomic import write_json
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
-from parts.held import Held, is_finished, mark_of, settings_of, settings_to_hold
 from parts.processing import processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
+from parts.trained_with import Held, is_finished, mark_of, settings_of, settings_to_hold
 from parts.training_data import load_data, prompts_and_completions
-from parts.whole import write_json
 from transformers import AutoProcessor
 
 from drift_peft import (

@@ -3,7 +3,7 @@
 patches    functions of PEFT and transformers to which something is added
 names      what the parameters of a model are called in a prior
 settings   the guidance's settings: what is allowed, and which weight they speak of
-described  the same in words, for help() and the documentation
+field_docs  the same in words, for help() and the documentation
 card       the model card of an adapter
 config     DriftConfig: LoraConfig with these settings, and how it is stored
 push       the card in what is pushed to the hub
@@ -31,7 +31,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
 from .config import DriftConfig
-from .described import describe, own_fields
+from .field_docs import describe, own_fields
 from .fit import check_fingerprint, fitting_modules, weight_products
 from .guide import guide
 from .model import DriftModel

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..arguments import is_number, is_whole, nearest, plain
 from ..checkpoints import DRIFT_CONFIG, PLAIN_STARTS, Schema, check, lora_variants, needs_peft, read_json, write_text
 from .card import update_card
-from .described import documented, own_fields
+from .field_docs import documented, own_fields
 from .settings import DriftSettings, check_settings
 
 STARTS = ("drift", *PLAIN_STARTS)  # the others (PiSSA, OLoRA, …) change W, and with it Δ

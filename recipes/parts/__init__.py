@@ -3,7 +3,7 @@
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
 checkpoints   which checkpoints are whole, and so what training goes on from
-held          what a checkpoint was trained with, and goes on with alone
+trained_with  what a checkpoint was trained with, and goes on with alone
 saving        checkpoints and adapters of a run, as they are written
 curves        how a run went, as a picture
 sources       files, folders and hub data sets, as samples
@@ -36,6 +36,6 @@ pace          what is said of the exams to come, and how long they take
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
-asked         what reproduce_drift.sh asks beside what it trains, and with which settings
-whole         files that are there when they are complete
+eval_settings  what reproduce_drift.sh asks beside what it trains, and with which settings
+atomic        files that are there when they are complete
 """

@@ -10,10 +10,10 @@ import yaml
 from rich import box
 from rich.table import Table
 
+from .atomic import write
 from .frontier import Measured, frontier
 from .intervals import interval
 from .ways import Way, gating, transplanting
-from .whole import write
 
 RULE = """\
 Of the ways that these samples cannot tell from the best one, it is the one that keeps most. It was chosen on these very

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from .atomic import write
 from .intervals import interval
-from .whole import write
 
 
 @dataclass(frozen=True)

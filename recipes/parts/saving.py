@@ -10,9 +10,9 @@ from trl import SFTTrainer
 
 from drift_peft import DriftConfig
 
+from .atomic import reason_of, write_json
 from .checkpoints import checkpoints, newest_whole
-from .held import FILE
-from .whole import reason_of, write_json
+from .trained_with import FILE
 
 PARTIAL = "checkpoint.partial"  # which Trainer takes for no checkpoint
 ADAPTER = "adapter.partial"
@@ -35,7 +35,7 @@ class Trainer(SFTTrainer):
     The adapter's model card stays, where TRL's `push_to_hub` puts one of its own in its place.
 
     Attributes:
-        held: what each checkpoint says that it was trained with; see held.py.
+        held: what each checkpoint says that it was trained with; see trained_with.py.
     """
 
     held: dict | None = None

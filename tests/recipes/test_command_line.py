@@ -14,8 +14,8 @@ from pathlib import Path
 import data
 import grimp
 import pytest
+from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
-from parts.whole import write_json
 from processes import run_program
 from recipe_runs import CONFIGS, RECIPES
 from terminals import terminal

@@ -10,7 +10,7 @@ import sys
 import pytest
 import sft_vlm
 import yaml
-from parts import asked
+from parts import eval_settings
 from parts.arguments import parse
 from recipe_runs import CONFIGS, FAST, RECIPES
 
@@ -104,7 +104,7 @@ def test_the_base_is_the_one_that_is_trained_on_and_its_kind_decides_how_it_is_a
     rest = "data: d\noutput_dir: out\nmethod: sft\n"
     for base, flags in (('"base"  # quoted', []), ("no/where", ["--base=base"]), ("no/where", ["--base", "./base"])):
         recipe.write_text(f"base: {base}\n{rest}")
-        asked.main(["--config", str(recipe), *flags])
+        eval_settings.main(["--config", str(recipe), *flags])
         assert capsys.readouterr().out.splitlines() == [str(RECIPES / "eval" / settings), family, str(folder / "base")]
     assert (RECIPES / "eval" / settings).is_file()
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import sft_vlm
-from parts.held import FILE, mark_of
+from parts.trained_with import FILE, mark_of
 from recipe_runs import FAST
 from safetensors.torch import load_file, save_file
 

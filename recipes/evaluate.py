@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from parts.atomic import write_json
-from parts.command_line import Parser, in_one_sentence, json_object, run_script
+from parts.command_line import Parser, in_one_sentence, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
@@ -41,6 +41,8 @@ from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from drift_peft.cli.parser import json_object
 
 CATEGORY = "category"  # key of a sample
 # What decides a model's answers, beside its tokenizer. A result, a journal or a card in its folder does not.

@@ -4,7 +4,7 @@ Help and command lines that cannot be read cost no import of torch: what a verb 
 it runs.
 
     commands        all verbs, in the order of the help
-    parser          argparse, whose errors are one sentence with the nearest known name
+    parser          argparse, whose errors are one sentence with the nearest known name; the recipes have it too
     layers          what --only-layers takes
     keys            what --api-key-env names
     show            a result as tables or as JSON

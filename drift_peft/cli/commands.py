@@ -2,7 +2,7 @@
 
 from .. import __version__
 from . import demo, export, keep, merge, merge_baseline, preflight, prior, targets, transplant
-from .parser import Parser
+from .parser import Parser, told
 
 VERBS = {
     "prior": prior,
@@ -21,8 +21,10 @@ def parser() -> Parser:
     """All verbs and their flags."""
     main = Parser(
         prog="drift-peft",
-        description="Priors of text-only reasoning models for vision-language models; adapters merged into their base.",
-        example="drift-peft demo",
+        **told(
+            "Priors of text-only reasoning models for vision-language models; adapters merged into their base.",
+            "drift-peft demo",
+        ),
     )
     main.add_argument(
         "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"

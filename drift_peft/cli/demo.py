@@ -17,8 +17,8 @@ def flags(parser: Parser) -> None:
         metavar="FOLDER",
         help="keep everything in this folder: prior, adapter, merged model, results, pictures (default: keep nothing)",
     )
-    add("--seed", type=int, default=0, help="seed of data, start and training (default: %(default)s)")
-    add("--processes", type=int, default=2, help="rows at a time, one CPU core each (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of data, start and training")
+    add("--processes", type=int, default=2, help="rows at a time, one CPU core each")
 
 
 def run(out: str | None, seed: int, processes: int) -> None:

@@ -21,13 +21,13 @@ def flags(parser: Parser) -> None:
         metavar="FILE",
         help="your own questions, a kind, a tab and a question a line (default: built in)",
     )
-    add("--samples", type=int, default=300, metavar="N", help="how many answers (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="an answer is cut there (default: %(default)s)")
-    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
+    add("--samples", type=int, default=300, metavar="N", help="how many answers")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="an answer is cut there")
+    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token")
     add("--load-in-4bit", action="store_true", help="load the model in NF4")
     parser.add_processor_kwargs()
-    add("--batch-size", type=int, default=8, metavar="N", help="questions at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the choice of images (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="questions at a time")
+    add("--seed", type=int, default=0, help="seed of the choice of images")
     add("--server", metavar="URL", help="ask there, such as http://localhost:8000/v1 of vLLM; it must know --base")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
     add("--overwrite", action="store_true", help="replace an existing output, or an interrupted run of other settings")

@@ -22,7 +22,7 @@ def flags(parser: Parser) -> None:
         "--onto",
         choices=get_args(Onto),
         default="base",
-        help="base, or dequantized: the 4-bit base's numbers, as it was trained on (default: %(default)s)",
+        help="base, or dequantized: the 4-bit base's numbers, as it was trained on",
     )
     add("--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve")
     add("--force", action="store_true", help="merge even into another model than the adapter was trained on")

@@ -1,4 +1,4 @@
-"""The parser: argparse, whose errors are one sentence with the nearest known name."""
+"""The parser of drift-peft and of the recipes: argparse, whose errors are one sentence with the nearest known name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import re
 import sys
 import textwrap
-from argparse import Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from itertools import takewhile
 from types import ModuleType
 from typing import NoReturn
@@ -30,29 +31,29 @@ def json_object(value: str) -> dict:
     return found
 
 
-KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto", json_object: "JSON object"}
+KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto"}
+KINDS[json_object] = "JSON object, such as '{\"max_pixels\": 262144}'"
 
 
 class Help(RawDescriptionHelpFormatter):  # which leaves the lines of an example as they are
-    """argparse's, which also says of each flag whether it must be given."""
+    """argparse's, which also says of each flag whether it must be given, and what it is without."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        return f"{action.help} (required)" if action.required and action.option_strings else action.help
+        if action.required and action.option_strings:
+            return f"{action.help} (required)"
+        if action.nargs == 0 or action.default in (None, SUPPRESS, "", [], {}) or "(default: " in (action.help or ""):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
 
 
 class Parser(ArgumentParser):
-    """argparse's, except that verbs are modules, that the help ends in an example, and that errors are one sentence.
+    """argparse's, except that verbs are modules, and that errors are one sentence.
 
     Flags are written with dashes, and read with underscores (--max_rank) as well.
     """
 
-    def __init__(self, *, description: str, example: str, **settings) -> None:
-        super().__init__(
-            description=textwrap.fill(description, WIDTH),
-            epilog=f"example:\n{textwrap.indent(example, '  ')}",
-            formatter_class=Help,
-            **settings,
-        )
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, formatter_class=Help, **settings)
         self.verbs: dict[str, ModuleType] = {}
         self._negative_number_matcher = NEGATIVE  # argparse's own knows no -5e-1
 
@@ -71,7 +72,7 @@ class Parser(ArgumentParser):
         self.verbs = verbs
         commands = self.add_subparsers(title="commands", metavar="COMMAND")
         for name, verb in verbs.items():
-            command = commands.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION, example=verb.EXAMPLE)
+            command = commands.add_parser(name, help=verb.HELP, **told(verb.DESCRIPTION, verb.EXAMPLE))
             command.set_defaults(run=getattr(verb, "run", None))
             verb.flags(command)
         # Not `required`, which argparse would speak of before an unknown flag.
@@ -83,9 +84,9 @@ class Parser(ArgumentParser):
         """Leaves nothing over: what a verb does not know is refused here, where its flags are known."""
         args = [*(sys.argv[1:] if args is None else args)]
         flags = args.index("--") if "--" in args else len(args)
-        args[:flags] = map(_dashed, args[:flags])
         if not {"-h", "--help"} & {*args}:
-            self._refuse_unknown(takewhile(lambda arg: arg != "--" and (arg[:1] == "-" or not self.verbs), args))
+            self._refuse_unknown(takewhile(lambda arg: arg[:1] == "-" or not self.verbs, args[:flags]))
+        args[:flags] = map(_dashed, args[:flags])
         namespace, left = super().parse_known_args(args, namespace)
         if left:
             self.error(f"unexpected argument {left[0]}; see {self.prog} --help")
@@ -97,16 +98,20 @@ class Parser(ArgumentParser):
     def _refuse_unknown(self, args: Iterable[str]) -> None:
         """Before argparse parses, which would speak of a missing --expert where --exprt was given."""
         for arg in args:
-            flag = arg.partition("=")[0]
-            if FLAG.fullmatch(flag) and not self._get_option_tuples(flag):  # argparse's, which knows abbreviations
-                near = nearest(flag.lower(), self._option_string_actions, cutoff=0.7)  # the dashes of all are alike
-                self.error(f"unknown flag {flag}; {near or f'see {self.prog} --help'}")
+            given = arg.partition("=")[0]
+            flag = _dashed(given)
+            # argparse's own of these two knows abbreviations, where they are allowed.
+            if FLAG.fullmatch(flag) and flag not in self._option_string_actions and not self._get_option_tuples(flag):
+                near = guess(flag, self._option_string_actions, f"{self.prog} --help")
+                self.error(f"unknown flag {given}; {near}")
 
     def _get_value(self, action: Action, arg_string: str) -> object:
         try:
             return super()._get_value(action, arg_string)
         except ArgumentError:
-            message = f"{action.option_strings[-1]} takes a {KINDS[action.type]}, got {arg_string}"
+            if action.type not in KINDS:
+                raise
+            message = f"{[action.dest, *action.option_strings][-1]} takes a {KINDS[action.type]}, got {arg_string}"
             raise ArgumentError(None, message) from None
 
     def _check_value(self, action: Action, value: str) -> None:
@@ -116,6 +121,21 @@ class Parser(ArgumentParser):
         choices = f"choose from {', '.join(action.choices)}"
         near = nearest(value.lower(), action.choices)
         raise ArgumentError(None, f"{message}; {near} ({choices})" if near else f"{message}: {choices}")
+
+
+def told(description: str, example: str) -> dict[str, str]:
+    """What the help says before and after the flags."""
+    return {
+        "description": textwrap.fill(description, WIDTH),
+        "epilog": f"example:\n{textwrap.indent(example, '  ')}",
+    }
+
+
+def guess(name: str, known: Iterable[str], help: str = "--help") -> str:
+    """The known name that may have been meant, whatever its dashes: the most similar one, else one that begins so."""
+    bare, name = {other.lstrip("-"): other for other in known}, name.lstrip("-").lower()
+    near = get_close_matches(name, bare, n=1) + [other for other in bare if other.startswith(name)]
+    return f"did you mean {bare[near[0]]}?" if near else f"see {help}"
 
 
 def _dashed(arg: str) -> str:

@@ -30,10 +30,10 @@ def flags(parser: Parser) -> None:
         help=f"which weights: %(choices)s (default: {' '.join(DEFAULT_MODULES)})",
     )
     add("--only-layers", nargs="+", metavar="LAYERS", help="these layers alone, from 0 on, such as 0 4 8-27")
-    add("--skip-first", type=int, default=0, metavar="N", help="not the first so many layers (default: %(default)s)")
+    add("--skip-first", type=int, default=0, metavar="N", help="not the first so many layers")
     add("--dequantize", action="store_true", help="accept models that are 4-bit on disk")
     add("--delete-shards", action="store_true", help="free each shard of the expert that was downloaded for this")
-    add("--seed", type=int, default=0, help="seed of the randomized SVD (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the randomized SVD")
     add("--device", help="where to compute, such as cuda (default: a GPU if there is one)")
     add("--force", action="store_true", help="build even when the two models seem unrelated")
     add(

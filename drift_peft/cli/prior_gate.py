@@ -30,17 +30,17 @@ def flags(parser: Parser) -> None:
         choices=get_args(Objective),
         default="expert",
         metavar="NAME",
-        help="expert: near its answers in text; frism: as much of Δ as the keep set allows (default: %(default)s)",
+        help="expert: near its answers in text; frism: as much of Δ as the keep set allows",
     )
     add("--keep-weight", type=float, help="of expert: the larger, the nearer to the VLM (default: 0.3)")
     add("--alpha", type=float, help="of frism: the larger, the more of Δ is taken (default: 1)")
-    add("--steps", type=int, default=200, metavar="N", help="steps of Adam (default: %(default)s)")
-    add("--rate", type=float, default=0.1, help="its learning rate (default: %(default)s)")
-    add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind (default: %(default)s)")
-    add("--max-tokens", type=int, default=512, metavar="N", help="so many at a time (default: %(default)s)")
+    add("--steps", type=int, default=200, metavar="N", help="steps of Adam")
+    add("--rate", type=float, default=0.1, help="its learning rate")
+    add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind")
+    add("--max-tokens", type=int, default=512, metavar="N", help="so many at a time")
     add("--answers", metavar="FILE", help="the expert's answers (default: beside the output); used if they are there")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there (default: %(default)s)")
-    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there")
+    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token")
     add("--load-in-4bit", action="store_true", help="load both models in NF4")
     add(
         "--no-gradient-checkpointing",
@@ -49,7 +49,7 @@ def flags(parser: Parser) -> None:
         help="more memory, a quarter less time",
     )
     parser.add_processor_kwargs()
-    add("--seed", type=int, default=0, help="seed of the order of the answers (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the order of the answers")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")
 

@@ -31,13 +31,13 @@ def flags(parser: Parser) -> None:
         "--scale",
         type=number_or_auto,
         default=1.0,
-        help="how much of Δ to add; auto: as much as --budget allows (default: %(default)s)",
+        help="how much of Δ to add; auto: as much as --budget allows",
     )
     add("--keep", metavar="KEEP_SET", help="measure what the scale costs, on these answers of the base")
     add("--budget", type=float, metavar="NATS", help="with --scale auto: KL to those answers to stay below, a token")
     add("--load-in-4bit", action="store_true", help="measure on the model in NF4")
     parser.add_processor_kwargs()
-    add("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=8, metavar="N", help="answers at a time")
     add("--force", action="store_true", help="go on even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing folder")
     add("--json", dest="as_json", action="store_true", help="print the result as JSON")

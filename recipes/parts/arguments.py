@@ -15,10 +15,11 @@ from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
 from drift_peft.arguments import check_whole
+from drift_peft.cli.parser import guess
 from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
-from .command_line import Parser, guess
+from .command_line import Parser
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
 WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import difflib
-import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 from drift_peft.builds import missing
+from drift_peft.cli import parser
 from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
+from drift_peft.cli.parser import guess
 from drift_peft.cli.terminal import spell_out
 from drift_peft.warn import visible
 
-FLAG = re.compile(r"--\w[\w-]*")
 
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Tells the default of each flag that takes a value and has one."""
-
-    def _get_help_string(self, action):
-        if action.nargs == 0 or action.default in (None, argparse.SUPPRESS, "", [], {}):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's. Flags are shown with dashes, and taken with underscores too; none may be shortened.
+class Parser(parser.Parser):
+    """That of drift-peft. Flags are shown with dashes, and none may be shortened.
 
     Args:
         script: the name of its file.
@@ -41,35 +28,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, script: str, doc: str, *arguments, **options):
         description, examples, *_ = doc.split("\n\n")
         told = {"description": description, "epilog": f"examples:\n{examples}"}
-        super().__init__(*arguments, prog=script, formatter_class=Help, allow_abbrev=False, **told, **options)
+        super().__init__(*arguments, prog=script, allow_abbrev=False, **told, **options)
 
     def add_argument(self, *names, **options):
         dashed = dict.fromkeys(name.replace("_", "-") if name.startswith("-") else name for name in names)
         return super().add_argument(*dashed, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
+        args = sys.argv[1:] if args is None else args
         for argument in args:  # or it would fail when the result, which names it, is written
             if not _is_text(argument):
                 self.error(f"argument {argument!r} is not in UTF-8: rename that file or folder")
         if not _is_text(os.getcwd()):
             self.error(f"the working folder {os.getcwd()!r} is not in UTF-8: rename it, or work in another one")
-        flags = args.index("--") if "--" in args else len(args)
-        args[:flags] = map(self._known, args[:flags])  # before argparse complains of what is missing beside a typo
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown argument {unknown[0]}; see --help")
-        return namespace, []
-
-    def _known(self, argument: str) -> str:
-        """An argument as it is, a flag with dashes; an unknown one is an error."""
-        flag, equals, value = argument.partition("=")
-        dashed = flag.replace("_", "-")
-        if not FLAG.fullmatch(flag):
-            return argument
-        if dashed not in self._option_string_actions:
-            self.error(f"unknown flag {flag}; {guess(dashed, self._option_string_actions)}")
-        return dashed + equals + value
+        return super().parse_known_args(args, namespace)
 
     def _check_value(self, action, value):
         self.check_choice([action.dest, *action.option_strings][-1], value, action.choices)
@@ -86,25 +58,6 @@ class Parser(argparse.ArgumentParser):
 def _is_text(argument: str) -> bool:
     """Bytes that are no UTF-8 come as lone surrogates."""
     return not any("\ud800" <= sign <= "\udfff" for sign in argument)
-
-
-def json_object(value: str) -> dict:
-    """For `type` of a flag."""
-    try:
-        found = json.loads(value)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"takes a JSON object, such as '{{\"max_pixels\": 262144}}', not {value}")
-    return found
-
-
-def guess(name: str, known: Iterable[str]) -> str:
-    """The known name that may have been meant: the most similar one, else one that begins so."""
-    bare = {other.lstrip("-"): other for other in known}
-    name = name.lstrip("-")
-    near = difflib.get_close_matches(name, bare, n=1) + [other for other in bare if other.startswith(name)]
-    return f"did you mean {bare[near[0]]}?" if near else "see --help"
 
 
 def stop(script: str, message: str, status: int) -> NoReturn:

@@ -352,7 +352,7 @@ def test_settings_of_the_processor_are_those_of_a_trained_one_too(model, data, t
     assert "has no setting max_pixel: did you mean max_pixels?" in refusal(
         capsys, *new, "--processor-kwargs", '{"max_pixel": 1}'
     )
-    with pytest.raises(SystemExit, match=r"--processor-kwargs: takes a JSON object, such as .*, not max_pixels=5"):
+    with pytest.raises(SystemExit, match=r"--processor-kwargs takes a JSON object, such as .*, got max_pixels=5"):
         evaluate.main([*map(str, new), "--processor-kwargs", "max_pixels=5"])
 
 

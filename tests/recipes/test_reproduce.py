@@ -117,7 +117,7 @@ def test_what_cannot_be_asked_is_refused(pair):
         (["--bsae", str(base)], "unknown flag --bsae; did you mean --base?"),
     ):
         with pytest.raises(SystemExit, match=re.escape(told)):
-            asked.main([*config, *flags])
+            eval_settings.main([*config, *flags])
 
 
 def test_what_is_refused_ends_it_before_anything_else_is_run(tmp_path):

@@ -9,6 +9,7 @@ Nothing here knows of priors or of training.
     sharing      such a file that others have or will have: found, uploaded with its card
     serving      how an adapter is loaded, merged and served, as the cards tell it
     shards       one file of weights: safetensors, .bin; 4-bit weights as matrices
+    tokenizer    the files of tokenizer and chat templates, which go together
     checkpoint   lazy tensors of a local folder or hub repository, one open shard at a time
     decoder      the language model inside a model: names of its weights, and which are projections
     peft_names   how PEFT rewrites names for transformers 5
@@ -30,7 +31,7 @@ Nothing here knows of priors or of training.
 """
 
 from .carry import carry_adapter, scale_adapter
-from .checkpoint import TOKENIZER, Checkpoint, read_config, skeleton
+from .checkpoint import Checkpoint, read_config, skeleton
 from .decoder import Decoder, shared_weights
 from .dequantized import (
     DequantizedCheckpoint,
@@ -102,6 +103,7 @@ from .sharing import (
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets, past_adapters
+from .tokenizer import TEMPLATES, TOKENIZER, chat_templates, has_tokenizer, take_tokenizer
 from .update import LowRank, Rows, Update, Whole, block_rows
 from .versions import needs_peft
 from .vllm import export_for_vllm
@@ -114,6 +116,7 @@ __all__ = [
     "PLAIN_STARTS",
     "PROJECTIONS",
     "TASK",
+    "TEMPLATES",
     "TOKENIZER",
     "UNTRAINED",
     "Checkpoint",
@@ -141,6 +144,7 @@ __all__ = [
     "cached_snapshot",
     "canonical_name",
     "carry_adapter",
+    "chat_templates",
     "check",
     "claimed_output",
     "convert_peft_config_for_transformers",
@@ -152,6 +156,7 @@ __all__ = [
     "finished",
     "folder_of",
     "gathered",
+    "has_tokenizer",
     "how_to_load",
     "how_to_serve",
     "hub_id",
@@ -193,6 +198,7 @@ __all__ = [
     "skeleton",
     "split_revision",
     "state_licences",
+    "take_tokenizer",
     "unwrapped",
     "warn_of_other_rotations",
     "watched_adapter",

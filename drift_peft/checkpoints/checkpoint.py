@@ -24,17 +24,15 @@ from .naming import EMBEDDING, HEAD, canonical_name, says_tied
 from .schema import FourBitState, Index, ModelConfig, check, read_json
 from .serving import auto_class_of
 from .shards import FOUR_BIT, STATE, Header, dequantize, four_bit_state, open_shard
+from .tokenizer import TOKENIZER, has_tokenizer
 from .watch import Watch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYOUTS = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # in the order of transformers
-TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-TOKENIZER += ("special_tokens_map.json", "added_tokens.json")
 
 _QUANTIZED_KEY = re.compile(r".*\.(?:absmax|quant_map|SCB|weight_scale|weight_scale_inv|qweight|qzeros)")
 # What belongs to a quantized weight, whose name stands in front.
 _SCALE = re.compile(r"(.+?)(?:\.weight)?[._]q?(?:scales?|zeros|zero_points?)(?:_(?:weight|inv))?")
-_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.\w+|.+\.(?:model|tiktoken)")
 _FOUR_BIT_WAY_OUT = "give the full-precision model, or, for a prior, pass dequantize=True (--dequantize)"
 
 
@@ -251,8 +249,7 @@ class Checkpoint:
         """Token string -> its row in embedding and head. ValueError if there is no tokenizer that can be read."""
         if self._hub is not None:
             download(self._hub.name, self._hub.commit, TOKENIZER)
-        # Without such a file, transformers makes an empty tokenizer for some models instead of failing.
-        if not any(_VOCABULARY.fullmatch(file.name) for file in self.folder.iterdir()):
+        if not has_tokenizer(self.folder):
             raise ValueError(f"{self.source} holds no tokenizer, which tells the rows of head and embedding apart")
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False).get_vocab()

@@ -102,6 +102,19 @@ class AdapterConfig(Schema):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
+class NamedTemplate(Schema):
+    """One of several chat templates."""
+
+    name: Text
+    template: Text
+
+
+class ChatTemplate(Schema):
+    """tokenizer_config.json, and chat_template.json: the template that older versions of transformers kept there."""
+
+    chat_template: Text | list[NamedTemplate] | None = None
+
+
 class DriftRecord(Schema):
     """drift_config.json: what a merge reads of it."""
 

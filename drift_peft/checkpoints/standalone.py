@@ -18,15 +18,16 @@ from typing import BinaryIO
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoint import INDEX, SINGLE, TOKENIZER, Checkpoint
+from .checkpoint import INDEX, SINGLE, Checkpoint
 from .conversion import Conversion
 from .hub import download, is_listed
 from .lock import only_writer
 from .output import OURS, partial_folder
+from .tokenizer import TOKENIZER
 from .update import block_rows
 
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
-STANDALONE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+STANDALONE = (*TOKENIZER, "*.json", "*.jinja", "*.txt", "*.spm", "*.bpe", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 STANDALONE += ("additional_chat_templates/*.jinja", "spk_dict.pt")  # the speakers of Qwen2.5-Omni
 BESIDE = (*TOKENIZER, "*processor_config.json")  # what hardly a model is without
 NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training

@@ -4,7 +4,6 @@ The model is never in memory: each shard is copied and the changed tensors are o
 so that everything else stays byte for byte what it was.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ..checkpoints import (
     DRIFT_CONFIG,
     EMBEDDING,
     HEAD,
+    TEMPLATES,
     TOKENIZER,
     Checkpoint,
     DequantizedCheckpoint,
@@ -20,16 +20,20 @@ from ..checkpoints import (
     Update,
     adapter_folder,
     adapter_updates,
+    chat_templates,
     folder_of,
+    has_tokenizer,
     in_markdown,
     quantization_in_training,
     replaced_when_complete,
     shown,
+    take_tokenizer,
     watched_adapter,
     write_model,
 )
 from ..choices import Onto
 from ..prior import forget_merge
+from ..warn import warn
 from .belongs import refuse_other_base
 from .card import write_card
 from .verify import Verification, check_memory, verify_merge
@@ -80,8 +84,9 @@ def merge_adapter(
 
     DoRA's magnitudes, `modules_to_save`, biases, trained tokens, and adapters on embedding, head and vision tower are
     merged too. W' is computed in fp32 and cast once to the dtype of W. Shards, tensor names and all tensors without an
-    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too
-    (where tokens were trained, the adapter's tokenizer, if it has one). A card says what was merged: README.md.
+    adapter stay as they are in the base folder; tokenizer, processor, chat template and configs come from there too.
+    Where embedding or head were trained, tokenizer and chat template are the adapter's, if it has them. A card says
+    what was merged: README.md.
     Works in `<output>.partial/`, which is renamed when it is complete and is gone if anything fails.
 
     Args:
@@ -113,7 +118,9 @@ def merge_adapter(
     """
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
-        folder_of(adapter, None, (DRIFT_CONFIG,))  # of the hub: into the same snapshot
+        beside = (DRIFT_CONFIG, "tokenizer_config.json", *TEMPLATES)
+        folder_of(adapter, None, beside)  # of the hub: into the same snapshot
+        trained_templates = chat_templates(folder_of_adapter)
         watch = watched_adapter(folder_of_adapter, str(adapter))
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
@@ -142,8 +149,13 @@ def merge_adapter(
         if change == 0:
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {_why_zero(updates)}")
         ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
-        if not ends.isdisjoint(updates):
-            _take_tokenizer(adapter, folder)
+        if not ends.isdisjoint(updates) and has_tokenizer(folder_of(adapter, None, TOKENIZER)):
+            take_tokenizer(folder_of_adapter, folder)  # the base's need not know the tokens that were trained
+        if trained_templates and not trained_templates <= chat_templates(folder):
+            warn(
+                f"Adapter {adapter} has another chat template than base {checkpoint.source}, and the merged folder has "
+                f"the base's: if it was trained with its own, copy that into {output}."
+            )
         what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))
         made = f"The LoRA adapter {what}, merged into {into}."
         sources = {"adapter": {"id": str(folder_of_adapter), "revision": None}}
@@ -172,10 +184,3 @@ def _why_zero(updates: dict[str, Update]) -> str:
     if not any(u.scaling for u in low_rank):
         return "its lora_alpha is 0"
     return "all is lost in rounding to the base's dtype"
-
-
-def _take_tokenizer(adapter: str | Path, folder: Path) -> None:
-    """The adapter's, if it has one: the base's need not know the tokens that were trained."""
-    held = folder_of(adapter, None, TOKENIZER)
-    for file in {file for pattern in TOKENIZER for file in held.glob(pattern)}:
-        shutil.copyfile(file, folder / file.name)

@@ -105,6 +105,7 @@ def test_an_adapter_in_pickle_format(pair):
 def test_the_folder_stands_alone(pair):
     base, nested = pair / "base", "additional_chat_templates/tool_use.jinja"
     kept = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja", "merges.txt"}
+    kept |= {"tokenizer.model.v3", "source.spm", "vocab.bpe", "vocab", "USE_POLICY.md"}
     kept |= {"tokenizer.model", "LICENSE", "config.json", "generation_config.json", "model.safetensors", nested}
     left = {"README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors"}
     left |= {"optimizer.pt", "trainer_state.json", "original/params.json", ".gitattributes"}

@@ -10,11 +10,10 @@ from merging import IDS, edit_weights, load, merge
 from older import known, ties_weights
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import edit_config, edit_tensors, rename_keys, save_layout, save_tokenizer, tiny_llm, tiny_vlm
+from tiny import edit_config, edit_tensors, rename_keys, save_layout, tiny_llm, tiny_vlm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from drift_peft import language_model_targets
-from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.checkpoints.lora import open_expert
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -116,28 +115,6 @@ def test_transposed_weights(tmp_path, target):
     trained(tmp_path / "adapter", model(), target_modules=[target], use_dora=True)
     with pytest.raises(ValueError, match=r"uses DoRA on the transposed weight of .*c_"):
         merge(tmp_path, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"trainable_token_indices": [60]},
-        {"modules_to_save": ["embed_tokens", "lm_head"]},
-        {"target_modules": ["embed_tokens"]},
-    ],
-    ids=lambda how: next(iter(how)),
-)
-def test_trained_tokens_bring_their_tokenizer(tmp_path, how):
-    save_layout(tiny_llm("llava"), tmp_path / "base")
-    save_tokenizer(tmp_path / "base", {"a": 0, "b": 1})
-    trained(tmp_path / "adapter", tiny_llm("llava"), **{"target_modules": ["q_proj"], **how})
-    merge(tmp_path)
-    assert Checkpoint(tmp_path / "merged").vocabulary() == {"a": 0, "b": 1}
-    save_tokenizer(tmp_path / "adapter", {"a": 0, "b": 1, "<think>": 60})
-    (tmp_path / "adapter" / "added_tokens.json").write_text('{"<think>": 60}')  # as older ones keep it
-    merge(tmp_path, overwrite=True)
-    assert Checkpoint(tmp_path / "merged").vocabulary()["<think>"] == 60
-    assert (tmp_path / "merged" / "added_tokens.json").read_text() == '{"<think>": 60}'
 
 
 @pytest.mark.parametrize("stored_twice", [False, True])

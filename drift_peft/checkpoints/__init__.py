@@ -20,7 +20,8 @@ Nothing here knows of priors or of training.
     rope         how models rotate queries and keys, and a warning where that differs
     update       what an adapter makes of one tensor
     promised     does an adapter's file hold all that its config promises?
-    lora         LoRA adapters read without a model; an expert given as adapter + base
+    adapter      the files of a LoRA adapter: its config, and what each of its tensors does
+    lora         what a LoRA adapter makes of which tensor of a checkpoint; an expert given as adapter + base
     vllm         a LoRA adapter as vLLM serves it, or why it cannot
     carry        a LoRA adapter of the text sibling as one of the VLM
     dequantized  the base as a 4-bit model computes with it
@@ -30,6 +31,7 @@ Nothing here knows of priors or of training.
     standalone   a copy of a model folder in which named weights are replaced, streaming
 """
 
+from .adapter import PLAIN_STARTS, lora_variants, read_updates
 from .carry import carry_adapter, scale_adapter
 from .checkpoint import Checkpoint, read_config, skeleton
 from .decoder import Decoder, shared_weights
@@ -45,14 +47,11 @@ from .hub import at_revision, cached_snapshot, folder_of, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
-    PLAIN_STARTS,
     UNTRAINED,
     adapter_folder,
     adapter_updates,
     is_adapter,
-    lora_variants,
     open_expert,
-    read_updates,
     recorded_base,
     watched_adapter,
 )

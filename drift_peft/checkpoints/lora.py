@@ -1,44 +1,35 @@
-"""LoRA adapters as `save_pretrained` writes them, read without loading a model: what they make of which tensor of a
-checkpoint, and an expert that is given as an adapter on a base.
+"""What a LoRA adapter makes of which tensor of a checkpoint, without loading a model, and an expert that is given as an
+adapter on a base.
 
 An adapter carries the in-memory names of the transformers version that trained it, and a checkpoint those of the one
 that wrote it. Names of the language model become canonical ones; all others, such as those of the vision tower,
 through the renaming that transformers does itself when it loads the checkpoint.
 """
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 from ..arguments import listed
+from .adapter import CONFIG, DIVERGED, FILES, IN_MEMORY, TIED, read_adapter_config, read_updates
 from .checkpoint import Checkpoint, named_adapters
 from .decoder import shared_weights
 from .hub import Repository, folder_of, split_revision
-from .naming import EMBEDDING, HEAD, canonical_name, pattern_matches, unwrapped
-from .promised import PART, refuse_incomplete
-from .schema import AdapterConfig, check, read_json
-from .shards import load_bin
-from .update import LowRank, Rows, Update, Whole
+from .naming import EMBEDDING, HEAD, canonical_name, unwrapped
+from .promised import refuse_incomplete
+from .update import LowRank, Rows, Update, Whole, is_finite
 from .watch import Watch
 
-CONFIG = "adapter_config.json"
 DRIFT_CONFIG = "drift_config.json"  # beside it, where the adapter was steered
-FILES = (CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 # In safetensors' metadata of W + λΔ that we made ourselves, of full-precision weights. The mark stands in the tensors'
 # file: training and saving again drops it there. In a file beside it, it would outlive the weights that it speaks of.
 UNTRAINED = {"format": "pt", "drift_peft": "made without training"}
-# Starts that leave the base weight as it is; PiSSA and its like move a part of it into the adapter.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-UNMARKED_VARIANTS = ("use_dora", "alora_invocation_tokens", "use_bdlora", "arrow_config")  # by PEFT 0.18 and 0.19
 LISTED = 5  # problems that an error spells out
-IN_MEMORY = "merge it in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -108,7 +99,7 @@ class AdaptedCheckpoint(Checkpoint):
         W = super().tensor(raw)
         if raw not in self._updates:
             return W
-        return torch.cat([*self._updates[raw].blocks(W)])
+        return torch.cat([*self._updates[raw].blocks(W)]).reshape(W.shape)
 
 
 def open_expert(
@@ -186,146 +177,12 @@ def made_without_training(folder: Path) -> bool:
         return UNTRAINED.items() <= (weights.metadata() or {}).items()
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The adapter's config; what cannot be merged is refused by name."""
-    try:
-        check(read_json(folder / CONFIG), AdapterConfig)
-        config = LoraConfig.from_pretrained(str(folder))
-    except Exception as error:  # each type of adapter has its own way to say that its configuration is not for it
-        raise ValueError(f"PEFT cannot read the {CONFIG} of adapter {folder}: {error}") from error
-    if type(config) is not LoraConfig:
-        raise ValueError(f"adapter {folder} is {config.peft_type.value}, not LoRA; {IN_MEMORY}")
-    variants = [name for name in lora_variants() if name != "use_dora"]
-    others = ["use_qalora", "target_parameters", "layer_replication"]
-    used = [name for name in [*variants, *others] if getattr(config, name, None)]
-    used += ["init_lora_weights"] if config.init_lora_weights not in PLAIN_STARTS else []
-    if used:
-        values = " and ".join(f"{name}={getattr(config, name)!r}" for name in used)
-        raise ValueError(f"adapter {folder} uses {values}, which is more than W + s·B·A; {IN_MEMORY}")
-    return config
-
-
-def lora_variants() -> list[str]:
-    """Names of the fields of PEFT's `LoraConfig` that ask for a variant of LoRA, in PEFT's order."""
-    known = [f for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") or f.name in UNMARKED_VARIANTS]
-    return [f.name for f in known]
-
-
-def read_updates(folder: Path) -> dict[str, Update]:
-    """In-memory name of a tensor, as the adapter has it -> its update."""
-    config = read_adapter_config(folder)
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    updates: dict[str, Update] = {}
-    for key, tensor in _adapter_tensors(folder).items():
-        if not (tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all():  # which some of one byte lack
-            raise ValueError(
-                f"adapter {folder} holds NaN or infinity in {key}: its training diverged, so take an earlier checkpoint"
-            )
-        name = key.removeprefix("base_model.model.")
-        module, _, attribute = name.rpartition(".")
-        if match := PART.fullmatch(name):
-            modules.setdefault(match["module"], {})[match["part"]] = tensor
-        elif "lora_" not in name and (
-            config.modules_to_save
-            or (config.bias != "none" and attribute == "bias")
-            or canonical_name(name) in TIED  # PEFT saves them by itself where the vocabulary has another size
-        ):
-            updates[name] = Whole(module, tensor)
-        else:
-            raise ValueError(f"adapter {folder} holds {key}, which is no part of LoRA; {IN_MEMORY}")
-    for module, parts in modules.items():
-        for attribute, update in _module_updates(folder, config, module, parts).items():
-            if (name := f"{module}.{attribute}") in updates:
-                raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")
-            updates[name] = update
-    if not updates:
-        raise ValueError(f"adapter {folder} holds no weights: it was saved from a model that is not wrapped")
-    return updates
-
-
-def _module_updates(folder: Path, config: LoraConfig, module: str, parts: dict[str, torch.Tensor]) -> dict[str, Update]:
-    """Of the module's weight and bias."""
-    updates: dict[str, Update] = {}
-    start = parts.pop("base_layer.weight", None)
-    if (values := parts.pop("token_adapter.trainable_tokens_delta", None)) is not None:
-        rows = _token_rows(config, module)
-        if len(rows) != len(values):
-            raise ValueError(
-                f"adapter {folder} holds {len(values)} rows of {module}, and trainable_token_indices in its {CONFIG} "
-                f"names {len(rows)}: save or fetch it again"
-            )
-        updates["weight"] = Rows(module, torch.tensor(rows), values)
-    if (bias := parts.pop("base_layer.bias", None)) is not None:
-        updates["bias"] = Whole(module, bias)
-    if not parts:
-        return updates
-
-    embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    names = [f"lora_embedding_{factor}" if embedding else f"lora_{factor}.weight" for factor in "AB"]
-    names += ["lora_magnitude_vector"] if config.use_dora else []
-    names += ["lora_B.bias"] if config.lora_bias else []
-    if missing := [name for name in names if name not in parts]:
-        held = " and ".join(sorted(parts))
-        raise ValueError(
-            f"adapter {folder} holds only {held} of {module}, without {missing[0]}: save the adapter again"
-        )
-    A, B, *_ = (parts[name] for name in names)
-    # r, alpha and scaling as peft.tuners.lora looks them up; the patterns speak of the names the adapter has.
-    r = _of_pattern(config.rank_pattern, module, config.r)
-    alpha = _of_pattern(config.alpha_pattern, module, config.lora_alpha)
-    if A.dim() == B.dim() > 2:
-        raise ValueError(f"adapter {folder} adapts {module}, which is a convolution; {IN_MEMORY}")
-    if (A.dim(), B.dim()) != (2, 2) or A.shape[0] != r or B.shape[1] != r:
-        raise ValueError(
-            f"adapter {folder} says r={r} for {module}, but its lora_A is {list(A.shape)} and its lora_B "
-            f"{list(B.shape)}: its {CONFIG} belongs to other weights, or they were saved sharded"
-        )
-    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-    magnitude = parts.get("lora_magnitude_vector")
-    flipped = embedding or config.fan_in_fan_out  # embeddings, and GPT-2's Conv1D: W [in, out] + s·(B·A)ᵀ
-    if flipped and magnitude is not None:
-        what = "the embedding" if embedding else "the transposed weight of"
-        raise ValueError(f"adapter {folder} uses DoRA on {what} {module}; {IN_MEMORY}")
-    if flipped:
-        A, B = B.mT, A.mT
-    if "weight" in updates or ("lora_B.bias" in parts and "bias" in updates):
-        raise ValueError(f"adapter {folder} trains {module} in two ways at once; {IN_MEMORY}")
-    updates["weight"] = LowRank(module, A, B, scaling, magnitude, start)
-    if "lora_B.bias" in parts:
-        updates["bias"] = Whole(module, scaling * parts["lora_B.bias"].float(), added=True)
-    return updates
-
-
-def _of_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches the module's name."""
-    return next((value for key, value in (patterns or {}).items() if pattern_matches(key, module)), default)
-
-
-def _token_rows(config: LoraConfig, module: str) -> list[int]:
-    indices = config.trainable_token_indices
-    if isinstance(indices, dict):  # by the end of the module's name
-        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
-    if indices is None:
-        raise ValueError(f"trainable_token_indices of the adapter's {CONFIG} does not name the rows of {module}")
-    return indices
-
-
-def _adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    safe, pickled = (folder / name for name in FILES[1:])
-    try:
-        if safe.is_file():
-            return load_file(safe)
-        if pickled.is_file():
-            return load_bin(pickled, str(pickled), map_location="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"adapter {folder} is truncated or damaged ({error}): save or fetch it again") from error
-    raise FileNotFoundError(f"adapter {folder} holds neither {safe.name} nor {pickled.name}")
-
-
 def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> dict[str, Update]:
     """Raw key of the base -> its update. Every update finds one tensor of its shape, or all that do not are listed."""
     problems, updates, way_out = [], {}, ""
     find, shared = _tensor_finder(checkpoint), shared_weights(checkpoint.model)
+    convolutions = [name for name, module in checkpoint.model.named_modules() if isinstance(module, Conv1D)]
+    transposed = {checkpoint.in_memory.get(f"{name}.weight") for name in convolutions}
     ends: dict[str, Update] = {}  # embedding and head as they were trained, where these are one weight
     for name, update in adapter.items():
         canonical, raw = find(name)
@@ -334,12 +191,20 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
             canonical, raw = EMBEDDING, checkpoint.language_model.get(EMBEDDING)
             if len(ends) == 2 and _alike(*ends.values()):  # PEFT's ensure_weight_tying writes it twice
                 continue
+        if raw in transposed and isinstance(update, LowRank):  # W [in, out] + s·(B·A)ᵀ
+            if update.magnitude is not None:
+                raise ValueError(f"adapter {source} uses DoRA on the transposed weight of {update.module}; {IN_MEMORY}")
+            update = replace(update, A=update.B.mT, B=update.A.mT)
         if raw is None:
             problems.append(f"the base has no {canonical or name}")
         elif unwrapped(name) in shared:
             problems.append(f"other modules share the weight of {update.module}, and would change with it")
         elif raw in updates:
             problems.append(f"{update.module} and {updates[raw].module} are the same weight {canonical or name}")
+            if len(ends) == 2:
+                way_out = "; ensure_weight_tying=True of PEFT 0.19 or newer would have trained them as one"
+                if all(isinstance(end, Whole) for end in ends.values()):  # factors would all be added to one weight
+                    way_out += f"; to keep both, {IN_MEMORY}, and set its config.tie_word_embeddings=False"
         elif wanted := update.misfit(checkpoint.shape(raw)):
             shape = list(checkpoint.shape(raw))
             problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
@@ -350,6 +215,8 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
                 )
         elif wrong := checkpoint.quantized(raw):
             problems.append(f"{raw} {wrong} in the base: name the full-precision one")
+        elif isinstance(update, Whole) and not is_finite(update.value) and is_finite(checkpoint.tensor(raw)):
+            raise ValueError(f"adapter {source} holds NaN or infinity in {name}: {DIVERGED}")
         else:
             updates[raw] = update
             if canonical == EMBEDDING and checkpoint.tied and (head := checkpoint.language_model.get(HEAD)):
@@ -375,9 +242,6 @@ def _alike(one: Update, other: Update) -> bool:
     )
 
 
-TIED = {EMBEDDING: "the head", HEAD: "the embedding"}
-
-
 def _tensor_finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, str | None]]:
     """Name of a tensor in an adapter -> its canonical name, if it is the language model's, and its raw key."""
     decoder = checkpoint.decoder
@@ -388,7 +252,8 @@ def _tensor_finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, 
         if canonical not in decoder.kinds:  # another version of transformers named the modules of the model
             canonical = canonical_name(name, decoder.skipped)
         if canonical:
-            return canonical, checkpoint.language_model.get(canonical)
+            # Of what transformers makes others, such as single experts of a stack, an older version had modules.
+            return canonical, checkpoint.language_model.get(canonical, name if name in checkpoint.keys else None)
         return None, checkpoint.in_memory.get(name) or checkpoint.in_memory.get(checkpoint.layout.name(name))
 
     return find

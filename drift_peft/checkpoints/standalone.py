@@ -234,14 +234,17 @@ def _one_thread() -> Iterator[None]:
 def _write_tensor(shard: BinaryIO, raw: str, W: torch.Tensor, blocks: Iterator[torch.Tensor]) -> tuple[float, float]:
     """Write W' where the file stands, a block of rows at a time. Returns ‖W' − W‖² and ‖W‖²."""
     change = norm = 0.0
-    row = 0
+    row, W = 0, torch.atleast_1d(W)
     for block in blocks:
         before = W[row : row + len(block)].float()
         row += len(block)
         after = block.to(W.dtype)
         shard.write(after.flatten().view(torch.uint8).numpy())
+        after = after.float()
+        if (endless := before.isinf() & (after == before)).any():  # as bounds that Gemma 4 clips nothing by
+            before, after = (side.masked_fill(endless, 0) for side in (before, after))
         # In fp64: in fp32, squares of weights below 1e-22 vanish.
-        change += torch.linalg.vector_norm(after.float() - before, dtype=torch.float64).item() ** 2
+        change += torch.linalg.vector_norm(after - before, dtype=torch.float64).item() ** 2
         norm += torch.linalg.vector_norm(before, dtype=torch.float64).item() ** 2
     if row != len(W):
         raise ValueError(f"{raw} has {len(W)} rows, and {row} were merged")

@@ -13,7 +13,11 @@ BLOCK = 1 << 17  # elements that are computed at once: they fit the cache, and t
 
 def block_rows(W: Tensor) -> int:
     """How many rows of W [rows, ...] a block has, so that memory stays small whatever the tensor's size."""
-    return max(1, BLOCK // max(1, W[:1].numel()))
+    return max(1, BLOCK // max(1, torch.atleast_1d(W)[:1].numel()))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())  # some of one byte lack it
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Update:
     module: str
 
     def blocks(self, W: Tensor) -> Iterator[Tensor]:
-        """W' in fp32, as consecutive blocks of rows."""
+        """W' in fp32, as consecutive blocks of rows. A single number is one row."""
+        W = torch.atleast_1d(W)
         rows = block_rows(W)
         for start in range(0, len(W), rows):
             yield self.block(W, slice(start, start + rows))
@@ -70,7 +75,7 @@ class Whole(Update):
     added: bool = False
 
     def block(self, W: Tensor, rows: slice) -> Tensor:
-        value = self.value[rows].float()
+        value = torch.atleast_1d(self.value)[rows].float()
         return W[rows].float() + value if self.added else value
 
     def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""lora.py at its lowest level: files as `save_pretrained` writes them, and a base of names and shapes alone."""
+"""adapter.py and lora.py at their lowest level: files as `save_pretrained` writes them, and a base of names alone."""
 
 import json
 import math
@@ -11,13 +11,12 @@ from peft import LoHaConfig, LoraConfig
 from safetensors.torch import save_file
 
 from drift_peft.checkpoints import lora as module
+from drift_peft.checkpoints.adapter import lora_variants, read_updates
 from drift_peft.checkpoints.lora import (
     _match,
     adapter_folder,
     adapter_updates,
     is_adapter,
-    lora_variants,
-    read_updates,
     recorded_base,
     watched_adapter,
 )
@@ -42,6 +41,7 @@ class Base:
         if head:
             self.language_model[f"{HEAD}.weight"] = f"raw.{HEAD}.weight"
         self.in_memory = {f"{FC}.weight": f"raw.{FC}.weight"}
+        self.keys = {f"{FC}.3.weight": None}  # which transformers makes another tensor of
         self.layout = SimpleNamespace(name=lambda name: name.removeprefix("older."))
         names = {f"model.{name}": name for name in self.language_model}
         self.decoder = SimpleNamespace(name=names.get, kinds=dict.fromkeys(self.language_model), skipped=())
@@ -244,6 +244,12 @@ def edit(folder, **changes):
     ("changes", "message"),
     [
         ({"init_lora_weights": "pissa"}, r"uses init_lora_weights='pissa', which is more than W \+ s·B·A"),
+        ({"init_lora_weights": "olora"}, r"uses init_lora_weights='olora', .*merge it in memory instead"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            r"'pissa_niter_4', whose .*merge it in the process that trained",
+        ),
+        ({"init_lora_weights": "corda"}, r"'corda', whose .* need not come out the same when it is made again"),
         ({"use_qalora": True}, "uses use_qalora=True, which"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication="),
         ({"target_parameters": ["a"], "use_qalora": True}, "uses use_qalora=True and target_parameters="),

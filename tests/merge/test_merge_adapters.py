@@ -1,17 +1,25 @@
 """merge_adapter with every kind of LoRA adapter: the folder is what PEFT's own merge in memory makes of the base."""
 
 import json
+import math
 import shutil
 import warnings
 
 import pytest
 import torch
-from merging import IDS, edit_weights, load, merge
+from merging import IDS, edit_config, edit_weights, load, logits, merge
 from older import known, ties_weights
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import edit_config, edit_tensors, rename_keys, save_layout, tiny_llm, tiny_vlm
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import TEXT as TEXT_MODEL
+from tiny import edit_tensors, gemma4, rename_keys, save_layout, tiny_llm, tiny_vlm
+from transformers import (
+    Gemma4ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from drift_peft import language_model_targets
 from drift_peft.checkpoints.lora import open_expert
@@ -117,6 +125,77 @@ def test_transposed_weights(tmp_path, target):
         merge(tmp_path, overwrite=True)
 
 
+def test_transposed_weights_beside_others(tmp_path):
+    """PEFT writes fan_in_fan_out=False for both kinds together, and asks each layer which it is."""
+
+    def model():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_inner": 8}
+        return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).eval()
+
+    model().save_pretrained(tmp_path / "base")
+    expected = trained(tmp_path / "adapter", model(), target_modules=["c_proj", "lm_head"])
+    assert not json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fan_in_fan_out"]
+    merge(tmp_path)
+    assert_same_model(GPT2LMHeadModel.from_pretrained(tmp_path / "merged"), expected.merge_and_unload())
+
+
+def test_saved_numbers_without_bounds(tmp_path):
+    """Gemma 4 has bounds of a layer's values in single numbers, which are infinite where nothing is clipped."""
+
+    def model():
+        config = gemma4()
+        config.vision_config.use_clipped_linears = True
+        torch.manual_seed(0)
+        found = Gemma4ForConditionalGeneration(config).eval()
+        bounds = [value for value in found.state_dict().values() if value.dim() == 0]
+        for value in bounds[::2]:
+            value.fill_(7.0)
+        assert sum(value.isinf().item() for value in bounds) == len(bounds) // 2 > 0
+        return found
+
+    save_layout(model(), tmp_path / "base")
+    own = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["encoder.layers.0.self_attn.q_proj"]}
+    expected = trained(tmp_path / "adapter", model(), **own)
+    assert merge(tmp_path).relative_change > 0.01
+    assert_same_model(load(tmp_path / "merged", "gemma4"), expected.merge_and_unload())
+    weight = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight"
+    edit_weights(tmp_path / "adapter", lambda t: t[weight].fill_(math.inf))
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in .*q_proj\.linear\.weight: its training diverged"):
+        merge(tmp_path, overwrite=True)
+
+
+def test_single_experts_of_a_stack(tmp_path):
+    """transformers 4 had a module for each, under the name that the files still have."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**TEXT_MODEL, num_local_experts=2, num_experts_per_tok=1)
+    save_layout(MixtralForCausalLM(config), tmp_path / "base")
+    trained(tmp_path / "adapter", MixtralForCausalLM(config), target_modules=["q_proj"])
+    expert = "model.layers.1.block_sparse_moe.experts.1.w1"
+    W = load_file(tmp_path / "base" / "model.safetensors")[f"{expert}.weight"]
+    A, B = torch.randn(4, W.shape[1]), torch.randn(W.shape[0], 4)
+    factors = {f"base_model.model.{expert}.lora_{name}.weight": value for name, value in (("A", A), ("B", B))}
+    edit_weights(tmp_path / "adapter", lambda t: t.update(factors))
+    edit_config(tmp_path / "adapter", "adapter_config.json", target_modules=["q_proj", "w1"])
+    merge(tmp_path)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    torch.testing.assert_close(merged.pop(f"{expert}.weight"), W + 2 * B @ A)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert all("q_proj" in key or torch.equal(value, base[key]) for key, value in merged.items())
+
+
+def test_both_ends_of_a_tied_weight_saved_apart(tmp_path):
+    save_layout(tiny_llm("llava", tie_word_embeddings=True), tmp_path / "base")
+    saved = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    expected = trained(tmp_path / "adapter", load(tmp_path / "base"), **saved).eval()
+    with pytest.raises(ValueError, match=r"to keep both, merge it in memory .*config\.tie_word_embeddings=False$"):
+        merge(tmp_path)
+    kept = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").merge_and_unload()
+    kept.config.tie_word_embeddings = False
+    kept.save_pretrained(tmp_path / "kept")
+    torch.testing.assert_close(logits(load(tmp_path / "kept")), logits(expected), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stored_twice", [False, True])
 def test_tokens_of_a_tied_head(tmp_path, stored_twice):
     model = tiny_llm("llava", tie_word_embeddings=True)
@@ -157,7 +236,7 @@ def test_a_tied_weight_that_is_trained_as_one(tmp_path, case, stored_twice):
 def test_a_weight_that_only_the_configuration_ties(tmp_path):
     """transformers does not tie what the files hold apart."""
     save_layout(tiny_llm("llava"), tmp_path / "base")
-    edit_config(tmp_path / "base", tie_word_embeddings=True)
+    edit_config(tmp_path / "base", "config.json", tie_word_embeddings=True)
     expected = trained(tmp_path / "adapter", load(tmp_path / "base"), target_modules=["q_proj", "lm_head"])
     merge(tmp_path)
     assert_same_model(load(tmp_path / "merged"), expected.merge_and_unload())
@@ -231,7 +310,7 @@ REFUSED = {
     "tied head saved": (tied(modules_to_save=["lm_head"]), "lm_head shares its weight with the embedding, and"),
     "both ends of a tied weight": (
         tied(target_modules=["embed_tokens", "lm_head"]),
-        "and .* are the same weight embed_",
+        "and .* are the same weight embed_tokens.weight; ensure_weight_tying=True of PEFT 0.19 or newer .* as one$",
     ),
     "dora on an embedding": (
         text(target_modules=["embed_tokens"], use_dora=True),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -20,6 +20,7 @@ from ..arguments import shortened
 from ..warn import warn
 from .decoder import Decoder
 from .naming import unwrapped
+from .update import LowRank, Update
 
 PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias"
@@ -38,7 +39,7 @@ _LAYER = re.compile(r"\.\d+(?=\.)")
 def refuse_incomplete(
     config: LoraConfig,
     model: nn.Module,
-    names: Iterable[str],
+    names: Mapping[str, Update],
     source: str,
     weight_of: Callable[[str], Hashable | None] = lambda name: name,
 ) -> None:
@@ -47,13 +48,14 @@ def refuse_incomplete(
     Args:
         config: the adapter's.
         model: the class that it is for, without weights.
-        names: tensors that it changes, as it calls them, such as `model.layers.0.mlp.up_proj.weight`.
+        names: tensors that it changes, as it calls them, such as `model.layers.0.mlp.up_proj.weight` -> how.
         source: what the user calls it.
         weight_of: name, of the adapter or of the class -> which weight that is; None if there is none.
 
     Raises:
         ValueError: it lacks a tensor, with the field that promises it.
     """
+    adapted = {weight_of(unwrapped(name)) for name, update in names.items() if isinstance(update, LowRank)} - {None}
     names, here, decoder = {*map(unwrapped, names)}, {*model.state_dict()}, Decoder(model)
     own = names <= here
     if not own and decoder.skipped:  # whose layers the names may count or not
@@ -63,7 +65,7 @@ def refuse_incomplete(
     whole_names = any("." in end for end in excluded)
     promised = None if whole_names and not own else _promised(config, model)
     if promised is None:  # an expression is for other names, so what is there is taken for all that it matches
-        modules = [name.rpartition(".")[0] for name in here if weight_of(name) in held]
+        modules = [name.rpartition(".")[0] for name in here if weight_of(name) in adapted]
         promised = _promised(config, model, modules) or {}
     kinds = {_LAYER.sub("", name) for name in here if weight_of(name) in held}
     lost, towers = [], []
@@ -106,7 +108,7 @@ def _promised(config: LoraConfig, model: nn.Module, targets: list[str] | None = 
             warnings.simplefilter("ignore")  # what it has to say it says where the adapter is loaded
             wrapped = PeftModel(copy.deepcopy(model), config)
             state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError):
+    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError):
         return None
     found = {}
     for key in state:

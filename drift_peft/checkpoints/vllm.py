@@ -14,9 +14,12 @@ from pathlib import Path
 
 from peft import LoraConfig
 
+from .adapter import read_adapter_config, read_updates
+from .carry import module_finder
 from .checkpoint import read_config, skeleton
+from .decoder import Decoder
 from .hub import folder_of, split_revision
-from .lora import adapter_folder, read_adapter_config, read_updates
+from .lora import adapter_folder
 from .naming import canonical_name
 from .output import write_tensors
 from .promised import refuse_incomplete
@@ -77,15 +80,19 @@ def export_for_vllm(
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
     model = skeleton(base_config, base)
-    there = {name for name, _ in model.named_modules()}
-    if absent := [module for module in factors if module not in there]:
+    find = module_finder(Decoder(model))
+    own = {module: find(module) for module in factors}  # another version of transformers may have named them
+    if absent := [module for module, found in own.items() if found is None]:
         raise ValueError(
             f"adapter {adapter} adapts {absent[0]}, and {base} has no module of this name: name the model that it was "
             "trained on as base (--base)"
         )
-    refuse_incomplete(config, model, [f"{module}.weight" for module in factors], str(adapter))
+    promising = {f"{module}.weight": update for module, update in factors.items()}
+    refuse_incomplete(config, model, promising, str(adapter), lambda name: find(name.removesuffix(".weight")))
+    # The file shows that nothing of these was trained, and vLLM refuses whatever asks for them.
+    config.bias, config.modules_to_save, config.trainable_token_indices = "none", None, None
     ours, theirs = RENAMED.get(model_type, (".", "."))
-    names = {module: module.replace(ours, theirs, 1) for module in factors}
+    names = {module: found.replace(ours, theirs, 1) for module, found in own.items()}
     tensors = {}
     for module, update in factors.items():
         tensors[f"base_model.model.{names[module]}.lora_A.weight"] = update.A

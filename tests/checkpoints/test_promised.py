@@ -244,3 +244,20 @@ def test_vllm_is_given_no_part_of_an_adapter(tmp_path, settings, parts):
     with pytest.raises(ValueError, match=rf"lacks \S*{parts[0]}\S*( and 6 more)?, which"):
         export_for_vllm(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("targets", [r"language_model\.model\..*(q_proj|v_proj)", ["q_proj", "v_proj"]], ids=type)
+def test_trained_tokens_beside_names_of_another_version(tmp_path, targets):
+    """What the config matches is then asked of the modules that have factors, and the embedding has none."""
+    own = r"model\.language_model\..*(q_proj|v_proj)"
+    saved(tmp_path, tiny_vlm("llava"), target_modules=own, trainable_token_indices=[3, 9])
+    more = {} if isinstance(targets, str) else {"exclude_modules": r"vision_tower\..*"}
+    edit_config(tmp_path / "adapter", target_modules=targets, **more)
+    rename_keys(
+        tmp_path / "adapter", lambda key: key.replace("model.model.language_model", "model.language_model.model")
+    )
+    assert merge(tmp_path).modules == 5
+    lose(tmp_path, "layers.0.self_attn.q_proj")
+    edit_config(tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"lacks lm_head\.weight, which modules_to_save in"):
+        merge(tmp_path, overwrite=True)

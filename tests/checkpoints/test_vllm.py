@@ -8,7 +8,7 @@ import torch
 from older import saves_biases
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_vlm
+from tiny import rename_keys, tiny_vlm
 
 from drift_peft.checkpoints import export_for_vllm, how_to_serve, language_model_targets
 
@@ -59,6 +59,29 @@ def test_a_config_without_what_peft_takes_for_granted(saved, tmp_path):
     assert export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base").max_lora_rank == 8
     after = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert after.keys() == config.keys() and [key for key in after if after[key] != config[key]] == [*RECORDED]
+
+
+def test_what_was_asked_for_and_is_not_there_is_not_asked_of_vllm(saved, tmp_path):
+    """It refuses an adapter whose config names biases or saved modules, whatever its file holds."""
+    adapter = saved("llava", bias="lora_only", modules_to_save=["no_module"])  # of layers that have no biases
+    export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["bias"], config["modules_to_save"], config["trainable_token_indices"]) == ("none", None, None)
+
+
+@pytest.mark.parametrize(
+    "family, older", [("llava", "language_model.model."), ("qwen2_5_vl", "model."), ("llava", "language_model.")]
+)
+def test_names_of_another_version_of_transformers(saved, tmp_path, family, older):
+    adapter = saved(family, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    own = load_file(adapter / "adapter_model.safetensors").keys()
+    rename_keys(adapter, lambda key: key.replace("model.language_model.", older, 1))
+    assert own.isdisjoint(load_file(adapter / "adapter_model.safetensors"))
+    report = export_for_vllm(adapter, tmp_path / "out", adapter.parent / "base")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (after.keys(), report.modules, report.renamed) == (own, len(own) // 2, len(own) // 2)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {*config["target_modules"]} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("rank, flag", [(1, 1), (9, 16), (257, 320), (321, 512), (512, 512), (513, None), (None, None)])

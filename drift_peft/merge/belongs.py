@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from ..checkpoints import (
     Whole,
     at_revision,
     cached_snapshot,
-    named,
     recorded_base,
     repository_of,
     sampled,
@@ -26,6 +26,8 @@ from ..warn import warn
 
 SAMPLED = 3  # weights that are compared with those of the recorded base
 _IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are called that hold a model in 4 bits
+
+_SAYS_LITTLE = re.compile(r"final|last|best|merged|model|checkpoint(?:-\d+)?")  # how any run's folder may be called
 
 
 def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, updates: dict[str, Update]) -> None:
@@ -46,7 +48,7 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
         ValueError: it is another model, with both names; or the adapter is in it already.
     """
     (recorded, revision), prior = recorded_base(folder), _prior(folder)
-    why, trained_on, base = None, recorded, at_revision(checkpoint.source, checkpoint.revision)
+    near, why, trained_on, base = False, None, recorded, at_revision(checkpoint.source, checkpoint.revision)
     if revision and not Path(recorded or "").exists():
         trained_on = at_revision(recorded, revision)
     if prior is not None:
@@ -58,11 +60,12 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
     if why is None and recorded:
         origin = {"id": recorded, "revision": revision}
         why, compared = _by_record(checkpoint, origin, updates)
-        ours, theirs = repository_of(checkpoint.origin), repository_of(origin)
-        if why is None and not compared and None not in (ours, theirs) and ours != theirs:
+        ours, theirs = repository_of(checkpoint.origin), repository_of(origin) or (recorded, None)
+        same = ours is not None and ours[: 2 if theirs[1] else 1] == theirs[: 2 if theirs[1] else 1]
+        if why is None and not (compared or near or same):
             warn(
                 f"Adapter {adapter} was trained on {trained_on}. Whether base {base} has the same weights was not "
-                f"compared, since the former are not on this machine: name {trained_on} as the base."
+                f"compared, since {trained_on} is not on this machine in full precision: name it as the base."
             )
     if why is not None:
         raise ValueError(
@@ -129,7 +132,9 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     except (ValueError, OSError):  # as of one in 4 bits, or of which only a part was fetched
         other = None
     if other is None:
-        alike = _called(origin) == _called(checkpoint.origin)
+        theirs, ours = _called(origin), _called(checkpoint.origin)
+        told = 2 if _SAYS_LITTLE.fullmatch(theirs[0]) else 1  # parts of the path, as far as both are known
+        alike = all(one == other for one, other in zip(theirs[:told], ours, strict=False))
         return None if alike else "is called otherwise", False
     replaced = {raw for raw, update in updates.items() if isinstance(update, Whole) and not update.added}
     ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates and raw not in replaced}
@@ -140,8 +145,12 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     return None, True
 
 
-def _called(origin: dict) -> str:
-    return _IN_FOUR_BITS.sub("", named(origin).rpartition("/")[2]).lower()
+def _called(origin: dict) -> list[str]:
+    """The parts of its hub id or path, the last one first."""
+    repository = repository_of(origin)
+    place = os.path.abspath(origin["id"]) if Path(origin["id"]).exists() else origin["id"]
+    last, *above = reversed(re.split(r"[/\\]+", (repository[0] if repository else place).rstrip("/\\").lower()))
+    return [_IN_FOUR_BITS.sub("", last), *above]
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

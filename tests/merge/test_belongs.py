@@ -108,6 +108,21 @@ def test_a_recorded_base_that_is_not_here_is_known_by_its_name(folder, adapter, 
             merge(folder, folder / "base", adapter)
 
 
+def test_a_name_that_any_run_s_folder_has_is_none(folder):
+    """The folder above it tells two runs apart, as far as it is known."""
+    other = shutil.copytree(folder / "base", folder / "run-b" / "checkpoint-20")
+    recorded(folder, "stock", "/gone/run-a/checkpoint-20")
+    with pytest.raises(ValueError, match=r"trained on /gone/run-a/checkpoint-20, and base .*-20 is called otherwise"):
+        merge(folder, other, "stock")
+    for name in ("/gone/Run-B/checkpoint-20/", "checkpoint-20"):
+        recorded(folder, "stock", name)
+        with pytest.warns(UserWarning, match=rf"trained on {name}\. Whether base .*-20 has the same weights was not"):
+            merge(folder, other, "stock")
+    recorded(folder, "stock", "org/base")
+    with pytest.warns(UserWarning, match=r"trained on org/base\. Whether base .*base has the same weights was not"):
+        merge(folder, folder / "base", "stock")
+
+
 @pytest.fixture
 def commits(folder, monkeypatch):
     """org/vlm at two commits, of which the newer one is another model; `stock` was trained on the first."""
@@ -134,6 +149,10 @@ def test_another_commit_is_compared_where_both_are_here(folder, commits):
 def test_another_commit_that_is_not_here_is_a_warning(folder, commits):
     first, second = commits
     with pytest.warns(UserWarning, match=rf"trained on org/vlm@{first}\. Whether base org/vlm@{second} has the same"):
+        merge(folder, "org/vlm", "stock")
+    recorded(folder, "stock", "org/vlm", revision=None)  # as stock PEFT writes it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         merge(folder, "org/vlm", "stock")
 
 

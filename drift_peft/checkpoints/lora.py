@@ -188,7 +188,7 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
         canonical, raw = find(name)
         if canonical in TIED and not isinstance(update, Rows) and checkpoint.tied:
             ends[canonical] = update
-            canonical, raw = EMBEDDING, checkpoint.language_model.get(EMBEDDING)
+            canonical, raw = find(EMBEDDING)
             if len(ends) == 2 and _alike(*ends.values()):  # PEFT's ensure_weight_tying writes it twice
                 continue
         if raw in transposed and isinstance(update, LowRank):  # W [in, out] + s·(B·A)ᵀ
@@ -251,6 +251,8 @@ def _tensor_finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, 
         canonical = decoder.name(name)
         if canonical not in decoder.kinds:  # another version of transformers named the modules of the model
             canonical = canonical_name(name, decoder.skipped)
+        if canonical == EMBEDDING and canonical not in checkpoint.language_model and checkpoint.tied:
+            return canonical, checkpoint.language_model.get(HEAD)  # some files hold the one weight under its name
         if canonical:
             # Of what transformers makes others, such as single experts of a stack, an older version had modules.
             return canonical, checkpoint.language_model.get(canonical, name if name in checkpoint.keys else None)

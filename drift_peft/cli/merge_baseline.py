@@ -13,7 +13,8 @@ HELP = "expert + VLM -> VLM without training, to compare with"
 DESCRIPTION = (
     "Merge a text-only expert into a VLM without training: the baselines of the DRIFT paper's table 2. "
     "Defaults are those of its table 9 (arXiv 2510.15050v2); the density and what its k counts, which the table "
-    "leaves open, are those of the code of BR2V (arXiv 2505.05464), its source."
+    "leaves open, are those of the code of BR2V (arXiv 2505.05464), its source. "
+    "ties is PEFT's; mergekit's makes another model of the same weights and density."
 )
 EXAMPLE = r"""drift-peft merge-baseline --method ties --expert deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
   --base Qwen/Qwen2.5-VL-7B-Instruct --reference Qwen/Qwen2.5-7B -o merged"""
@@ -72,7 +73,7 @@ def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:
         "weights of the task vectors": ", ".join(f"{weight:g}" for weight in report.weights),
         "density": "all entries" if report.density is None else f"{report.density:g}",
         "weights merged": report.merged,
-        **({"not merged, the expert has none": left} if left else {}),
+        **({"not merged, of another kind or not in the expert": left} if left else {}),
         "tensors written": report.tensors,
         "change of the merged weights ‖W' − W‖/‖W‖": unknown if change is None else f"{change:.2e}",
     }

@@ -40,6 +40,7 @@ from ..arguments import check_whole, is_number, typed
 from ..checkpoints import (
     Checkpoint,
     block_rows,
+    describe,
     in_markdown,
     match_weights,
     needs_peft,
@@ -54,10 +55,12 @@ from ..checkpoints import (
 )
 from ..choices import MERGED_MODULES, METHODS
 from ..prior import MergedDelta, forget_merge, read_merge, refuse_unrelated
+from ..warn import warn
 from .card import write_card
 from .same import difference
 
 ROLES = ("base", "expert", "reference")
+LEFT_OUT = 0.02  # share of the layers' weights from which on it is worth a warning that they are not merged
 _DRAWING = threading.Lock()
 MERGES = {
     "task_arithmetic": task_arithmetic,
@@ -79,7 +82,8 @@ class BaselineReport:
         density: share of the entries that were kept; None where none are dropped.
         merged: weights of the language model that were merged.
         tensors: tensors in the merged folder.
-        without_counterpart: patterns of weights that were not merged because the expert has none -> how many.
+        without_counterpart: patterns of weights that were not merged because the expert has none, or because they are
+            of none of the kinds that are merged, such as experts and routers -> how many.
         relative_change: ‖W' − W‖/‖W‖ (Frobenius) over all merged weights, as stored; None where these were zero, or
             where an existing folder was taken.
     """
@@ -182,6 +186,12 @@ def merge_baseline(
         match = match_weights(sources, modules, only_layers, skip_first)
         warn_of_other_rotations(sources)
         names = {keys["base"]: name for name, keys in match.keys.items()}
+        if (share := sum(match.shares.values())) > LEFT_OUT:
+            left = describe(match.without_counterpart, match.shares)
+            warn(
+                f"{share:.0%} of the weights in the layers of base {base} are not merged, since the expert has none of "
+                f"their names, or they are experts or routers: {left}."
+            )
 
         def blocks(raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
             tensors = {role: sources[role].tensor(key) for role, key in match.keys[names[raw]].items()}

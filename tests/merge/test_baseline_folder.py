@@ -9,7 +9,7 @@ from older import scales_what_dare_keeps
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import SELF_LAYERS
+from tiny import SELF_LAYERS, save_layout, tiny_expert, tiny_vlm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from trios import CROSS, FAMILIES, Q, merge, tensors, text_weights
 
@@ -32,6 +32,20 @@ def test_at_scale_1_the_vlm_has_the_experts_language_model(trios, tmp_path, fami
         assert (merged(input_ids=IDS).logits - expected).norm() < 1e-5 * expected.norm()
     assert (before - expected).norm() > 0.1 * expected.norm()
     assert bool(report.without_counterpart) == (family in SELF_LAYERS)  # the cross-attention layers
+
+
+def test_experts_of_a_mixture_stay_and_are_named(tmp_path):
+    """Both models have them, but no kind of weight that is merged."""
+    vlm = tiny_vlm("qwen3_vl_moe")
+    for role, model in (("base", vlm), ("expert", tiny_expert("qwen3_vl_moe", vlm)[0])):
+        save_layout(model, tmp_path / role)
+    told = r"\d\d% of the weights in the layers of base .*, or they are experts or routers: .*gate_up_proj \(1, \d\d%"
+    with pytest.warns(UserWarning, match=told):
+        report = merge(tmp_path, output="merged", scale=0.5)
+    before, after = tensors(tmp_path / "base"), tensors(report.output)
+    stay = [key for key in before if "experts" in key or "mlp.gate." in key]
+    assert stay and all(torch.equal(before[key], after[key]) for key in stay)
+    assert report.without_counterpart["layers.*.mlp.experts.gate_up_proj"] == 1
 
 
 def swap_decoder(vlm, expert, family):

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from ..arguments import listed
 from .adapter import read_adapter_config, read_updates
 from .checkpoint import Checkpoint
-from .decoder import Decoder, is_linear
+from .decoder import is_linear
 from .lora import UNTRAINED, adapter_folder, made_without_training
 from .match import in_vocabulary
 from .naming import canonical_name
@@ -54,7 +54,7 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
     folder_of_adapter = adapter_folder(adapter)
     updates = read_updates(folder_of_adapter)
     _refuse_more_than_lora(updates, adapter)
-    find = module_finder(checkpoint.decoder)
+    find = _module_finder(checkpoint)
 
     def weight_of(name: str) -> str | None:
         module, _, attribute = name.rpartition(".")
@@ -152,9 +152,10 @@ def _placed(
     return factors
 
 
-def module_finder(decoder: Decoder) -> Callable[[str], str | None]:
-    """Module of the text sibling, or of the model itself in any version -> that of the model, if there and linear."""
-    linear = {name for name, module in decoder.model.named_modules() if is_linear(module)}
+def _module_finder(checkpoint: Checkpoint) -> Callable[[str], str | None]:
+    """Module of the text sibling, or of the model itself -> that of the model, if it is there and linear."""
+    decoder = checkpoint.decoder
+    linear = {name for name, module in checkpoint.model.named_modules() if is_linear(module)}
     projections = {canonical: module for module, canonical in decoder.projections.items()}
 
     def find(module: str) -> str | None:

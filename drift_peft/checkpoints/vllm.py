@@ -15,9 +15,8 @@ from pathlib import Path
 from peft import LoraConfig
 
 from .adapter import read_adapter_config, read_updates
-from .carry import module_finder
 from .checkpoint import read_config, skeleton
-from .decoder import Decoder
+from .conversion import Layout
 from .hub import folder_of, split_revision
 from .lora import adapter_folder
 from .naming import canonical_name
@@ -80,19 +79,23 @@ def export_for_vllm(
     factors = _factors(folder, adapter)
     _refuse(config, factors, adapter)
     model = skeleton(base_config, base)
-    find = module_finder(Decoder(model))
-    own = {module: find(module) for module in factors}  # another version of transformers may have named them
-    if absent := [module for module, found in own.items() if found is None]:
+    layout, state = Layout(model, ()), model.state_dict()
+
+    def weight_of(name: str) -> str | None:
+        return next((known for known in (name, layout.name(name)) if known in state), None)
+
+    weights = {module: weight_of(f"{module}.weight") for module in factors}  # in this version of transformers
+    if absent := [module for module, weight in weights.items() if weight is None]:
         raise ValueError(
             f"adapter {adapter} adapts {absent[0]}, and {base} has no module of this name: name the model that it was "
             "trained on as base (--base)"
         )
     promising = {f"{module}.weight": update for module, update in factors.items()}
-    refuse_incomplete(config, model, promising, str(adapter), lambda name: find(name.removesuffix(".weight")))
+    refuse_incomplete(config, model, promising, str(adapter), weight_of)
     # The file shows that nothing of these was trained, and vLLM refuses whatever asks for them.
     config.bias, config.modules_to_save, config.trainable_token_indices = "none", None, None
     ours, theirs = RENAMED.get(model_type, (".", "."))
-    names = {module: found.replace(ours, theirs, 1) for module, found in own.items()}
+    names = {module: weight.removesuffix(".weight").replace(ours, theirs, 1) for module, weight in weights.items()}
     tensors = {}
     for module, update in factors.items():
         tensors[f"base_model.model.{names[module]}.lora_A.weight"] = update.A

@@ -137,7 +137,7 @@ class Keeping:
 
     def before_step(self, parameters: Sequence[nn.Parameter], step: int, loss_scale: Tensor | None) -> None:
         """Add what belongs to step number `step` to the gradients of these."""
-        parameters, self.stepped = _not_frozen(parameters), True
+        self.stepped = True
         self.tokens = max(self.tokens, self.seen)
         left = self._left.get(id(parameters[0]))
         if step % self.every or (left is not None and left.is_still(parameters[0].grad)):
@@ -158,7 +158,6 @@ class Keeping:
 
     def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         if step % self.every == 0:
-            parameters = _not_frozen(parameters)
             self._left.pop(id(parameters[0]), None)
             if parameters[0].grad is not None:
                 self._left[id(parameters[0])] = LeftGradient(parameters[0].grad)
@@ -226,11 +225,6 @@ def _refuse_hidden(loss: Tensor) -> None:
         raise RuntimeError(NO_PART)
 
 
-def _not_frozen(parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-    """What was frozen meanwhile may still have a gradient; if all was, `_gradients` says what to do."""
-    return [p for p in parameters if p.requires_grad] or parameters
-
-
 def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[int, dict]) -> None:
     """RuntimeError for what is not reached."""
     if _in_deepspeed(model):
@@ -243,6 +237,13 @@ def _refuse(model: nn.Module, parameters: Sequence[nn.Parameter], groups: dict[i
         )
     if any(groups[id(p)].get("maximize") for p in parameters):
         raise RuntimeError("an optimizer with maximize=True moves away from the VLM: negate the loss instead")
+    if frozen := {id(p) for p in parameters if not p.requires_grad}:
+        name = next(name for name, p in model.named_parameters() if id(p) in frozen)
+        raise RuntimeError(
+            f"keep() reaches what is trainable when the optimizer steps, and this step moves {len(frozen)} parameters "
+            f"that are frozen by now, such as {name}: enable their adapter and make it the active one before step(), "
+            "each of several in a step of its own, or clear the gradients of what was frozen."
+        )
 
 
 def _in_deepspeed(model: nn.Module) -> bool:

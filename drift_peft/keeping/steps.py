@@ -27,8 +27,8 @@ class Act:
 
     Attributes:
         wanted: takes an optimizer: whether there is anything to do at its step.
-        before: takes the optimizer, id(parameter) -> its group for whatever has a gradient, and the factor that a
-            GradScaler has left in the gradients, or None.
+        before: takes the optimizer, id(parameter) -> its group for whatever the step will move by a gradient, and the
+            factor that a GradScaler has left in the gradients, or None.
         after: takes the optimizer, the same groups, and what is 0 where the update was skipped, else 1.
     """
 
@@ -73,13 +73,30 @@ def _wanted(optimizer: torch.optim.Optimizer) -> list[Act]:
 
 
 def _trained_by(optimizer: torch.optim.Optimizer, enclosing: list[torch.optim.Optimizer]) -> dict[int, dict]:
-    """id(parameter) -> its group, for the parameters with a gradient. Those of an enclosing step are left to it."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    """id(parameter) -> its group, for the parameters with a gradient. Those of an enclosing step are left to it.
+
+    What is frozen by now is moved by its gradient all the same, such as an adapter that was the active one in its
+    backward pass alone; but of an adapter that took no part, gradients of zeros may be left.
+    """
+    groups = {
+        id(p): group
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and (p.requires_grad or _moves(p.grad))
+    }
     for outer in enclosing:
         for group in outer.param_groups:
             for p in group["params"]:
                 groups.pop(id(p), None)
     return groups
+
+
+def _moves(gradient: Tensor) -> bool:
+    """Is any of it not 0, on any process? This waits for the device."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    total = torch.linalg.vector_norm(gradient.detach(), 1)  # unlike squares, no small number becomes 0
+    return bool(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
 def _enclosing_steps() -> list[torch.optim.Optimizer]:

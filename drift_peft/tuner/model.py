@@ -192,11 +192,12 @@ def _noting_weights(
 
 
 def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
-    guided = [s for s in steered_of(model) if s.adapter == adapter and s.alpha]
+    guided = [s for s in all_steered(model) if s.adapter == adapter and s.alpha]
     missed = ["the guidance"] if guided and not any(int(s.config.drift_steps) for s in guided) else []
     missed += ["keep()"] if any(kept.seen and not kept.stepped for kept in keepings_of(model)) else []
     config = vars(model.peft_config[adapter])
-    if not missed or config.get("init_lora_weights") not in ZERO_STARTS or config.get("weights_loaded"):
+    copied = config.get("weights_loaded") or config.get("steps_of_weights")  # the latter of TRL's reference adapters
+    if not missed or config.get("init_lora_weights") not in ZERO_STARTS or copied:
         return
     if any(weight.any() for name, weight in weights.items() if ".lora_B." in name and not weight.is_meta):
         warn(

@@ -159,8 +159,10 @@ class SteeredAdapter(Steered):
 
     @property
     def others(self) -> list[str]:
-        """The other adapters that act on this layer now."""
+        """The other adapters that act on this layer beside it now; none beside one that is not active."""
         layer = self.module
+        if self.adapter not in layer.active_adapters:
+            return []
         return [a for a in layer.active_adapters if a != self.adapter and a in layer.r]
 
     def state(self) -> tuple:

@@ -42,12 +42,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _not_frozen(optimizer: torch.optim.Optimizer, groups: dict[int, dict]) -> dict[int, dict]:
-    """Of these, what PEFT lets train: an adapter that is not active may still have gradients, of zeros."""
-    frozen = {id(p) for group in optimizer.param_groups for p in group["params"] if not p.requires_grad}
-    return {p: group for p, group in groups.items() if p not in frozen} if frozen else groups
-
-
 def _refuse_unreached() -> None:
     if deepspeed.reaches() or not deepspeed.imported():
         return
@@ -103,15 +97,11 @@ def _finish(
 
 def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss_scale: Tensor | None) -> None:
     _refuse_unreached()
-    groups = _not_frozen(optimizer, groups)
     if groups:
         _guide(_plan(optimizer, groups, _parameters(optimizer)), groups, optimizer.param_groups, loss_scale)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
-    groups = _not_frozen(optimizer, groups)
-    if not groups:
-        return
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups, _parameters(optimizer))

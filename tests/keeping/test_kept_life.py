@@ -56,7 +56,7 @@ def test_what_is_frozen_meanwhile_is_left_alone(model, folder):
     assert not any(torch.equal(p.grad, g) for p, g in zip(others, bare, strict=True))
 
 
-def test_what_is_frozen_with_its_gradient_does_not_end_keeping(model, folder):
+def test_what_is_frozen_with_its_gradient_is_said(model, folder):
     """The first parameter's gradient is as the last step left it, and those of the others are new."""
     twin, _ = kept_twin(model, folder)
     optimizer, (first, *others) = sgd(twin, lr=0.0), trainable(twin)
@@ -67,8 +67,29 @@ def test_what_is_frozen_with_its_gradient_does_not_end_keeping(model, folder):
         p.grad = None
     backward(twin, BATCH)
     bare = [p.grad.clone() for p in others]
+    with pytest.raises(RuntimeError, match=r"moves 1 parameters that are frozen by now, such as .*lora_A.default"):
+        optimizer.step()
+    first.grad.zero_()
     optimizer.step()
     assert not any(torch.equal(p.grad, g) for p, g in zip(others, bare, strict=True))
+
+
+def test_several_adapters_take_a_step_each(model, folder):
+    """The pass of keeping goes through the active one alone."""
+    twin, _ = kept_twin(model, folder)
+    twin.add_adapter("second", LoraConfig(**LORA))
+    optimizer = torch.optim.SGD([p for n, p in twin.named_parameters() if "lora_" in n], lr=0.1)
+    for name in ("default", "second"):
+        twin.set_adapter(name)
+        backward(twin)
+    with pytest.raises(RuntimeError, match=r"frozen by now.*such as .*\.default\..*each of several in a step"):
+        optimizer.step()
+    for name in ("default", "second"):
+        optimizer.zero_grad()
+        twin.set_adapter(name)
+        backward(twin)
+        optimizer.step()
+    assert optimizer.param_groups[0]["keep_steps"] == 2
 
 
 def test_keeping_goes_on_when_the_adapter_is_merged(folder, processor):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from twin import backward, sgd, steered, train, trainable
+from twin import backward, each_scale, randomized, sgd, steered, train, trainable
 
 from drift_peft import DriftConfig, telemetry
 
@@ -105,6 +105,43 @@ def test_an_adapter_that_is_not_active_stays(pair, scale, target):
     assert steps_of(model) == 1
 
 
+@each_scale
+def test_one_step_moves_several_adapters_in_turn(pair, scale, target):
+    """The last one alone is active at the step; each is guided as by a step of its own."""
+    model = randomized(with_second(pair, scale=scale, target=target))
+    alone = {name: copy.deepcopy(model) for name in ("default", "second")}
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.05)
+    for name, other in alone.items():
+        model.set_adapter(name)
+        backward(model)
+        other.set_adapter(name)
+        train(other, sgd(other), steps=1)
+    optimizer.step()
+    for name, other in alone.items():
+        weights = dict(other.named_parameters())
+        moved = [(p, weights[n]) for n, p in model.named_parameters() if f".{name}." in n]
+        assert moved and all(torch.equal(p, expected) for p, expected in moved)
+        model.set_adapter(name)
+        assert steps_of(model) == 1
+
+
+@pytest.mark.parametrize("ends", ["another is active", "disabled"])
+def test_an_adapter_is_idle_when_it_is_stepped(pair, ends):
+    model = with_second(pair)
+    twin, optimizer = copy.deepcopy(model), sgd(model)
+    train(twin, sgd(twin), steps=1)
+    backward(model)
+    if ends == "disabled":
+        with model.disable_adapter():
+            optimizer.step()
+    else:
+        model.set_adapter("second")
+        optimizer.step()
+        model.set_adapter("default")
+    assert steps_of(model) == 1
+    assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
+
+
 # What is said
 
 
@@ -119,6 +156,17 @@ def test_nothing_is_said_of_a_reference_that_was_copied(pair, tmp_path):
             weights[name.replace(".default.", ".ref.")].data.copy_(weights[name].data)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*never ran")
+        model.save_pretrained(tmp_path)
+
+
+def test_an_idle_adapter_that_was_trained_unguided_is_said(pair, tmp_path):
+    model = with_second(pair)
+    model.set_adapter("second")
+    for p in trainable(model):  # by an optimizer that does not call the hooks
+        p.data += 0.1
+    model.set_adapter("default")
+    train(model, sgd(model), steps=1)
+    with pytest.warns(UserWarning, match="The adapter 'second' was trained, but the guidance never ran"):
         model.save_pretrained(tmp_path)
 
 

@@ -13,6 +13,7 @@ capture    the weight gradient that LoRA never forms: its norm and inner product
 steered    what is steered: adapters and other trainable tensors, each with its part of the prior
 batches    one step's guidance, a batched call for all that has one shape
 plan       what an optimizer guides, looked up once
+unguided   adapters that were loaded for inference, and are trained after all
 deepspeed  DeepSpeed's engine: where it keeps what it trains
 step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior

@@ -201,14 +201,9 @@ class DriftConfig(DriftSettings, LoraConfig):
             >>> DriftConfig.stored("adapter")["drift_steps"]
             2
         """
-        path = Path(source, subfolder or "", DRIFT_CONFIG)
-        if not path.is_file():
-            if Path(source).is_dir():  # of an adapter that is not ours: its path is no repository
-                return None
-            try:
-                path = Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
-            except (HFValidationError, OSError):
-                return None
+        path = settings_file(source, subfolder, **hub)
+        if path is None:
+            return None
         own = read_json(path)
         try:
             check(own, _stored_form())
@@ -217,6 +212,19 @@ class DriftConfig(DriftSettings, LoraConfig):
         if unknown := sorted(set(own) - _stored_fields()):
             raise ValueError(f"{path} holds the unknown setting '{unknown[0]}': was it written by a newer drift_peft?")
         return own
+
+
+def settings_file(source: str, subfolder: str | None = None, **hub) -> Path | None:
+    """`drift_config.json` of an adapter's folder or hub repository; None if there is none."""
+    path = Path(source, subfolder or "", DRIFT_CONFIG)
+    if path.is_file():
+        return path
+    if Path(source).is_dir():  # of an adapter that is not ours: its path is no repository
+        return None
+    try:
+        return Path(hf_hub_download(source, DRIFT_CONFIG, subfolder=subfolder, **hub))
+    except (HFValidationError, OSError):
+        return None
 
 
 def _stored_form() -> type[Schema]:

@@ -10,9 +10,10 @@ from peft import PeftConfig, PeftModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..warn import warn
-from .config import DriftConfig
+from .config import DriftConfig, settings_file
 from .patches import in_place_of
 from .settings import DriftSettings, listed_modules
+from .unguided import Unguided
 
 ALONE = "PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)"
 BESIDE = (
@@ -34,6 +35,7 @@ def _noticing(
     """Trainer comes here when it resumes, and for the best checkpoint at the end."""
     result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
     config = model.peft_config[adapter_name]
+    way = BESIDE.format(name=adapter_name) if len(model.peft_config) > 1 else ALONE
     if isinstance(config, DriftConfig):
         known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
         if known:
@@ -45,8 +47,9 @@ def _noticing(
         if is_trainable:
             _warn_of_ended_schedule(config)
     elif is_trainable:
-        further = len(model.peft_config) > 1
-        _warn_of_plain_training(model_id, kwargs, BESIDE.format(name=adapter_name) if further else ALONE)
+        _warn_of_plain_training(model_id, kwargs, way)
+    if not is_trainable and _was_guided(model_id, kwargs):
+        Unguided(model.get_base_model(), adapter_name, _plain_training(model_id, way))
     return result
 
 
@@ -59,7 +62,12 @@ def _noticing_without_wrapper(
     name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
     if isinstance(config := model.peft_config.get(name), DriftConfig):
         config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
-    if kwargs.get("is_trainable") and peft_model_id is not None and kwargs.get("peft_config") is None:
+    if peft_model_id is None:
+        return result
+    if not kwargs.get("is_trainable"):
+        if _was_guided(peft_model_id, kwargs):
+            Unguided(model, name, _plain_training(peft_model_id, ALONE))
+    elif kwargs.get("peft_config") is None:
         _warn_of_plain_training(peft_model_id, kwargs, ALONE)
     return result
 
@@ -69,12 +77,21 @@ def _settings(source: str, kwargs: dict) -> dict | None:
     return DriftConfig.stored(source, **hub)
 
 
+def _was_guided(source: str, kwargs: dict) -> bool:
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    return settings_file(source, **hub) is not None  # unread: what is damaged in it is no matter of inference
+
+
 def _warn_of_plain_training(source: str, kwargs: dict, way: str) -> None:
     if _settings(source, kwargs):
-        warn(
-            f"The adapter '{source}' was trained with guidance, and without its DriftConfig training goes on as plain "
-            f"LoRA: load it with {way}, or steer it with guide(model, prior)."
-        )
+        warn(_plain_training(source, way))
+
+
+def _plain_training(source: str, way: str) -> str:
+    return (
+        f"The adapter '{source}' was trained with guidance, and without its DriftConfig and is_trainable=True training "
+        f"goes on as plain LoRA: load it with {way}, or steer it with guide(model, prior)."
+    )
 
 
 def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> None:

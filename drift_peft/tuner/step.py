@@ -20,6 +20,7 @@ from .plan import Plan
 from .settings import DriftSettings
 from .sharding import Storage
 from .steered import STEERED
+from .unguided import UNGUIDED, warn_of_unguided
 
 # What an optimizer, or DeepSpeed's engine, guides; see plan.py.
 _PLANS: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
@@ -33,6 +34,7 @@ def _plan(optimizer: Any, groups: dict[int, dict], parameters: Sequence[Tensor],
         known = plan.known if plan is not None and plan.known.are_of(parameters) else Known(STEERED, parameters)
         written = {} if plan is None else plan.written
         plan = _PLANS[optimizer] = Plan(groups, known, storage, written)
+        warn_of_unguided(groups)
         if storage is TORCH:  # DeepSpeed trains copies in fp32
             warn_of_rounding(plan.groups, groups)
     return plan
@@ -112,6 +114,8 @@ def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], appli
 
 def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     """The step of DeepSpeed's engine, with guidance around it."""
+    if UNGUIDED:
+        warn_of_unguided({id(p) for p in engine.module.parameters() if p.requires_grad})
     storage = deepspeed.storage_of(engine) if STEERED else None
     if storage is None:
         return step()
@@ -123,5 +127,5 @@ def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:
     return result
 
 
-act_in_steps("guide", Act(lambda _: bool(STEERED), _before_step, _after_step))
+act_in_steps("guide", Act(lambda _: bool(STEERED) or bool(UNGUIDED), _before_step, _after_step))
 deepspeed.install(_engine_step)

@@ -145,6 +145,74 @@ def test_training_that_would_be_plain_is_said(pair, trained, how):
         PLAIN[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
 
 
+def second_adapter(base, folder):
+    model = get_peft_model(base, LoraConfig(target_modules=["v_proj"]))
+    model.load_adapter(folder, "ours")
+    model.set_adapter("ours")
+    return model
+
+
+def made_trainable(model, how="set_adapter"):
+    if how == "set_adapter":
+        model.set_adapter("default")
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return model
+
+
+def settings(folder):
+    return DriftConfig.from_pretrained(folder)
+
+
+FOR_INFERENCE = {
+    "set_adapter": lambda base, folder: made_trainable(PeftModel.from_pretrained(base, folder)),
+    "by hand": lambda base, folder: made_trainable(PeftModel.from_pretrained(base, folder), "by hand"),
+    "DriftConfig": lambda base, folder: made_trainable(
+        PeftModel.from_pretrained(base, folder, config=settings(folder))
+    ),
+    "a second adapter": second_adapter,
+    "a copy": lambda base, folder: copy.deepcopy(made_trainable(PeftModel.from_pretrained(base, folder))),
+    "transformers": lambda base, folder: base.load_adapter(str(folder)) and made_trainable(base),
+}
+
+
+def step(model, optimizer=None):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.SGD(trained, lr=1e-2)
+    model(input_ids=ROWS[0]["input_ids"][None], labels=ROWS[0]["labels"][None]).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=transformers_takes_it if how == "transformers" else ()) for how in FOR_INFERENCE],
+)
+def test_what_was_loaded_for_inference_and_is_trained_is_said_once(pair, trained, how):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = FOR_INFERENCE[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
+        assert not [w for w in caught if "guidance" in str(w.message)]
+        step(model, step(model))
+    [said] = [str(w.message) for w in caught if "guidance" in str(w.message)]
+    assert "checkpoint-1' was trained with guidance, and without" in said and "load it with " in said
+
+
+def test_what_was_loaded_for_inference_and_stays_so_is_not_said(pair, trained):
+    folder = trained[0] / "checkpoint-1"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*guidance")
+        served = PeftModel.from_pretrained(copy.deepcopy(pair.base), folder)
+        step(wrapped(pair))
+        step(get_peft_model(copy.deepcopy(pair.base), LoraConfig(target_modules=["q_proj"])))
+        step(guide(made_trainable(PeftModel.from_pretrained(copy.deepcopy(pair.base), folder)), pair.prior))
+        served.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+        served.set_adapter("other")
+        served.delete_adapter("default")
+        served.add_adapter("default", LoraConfig(target_modules=["q_proj"]))
+        step(made_trainable(served))
+
+
 def test_a_strength_that_has_ended_is_said(pair, trained, tmp_path):
     folder = trained[0] / "checkpoint-1"
     with warnings.catch_warnings(record=True) as caught:

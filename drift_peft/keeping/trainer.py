@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 from transformers import TrainerCallback
 
 from .kept import keep_telemetry
@@ -18,8 +21,14 @@ class KeepCallback(TrainerCallback):
 
 
 def add_to_trainers(callback: type[TrainerCallback]) -> None:
-    """Give a callback to every Trainer from now on, once, ahead of the callbacks that report its logs."""
+    """Give a callback to every Trainer, once, ahead of the callbacks that report its logs: to those that are made from
+    now on, and to those that were made before."""
+    made = "transformers.trainer" in sys.modules
     from transformers import trainer  # takes a second to import, so only where something is kept or steered
 
-    if not any(getattr(c, "__name__", "") == callback.__name__ for c in trainer.DEFAULT_CALLBACKS):
-        trainer.DEFAULT_CALLBACKS.append(callback)
+    if any(getattr(c, "__name__", "") == callback.__name__ for c in trainer.DEFAULT_CALLBACKS):
+        return
+    trainer.DEFAULT_CALLBACKS.append(callback)
+    for each in gc.get_objects() if made else ():  # nothing else lists them
+        if issubclass(type(each), trainer.CallbackHandler):
+            each.callbacks.insert(0, callback())

@@ -27,6 +27,7 @@ from processes import on_two
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 from twin import BATCH, backward, sgd, train, trainable
 
@@ -242,7 +243,10 @@ def test_trainer_resumes_in_the_order(folder, processor, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(resumed, whole, strict=True))
 
 
-def test_trl_with_images(folder, processor, tmp_path):
+def test_trl_with_images(folder, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback]
+    )  # as where nothing was kept before
     keep_set = Watched(folder)
     chats = [[{"role": "user", "content": "how many"}, {"role": "assistant", "content": str(i)}] for i in range(8)]
     data = Dataset.from_dict({"images": [[keep_set.whole[i].image] for i in range(8)], "messages": chats})

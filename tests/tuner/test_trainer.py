@@ -18,12 +18,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 from twin import ALPHA, assert_same_update, bias_by_oracle, pull_by_oracle, randomized, state
 
 import drift_peft.tuner.trainer
-from drift_peft import DriftConfig, ReasoningPrior, telemetry
+from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
 from drift_peft.keeping import add_to_trainers
+from drift_peft.tuner.steered import steered_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Switched off bitsandbytes")
 FAMILY = "llava"
@@ -150,6 +152,21 @@ def test_it_registers_itself_once(pairs, tmp_path):
     names = [type(callback).__name__ for callback in trainer(model, tmp_path).callback_handler.callbacks]
     assert names.count("DriftCallback") == 1
     assert names.index("DriftCallback") < names.index("PrinterCallback")
+
+
+def test_a_trainer_that_was_made_before_guide(pairs, tmp_path, monkeypatch):
+    """In a process where nothing was steered before; what reports the logs comes after it."""
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [DefaultFlowCallback])
+    model = get_peft_model(load(pairs("llama"), "llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    run = trainer(model, tmp_path, max_steps=1, logging_steps=1)
+    guide(model, pairs("llama") / "prior.safetensors")
+    guide(model, pairs("llama") / "prior.safetensors")
+    names = [type(callback).__name__ for callback in run.callback_handler.callbacks]
+    assert names.count("DriftCallback") == 1 and names.index("DriftCallback") < names.index("PrinterCallback")
+    run.train()
+    assert of_drift(run.state.log_history[0])["drift/guided_steps"] == 1
+    [config] = {id(s.config): s.config for s in steered_of(model)}.values()
+    assert config.training.startswith("1 steps of ")
 
 
 def test_models_that_are_not_steered_are_left_alone(pairs, tmp_path):

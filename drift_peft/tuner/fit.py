@@ -159,8 +159,20 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     size, prediction = stored.norm().item(), PREDICTION_TOLERANCE * added.norm().item()
     bears_out = off_merged < off
     least, added_error = (off_merged, prediction) if bears_out else (off, 0.0)
-    if least <= FINGERPRINT_TOLERANCE * size + added_error:
-        if exact and least > ROUNDING_TOLERANCE * size + added_error:
+    fits = least <= FINGERPRINT_TOLERANCE * size + added_error
+    moved = least > ROUNDING_TOLERANCE * size + added_error
+    merged = moved and any("drift_merged" in vars(module) for module in model.modules())
+    if merged:
+        told = (
+            f"A guided adapter was merged into this base in memory, and the fingerprint of the prior '{prior.source}' "
+            f"is off by {least / size:.1%} now: a part of Δ is in these weights, and the pull would begin anew with "
+            "all of Δ; go on with one adapter, or save this model and build a prior for it with build_prior."
+        )
+        if not fits:
+            raise ValueError(told)
+        warn(told)
+    if fits:
+        if exact and moved and not merged:
             said = "" if claim is None else f", and it is said to be {claim.words}"
             warn(
                 f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "

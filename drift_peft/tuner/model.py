@@ -132,11 +132,18 @@ class DriftModel(LoraModel):
         finally:
             self.peft_config.update(configs)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
         modules = list(self.model.modules())  # LoRA layers are replaced; biases and modules to save stay in the model
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        merged = {adapter for m in modules if isinstance(m, LoraLayer) for adapter in m.merged_adapters}
+        merged |= {*(kwargs.get("adapter_names") or self.active_adapters)} if merge else set()
+        guided = {s.adapter for s in all_steered(self.model) if s.alpha} | vars(self.model).get(
+            "drift_unguided", {}
+        ).keys()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for adapter_name in self.peft_config:
             _forget(modules, adapter_name)
+        if merged & guided:
+            vars(model)["drift_merged"] = True  # which `check_fingerprint` finds
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from pairs import drift, load, nearly, train, untouched, wrap
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from twin import make_whole_pair
 
@@ -169,6 +170,52 @@ def test_the_same_expert_is_not_merged_twice(folder, tmp_path):
     merge_baseline(
         "task_arithmetic", tmp_path / "expert", folder / "0.5" / "base", tmp_path / "o", scale=0.2, progress=False
     )
+
+
+ADAPTED = {
+    "DriftConfig": lambda base, folder: get_peft_model(base, drift(folder)),
+    "guide": lambda base, folder: guide(
+        get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])), folder / "prior.safetensors"
+    ),
+    "for inference": lambda base, folder: PeftModel.from_pretrained(base, folder / "adapter"),
+    "plain": lambda base, folder: get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])),
+}
+
+
+def merged_in_memory(folder, how="DriftConfig", size=0.002, merge="merge_and_unload"):
+    model = ADAPTED[how](load(folder, "llama"), folder)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data += size
+    return getattr(model, merge)()
+
+
+@pytest.mark.parametrize("how", ADAPTED)
+def test_an_adapter_that_was_merged_in_memory(folder, how):
+    """With the same prior again, it would be pulled along all of Δ once more."""
+    get_peft_model(load(folder, "llama"), drift(folder)).save_pretrained(folder / "adapter")
+    plain = "was built for slightly other base weights"
+    with pytest.warns(UserWarning, match=plain if how == "plain" else "a part of Δ is in these weights") as told:
+        get_peft_model(merged_in_memory(folder, how, 0.03 if how in ("guide", "plain") else 0.002), drift(folder))
+    assert sum("fingerprint" in str(w.message) for w in told) == 1
+
+
+def test_too_much_that_was_merged_in_memory_is_refused(folder):
+    base = merged_in_memory(folder, size=0.5)
+    with pytest.raises(ValueError, match=r"merged into this base in memory, .* go on with one adapter, or save this"):
+        get_peft_model(base, drift(folder))
+    assert untouched(base)
+
+
+def test_what_was_merged_in_memory_and_is_none_of_the_priors(folder, tmp_path):
+    """Taken off without merging, or with a prior of its own."""
+    base = merged_in_memory(folder)
+    base.save_pretrained(tmp_path / "base")
+    build_prior(folder / "expert", tmp_path / "base", tmp_path / "prior.safetensors", rank=8, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fingerprint")
+        get_peft_model(base, drift(tmp_path))
+        get_peft_model(merged_in_memory(folder, merge="unload"), drift(folder))
 
 
 def test_what_is_merged_further_claims_nothing(folder, tmp_path):

@@ -19,6 +19,8 @@ from torch.utils.weak import TensorWeakRef
 
 ORDER = ("keep", "guide")  # so that the bias's norms and cosines see the whole gradient
 WRAPPER = torch.optim.Optimizer.profile_hook_step(len).__code__  # of torch's wrapper of every `step()`
+# torch.distributed.checkpoint's function that takes a step of zeros, so that an optimizer has a state to fill or save
+NO_STEP = "_init_optim_state"
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,19 @@ def _moves(gradient: Tensor) -> bool:
     return bool(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
-def _enclosing_steps() -> list[torch.optim.Optimizer]:
-    """The optimizers in whose `step()` the step was called that the hook acts for.
+def _enclosing_steps() -> list[torch.optim.Optimizer] | None:
+    """The optimizers in whose `step()` the step was called that the hook acts for; None if it is not for training.
 
     Optimizers that call `super().step()` or wrap another optimizer fire the hook again in the middle of one step. The
     call stack says so without a flag that an exception within a step would leave behind.
     """
     frame, optimizers = sys._getframe(), []
     while frame is not None:
-        if frame.f_code is WRAPPER:
+        code = frame.f_code
+        if code is WRAPPER:
             optimizers.append(frame.f_locals["args"][0])
+        elif code.co_name == NO_STEP:
+            return None
         frame = frame.f_back
     return optimizers[1:]
 
@@ -120,6 +125,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     if not acts:
         return None
     enclosing = _enclosing_steps()
+    if enclosing is None:
+        return None
     # A fused optimizer unscales within its kernel: its gradients still carry the GradScaler's factor here.
     loss_scale = getattr(optimizer, "grad_scale", None)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -148,7 +155,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     acts = _wanted(optimizer)
     if not acts:
         return
-    groups = _trained_by(optimizer, _enclosing_steps())
+    enclosing = _enclosing_steps()
+    groups = {} if enclosing is None else _trained_by(optimizer, enclosing)
     if not groups:
         return
     found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device

@@ -24,6 +24,7 @@ from kept_models import (
 )
 from peft import LoraConfig, prepare_model_for_kbit_training
 from processes import on_two
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
@@ -93,6 +94,15 @@ def test_lbfgs_keeps_one_batch_a_step(model, folder):
         gradients_of_step(plain, steps)
     order = once.read  # the batches one after the other
     assert {*order[:6]} <= {*watched.read} <= {*order[:9]}  # of two steps, and what was read ahead
+
+
+def test_a_state_that_is_asked_for_before_the_first_step_is_no_step(model, folder, processor):
+    twin, watched = kept_twin(model, folder)
+    optimizer = sgd(twin, lr=0.0)
+    get_optimizer_state_dict(twin, optimizer)
+    assert "keep_steps" not in optimizer.param_groups[0] and not watched.read
+    found = gradients_of_step(twin, optimizer)
+    assert_close(found, expected_step(model, processor, watched.batch(0, 3)))
 
 
 class Child(torch.optim.SGD):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from twin import (
     ALPHA,
     BATCH,
@@ -66,6 +67,22 @@ def test_an_argument_that_is_no_closure_is_the_optimizers_own(pair):
     Stretched(trainable(model), lr=0.1).step(0.5)
     train_by_oracle(twin, sgd(twin, lr=0.05), pair.prior, "adaptive", "residual", 1)
     assert_same_update(model, twin, start)
+
+
+@each_scale
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_state_that_is_asked_for_before_the_first_step_is_no_step(pair, scale, target, optimizer):
+    """torch.distributed.checkpoint steps on gradients of zeros then, to have one."""
+    model = steered(pair, scale, target, drift_warmup_steps=2)
+    twin = copy.deepcopy(model)
+    asked, other = optimizer(trainable(model), lr=0.01), optimizer(trainable(twin), lr=0.01)
+    get_optimizer_state_dict(model, asked)
+    assert "drift_steps.default" not in asked.param_groups[0] and telemetry(model)["guided_steps"] == 0
+    train(model, asked)
+    train(twin, other)
+    assert telemetry(model)["guided_steps"] == 2
+    if optimizer is torch.optim.SGD:  # AdamW has counted the step for its own averages
+        assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
 
 
 def test_lbfgs_is_guided_at_every_evaluation(pair):

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from twin import backward, each_scale, randomized, sgd, steered, train, trainable
 
 from drift_peft import DriftConfig, telemetry
+from drift_peft.keeping.steps import _moves
 
 ADAPTER = {"r": 4, "lora_alpha": 6, "drift_alpha": 0.8}
 
@@ -140,6 +141,15 @@ def test_an_adapter_is_idle_when_it_is_stepped(pair, ends):
         model.set_adapter("default")
     assert steps_of(model) == 1
     assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "moves"),
+    [([0.0, 0.0], False), ([0.0, 1e-30], True), ([0.0, -1.0], True), ([torch.nan, 0.0], True)],
+)
+def test_a_frozen_parameter_is_moved_by_any_entry_of_its_gradient(gradient, moves):
+    gradient = torch.tensor(gradient)
+    assert _moves(gradient) == _moves(gradient[:, None].to_sparse(1)) == moves
 
 
 # What is said

@@ -160,6 +160,16 @@ def pinned(origin: Mapping) -> str:
     return at_revision(*repository_of(origin) or (_last_part(origin["id"]),))
 
 
+def is_pinned(origin: Mapping) -> bool:
+    """Whether this names the same weights for good: a hub id with its commit, of an adapter its base's, too. What lies
+    in a folder may be something else tomorrow.
+
+    >>> is_pinned({"id": "org/vlm", "revision": "0a1b2c"}), is_pinned({"id": "models/vlm", "revision": None})
+    (True, False)
+    """
+    return origin["revision"] is not None and ("base" not in origin or is_pinned(origin["base"]))
+
+
 def find_license(origin: dict, token: str | None = None) -> dict | None:
     """What the card of a model (its `id` and `revision`) says of its licence: nothing is {}, and None that the card
     could not be read."""

@@ -147,7 +147,7 @@ def merge_baseline(
         force: merge even where a weight of the expert has nothing in common with the base's, or with the reference's.
         overwrite: replace an existing model folder, once the new one is complete.
         exist_ok: take an existing output that was merged of the same models with the same settings; any other is
-            refused.
+            refused. To tell models in folders apart, all weights are read and merged again.
         progress: show a progress bar on stderr.
 
     Raises:

@@ -33,7 +33,7 @@ from ..checkpoints import (
 )
 from ..choices import DEFAULT_MODULES, MAX_RANK, MODULES, MOST_LAYERS, RANK
 from ..warn import first_line, warn
-from .delta import refuse_unrelated, take_delta
+from .delta import LEAST_COSINE, refuse_unrelated, take_delta
 from .file import FORMAT, write_prior
 from .prior import ReasoningPrior
 from .reading import Weights
@@ -89,8 +89,8 @@ def build_prior(
         device: where the arithmetic runs; a GPU if there is one.
         force: build even where a matrix of the expert has nothing in common with the base's, or with the reference's.
         overwrite: replace an existing output, and throw away what an interrupted build with other settings has left.
-        exist_ok: take an existing output that was built of the same models with the same settings, at once; any other
-            is refused.
+        exist_ok: take an existing output that was built of the same models with the same settings; any other is
+            refused. At once if all models are on the hub; else Δ is taken again, without its SVD.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -130,7 +130,7 @@ def build_prior(
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)
             try:
-                refuse_other(output, difference(prior, sources, match, settings))
+                refuse_other(output, difference(prior, sources, match, settings, force))
             finally:
                 for file in sources["expert"].files if delete_shards else ():
                     sources["expert"].release(file)
@@ -146,6 +146,8 @@ def build_prior(
         everything = {**inputs, **settings, "dequantize": dequantize, **machine, "format": FORMAT}
         with resumable_folder(output, everything, afresh=overwrite, final=(ValueError,)) as folder:
             files = {name: folder / f"{name}.safetensors" for name in match.keys}
+            for name, file in files.items() if not force else ():  # what a build with `force` has left
+                _refuse_unrelated(name, finished(file) or {}, sources)
             _take_deltas(sources, match, files, settings, device, force, delete_shards, progress)
             for source in sources.values():
                 source.refuse_changed()
@@ -154,6 +156,8 @@ def build_prior(
             if steered:
                 metadata = {"format": FORMAT, "dtype": "bfloat16", "reference": None, **settings}
                 metadata |= {role: source.origin for role, source in sources.items()}
+                cosines = [c for stats in steered.values() for c in stats.pop("cosines").values() if "rank" in stats]
+                metadata |= {"force": True} if any(abs(cosine) < LEAST_COSINE for cosine in cosines) else {}
                 metadata |= {"without_counterpart": match.without_counterpart, "weights": steered}
                 metadata["not_steered"] = [name for name in weights if name not in steered]
                 # No variable for the mapped tensors: Windows deletes no file that is still mapped.
@@ -242,7 +246,12 @@ def _take_deltas(
             seed = int.from_bytes(hashlib.sha256(f"{settings['seed']} {name}".encode()).digest()[:7], "big")
             rows = match.rows_of(name, tensors)
             factors, stats = take_delta(tensors, rows, settings["rank"], settings["energy"], seed, labels)
-            for role, cosine in stats.pop("cosines").items():
-                if "rank" in stats and not force:
-                    refuse_unrelated(name, cosine, sources["expert"].source, sources[role].source)
+            if not force:
+                _refuse_unrelated(name, stats, sources)
             finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
+
+
+def _refuse_unrelated(name: str, stats: dict, sources: dict[str, Checkpoint]) -> None:
+    """ValueError if this is a matrix of the expert that has nothing in common with that of another model."""
+    for role, cosine in stats["cosines"].items() if "rank" in stats else ():
+        refuse_unrelated(name, cosine, sources["expert"].source, sources[role].source)

@@ -68,9 +68,10 @@ def fingerprint_of(W: torch.Tensor, U: torch.Tensor, Vh: torch.Tensor) -> torch.
     return (U.float() * (W.float() @ Vh.float().mT)).sum(0)
 
 
-def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> dict:
-    """`delta_norm`, `base_norm` and `cosine` of one weight, as `take_delta` measures them; arguments as there."""
-    return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"))[1]
+def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> tuple[torch.Tensor, dict]:
+    """Δ [n, in] of one weight in fp32, and `delta_norm`, `base_norm` and `cosine` as `take_delta` measures them;
+    arguments as there."""
+    return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"))
 
 
 def refuse_unrelated(name: str, cosine: float, expert: str, other: str) -> None:

@@ -2,9 +2,10 @@
 
 Keys are `<canonical name>.U`, `.S` and `.Vh` for matrices, `<canonical name>.delta` for vectors (norms, biases). The
 header is one JSON string. It has format, expert, base, reference, rank, dtype, seed, modules, the weights whose Δ is
-zero (`not_steered`), and the statistics of each weight (`weights`). A combined prior names its `parents` in place of an
-expert. A gated one says where its gates came from (`gated`). For each weight it also has the gate of every direction of
-the prior that it was made of (`gates`), in that prior's order, and ‖U diag(S) Vh‖ there (`ungated_norm`).
+zero (`not_steered`), the statistics of each weight (`weights`), and `force` where it was needed. A combined prior names
+its `parents` in place of an expert. A gated one says where its gates came from (`gated`). For each weight it also has
+the gate of every direction of the prior that it was made of (`gates`), in that prior's order, and ‖U diag(S) Vh‖ there
+(`ungated_norm`).
 """
 
 from __future__ import annotations

@@ -89,6 +89,7 @@ class Header(Schema):
     max_rank: PositiveInt | None = None
     only_layers: list[NonNegativeInt] | None = None
     skip_first: NonNegativeInt | None = None
+    force: bool | None = None
     without_counterpart: dict[Text, NonNegativeInt] | None = None
 
     _of_something = model_validator(mode="after")(Parent._of_something)

@@ -96,10 +96,11 @@ def test_energy_takes_the_smallest_rank_that_reaches_it(energy, max_rank, seed):
 def test_what_is_measured_without_factors(rows):
     tensors = sources([6, 4], ["expert", "base"], torch.float32, 3)
     before = dict(tensors)
-    found = measure_delta(tensors, rows)
+    delta, found = measure_delta(tensors, rows)
     assert tensors == before  # they stay with the caller
     W = {role: (t if rows is None else t[rows[role]]).double() for role, t in tensors.items()}
     cosine = float(torch.cosine_similarity(W["expert"].flatten(), W["base"].flatten(), dim=0))
+    assert torch.allclose(delta.double(), W["expert"] - W["base"], atol=1e-6)
     assert found == {
         "delta_norm": pytest.approx(float((W["expert"] - W["base"]).norm()), rel=1e-6),
         "base_norm": pytest.approx(float(W["base"].norm()), rel=1e-6),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_builds import LAYERS, build, done, interrupt, kill_at_any_moment, save_pair
+from safetensors.torch import load_file, save_file
 from tiny import edit_config, save_layout, tiny_llm
 
 from drift_peft.checkpoints import output as output_module
@@ -153,6 +154,21 @@ def test_what_does_not_change_the_bytes_may_differ(pair, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             build(pair)
     build(pair, force=True, delete_shards=True, modules=["mlp", "attn"])
+
+
+def test_what_was_begun_with_force_is_checked_without(pair, monkeypatch):
+    """Matrices that are done already, too."""
+    key = "model.layers.0.self_attn.q_proj.weight"
+    shard = Checkpoint(pair / "expert").keys[key]
+    save_file({**load_file(shard), key: torch.randn(64, 64, generator=torch.Generator().manual_seed(9))}, shard)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=7 * LAYERS - 1)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair, force=True)
+    assert f"{key.removeprefix('model.')}.safetensors" in done(pair)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight of .* has cosine .*: no common ancestor"):
+        build(pair)
+    assert not (pair / "p.safetensors.partial").exists()
 
 
 def test_overwrite_goes_on_with_the_same_settings_and_gives_up_others(pair, monkeypatch):

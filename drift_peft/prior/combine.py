@@ -19,10 +19,9 @@ from ..arguments import is_number
 from ..checkpoints import named
 from ..warn import warn
 from .file import PriorFile
-from .svd import signed
+from .svd import ROUNDING, signed
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
-ROUNDING = 1e-5  # singular values up to this part of the parents' are rounding
 TOO_LARGE = "the sum is larger than fp32 can hold: choose smaller coefficients"
 
 Weight = tuple[str, dict[str, torch.Tensor], dict]  # canonical name, tensors, statistics as in a prior's header

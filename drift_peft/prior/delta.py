@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .svd import truncated_svd
+from .svd import ROUNDING, truncated_svd
 
 FINGERPRINT = 8  # how many singular directions recognize the base
 BLOCK = {"cpu": 1 << 18}  # elements that are subtracted at once: they fit the cache, and only Δ is ever whole in fp32
@@ -55,6 +55,10 @@ def take_delta(
         shares = S.cpu().double().square().cumsum(0) / stats["delta_norm"] ** 2
         k = min(int((shares < energy).sum()) + 1, len(S))
         U, S, Vh, captured = U[:, :k], S[:k], Vh[:k], min(1.0, float(shares[k - 1]))
+    # Of a Δ of low rank, as an adapter's, what is left is how fp32 has rounded W and the SVD.
+    rounding = max(ROUNDING * float(S[0]), torch.finfo(torch.float32).eps * stats["base_norm"])
+    k = max(1, int((S > rounding).sum()))
+    U, S, Vh = U[:, :k], S[:k], Vh[:k]
     U, Vh = U.bfloat16(), Vh.bfloat16()
     # u_iᵀ W v_i of the factors as stored: whoever checks it has no others.
     u, v = U[:, :FINGERPRINT], Vh[:FINGERPRINT]

@@ -11,6 +11,7 @@ import torch
 OVERSAMPLING = 16  # columns of a block beyond the rank
 EXACT_BELOW = 4  # a matrix whose shorter side is at most this many blocks costs less as a full SVD
 TOLERANCE = 4.5e-3  # share of the captured energy that may be left to find, by extrapolation
+ROUNDING = 1e-5  # singular values up to this part of the largest are rounding
 COMPLETE = 1e-6  # share of ‖matrix‖² below which nothing is left to find
 
 

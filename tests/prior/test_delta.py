@@ -92,6 +92,19 @@ def test_energy_takes_the_smallest_rank_that_reaches_it(energy, max_rank, seed):
     assert len(stats["fingerprint"]) == min(8, k)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-4])
+@pytest.mark.parametrize("shape", [(96, 80), (640, 400)])  # by LAPACK and by block Krylov iteration
+def test_an_adapters_delta_has_the_adapters_rank(shape, size):
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, shape[1], generator=generator), torch.randn(shape[0], 4, generator=generator)
+    W = torch.randn(shape, generator=generator)
+    factors, stats = take({"expert": W + size * B @ A, "base": W})
+    assert stats["rank"] == len(factors["S"]) == factors["U"].shape[1] == len(factors["Vh"]) == 4
+    assert stats["energy"] == pytest.approx(1, abs=1e-5)
+    U, S, Vh = (factors[key].float() for key in ("U", "S", "Vh"))
+    assert (U * S @ Vh - size * B @ A).norm() < 0.01 * stats["delta_norm"]
+
+
 @pytest.mark.parametrize("rows", [None, {"expert": torch.tensor([5, 0]), "base": torch.tensor([1, 2])}])
 def test_what_is_measured_without_factors(rows):
     tensors = sources([6, 4], ["expert", "base"], torch.float32, 3)

@@ -134,6 +134,38 @@ def test_cosines_with_the_base_and_the_reference():
     assert stats["cosine"] == stats["cosines"]["base"] and stats["cosines"].keys() == {"base", "reference"}
 
 
+HALVES = [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)]
+HALVES += [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("mine", "theirs"), HALVES, ids=str)
+@pytest.mark.parametrize("role", ["base", "reference"])
+def test_another_dtype_is_no_delta(mine, theirs, role, monkeypatch):
+    """Nor where some entries are subnormal. What was trained, however little, is taken as it is."""
+    monkeypatch.setitem(module.BLOCK, "cpu", 500)
+    generator = torch.Generator().manual_seed(0)
+    W = 0.02 * torch.randn(300, 200, generator=generator)
+    W[:50] *= 1e-5
+    stored = {"expert": W.to(mine), "base": torch.randn(300, 200, generator=generator), role: W.to(theirs)}
+    assert not torch.equal(stored["expert"].float(), stored[role].float())
+    factors, stats = take(stored)
+    assert factors == {} and stats["delta_norm"] == 0
+    trained = W + 1e-3 * W.abs().mean() * torch.randn(W.shape, generator=generator)
+    stored["expert"] = trained.to(mine)
+    _, stats = take(stored)
+    assert stats["delta_norm"] == pytest.approx(float((stored["expert"].float() - stored[role].float()).norm()))
+    stored["expert"] = W.to(mine)
+    stored["expert"][-1, -1] += 0.1  # in the last block alone
+    assert take(stored)[1]["delta_norm"] > 0.09
+
+
+def test_one_dtype_is_subtracted_to_the_last_bit():
+    W = torch.ones(4, 3, dtype=torch.bfloat16)
+    moved = W.clone()
+    moved[0, 0] += torch.finfo(torch.bfloat16).eps
+    assert take({"expert": moved, "base": W})[1]["delta_norm"] == torch.finfo(torch.bfloat16).eps
+
+
 def test_the_seed_is_that_of_the_svd():
     tensors = sources([90, 80], ["expert", "base"], torch.float32, 3)
     first, again, other = (take_delta(dict(tensors), None, 1, None, seed, LABELS_OF_TWO)[0] for seed in (5, 5, 6))

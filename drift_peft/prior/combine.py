@@ -22,6 +22,7 @@ from .file import PriorFile
 from .svd import ROUNDING, signed
 
 SAME_NORM = 1e-5  # by how much ‖W_base‖ of one and the same base may differ: by the order of summation
+NOTHING = "the sum is zero in every weight, so that it would steer nothing: choose other coefficients"
 TOO_LARGE = "the sum is larger than fp32 can hold: choose smaller coefficients"
 
 Weight = tuple[str, dict[str, torch.Tensor], dict]  # canonical name, tensors, statistics as in a prior's header
@@ -78,8 +79,13 @@ def gated_weights(
         yield name, tensors, stats
 
 
-def check_parents(parents: Sequence[tuple[PriorFile, float]]) -> None:
-    """ValueError unless these priors are of one base and the coefficients give a sum."""
+def checked_parents(parents: Sequence[tuple[PriorFile, float]]) -> list[tuple[PriorFile, float]]:
+    """Each of these priors once, with the sum of its coefficients, and none where that is 0: what was measured of it
+    says nothing of the whole.
+
+    Raises:
+        ValueError: they are not of one base, or the coefficients give no sum.
+    """
     if not parents:
         raise ValueError("there is nothing to combine: name at least one prior with its coefficient")
     for prior, c in parents:
@@ -87,9 +93,17 @@ def check_parents(parents: Sequence[tuple[PriorFile, float]]) -> None:
             raise ValueError(f"the coefficient of {prior.source} must be a finite number, got {c!r}")
     if not any(c for _, c in parents):
         raise ValueError("all coefficients are 0, so the sum would be too: give one of them another value")
+    once: dict[str, tuple[PriorFile, float]] = {}
+    for prior, c in parents:
+        first, so_far = once.get(prior.sha256, (prior, 0))
+        once[prior.sha256] = first, so_far + c
+    parents = [(prior, c) for prior, c in once.values() if c]
+    if not parents:
+        raise ValueError(NOTHING)
     for index, (prior, _) in enumerate(parents):
         for other, _ in parents[:index]:
             _check_same_base(other, prior)
+    return parents
 
 
 def _check_same_base(one: PriorFile, other: PriorFile) -> None:
@@ -157,7 +171,8 @@ def combined_weights(parents: Sequence[tuple[PriorFile, float]], rank: int) -> I
             probes.setdefault(name, {"U": U, "Vh": Vh, "values": values})
     for name in dict.fromkeys(name for prior, _ in parents for name in prior):
         parts = [(c, prior[name], prior.metadata["weights"][name]) for prior, c in parents if name in prior]
-        stats = {key: parts[0][2][key] for key in ("shape", "base_norm")}
+        # Of an embedding, each parent has measured the rows that its models have in common.
+        stats = {"shape": parts[0][2]["shape"], "base_norm": max(measured["base_norm"] for _, _, measured in parts)}
         stats["cosine"] = min(measured["cosine"] for _, _, measured in parts)
         if len(stats["shape"]) == 1:
             delta = sum(c * vector.delta for c, vector, _ in parts)

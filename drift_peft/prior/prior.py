@@ -14,8 +14,9 @@ from torch import Tensor
 from ..arguments import check_type, check_whole, plain, typed
 from ..checkpoints import gathered
 from .combine import (
+    NOTHING,
     Weight,
-    check_parents,
+    checked_parents,
     combined_header,
     combined_weights,
     gated_weights,
@@ -61,7 +62,8 @@ class ReasoningPrior(PriorFile):
         a parent lacks is zero there.
 
         Args:
-            parts: prior (or its path or hub id) -> coefficient, or pairs of these.
+            parts: prior (or its path or hub id) -> coefficient, or pairs of these. The coefficients of a prior that is
+                named twice are added; one with 0 is left out.
             output: file to write.
             rank: ceiling of the rank; by default the largest in the parents.
             overwrite: replace an existing output.
@@ -81,8 +83,7 @@ class ReasoningPrior(PriorFile):
         check_whole(**({} if rank is None else {"rank": rank}))
         pairs = [*(parts.items() if isinstance(parts, Mapping) else parts)]
         check_type("parts", pairs, list[tuple[Any, Any]])
-        parents = [(prior if isinstance(prior, cls) else cls.load(prior), plain(c)) for prior, c in pairs]
-        check_parents(parents)
+        parents = checked_parents([(p if isinstance(p, cls) else cls.load(p), plain(c)) for p, c in pairs])
         rank = max(prior.rank for prior, _ in parents) if rank is None else rank
         files, header = [prior for prior, _ in parents], combined_header(parents, rank)
         return _write_weights(output, overwrite, files, combined_weights(parents, rank), header)
@@ -191,7 +192,7 @@ def _write_weights(
     parents: Iterable[PriorFile],
     weights: Iterable[Weight],
     header: dict,
-    nothing: str = "the sum is zero in every weight, so that it would steer nothing: choose other coefficients",
+    nothing: str = NOTHING,
 ) -> ReasoningPrior:
     """Write these weights of the parents as a prior; what the header calls not steered is so unless it is among them.
 

@@ -12,13 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import load, train, untouched, wrap
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drift_peft import DriftConfig, ReasoningPrior, telemetry
 from drift_peft.prior.combine import formula
+from drift_peft.prior.file import HEADER_KEY
 
 Q, UP, NORM = "layers.0.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight"
+EMBED = "embed_tokens.weight"
 BF16 = 2**-8  # what rounding U and Vh to bf16 may cost, relative to the product
 
 
@@ -140,13 +143,49 @@ def test_weights_that_a_parent_lacks_are_zero_there(tmp_path):
     assert combined.metadata["not_steered"] == []
 
 
+def of_another_name(prior, path):
+    """The same Δ, in the name of another expert."""
+    header = {**prior.metadata, "expert": {"id": "org/another", "revision": None}}
+    save_file(load_file(prior.path), path, {HEADER_KEY: json.dumps(header)})
+    return ReasoningPrior.load(path)
+
+
+def test_a_prior_that_is_not_in_the_sum_says_nothing(tmp_path):
+    a, b, _ = random_priors(tmp_path, 3, 12, 9, rank=2)
+    alone = ReasoningPrior.combine({a: 0.7}, tmp_path / "alone")
+    for parts in ([(a, 0.7), (b, 0)], [(b, 0.0), (a, 0.7)], [(b, 2), (a, 0.7), (b, -2)], [(a, 0.4), (a, 0.3)]):
+        combined = ReasoningPrior.combine(parts, tmp_path / "sum", overwrite=True)
+        assert combined.path.read_bytes() == alone.path.read_bytes(), parts
+    # What each half did not capture is the same, and adds up.
+    halves = ReasoningPrior.combine([(a, 0.5), (a, 0.5)], tmp_path / "halves")
+    assert halves[Q].delta_norm == pytest.approx(a[Q].delta_norm, rel=1e-3)
+
+
+def test_the_order_of_the_parents_does_not_decide_the_bases_norm(tmp_path):
+    """Of an embedding each has measured its own rows."""
+    parents = []
+    for rows in (5, 8):
+        values = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(rows))
+        values[0] = torch.arange(36).reshape(9, 4)
+        values[:, rows:] = 0
+        parents.append(dense_prior(tmp_path / f"{rows}", {EMBED: values}, rank=4, expert=f"org/{rows}"))
+        parents[-1].metadata["weights"][EMBED]["rows"] = rows
+    norms = [parent[EMBED].base_norm for parent in parents]
+    for index, order in enumerate((parents, parents[::-1])):
+        combined = ReasoningPrior.combine([(parent, 0.5) for parent in order], tmp_path / f"sum{index}")
+        assert combined[EMBED].base_norm == max(norms) > min(norms)
+
+
 def test_what_cancels_is_not_steered(tmp_path):
     whole, _ = random_priors(tmp_path, 2, 12, 9, rank=3)
     part = dense_prior(tmp_path / "part", {Q: (torch.ones(12, 9), torch.ones(12, 9))})
     part.metadata["weights"][Q]["base_norm"] = whole[Q].base_norm
-    combined = ReasoningPrior.combine([(whole, 1), (part, 0.5), (part, -0.5), (whole, -1), (part, 3)], tmp_path / "sum")
+    same = of_another_name(whole, tmp_path / "same")
+    combined = ReasoningPrior.combine([(whole, 1), (part, 0.5), (part, -0.5), (same, -1), (part, 3)], tmp_path / "sum")
     assert list(combined) == [Q] and combined.metadata["not_steered"] == sorted([UP, NORM])
     assert len(combined[Q].S) == 1  # the rest is rounding
+    with pytest.raises(ValueError, match="the sum is zero in every weight"):
+        ReasoningPrior.combine([(whole, 1), (same, -1)], tmp_path / "none")
     with pytest.raises(ValueError, match="the sum is zero in every weight"):
         ReasoningPrior.combine([(whole, 1), (whole, -1)], tmp_path / "none")
     assert not list(tmp_path.glob("none*"))
@@ -172,12 +211,12 @@ def test_vocabularies_that_differ_are_of_one_base(tmp_path):
     W, deltas = torch.randn(30, 16, generator=generator), torch.randn(2, 30, 16, generator=generator)
     weights, priors = {Q: (W, deltas[0]), "lm_head.weight": (W, deltas[1])}, []
     for rows in (20, 25, None):
-        priors.append(dense_prior(tmp_path / f"{rows}", weights))
+        priors.append(dense_prior(tmp_path / f"{rows}", weights, expert=f"org/{rows}"))
         if rows:
             stats = priors[-1].metadata["weights"]["lm_head.weight"]
             stats |= {"rows": rows, "base_norm": W[:rows].norm().item()}
     assert list(ReasoningPrior.combine(dict.fromkeys(priors, 1.0), tmp_path / "sum")) == list(weights)
-    same = dense_prior(tmp_path / "same", weights)
+    same = dense_prior(tmp_path / "same", weights, expert="org/same")
     same.metadata["weights"]["lm_head.weight"] |= {"rows": 20, "base_norm": 1.0}
     with pytest.raises(ValueError, match=r"different bases: ‖W‖ of lm_head\.weight is"):
         ReasoningPrior.combine([(priors[0], 1), (same, 1)], tmp_path / "none")

@@ -21,6 +21,7 @@ from .lock import only_writer
 
 SETTINGS, UNFINISHED = "settings.json", ".tmp"
 OURS = ".drift_peft"  # a file in what may be thrown away after a run that was killed
+OUR_HEADERS = ("drift_prior", "drift_keep", "drift_answers")  # metadata keys of what may be replaced there
 DONE = "done"  # metadata key of a finished part
 SHORT = 80  # characters of values that an error shows
 
@@ -34,7 +35,7 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
         example: what a file in a folder would be called, for an error.
 
     Raises:
-        FileExistsError: it exists, or another process writes it.
+        FileExistsError: it exists, or is a file of a model, or another process writes it.
         IsADirectoryError, FileNotFoundError, OSError: it is a folder, or cannot be written.
     """
     if output.is_dir():
@@ -42,7 +43,21 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
     with only_writer(output):
         if output.exists() and not overwrite:
             raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
+        if output.exists() and _is_of_a_model(output):
+            raise FileExistsError(f"output {output} is a file of the model in that folder: name another file")
         yield
+
+
+def _is_of_a_model(file: Path) -> bool:
+    """Whether it holds weights, lies beside the configuration of a model or adapter, and is nothing that we wrote."""
+    configured = any((file.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not configured or file.suffix not in (".safetensors", ".bin"):
+        return False
+    try:
+        with safe_open(file, framework="pt") as held:
+            return (held.metadata() or {}).keys().isdisjoint(OUR_HEADERS)
+    except (SafetensorError, OSError):
+        return True
 
 
 def refuse_both(exist_ok: bool, overwrite: bool) -> None:

@@ -51,6 +51,26 @@ def models(template, tmp_path):
     return shutil.copytree(template, tmp_path / "models")
 
 
+def test_the_weights_of_a_model_are_replaced_by_nothing_else(models, tmp_path):
+    """Whatever writes one file. What we wrote beside them may be."""
+    prior = sample_prior(tmp_path / "p.safetensors")
+    weights = [max((models / part).glob("*.safetensors")) for part in ("base", "expert", "adapter")]
+    before = {file: file.read_bytes() for file in weights}
+    for file in weights:
+        for write in (
+            lambda out: build_prior(models / "expert", models / "base", out, overwrite=True, progress=False),
+            lambda out: prior.truncate(1, out, overwrite=True),
+            lambda out: make_keep_set(models / "base", "no/images", out, overwrite=True),
+        ):
+            with pytest.raises(FileExistsError, match=r"output .* is a file of the model in that folder: name another"):
+                write(file)
+    assert before == {file: file.read_bytes() for file in weights}
+    beside = models / "base" / "prior.safetensors"
+    for _ in range(2):
+        prior.save(beside, overwrite=True)
+    assert ReasoningPrior.load(beside).sha256 == prior.sha256
+
+
 # One writer at a time
 
 WRITERS = {

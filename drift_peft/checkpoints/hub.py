@@ -196,7 +196,9 @@ def _explained(repository: str, revision: str | None, file: str | None) -> Itera
     try:
         yield
     except HFValidationError as error:
-        raise FileNotFoundError(f"{repository} is neither an existing path nor a hub id") from error
+        whole = os.path.expanduser(repository)
+        home = "" if whole == repository else f": ~ stands for your folder in a shell alone, so write {whole}"
+        raise FileNotFoundError(f"{repository} is neither an existing path nor a hub id{home}") from error
     except SafetensorsParsingError as error:
         raise ValueError(f"{what} is truncated or no safetensors file on the hub") from error
     except GatedRepoError as error:

@@ -65,7 +65,8 @@ def only_config(hub, llm):
     [
         (nothing, "org/none", FileNotFoundError, "org/none is no local path, and on the hub it does not exist or"),
         (nothing, "org/model@v9", FileNotFoundError, "org/model has no revision v9 on the hub"),
-        (nothing, "a/b/c", FileNotFoundError, "a/b/c is neither an existing path nor a hub id"),
+        (nothing, "a/b/c", FileNotFoundError, "a/b/c is neither an existing path nor a hub id$"),
+        (nothing, "~/m", FileNotFoundError, r"~/m is neither an existing path .*: ~ stands for .*, so write [^~]+m$"),
         (gated, "org/model", PermissionError, r"org/model is gated: accept its terms at http://\S+/org/model, then"),
         (private, "org/model", FileNotFoundError, r"org/model is no local path, and on the hub .* needs a login"),
         (server_error, "org/model", FileNotFoundError, "org/model is no local path and cannot be fetched .*: .*501"),

@@ -91,7 +91,12 @@ def match_weights(
             keys[name] = {role: found[0] for role, found in claims.items()}
     models = " and ".join(source.source for source in sources.values())
     if problems:
-        raise ValueError(f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}")
+        told = f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}"
+        for source in sources.values():
+            if not any(source.claims.get(name) for name in expected):  # as under another wrapper's prefix
+                keys = " and ".join(sorted(source.keys)[:2])
+                told += f"; no key of {source.source} is one of its class, such as {keys}: save the model unwrapped"
+        raise ValueError(told)
     counts = dict(sorted(Counter(pattern for pattern, _ in alone).items()))
     if not keys:
         decoders = " and ".join(type(source.model).__name__ for source in sources.values())

@@ -230,3 +230,17 @@ def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r".*expert holds no tokenizer.* rows of head and embedding") as caught:
         match(tmp_path, ["embed"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrapper_that_is_not_known_is_shown(tmp_path):
+    """As older versions of TRL save a model with a value head."""
+    save_pair(tmp_path, "llava")
+    rename_keys(tmp_path / "expert", lambda key: f"pretrained_model.{key}")
+    seen = r"no key of \S+expert is one of its class, such as pretrained_model\.\S+ and pretrained_model\.\S+: save the"
+    with pytest.raises(
+        ValueError, match=rf"do not match in 14 places: .* missing in the expert.*; {seen} model unwrapped$"
+    ):
+        match(tmp_path)
+    rename_keys(tmp_path / "expert", lambda key: None if "layers.0" in key else key.removeprefix("pretrained_model."))
+    with pytest.raises(ValueError, match=r"do not match in 7 places: .* missing in the expert$"):
+        match(tmp_path)

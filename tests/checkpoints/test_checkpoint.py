@@ -234,6 +234,17 @@ def test_refused_when_opened(spoil, error, message, llm):
     assert "\n" not in str(caught.value) and str(llm) in str(caught.value)
 
 
+def test_an_index_may_name_a_head_that_is_the_embedding(llm):
+    """As where a model was tied, and its head dropped from the shard alone."""
+    shard = Checkpoint(llm).keys["lm_head.weight"]
+    left = {key: tensor for key, tensor in load_file(shard).items() if key != "lm_head.weight"}
+    save_file(left or {"none": torch.zeros(1)}, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks lm_head.weight, which the index of"):
+        Checkpoint(llm)
+    edit_json(llm / "config.json", tie_word_embeddings=True)
+    assert "lm_head.weight" not in Checkpoint(llm).keys and Checkpoint(llm).tied
+
+
 @pytest.mark.parametrize("said", ["none", True, {"quant_algo": None}])
 def test_a_config_may_have_a_quantization_of_another_kind(said, llm):
     edit_json(llm / "config.json", quantization=said)

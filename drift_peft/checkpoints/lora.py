@@ -15,12 +15,13 @@ import torch
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
-from ..arguments import listed
+from ..arguments import listed, shortened
+from ..warn import warn
 from .adapter import CONFIG, DIVERGED, FILES, IN_MEMORY, TIED, read_adapter_config, read_updates
 from .checkpoint import Checkpoint, named_adapters
 from .decoder import shared_weights
 from .hub import Repository, folder_of, split_revision
-from .naming import EMBEDDING, HEAD, canonical_name, unwrapped
+from .naming import EMBEDDING, HEAD, canonical_name, module_kind, unwrapped
 from .promised import refuse_incomplete
 from .update import LowRank, Rows, Update, Whole, is_finite
 from .watch import Watch
@@ -70,7 +71,7 @@ class AdaptedCheckpoint(Checkpoint):
                 f"base_model_name_or_path of its {CONFIG}"
             ) from error
         self.base = super().origin
-        self._updates = adapter_updates(self._adapter, self, str(adapter))
+        self._updates = adapter_updates(self._adapter, self, str(adapter), expert=True)
         if revision is None and Path(adapter).exists():
             self.source, self.revision = str(adapter), None
         else:
@@ -135,8 +136,8 @@ def watched_adapter(folder: Path, source: str) -> Watch:
     return Watch(source, [folder / name for name in FILES])
 
 
-def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[str, Update]:
-    """Raw key of the checkpoint -> what the adapter adds to it.
+def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str, expert: bool = False) -> dict[str, Update]:
+    """Raw key of the checkpoint -> what the adapter adds to it; of an expert, without what is in no preset.
 
     Raises:
         FileNotFoundError: the folder lacks the adapter's weights.
@@ -144,6 +145,11 @@ def adapter_updates(folder: Path, checkpoint: Checkpoint, source: str) -> dict[s
             each of its modules finds one tensor of its shape: all that do not are listed.
     """
     adapter, config, find = read_updates(folder), read_adapter_config(folder), _tensor_finder(checkpoint)
+    # Such as single experts, where the class has them in one stack.
+    beside = [n for n in adapter if expert and (at := find(n))[0] and not at[1] and module_kind(at[0]) is None]
+    if beside:
+        warn(f"adapter {source} also trains {shortened(beside, 1)}, which no prior steers: they stay as in its base")
+        adapter = {name: update for name, update in adapter.items() if name not in beside}
     updates = _match(checkpoint, adapter, source)
     biases = {f"{update.module}.bias" for update in adapter.values()}
     if config.bias == "lora_only" and not biases & adapter.keys():

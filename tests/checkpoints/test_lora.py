@@ -304,3 +304,23 @@ def test_adapters_that_have_a_name_are_told(tmp_path):
         with pytest.raises(FileNotFoundError, match=r"named holds the adapters code, math: name one of these folders$"):
             call()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "named"}
+
+
+def test_single_experts_are_set_aside_where_nothing_steers_them(tmp_path):
+    """As older versions of PEFT and transformers name them, whose classes had no stacks. A merge would lose them."""
+    save_layout(tiny_llm("qwen3_vl_moe", mlp_only_layers=[]), tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])
+    sources = {"expert": tmp_path / "adapter", "base": tmp_path / "base", "rank": 4, "progress": False}
+    expected = build_prior(**sources, output=tmp_path / "expected")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    edit_config(tmp_path / "adapter", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    held, module = load_file(file), "base_model.model.model.layers.1.mlp.experts.3.down_proj"
+    held |= {f"{module}.lora_A.weight": torch.ones(4, 32), f"{module}.lora_B.weight": torch.ones(64, 4)}
+    save_file(held, file)
+    with pytest.warns(
+        UserWarning, match=r"also trains \S+experts.3.down_proj.weight, which no prior steers: they stay"
+    ):
+        prior = build_prior(**sources, output=tmp_path / "p")
+    assert prior.metadata["weights"] == expected.metadata["weights"] and len(prior) == 2
+    with pytest.raises(ValueError, match=r"does not fit the base .*has no layers.1.mlp.experts.3.down_proj.weight$"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)

@@ -93,7 +93,7 @@ def match_weights(
     if problems:
         told = f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}"
         for source in sources.values():
-            if not any(source.claims.get(name) for name in expected):  # as under another wrapper's prefix
+            if not any(source.claims.values()):  # as under another wrapper's prefix
                 keys = " and ".join(sorted(source.keys)[:2])
                 told += f"; no key of {source.source} is one of its class, such as {keys}: save the model unwrapped"
         raise ValueError(told)

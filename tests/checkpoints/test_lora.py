@@ -307,8 +307,8 @@ def test_adapters_that_have_a_name_are_told(tmp_path):
 
 
 def test_single_experts_are_set_aside_where_nothing_steers_them(tmp_path):
-    """As older versions of PEFT and transformers name them, whose classes had no stacks. A merge would lose them."""
-    save_layout(tiny_llm("qwen3_vl_moe", mlp_only_layers=[]), tmp_path / "base")
+    """As older versions of PEFT and transformers name them, where the base is in stacks. A merge would lose them."""
+    save_layout(tiny_llm("qwen3_vl_moe", mlp_only_layers=[]), tmp_path / "base", "memory")
     save_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])
     sources = {"expert": tmp_path / "adapter", "base": tmp_path / "base", "rank": 4, "progress": False}
     expected = build_prior(**sources, output=tmp_path / "expected")

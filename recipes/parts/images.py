@@ -14,6 +14,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from drift_peft.keeping import PICTURES
+
 from .bad_sample import BadSample
 
 
@@ -47,6 +49,39 @@ class Root:
                 f"names the image {path}, which is outside of {self.folder}: name its folder with --images",
             )
         return there or found[0]
+
+
+def pictures_in(value) -> list[tuple[str | None, bytes | None]]:
+    """Name and content, one of them at least, of each picture that a value names or holds."""
+    if isinstance(value, (list, tuple)):
+        return [picture for each in value for picture in pictures_in(each)]
+    name, content = _name_and_content(value)
+    is_named = name is not None and "\n" not in name and name.lower().endswith(PICTURES)
+    return [(name, content)] if is_named or content else []
+
+
+def is_another(picture: tuple[str | None, bytes | None], images: list) -> bool:
+    """Whether it is none of those that are read. A path beside bytes, or a web address, tells where one of them lies,
+    and so does the same name in another folder."""
+    name, content = picture
+    if images and re.match("https?://", name or ""):
+        return False
+    for other, inside in map(_name_and_content, images):
+        pairs = [pair for pair in ((name and _file(name), other and _file(other)), (content, inside)) if all(pair)]
+        if not pairs or any(one == another for one, another in pairs):
+            return False
+    return True
+
+
+def _name_and_content(value) -> tuple[str | None, bytes | None]:
+    if isinstance(value, str):
+        return (None, value.encode()) if value.startswith("data:image/") else (value, None)
+    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (None, value)
+    return path if isinstance(path, str) else None, content if isinstance(content, bytes) else None
+
+
+def _file(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name
 
 
 def read_image(value, root: Root) -> tuple[dict, list[str]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .bad_sample import BadSample, printable
+from .images import is_another, pictures_in
 from .questions import THOUGHTS, read_question, with_chain
 
 LAYOUTS = r"""
@@ -34,6 +35,7 @@ the same with options or choices; the answer is a letter, a text, or an index, f
 PLACEHOLDER = "<image>"
 FOREIGN = re.compile(r"<(?:video|audio)>|<image[ _-]?\d+>")
 TURNS, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
+FILE_NAME = "file_name"  # of a picture, in the metadata.jsonl beside a folder of them, as datasets has it
 PAIR = ("prompt", "completion")
 OTHERS = ("videos", "video", "audios", "audio")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -77,7 +79,8 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
     if other:
         raise BadSample("video or audio", f"has {other}, which are not read: take samples of images and text")
     turns, layout, read, unread = _turns(sample, chains)
-    pictures = next((key for key in IMAGES if sample.get(key) is not None), None)
+    named = [key for key in IMAGES if _listed(sample.get(key))]
+    pictures = next(iter(named or [key for key in (FILE_NAME,) if pictures_in(sample.get(key))]), None)
     given = _listed(sample.get(pictures))
     messages, found = [], []
     for role, content in turns:
@@ -102,7 +105,12 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
     given = iter(given)
     images = [next(given) if value is None else value for value in found]
     used = {*read, pictures, "system"}
-    unread |= {key: _begin(value) for key, value in sample.items() if key not in used and _says(value)}
+    unread |= {key: value for key, value in sample.items() if key not in used and _says(value)}
+    for key, value in unread.items():
+        if any(is_another(picture, images) for picture in pictures_in(value)):
+            told = f"has an image under {printable(key)}, which is not read"
+            raise BadSample("image not read", f"{told}: put all images of a sample under {IMAGES[0]}, or take it out")
+    unread = {key: _begin(value) for key, value in unread.items()}
     return Sample([{"role": role, "content": _content(parts)} for role, parts in messages], images, layout, unread)
 
 
@@ -111,7 +119,7 @@ def last_answer(messages: list[dict]) -> str:
     return "".join(part["text"] or "" for part in messages[-1]["content"])
 
 
-def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, list[str], dict[str, str]]:
+def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, list[str], dict[str, object]]:
     """(role, content) of each turn, what the layout is called, the keys that were read, and what turns hold beside."""
     system = sample.get("system")
     if system is not None and not isinstance(system, str):
@@ -151,7 +159,8 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
             content = _after(turn[thought], content, thought)
         named.append((ROLES[role], content))
         used = {*names, thought}
-        unread |= {f"{key}[].{name}": _begin(said) for name, said in turn.items() if name not in used and _says(said)}
+        beside = {f"{key}[].{name}": said for name, said in turn.items() if name not in used and _says(said)}
+        unread |= {name: said for name, said in beside.items() if not pictures_in(unread.get(name))}
     return named, f"{key} ({', '.join(names)})", read, unread
 
 

@@ -203,6 +203,45 @@ def test_text_that_is_not_read_is_named():
     }  # fmt: skip
 
 
+Q, PNG = {"question": "q", "answer": "5"}, "data:image/png;base64,AAAA"
+UNREAD = [  # row, key that its sentence names
+    ({**Q, "image_path": "a/1.png"}, "image_path"), ({**Q, "img": "1.JPG"}, "img"), ({**Q, "photo": PNG}, "photo"),
+    ({**turns("q", "5"), "image_paths": ["1.png", "2.png"]}, "image_paths"), ({**Q, "scan": b"GIF8"}, "scan"),
+    ({**Q, "decoded": {"bytes": b"GIF8", "path": None}}, "decoded"), ({**Q, "img": {"path": "1.png"}}, "img"),
+    ({**Q, "image": "1.png", "image_2": "2.png"}, "image_2"), ({**Q, "images": ["1.png"], "image": "2.png"}, "image"),
+    ({**Q, "image": b"GIF8", "image_2": {"bytes": b"GIF9", "path": None}}, "image_2"),
+    ({**Q, "image_url": "https://x.org/1.png"}, "image_url"),
+    ({**Q, "image": "1.png", "file_name": "2.png"}, "file_name"),
+    ({"messages": [{"role": "user", "content": "q", "images": ["1.png"]}, *turns("q", "5")["messages"][1:]]},
+     "messages[].images"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "key"), UNREAD)
+def test_an_image_under_another_key_is_not_left_out(row, key):
+    with pytest.raises(BadSample) as error:
+        read_sample(row)
+    told = "put all images of a sample under images, or take it out"
+    assert str(error.value) == f"has an image under {key}, which is not read: {told}"
+    assert error.value.reason == "image not read"
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [({**Q, "file_name": "1.png"}, ["1.png"]),  # as datasets has it, in the metadata.jsonl beside a folder of pictures
+     ({**Q, "images": [], "image": "1.png"}, ["1.png"]),
+     ({**Q, "file_name": "part-1.txt"}, []),
+     ({**Q, "image": "1.png", "image_path": "train/1.png", "hint": "see\n2.png"}, ["1.png"]),
+     ({**Q, "image": "1.png", "file_name": "1.png", "url": "https://x.org/2.png"}, ["1.png"]),
+     ({**Q, "image": b"GIF8", "image_path": "1.png"}, [b"GIF8"]),
+     ({**Q, "image": "1.png", "decoded_image": {"bytes": b"GIF8", "path": None}}, ["1.png"]),
+     ({**Q, "image": {"bytes": b"GIF8", "path": "1.png"}, "copy": {"bytes": b"GIF8", "path": "2.png"}},
+      [{"bytes": b"GIF8", "path": "1.png"}])],
+)  # fmt: skip
+def test_the_same_image_in_two_places_is_one(row, images):
+    assert read_sample(row).images == images
+
+
 KEYS = ["messages", "role", "content", "from", "value", "type", "text", "image", "image_url", "url", "images"]
 KEYS += ["question", "answer", "solution", "options", "system", "reasoning_content", "videos", "A", "B", "label"]
 TEXTS = st.sampled_from(["user", "assistant", "system", "text", "image", "<image>", "", ".", "B", "1", "\ud800"])

@@ -8,8 +8,8 @@ The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants with
 expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping. Held
 LoRA is compared where --ways names it. All train on the same samples, with the same seeds and budget. They are examined
 on samples that were held out of the data, or on --test, and on the VLM's own answers about the images of these. Samples
-with an image in common are held out together, so that no way has trained on these images. The same command goes on
-where it was stopped.
+with an image in common, or the same question without one, are held out together, so that no way has trained on these.
+The same command goes on where it was stopped.
 
 The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
 there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
@@ -277,7 +277,7 @@ def compare(args: Namespace) -> dict:
         asked["samples with an image in common"] = "held out together"  # which earlier versions did not do
     if tested is not None and (shared := in_common(marks, marks_of(tested))):
         told = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
-        print(f"note: {told}, so that what is learnt of these images counts too", file=sys.stderr)
+        print(f"note: {told}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
@@ -285,7 +285,7 @@ def compare(args: Namespace) -> dict:
     ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         ledger.begin()  # what is made next is of these settings
-        data = split(dataset, groups, args)
+        data = split(dataset, groups, args, tested)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]

@@ -32,11 +32,8 @@ def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
     """What was kept and dropped, with the first sample of each reason."""
     table = Table("samples", "number", "the first", title=title)
     table.add_row("kept", str(kept), "; ".join(sorted(dropped.layouts)))
-    for reason, sentence in dropped.first().items():
-        table.add_row(reason, str(dropped[reason]), sentence)
-    for what, samples in dropped.changed.items():
-        (file, number), *_ = sorted(samples)
-        table.add_row(f"kept, {what}", str(len(samples)), f"sample {number} of {file.removeprefix('hf://datasets/')}")
+    for what, count, first in dropped.told():
+        table.add_row(what, str(count), first)
     for key, text in dropped.unread.items():
         table.add_row("not read", "", f"{key}: {text}")
     return table

@@ -36,7 +36,7 @@ from parts.layouts import last_answer
 from parts.loading import load_messages
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
-from parts.sources import find_files, read_file, samples
+from parts.sources import CATEGORY, read_categories
 from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +44,6 @@ from tqdm import tqdm
 
 from drift_peft.cli.parser import json_object
 
-CATEGORY = "category"  # key of a sample
 # What decides a model's answers, beside its tokenizer. A result, a journal or a card in its folder does not.
 DECIDING = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "chat_template*")
 DECIDING += ("additional_chat_templates/*",)
@@ -101,23 +100,6 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
             digest.update(f"{image.size}".encode() + image.tobytes())
         questions.append(Question(index, text, gold, category))
     return questions, digest.hexdigest()
-
-
-def read_categories(data: str, split: str, key: str | None) -> list[str]:
-    """What each sample has under a key; "all" if it is not asked for by name, and not there."""
-    values = []
-    for file in find_files(data, split, None, False)[0]:
-        rows = read_file(file, streaming=False)
-        if file.endswith(".parquet"):  # whose images are not to be read for this
-            found = (key or CATEGORY) in rows.column_names
-            values += rows.with_format(None)[key or CATEGORY] if found else [None] * len(rows)
-            continue
-        for _, sample in samples(rows[:], range(len(rows)), file):
-            sample = json.loads(sample) if isinstance(sample, str) else sample
-            values.append(sample.get(key or CATEGORY))
-    if key and all(value is None for value in values):
-        raise ValueError(f"no sample of {data} has the category {key}")
-    return ["all" if value is None else str(value) for value in values]
 
 
 def ask(questions: list[Question], dataset, model: Local, journal: Journal, prompt: str) -> None:

@@ -11,6 +11,7 @@ bad_sample    what is wrong with a sample that cannot be used
 questions     a question with its options, its answer, and the chain of thought beside it
 layouts       a sample of any layout -> messages and images
 images        pictures, wherever they lie
+trained       an answer as it is trained: its chain of thought ends, and no end token is in it
 loading       the usable samples of a source, as TRL takes them, and a count of the others
 processing    what the processor of a run is told: its settings, and the chat template
 template      what the chat template makes of an answer
@@ -31,7 +32,7 @@ scoring       the frozen scorer, and what stands for its version
 intervals     means, and their 95 % intervals by a bootstrap over samples
 ways          what a comparison compares: what each way changes in a recipe
 search        settings of the leading ways, tuned with optuna
-held_out      a comparison's samples: read, and split so that exams and training have no image in common
+held_out      a comparison's samples: read, and split so that exams and training have no image or question in common
 pace          what is said of the exams to come, and how long they take
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take

@@ -4,9 +4,12 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_type_hints
+from types import NoneType
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -169,6 +172,11 @@ def from_yaml(value):
     return read_yaml(value) if isinstance(value, str) else value
 
 
+def _or_none(kind: Callable[[str], object], value: str) -> object:
+    """A value of the command line that may be left out, which a YAML says with null."""
+    return None if value.lower() in ("null", "none") else kind(value)
+
+
 def _mirror(name: str) -> tuple:
     """A field of DriftConfig, in types that the parser knows."""
     types = {"drift_spectrum": str, "drift_modules": list[str] | None, "drift_alpha_pattern": dict | str | None}
@@ -200,6 +208,10 @@ class RecipeParser(Parser, TrlParser):
         self.hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
         usage = "%(prog)s --config FILE [--flag value ...]"
         super().__init__("sft_vlm.py", doc, types, usage=usage, parents=[self.first])
+        for action in self._actions:
+            kinds = {*get_args(self.hints.get(action.dest))}
+            if NoneType in kinds and kinds - {NoneType} in ({str}, {int}, {float}):
+                action.type = partial(_or_none, action.type)
 
     def parse_args_and_config(self, args=None, **options):
         named, flags = self.first.parse_known_args(args)  # TRL takes no --config=FILE, nor a second one

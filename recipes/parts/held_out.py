@@ -1,13 +1,14 @@
 """Samples to train on and samples to examine with, which have no image in common.
 
 Samples with an image in common, be it through others, stay together: a data set often asks several questions about an
-image. The image is its content, wherever it lies. Samples without images are each by themselves.
+image. The image is its content, wherever it lies. Samples without images stay together where they ask the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -16,24 +17,45 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 
+from .bad_sample import BadSample
 from .parquet import write_parquet
+from .sources import CATEGORY, read_categories
+
+ELSEWHERE = ("image missing", "image outside its folder")
 
 
 def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datasets.Dataset | None, str]:
-    """The samples of the recipe, those of --test, and a SHA-256 over what both say.
+    """The samples of the recipe, those of --test, and a SHA-256 over what both say. What is dropped is told.
 
     Raises:
-        ValueError: they cannot be read.
+        ValueError: they cannot be read, or more are dropped than are left.
     """
-    from .loading import load_messages
+    from .loading import load_messages, refuse_remnant, tell
 
     how = {"images": settings.get("images"), "on_bad": settings.get("on_bad", "drop")}
-    dataset, _ = load_messages(settings["data"], split=settings.get("split", "train"), **how)
-    tested = load_messages(args.test, split="test", on_bad="fail")[0] if args.test else None
+    dataset, dropped = load_messages(settings["data"], split=settings.get("split", "train"), **how)
+    refuse_remnant(settings["data"], dataset, dropped)
+    tell(dropped, sys.stderr)
+    tested = read_tested(args.test, settings.get("images")) if args.test else None
     digest = hashlib.sha256()
     for each in (dataset, tested):
         digest.update(json.dumps(each and each["messages"][:]).encode())
     return dataset, tested, digest.hexdigest()
+
+
+def read_tested(source: str, images: str | None) -> datasets.Dataset:
+    """Samples to examine with. Where their images are not beside them but in the recipe's folder, they have a category
+    as well, since they are examined in a file that has the images in it."""
+    from .loading import load_messages
+
+    how = {"split": "test", "on_bad": "fail"}
+    try:
+        return load_messages(source, **how)[0]
+    except BadSample as error:
+        if images is None or error.reason not in ELSEWHERE:
+            raise
+    dataset, _ = load_messages(source, images=images, chains=False, **how)
+    return dataset.add_column(CATEGORY, read_categories(source, "test", None))
 
 
 def has_images(dataset: datasets.Dataset) -> bool:
@@ -41,17 +63,24 @@ def has_images(dataset: datasets.Dataset) -> bool:
 
 
 def marks_of(dataset: datasets.Dataset) -> list[set[str]]:
-    """What stands for each sample's images: a hash of the content of each."""
+    """What stands for each sample: a hash of the content of each of its images, or else of all before its answer."""
     hashed = cache(lambda path: _hash(Path(path).read_bytes()))
-    plain = dataset.select_columns("images").cast_column("images", [datasets.Image(decode=False)])
+    plain = dataset.select_columns(["messages", "images"]).cast_column("images", [datasets.Image(decode=False)])
     return [
         {hashed(image["path"]) if image["bytes"] is None else _hash(image["bytes"]) for image in row["images"]}
+        or {_hash(_asked(row["messages"]).encode())}
         for row in plain
     ]
 
 
+def _asked(messages: list[dict]) -> str:
+    """What is asked in text, whatever its case and its white space."""
+    said = (part["text"] for turn in messages[:-1] for part in turn["content"])
+    return " ".join(" ".join(said).casefold().split())
+
+
 def groups_of(marks: list[set[str]]) -> list[list[int]]:
-    """The samples that have an image in common, be it through others, in the order of the first of each group."""
+    """The samples that have a mark in common, be it through others, in the order of the first of each group."""
     parents = list(range(len(marks)))
     first: dict[str, int] = {}
 
@@ -70,8 +99,10 @@ def groups_of(marks: list[set[str]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def split(dataset: datasets.Dataset, groups: list[list[int]], args: Namespace) -> dict[str, str]:
-    """The samples to train on and those that are held out, as files.
+def split(
+    dataset: datasets.Dataset, groups: list[list[int]], args: Namespace, tested: datasets.Dataset | None = None
+) -> dict[str, str]:
+    """The samples to train on and those that are held out, or tested, as files.
 
     At least --held-out are held out, more where the last group has more. A group that is larger than that comes last.
 
@@ -89,7 +120,8 @@ def split(dataset: datasets.Dataset, groups: list[list[int]], args: Namespace) -
     if 2 * held > len(dataset):
         told = f"{held} of the {len(dataset)} samples of the data would be held out"
         if len(groups) < len(dataset):
-            told += f", where samples with an image in common stay together, up to {max(map(len, groups))} of them"
+            told += ", where samples with an image in common, or the same question without one, stay together, up to "
+            told += f"{max(map(len, groups))} of them"
         raise ValueError(f"{told}: hold out fewer with --held-out, or name other samples with --test")
     rows["train"] = sorted({*range(len(dataset))} - {*rows["test"]})
     if args.search:
@@ -98,6 +130,10 @@ def split(dataset: datasets.Dataset, groups: list[list[int]], args: Namespace) -
     for name, file in files.items():
         if not file.exists():
             write_parquet(dataset.select(sorted(rows[name])), file)
+    if tested is not None and CATEGORY in tested.column_names:
+        files["test"] = args.output / "test.parquet"
+        if not files["test"].exists():
+            write_parquet(tested, files["test"], tested.features)
     return {"test": args.test, **{name: str(file) for name, file in files.items()}}
 
 
@@ -106,9 +142,9 @@ def rows_of(file: str) -> int:
 
 
 def in_common(marks: list[set[str]], others: list[set[str]]) -> int:
-    """How many of the others have an image of these."""
-    images = set().union(*marks)
-    return sum(not images.isdisjoint(each) for each in others)
+    """How many of the others have a mark of these."""
+    known = set().union(*marks)
+    return sum(not known.isdisjoint(each) for each in others)
 
 
 def note_of_kept(keep: str, measured: Path) -> str | None:

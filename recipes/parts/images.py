@@ -105,7 +105,9 @@ def read_image(value, root: Root) -> tuple[dict, list[str]]:
             value = _fetch(value)
         elif not os.path.isfile(value):
             raise BadSample(
-                "image missing", f"names the image {path}, which is not there: paths start from {root.folder}"
+                "image missing",
+                f"names the image {path}, which is not there: paths start from {root.folder}, or from the folder that "
+                "images names",
             )
         else:
             name = path

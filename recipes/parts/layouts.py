@@ -36,6 +36,7 @@ PLACEHOLDER = "<image>"
 FOREIGN = re.compile(r"<(?:video|audio)>|<image[ _-]?\d+>")
 TURNS, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
 FILE_NAME = "file_name"  # of a picture, in the metadata.jsonl beside a folder of them, as datasets has it
+UNANSWERED = "its last turn has no answer: left out"
 PAIR = ("prompt", "completion")
 OTHERS = ("videos", "video", "audios", "audio")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -50,12 +51,14 @@ class Sample(NamedTuple):
         images: in the order of their placeholders, as they are given.
         layout: the keys that were read.
         unread: keys that hold text or bytes too -> how these begin.
+        noted: what was done to it.
     """
 
     messages: list[dict]
     images: list
     layout: str
     unread: dict[str, str]
+    noted: list[str]
 
 
 def read_sample(sample: dict | str, chains: bool = True) -> Sample:
@@ -90,6 +93,12 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
             raise BadSample("placeholders != images", f"has an image in a turn of the {role}: take {PLACEHOLDER} out")
         found += [value for kind, value in parts if kind == "image"]
         messages.append((role, parts))
+    noted = []
+    if [role for role, _ in messages[-2:]] == ["assistant", "user"] and all(
+        kind == "text" for kind, _ in messages[-1][1]
+    ):
+        noted = [UNANSWERED]
+        messages.pop()
     _check_turns(messages)
     if not found and given:  # nobody said where
         found = [None] * len(given)
@@ -111,7 +120,8 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
             told = f"has an image under {printable(key)}, which is not read"
             raise BadSample("image not read", f"{told}: put all images of a sample under {IMAGES[0]}, or take it out")
     unread = {key: _begin(value) for key, value in unread.items()}
-    return Sample([{"role": role, "content": _content(parts)} for role, parts in messages], images, layout, unread)
+    turned = [{"role": role, "content": _content(parts)} for role, parts in messages]
+    return Sample(turned, images, layout, unread, noted)
 
 
 def last_answer(messages: list[dict]) -> str:

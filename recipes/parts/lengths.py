@@ -8,7 +8,7 @@ import datasets
 from tqdm import tqdm
 
 from .bad_sample import BadSample
-from .loading import PLACE, Dropped
+from .loading import LONGER, PLACE, Dropped
 
 
 def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Dropped):
@@ -18,12 +18,13 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
 
     Args:
         dropped: gets how many others there are, under "longer than <max_tokens> tokens", or "refused by the processor",
-            which would stop the training too.
+            which would stop the training too; and, but for a stream, all lengths.
 
     Raises:
         BadSample: with on_long="fail", or if none is left.
     """
     bad: list[BadSample] = []
+    is_stream = isinstance(dataset, datasets.IterableDataset)
 
     def fits(sample: dict, index: int) -> bool:
         place = sample.get(PLACE) or f"sample {index + 1}"
@@ -33,10 +34,12 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
             said = " ".join(str(error).split())
             problem = BadSample("refused by the processor", f"{place} is refused by the processor: {said}")
         else:
+            if not is_stream:
+                dropped.lengths.append(length)
             if length <= max_tokens:
                 return True
             problem = BadSample(
-                f"longer than {max_tokens} tokens",
+                f"{LONGER} {max_tokens} tokens",
                 f"{place} has {length} tokens, its images' included, and max_tokens allows {max_tokens}: "
                 "allow more, or make the images smaller" + ", or set on_long to drop" * (on_long == "fail"),
             )
@@ -46,7 +49,7 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
         dropped.add(problem)
         return False
 
-    if isinstance(dataset, datasets.IterableDataset):
+    if is_stream:
         return dataset.filter(fits, with_indices=True)
     kept = [i for i, sample in enumerate(tqdm(dataset, desc="counting tokens", disable=None)) if fits(sample, i)]
     if not kept:

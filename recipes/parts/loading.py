@@ -8,9 +8,12 @@ image beside it.) Tags such as <think> stay plain text.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import datasets
 import pyarrow as pa
@@ -20,6 +23,7 @@ from .images import read_image
 from .layouts import last_answer, read_sample
 from .reading import extract_boxed
 from .sources import find_files, read_file, samples
+from .trained import as_trained
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -28,6 +32,8 @@ FEATURES = datasets.Features(
         "images": [datasets.Image(mode="RGB")],
     }
 )
+LONGER = "longer than"  # so many tokens: how this reason begins
+REPEATED = "the same as an earlier one"
 PLACE = "place"  # a column with the name of each sample, where it is asked for
 
 
@@ -38,7 +44,8 @@ class Dropped(Counter):
         sentences: what is wrong with each -> its reason.
         layouts: the layouts of the others.
         unread: keys of the others that hold text and are not read -> how the first such text begins.
-        changed: what was done to an image -> the others that have such an image.
+        noted: what was done to a sample or its images, or is to be known of it -> the others that this is said of.
+        lengths: tokens of the samples that were counted, those of the longer ones included.
     """
 
     def __init__(self):
@@ -46,7 +53,8 @@ class Dropped(Counter):
         self.sentences: dict[str, str] = {}
         self.layouts: set[str] = set()
         self.unread: dict[str, str] = {}
-        self.changed: dict[str, set[tuple[str, int]]] = {}
+        self.noted: dict[str, set[tuple[str, int]]] = {}
+        self.lengths: list[int] = []
 
     def add(self, error: BadSample) -> None:
         if str(error) not in self.sentences:
@@ -61,11 +69,22 @@ class Dropped(Counter):
         """Reason -> what is wrong with each of its samples."""
         return {why: [said for said, reason in self.sentences.items() if reason == why] for why in self}
 
+    def told(self) -> list[tuple[str, int, str]]:
+        """What is dropped and what is noted, how many samples that is, and the first of them."""
+        lines = [(f"dropped, {reason}", self[reason], sentence) for reason, sentence in self.first().items()]
+        for what, places in self.noted.items():
+            lines.append((f"kept, {what}", len(places), place_of(*min(places))))
+        return lines
+
     def report(self) -> dict:
         """All of it, in types that JSON has."""
-        changed = {what: len(samples) for what, samples in self.changed.items()}
+        noted = {what: len(places) for what, places in self.noted.items()}
         told = {"dropped": dict(self), "first": self.first(), "layouts": sorted(self.layouts)}
-        return {**told, "unread": self.unread, "changed": changed}
+        return {**told, "unread": self.unread, "noted": noted}
+
+
+def place_of(file: str, number: int) -> str:
+    return f"sample {number} of {file.removeprefix('hf://datasets/')}"
 
 
 def load_messages(
@@ -89,7 +108,8 @@ def load_messages(
             meanwhile, in the process that iterates.
         on_bad: "fail" raises at the first sample that cannot be used.
         boxed: drop samples whose last answer has no \boxed{…}.
-        chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
+        chains: put the chain of thought that stands beside an answer before it, drop an answer whose chain does not end
+            or is all of it, and take end tokens out; else the last turn is the answer.
         places: add the column PLACE, which says of each sample where it stands in the source.
 
     Raises:
@@ -99,15 +119,17 @@ def load_messages(
     files, root = find_files(str(source), split, images, streaming)
     features = datasets.Features({**FEATURES, PLACE: TEXT}) if places else FEATURES
     dropped = Dropped()
+    seen: dict[str, tuple[str, int]] = {}  # where each sample comes first: a stream may be read again
 
     def keep(table: pa.Table, indices: list[int], file: str) -> pa.Table:
         columns = {name: [] for name in features}
         for number, sample in samples(table, indices, file):
-            place = f"sample {number} of {file.removeprefix('hf://datasets/')}"
+            place = place_of(file, number)
             try:
                 read = read_sample(sample, chains)
                 if boxed and not extract_boxed(last_answer(read.messages)):
                     raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
+                messages, noted = as_trained(read.messages) if chains else (read.messages, [])
                 images = [read_image(value, root) for value in read.images]
             except (BadSample, RecursionError) as error:
                 reason = getattr(error, "reason", "nested too deeply")
@@ -116,14 +138,17 @@ def load_messages(
                     raise named from error
                 dropped.add(named)
             else:
-                columns["messages"].append(read.messages)
+                columns["messages"].append(messages)
                 columns["images"].append([image for image, _ in images])
                 if places:
                     columns[PLACE].append(place)
+                said = json.dumps([messages, [image["path"] or _hash(image["bytes"]) for image, _ in images]])
+                if seen.setdefault(_hash(said.encode()), (file, number)) != (file, number):
+                    noted.append(REPEATED)
                 dropped.layouts.add(read.layout)
                 dropped.unread = read.unread | dropped.unread
-                for what in (what for _, done in images for what in done):
-                    dropped.changed.setdefault(what, set()).add((file, number))
+                for what in [*read.noted, *noted, *(what for _, done in images for what in done)]:
+                    dropped.noted.setdefault(what, set()).add((file, number))
         return pa.Table.from_pydict(features.encode_batch(columns), schema=features.arrow_schema)
 
     parts = []
@@ -141,6 +166,35 @@ def load_messages(
     return dataset, dropped
 
 
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def nothing_left(source: str | Path, dropped: Dropped) -> BadSample:
     reasons = [f"{dropped[reason]} {reason} ({sentence})" for reason, sentence in dropped.first().items()]
     return BadSample("none left", f"no sample of {source} is left: {'; '.join(reasons) or 'it has none'}")
+
+
+def tell(dropped: Dropped, file: TextIO | None = None) -> None:
+    """Print what was dropped and noted, with the first sample of each; where some are too long, how long they are."""
+    for what, count, first in dropped.told():
+        print(f"{what}: {count} (the first: {first})", file=file)
+    lengths = sorted(dropped.lengths)
+    if lengths and any(reason.startswith(LONGER) for reason in dropped):
+        nearly_all = lengths[math.ceil(0.95 * len(lengths)) - 1]
+        print(f"the longest sample has {lengths[-1]} tokens, and 95 % have at most {nearly_all}", file=file)
+    for key, text in dropped.unread.items():
+        print(f"not read: {key}, such as {text}", file=file)
+
+
+def refuse_remnant(source: str | Path, dataset: datasets.Dataset | datasets.IterableDataset, dropped: Dropped) -> None:
+    """More bad samples than good ones are rather a mistake, as where the folder of the images is not the one.
+
+    Raises:
+        ValueError: they are more; of a stream, nobody knows yet.
+    """
+    bad = sum(dropped.values())
+    if isinstance(dataset, datasets.Dataset) and bad > len(dataset):
+        reasons = "; ".join(f"{dropped[reason]} {reason} ({first})" for reason, first in dropped.first().items())
+        way_out = "mend them, or let recipes/data.py write what is left to a file, and train on that"
+        raise ValueError(f"{bad} of the {bad + len(dataset)} samples of {source} cannot be used: {reasons}: {way_out}")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from datasets import Features
 from datasets.table import embed_table_storage, table_cast
 
 from drift_peft.checkpoints import only_writer
@@ -13,7 +14,7 @@ from drift_peft.checkpoints import only_writer
 from .loading import FEATURES
 
 
-def write_parquet(dataset, output: Path) -> int:
+def write_parquet(dataset, output: Path, features: Features = FEATURES) -> int:
     """Write messages and images, whose bytes are put in, as one file, which is there when it is complete.
 
     Returns:
@@ -25,9 +26,9 @@ def write_parquet(dataset, output: Path) -> int:
     unfinished, rows = output.with_name(f"{output.name}.tmp"), 0
     with only_writer(output):
         try:
-            with pq.ParquetWriter(unfinished, FEATURES.arrow_schema) as writer:
+            with pq.ParquetWriter(unfinished, features.arrow_schema) as writer:
                 for batch in dataset.with_format("arrow").iter(batch_size=64):
-                    writer.write_table(embed_table_storage(table_cast(batch, FEATURES.arrow_schema)))
+                    writer.write_table(embed_table_storage(table_cast(batch, features.arrow_schema)))
                     rows += len(batch)
             if rows:
                 os.replace(unfinished, output)

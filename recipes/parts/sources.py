@@ -21,6 +21,7 @@ from drift_peft.keeping import PICTURES, explained
 
 from .images import Root
 
+CATEGORY = "category"  # key of a sample
 FILES = (".json", ".jsonl", ".parquet")
 
 
@@ -100,6 +101,23 @@ def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[in
         rows = _read_document(text, file)
         indices = range(len(rows))
     yield from ((i + 1, row) for i, row in zip(indices, rows, strict=True) if not isinstance(row, str) or row.strip())
+
+
+def read_categories(data: str, split: str, key: str | None) -> list[str]:
+    """What each sample has under a key; "all" if it is not asked for by name, and not there."""
+    values = []
+    for file in find_files(data, split, None, False)[0]:
+        rows = read_file(file, streaming=False)
+        if file.endswith(".parquet"):  # whose images are not to be read for this
+            found = (key or CATEGORY) in rows.column_names
+            values += rows.with_format(None)[key or CATEGORY] if found else [None] * len(rows)
+            continue
+        for _, sample in samples(rows[:], range(len(rows)), file):
+            sample = json.loads(sample) if isinstance(sample, str) else sample
+            values.append(sample.get(key or CATEGORY))
+    if key and all(value is None for value in values):
+        raise ValueError(f"no sample of {data} has the category {key}")
+    return ["all" if value is None else str(value) for value in values]
 
 
 def _read_document(text: str, file: str) -> list[dict | str]:

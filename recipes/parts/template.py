@@ -26,6 +26,7 @@ def check_template(dataset, processor) -> None:
     tokenizer = getattr(processor, "tokenizer", processor)
     ends = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends |= {*tokenizer.all_special_tokens}
+    eos = tokenizer.eos_token
 
     def rendered(turns: list[dict]) -> str:
         return processor.apply_chat_template(turns, tokenize=False)
@@ -44,6 +45,10 @@ def check_template(dataset, processor) -> None:
         place = said.rfind(answer)
         if place < 0:
             raise ValueError(f"{told}template makes of it {_short(said)}: {way_out}, such as a .jinja file")
+        after = said[place + len(answer) :].strip()
+        twice = next((end for end in ends if answer.endswith(end) and (after.startswith(end) or end == eos)), None)
+        if twice:
+            raise ValueError(f"{told}template ends it too: take {twice} out of the answers")
         if not any(end in said[place + len(answer) :] for end in ends):
             raise ValueError(f"{told}template writes {_short(said)}, with no token that ends it: {way_out} and ends it")
 

@@ -13,7 +13,7 @@ from drift_peft.keeping import image_mode
 
 from .arguments import RunArguments, TrainArguments
 from .lengths import within_length
-from .loading import PLACE, load_messages, nothing_left
+from .loading import PLACE, load_messages, nothing_left, refuse_remnant, tell
 from .template import check_template
 
 SHUFFLED = 256  # samples of a stream, of which the next one is drawn; their images are in memory
@@ -27,6 +27,7 @@ def load_data(run: RunArguments, processor: Any) -> tuple[Dataset | IterableData
     """
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad, "places": True}
     dataset, dropped = load_messages(run.data, split=run.split, **options)
+    refuse_remnant(run.data, dataset, dropped)
     dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
     if run.streaming and next(iter(dataset), None) is None:  # else the trainer would find no first sample
@@ -34,10 +35,8 @@ def load_data(run: RunArguments, processor: Any) -> tuple[Dataset | IterableData
     check_template(dataset, processor)
     dataset = dataset.remove_columns(PLACE)
     data = {**dropped.report(), "dropped": dropped, **describe(dataset)}  # a stream's grows
-    told = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-    print(f"{data['samples'] or 'streamed'} samples; dropped: {told}")
-    for key, text in dropped.unread.items():
-        print(f"not read: {key}, such as {text}")
+    print(f"{data['samples'] or 'streamed'} samples; dropped: {sum(dropped.values()) or 'none'}")
+    tell(dropped)
     return dataset, data
 
 

@@ -155,7 +155,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     out = run("a.jsonl", "-o", tmp_path / "out.parquet", capsys=capsys)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["kept", "1", "question, answer"] in rows
-    assert ["empty answer", "2", "sample 2 of a.jsonl has a turn of the assistant that says nothing"] in rows
+    assert ["dropped, empty answer", "2", "sample 2 of a.jsonl has a turn of the assistant that says nothing"] in rows
 
 
 SILENT = "sample 1 of a.jsonl has a turn of the assistant that says nothing"

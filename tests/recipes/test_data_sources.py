@@ -46,7 +46,7 @@ def test_an_image_is_trained_as_it_looks(kind, streaming):
     for _ in range(2):  # a stream may be read again
         (sample,) = dataset
     assert not dropped and np.abs(np.asarray(sample["images"][0]) - np.asarray(grey, int)[..., None]).max() <= 1
-    assert dropped.report()["changed"] == ({counted: 1} if counted else {})
+    assert dropped.report()["noted"] == ({counted: 1} if counted else {})
 
 
 def test_palettes_with_a_transparent_colour_and_images_of_several_frames():
@@ -57,7 +57,7 @@ def test_palettes_with_a_transparent_colour_and_images_of_several_frames():
     Image.new("F", (4, 4), float("nan")).save("c.tiff")
     save([{"messages": turns(), "images": [name]} for name in ("a.gif", "b.webp", "c.tiff")], "a.jsonl")
     dataset, dropped = load_messages("a.jsonl")
-    assert dropped.report()["changed"] == {"transparent: on white": 1, "several frames: the first": 1}
+    assert dropped.report()["noted"] == {"transparent: on white": 1, "several frames: the first": 1}
     assert dropped == {"image broken": 1} and "it has values that are no numbers" in dropped.first()["image broken"]
     assert (np.asarray(dataset[0]["images"][0]) == 255).all() and pixels(dataset[1]) == pictures(0)
 

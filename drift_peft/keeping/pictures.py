@@ -211,4 +211,6 @@ def explained(source: str, failed: str = "cannot be read as a data set") -> Iter
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{source} {failed}: {first_line(error.__cause__ or error)}") from error
+        cause = error.__cause__ or error
+        why = "it is not in UTF-8: convert it, as with iconv" if isinstance(cause, UnicodeError) else first_line(cause)
+        raise ValueError(f"{source} {failed}: {why}") from error

@@ -18,6 +18,9 @@ from drift_peft.keeping import PICTURES
 
 from .bad_sample import BadSample
 
+SHOWN = 80  # signs of a path that a sentence has
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+
 
 @dataclass(frozen=True)
 class Root:
@@ -36,7 +39,7 @@ class Root:
         inside = [part for part in here.parts if part != ".."]
         if "://" in self.folder:  # a hub repository has nothing outside itself
             if here.is_absolute() or not inside or "::" in path:  # which fsspec would take for a chain of addresses
-                raise BadSample("image missing", f"names the image {path!r}, which is no path in {self.folder}")
+                raise BadSample("image missing", f"names the image {_shown(path)!r}, which is no path in {self.folder}")
             return f"{self.folder}/{'/'.join(inside[inside[0] == self.name :])}"
         root = os.path.abspath(self.folder)
         places = [path, "/".join(inside)] + (["/".join(inside[1:])] if inside[:1] == [self.name] else [])
@@ -46,7 +49,7 @@ class Root:
         if there is None and os.path.isfile(found[0]):
             raise BadSample(
                 "image outside its folder",
-                f"names the image {path}, which is outside of {self.folder}: name its folder with --images",
+                f"names the image {_shown(path)}, which is outside of {self.folder}: name its folder with --images",
             )
         return there or found[0]
 
@@ -75,7 +78,8 @@ def is_another(picture: tuple[str | None, bytes | None], images: list) -> bool:
 
 def _name_and_content(value) -> tuple[str | None, bytes | None]:
     if isinstance(value, str):
-        return (None, value.encode()) if value.startswith("data:image/") else (value, None)
+        content = value.encode() if value.startswith("data:image/") else _bare(value)
+        return None if content else value, content
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (None, value)
     return path if isinstance(path, str) else None, content if isinstance(content, bytes) else None
 
@@ -94,25 +98,25 @@ def read_image(value, root: Root) -> tuple[dict, list[str]]:
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, str) and value.startswith("data:"):
-        value = _decode(value)
+    if isinstance(value, str):
+        value = _decode(value) if value.startswith("data:") else _bare(value) or value.removeprefix("file://")
     name = "in its bytes"
     if isinstance(value, str):
         if re.match(r"https?://", value):
-            raise BadSample("image missing", f"names the web address {value}: download it, and name the file")
+            raise BadSample("image missing", f"names the web address {_shown(value)}: download it, and name the file")
         path, value = value, root.locate(value)
         if "://" in root.folder:
             value = _fetch(value)
         elif not os.path.isfile(value):
             raise BadSample(
                 "image missing",
-                f"names the image {path}, which is not there: paths start from {root.folder}, or from the folder that "
-                "images names",
+                f"names the image {_shown(path)}, which is not there: paths start from {root.folder}, or from the "
+                "folder that images names",
             )
         else:
             name = path
     if not isinstance(value, (str, bytes)):
-        raise BadSample("image missing", f"has an image that is {value!r}: a path, or the bytes of a file")
+        raise BadSample("image missing", f"has an image that is {_shown(repr(value))}: a path, or the bytes of a file")
     converted, done = _convert(value, name)
     if converted is not None or isinstance(value, bytes):
         return {"bytes": converted or value, "path": None}, done
@@ -182,9 +186,25 @@ def _decode(address: str) -> bytes:
         raise BadSample("image broken", f"has a broken image in a data: address: {error}") from error
 
 
+def _bare(text: str) -> bytes | None:
+    """The image that a text is in base64, without an address around it; None if it is none."""
+    if len(text) < SHOWN or not BASE64.fullmatch(text):
+        return None
+    try:
+        content = base64.b64decode(text)
+        PIL.Image.open(io.BytesIO(content)).close()
+    except Exception:  # of any kind, as in `_convert`: then it is a path
+        return None
+    return content
+
+
+def _shown(path: str) -> str:
+    return path if len(path) <= SHOWN else f"{path[:SHOWN]}…"
+
+
 def _fetch(address: str) -> bytes:
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()
     except (FileNotFoundError, IsADirectoryError, ValueError) as error:
-        raise BadSample("image missing", f"names the image {address}, which is not there") from error
+        raise BadSample("image missing", f"names the image {_shown(address)}, which is not there") from error

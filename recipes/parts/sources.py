@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import functools
 import json
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import fsspec
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
@@ -20,20 +22,23 @@ from huggingface_hub import snapshot_download
 from drift_peft.keeping import PICTURES, explained
 
 from .images import Root
+from .layouts import TURNS
 
 CATEGORY = "category"  # key of a sample
 FILES = (".json", ".jsonl", ".parquet")
+DOCUMENT = "document"  # column of a file that is one text
+START = 1000  # bytes of a file that tell how it is to be read
 
 
 def find_files(source: str, split: str, images: str | Path | None, streaming: bool) -> tuple[list[str], Root]:
     """The files of a source's split, and where its images are. ValueError if there are none."""
     path = Path(source)
     if path.is_dir():
-        files, root = _split_files(source, split), Root(source, path.resolve().name)
-    elif path.exists() or path.suffix in FILES:
+        files, root = _saved_files(path, split) or _split_files(source, split), Root(source, path.resolve().name)
+    elif path.exists() or _is_data(source):
         if not path.exists():
             raise ValueError(f"there is no file {source} here: a path begins where the command is run")
-        if path.suffix not in FILES:
+        if not _is_data(source):
             raise ValueError(f"{source} is no file to be read: take one of {', '.join(FILES)}, a folder, or a hub id")
         files, root = [source], Root(str(path.parent), path.resolve().parent.name)
     else:
@@ -54,13 +59,18 @@ def find_files(source: str, split: str, images: str | Path | None, streaming: bo
 def read_file(file: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """A file's rows in arrow format; of JSON, its text: the reader of datasets makes 1.5 of an answer "1.50" where a
     column mixes types, and loses the whole file to one torn line."""
-    if file.endswith(".parquet"):
-        kind, options = "parquet", {}
-    else:
-        by = "line" if file.endswith(".jsonl") else "document"
-        features = datasets.Features({"text": datasets.Value("string")})
-        kind, options = "text", {"sample_by": by, "encoding": "utf-8-sig", "features": features}
+    suffix = Path(file).suffix.lower()
     with explained(file, "cannot be read"):
+        if suffix in (".json", ".jsonl"):
+            with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as content:
+                start = content.read(START).removeprefix(codecs.BOM_UTF8).lstrip()
+            if not start:
+                raise ValueError("it is empty")
+            name, by = (DOCUMENT, "document") if suffix == ".json" or start.startswith(b"[") else ("text", "line")
+            features = datasets.Features({name: datasets.Value("string")})
+            kind, options = "text", {"sample_by": by, "encoding": "utf-8-sig", "features": features}
+        else:
+            kind, options = suffix[1:], {}
         options |= {"data_files": file, "cache_dir": scratch(datasets.config.HF_DATASETS_CACHE)}
         rows = datasets.load_dataset(kind, split="train", streaming=streaming, **options)
     return rows.with_format("arrow")
@@ -92,14 +102,12 @@ def _remove(lock_file: Path, lock: FileLock | None = None) -> None:
 
 def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[int, dict | str]]:
     """Number, from 1, and content of the samples in some rows of a file; a line of JSON as its text, if it has some."""
-    if file.endswith(".parquet"):
-        rows = table.to_pylist()
-    elif file.endswith(".jsonl"):
-        rows = table["text"].to_pylist()
-    else:
-        (text,) = table["text"].to_pylist()
+    if DOCUMENT in table.column_names:
+        (text,) = table[DOCUMENT].to_pylist()
         rows = _read_document(text, file)
         indices = range(len(rows))
+    else:
+        rows = table["text"].to_pylist() if is_json(file) else table.to_pylist()
     yield from ((i + 1, row) for i, row in zip(indices, rows, strict=True) if not isinstance(row, str) or row.strip())
 
 
@@ -108,7 +116,7 @@ def read_categories(data: str, split: str, key: str | None) -> list[str]:
     values = []
     for file in find_files(data, split, None, False)[0]:
         rows = read_file(file, streaming=False)
-        if file.endswith(".parquet"):  # whose images are not to be read for this
+        if not is_json(file):  # whose images are not to be read for this
             found = (key or CATEGORY) in rows.column_names
             values += rows.with_format(None)[key or CATEGORY] if found else [None] * len(rows)
             continue
@@ -121,24 +129,67 @@ def read_categories(data: str, split: str, key: str | None) -> list[str]:
 
 
 def _read_document(text: str, file: str) -> list[dict | str]:
-    """A list of samples, one sample, or one in each line."""
+    """A list of samples, one sample, one in each line, or samples under one key or under a key for each."""
+    is_lines = file.lower().endswith(".jsonl")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
+        if text.lstrip().startswith("[") and not is_lines:
             raise ValueError(f"{file} is no valid JSON: {error}") from error
         return text.split("\n")
+    if is_lines and not all(isinstance(row, dict) for row in content):  # its first line alone is a list
+        return text.split("\n")
+    if isinstance(content, dict):
+        values = [*content.values()]
+        if values and all(isinstance(value, dict) for value in values):
+            return values
+        inside = values[0] if len(values) == 1 and not {*content} & {*TURNS} else None  # "data", often
+        content = inside if isinstance(inside, list) and all(isinstance(row, dict) for row in inside) else [content]
     return content if isinstance(content, list) else [content]
 
 
+def is_json(file: str) -> bool:
+    return file.lower().endswith((".json", ".jsonl"))
+
+
+def _is_data(file: str | Path) -> bool:
+    return Path(file).suffix.lower() in FILES
+
+
+def _saved_files(folder: Path, split: str) -> list[str]:
+    """The files of what a data set's save_to_disk has written; none if it is another folder."""
+    with explained(str(folder), "cannot be read"):
+        if (several := folder / "dataset_dict.json").exists():
+            splits = json.loads(several.read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise ValueError(f"it has no split {split}, but {', '.join(splits)}")
+            folder = folder / split
+        state = folder / "state.json"
+        if not state.exists():
+            return []
+        found = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    return [str(folder / file["filename"]) for file in found]
+
+
 def _split_files(source: str, split: str) -> list[str]:
-    """A split by the rules of datasets: what the repository's card says, else the names of its files."""
-    name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
-    with explained(source, "cannot be read"):
-        found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
+    """A split by the rules of datasets: what the repository's card says, else the names of its files. A folder whose
+    files datasets takes for something else, such as a set of pictures, may have one that is meant."""
+    is_here = Path(source).is_dir()
+    name, _, revision = (source, "", "") if is_here else source.partition("@")
+    there = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
+    try:
+        with explained(source, "cannot be read"):
+            found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
+    except ValueError:
+        if not there:
+            raise
+        found = {split: []}
     if split not in found:
         raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, found)) or 'none'}")
-    files = [file for file in found[split] if Path(file).suffix in FILES]
+    files = [file for file in found[split] if _is_data(file)] or there
     if not files:
         raise ValueError(f"{source} has for {split} no file of the kinds {', '.join(FILES)}: convert it to one of them")
+    if files is there and len(there) > 1:
+        named = ", ".join(there[:5]) + ", …" * (len(there) > 5)
+        raise ValueError(f"which files of {source} are for {split}, their names do not say: name one of {named}")
     return files

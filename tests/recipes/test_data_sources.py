@@ -1,10 +1,12 @@
 """recipes/data.py: files, folders and data sets on the hub as sources, and pictures of every kind."""
 
+import base64
 import json
 import os
 from pathlib import Path
 
 import chain_files
+import datasets
 import numpy as np
 import pytest
 from chain_files import ONE, encoded, load, picture, pictures, pixels, save, turns
@@ -12,8 +14,8 @@ from filelock import FileLock
 from hub import Hub
 from huggingface_hub import HfFileSystem
 from parts import sources
-from parts.layouts import BadSample
-from parts.loading import load_messages
+from parts.layouts import BadSample, read_sample
+from parts.loading import TEXT, load_messages
 from PIL import Image
 
 folder = chain_files.folder  # fixture
@@ -117,8 +119,8 @@ def test_a_folder_of_files_has_splits_by_their_names(folder):
     ("source", "content", "sentence"),
     [("missing.jsonl", None, "there is no file missing.jsonl here: a path begins where"),
      ("a.csv", b"a,b", "a.csv is no file to be read: take one of .json"),
-     ("a.jsonl", b"", "a.jsonl cannot be read: "),
-     ("a.jsonl", b"\xff\xfe{}", "a.jsonl cannot be read: 'utf-8' codec can't decode byte 0xff"),
+     ("a.jsonl", b"\xef\xbb\xbf \n", "a.jsonl cannot be read: it is empty"),
+     ("a.jsonl", b"\xff\xfe{}", "a.jsonl cannot be read: it is not in UTF-8: convert it, as with iconv"),
      ("a.parquet", b"PAR1 torn", "a.parquet cannot be read: "),
      ("a.json", b'[{"question": "a", "answer', "a.json is no valid JSON: Unterminated string")],
 )  # fmt: skip
@@ -135,6 +137,72 @@ def test_a_json_file_may_be_lines_or_one_sample(content, folder):
     (folder / "a.json").write_text(content + ("\n" + content if "\n" not in content else ""))
     samples, dropped = load("a.json")
     assert len(samples) == (1 if "\n" in content else 2) and not dropped
+
+
+ROWS = [{"question": "a", "answer": "1.50"}, {"question": "b", "answer": "5"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("a.jsonl", json.dumps(ROWS)), ("b.jsonl", "\ufeff\n" + json.dumps(ROWS, indent=1)),
+     ("a.JSONL", "\n".join(map(json.dumps, ROWS))), ("a.JSON", json.dumps(ROWS)),
+     ("a.json", json.dumps({"data": ROWS})), ("b.json", json.dumps(dict(zip("12", ROWS, strict=True))))],
+)  # fmt: skip
+def test_what_holds_the_samples_may_be_another_one(file, content):
+    Path(file).write_text(content, encoding="utf-8")
+    dataset, dropped = load_messages(file)
+    assert not dropped and [sample["messages"][1]["content"][0]["text"] for sample in dataset] == ["1.50", "5"]
+    assert sources.read_categories(file, "train", "question") == ["a", "b"]
+
+
+def test_a_torn_list_or_a_list_in_the_first_line_is_no_reason_to_lose_the_lines():
+    lines = ["[1]", "[" * 5, *map(json.dumps, ROWS)]
+    Path("a.jsonl").write_text("\n".join(lines))
+    dataset, dropped = load_messages("a.jsonl")
+    assert len(dataset) == 2 and dropped == {"unknown layout": 1, "broken JSON": 1}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_save_to_disk_has_written_is_read_where_it_lies(streaming, folder):
+    rows = [{"question": "how many?", "answer": f"{i}", "image": picture(i)} for i in range(2)]
+    features = datasets.Features({"question": TEXT, "answer": TEXT, "image": datasets.Image()})
+    saved = datasets.Dataset.from_list(rows, features=features)
+    saved.save_to_disk("one", num_shards=2)
+    datasets.DatasetDict({"train": saved, "dev": saved.select([1])}).save_to_disk("two")
+    before = sorted(folder.rglob("*"))
+    for source, split, numbers in (("one", "train", [0, 1]), ("two", "train", [0, 1]), ("two", "dev", [1])):
+        dataset, _ = load_messages(source, split=split, streaming=streaming)
+        assert [pixels(sample) for sample in dataset] == [pictures(i) for i in numbers]
+    assert sources.read_categories("two", "dev", "answer") == ["1"]
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(ValueError, match=r"^two cannot be read: it has no split test, but train, dev$"):
+        load_messages("two", split="test")
+
+
+def test_a_file_beside_pictures_is_the_one_that_is_meant(folder):
+    save([{"messages": turns(), "images": [f"{i}.png"]} for i in range(3)], "images/data.json")
+    assert [pixels(sample) for sample in load("images")[0]] == [pictures(i) for i in range(3)]
+    save(ROWS, "images/other.jsonl")
+    told = (
+        "which files of images are for train, their names do not say: name one of images/data.json, images/other.jsonl"
+    )
+    with pytest.raises(ValueError, match=told):
+        load_messages("images")
+
+
+def test_an_image_is_an_address_of_this_machine_or_bare_base64(folder):
+    text = base64.b64encode(encoded(2)).decode()
+    long, broken = f"{'a' * 500}.png", text[: len(text) // 8 * 4]
+    images = [f"file://{folder}/images/1.png", text, "file:///etc/hostname", long, f"https://x.org/{long}", broken]
+    save([{"messages": turns(), "images": [image]} for image in images], "a.jsonl")
+    samples, dropped = load("a.jsonl")
+    assert [pixels(sample) for sample in samples] == [pictures(1), pictures(2)]
+    sentences = [*dropped.sentences]
+    assert dropped == {"image outside its folder": 1, "image missing": 2, "image broken": 1}
+    assert "names the image /etc/hostname, which is outside of" in sentences[0]
+    assert f"names the image {'a' * 80}…, which is not there" in sentences[1] and max(map(len, sentences)) < 300
+    with pytest.raises(BadSample, match="has an image under scan, which is not read"):
+        read_sample({"question": "a", "answer": "5", "scan": text})
 
 
 class DataSets:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import split_revision
-from ..warn import first_line
+from ..warn import first_line, warn
 from .file import decode_image, upright
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -26,35 +26,54 @@ MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipe
 
 
 def read_pictures(source: Any, count: int, seed: int) -> list[bytes]:
-    """Files of at most `count` different images, drawn from the source; each can be decoded.
+    """Files of at most `count` different images, drawn from the source; each can be decoded. Of a folder or a data set,
+    those that are missing or broken are left out, and a warning says how many.
 
     Args:
         source: a folder of pictures, a .json, .jsonl or .parquet file or a folder of such, a hub data set (`id` or
             `id@revision`), a `datasets.Dataset`, or a sequence of paths or PIL images.
 
     Raises:
-        FileNotFoundError: there is no such source, or an image that it names is missing.
-        ValueError: there are no images in it, or one cannot be read.
+        FileNotFoundError: there is no such source; an image of a list is missing, or all of a data set are.
+        ValueError: there are no images in it; one of a list is broken, or all of a folder or a data set are.
         ImportError: the source needs the package datasets, which is missing.
     """
     found: dict[bytes, None] = {}
+    left_out: list[OSError | ValueError] = []
     for value, folder, name in _drawn(source, seed):
-        content = _content(value, folder, name)
-        if content in found:
-            continue
         try:
-            decode_image(content)
-        except ImportError:
-            raise
-        except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name} is a broken image or none: take it out ({reason})") from error
+            content = _content(value, folder, name)
+            if content not in found:
+                _check(content, name)
+        except (FileNotFoundError, Broken) as error:
+            if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
+                raise
+            left_out.append(error)
+            continue
         found[content] = None
         if len(found) == count:
             break
+    if not found and left_out:
+        raise left_out[0]
     if not found:
         raise ValueError(f"there are no images in {source if isinstance(source, (str, Path)) else 'what was given'}")
+    if left_out:
+        warn(f"{len(left_out)} of the {len(left_out) + len(found)} images that were drawn are left out: {left_out[0]}")
     return [*found]
+
+
+class Broken(ValueError):
+    """An image that cannot be decoded."""
+
+
+def _check(content: bytes, name: str) -> None:
+    try:
+        decode_image(content)
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …
+        reason = " ".join(str(error).split())
+        raise Broken(f"{name} is a broken image or none: take it out ({reason})") from error
 
 
 def _can_be_read(source: Any) -> bool:

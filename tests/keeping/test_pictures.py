@@ -1,0 +1,30 @@
+"""The images that a keep set is made of: what becomes of those that cannot be read."""
+
+import json
+
+import pytest
+from chain_files import encoded
+
+from drift_peft.keeping.pictures import read_pictures
+
+
+def test_an_image_that_is_broken_or_missing_is_left_out_of_a_folder_and_a_data_set(tmp_path):
+    """And named; in a list, each is meant."""
+    whole = [encoded(0), encoded(1)]
+    for name, content in (("a", whole[0]), ("b", whole[1]), ("c", whole[0][:60])):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=r"^1 of the 3 images that were drawn are left out: \S+c.png is a broken image"
+    ):
+        assert {*read_pictures(tmp_path, 5, 0)} == {*whole}
+    rows = [{"images": [name]} for name in ("a.png", "gone.png", "c.png", "b.png", "a.png")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match=r"^2 of the \d images that were drawn are left out: "):
+        assert {*read_pictures(tmp_path / "data.jsonl", 5, 0)} == {*whole}
+    data = pytest.importorskip("datasets").Dataset.from_list(
+        [{"images": [str(tmp_path / f"{name}.png")]} for name in "ac"]
+    )
+    with pytest.warns(UserWarning, match=r"^1 of the 2 images that were drawn are left out: "):
+        assert read_pictures(data, 5, 0) == whole[:1]
+    with pytest.raises(ValueError, match=r"^image 1 is a broken image or none: take it out"):
+        read_pictures([str(tmp_path / f"{name}.png") for name in "ac"], 5, 0)

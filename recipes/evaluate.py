@@ -34,6 +34,7 @@ from parts.command_line import Parser, in_one_sentence, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
+from parts.loose import note_of_loose
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import CATEGORY, read_categories
@@ -265,6 +266,8 @@ def evaluate(args: Namespace) -> dict:
     check(args.model, args.adapter, args.data, args.output)
     dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail", chains=False)
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
+    if note := note_of_loose([last_answer(messages) for messages in dataset["messages"]], args.data):
+        print(note, file=sys.stderr)
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}

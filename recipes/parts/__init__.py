@@ -28,6 +28,7 @@ plain         an answer without what changes only its looks
 numerals      numbers, dates and times in words
 equality      whether two answers are the same
 answers       whether a response is right: read, and compared in a process of its own
+loose         known answers that are sentences, lists or objects, which an exam cannot mark well
 scoring       the frozen scorer, and what stands for its version
 intervals     means, and their 95 % intervals by a bootstrap over samples
 ways          what a comparison compares: what each way changes in a recipe

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from .bad_sample import BadSample
+from .layouts import last_answer
+from .loose import note_of_loose
 from .parquet import write_parquet
 from .sources import CATEGORY, read_categories
 
@@ -37,6 +39,9 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
     refuse_remnant(settings["data"], dataset, dropped)
     tell(dropped, sys.stderr)
     tested = read_tested(args.test, settings.get("images")) if args.test else None
+    examined, source = (dataset, settings["data"]) if tested is None else (tested, args.test)
+    if note := note_of_loose([last_answer(messages) for messages in examined["messages"]], source):
+        print(note, file=sys.stderr)
     digest = hashlib.sha256()
     for each in (dataset, tested):
         digest.update(json.dumps(each and each["messages"][:]).encode())

@@ -22,10 +22,13 @@ from pathlib import Path
 
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.layouts import LAYOUTS
-from parts.loading import Dropped, load_messages, nothing_left
+from parts.lengths import within_length
+from parts.loading import PLACE, Dropped, load_messages, nothing_left
 from parts.parquet import refuse_output, write_parquet
 from rich.console import Console
 from rich.table import Table
+
+from drift_peft.checkpoints import split_revision
 
 
 def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
@@ -34,6 +37,8 @@ def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
     table.add_row("kept", str(kept), "; ".join(sorted(dropped.layouts)))
     for what, count, first in dropped.told():
         table.add_row(what, str(count), first)
+    for limit, length in dropped.quantiles().items():
+        table.add_row(f"tokens, {limit}", str(length), "")
     for key, text in dropped.unread.items():
         table.add_row("not read", "", f"{key}: {text}")
     return table
@@ -50,13 +55,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--streaming", action="store_true", help="read a hub data set without downloading it first")
     on_bad = "drop samples that cannot be used, or fail at the first"
     parser.add_argument("--on-bad", choices=["drop", "fail"], default="drop", help=on_bad)
+    parser.add_argument("--model", metavar="BASE", help="count tokens as this base does, and drop longer samples")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="with --model: longest sample, its images included"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = vars(parser.parse_args(arguments))
     output, as_json, overwrite = (options.pop(name) for name in ("output", "json", "overwrite"))
+    model, max_tokens = options.pop("model"), options.pop("max_tokens")
     with in_one_sentence("data.py", ValueError, OSError):
         refuse_output(output, overwrite)
-        dataset, dropped = load_messages(**options)
+        dataset, dropped = load_messages(**options, places=model is not None)
+        if model is not None:
+            from transformers import AutoProcessor
+
+            name, revision = split_revision(model)
+            processor = AutoProcessor.from_pretrained(name, revision=revision)
+            dataset = within_length(dataset, processor, max_tokens, on_long=options["on_bad"], dropped=dropped)
+            dataset = dataset.remove_columns(PLACE)
         kept = write_parquet(dataset, output)
         if not kept:
             raise nothing_left(options["source"], dropped)

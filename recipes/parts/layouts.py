@@ -27,7 +27,9 @@ prompt and completion, as TRL has them: texts, or turns in both
   {"prompt": "<image>How many?", "completion": "5", "image": "1.png"}
 question, problem or query, and answer, solution or response
   {"question": "How many?", "answer": "5", "image": "1.png"}
-the same with how it is solved: trained are both, and evaluated is the answer
+instruction, input or none, and output, as Alpaca has them
+  {"instruction": "How many?", "input": "", "output": "5", "image": "1.png"}
+question and answer with how it is solved: trained are both, and evaluated is the answer
   {"problem": "How many?", "solution": "2 + 3 = 5", "answer": "5", "image": "1.png"}
 the same with options or choices; the answer is a letter, a text, or an index, from 0 on
   {"question": "How many?", "options": ["4", "5"], "answer": 1, "image": "1.png"}
@@ -194,6 +196,8 @@ def _parts(content) -> Iterator[tuple[str, object]]:
     """("text", text) and ("image", its value or None) in order."""
     if content is None:
         return
+    if isinstance(content, (int, float)) and not isinstance(content, bool):
+        content = str(content)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):

@@ -76,11 +76,16 @@ class Dropped(Counter):
             lines.append((f"kept, {what}", len(places), place_of(*min(places))))
         return lines
 
+    def quantiles(self) -> dict[str, int]:
+        """How many tokens the longest sample has, and how many 95 % have at most, where they were counted."""
+        lengths = sorted(self.lengths)
+        return {"longest": lengths[-1], "95 %": lengths[math.ceil(0.95 * len(lengths)) - 1]} if lengths else {}
+
     def report(self) -> dict:
         """All of it, in types that JSON has."""
         noted = {what: len(places) for what, places in self.noted.items()}
         told = {"dropped": dict(self), "first": self.first(), "layouts": sorted(self.layouts)}
-        return {**told, "unread": self.unread, "noted": noted}
+        return {**told, "unread": self.unread, "noted": noted, "tokens": self.quantiles()}
 
 
 def place_of(file: str, number: int) -> str:
@@ -179,10 +184,9 @@ def tell(dropped: Dropped, file: TextIO | None = None) -> None:
     """Print what was dropped and noted, with the first sample of each; where some are too long, how long they are."""
     for what, count, first in dropped.told():
         print(f"{what}: {count} (the first: {first})", file=file)
-    lengths = sorted(dropped.lengths)
-    if lengths and any(reason.startswith(LONGER) for reason in dropped):
-        nearly_all = lengths[math.ceil(0.95 * len(lengths)) - 1]
-        print(f"the longest sample has {lengths[-1]} tokens, and 95 % have at most {nearly_all}", file=file)
+    if dropped.lengths and any(reason.startswith(LONGER) for reason in dropped):
+        longest, nearly_all = dropped.quantiles().values()
+        print(f"the longest sample has {longest} tokens, and 95 % have at most {nearly_all}", file=file)
     for key, text in dropped.unread.items():
         print(f"not read: {key}, such as {text}", file=file)
 

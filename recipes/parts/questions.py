@@ -13,6 +13,7 @@ from .options import read_options
 QUESTIONS, ANSWERS = ("question", "problem", "query"), ("answer", "solution", "response")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # in a turn: DeepSeek and vLLM, vLLM, Ollama and Anthropic
 CHAINS = (*THOUGHTS, "rationale", "chain_of_thought", "cot")  # beside a question
+TASK, INPUT, OUTPUT = "instruction", "input", "output"  # of Alpaca
 OPTIONS = ("options", "choices")
 OPTION = re.compile(r"(?:(?:option|choice)_?)?([A-J])|(?:option|choice)_([a-j])")  # a column of its own
 
@@ -25,6 +26,16 @@ def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
     texts = {key: _text(sample[key], key) for key in (*QUESTIONS, *ANSWERS, *CHAINS) if sample.get(key) is not None}
     questions = [key for key in QUESTIONS if key in texts]
     answers = [key for key in ANSWERS if key in texts]
+    if not questions and not answers and None not in (sample.get(TASK), sample.get(OUTPUT)):
+        chain = next((key for key in CHAINS if texts.get(key, "").strip()), None)
+        given = [key for key in (TASK, INPUT) if sample.get(key) not in (None, "")]
+        asked = "\n".join(_text(sample[key], key) for key in given)
+        return (
+            asked,
+            texts[chain] if chain else "",
+            _text(sample[OUTPUT], OUTPUT),
+            [*given, *([chain] * bool(chain)), OUTPUT],
+        )
     if not questions or not answers:
         return None
     answer, *others = [key for key in answers if texts[key].strip()] or answers[:1]

@@ -158,6 +158,22 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     assert ["dropped, empty answer", "2", "sample 2 of a.jsonl has a turn of the assistant that says nothing"] in rows
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_what_is_too_long_for_a_base_is_dropped_and_lengths_are_told(streaming, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name, revision: processor())
+    rows = [{"messages": turns(answer=ANSWER + " 1" * i), "images": ["images/0.png"]} for i in (30, 0, 1)]
+    output = tmp_path / "out.parquet"
+    more = ["--model", "base", "--max-tokens", "60", "--json", "--overwrite", *streaming]
+    printed = json.loads(
+        run(save([{"question": "a", "answer": ""}, *rows], "a.jsonl"), "-o", output, *more, capsys=capsys)
+    )
+    assert (printed["kept"], printed["dropped"]) == (2, {"empty answer": 1, "longer than 60 tokens": 1})
+    assert printed["first"]["longer than 60 tokens"].startswith("sample 2 of a.jsonl has ")
+    longest = printed["tokens"] and printed["tokens"]["longest"]
+    assert streaming or (printed["tokens"] == {"longest": longest, "95 %": longest} and longest > 60)
+    assert pixels(load_messages(output)[0][0]) == pictures(0)
+
+
 SILENT = "sample 1 of a.jsonl has a turn of the assistant that says nothing"
 
 

@@ -59,7 +59,7 @@ BAD = {  # name -> row, reason, sentence after "sample 2 of a.jsonl "
     "nobody": ({"messages": [], "conversations": []}, "unknown layout", "has messages, conversations: name its turns"),
     "a tool": ({"messages": turns(roles=("user", "tool"))}, "unknown layout", "has a turn whose role is 'tool': one "),
     "a video": ({"messages": turns([{"type": "video"}])}, "unknown layout", "has a part of type 'video': text, "),
-    "a number": ({"messages": turns(5)}, "unknown layout", "has a turn that says '5': a text or a list of parts"),
+    "a truth": ({"messages": turns(True)}, "unknown layout", "has a turn that says 'True': a text or a list of parts"),
     "other keys": ({"prompt": "a", "label": 1}, "unknown layout",
                    "has prompt, label: name its turns messages or conversations, or its question and answer so"),
     "no turns": ({"messages": "how many?"}, "unknown layout", "has messages that are no list of turns: "),

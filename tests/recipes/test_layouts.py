@@ -22,7 +22,7 @@ def asked(read):
 
 def test_the_documented_rows_are_read():
     rows = [line for line in LAYOUTS.splitlines() if line.startswith("  ")]
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:
         read = read_sample(row)
         assert read.images == ["1.png"] and not read.unread and "How many?" in asked(read)
@@ -94,6 +94,10 @@ CHAINS = [  # row, what is trained, what is evaluated
     ({"question": "q", "answer": "5", "solution": r"$\boxed{5}$"}, "5", "5"),
     ({"question": "q", "answer": "", "solution": "2 + 3 = 5"}, "2 + 3 = 5", "2 + 3 = 5"),
     ({"problem": "q", "solution": "5"}, "5", "5"),
+    ({"instruction": "q", "output": "5", "cot": "2 + 3 = 5"}, THOUGHT, "5"),
+    ({"question": "q", "instruction": "i", "answer": "5"}, "5", "5"),
+    (turns("q", 5), "5", "5"),  # a number that nobody made a text
+    ({"conversations": [{"from": "human", "value": 7}, {"from": "gpt", "value": 1.5}]}, "1.5", "1.5"),
 ]  # fmt: skip
 
 
@@ -102,7 +106,18 @@ def test_a_chain_of_thought_beside_the_answer_is_trained_and_not_evaluated(row, 
     for sample in (row, json.dumps(row)):
         assert last_answer(read_sample(sample).messages) == trained
         assert last_answer(read_sample(sample, chains=False).messages) == evaluated
-    assert not read_sample(row).unread
+    assert read_sample(row).unread.keys() <= {"instruction"}
+
+
+def test_the_input_of_an_instruction_is_part_of_the_question():
+    for beside, expected in (
+        ({"input": "1 + 2"}, "Add.\n1 + 2"),
+        ({"input": ""}, "Add."),
+        ({"input": None}, "Add."),
+        ({}, "Add."),
+    ):
+        read = read_sample({"instruction": "Add.", "output": "3", **beside})
+        assert asked(read) == expected and last_answer(read.messages) == "3" and not read.unread
 
 
 def test_a_chain_in_an_earlier_turn_stays():

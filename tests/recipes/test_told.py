@@ -6,6 +6,7 @@ import chain_files
 import pytest
 from chain_files import ANSWER, encoded, processor, save, turns
 from parts import held_out
+from parts import loose as loose_answers
 from parts.arguments import RecipeParser, RunArguments
 from parts.training_data import load_data
 from PIL import Image
@@ -101,3 +102,16 @@ def test_a_question_without_images_is_not_examined_with_where_it_is_trained_on(t
     assert sorted(map(len, groups)) == [1] * 19 + [2, 2] and [0, 20] in groups and [21, 22] in groups
     assert held_out.in_common(marks[:1], marks) == 2
     assert json.dumps(groups) == json.dumps(sorted(groups))
+
+
+def test_known_answers_that_cannot_be_marked_well_are_told(capsys, tmp_path):
+    """Sentences, objects, lists; but not the last line of a chain, nor what is boxed."""
+    loose = ["The two circles touch each other at one point, which lies on the line.", '{"a": 1, "b": 2}', "red\nblue"]
+    chain = "The area of the square is 4, since its side is 2, and that of the triangle is half of it.\n2"
+    marked = ["5", "<think>a\nb</think>\n\n5", chain, "a\n\n\\boxed{5}", "(B) 45", "[1, 2]"]
+    assert [loose_answers.is_loose(answer) for answer in (*loose, *marked)] == [True] * 3 + [False] * 6
+    save([{"question": f"{i}", "answer": answer} for i, answer in enumerate([*loose, *marked])], "a.jsonl")
+    args = held_out.Namespace(test=None, output=tmp_path)
+    held_out.read_data(args, {"data": "a.jsonl"})
+    assert "note: 3 of the 9 known answers of a.jsonl are sentences, lists or objects" in capsys.readouterr().err
+    assert loose_answers.note_of_loose(["5"] * 10 + loose[:1], "a") is None

@@ -177,13 +177,8 @@ def _split_files(source: str, split: str) -> list[str]:
     is_here = Path(source).is_dir()
     name, _, revision = (source, "", "") if is_here else source.partition("@")
     there = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
-    try:
-        with explained(source, "cannot be read"):
-            found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
-    except ValueError:
-        if not there:
-            raise
-        found = {split: []}
+    with explained(source, "cannot be read"):
+        found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
     if split not in found:
         raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, found)) or 'none'}")
     files = [file for file in found[split] if _is_data(file)] or there

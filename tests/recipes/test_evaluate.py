@@ -384,7 +384,7 @@ def broken(model, data, tmp_path):
 @pytest.mark.parametrize("name, sentence", [
     ("image", " names the image gone.png, which is not there"), ("answer", "has problem, image: name its turns"),
     ("thought", "sample 1 has no known answer: nothing is boxed, or said after its thinking"),
-    ("empty", "empty.jsonl is left: it has none"), ("absent", "there is no data "),
+    ("empty", "empty.jsonl cannot be read: it is empty"), ("absent", "there is no data "),
     ("adapter", "adapter is an adapter, not a model: merge it (drift-peft merge --base BASE --adapter "),
     ("no adapter", "vlm is no adapter: it has no adapter_config.json"), ("no model", " cannot be loaded: "),
     ("old", "old.json exists, and has no journal to go on from: name another file"),

@@ -336,7 +336,7 @@ def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss
 
 def _warn_of_lost(optimizer: torch.optim.Optimizer) -> None:
     """A keep set is not saved with a checkpoint, but the optimizer's state tells of it."""
-    if STEPS not in optimizer.param_groups[0] or optimizer in _TOLD or _KNOWN[optimizer].entries():
+    if not optimizer.param_groups[0].get(STEPS) or optimizer in _TOLD or _KNOWN[optimizer].entries():
         return
     _TOLD.add(optimizer)
     trains = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -347,13 +347,13 @@ def _warn_of_lost(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int | None) -> None:
     """The count goes on where an update was skipped, too: to look at it would wait for the device."""
     step, trained = optimizer.param_groups[0].get(STEPS, 0), _trained(optimizer, groups)
-    for keeping, parameters in trained.items():
+    for keeping, parameters in trained.items() if applied is not None else ():
         keeping.after_step(parameters, step)
     for group in optimizer.param_groups if trained else ():
-        group[STEPS] = step + 1
+        group[STEPS] = step + (applied is not None)
 
 
 def _wanted(optimizer: torch.optim.Optimizer) -> bool:

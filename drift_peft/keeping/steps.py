@@ -31,12 +31,13 @@ class Act:
         wanted: takes an optimizer: whether there is anything to do at its step.
         before: takes the optimizer, id(parameter) -> its group for whatever the step will move by a gradient, and the
             factor that a GradScaler has left in the gradients, or None.
-        after: takes the optimizer, the same groups, and what is 0 where the update was skipped, else 1.
+        after: takes the optimizer, the same groups, and what is 0 where the update was skipped, else 1. It is None
+            where there was no step, but a state is to be filled: then what is counted in the groups is put there.
     """
 
     wanted: Callable[[torch.optim.Optimizer], bool]
     before: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | None], None]
-    after: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | int], None]
+    after: Callable[[torch.optim.Optimizer, dict[int, dict], Tensor | int | None], None]
 
 
 class LeftGradient:
@@ -156,12 +157,13 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     if not acts:
         return
     enclosing = _enclosing_steps()
-    groups = {} if enclosing is None else _trained_by(optimizer, enclosing)
+    groups = _trained_by(optimizer, enclosing or [])
     if not groups:
         return
     found_inf = getattr(optimizer, "found_inf", None)  # a tensor: reading it here would wait for the device
+    applied = None if enclosing is None else 1 if found_inf is None else 1 - found_inf
     for each in acts:
-        each.after(optimizer, groups, 1 if found_inf is None else 1 - found_inf)
+        each.after(optimizer, groups, applied)
 
 
 for _handle in globals().get("_HANDLES", ()):  # reloading the module must not act twice

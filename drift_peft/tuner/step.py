@@ -103,13 +103,13 @@ def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss
         _guide(_plan(optimizer, groups, _parameters(optimizer)), groups, optimizer.param_groups, loss_scale)
 
 
-def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], applied: Tensor | int | None) -> None:
     plan = _PLANS.get(optimizer)
     if plan is None or not plan.serves(groups.keys()):  # the step itself has changed what has a gradient
         plan = _plan(optimizer, groups, _parameters(optimizer))
     schedule_free = "train_mode" in optimizer.param_groups[0]
     second = {id(p): state["z"] for p, state in optimizer.state.items() if "z" in state} if schedule_free else {}
-    _finish(plan, groups, optimizer.param_groups, applied, second)
+    _finish(plan, groups, optimizer.param_groups, 0 if applied is None else applied, second)
 
 
 def _engine_step(engine: Any, step: Callable[[], Any]) -> Any:

@@ -119,7 +119,8 @@ def test_it_says_that_the_base_is_a_merged_one_and_how_to_make_it_again(folder, 
 
 
 def test_a_combined_prior_names_all_its_experts(folder, tmp_path):
-    prior, other = (ReasoningPrior.load(folder / "prior.safetensors") for _ in range(2))
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    other = prior.truncate(1, tmp_path / "other")
     other.metadata["expert"] = {"id": "org/coder", "revision": "0a1b"}
     once = ReasoningPrior.combine({prior: 0.6, other: 0.2}, tmp_path / "once")
     ReasoningPrior.combine({once: 1, prior: 0.2}, tmp_path / "twice")

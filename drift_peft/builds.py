@@ -41,8 +41,8 @@ def explain_imports(script: str, extra: str = "recipes") -> None:
     """
 
     def say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        told = explained(error) if isinstance(error, Exception) else error
-        sentence = missing(error, extra) if told is error else str(told)
+        explanation = explained(error) if isinstance(error, Exception) else error
+        sentence = missing(error, extra) if explanation is error else str(explanation)
         if sentence is None:
             sys.__excepthook__(kind, error, traceback)
         else:

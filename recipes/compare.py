@@ -66,9 +66,11 @@ def launch(*command: object) -> None:
     Raises:
         Failed: it has failed; it has said why.
     """
-    told = [*map(str, command)]
-    if subprocess.run([sys.executable, *told], stdout=sys.stderr.fileno()).returncode:
-        raise Failed(f"python {shlex.join(told)} has failed, as is said above; mend it, and the same command goes on")
+    arguments = [*map(str, command)]
+    if subprocess.run([sys.executable, *arguments], stdout=sys.stderr.fileno()).returncode:
+        raise Failed(
+            f"python {shlex.join(arguments)} has failed, as is said above; mend it, and the same command goes on"
+        )
 
 
 @dataclass
@@ -216,9 +218,9 @@ class Comparison:
         samples = json.loads((folders[0] / "right.json").read_text(encoding="utf-8"))["samples"]
         kept = {key: mean("kept.json", "answers", "model", key) for key in ("kl", "agreement") if self.keep_sets}
         facts = [self.ledger.answers[line] for line in self.runs(way, exam)]
-        told = {key: float(np.mean([each[key] for each in facts])) for key in facts[0]}
+        averages = {key: float(np.mean([each[key] for each in facts])) for key in facts[0]}
         categories = [sample["category"] for sample in samples]
-        return Measured(mean("right.json", "samples", "correct"), **kept, categories=categories, facts=told)
+        return Measured(mean("right.json", "samples", "correct"), **kept, categories=categories, facts=averages)
 
 
 def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictured: bool) -> dict[str, Path]:
@@ -235,9 +237,9 @@ def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictur
 
 
 def make_keep_set(settings: dict, images: str, file: str | Path, samples: int, *flags: object) -> None:
-    told = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
+    questions = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
     made = ["--base", settings["base"], "--images", images, "-o", file, "--samples", samples]
-    launch("-m", "drift_peft", "keep", "make", *made, *told, *top_k(settings), *processing(settings), *flags)
+    launch("-m", "drift_peft", "keep", "make", *made, *questions, *top_k(settings), *processing(settings), *flags)
 
 
 def top_k(settings: dict) -> list:
@@ -276,8 +278,8 @@ def compare(args: Namespace) -> dict:
     if len(groups) < len(dataset) and (args.search or not args.test):
         asked["samples with an image in common"] = "held out together"  # which earlier versions did not do
     if tested is not None and (shared := in_common(marks, marks_of(tested))):
-        told = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
-        print(f"note: {told}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
+        message = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
+        print(f"note: {message}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
@@ -379,8 +381,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             result = compare(args)
         except KeyboardInterrupt:
-            told = "stopped; the same command goes on" if args.output.exists() else "stopped"
-            raise KeyboardInterrupt(told) from None
+            message = "stopped; the same command goes on" if args.output.exists() else "stopped"
+            raise KeyboardInterrupt(message) from None
     if args.json:
         print(json.dumps(result))
     else:

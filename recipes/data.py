@@ -35,7 +35,7 @@ def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
     """What was kept and dropped, with the first sample of each reason."""
     table = Table("samples", "number", "the first", title=title)
     table.add_row("kept", str(kept), "; ".join(sorted(dropped.layouts)))
-    for what, count, first in dropped.told():
+    for what, count, first in dropped.rows():
         table.add_row(what, str(count), first)
     for limit, length in dropped.quantiles().items():
         table.add_row(f"tokens, {limit}", str(length), "")

@@ -269,8 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
         except (TeacherError, KeyboardInterrupt) as end:
             if not journal.exists():
                 raise
-            told = f"{str(end) or 'stopped'}; the answers so far are in {journal}: run the same again to go on"
-            raise type(end)(told) from end
+            message = f"{str(end) or 'stopped'}; the answers so far are in {journal}: run the same again to go on"
+            raise type(end)(message) from end
     if args.json:
         found = {"left": funnel.left, "lost": funnel.numbers(), "first": funnel.first()}
         print(json.dumps({"source": args.source, "output": str(args.output), **found}))

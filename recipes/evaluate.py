@@ -83,8 +83,8 @@ def stamp(folder: str | Path | None) -> str | None:
     from drift_peft.checkpoints import TOKENIZER
 
     files = {path for pattern in (*DECIDING, *TOKENIZER) for path in Path(folder).glob(pattern)}
-    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]:
@@ -158,11 +158,11 @@ def unfinished_note(result: dict) -> str:
     """What the unfinished answers are, and so what helps."""
     unfinished = [sample for sample in result["samples"] if sample["unfinished"]]
     cut = sum(sample.get("finish_reason") == "length" for sample in unfinished)
-    told = [f"{cut} were cut at {result['max_new_tokens']} tokens: see --max-new-tokens"] if cut else []
-    told += [f"{len(unfinished) - cut} ended without an answer that a rule reads"] if cut < len(unfinished) else []
+    notes = [f"{cut} were cut at {result['max_new_tokens']} tokens: see --max-new-tokens"] if cut else []
+    notes += [f"{len(unfinished) - cut} ended without an answer that a rule reads"] if cut < len(unfinished) else []
     if 2 * len(unfinished) >= len(result["samples"]) and result["prompt"] == PROMPT:
-        told.append("the default --prompt asks for <think> and a box: give a model that was not made for it another")
-    return f"{len(unfinished)} of {len(result['samples'])} answers are unfinished: {'; '.join(told)}"
+        notes.append("the default --prompt asks for <think> and a box: give a model that was not made for it another")
+    return f"{len(unfinished)} of {len(result['samples'])} answers are unfinished: {'; '.join(notes)}"
 
 
 def results_table(result: dict) -> Table:
@@ -289,8 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser("evaluate.py", __doc__)
     parser.add_argument("--model", required=True, help="merged folder, any vision-language model's, or a hub id")
     parser.add_argument("--adapter", type=Path, help="adapter folder to put on the model without merging")
-    told = "put it even on another model than it was trained on"
-    parser.add_argument("--force", action="store_true", help=told)
+    text = "put it even on another model than it was trained on"
+    parser.add_argument("--force", action="store_true", help=text)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--data", help=".json, .jsonl or .parquet file, or a folder of these")
     asked.add_argument("--keep", help="keep set instead of data: file or hub id")
@@ -300,8 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    told = "settings of the processor in place of its own, such as '{\"max_pixels\": 262144}'"
-    parser.add_argument("--processor-kwargs", type=json_object, metavar="JSON", help=told)
+    text = "settings of the processor in place of its own, such as '{\"max_pixels\": 262144}'"
+    parser.add_argument("--processor-kwargs", type=json_object, metavar="JSON", help=text)
     parser.add_argument("--max-new-tokens", type=int, default=16384, help="longest answer in tokens")
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")

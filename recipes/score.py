@@ -54,8 +54,8 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
             for what in ("question", "gold", "step"):
                 one, two = getattr(answer, what), getattr(other, what)
                 if one != two:
-                    told = f"{str(one)[:60]!r} in {first}, {str(two)[:60]!r} in {name}"
-                    raise ValueError(f"{benchmark}: sample {answer.id} has another {what}: {told}: {ALIKE}")
+                    message = f"{str(one)[:60]!r} in {first}, {str(two)[:60]!r} in {name}"
+                    raise ValueError(f"{benchmark}: sample {answer.id} has another {what}: {message}: {ALIKE}")
             ordered.setdefault(name, []).append(other)
         if found:
             raise ValueError(f"{benchmark}: sample {next(iter(found))} of {name} is not in {first}: {ALIKE}")
@@ -179,10 +179,10 @@ def interval_table(result: dict) -> Table:
             " / ".join(str(column["unfinished"][model]) for model in result["models"]) if "unfinished" in column else ""
         )
         found = (column["differences"][pair] for pair in pairs)
-        told = (
+        cells = (
             "{difference:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]".format(**difference) for difference in found
         )
-        table.add_row(name, str(column.get("samples", "")), cut, *told)
+        table.add_row(name, str(column.get("samples", "")), cut, *cells)
     return table
 
 

@@ -79,8 +79,8 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         way_on = "add --resume-from-checkpoint true, or " if same or newest_whole(output) else ""
         raise FileExistsError(f"{output} holds an earlier run: {way_on}change output_dir")
     if start and not Path(start).exists():  # see `_checkpoint` of TrainArguments
-        told = "was finished with other settings, and left no checkpoint to go on from"
-        raise FileExistsError(f"the run in {output} {told}: change them back, or change output_dir")
+        message = "was finished with other settings, and left no checkpoint to go on from"
+        raise FileExistsError(f"the run in {output} {message}: change them back, or change output_dir")
     if run.merge and merged.exists():
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if run.prior is not None and is_missing(run.prior) and run.expert is None:
@@ -116,12 +116,12 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
     other = prior.metadata.get("reference")
     if None not in (run.expert, other) and run.reference is None and not is_same_model(run.base, other):
         built = run_or_prior(None, other)
-        told = f"{run.prior} was built with the reference {built}, not without"
-        raise ValueError(f"{told}: name it in reference, or change prior")
+        message = f"{run.prior} was built with the reference {built}, not without"
+        raise ValueError(f"{message}: name it in reference, or change prior")
     had = prior.metadata.get("rank")
     if had not in (None, run.prior_rank):
-        told = f"The rank of {run.prior} is {had}, and it is used as it is"
-        print(f"{told}: prior_rank={run.prior_rank} is for one that is built.")
+        message = f"The rank of {run.prior} is {had}, and it is used as it is"
+        print(f"{message}: prior_rank={run.prior_rank} is for one that is built.")
     return prior
 
 
@@ -185,8 +185,10 @@ def open_keep_set(run: RunArguments, dataset: Dataset, processor: dict, load_in_
     keep_set = KeepSet.load(run.keep)
     vlm = keep_set.metadata["vlm"]
     other = "" if is_same_model(run.base, vlm) else f" with {run_or_prior(None, vlm)}, which is not {run.base}"
-    told = f"{run.keep} was made before{other}, and its {len(keep_set)} answers and their images are used as they are"
-    print(f"{told}: for others, name another file in keep.")
+    message = (
+        f"{run.keep} was made before{other}, and its {len(keep_set)} answers and their images are used as they are"
+    )
+    print(f"{message}: for others, name another file in keep.")
     return keep_set
 
 
@@ -240,8 +242,8 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         dataset, record["replay"] = with_replay(
             dataset, keep_set, run.replay, processor, run.max_tokens, seed=train.seed
         )
-        told = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
-        print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {told}")
+        left_out = ", ".join(f"{count} {reason}" for reason, count in record["replay"]["left_out"].items()) or "none"
+        print(f"{record['replay']['samples']} answers of {run.keep} among them; left out of the keep set: {left_out}")
     dataset = prompts_and_completions(dataset, train)
     dataset.info.dataset_name = shown(run.data)  # as the model card calls it
     trainer = make_trainer(drift, train, base, start, dataset, processor)
@@ -292,13 +294,13 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
         try:
             result = trainer.train(resume_from_checkpoint=start)
         except torch.OutOfMemoryError:
-            told = f"the GPU has no room for a step of {train.per_device_train_batch_size} samples at a time"
+            message = f"the GPU has no room for a step of {train.per_device_train_batch_size} samples at a time"
             ways_out = "lower per_device_train_batch_size, max_tokens, or max_pixels in processor_kwargs"
-            stop("sft_vlm.py", f"{told}: {ways_out}; drift-peft preflight says what that saves", 1)
+            stop("sft_vlm.py", f"{message}: {ways_out}; drift-peft preflight says what that saves", 1)
         if result.global_step == begun and earlier_record(output):
-            told = f"{start} has taken {result.global_step} steps, these settings ask for no more"
+            message = f"{start} has taken {result.global_step} steps, these settings ask for no more"
             way_out = "raise num_train_epochs or max_steps, or change output_dir"
-            stop("sft_vlm.py", f"{told}, and the run was finished with others: {way_out}", 1)
+            stop("sft_vlm.py", f"{message}, and the run was finished with others: {way_out}", 1)
         save_adapter(trainer)
         record["results"] = {**result.metrics, "steps": result.global_step, **telemetry(trainer.model)}
         if torch.cuda.is_available():
@@ -330,10 +332,10 @@ def telling_the_way_on(argv: list[str] | None, output: Path) -> Iterator[None]:
         called = sys.orig_argv if argv is None else ["python", __file__, *argv]
         again, last = shlex.join(called), newest_whole(output)
         if last is None:
-            told = f"stopped before the first checkpoint: start again with {again}"
+            message = f"stopped before the first checkpoint: start again with {again}"
         else:
-            told = f"stopped; {last} is kept: go on with {again} --resume-from-checkpoint true"
-        raise KeyboardInterrupt(told) from None
+            message = f"stopped; {last} is kept: go on with {again} --resume-from-checkpoint true"
+        raise KeyboardInterrupt(message) from None
 
 
 def main(argv: list[str] | None = None) -> Trainer | None:

@@ -234,8 +234,8 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
             "ensure_weight_tying=True of PEFT 0.19 or newer would have trained as one"
         )
     if problems:
-        told = f"adapter {source} does not fit the base {checkpoint.source}: {listed(problems, LISTED)}"
-        raise ValueError(told + way_out)
+        message = f"adapter {source} does not fit the base {checkpoint.source}: {listed(problems, LISTED)}"
+        raise ValueError(message + way_out)
     return updates
 
 

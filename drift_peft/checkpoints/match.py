@@ -91,12 +91,12 @@ def match_weights(
             keys[name] = {role: found[0] for role, found in claims.items()}
     models = " and ".join(source.source for source in sources.values())
     if problems:
-        told = f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}"
+        message = f"{models} do not match in {len(problems)} places: {listed(problems, LISTED)}"
         for source in sources.values():
             if not any(source.claims.values()):  # as under another wrapper's prefix
                 keys = " and ".join(sorted(source.keys)[:2])
-                told += f"; no key of {source.source} is one of its class, such as {keys}: save the model unwrapped"
-        raise ValueError(told)
+                message += f"; no key of {source.source} is one of its class, such as {keys}: save the model unwrapped"
+        raise ValueError(message)
     counts = dict(sorted(Counter(pattern for pattern, _ in alone).items()))
     if not keys:
         decoders = " and ".join(type(source.model).__name__ for source in sources.values())
@@ -122,8 +122,10 @@ def in_vocabulary(name: str) -> bool:
 
 def describe(without_counterpart: dict[str, int], shares: dict[str, float] | None = None) -> str:
     """`Match.without_counterpart` in words, with shares of a hundredth and more."""
-    told = {of: f", {share:.0%} of the layers" for of, share in (shares or {}).items() if share >= 0.005}
-    return ", ".join(f"{pattern} ({count}{told.get(pattern, '')})" for pattern, count in without_counterpart.items())
+    percentages = {of: f", {share:.0%} of the layers" for of, share in (shares or {}).items() if share >= 0.005}
+    return ", ".join(
+        f"{pattern} ({count}{percentages.get(pattern, '')})" for pattern, count in without_counterpart.items()
+    )
 
 
 def _dimensions(one: Checkpoint, other: Checkpoint) -> Iterator[tuple]:

@@ -132,17 +132,23 @@ def dequantize(weight: torch.Tensor, companions: dict[str, torch.Tensor]) -> tor
     Raises:
         ValueError: they do not fit together, which bitsandbytes would not notice before it reads past their ends.
     """
-    told = four_bit_state(next(tensor for name, tensor in companions.items() if name.startswith(STATE)))
-    numbers = math.prod(told.shape)
-    scales = -(-numbers // told.blocksize)
-    nested = told.nested_blocksize is not None and told.nested_dtype is not None and told.nested_offset is not None
+    stored_state = four_bit_state(next(tensor for name, tensor in companions.items() if name.startswith(STATE)))
+    numbers = math.prod(stored_state.shape)
+    scales = -(-numbers // stored_state.blocksize)
+    nested = (
+        stored_state.nested_blocksize is not None
+        and stored_state.nested_dtype is not None
+        and stored_state.nested_offset is not None
+    )
     wanted = {"absmax": (scales, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
     if nested:
-        wanted["nested_absmax"] = -(-scales // told.nested_blocksize), torch.float32
+        wanted["nested_absmax"] = -(-scales // stored_state.nested_blocksize), torch.float32
         wanted["nested_quant_map"] = 256, torch.float32
     held = {name: (t.numel(), t.dtype) for name, t in companions.items() if not name.startswith(STATE)}
     if held != wanted or weight.numel() * weight.element_size() != -(-numbers // 2):
-        raise ValueError(f"a 4-bit weight says that it is {told.shape}, and the tensors beside it are of another one")
+        raise ValueError(
+            f"a 4-bit weight says that it is {stored_state.shape}, and the tensors beside it are of another one"
+        )
     state = QuantState.from_dict(dict(companions), device=torch.device("cpu"))
     shape = state.shape
     # As one row: bitsandbytes 0.50 on a CPU lets blocks of 64 start anew in each row, which is not how they were made.

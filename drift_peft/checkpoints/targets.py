@@ -88,10 +88,10 @@ def language_model_targets(
         lost |= {module: "PEFT takes their names for expert stacks" for module in found if module not in targets}
     for why in dict.fromkeys(lost.values()):
         modules = [module for module in lost if lost[module] == why]
-        told = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: {why} in models of type "
+        message = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: {why} in models of type "
         if not targets:
-            raise ValueError(f"{told}{base.config.model_type}, and of {type(base).__name__} nothing is left")
-        warn(f"{told}{base.config.model_type}")
+            raise ValueError(f"{message}{base.config.model_type}, and of {type(base).__name__} nothing is left")
+        warn(f"{message}{base.config.model_type}")
     return targets
 
 

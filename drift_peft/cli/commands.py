@@ -2,7 +2,7 @@
 
 from .. import __version__
 from . import demo, export, keep, merge, merge_baseline, preflight, prior, targets, transplant
-from .parser import Parser, told
+from .parser import Parser, help_texts
 
 VERBS = {
     "prior": prior,
@@ -21,7 +21,7 @@ def parser() -> Parser:
     """All verbs and their flags."""
     main = Parser(
         prog="drift-peft",
-        **told(
+        **help_texts(
             "Priors of text-only reasoning models for vision-language models; adapters merged into their base.",
             "drift-peft demo",
         ),

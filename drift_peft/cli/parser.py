@@ -72,7 +72,7 @@ class Parser(ArgumentParser):
         self.verbs = verbs
         commands = self.add_subparsers(title="commands", metavar="COMMAND")
         for name, verb in verbs.items():
-            command = commands.add_parser(name, help=verb.HELP, **told(verb.DESCRIPTION, verb.EXAMPLE))
+            command = commands.add_parser(name, help=verb.HELP, **help_texts(verb.DESCRIPTION, verb.EXAMPLE))
             command.set_defaults(run=getattr(verb, "run", None))
             verb.flags(command)
         # Not `required`, which argparse would speak of before an unknown flag.
@@ -123,7 +123,7 @@ class Parser(ArgumentParser):
         raise ArgumentError(None, f"{message}; {near} ({choices})" if near else f"{message}: {choices}")
 
 
-def told(description: str, example: str) -> dict[str, str]:
+def help_texts(description: str, example: str) -> dict[str, str]:
     """What the help says before and after the flags."""
     return {
         "description": textwrap.fill(description, WIDTH),

@@ -133,8 +133,8 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
         other = None
     if other is None:
         theirs, ours = _called(origin), _called(checkpoint.origin)
-        told = 2 if _SAYS_LITTLE.fullmatch(theirs[0]) else 1  # parts of the path, as far as both are known
-        alike = all(one == other for one, other in zip(theirs[:told], ours, strict=False))
+        depth = 2 if _SAYS_LITTLE.fullmatch(theirs[0]) else 1  # parts of the path, as far as both are known
+        alike = all(one == other for one, other in zip(theirs[:depth], ours, strict=False))
         return None if alike else "is called otherwise", False
     replaced = {raw for raw, update in updates.items() if isinstance(update, Whole) and not update.added}
     ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates and raw not in replaced}

@@ -278,7 +278,7 @@ def take(step: Step, decoder: nn.Module, layers: nn.ModuleList, weight: Tensor) 
 def _tell_moments(layers: nn.ModuleList, live: Live) -> None:
     """Tell when the forward pass enters each layer, and when the backward pass has left it."""
 
-    def told(place: int, layer: nn.Module) -> None:
+    def add_hooks(place: int, layer: nn.Module) -> None:
         def enter(_, args: tuple, kwargs: dict) -> None:
             handle.remove()  # with checkpointing it is entered again
             live.moment, live.layer = "forward pass", place
@@ -291,7 +291,7 @@ def _tell_moments(layers: nn.ModuleList, live: Live) -> None:
         handle = layer.register_forward_pre_hook(enter, with_kwargs=True)
 
     for place, layer in enumerate(layers):
-        told(place, layer)
+        add_hooks(place, layer)
 
 
 def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:

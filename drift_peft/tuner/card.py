@@ -178,8 +178,8 @@ def _without_paths(merged: MergedDelta) -> MergedDelta:
 
 
 def _guidance(config: DriftSettings) -> str:
-    told = [f"{config.drift_scale} toward {config.drift_target}, strength {config.drift_alpha}"]
+    parts = [f"{config.drift_scale} toward {config.drift_target}, strength {config.drift_alpha}"]
     for name in SHOWN:
         value, default = (getattr(settings, f"drift_{name}") for settings in (config, DriftSettings()))
-        told += [] if value == default else [f"{name} = {value}"]
-    return ", ".join(told)
+        parts += [] if value == default else [f"{name} = {value}"]
+    return ", ".join(parts)

@@ -163,14 +163,14 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     moved = least > ROUNDING_TOLERANCE * size + added_error
     merged = moved and any("drift_merged" in vars(module) for module in model.modules())
     if merged:
-        told = (
+        message = (
             f"A guided adapter was merged into this base in memory, and the fingerprint of the prior '{prior.source}' "
             f"is off by {least / size:.1%} now: a part of Δ is in these weights, and the pull would begin anew with "
             "all of Δ; go on with one adapter, or save this model and build a prior for it with build_prior."
         )
         if not fits:
-            raise ValueError(told)
-        warn(told)
+            raise ValueError(message)
+        warn(message)
     if fits:
         if exact and moved and not merged:
             said = "" if claim is None else f", and it is said to be {claim.words}"

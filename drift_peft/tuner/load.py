@@ -99,13 +99,16 @@ def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> N
     earlier = DriftSettings(**{name: stored[name] for name in stored.keys() & DriftSettings.__dataclass_fields__})
     names = [name for name in stored if name.startswith("drift_") and name != "drift_steps"]
     changed = [name for name in names if _meant(earlier, name) != _meant(config, name)]
-    told = [f"{name}={stored[name]!r}, which is {getattr(config, name)!r} now" for name in changed]
+    differences = [f"{name}={stored[name]!r}, which is {getattr(config, name)!r} now" for name in changed]
     if earlier.prior_sha256 != config.prior_sha256:
-        told = [f"another prior than '{config.prior}'" if config.prior else "a prior, and has none now", *told]
-    if told:
+        differences = [
+            f"another prior than '{config.prior}'" if config.prior else "a prior, and has none now",
+            *differences,
+        ]
+    if differences:
         warn(
-            f"The adapter in '{source}' was trained with {', and with '.join(told)}: unless that is meant, wrap the "
-            "model as it was."
+            f"The adapter in '{source}' was trained with {', and with '.join(differences)}: unless that is meant, wrap "
+            "the model as it was."
         )
 
 

@@ -235,8 +235,8 @@ def _with_steering(print_trainable: Callable, model: PeftModel) -> None:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     adapted = sum(any(adapter in layer.r for adapter in layer.active_adapters) for layer in layers)
     tensors = sum(not isinstance(s, SteeredAdapter) for s in steered)
-    told = f" || steered tensors: {tensors}" if tensors else ""
-    print(f"steered modules: {len(modules)} of {adapted} adapted{told}")
+    suffix = f" || steered tensors: {tensors}" if tensors else ""
+    print(f"steered modules: {len(modules)} of {adapted} adapted{suffix}")
 
 
 def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior | None) -> set[str]:

@@ -76,14 +76,14 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1 else f"{value:.0f}"
 
 
-def told(result: dict) -> str:
+def table_title(result: dict) -> str:
     seeds = ", ".join(map(str, result["seeds"]))
     return f"right answers in percent on {result['samples']} samples, seed {seeds}; * is the choice, · the frontier"
 
 
 def compared_table(result: dict) -> Table:
     heads, rows = columns(result)
-    table = Table(title=told(result), box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=table_title(result), box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, justify="left" if head == "way" else "right", no_wrap=head == "way")
     for row in rows:
@@ -121,7 +121,7 @@ def write_choice(
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     comments = [f"{way.title}: the choice of recipes/compare.py {result['recipe']}", ""]
     comments += [*(f"  {command}" for command in commands), ""]
-    comments += [told(result), *lines, "", *RULE.splitlines(), ""]
+    comments += [table_title(result), *lines, "", *RULE.splitlines(), ""]
     head = "".join(f"# {line}".rstrip() + "\n" for line in comments)
     text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write(output, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -27,8 +27,8 @@ class Parser(parser.Parser):
 
     def __init__(self, script: str, doc: str, *arguments, **options):
         description, examples, *_ = doc.split("\n\n")
-        told = {"description": description, "epilog": f"examples:\n{examples}"}
-        super().__init__(*arguments, prog=script, allow_abbrev=False, **told, **options)
+        texts = {"description": description, "epilog": f"examples:\n{examples}"}
+        super().__init__(*arguments, prog=script, allow_abbrev=False, **texts, **options)
 
     def add_argument(self, *names, **options):
         dashed = dict.fromkeys(name.replace("_", "-") if name.startswith("-") else name for name in names)
@@ -88,6 +88,6 @@ def run_script(script: str, main: Callable[[], object]) -> None:
     except BaseException as end:
         if not isinstance(end, KeyboardInterrupt) and not ctrl_c_came():
             raise
-        told = str(end) if isinstance(end, KeyboardInterrupt) else ""
-        print(f"{script}: {told or 'stopped'}", file=sys.stderr)
+        message = str(end) if isinstance(end, KeyboardInterrupt) else ""
+        print(f"{script}: {message or 'stopped'}", file=sys.stderr)
         sys.exit(130)

@@ -123,11 +123,13 @@ def split(
             rows[name] += group
     held = max(sum(map(len, rows.values())), sum(sizes.values()))
     if 2 * held > len(dataset):
-        told = f"{held} of the {len(dataset)} samples of the data would be held out"
+        message = f"{held} of the {len(dataset)} samples of the data would be held out"
         if len(groups) < len(dataset):
-            told += ", where samples with an image in common, or the same question without one, stay together, up to "
-            told += f"{max(map(len, groups))} of them"
-        raise ValueError(f"{told}: hold out fewer with --held-out, or name other samples with --test")
+            message += (
+                ", where samples with an image in common, or the same question without one, stay together, up to "
+            )
+            message += f"{max(map(len, groups))} of them"
+        raise ValueError(f"{message}: hold out fewer with --held-out, or name other samples with --test")
     rows["train"] = sorted({*range(len(dataset))} - {*rows["test"]})
     if args.search:
         rows["fitting"] = sorted({*rows["train"]} - {*rows["validation"]})
@@ -162,8 +164,8 @@ def note_of_kept(keep: str, measured: Path) -> str | None:
 
     images = marks(measured)
     shared = len(images & marks(keep))
-    told = f"note: {shared} of the {len(images)} images that the distance from the VLM is measured on are also in the"
-    return f"{told} keep set {keep}, so that what is kept looks nearer than it is" if shared else None
+    note = f"note: {shared} of the {len(images)} images that the distance from the VLM is measured on are also in the"
+    return f"{note} keep set {keep}, so that what is kept looks nearer than it is" if shared else None
 
 
 def _hash(content: bytes) -> str:

@@ -69,7 +69,7 @@ class Dropped(Counter):
         """Reason -> what is wrong with each of its samples."""
         return {why: [said for said, reason in self.sentences.items() if reason == why] for why in self}
 
-    def told(self) -> list[tuple[str, int, str]]:
+    def rows(self) -> list[tuple[str, int, str]]:
         """What is dropped and what is noted, how many samples that is, and the first of them."""
         lines = [(f"dropped, {reason}", self[reason], sentence) for reason, sentence in self.first().items()]
         for what, places in self.noted.items():
@@ -84,8 +84,8 @@ class Dropped(Counter):
     def report(self) -> dict:
         """All of it, in types that JSON has."""
         noted = {what: len(places) for what, places in self.noted.items()}
-        told = {"dropped": dict(self), "first": self.first(), "layouts": sorted(self.layouts)}
-        return {**told, "unread": self.unread, "noted": noted, "tokens": self.quantiles()}
+        report = {"dropped": dict(self), "first": self.first(), "layouts": sorted(self.layouts)}
+        return {**report, "unread": self.unread, "noted": noted, "tokens": self.quantiles()}
 
 
 def place_of(file: str, number: int) -> str:
@@ -182,7 +182,7 @@ def nothing_left(source: str | Path, dropped: Dropped) -> BadSample:
 
 def tell(dropped: Dropped, file: TextIO | None = None) -> None:
     """Print what was dropped and noted, with the first sample of each; where some are too long, how long they are."""
-    for what, count, first in dropped.told():
+    for what, count, first in dropped.rows():
         print(f"{what}: {count} (the first: {first})", file=file)
     if dropped.lengths and any(reason.startswith(LONGER) for reason in dropped):
         longest, nearly_all = dropped.quantiles().values()

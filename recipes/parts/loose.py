@@ -25,5 +25,5 @@ def note_of_loose(texts: Sequence[str], source: str) -> str | None:
     loose = [text for text in texts if is_loose(text)]
     if len(loose) < MANY * len(texts) or not loose:
         return None
-    told = f"note: {len(loose)} of the {len(texts)} known answers of {source} are sentences, lists or objects"
-    return f"{told}, which are marked right only where they say the same: ask for short ones, or measure with --keep"
+    note = f"note: {len(loose)} of the {len(texts)} known answers of {source} are sentences, lists or objects"
+    return f"{note}, which are marked right only where they say the same: ask for short ones, or measure with --keep"

@@ -33,5 +33,7 @@ class Pace:
         self.waiting.remove(name)
         minutes = (monotonic() - began) / 60
         if self.waiting:
-            told = f"exams to come: {len(self.waiting)}, {minutes * len(self.waiting):.1f} minutes if they are like it"
-            print(f"this exam took {minutes:.1f} minutes; {told}", file=sys.stderr, flush=True)
+            message = (
+                f"exams to come: {len(self.waiting)}, {minutes * len(self.waiting):.1f} minutes if they are like it"
+            )
+            print(f"this exam took {minutes:.1f} minutes; {message}", file=sys.stderr, flush=True)

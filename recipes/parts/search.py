@@ -57,8 +57,8 @@ def search(
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # else it would draw the same again
     before = study.user_attrs.get("ways", [*known])
     if before != [*known]:
-        told = f"{', '.join(before)}, and leading are now {', '.join(known)}"
-        raise ValueError(f"{file} holds trials of {told}: move it away")
+        message = f"{', '.join(before)}, and leading are now {', '.join(known)}"
+        raise ValueError(f"{file} holds trials of {message}: move it away")
     if not study.trials:
         study.set_user_attr("ways", [*known])
         for way in ways:

@@ -69,8 +69,8 @@ class Held:
         """
         before = None if self.before is None else self.before["files"].get(key)
         if None not in (before, mark) and before != mark:
-            told = f"{self.checkpoint} was trained with another content of {key}, which is {name}"
-            raise ValueError(f"{told}: put back what was there, {WAY_OUT}")
+            message = f"{self.checkpoint} was trained with another content of {key}, which is {name}"
+            raise ValueError(f"{message}: put back what was there, {WAY_OUT}")
         self.content["files"][key] = mark
 
 

@@ -40,9 +40,9 @@ class Way:
 
     def tuned(self, trial: int, found: dict) -> Way:
         """This way with the settings that a search has found."""
-        told = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+        values = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
         return replace(
-            self, name=f"{self.name}-trial{trial}", title=f"{self.title}, {told}", trains={**self.trains, **found}
+            self, name=f"{self.name}-trial{trial}", title=f"{self.title}, {values}", trains={**self.trains, **found}
         )
 
 

@@ -57,7 +57,7 @@ def test_what_is_done_to_samples_is_counted():
     assert dropped == {"roles out of order": 1}
     left_out = "its last turn has no answer: left out"
     assert dropped.report()["noted"] == {left_out: 1, REPEATED: 2, SEVERAL: 1, ENDED: 1}
-    assert (f"kept, {REPEATED}", 2, "sample 2 of a.jsonl") in dropped.told()
+    assert (f"kept, {REPEATED}", 2, "sample 2 of a.jsonl") in dropped.rows()
 
 
 def test_an_end_token_that_the_template_sets_again_is_refused():

@@ -141,10 +141,10 @@ def find_questions(dataset: datasets.Dataset) -> tuple[dict[str, Question], list
     return questions, repeated
 
 
-def shown(question: Question, said: str | None = None) -> str:
+def shown(question: Question, answer: str | None = None) -> str:
     """A question, or its answer, as a report shows it."""
     asked = f"question {question.index + 1}, {_short(question.text)}"
-    return asked if said is None else f"{asked}: {_short(said)}"
+    return asked if answer is None else f"{asked}: {_short(answer)}"
 
 
 def _short(text: str) -> str:
@@ -159,8 +159,8 @@ def ask(questions: list[Question], dataset, teacher, journal: Journal, prompt: s
     def answer(chunk: list[Question]) -> None:
         samples = [dataset[question.index] for question in chunk]
         conversations = [(with_prompt(sample["messages"][:-1], prompt), sample["images"]) for sample in samples]
-        for question, said in zip(chunk, teacher(conversations), strict=True):
-            journal.add(question.key, said)
+        for question, response in zip(chunk, teacher(conversations), strict=True):
+            journal.add(question.key, response)
 
     chunks = [questions[i : i + teacher.batch_size] for i in range(0, len(questions), teacher.batch_size)]
     pool = ThreadPoolExecutor(teacher.concurrency)

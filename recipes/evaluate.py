@@ -111,16 +111,16 @@ def ask(questions: list[Question], dataset, model: Local, journal: Journal, prom
         for batch in batches:
             rows = [dataset[question.index] for question in batch]
             conversations = [(with_prompt(s["messages"][:-1], prompt), s["images"]) for s in rows]
-            for question, said in zip(batch, model(conversations), strict=True):
-                journal.add(str(question.index), said)
+            for question, answer in zip(batch, model(conversations), strict=True):
+                journal.add(str(question.index), answer)
             bar.update(len(batch))
 
 
-def mark_all(questions: list[Question], said: dict[str, dict]) -> list[dict]:
+def mark_all(questions: list[Question], answers: dict[str, dict]) -> list[dict]:
     """What is known about each sample in the end."""
     marked = []
     for question in tqdm(questions, desc="marking", disable=None):
-        answer = said[str(question.index)]
+        answer = answers[str(question.index)]
         correct, read_by = mark(answer["response"], question.gold, question.text, answer.get("finish_reason"))
         fields = {"index": question.index, "category": question.category, "question": question.text}
         marked.append(

@@ -207,10 +207,10 @@ def notes(result: dict) -> list[str]:
         for model, number in column.get("unfinished", {}).items()
         if number > 0.01 * column["samples"]
     ]
-    said = [f"{name}: {reason}" for name, reason in UNSURE.items() if name in result["columns"]]
+    lines = [f"{name}: {reason}" for name, reason in UNSURE.items() if name in result["columns"]]
     if cut:
-        said.append(f"answers without an end count as wrong, in {', '.join(cut)}: allow more new tokens")
-    return said
+        lines.append(f"answers without an end count as wrong, in {', '.join(cut)}: allow more new tokens")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,11 +33,15 @@ def _rotations(config: Any) -> dict[str | None, dict]:
     nested = {kind: values for kind, values in parameters.items() if isinstance(values, dict)}
     found = {}
     for kind, values in (nested or {None: parameters}).items():
-        said = {key: value for key, value in values.items() if value is not None}
-        said = {**UNSET, **said, "rope_type": ALIKE.get(said.get("rope_type"), said.get("rope_type", "default"))}
-        if said["rope_type"] == "default":  # which does not read the others
-            said = {key: said[key] for key in ("rope_theta", *UNSET) if key in said}
-        found[kind] = {key: value for key, value in said.items() if key not in NOT_OF_TEXT}
+        settings = {key: value for key, value in values.items() if value is not None}
+        settings = {
+            **UNSET,
+            **settings,
+            "rope_type": ALIKE.get(settings.get("rope_type"), settings.get("rope_type", "default")),
+        }
+        if settings["rope_type"] == "default":  # which does not read the others
+            settings = {key: settings[key] for key in ("rope_theta", *UNSET) if key in settings}
+        found[kind] = {key: value for key, value in settings.items() if key not in NOT_OF_TEXT}
     return found
 
 
@@ -47,8 +51,8 @@ def _differences(theirs: dict, ours: dict, role: str) -> Iterator[str]:
         one, other = (model.get(kind, model.get(None, {})) for model in (theirs, ours))
         for key in dict.fromkeys([*other, *one]):
             if one.get(key) != other.get(key):
-                said = [f"{_words(values.get(key))} in the {who}" for values, who in ((one, role), (other, "base"))]
-                yield f"rope {key.removeprefix('rope_').replace('_', ' ')} is {' and '.join(said)}"
+                sides = [f"{_words(values.get(key))} in the {who}" for values, who in ((one, role), (other, "base"))]
+                yield f"rope {key.removeprefix('rope_').replace('_', ' ')} is {' and '.join(sides)}"
 
 
 def _words(value: Any) -> str:

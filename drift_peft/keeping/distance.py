@@ -18,8 +18,8 @@ REST = 1e-6  # a bucket below this is left out: in fp32 it is what rounding has 
 
 def answer_rows(model: nn.Module, part: Part) -> Tensor:
     """[N, vocabulary] What the model says of each answer token."""
-    logits = answer_logits(model, placed(part.inputs, model), part.said.shape[1])
-    return logits[part.said.to(logits.device)]
+    logits = answer_logits(model, placed(part.inputs, model), part.answer_mask.shape[1])
+    return logits[part.answer_mask.to(logits.device)]
 
 
 def divergence(rows: Tensor, part: Part) -> Tensor:

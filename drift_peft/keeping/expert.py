@@ -89,12 +89,12 @@ class Expert:
             inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
             inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
             answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
-            whole, said = answered(inputs, answers, self.tokenizer.pad_token_id)
-            logits = answer_logits(self.model, whole, said.shape[1])
-            refuse_infinite(logits[said.to(logits.device)], self.origin["id"])
+            whole, answer_mask = answered(inputs, answers, self.tokenizer.pad_token_id)
+            logits = answer_logits(self.model, whole, answer_mask.shape[1])
+            refuse_infinite(logits[answer_mask.to(logits.device)], self.origin["id"])
             return [
                 spelling.answer(tokens.tolist(), row[places.to(row.device)], k, first)
-                for tokens, row, places, first in zip(answers, logits, said, openings, strict=True)
+                for tokens, row, places, first in zip(answers, logits, answer_mask, openings, strict=True)
             ]
 
 

@@ -24,12 +24,12 @@ class Part:
 
     Attributes:
         inputs: of the model.
-        said: [B, T] which of the last T columns hold an answer's tokens.
-        top_tokens, top_logprobs: [N, k], in the order of `said`.
+        answer_mask: [B, T] which of the last T columns hold an answer's tokens.
+        top_tokens, top_logprobs: [N, k], in the order of `answer_mask`.
     """
 
     inputs: dict[str, Tensor]
-    said: Tensor
+    answer_mask: Tensor
     top_tokens: Tensor
     top_logprobs: Tensor
 
@@ -37,9 +37,9 @@ class Part:
 def read_part(processor: Any, samples: Sequence[Sample]) -> Part:
     """These samples in one part. ValueError if the processor has no chat template."""
     inputs = prompts(processor, [s.image for s in samples], [s.question for s in samples])
-    whole, said = answered(inputs, [s.tokens for s in samples], processor.tokenizer.pad_token_id or 0)
+    whole, answer_mask = answered(inputs, [s.tokens for s in samples], processor.tokenizer.pad_token_id or 0)
     top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
-    return Part(whole, said, *top)
+    return Part(whole, answer_mask, *top)
 
 
 class Feed:

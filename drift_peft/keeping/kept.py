@@ -164,10 +164,10 @@ class Keeping:
 
     def _gradients(self, parts: Sequence[Part], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """L_keep, and `scale` times its gradient; nothing of it comes into `grad`, or to who listens there."""
-        said, losses, total = sum(len(part.top_tokens) for part in parts), [], []
+        answer_tokens, losses, total = sum(len(part.top_tokens) for part in parts), [], []
         for part in parts:
             with torch.enable_grad():  # a step may stand under no_grad
-                loss = self._divergence(part).sum() / said
+                loss = self._divergence(part).sum() / answer_tokens
                 if not loss.requires_grad:
                     raise RuntimeError(NO_PART)
                 scaled = loss * self.scale.to(loss.device)

@@ -114,11 +114,11 @@ class Server:
         raise ConnectionError(f"the server {self.url} does not answer: {trouble}")
 
     def _read(self, choice: dict, k: int) -> dict[str, Tensor]:
-        said = (choice.get("logprobs") or {}).get("content")
-        if not said or not all(entry.get("top_logprobs") for entry in said):
+        entries = (choice.get("logprobs") or {}).get("content")
+        if not entries or not all(entry.get("top_logprobs") for entry in entries):
             raise ValueError(f"the server {self.url} gives no log probabilities: take one that does, such as vLLM")
         tokens, top_tokens, top_logprobs = [], [], []
-        for entry in said:
+        for entry in entries:
             tokens.append(self._token(entry))
             found = {self._token(other): float(other["logprob"]) for other in entry["top_logprobs"]}
             best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:k]

@@ -72,9 +72,9 @@ class Spelling:
             opened: what was laid into the expert's mouth, which it then goes on from.
         """
         first = self.first.to(logits.device)
-        said = torch.softmax(logits.float(), -1)[:, : len(first)]
-        said, known = said[:, first[: said.shape[1]] >= 0], first[: said.shape[1]]
-        p = said.new_zeros(len(said), self.rows).index_add_(1, known[known >= 0], said)
+        probabilities = torch.softmax(logits.float(), -1)[:, : len(first)]
+        probabilities, known = probabilities[:, first[: probabilities.shape[1]] >= 0], first[: probabilities.shape[1]]
+        p = probabilities.new_zeros(len(probabilities), self.rows).index_add_(1, known[known >= 0], probabilities)
         top = p.topk(k)
         rows = [_certain(token, k) for token in self.spell(opened)]
         for token, *place in zip(tokens, top.indices.cpu(), top.values.log().clamp_min(IMPOSSIBLE).cpu(), strict=True):

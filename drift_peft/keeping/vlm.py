@@ -119,9 +119,9 @@ class Vlm:
             except OSError:  # it lies there without one: transformers then reads config.json
                 own = GenerationConfig.from_model_config(self.config)
         ends = ends_of(own, tokenizer)
-        said = [{"role": role, "content": [{"type": "text", "text": "?!"}]} for role in ("user", "assistant")]
+        chat = [{"role": role, "content": [{"type": "text", "text": "?!"}]} for role in ("user", "assistant")]
         try:
-            _, _, behind = self.processor.apply_chat_template(said).rpartition("?!")
+            _, _, behind = self.processor.apply_chat_template(chat).rpartition("?!")
         except Exception:  # whatever a template raises that takes no answers, or these in another form
             behind = ""
         written = [*tokenizer.encode(behind, add_special_tokens=False), tokenizer.eos_token_id]
@@ -167,9 +167,9 @@ class Vlm:
         with with_room(f"{len(images)} questions"), evaluated(self.model):
             inputs = placed(prompts(self.processor, images, questions), self.model)
             answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
-            whole, said = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
-            logits = answer_logits(self.model, whole, said.shape[1])
-            for tokens, row, places in zip(answers, logits, said, strict=True):
+            whole, answer_mask = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
+            logits = answer_logits(self.model, whole, answer_mask.shape[1])
+            for tokens, row, places in zip(answers, logits, answer_mask, strict=True):
                 top = torch.log_softmax(row[places.to(row.device)].float(), -1).topk(k)
                 refuse_infinite(top.values, self.origin["id"])
                 scored.append({"tokens": tokens, "top_tokens": top.indices, "top_logprobs": top.values})

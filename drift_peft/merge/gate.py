@@ -120,22 +120,22 @@ def gate_prior(
     keep_set.check(vlm.processor)
     keep_set.check_config(vlm.config)
     fitting_modules(vlm.skeleton, prior)
-    said = None
+    answer_set = None
     if objective == "expert":
         file = output.with_suffix(".answers.safetensors") if answers is None else Path(answers)
-        said = make_answer_set(
+        answer_set = make_answer_set(
             expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress, overwrite
         )
     origin: dict[str, Any] = {"objective": objective}
-    if said is None:
+    if answer_set is None:
         origin |= {"alpha": alpha}
     else:
-        origin |= {"keep_weight": keep_weight, "expert": said.metadata["expert"]}
-        origin |= {"answers": said.sha256, "prompts": len(said)}
+        origin |= {"keep_weight": keep_weight, "expert": answer_set.metadata["expert"]}
+        origin |= {"answers": answer_set.sha256, "prompts": len(answer_set)}
     origin |= {"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit}
     origin |= {"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed}
     kept = Feed(keep_set, vlm.processor, batch_size, seed)
-    answered = None if said is None else Feed(said, vlm.processor, batch_size, seed)
+    answered = None if answer_set is None else Feed(answer_set, vlm.processor, batch_size, seed)
     model = vlm.model
     modules = fitting_modules(model, prior)
     keep_4bit_differentiable(model)
@@ -154,7 +154,7 @@ def gate_prior(
             f"the GPU has no room for {max_tokens} tokens at a time: pass a smaller max_tokens (--max-tokens), or "
             "load_in_4bit=True (--load-in-4bit)"
         ) from error
-    names = ("keep_kl", "text_kl") if said is not None else ("keep_kl",)
+    names = ("keep_kl", "text_kl") if answer_set is not None else ("keep_kl",)
     origin |= {name: math.fsum(step[i] for step in found) / len(found) for i, name in enumerate(names)}
     products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
     taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}

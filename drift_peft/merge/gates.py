@@ -155,9 +155,9 @@ def _backward(model: nn.Module, feed: Feed, step: int, tokens: int, weight: floa
     Returns the mean."""
     parts = feed.batch(step, tokens)
     feed.read_ahead(step + 1, tokens)
-    said, total = sum(len(part.top_tokens) for part in parts), 0.0
+    answer_tokens, total = sum(len(part.top_tokens) for part in parts), 0.0
     for part in parts:
-        loss = divergence(answer_rows(model, part), part).sum() / said
+        loss = divergence(answer_rows(model, part), part).sum() / answer_tokens
         (GRADIENT_SCALE * weight * loss).backward()
         total += loss.item()
     return total

@@ -173,10 +173,10 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
         warn(message)
     if fits:
         if exact and moved and not merged:
-            said = "" if claim is None else f", and it is said to be {claim.words}"
+            claimed = "" if claim is None else f", and it is said to be {claim.words}"
             warn(
                 f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
-                f"{least / size:.1%} on this base, which rounding does not explain{said}. Unless its weights were "
+                f"{least / size:.1%} on this base, which rounding does not explain{claimed}. Unless its weights were "
                 "quantized once, or you have trained them further, build a prior for it with build_prior."
             )
         if bears_out and (own := next((key for key in ("parents", "gated") if prior.metadata.get(key)), None)):

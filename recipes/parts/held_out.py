@@ -80,8 +80,8 @@ def marks_of(dataset: datasets.Dataset) -> list[set[str]]:
 
 def _asked(messages: list[dict]) -> str:
     """What is asked in text, whatever its case and its white space."""
-    said = (part["text"] for turn in messages[:-1] for part in turn["content"])
-    return " ".join(" ".join(said).casefold().split())
+    texts = (part["text"] for turn in messages[:-1] for part in turn["content"])
+    return " ".join(" ".join(texts).casefold().split())
 
 
 def groups_of(marks: list[set[str]]) -> list[list[int]]:

@@ -31,8 +31,8 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
         try:
             length = count_tokens(sample["messages"], sample["images"], processor)
         except Exception as error:  # of any kind: each processor has its own
-            said = " ".join(str(error).split())
-            problem = BadSample("refused by the processor", f"{place} is refused by the processor: {said}")
+            message = " ".join(str(error).split())
+            problem = BadSample("refused by the processor", f"{place} is refused by the processor: {message}")
         else:
             if not is_stream:
                 dropped.lengths.append(length)

@@ -67,7 +67,7 @@ class Dropped(Counter):
 
     def all(self) -> dict[str, list[str]]:
         """Reason -> what is wrong with each of its samples."""
-        return {why: [said for said, reason in self.sentences.items() if reason == why] for why in self}
+        return {why: [sentence for sentence, reason in self.sentences.items() if reason == why] for why in self}
 
     def rows(self) -> list[tuple[str, int, str]]:
         """What is dropped and what is noted, how many samples that is, and the first of them."""
@@ -147,8 +147,8 @@ def load_messages(
                 columns["images"].append([image for image, _ in images])
                 if places:
                     columns[PLACE].append(place)
-                said = json.dumps([messages, [image["path"] or _hash(image["bytes"]) for image, _ in images]])
-                if seen.setdefault(_hash(said.encode()), (file, number)) != (file, number):
+                content = json.dumps([messages, [image["path"] or _hash(image["bytes"]) for image, _ in images]])
+                if seen.setdefault(_hash(content.encode()), (file, number)) != (file, number):
                     noted.append(REPEATED)
                 dropped.layouts.add(read.layout)
                 dropped.unread = read.unread | dropped.unread

@@ -38,11 +38,11 @@ def _number(words: list[str]) -> int | None:
 
     if not all(words):  # a - b
         return None
-    said = re.sub(
+    normalized = re.sub(
         rf"\b({'|'.join(SCALES)}) and(?= )", r"\1", re.sub("^an? ", "one ", " ".join(words).casefold())
     ).split()
     total = part = 0
-    for word in said:
+    for word in normalized:
         if word in _words():
             part += _words()[word]
         elif word == "hundred":
@@ -52,7 +52,7 @@ def _number(words: list[str]) -> int | None:
         else:
             return None
     spelled = re.sub(r"-|,|\band\b", " ", num2words(total + part)).split()
-    return total + part if said == spelled else None
+    return total + part if normalized == spelled else None
 
 
 def numbers_in_words(text: str) -> str:
@@ -92,10 +92,10 @@ def date_or_time(text: str) -> str:
     day = " ".join(re.sub(r"(?i)(?<=\d)(?:st|nd|rd|th)\b|,|\bof\b|\bthe\b|(?<=[a-z]{3})\.", " ", text).split())
     day = re.sub(r"(?i)\bsept\b", "Sep", day)
     some = (day, "%Y-%m-%d"), (f"{day} 2000", "month %m day %d"), (f"1 {day}", "%Y-%m")  # no year, or no day
-    for said, written in some:
+    for candidate, written in some:
         for form in DATES:
             with suppress(ValueError):
-                return format(datetime.strptime(said, form), written)
+                return format(datetime.strptime(candidate, form), written)
     for form in TIMES if re.fullmatch(r"\d{1,2}(?::\d\d)?(?: [ap]m)?", text) else ():  # 10:5 is a ratio
         with suppress(ValueError):
             time = datetime.strptime(text, form)

@@ -40,14 +40,14 @@ def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
         return None
     answer, *others = [key for key in answers if texts[key].strip()] or answers[:1]
     chain = next((key for key in (*CHAINS, *reversed(others)) if texts.get(key, "").strip()), None)
-    question, said = texts[questions[0]], texts[answer]
+    question, answer_text = texts[questions[0]], texts[answer]
     options, columns, numbers = _options(sample)
     if options:
-        said = _choice(sample[answer], said, options, numbers)
+        answer_text = _choice(sample[answer], answer_text, options, numbers)
         if len(read_options(question)) < 2:
             question = "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
     read = [questions[0], *columns, *([chain] if chain else []), answer]
-    return question, texts[chain] if chain else "", said, read
+    return question, texts[chain] if chain else "", answer_text, read
 
 
 def with_chain(chain: str, answer: str) -> str:
@@ -117,12 +117,12 @@ def _listed(value, key: str) -> dict[str, object]:
     return dict(zip(string.ascii_uppercase, value, strict=False))
 
 
-def _choice(answer, said: str, options: dict[str, str], numbers: bool) -> str:
+def _choice(answer, answer_text: str, options: dict[str, str], numbers: bool) -> str:
     """An answer that is an option's index, from 0 on, as its letter; any other as it is.
 
     A number is no text: beside options that are texts, `1` is an index, even where one of them is "1".
     """
-    text = said.strip()
+    text = answer_text.strip()
     index = int(text) if re.fullmatch(r"\d{1,3}", text) else answer
     known = text in options.values() and (numbers or isinstance(answer, str))
     letter = None
@@ -134,7 +134,9 @@ def _choice(answer, said: str, options: dict[str, str], numbers: bool) -> str:
             f"has the answer {text}, which is the text of one option and the index of {letter}: write its letter",
         )
     if known or isinstance(index, (str, bool)):
-        return said
+        return answer_text
     if letter is None:
-        raise BadSample("answer is no option", f"has the answer {said}, and {len(options)} options, counted from 0")
+        raise BadSample(
+            "answer is no option", f"has the answer {answer_text}, and {len(options)} options, counted from 0"
+        )
     return letter

@@ -142,9 +142,9 @@ def readings(answer: str) -> list[str]:
     found = [answer]
     if boxed := extract_boxed(answer):
         found.append(boxed)
-    said = _said(lines)
-    if said:
-        found.append(said[0])
+    stated = _said(lines)
+    if stated:
+        found.append(stated[0])
     elif len(lines) == 1:
         if leading := LEADING.match(lines[0]):
             found.append(leading[0])
@@ -195,17 +195,17 @@ def _said(lines: list[str]) -> tuple[str, str] | None:
             if named := NAMED_LAST.search(line):
                 return named["said"], "sentence"
             continue
-        said = line[marks[-1].end() :].rstrip(MARKDOWN).strip(" :")
-        if not said.strip(".$ "):
+        answer = line[marks[-1].end() :].rstrip(MARKDOWN).strip(" :")
+        if not answer.strip(".$ "):
             if below and (_is_value(below[0]) or len(below) == 1):
                 return _clause(below[0]), "sentence"
             continue
-        if DOUBT.search(said) or any(DOUBT.search(line) for line in lines[number + 1 :]):
+        if DOUBT.search(answer) or any(DOUBT.search(line) for line in lines[number + 1 :]):
             continue
-        said = _clause(said)
-        if letter and chosen.start() > marks[-1].start() and not LETTER_FIRST.match(said):
-            return f"({letter}) {said}", "sentence"
-        return (said, "sentence") if said else None
+        answer = _clause(answer)
+        if letter and chosen.start() > marks[-1].start() and not LETTER_FIRST.match(answer):
+            return f"({letter}) {answer}", "sentence"
+        return (answer, "sentence") if answer else None
     return None
 
 
@@ -247,10 +247,10 @@ def _conclusion(line: str) -> str | None:
         return None
     verbs = [*VERB.finditer(sentence)]
     if len(verbs) == 1 and verbs[0].start():
-        subject, said = sentence[: verbs[0].start()], sentence[verbs[0].end() :].strip(" :")
-        if re.search(r"[=<>]", subject) or not said:
+        subject, predicate = sentence[: verbs[0].start()], sentence[verbs[0].end() :].strip(" :")
+        if re.search(r"[=<>]", subject) or not predicate:
             return None
-        return LEAD_IN.sub("", said)
+        return LEAD_IN.sub("", predicate)
     if not verbs and so and re.search(r"[=≈]|\\approx", sentence):
         return sentence
     if not verbs and (label := LABEL.match(sentence)):
@@ -258,12 +258,12 @@ def _conclusion(line: str) -> str | None:
     return None
 
 
-def _clause(said: str) -> str:
+def _clause(text: str) -> str:
     """Up to the end of the sentence, without the reasons that follow."""
-    said = said.strip()
-    said = SENTENCE_END.split(said)[0]
-    said = REASON.split(said)[0] or said
-    return VERB_LAST.sub("", LEAD_IN.sub("", said)).strip()
+    text = text.strip()
+    text = SENTENCE_END.split(text)[0]
+    text = REASON.split(text)[0] or text
+    return VERB_LAST.sub("", LEAD_IN.sub("", text)).strip()
 
 
 def _sentence_of(line: str, found: re.Match) -> str:

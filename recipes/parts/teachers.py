@@ -237,12 +237,12 @@ def _read_answer(content: bytes) -> dict:
 def _message(content: bytes) -> str:
     """What the server says about an error, shortened."""
     try:
-        said = json.loads(content)
-        said = said.get("error", said)
-        said = said.get("message", said) if isinstance(said, dict) else said
+        message = json.loads(content)
+        message = message.get("error", message)
+        message = message.get("message", message) if isinstance(message, dict) else message
     except (ValueError, AttributeError, RecursionError):
-        said = content.decode(errors="replace")
-    return " ".join(str(said).split())[:200]
+        message = content.decode(errors="replace")
+    return " ".join(str(message).split())[:200]
 
 
 def _retry_after(response: httpx2.Response) -> float | None:

@@ -37,21 +37,21 @@ def check_template(dataset, processor) -> None:
         turns = sample["messages"]
         before, whole = rendered(turns[:-1]), rendered(turns)
         alike = itertools.takewhile(lambda signs: signs[0] == signs[1], zip(before, whole, strict=False))
-        said = _words(whole[sum(1 for _ in alike) :])
+        output = _words(whole[sum(1 for _ in alike) :])
         answer = _words(last_answer(turns))
         place = sample.get(PLACE) or f"sample {number}"
         message = f"{place} would not be trained as it is written: its answer is {_short(answer)}, and the chat "
         way_out = "set chat_template_path to a template that keeps it"
-        place = said.rfind(answer)
+        place = output.rfind(answer)
         if place < 0:
-            raise ValueError(f"{message}template makes of it {_short(said)}: {way_out}, such as a .jinja file")
-        after = said[place + len(answer) :].strip()
+            raise ValueError(f"{message}template makes of it {_short(output)}: {way_out}, such as a .jinja file")
+        after = output[place + len(answer) :].strip()
         twice = next((end for end in ends if answer.endswith(end) and (after.startswith(end) or end == eos)), None)
         if twice:
             raise ValueError(f"{message}template ends it too: take {twice} out of the answers")
-        if not any(end in said[place + len(answer) :] for end in ends):
+        if not any(end in output[place + len(answer) :] for end in ends):
             raise ValueError(
-                f"{message}template writes {_short(said)}, with no token that ends it: {way_out} and ends it"
+                f"{message}template writes {_short(output)}, with no token that ends it: {way_out} and ends it"
             )
 
 

@@ -64,7 +64,7 @@ def test_a_feed_reads_them_as_the_vlm_is_asked(folder):
         sample = found[Feed(found, processor, 2, 0).indices(0)[i]]
         ids = processor.tokenizer(asked(sample.question)).input_ids
         assert row[mask.bool()].tolist() == [*ids, *sample.tokens.tolist()]
-    assert "pixel_values" not in part.inputs and len(part.top_tokens) == int(part.said.sum())
+    assert "pixel_values" not in part.inputs and len(part.top_tokens) == int(part.answer_mask.sum())
 
 
 @pytest.mark.parametrize("family", PLACES)

@@ -56,7 +56,7 @@ def test_thinking_is_opened_once(folder):
     said = make_answer_set(folder / "expert", vlm, ["1 + 2 = ?"], folder / "answers.safetensors", **settings)
     (part,) = Feed(said, vlm.processor, 1, 0).batch(0, 1000)
     opened = vlm.processor.tokenizer.convert_tokens_to_ids("<think>")
-    asked = part.inputs["input_ids"][0, : -part.said.shape[1]].tolist()
+    asked = part.inputs["input_ids"][0, : -part.answer_mask.shape[1]].tolist()
     assert asked[-1] == opened and asked.count(opened) == 1
     assert said[0].top_logprobs[0, 0] < -1e-3  # what the expert said: what was laid into its mouth would be certain
 

@@ -207,13 +207,13 @@ class Comparison:
         folders = [folder for _, folder in self.runs(way, exam).values()]
 
         def mean(file: str, *keys: str) -> np.ndarray:
-            found = []
+            values = []
             for folder in folders:
                 rows = json.loads((folder / file).read_text(encoding="utf-8"))
                 for key in keys[:-1]:
                     rows = rows[key]
-                found.append([row[keys[-1]] for row in rows])
-            return np.array(found, float).mean(0)
+                values.append([row[keys[-1]] for row in rows])
+            return np.array(values, float).mean(0)
 
         samples = json.loads((folders[0] / "right.json").read_text(encoding="utf-8"))["samples"]
         kept = {key: mean("kept.json", "answers", "model", key) for key in ("kl", "agreement") if self.keep_sets}
@@ -323,8 +323,8 @@ def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured])
     leading = [way for way in trained if way.name in frontier(measured)] or trained
 
     def measure(way: Way) -> tuple[float, float]:
-        found = comparison.measure(way, "validation")
-        return float(found.right.mean()), found.cost
+        result = comparison.measure(way, "validation")
+        return float(result.right.mean()), result.cost
 
     args = comparison.args
     tried = search(args.search, leading, comparison.settings, measure, args.output / "search.journal", args.seeds[0])

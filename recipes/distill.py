@@ -272,8 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
             message = f"{str(end) or 'stopped'}; the answers so far are in {journal}: run the same again to go on"
             raise type(end)(message) from end
     if args.json:
-        found = {"left": funnel.left, "lost": funnel.numbers(), "first": funnel.first()}
-        print(json.dumps({"source": args.source, "output": str(args.output), **found}))
+        report = {"left": funnel.left, "lost": funnel.numbers(), "first": funnel.first()}
+        print(json.dumps({"source": args.source, "output": str(args.output), **report}))
     else:
         steps, examples = funnel.tables(f"{args.source} -> {args.output}")
         Console(markup=False).print(*([steps, examples] if examples.rows else [steps]))

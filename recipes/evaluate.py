@@ -232,15 +232,15 @@ def evaluate_keeping(args: Namespace) -> dict:
     local = load_model(args)
     keep_set.check(local.processor)
     with room_for(args.batch_size):
-        found = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
+        measured = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
         if args.adapter:
             with local.model.disable_adapter():
-                found["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
-    summaries = {name: summarize(distances) for name, distances in found.items()}
+                measured["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
+    summaries = {name: summarize(distances) for name, distances in measured.items()}
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
     result |= {"processor_kwargs": args.processor_kwargs}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
-    write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in found.items()}}, args.output)
+    write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in measured.items()}}, args.output)
     return result
 
 

@@ -46,9 +46,9 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
     (first, wanted), *others = models.items()
     ordered = {first: wanted}
     for name, answers in others:
-        found = {answer.id: answer for answer in answers}
+        by_id = {answer.id: answer for answer in answers}
         for answer in wanted:
-            other = found.pop(answer.id, None)
+            other = by_id.pop(answer.id, None)
             if other is None:
                 raise ValueError(f"{benchmark}: sample {answer.id} of {first} is not in {name}: {ALIKE}")
             for what in ("question", "gold", "step"):
@@ -57,8 +57,8 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
                     message = f"{str(one)[:60]!r} in {first}, {str(two)[:60]!r} in {name}"
                     raise ValueError(f"{benchmark}: sample {answer.id} has another {what}: {message}: {ALIKE}")
             ordered.setdefault(name, []).append(other)
-        if found:
-            raise ValueError(f"{benchmark}: sample {next(iter(found))} of {name} is not in {first}: {ALIKE}")
+        if by_id:
+            raise ValueError(f"{benchmark}: sample {next(iter(by_id))} of {name} is not in {first}: {ALIKE}")
     return ordered
 
 
@@ -178,9 +178,10 @@ def interval_table(result: dict) -> Table:
         cut = (
             " / ".join(str(column["unfinished"][model]) for model in result["models"]) if "unfinished" in column else ""
         )
-        found = (column["differences"][pair] for pair in pairs)
+        differences = (column["differences"][pair] for pair in pairs)
         cells = (
-            "{difference:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]".format(**difference) for difference in found
+            "{difference:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]".format(**difference)
+            for difference in differences
         )
         table.add_row(name, str(column.get("samples", "")), cut, *cells)
     return table

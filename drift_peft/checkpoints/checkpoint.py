@@ -342,13 +342,13 @@ class Checkpoint:
 
     def _find_four_bit(self) -> dict[str, dict[str, str]]:
         """4-bit weight -> what is beside it (as FOUR_BIT names it) -> key."""
-        found: dict[str, dict[str, str]] = defaultdict(dict)
+        companions: dict[str, dict[str, str]] = defaultdict(dict)
         for match in filter(None, map(FOUR_BIT.fullmatch, self._where)):
-            found[match[1]][match[2]] = match[0]
-        for raw, parts in found.items():
+            companions[match[1]][match[2]] = match[0]
+        for raw, parts in companions.items():
             if raw not in self._where or not any(part.startswith(STATE) for part in parts):
                 raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
-        return dict(found)
+        return dict(companions)
 
 
 def named_adapters(folder: Path) -> list[str]:

@@ -47,9 +47,9 @@ class Conversion:
             renamed, pattern = converter.rename_source_key(name)
             first = first or renamed
             converter.add_tensor(first, name, pattern, tensor)
-        found = self._run(converter, first)
+        reverted = self._run(converter, first)
         keys = {_without(self.model, plain): key for key, plain in self.plain.items()}
-        return {keys[_without(self.model, name)]: tensor for name, tensor in found.items()}
+        return {keys[_without(self.model, name)]: tensor for name, tensor in reverted.items()}
 
     def shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """What `convert` makes of tensors of these shapes; nothing is read."""
@@ -57,8 +57,8 @@ class Conversion:
         return {name: tuple(tensor.shape) for name, tensor in made.items()}
 
     def _run(self, converter: WeightConverter, first: str) -> dict[str, Tensor]:
-        found = converter.convert(first, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+        converted = converter.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 class Layout:

@@ -90,7 +90,7 @@ class Decoder:
     @cached_property
     def projections(self) -> dict[str, str]:
         """Name of each module that is a projection, as the model names it -> canonical name of its weight."""
-        found, others = {}, []
+        projections, others = {}, []
         for inside, module in self.layers.named_modules():
             if not inside or _INSIDE.search(inside):  # of what PEFT has wrapped, the wrapper is the module
                 continue
@@ -100,8 +100,8 @@ class Decoder:
             canonical = self.name(f"{name}.weight")
             if canonical and is_linear(module) and module_kind(canonical) in PROJECTIONS:
                 if not any(name == other or name.startswith(f"{other}.") for other in others):
-                    found[name] = canonical
-        return found
+                    projections[name] = canonical
+        return projections
 
     @cached_property
     def kinds(self) -> dict[str, str | None]:

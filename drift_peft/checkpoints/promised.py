@@ -110,16 +110,16 @@ def _promised(config: LoraConfig, model: nn.Module, targets: list[str] | None = 
             state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError):
         return None
-    found = {}
+    promised = {}
     for key in state:
         name = key.removeprefix("base_model.model.")
         if match := PART.fullmatch(name):
             part = match["part"]
             attribute = "bias" if part.endswith(".bias") else "weight"
             field = TOKENS if part.startswith("token") else BIAS if part == "base_layer.bias" else TARGETS
-            found[f"{match['module']}.{attribute}"] = field
+            promised[f"{match['module']}.{attribute}"] = field
         else:
             saved = any(f"{end}." in name for end in config.modules_to_save or ())  # ends of names, to PEFT
             if saved or name.endswith(".bias"):
-                found[name] = SAVED if saved else BIAS
-    return found
+                promised[name] = SAVED if saved else BIAS
+    return promised

@@ -31,7 +31,7 @@ def _rotations(config: Any) -> dict[str | None, dict]:
     """Type of layer, or None where all are alike -> its parameters of RoPE."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = {kind: values for kind, values in parameters.items() if isinstance(values, dict)}
-    found = {}
+    rotations = {}
     for kind, values in (nested or {None: parameters}).items():
         settings = {key: value for key, value in values.items() if value is not None}
         settings = {
@@ -41,8 +41,8 @@ def _rotations(config: Any) -> dict[str | None, dict]:
         }
         if settings["rope_type"] == "default":  # which does not read the others
             settings = {key: settings[key] for key in ("rope_theta", *UNSET) if key in settings}
-        found[kind] = {key: value for key, value in settings.items() if key not in NOT_OF_TEXT}
-    return found
+        rotations[kind] = {key: value for key, value in settings.items() if key not in NOT_OF_TEXT}
+    return rotations
 
 
 def _differences(theirs: dict, ours: dict, role: str) -> Iterator[str]:

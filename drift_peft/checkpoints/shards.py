@@ -94,8 +94,8 @@ def load_bin(file: Path | BinaryIO, name: str, **options) -> dict[str, torch.Ten
     try:
         content = torch.load(file, weights_only=True, **options)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"calls {found[1]}" if found else "is no plain dictionary of tensors"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"calls {match[1]}" if match else "is no plain dictionary of tensors"
         raise ValueError(f"{name} {what}, and code of a weight file is not run: ask for a safetensors copy") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{name} is truncated or no torch file: fetch it again") from error

@@ -179,13 +179,13 @@ def find_license(origin: dict, token: str | None = None) -> dict | None:
             card = hf_hub_download(repository[0], "README.md", revision=repository[1], token=token)
         elif not card.parent.exists():
             raise FileNotFoundError("the folder is not there")
-        found = metadata_load(card) if Path(card).is_file() else None
+        metadata = metadata_load(card) if Path(card).is_file() else None
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors; the parser YAML's
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # there is no card
             return {}
         warn(f"The licence of {origin['id']} is not known: its card cannot be read ({first_line(error)})")
         return None
-    return {key: value for key, value in (found or {}).items() if key in ("license", "license_name", "license_link")}
+    return {key: value for key, value in (metadata or {}).items() if key in ("license", "license_name", "license_link")}
 
 
 def license_name(found: dict | None) -> str:
@@ -201,9 +201,9 @@ def common_license(licences: Iterable[dict | None]) -> dict:
     licences = [*licences]
     if not any(licences):
         return {}
-    if all(found == licences[0] for found in licences):
+    if all(licence == licences[0] for licence in licences):
         return licences[0]
-    names = (license_name(found).lower() if found else "unstated" for found in licences)
+    names = (license_name(licence).lower() if licence else "unstated" for licence in licences)
     return {
         "license": "other",
         "license_name": "-and-".join(dict.fromkeys(re.sub(r"[^a-z0-9.]+", "-", n) for n in names)),
@@ -213,9 +213,9 @@ def common_license(licences: Iterable[dict | None]) -> dict:
 def state_licences(origins: Iterable[tuple[str, dict]], token: str | None = None) -> tuple[dict, str]:
     """What the card of something made of other models says of their licences: `common_license` of them, and a line for
     each. `origins`: (role, id and revision); `token`: for the cards of private or gated models."""
-    found = [(role, origin, find_license(origin, token)) for role, origin in origins]
-    lines = (f"- {role} {in_markdown(named(origin))}: {in_markdown(license_name(of))}" for role, origin, of in found)
-    return common_license(of for *_, of in found), "\n".join(lines)
+    licences = [(role, origin, find_license(origin, token)) for role, origin in origins]
+    lines = (f"- {role} {in_markdown(named(origin))}: {in_markdown(license_name(of))}" for role, origin, of in licences)
+    return common_license(of for *_, of in licences), "\n".join(lines)
 
 
 def in_markdown(text: str) -> str:

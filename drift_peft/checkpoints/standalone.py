@@ -206,10 +206,10 @@ class _Stored:
         return iter(self._last[1][raw].split(block_rows(W)))
 
     def _written_back(self, conversion: Conversion) -> dict[str, torch.Tensor]:
-        found = {raw: Checkpoint.tensor(self._checkpoint, raw) for raw in conversion.sources}
-        made = conversion.convert(found)
+        tensors = {raw: Checkpoint.tensor(self._checkpoint, raw) for raw in conversion.sources}
+        made = conversion.convert(tensors)
         back = conversion.revert(made)
-        if wrong := [raw for raw in found if raw not in back or not torch.equal(back[raw], found[raw])]:
+        if wrong := [raw for raw in tensors if raw not in back or not torch.equal(back[raw], tensors[raw])]:
             raise ValueError(
                 f"transformers reads {wrong[0]} of {self._checkpoint.source} in a form that it does not write back "
                 "unchanged: load the model, save it with save_pretrained(…, save_original_format=False), and give that"

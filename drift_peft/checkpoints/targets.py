@@ -60,32 +60,34 @@ def language_model_targets(
         if unknown := [i for i in layers if type(i) is not int or not 0 <= i < len(decoder.layers)]:
             last = len(decoder.layers) - 1
             raise ValueError(f"layers names {unknown[0]!r}, and {type(base).__name__} has those from 0 to {last}")
-    found = {}  # module -> index of its layer, and its path in there
+    candidates = {}  # module -> index of its layer, and its path in there
     for module, canonical in decoder.projections.items():
         index, _, path = module.removeprefix(f"{decoder.path}.").partition(".")
         if (keep is None or canonical in keep) and (layers is None or int(index) in layers):
-            found[module] = int(index), path
-    if not found:
+            candidates[module] = int(index), path
+    if not candidates:
         of = "" if keep is None else f" among the {len(keep)} names given"
         of += "" if layers is None else f" in its layers {layers}"
         raise ValueError(
             f"{type(base).__name__} has no attention or MLP projection in its language model{of}: pass target_modules "
             "yourself"
         )
-    lost = _lost_by_peft(base, found)
+    lost = _lost_by_peft(base, candidates)
     shared = shared_weights(base)
     lost |= {
-        m: "PEFT merges their adapters into weights that other modules share" for m in found if f"{m}.weight" in shared
+        m: "PEFT merges their adapters into weights that other modules share"
+        for m in candidates
+        if f"{m}.weight" in shared
     }
-    lost |= dict.fromkeys(past_adapters(base, found), "Mamba's fused kernels read their weights past an adapter")
+    lost |= dict.fromkeys(past_adapters(base, candidates), "Mamba's fused kernels read their weights past an adapter")
     for module in lost:
-        del found[module]
-    for targets in (_expression(decoder.path, found.values()), [*found]):
-        if found and as_peft_reads(base, targets) == {*found}:
+        del candidates[module]
+    for targets in (_expression(decoder.path, candidates.values()), [*candidates]):
+        if candidates and as_peft_reads(base, targets) == {*candidates}:
             break
     else:
-        targets = [module for module in found if _converted(base, [module])]
-        lost |= {module: "PEFT takes their names for expert stacks" for module in found if module not in targets}
+        targets = [module for module in candidates if _converted(base, [module])]
+        lost |= {module: "PEFT takes their names for expert stacks" for module in candidates if module not in targets}
     for why in dict.fromkeys(lost.values()):
         modules = [module for module in lost if lost[module] == why]
         message = f"{len(modules)} projections, such as {modules[0]}, cannot be adapted: {why} in models of type "
@@ -128,10 +130,10 @@ def _converted(model: nn.Module, targets: str | Iterable[str]) -> LoraConfig | N
     return None if config.target_parameters else config
 
 
-def _expression(path: str, found: Iterable[tuple[int, str]]) -> str:
+def _expression(path: str, places: Iterable[tuple[int, str]]) -> str:
     """A regular expression for these modules, in which layers with equal sets of them stand together."""
     inside, alike = defaultdict(list), defaultdict(list)
-    for index, module in found:
+    for index, module in places:
         inside[index].append(module)
     for index, modules in sorted(inside.items()):
         alike[tuple(sorted(modules))].append(index)

@@ -23,10 +23,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 def chat_templates(folder: Path) -> set[str]:
     """The templates of the folder's tokenizer and processor. ValueError if a file of theirs is no JSON."""
-    found = [file.read_text("utf-8", "replace") for file in _files(folder, TEMPLATES) if file.suffix == ".jinja"]
+    templates = [file.read_text("utf-8", "replace") for file in _files(folder, TEMPLATES) if file.suffix == ".jinja"]
     for template in (_inside(folder / CONFIG), _inside(folder / "chat_template.json")):
-        found += [one["template"] for one in template] if isinstance(template, list) else [template or ""]
-    return {text.strip() for text in found} - {""}
+        templates += [one["template"] for one in template] if isinstance(template, list) else [template or ""]
+    return {text.strip() for text in templates} - {""}
 
 
 def take_tokenizer(source: Path, folder: Path) -> None:

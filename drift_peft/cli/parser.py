@@ -25,10 +25,10 @@ def number_or_auto(value: str) -> float | str:
 
 
 def json_object(value: str) -> dict:
-    found = json.loads(value)
-    if not isinstance(found, dict):
+    parsed = json.loads(value)
+    if not isinstance(parsed, dict):
         raise ValueError
-    return found
+    return parsed
 
 
 KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto"}

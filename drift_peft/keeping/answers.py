@@ -88,8 +88,8 @@ def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:
 
 def opening(text: str) -> str:
     """What a chat template lays into a reasoner's mouth at the end of a prompt; empty where it lays nothing."""
-    found = OPENED.search(text)
-    return found[0] if found else ""
+    match = OPENED.search(text)
+    return match[0] if match else ""
 
 
 def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:

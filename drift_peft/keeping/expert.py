@@ -193,13 +193,13 @@ def _string(line: str, path: Path) -> Any:
         raise ValueError(f"{path} has a line that is no JSON, {line[:40]!r}: write a string a line") from error
 
 
-def _if_alike(found: AnswerSet, facts: dict) -> AnswerSet:
+def _if_alike(existing: AnswerSet, facts: dict) -> AnswerSet:
     """The file, if it was made in this way. Which expert it is, `identity` says, wherever that lies today."""
     for key, wanted in facts.items():
-        if key != "expert" and found.metadata[key] != wanted:
+        if key != "expert" and existing.metadata[key] != wanted:
             what = "expert" if key == "identity" else key
             raise FileExistsError(
-                f"{found.source} exists and was made with another {what}: name another file for the answers "
+                f"{existing.source} exists and was made with another {what}: name another file for the answers "
                 "(--answers), or delete this one"
             )
-    return found
+    return existing

@@ -81,12 +81,12 @@ class Feed:
 
     def indices(self, number: int) -> list[int]:
         """Which samples are in a batch."""
-        size, found = len(self.keep_set), []
+        size, indices = len(self.keep_set), []
         for place in range(number * self.batch_size, (number + 1) * self.batch_size):
             turn, i = divmod(place, size)
             generator = torch.Generator().manual_seed(mixed(self.seed, turn))
-            found.append(int(torch.randperm(size, generator=generator)[i]))
-        return found
+            indices.append(int(torch.randperm(size, generator=generator)[i]))
+        return indices
 
     def __getstate__(self):  # a copy reads by itself
         return {**self.__dict__, "_ahead": None, "_thread": None}

@@ -50,23 +50,23 @@ def measure(
     Raises:
         ValueError: the processor has no chat template.
     """
-    found = []
+    distances = []
     with evaluated(model), tqdm(total=len(keep_set), desc="measuring", unit="answer", disable=not progress) as bar:
         for start in range(0, len(keep_set), batch_size):
             samples = [keep_set[i] for i in range(start, min(start + batch_size, len(keep_set)))]
-            found += _of_batch(model, samples, processor)
+            distances += _of_batch(model, samples, processor)
             bar.update(len(samples))
-    return found
+    return distances
 
 
 def _of_batch(model: nn.Module, samples: list[Sample], processor: Any) -> list[Distance]:
-    lengths, found = [len(sample.tokens) for sample in samples], []
+    lengths, distances = [len(sample.tokens) for sample in samples], []
     rows = answer_rows(model, read_part(processor, samples)).split(lengths)
     for sample, length, row in zip(samples, lengths, rows, strict=True):  # in fp32 they take room, so one by one
         top_tokens = sample.top_tokens.to(row.device)
         kl = bucketed_kl(row, top_tokens, sample.top_logprobs.to(row.device)).mean().item()
-        found.append(Distance(sample.kind, length, kl, (row.argmax(-1) == top_tokens[:, 0]).float().mean().item()))
-    return found
+        distances.append(Distance(sample.kind, length, kl, (row.argmax(-1) == top_tokens[:, 0]).float().mean().item()))
+    return distances
 
 
 def summarize(distances: Sequence[Distance]) -> dict[str, dict]:

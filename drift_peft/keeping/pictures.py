@@ -38,28 +38,30 @@ def read_pictures(source: Any, count: int, seed: int) -> list[bytes]:
         ValueError: there are no images in it; one of a list is broken, or all of a folder or a data set are.
         ImportError: the source needs the package datasets, which is missing.
     """
-    found: dict[bytes, None] = {}
+    pictures: dict[bytes, None] = {}
     left_out: list[OSError | ValueError] = []
     for value, folder, name in _drawn(source, seed):
         try:
             content = _content(value, folder, name)
-            if content not in found:
+            if content not in pictures:
                 _check(content, name)
         except (FileNotFoundError, Broken) as error:
             if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
                 raise
             left_out.append(error)
             continue
-        found[content] = None
-        if len(found) == count:
+        pictures[content] = None
+        if len(pictures) == count:
             break
-    if not found and left_out:
+    if not pictures and left_out:
         raise left_out[0]
-    if not found:
+    if not pictures:
         raise ValueError(f"there are no images in {source if isinstance(source, (str, Path)) else 'what was given'}")
     if left_out:
-        warn(f"{len(left_out)} of the {len(left_out) + len(found)} images that were drawn are left out: {left_out[0]}")
-    return [*found]
+        warn(
+            f"{len(left_out)} of the {len(left_out) + len(pictures)} images that were drawn are left out: {left_out[0]}"
+        )
+    return [*pictures]
 
 
 class Broken(ValueError):

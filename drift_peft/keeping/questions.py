@@ -36,20 +36,20 @@ def read_questions(path: str | Path | None = None) -> list[tuple[str, str]]:
         ValueError: a line has no tab, is half empty or is there twice; there is no question; the file is no UTF-8 text.
     """
     path = BUILT_IN if path is None else Path(path)
-    found: dict[tuple[str, str], int] = {}
+    questions: dict[tuple[str, str], int] = {}
     for number, line in enumerate(read_lines(path, "questions"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         kind, _, question = (part.strip() for part in line.partition("\t"))
         if not kind or not question:
             raise ValueError(f"line {number} of {path} is no question: write its kind, a tab, and the question")
-        if (kind, question) in found:
-            raise ValueError(f"line {number} of {path} is the same question as line {found[kind, question]}")
-        found[kind, question] = number
-    if not found:
+        if (kind, question) in questions:
+            raise ValueError(f"line {number} of {path} is the same question as line {questions[kind, question]}")
+        questions[kind, question] = number
+    if not questions:
         raise ValueError(f"{path} holds no question: write one a line, its kind, a tab, and the question")
     kinds: dict[str, list[tuple[str, str]]] = {}
-    for kind, question in found:
+    for kind, question in questions:
         kinds.setdefault(kind, []).append((kind, question))
     return [question for question in chain.from_iterable(zip_longest(*kinds.values())) if question]
 

@@ -51,8 +51,8 @@ class Registry(Generic[Entry]):
         """What was added after this version and is still there."""
         with self._lock:
             versions = list(self._entries)
-            found = [self._entries.get(v, lambda: None)() for v in versions[bisect.bisect_right(versions, version) :]]
-        return [entry for entry in found if entry is not None]
+            entries = [self._entries.get(v, lambda: None)() for v in versions[bisect.bisect_right(versions, version) :]]
+        return [entry for entry in entries if entry is not None]
 
     def __len__(self) -> int:
         return len(self._entries)

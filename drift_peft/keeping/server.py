@@ -120,8 +120,8 @@ class Server:
         tokens, top_tokens, top_logprobs = [], [], []
         for entry in entries:
             tokens.append(self._token(entry))
-            found = {self._token(other): float(other["logprob"]) for other in entry["top_logprobs"]}
-            best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:k]
+            logprobs = {self._token(other): float(other["logprob"]) for other in entry["top_logprobs"]}
+            best = sorted(logprobs.items(), key=lambda item: (-item[1], item[0]))[:k]
             if len(best) < k:
                 raise ValueError(
                     f"the server {self.url} gives {len(best)} log probabilities of a token, not {k}: pass "

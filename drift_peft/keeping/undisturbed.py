@@ -55,15 +55,15 @@ def differentiable_checkpoints(model: nn.Module) -> Iterator[None]:
     layers of a transformers model, such as what Unsloth and LLaMA-Factory put there."""
     attribute, checkpointed = "_gradient_checkpointing_func", []
     for module in model.modules():
-        if (found := vars(module).get(attribute)) is not None:
-            checkpointed.append((module, found))
-            settings = found.keywords if getattr(found, "func", None) is checkpoint else {}
+        if (function := vars(module).get(attribute)) is not None:
+            checkpointed.append((module, function))
+            settings = function.keywords if getattr(function, "func", None) is checkpoint else {}
             setattr(module, attribute, functools.partial(checkpoint, **{**settings, "use_reentrant": False}))
     try:
         yield
     finally:
-        for module, found in checkpointed:
-            setattr(module, attribute, found)
+        for module, function in checkpointed:
+            setattr(module, attribute, function)
 
 
 @contextlib.contextmanager

@@ -102,8 +102,8 @@ class Vlm:
     @property
     def places(self) -> list[int]:
         """Tokens that stand for an image's place in the input, which no answer can hold."""
-        found = {value for key, value in self.config.to_dict().items() if PLACES.fullmatch(key)}
-        return sorted(value for value in found if isinstance(value, int))
+        values = {value for key, value in self.config.to_dict().items() if PLACES.fullmatch(key)}
+        return sorted(value for value in values if isinstance(value, int))
 
     @cached_property
     def ends(self) -> list[int]:

@@ -104,13 +104,13 @@ def _by_fingerprint(
         if raw is None or checkpoint.shape(raw) != (len(U), Vh.shape[1]):
             return False, f"has no {name} of {len(U)} x {Vh.shape[1]}"
         U, Vh, update = U.float(), Vh.float(), updates.get(raw)
-        found = fingerprint_of(checkpoint.tensor(raw), U, Vh)
+        fingerprint = fingerprint_of(checkpoint.tensor(raw), U, Vh)
         values = values if merged is None else values + merged.moved(prior, name, U, Vh)
-        moved = torch.zeros_like(found)
+        moved = torch.zeros_like(fingerprint)
         if isinstance(update, LowRank):
             moved = update.scaling * ((U.mT @ update.B.float()) * (Vh @ update.A.float().mT)).sum(-1)
-        off += (found - values).square().sum().item()
-        off_with_adapter += (found - values - moved).square().sum().item()
+        off += (fingerprint - values).square().sum().item()
+        off_with_adapter += (fingerprint - values - moved).square().sum().item()
         stored += values.square().sum().item()
     if off_with_adapter < off / 4:
         return False, "holds the adapter already"

@@ -148,14 +148,14 @@ def gate_prior(
     train = train_gates(model, [*gates.values()], kept, answered, keep_weight, alpha, steps, rate, max_tokens)
     try:
         with frozen(model, gradient_checkpointing), gated(modules, gates):
-            found = [*tqdm(train, desc="gates", total=steps, unit="step", disable=not progress)][-LAST:]
+            losses = [*tqdm(train, desc="gates", total=steps, unit="step", disable=not progress)][-LAST:]
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the GPU has no room for {max_tokens} tokens at a time: pass a smaller max_tokens (--max-tokens), or "
             "load_in_4bit=True (--load-in-4bit)"
         ) from error
     names = ("keep_kl", "text_kl") if answer_set is not None else ("keep_kl",)
-    origin |= {name: math.fsum(step[i] for step in found) / len(found) for i, name in enumerate(names)}
+    origin |= {name: math.fsum(step[i] for step in losses) / len(losses) for i, name in enumerate(names)}
     products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
     taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}
     return prior.gated(taken, products, output, origin, overwrite)

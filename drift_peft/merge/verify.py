@@ -290,9 +290,9 @@ def _merge(weights: dict[str, Tensor], onto: Checkpoint, also: dict[str, str], u
 
 
 def _with_and_without(adapted: PeftModel, prompts: dict[str, dict]) -> tuple[Logits, Logits]:
-    found = _logits(adapted, prompts)
+    with_adapter = _logits(adapted, prompts)
     with adapted.disable_adapter():
-        return found, _logits(adapted, prompts)
+        return with_adapter, _logits(adapted, prompts)
 
 
 def _logits(model: nn.Module, prompts: dict[str, dict]) -> Logits:
@@ -316,8 +316,8 @@ def _thinking(model: nn.Module) -> nn.Module:
     return getattr(model, "thinker", model)  # PEFT passes it on
 
 
-def _errors(found: Logits, expected: Logits) -> dict[str, float]:
-    return {name: ((found[name] - other).norm() / other.norm()).item() for name, other in expected.items()}
+def _errors(logits: Logits, expected: Logits) -> dict[str, float]:
+    return {name: ((logits[name] - other).norm() / other.norm()).item() for name, other in expected.items()}
 
 
 def verification_table(verification: Verification) -> Table:

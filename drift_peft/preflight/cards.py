@@ -36,8 +36,8 @@ TRL = ("activation_offloading assistant_only_loss chat_template_path completion_
 def trl_keys() -> set[str]:
     """TRL's own keys: those known here, and those that the installed one has, read from its source without an import,
     which takes seconds."""
-    found, known = find_spec("trl"), {*TRL}
-    trainer = Path(found.origin).with_name("trainer") if found and found.origin else Path("nowhere")
+    spec, known = find_spec("trl"), {*TRL}
+    trainer = Path(spec.origin).with_name("trainer") if spec and spec.origin else Path("nowhere")
     for file in filter(Path.is_file, (trainer / "sft_config.py", trainer / "base_config.py")):
         classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
         lines = [line for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
@@ -153,12 +153,12 @@ def _changes(settings: Settings) -> Iterator[tuple[str, object]]:
 def _fewer_tokens(memory: Memory, now: Estimate, fewest: int, limit: float) -> Estimate:
     """What fits with as many tokens as there can be, in steps of 256; else with the fewest."""
     least = memory.estimate(replace(now.settings, max_tokens=fewest))
-    found = now if least.bytes <= limit else least
-    while found.bytes > limit and found is not least:  # memory is nearly linear in the tokens
-        share = (limit - least.bytes) / (found.bytes - least.bytes)
-        tokens = fewest + int(share * (found.settings.max_tokens - fewest)) // 256 * 256
-        found = memory.estimate(replace(now.settings, max_tokens=tokens))
-    return found
+    estimate = now if least.bytes <= limit else least
+    while estimate.bytes > limit and estimate is not least:  # memory is nearly linear in the tokens
+        share = (limit - least.bytes) / (estimate.bytes - least.bytes)
+        tokens = fewest + int(share * (estimate.settings.max_tokens - fewest)) // 256 * 256
+        estimate = memory.estimate(replace(now.settings, max_tokens=tokens))
+    return estimate
 
 
 def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:

@@ -207,11 +207,11 @@ def step_peaks(decoder: Decoder, head: torch.Size, step: Step) -> dict[str, tupl
 def kinds(decoder: Decoder) -> list[list[int]]:
     """The layers by kind: those of one class, with parameters of the same shapes and the same sort of attention."""
     attention = getattr(decoder.module.config, "layer_types", None) or [None] * len(decoder.layers)
-    found: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     for i, layer in enumerate(decoder.layers):
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
-        found.setdefault((type(layer), attention[i], shapes), []).append(i)
-    return [*found.values()]
+        groups.setdefault((type(layer), attention[i], shapes), []).append(i)
+    return [*groups.values()]
 
 
 def lenders(decoder: Decoder) -> tuple[int, ...]:

@@ -243,11 +243,11 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
 def _refuse_other_weights(prior: PriorFile, checkpoint: Checkpoint) -> None:
     """ValueError if the prior's fingerprint, u_iᵀ·W·v_i, is far from that of the base's first weights, and a warning
     where it is off by more than rounding and nothing is in 4 bits."""
-    found, known = [], []
+    fingerprints, known = [], []
     for name, U, Vh, stored in islice(prior.probes(), PROBED):
-        found.append(fingerprint_of(checkpoint.tensor(checkpoint.language_model[name]), U, Vh))
+        fingerprints.append(fingerprint_of(checkpoint.tensor(checkpoint.language_model[name]), U, Vh))
         known.append(stored)
-    here, stored = torch.cat(found), torch.cat(known)
+    here, stored = torch.cat(fingerprints), torch.cat(known)
     off = (here - stored).norm() / stored.norm()
     if off > FINGERPRINT_TOLERANCE:
         raise ValueError(

@@ -142,19 +142,19 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
         ValueError: they are another base's.
     """
     claim = read_merge(getattr(model, "config", None))
-    fingerprints, predictions, found, exact = [], [], [], True
+    fingerprints, predictions, measured, exact = [], [], [], True
     for name, U, Vh, stored in prior.probes():
         tensors = [*modules[name].parameters(), *modules[name].buffers()]
         if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
             continue
         with whole(tensors):
-            found.append(weight_products(model, modules[name], U, Vh))
+            measured.append(weight_products(model, modules[name], U, Vh))
             exact &= _is_exact(modules[name], tensors)
         fingerprints.append(stored)
         predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
-    if not found:
+    if not measured:
         return claim
-    stored, added, here = map(torch.cat, (fingerprints, predictions, found))
+    stored, added, here = map(torch.cat, (fingerprints, predictions, measured))
     off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
     size, prediction = stored.norm().item(), PREDICTION_TOLERANCE * added.norm().item()
     bears_out = off_merged < off
@@ -228,13 +228,13 @@ def weight_products(model: nn.Module, module: nn.Module, U: Tensor, Vh: Tensor) 
 
 def targeted_modules(model: nn.Module, config: LoraConfig) -> set[str]:
     """Names of the modules that `target_modules` names, as PEFT reads it: nothing inside what is adapted already."""
-    found, adapted = set(), []
+    names, adapted = set(), []
     for name, module in model.named_modules():  # what contains another one comes first
         if name and not name.startswith(tuple(adapted)) and check_target_module_exists(config, name):
-            found.add(name)
+            names.add(name)
         if isinstance(module, BaseTunerLayer):
             adapted.append(f"{name}.")
-    return found
+    return names
 
 
 def adapted_modules(model: nn.Module, adapters: Iterable[str]) -> set[str]:

@@ -27,13 +27,13 @@ def tensors_to_train(model: nn.Module, config: LoraConfig, adapted: Iterable[str
         adapted: names of the modules that LoRA will adapt.
     """
     canonical_name, saved = prior_names(model), tuple(f"{name}." for name in saved_modules(model, config))
-    of_layers, found = {f"{name}.bias" for name in adapted} if config.bias == "lora_only" else (), []
+    of_layers, names = {f"{name}.bias" for name in adapted} if config.bias == "lora_only" else (), []
     for name, _ in model.named_parameters(remove_duplicate=False):
         if canonical := canonical_name(name):
             with_layer = config.bias == "all" or name in of_layers
             if name.startswith(saved) or (with_layer and module_kind(canonical) == "bias"):
-                found.append(canonical)
-    return [*dict.fromkeys(found)]  # copies have the names of what they were made of
+                names.append(canonical)
+    return [*dict.fromkeys(names)]  # copies have the names of what they were made of
 
 
 def check_saved(model: nn.Module, config: LoraConfig, adapted: Iterable[str]) -> None:

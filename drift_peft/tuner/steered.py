@@ -299,8 +299,8 @@ def steered_of(model: nn.Module) -> list[Steered]:
     """The same of the active adapters; and of the model's own weights where PEFT has not frozen them."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     idle = {adapter for layer in layers for adapter in layer.r if adapter not in layer.active_adapters}
-    found = [s for s in all_steered(model) if s.adapter not in idle]
-    return [s for s in found if s.adapter or not layers or s.parameter(s.factors[0]).requires_grad]
+    steered = [s for s in all_steered(model) if s.adapter not in idle]
+    return [s for s in steered if s.adapter or not layers or s.parameter(s.factors[0]).requires_grad]
 
 
 def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:

@@ -49,20 +49,20 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
         >>> seen["guided_steps"], 0 < seen["absorbed"] < 1, 0 < seen["alignment/attn"] < 1
         (2, True, True)
     """
-    found = steered_of(model)
-    configs = {id(s.config): s.config for s in found}.values()
+    steered = steered_of(model)
+    configs = {id(s.config): s.config for s in steered}.values()
     if prior is not None:
         prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
         settings = DriftConfig(prior=prior.source)
-        found = [
+        steered = [
             SteeredAdapter(layer, a, name, settings, prior[name])
             for name, layer, a in lora_layers(model)
             if name in prior
         ]
     kept = keep_telemetry(model) if prior is None else {}
-    if not found and prior is None and keepings_of(model):
+    if not steered and prior is None and keepings_of(model):
         return kept
-    if not found:
+    if not steered:
         idle = {s.adapter for s in all_steered(model) if s.adapter}
         if idle and prior is None:
             name = min(idle)
@@ -77,10 +77,10 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
     if repeated := sum(config.repeated_steps for config in configs):
         result["repeated_steps"] = repeated
 
-    device = found[0].parameter(found[0].factors[0]).device
-    last_steps = {s.stack: s.stack.last_step() for s in found if s.stack is not None}
+    device = steered[0].parameter(steered[0].factors[0]).device
+    last_steps = {s.stack: s.stack.last_step() for s in steered if s.stack is not None}
     sums: dict[str, Tensor] = {}
-    for s in found:
+    for s in steered:
         row = torch.stack([*_position(s), *_last_step(s, last_steps)]).to(device)  # layers may lie on several devices
         for kind in ("", f"/{module_kind(s.name)}"):
             sums[kind] = sums[kind] + row if kind in sums else row

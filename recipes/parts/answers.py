@@ -33,8 +33,8 @@ def well_formed(response: str) -> bool:
     r"""One non-empty <think>…</think> in front, and after it an answer in a \boxed{…}, as the paper asks for."""
     if response.count("<think>") != 1 or response.count("</think>") != 1:
         return False
-    found = re.fullmatch(r"\s*<think>(.*)</think>(.*)", response, re.DOTALL)
-    return bool(found and found[1].strip() and extract_boxed(found[2]))
+    match = re.fullmatch(r"\s*<think>(.*)</think>(.*)", response, re.DOTALL)
+    return bool(match and match[1].strip() and extract_boxed(match[2]))
 
 
 def is_correct(response: str, gold: str, *, question: str = "") -> bool:
@@ -44,8 +44,8 @@ def is_correct(response: str, gold: str, *, question: str = "") -> bool:
         gold: as the data set writes it: alone, boxed, tagged, or with its chain in front.
         question: where the options stand, if there are some: then an option's letter and its text are one answer.
     """
-    found = read_answer(response)
-    return found is not None and is_known(found[0], gold, question)
+    reading = read_answer(response)
+    return reading is not None and is_known(reading[0], gold, question)
 
 
 def is_known(answer: str, gold: str, question: str) -> bool:

@@ -152,13 +152,13 @@ class TrainArguments(SFTConfig):
     def _checkpoint(self, named: str) -> Path:
         """What to go on from: "true" stands for the newest that is whole."""
         if named.lower() == "true":
-            found, torn = newest_whole(self.output_dir), [path.name for path in checkpoints(self.output_dir)]
-            if found is None and earlier_record(self.output_dir):
+            newest, torn = newest_whole(self.output_dir), [path.name for path in checkpoints(self.output_dir)]
+            if newest is None and earlier_record(self.output_dir):
                 return Path(named)  # a run that was finished needs no checkpoint
-            if found is None and torn:
+            if newest is None and torn:
                 what = f"none of {', '.join(torn)} in {self.output_dir} is whole"
                 raise ValueError(f"{what}, so there is nothing to go on from: start in another output_dir")
-            return self._checkpoint(str(found or f"{self.output_dir}/checkpoint-*"))
+            return self._checkpoint(str(newest or f"{self.output_dir}/checkpoint-*"))
         if not Path(named).is_dir():
             raise FileNotFoundError(f"there is no checkpoint {named} to go on from")
         if not is_whole(Path(named)):

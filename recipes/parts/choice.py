@@ -25,21 +25,21 @@ def summarize(measured: dict[str, Measured], titles: dict[str, str], choice: str
     first, chosen = next(iter(measured.values())), measured[choice]
     best = frontier(measured)
     ways = {}
-    for name, found in measured.items():
-        numbers = {"title": titles[name], "right": 100 * float(found.right.mean()), "frontier": name in best}
-        numbers["categories"] = _by_category(found)
-        for key, less in (("above_first", found.right - first.right), ("below_choice", chosen.right - found.right)):
+    for name, way in measured.items():
+        numbers = {"title": titles[name], "right": 100 * float(way.right.mean()), "frontier": name in best}
+        numbers["categories"] = _by_category(way)
+        for key, less in (("above_first", way.right - first.right), ("below_choice", chosen.right - way.right)):
             numbers[key] = [100 * float(less.mean()), *(100 * bound for bound in interval(less))]
-        if found.kl is not None:
-            numbers["kl"] = [max(0.0, value) for value in (found.cost, *interval(found.kl))]  # of rounding
-            numbers["agreement"] = 100 * float(found.agreement.mean())
-        ways[name] = numbers | found.facts
+        if way.kl is not None:
+            numbers["kl"] = [max(0.0, value) for value in (way.cost, *interval(way.kl))]  # of rounding
+            numbers["agreement"] = 100 * float(way.agreement.mean())
+        ways[name] = numbers | way.facts
     return {"samples": len(first.right), "first": next(iter(measured)), "choice": choice, "ways": ways}
 
 
-def _by_category(found: Measured) -> dict[str, float]:
-    names = np.array(found.categories)
-    return {name: 100 * float(found.right[names == name].mean()) for name in sorted(set(found.categories))}
+def _by_category(way: Measured) -> dict[str, float]:
+    names = np.array(way.categories)
+    return {name: 100 * float(way.right[names == name].mean()) for name in sorted(set(way.categories))}
 
 
 def columns(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -68,8 +68,8 @@ def columns(result: dict) -> tuple[list[str], list[list[str]]]:
     return [*heads, "steps", "minutes"], rows
 
 
-def _difference(found: list[float]) -> str:
-    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*found)
+def _difference(numbers: list[float]) -> str:
+    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*numbers)
 
 
 def _number(value: float | None) -> str:

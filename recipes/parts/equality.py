@@ -143,12 +143,12 @@ def _same_items(items: list[str], known: list[str]) -> bool:
 
 def _unlabel(text: str) -> tuple[str, str | None]:
     """`S_{ABC} = 12` -> ("12", "S_{ABC}"): what is left of one = and is no formula itself."""
-    found = LABEL.match(text) or POINT.match(text) or COORDINATES.match(text)
-    if not found or re.search(r"(?:=|<|>|\\(?:le|ge|ne)\b)", found["value"]):
+    match = LABEL.match(text) or POINT.match(text) or COORDINATES.match(text)
+    if not match or re.search(r"(?:=|<|>|\\(?:le|ge|ne)\b)", match["value"]):
         return text, None
-    if re.match(r"\d{1,2}:\d\d", text) or re.search(r"(?i)\b(?:not|no|than|least|most|or|and)\b", found["label"]):
+    if re.match(r"\d{1,2}:\d\d", text) or re.search(r"(?i)\b(?:not|no|than|least|most|or|and)\b", match["label"]):
         return text, None
-    return found["value"].strip(), re.sub(r"\s+|[{}]", "", found["label"])
+    return match["value"].strip(), re.sub(r"\s+|[{}]", "", match["label"])
 
 
 def _last_side(text: str, other: str) -> str:

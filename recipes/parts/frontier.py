@@ -43,7 +43,7 @@ def frontier(measured: dict[str, Measured]) -> list[str]:
         gains = (one.right.mean() - other.right.mean(), other.cost - one.cost)
         return min(gains) >= 0 and max(gains) > 0
 
-    return [name for name, found in measured.items() if not any(beats(other, found) for other in measured.values())]
+    return [name for name, way in measured.items() if not any(beats(other, way) for other in measured.values())]
 
 
 def choose(measured: dict[str, Measured], budget: float | None = None) -> str:
@@ -58,14 +58,14 @@ def choose(measured: dict[str, Measured], budget: float | None = None) -> str:
     Raises:
         ValueError: all cost more.
     """
-    allowed = {name: found for name, found in measured.items() if budget is None or found.cost <= budget}
+    allowed = {name: way for name, way in measured.items() if budget is None or way.cost <= budget}
     if not allowed:
-        least = min(found.cost for found in measured.values())
+        least = min(way.cost for way in measured.values())
         raise ValueError(f"no way costs at most {budget:g} nats a token: the least is {least:.3g}")
     best = max(allowed, key=lambda name: (allowed[name].right.mean(), -allowed[name].cost))
     alike = [
-        name for name, found in allowed.items()
-        if name == best or interval(allowed[best].right - found.right)[0] <= 0
+        name for name, way in allowed.items()
+        if name == best or interval(allowed[best].right - way.right)[0] <= 0
     ]  # fmt: skip
     return min(alike, key=lambda name: (allowed[name].cost, -allowed[name].right.mean()))
 
@@ -80,10 +80,10 @@ def draw(measured: dict[str, Measured], titles: dict[str, str], choice: str, out
     figure = Figure(figsize=(8.3, 1.1 + 0.32 * len(order)), dpi=160, layout="constrained")
     right, cost = figure.subplots(1, 2, sharey=True)
     for place, name in enumerate(order):
-        found = measured[name]
+        way = measured[name]
         look = {"fmt": "*", "ms": 12} if name == choice else {"fmt": "o", "ms": 6}
         look |= {"color": "#0072b2" if name in best else "#999999", "mfc": None if name in best else "white", "lw": 1}
-        for axes, values in ((right, 100 * found.right), (cost, found.kl)):
+        for axes, values in ((right, 100 * way.right), (cost, way.kl)):
             middle = values.mean()
             low, high = interval(values)
             axes.errorbar(middle, place, xerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]], **look)  # rounding

@@ -43,15 +43,15 @@ class Root:
             return f"{self.folder}/{'/'.join(inside[inside[0] == self.name :])}"
         root = os.path.abspath(self.folder)
         places = [path, "/".join(inside)] + (["/".join(inside[1:])] if inside[:1] == [self.name] else [])
-        found = [os.path.abspath(os.path.join(root, place)) for place in places]
-        allowed = [place for place in found if place == root or place.startswith(os.path.join(root, ""))]
+        candidates = [os.path.abspath(os.path.join(root, place)) for place in places]
+        allowed = [place for place in candidates if place == root or place.startswith(os.path.join(root, ""))]
         there = next((place for place in allowed if os.path.isfile(place)), None)
-        if there is None and os.path.isfile(found[0]):
+        if there is None and os.path.isfile(candidates[0]):
             raise BadSample(
                 "image outside its folder",
                 f"names the image {_shown(path)}, which is outside of {self.folder}: name its folder with --images",
             )
-        return there or found[0]
+        return there or candidates[0]
 
 
 def pictures_in(value) -> list[tuple[str | None, bytes | None]]:

@@ -12,11 +12,11 @@ MANY = 0.1  # of all
 def is_loose(text: str) -> bool:
     """Whether a known answer, chain in front or not, is longer than an answer without any mark may be, or an object, or
     the last of a few short lines that no mark tells from an answer of several lines."""
-    gold, found = known_answer(text), read_answer(text)
+    gold, reading = known_answer(text), read_answer(text)
     if len(gold) > SHORT or (gold[:1] in ("{", "[") and '"' in gold):
         return True
     lines = THOUGHT_END.split(text)[-1].strip().splitlines()
-    is_last = found is not None and found[1] == "last line" and len(lines) > 1
+    is_last = reading is not None and reading[1] == "last line" and len(lines) > 1
     return is_last and all(len(line) <= SHORT for line in lines)
 
 

@@ -67,21 +67,21 @@ def numbers_in_words(text: str) -> str:
         if (number := _number(words[:length])) is not None:
             text = " ".join([str(number), *words[length:]])
             break
-    if found := re.fullmatch(r"(?i)(?:(\d+)|an?)[ -]([a-z]+)", text) or re.fullmatch(r"(?i)(one )?(half)", text):
-        if part := _parts_in_words().get(found[2].casefold()):
-            return f"{found[1] if found[1] and found[1].isdigit() else 1}/{part}"
-    if found := re.match(r"(?i)(\d{1,15}) and (an?|[a-z]+|\d{1,15}) ([a-z]+)\b", text):
-        count, part = found[2].casefold(), _parts_in_words().get(found[3].casefold())
+    if match := re.fullmatch(r"(?i)(?:(\d+)|an?)[ -]([a-z]+)", text) or re.fullmatch(r"(?i)(one )?(half)", text):
+        if part := _parts_in_words().get(match[2].casefold()):
+            return f"{match[1] if match[1] and match[1].isdigit() else 1}/{part}"
+    if match := re.match(r"(?i)(\d{1,15}) and (an?|[a-z]+|\d{1,15}) ([a-z]+)\b", text):
+        count, part = match[2].casefold(), _parts_in_words().get(match[3].casefold())
         count = 1 if count in ("a", "an") else int(count) if count.isdigit() else _words().get(count)
         if count and part:
-            return f"({int(found[1]) * part + count}/{part}){text[found.end() :]}"
+            return f"({int(match[1]) * part + count}/{part}){text[match.end() :]}"
     text = re.sub(r"(?i)^(-?\d[\d.]*) squared$", r"(\1)^2", text)
     text = re.sub(r"(?i)^(-?\d[\d.]*) cubed$", r"(\1)^3", text)
-    if found := re.match(rf"(?i)^(-?\d{{1,15}}(?:\.\d{{1,15}})?) ({'|'.join(SCALES)}|dozen)s?\b(?!-)", text):
-        times = 12 if found[2].casefold() == "dozen" else 10 ** SCALES[found[2].casefold()]
-        value = Fraction(found[1]) * times
+    if match := re.match(rf"(?i)^(-?\d{{1,15}}(?:\.\d{{1,15}})?) ({'|'.join(SCALES)}|dozen)s?\b(?!-)", text):
+        times = 12 if match[2].casefold() == "dozen" else 10 ** SCALES[match[2].casefold()]
+        value = Fraction(match[1]) * times
         if value.denominator == 1:
-            text = f"{value}{text[found.end() :]}"
+            text = f"{value}{text[match.end() :]}"
     return text
 
 

@@ -49,8 +49,8 @@ def _options(question: str, marks: list[re.Match]) -> dict[str, str]:
 
 def choice(text: str) -> tuple[str, str] | None:
     """(letter, text beside it) of `B`, `(B) 5`, `[B]`, `B 5` or `5 (B)`; None if this names no option."""
-    found = LETTER.fullmatch(text) or BEFORE.fullmatch(text) or AFTER.fullmatch(text)
-    return (found["letter"].upper(), found["text"].strip()) if found else None
+    match = LETTER.fullmatch(text) or BEFORE.fullmatch(text) or AFTER.fullmatch(text)
+    return (match["letter"].upper(), match["text"].strip()) if match else None
 
 
 def choices(text: str, options: dict[str, str]) -> frozenset[str] | None:

@@ -65,8 +65,8 @@ def with_chain(chain: str, answer: str) -> str:
 
 def _bare(answer: str) -> str:
     """An answer without the signs that data sets put around it."""
-    found = re.fullmatch(r"<answer>(.*)</answer>|\$*\\boxed\{(.*)\}\$*|####(.*)", answer.strip(), re.S)
-    return next(filter(None, found.groups()), "").strip() if found else answer.strip()
+    match = re.fullmatch(r"<answer>(.*)</answer>|\$*\\boxed\{(.*)\}\$*|####(.*)", answer.strip(), re.S)
+    return next(filter(None, match.groups()), "").strip() if match else answer.strip()
 
 
 def _text(value, key: str) -> str:
@@ -79,8 +79,8 @@ def _options(sample: dict) -> tuple[dict[str, str], list[str], bool]:
     """Letter -> text of what there is to choose from, the keys that it stands under, and whether it is numbers."""
     key = next((key for key in OPTIONS if sample.get(key)), None)
     if key is None:
-        columns = {"".join(filter(None, found.groups())).upper(): name
-                   for name in sample if sample[name] is not None and (found := OPTION.fullmatch(name))}  # fmt: skip
+        columns = {"".join(filter(None, match.groups())).upper(): name
+                   for name in sample if sample[name] is not None and (match := OPTION.fullmatch(name))}  # fmt: skip
         values = {letter: sample[columns[letter]] for letter in sorted(columns)}
     else:
         values, columns = _listed(sample[key], key), {"": key}
@@ -100,11 +100,11 @@ def _listed(value, key: str) -> dict[str, object]:
     if isinstance(value, str):
         for read in (json.loads, ast.literal_eval):
             try:
-                found = read(value)
+                parsed = read(value)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-            if isinstance(found, (list, dict)):
-                return _listed(found, key)
+            if isinstance(parsed, (list, dict)):
+                return _listed(parsed, key)
         return read_options(f"\n{value}") or dict(zip(string.ascii_uppercase, value.split("\n"), strict=False))
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         value = value["text"]

@@ -118,19 +118,19 @@ def read_answer(text: str) -> tuple[str, str] | None:
     if not lines:
         boxed = extract_boxed(thought)
         return (boxed, "boxed") if boxed else None
-    if found := HASHES.fullmatch(rest.strip().rpartition("\n")[2].strip()):
-        return _bare(found[1]), "tag"
+    if match := HASHES.fullmatch(rest.strip().rpartition("\n")[2].strip()):
+        return _bare(match[1]), "tag"
     return _said(lines) or _alone(lines) or _concluded(lines)
 
 
 def known_answer(text: str) -> str:
     """What a data set's answer knows, chain in front or not; where no mark stands, all that follows the thinking."""
-    found = read_answer(text)
-    if found and (found[1] in ("boxed", "tag") or _said(_lines(THOUGHT_END.split(SPECIAL.sub("", text))[-1]))):
-        return found[0]
+    reading = read_answer(text)
+    if reading and (reading[1] in ("boxed", "tag") or _said(_lines(THOUGHT_END.split(SPECIAL.sub("", text))[-1]))):
+        return reading[0]
     rest = THOUGHT_END.split(text)[-1].strip()
-    if found and "\n" in rest:
-        return found[0]
+    if reading and "\n" in rest:
+        return reading[0]
     return "" if THOUGHT_START.search(rest) else SPECIAL.sub("", rest).strip()
 
 
@@ -139,32 +139,32 @@ def readings(answer: str) -> list[str]:
     lines = _lines(answer)
     if not lines:
         return [answer]
-    found = [answer]
+    texts = [answer]
     if boxed := extract_boxed(answer):
-        found.append(boxed)
+        texts.append(boxed)
     stated = _said(lines)
     if stated:
-        found.append(stated[0])
+        texts.append(stated[0])
     elif len(lines) == 1:
         if leading := LEADING.match(lines[0]):
-            found.append(leading[0])
+            texts.append(leading[0])
         elif concluded := _conclusion(lines[0]):
-            found.append(concluded)
+            texts.append(concluded)
     elif LETTER_FIRST.fullmatch(lines[0]) or HEADING.fullmatch(lines[0]):
-        found.append(lines[-1])
-    return [*dict.fromkeys(found)]
+        texts.append(lines[-1])
+    return [*dict.fromkeys(texts)]
 
 
 def _tagged(rest: str) -> tuple[tuple[str, str] | None, bool]:
     """What stands in the last tag, with its rule, and whether a tag is open at the end."""
-    opened, found = None, None
+    opened, tagged = None, None
     for tag in TAG.finditer(rest):
         if tag["end"] or tag["box"] == "end":
             inside = rest[opened.end() : tag.start()].strip() if opened else ""
-            found, opened = ((inside, "boxed" if tag["box"] else "tag") if inside else found), None
+            tagged, opened = ((inside, "boxed" if tag["box"] else "tag") if inside else tagged), None
         else:
             opened = tag
-    return found, opened is not None
+    return tagged, opened is not None
 
 
 def _lines(text: str) -> list[str]:
@@ -266,8 +266,8 @@ def _clause(text: str) -> str:
     return VERB_LAST.sub("", LEAD_IN.sub("", text)).strip()
 
 
-def _sentence_of(line: str, found: re.Match) -> str:
-    start = max((m.end() for m in SENTENCE_END.finditer(line) if m.end() <= found.start()), default=0)
+def _sentence_of(line: str, match: re.Match) -> str:
+    start = max((m.end() for m in SENTENCE_END.finditer(line) if m.end() <= match.start()), default=0)
     return SENTENCE_END.split(line[start:])[0]
 
 

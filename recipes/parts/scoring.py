@@ -29,10 +29,10 @@ def mark(response: str, gold: str, question: str, finish_reason: str | None = No
     Args:
         finish_reason: "length" of a response that was cut, which is unfinished unless its answer is right for sure.
     """
-    found = read_answer(response)
-    if found is None:
+    reading = read_answer(response)
+    if reading is None:
         return False, UNFINISHED
-    answer, read_by = found
+    answer, read_by = reading
     correct = is_known(answer, gold, question)
     if finish_reason == "length" and not (correct and _stands(response, answer, read_by)):
         return False, UNFINISHED

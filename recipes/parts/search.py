@@ -26,10 +26,10 @@ def space(way: Way, settings: dict) -> dict[str, dict]:
     centres = {"learning_rate": recipe.get("learning_rate", 2e-5)}  # TRL's default
     if recipe["method"] == "drift":
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
-    found = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
+    bounds = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
     if (own := recipe.get("merge_first")) is not None:
-        found["merge_first"] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
-    return found
+        bounds["merge_first"] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
+    return bounds
 
 
 def search(

@@ -117,8 +117,8 @@ def read_categories(data: str, split: str, key: str | None) -> list[str]:
     for file in find_files(data, split, None, False)[0]:
         rows = read_file(file, streaming=False)
         if not is_json(file):  # whose images are not to be read for this
-            found = (key or CATEGORY) in rows.column_names
-            values += rows.with_format(None)[key or CATEGORY] if found else [None] * len(rows)
+            has_key = (key or CATEGORY) in rows.column_names
+            values += rows.with_format(None)[key or CATEGORY] if has_key else [None] * len(rows)
             continue
         for _, sample in samples(rows[:], range(len(rows)), file):
             sample = json.loads(sample) if isinstance(sample, str) else sample
@@ -167,8 +167,8 @@ def _saved_files(folder: Path, split: str) -> list[str]:
         state = folder / "state.json"
         if not state.exists():
             return []
-        found = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    return [str(folder / file["filename"]) for file in found]
+        files = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    return [str(folder / file["filename"]) for file in files]
 
 
 def _split_files(source: str, split: str) -> list[str]:
@@ -178,10 +178,10 @@ def _split_files(source: str, split: str) -> list[str]:
     name, _, revision = (source, "", "") if is_here else source.partition("@")
     there = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
     with explained(source, "cannot be read"):
-        found = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
-    if split not in found:
-        raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, found)) or 'none'}")
-    files = [file for file in found[split] if _is_data(file)] or there
+        splits = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
+    if split not in splits:
+        raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, splits)) or 'none'}")
+    files = [file for file in splits[split] if _is_data(file)] or there
     if not files:
         raise ValueError(f"{source} has for {split} no file of the kinds {', '.join(FILES)}: convert it to one of them")
     if files is there and len(there) > 1:

@@ -140,9 +140,9 @@ def _noun(written: str, single: bool) -> str | None:
 def sum_of_units(text: str) -> tuple[str, Unit] | None:
     """`1 hour 30 minutes`, in the first of its units."""
     pieces, end = [], 0
-    while found := PIECE.match(text, end):
-        pieces.append((Fraction(found[1].strip("()")), _of_pint("foot" if found[2] == "'" else found[2])))
-        end = found.end()
+    while piece := PIECE.match(text, end):
+        pieces.append((Fraction(piece[1].strip("()")), _of_pint("foot" if piece[2] == "'" else piece[2])))
+        end = piece.end()
     if len(pieces) < 2 or text[end:].strip() or not all(unit for _, unit in pieces):
         return None
     (_, first), *_ = pieces

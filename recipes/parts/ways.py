@@ -38,11 +38,11 @@ class Way:
         changed = {**settings, **self.trains, **more}
         return {key: value for key, value in changed.items() if value is not None}
 
-    def tuned(self, trial: int, found: dict) -> Way:
+    def tuned(self, trial: int, settings: dict) -> Way:
         """This way with the settings that a search has found."""
-        values = ", ".join(f"{key} {value:.2g}" for key, value in found.items())
+        values = ", ".join(f"{key} {value:.2g}" for key, value in settings.items())
         return replace(
-            self, name=f"{self.name}-trial{trial}", title=f"{self.title}, {values}", trains={**self.trains, **found}
+            self, name=f"{self.name}-trial{trial}", title=f"{self.title}, {values}", trains={**self.trains, **settings}
         )
 
 

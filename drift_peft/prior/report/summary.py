@@ -139,12 +139,12 @@ def _gates(weights: dict) -> list[dict]:
     for stats in weights.values():
         if "gates" in stats:
             members[stats["modules"]].append(stats["gates"])
-    found = []
+    rows = []
     for kind, gates in sorted(members.items()):
         each = torch.tensor([row[: min(map(len, gates))] for row in gates], dtype=torch.float64)
         values = {"mean": each.mean(0), "least": each.amin(0), "most": each.amax(0)}
-        found.append({"modules": kind, **{name: value.tolist() for name, value in values.items()}})
-    return found
+        rows.append({"modules": kind, **{name: value.tolist() for name, value in values.items()}})
+    return rows
 
 
 def _spectra(weights: dict, squares: dict) -> list[dict]:

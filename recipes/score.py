@@ -43,11 +43,11 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
     Raises:
         ValueError: they are not of the same samples; it names the first that differs.
     """
-    (first, wanted), *others = models.items()
-    ordered = {first: wanted}
+    (first, expected), *others = models.items()
+    ordered = {first: expected}
     for name, answers in others:
         by_id = {answer.id: answer for answer in answers}
-        for answer in wanted:
+        for answer in expected:
             other = by_id.pop(answer.id, None)
             if other is None:
                 raise ValueError(f"{benchmark}: sample {answer.id} of {first} is not in {name}: {ALIKE}")

@@ -109,30 +109,30 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
         print(f"The prior is built: {run.prior} serves all further runs on this pair.")
     prior = ReasoningPrior.load(run.prior)
     for role in ("expert", "reference"):
-        wanted, origin = getattr(run, role), prior.metadata.get(role)
-        if wanted is not None and not is_same_model(wanted, origin):
+        expected, origin = getattr(run, role), prior.metadata.get(role)
+        if expected is not None and not is_same_model(expected, origin):
             built = run_or_prior(None, origin)
-            raise ValueError(f"{run.prior} was built with the {role} {built}, not {wanted}: change {role} or prior")
+            raise ValueError(f"{run.prior} was built with the {role} {built}, not {expected}: change {role} or prior")
     other = prior.metadata.get("reference")
     if None not in (run.expert, other) and run.reference is None and not is_same_model(run.base, other):
         built = run_or_prior(None, other)
         message = f"{run.prior} was built with the reference {built}, not without"
         raise ValueError(f"{message}: name it in reference, or change prior")
-    had = prior.metadata.get("rank")
-    if had not in (None, run.prior_rank):
-        message = f"The rank of {run.prior} is {had}, and it is used as it is"
+    stored = prior.metadata.get("rank")
+    if stored not in (None, run.prior_rank):
+        message = f"The rank of {run.prior} is {stored}, and it is used as it is"
         print(f"{message}: prior_rank={run.prior_rank} is for one that is built.")
     return prior
 
 
-def is_same_model(wanted: str, origin: dict | None) -> bool:
+def is_same_model(model: str, origin: dict | None) -> bool:
     """Whether a model as the run names it is the one of a prior's header: two paths may lead to one folder. Of a
     revision that is no commit, nobody knows what it was when the prior was built."""
-    if origin is None or wanted == origin["id"]:
+    if origin is None or model == origin["id"]:
         return origin is not None
-    if Path(wanted).exists():
-        return Path(origin["id"]).exists() and Path(wanted).samefile(origin["id"])
-    name, revision = split_revision(wanted)
+    if Path(model).exists():
+        return Path(origin["id"]).exists() and Path(model).samefile(origin["id"])
+    name, revision = split_revision(model)
     is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     return name == origin["id"] and (not is_commit or revision == origin["revision"])
 

@@ -141,8 +141,8 @@ def _placed(
         shape = layer.out_features, layer.in_features
         if module in factors:
             problems.append(f"{update.module} and {factors[module].module} are both {module}")
-        elif wanted := update.misfit(shape):
-            problems.append(f"{update.module} is {list(wanted)} in the adapter, and {module} is {list(shape)}")
+        elif expected := update.misfit(shape):
+            problems.append(f"{update.module} is {list(expected)} in the adapter, and {module} is {list(shape)}")
         factors[module] = update
     if problems:
         raise ValueError(

@@ -211,12 +211,12 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
                 way_out = "; ensure_weight_tying=True of PEFT 0.19 or newer would have trained them as one"
                 if all(isinstance(end, Whole) for end in ends.values()):  # factors would all be added to one weight
                     way_out += f"; to keep both, {IN_MEMORY}, and set its config.tie_word_embeddings=False"
-        elif wanted := update.misfit(checkpoint.shape(raw)):
+        elif expected := update.misfit(checkpoint.shape(raw)):
             shape = list(checkpoint.shape(raw))
-            problems.append(f"{raw} is {shape} in the base and {list(wanted)} in the adapter")
-            if canonical in TIED and shape[1:] == list(wanted[1:]):
+            problems.append(f"{raw} is {shape} in the base and {list(expected)} in the adapter")
+            if canonical in TIED and shape[1:] == list(expected[1:]):
                 way_out = (
-                    f"; call resize_token_embeddings({wanted[0]}) on the base, save it, and name that folder as the "
+                    f"; call resize_token_embeddings({expected[0]}) on the base, save it, and name that folder as the "
                     f"base (of an expert, in base_model_name_or_path of its {CONFIG})"
                 )
         elif wrong := checkpoint.quantized(raw):

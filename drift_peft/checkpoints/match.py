@@ -43,8 +43,8 @@ class Match:
         """Role -> rows of a head or an embedding that belong together; None for all other weights."""
         if not in_vocabulary(name):
             return None
-        there = (self.rows < torch.tensor([len(tensor) for tensor in tensors.values()])).all(dim=1)
-        return dict(zip(tensors, self.rows[there].T.contiguous(), strict=True))
+        present = (self.rows < torch.tensor([len(tensor) for tensor in tensors.values()])).all(dim=1)
+        return dict(zip(tensors, self.rows[present].T.contiguous(), strict=True))
 
 
 def match_weights(

@@ -234,8 +234,8 @@ def _start(output: Path, partial: Path, settings: dict | None = None) -> None:
 
 def _clear(partial: Path) -> None:
     """What a killed run has left. FileExistsError for what somebody else has there."""
-    there = {*os.listdir(partial)} if os.path.isdir(partial) else {""} if os.path.lexists(partial) else set()
-    if there and OURS not in there:
+    existing = {*os.listdir(partial)} if os.path.isdir(partial) else {""} if os.path.lexists(partial) else set()
+    if existing and OURS not in existing:
         raise FileExistsError(
             f"{partial} is in the way, which is where the output is written until it is complete: rename or delete it, "
             "or name another output"

@@ -140,12 +140,12 @@ def dequantize(weight: torch.Tensor, companions: dict[str, torch.Tensor]) -> tor
         and stored_state.nested_dtype is not None
         and stored_state.nested_offset is not None
     )
-    wanted = {"absmax": (scales, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
+    expected = {"absmax": (scales, torch.uint8 if nested else torch.float32), "quant_map": (16, torch.float32)}
     if nested:
-        wanted["nested_absmax"] = -(-scales // stored_state.nested_blocksize), torch.float32
-        wanted["nested_quant_map"] = 256, torch.float32
+        expected["nested_absmax"] = -(-scales // stored_state.nested_blocksize), torch.float32
+        expected["nested_quant_map"] = 256, torch.float32
     held = {name: (t.numel(), t.dtype) for name, t in companions.items() if not name.startswith(STATE)}
-    if held != wanted or weight.numel() * weight.element_size() != -(-numbers // 2):
+    if held != expected or weight.numel() * weight.element_size() != -(-numbers // 2):
         raise ValueError(
             f"a 4-bit weight says that it is {stored_state.shape}, and the tensors beside it are of another one"
         )

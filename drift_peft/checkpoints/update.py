@@ -63,8 +63,8 @@ class LowRank(Update):
         return moved * (self.magnitude[rows].float() / torch.linalg.vector_norm(moved, dim=1))[:, None]
 
     def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        wanted = len(self.B), self.A.shape[1]
-        return None if shape == wanted else wanted
+        expected = len(self.B), self.A.shape[1]
+        return None if shape == expected else expected
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,5 @@ class Rows(Update):
         return moved
 
     def misfit(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        wanted = max([shape[0], *(self.rows + 1).tolist()]), self.values.shape[1]
-        return None if shape == wanted else wanted
+        expected = max([shape[0], *(self.rows + 1).tolist()]), self.values.shape[1]
+        return None if shape == expected else expected

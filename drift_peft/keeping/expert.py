@@ -195,8 +195,8 @@ def _string(line: str, path: Path) -> Any:
 
 def _if_alike(existing: AnswerSet, facts: dict) -> AnswerSet:
     """The file, if it was made in this way. Which expert it is, `identity` says, wherever that lies today."""
-    for key, wanted in facts.items():
-        if key != "expert" and existing.metadata[key] != wanted:
+    for key, expected in facts.items():
+        if key != "expert" and existing.metadata[key] != expected:
             what = "expert" if key == "identity" else key
             raise FileExistsError(
                 f"{existing.source} exists and was made with another {what}: name another file for the answers "

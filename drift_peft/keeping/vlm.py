@@ -204,12 +204,12 @@ def check_processor_settings(processor: Any, settings: Iterable[str]) -> None:
     Warns:
         UserWarning: a setting that no part of the processor is known to take.
     """
-    taken, there = set(), set()
+    taken, attributes = set(), set()
     for part in [processor, *(getattr(processor, name, None) for name in PARTS)]:
         taken |= {*getattr(getattr(part, "valid_kwargs", None), "__annotations__", ())}
         taken |= {*inspect.signature(type(part).__init__).parameters} - {"self", "args", "kwargs"}
-        there |= {name.lstrip("_") for name in (*getattr(part, "__dict__", ()), *dir(type(part)))}
-    for key in {*settings} - taken - there - {*OF_LOADING}:
+        attributes |= {name.lstrip("_") for name in (*getattr(part, "__dict__", ()), *dir(type(part)))}
+    for key in {*settings} - taken - attributes - {*OF_LOADING}:
         message = f"{type(processor).__name__} has no setting {key}"
         if near := nearest(key, taken, 0.8):
             raise ValueError(f"{message}: {near}")

@@ -240,10 +240,12 @@ def _placed(origin: dict) -> dict:
 
 def _refuse_again(base: Checkpoint, expert: dict) -> None:
     """W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or something else where Δ is taken from the base itself."""
-    had = read_merge(base.config)
-    spelled = None if had is None else repository_of(had.expert) or Path(had.expert["id"]).resolve()
-    if had is not None and spelled == (repository_of(expert) or Path(expert["id"]).resolve()):
-        raise ValueError(f"base {base.source} is {had.words} already: merge into {had.base['id']} at another scale")
+    existing = read_merge(base.config)
+    spelled = None if existing is None else repository_of(existing.expert) or Path(existing.expert["id"]).resolve()
+    if existing is not None and spelled == (repository_of(expert) or Path(expert["id"]).resolve()):
+        raise ValueError(
+            f"base {base.source} is {existing.words} already: merge into {existing.base['id']} at another scale"
+        )
 
 
 def kinds_in(base: Checkpoint) -> list[str]:

@@ -269,11 +269,11 @@ def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str | list[str
     model = checkpoint.model
     modules = {canonical: name for name, canonical in checkpoint.decoder.projections.items()}
     for name in projections:
-        there = prior.metadata["weights"][name]["shape"]
+        stored = prior.metadata["weights"][name]["shape"]
         here = list(model.get_submodule(modules[name]).weight.shape) if name in modules else "not there"
-        if here != there:
+        if here != stored:
             raise ValueError(
-                f"{prior.source} was built for another model than {checkpoint.source}: {name} is {there} in the prior "
+                f"{prior.source} was built for another model than {checkpoint.source}: {name} is {stored} in the prior "
                 f"and {here} in the model"
             )
     targets = language_model_targets(model, projections)

@@ -113,10 +113,10 @@ def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Mod
         )
     for canonical, module in modules.items():
         here = _shape(module, canonical)
-        there = prior.metadata["weights"][canonical]["shape"]
-        if here != there:
+        stored = prior.metadata["weights"][canonical]["shape"]
+        if here != stored:
             raise ValueError(
-                f"The prior '{prior.source}' was built for another model: {canonical} is {there} there and {here} "
+                f"The prior '{prior.source}' was built for another model: {canonical} is {stored} there and {here} "
                 "here; build a prior for this base with build_prior."
             )
     return modules

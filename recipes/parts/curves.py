@@ -25,17 +25,17 @@ def plot_run(history: list[dict], output: Path) -> None:
     Kinds of modules (`drift/absorbed/attn`) are thin lines beside their total.
     """
     names = {name for entry in history for name in entry}
-    shown = {title: wanted for title, wanted in PANELS.items() if names.intersection(wanted)}
+    shown = {title: keys for title, keys in PANELS.items() if names.intersection(keys)}
     rows = max(1, -(-len(shown) // COLUMNS))
     figure = Figure(figsize=(9, 2.8 * rows), layout="constrained")  # inches: legible at the width of a web page
     if not shown:
         figure.suptitle("Nothing was logged: logging_steps is more than there were steps.")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for (title, wanted), panel in zip(shown.items(), axes, strict=False):
-        drawn = sorted(n for n in names if n in wanted or n.rpartition("/")[0] in wanted)
+    for (title, keys), panel in zip(shown.items(), axes, strict=False):
+        drawn = sorted(n for n in names if n in keys or n.rpartition("/")[0] in keys)
         for name in drawn:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            total = name in wanted
+            total = name in keys
             panel.plot(
                 *zip(*points, strict=True),
                 label=name.removeprefix("drift/"),

@@ -45,13 +45,13 @@ class Root:
         places = [path, "/".join(inside)] + (["/".join(inside[1:])] if inside[:1] == [self.name] else [])
         candidates = [os.path.abspath(os.path.join(root, place)) for place in places]
         allowed = [place for place in candidates if place == root or place.startswith(os.path.join(root, ""))]
-        there = next((place for place in allowed if os.path.isfile(place)), None)
-        if there is None and os.path.isfile(candidates[0]):
+        existing = next((place for place in allowed if os.path.isfile(place)), None)
+        if existing is None and os.path.isfile(candidates[0]):
             raise BadSample(
                 "image outside its folder",
                 f"names the image {_shown(path)}, which is outside of {self.folder}: name its folder with --images",
             )
-        return there or candidates[0]
+        return existing or candidates[0]
 
 
 def pictures_in(value) -> list[tuple[str | None, bytes | None]]:

@@ -176,15 +176,15 @@ def _split_files(source: str, split: str) -> list[str]:
     files datasets takes for something else, such as a set of pictures, may have one that is meant."""
     is_here = Path(source).is_dir()
     name, _, revision = (source, "", "") if is_here else source.partition("@")
-    there = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
+    existing = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
     with explained(source, "cannot be read"):
         splits = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
     if split not in splits:
         raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, splits)) or 'none'}")
-    files = [file for file in splits[split] if _is_data(file)] or there
+    files = [file for file in splits[split] if _is_data(file)] or existing
     if not files:
         raise ValueError(f"{source} has for {split} no file of the kinds {', '.join(FILES)}: convert it to one of them")
-    if files is there and len(there) > 1:
-        named = ", ".join(there[:5]) + ", …" * (len(there) > 5)
+    if files is existing and len(existing) > 1:
+        named = ", ".join(existing[:5]) + ", …" * (len(existing) > 5)
         raise ValueError(f"which files of {source} are for {split}, their names do not say: name one of {named}")
     return files

@@ -90,11 +90,11 @@ def is_finished(record: dict | None, settings: dict) -> bool:
     done with its adapter may differ."""
     if record is None:
         return False
-    had, wanted = record["settings"], json.loads(json.dumps(settings, default=str))
-    ends = ["max_steps"] if wanted["max_steps"] > 0 else ["max_steps", "num_train_epochs"]
-    held = settings_to_hold(had)
-    decisive = all(key in held and _same(held[key], value) for key, value in settings_to_hold(wanted).items())
-    return decisive and all(had[key] == wanted[key] for key in ends)
+    stored, expected = record["settings"], json.loads(json.dumps(settings, default=str))
+    ends = ["max_steps"] if expected["max_steps"] > 0 else ["max_steps", "num_train_epochs"]
+    held = settings_to_hold(stored)
+    decisive = all(key in held and _same(held[key], value) for key, value in settings_to_hold(expected).items())
+    return decisive and all(stored[key] == expected[key] for key in ends)
 
 
 def mark_of(base: Checkpoint) -> str:

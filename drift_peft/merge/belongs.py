@@ -26,8 +26,8 @@ from ..warn import warn
 
 SAMPLED = 3  # weights that are compared with those of the recorded base
 _IN_FOUR_BITS = re.compile(r"(?:-unsloth)?-bnb-4bit")  # how repositories are called that hold a model in 4 bits
-
-_SAYS_LITTLE = re.compile(r"final|last|best|merged|model|checkpoint(?:-\d+)?")  # how any run's folder may be called
+# How any run's folder may be called: model, merged, best_model, checkpoint-100.
+_SAYS_LITTLE = re.compile(r"(?:(?:final|last|best|merged|model|checkpoint|output|\d)[-_]?)+")
 
 
 def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, updates: dict[str, Update]) -> None:
@@ -36,7 +36,7 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
     The fingerprint in the prior that steered the adapter decides, where the prior is still there. Of a base that has
     taken a part of Δ in (`prior.MergedDelta`), it says whether that is true, and the record which of the two bases was
     trained on. Else the base that the adapter records: by its weights, where they are on this machine under another
-    name, or by its name.
+    name, or by its name. A warning says where the name leaves it open.
 
     Args:
         checkpoint: the base that was given.
@@ -59,13 +59,14 @@ def refuse_other_base(checkpoint: Checkpoint, folder: Path, adapter: str, update
             return
     if why is None and recorded:
         origin = {"id": recorded, "revision": revision}
-        why, compared = _by_record(checkpoint, origin, updates)
-        ours, theirs = repository_of(checkpoint.origin), repository_of(origin) or (recorded, None)
-        same = ours is not None and ours[: 2 if theirs[1] else 1] == theirs[: 2 if theirs[1] else 1]
-        if why is None and not (compared or near or same):
+        why, known = _by_record(checkpoint, origin, updates)
+        if why is None and not (known or near):
+            repository = repository_of(origin)
+            on_the_hub = repository is not None and not _IN_FOUR_BITS.search(repository[0].lower())
+            way_out = f": name {at_revision(*repository)} as the base" if on_the_hub else ""
             warn(
                 f"Adapter {adapter} was trained on {trained_on}. Whether base {base} has the same weights was not "
-                f"compared, since {trained_on} is not on this machine in full precision: name it as the base."
+                f"compared, since {trained_on} is not on this machine in full precision{way_out}."
             )
     if why is not None:
         raise ValueError(
@@ -120,8 +121,8 @@ def _by_fingerprint(
 
 
 def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update]) -> tuple[str | None, bool]:
-    """What speaks against the model that the adapter's config names being this one, and whether its weights, or where
-    they lie, said so."""
+    """What speaks against the model that the adapter's config names being this one, and whether anything was said: by
+    its weights, or where they lie, or a name that tells models apart."""
     place, repository = Path(origin["id"]), repository_of(origin)
     if not place.exists():
         place = cached_snapshot(*repository) if repository and repository[1] else None
@@ -132,10 +133,13 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     except (ValueError, OSError):  # as of one in 4 bits, or of which only a part was fetched
         other = None
     if other is None:
-        theirs, ours = _called(origin), _called(checkpoint.origin)
-        depth = 2 if _SAYS_LITTLE.fullmatch(theirs[0]) else 1  # parts of the path, as far as both are known
-        alike = all(one == other for one, other in zip(theirs[:depth], ours, strict=False))
-        return None if alike else "is called otherwise", False
+        name, given = _called(origin), repository_of(checkpoint.origin)
+        if name != _called(checkpoint.origin):
+            return "is called otherwise", True
+        theirs, commit = repository or (origin["id"], None)
+        if given is not None and given[0] == theirs:
+            return None, commit in (None, given[1])
+        return None, not _SAYS_LITTLE.fullmatch(name)
     replaced = {raw for raw, update in updates.items() if isinstance(update, Whole) and not update.added}
     ours = {name: raw for name, raw in checkpoint.in_memory.items() if raw in updates and raw not in replaced}
     for name in sampled(ours, SAMPLED):
@@ -145,12 +149,12 @@ def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update])
     return None, True
 
 
-def _called(origin: dict) -> list[str]:
-    """The parts of its hub id or path, the last one first."""
+def _called(origin: dict) -> str:
+    """The last part of its hub id or path."""
     repository = repository_of(origin)
     place = os.path.abspath(origin["id"]) if Path(origin["id"]).exists() else origin["id"]
-    last, *above = reversed(re.split(r"[/\\]+", (repository[0] if repository else place).rstrip("/\\").lower()))
-    return [_IN_FOUR_BITS.sub("", last), *above]
+    last = re.split(r"[/\\]+", (repository[0] if repository else place).rstrip("/\\").lower())[-1]
+    return _IN_FOUR_BITS.sub("", last)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -108,19 +108,61 @@ def test_a_recorded_base_that_is_not_here_is_known_by_its_name(folder, adapter, 
             merge(folder, folder / "base", adapter)
 
 
-def test_a_name_that_any_run_s_folder_has_is_none(folder):
-    """The folder above it tells two runs apart, as far as it is known."""
-    other = shutil.copytree(folder / "base", folder / "run-b" / "checkpoint-20")
-    recorded(folder, "stock", "/gone/run-a/checkpoint-20")
-    with pytest.raises(ValueError, match=r"trained on /gone/run-a/checkpoint-20, and base .*-20 is called otherwise"):
-        merge(folder, other, "stock")
-    for name in ("/gone/Run-B/checkpoint-20/", "checkpoint-20"):
-        recorded(folder, "stock", name)
-        with pytest.warns(UserWarning, match=rf"trained on {name}\. Whether base .*-20 has the same weights was not"):
-            merge(folder, other, "stock")
-    recorded(folder, "stock", "org/base")
-    with pytest.warns(UserWarning, match=r"trained on org/base\. Whether base .*base has the same weights was not"):
-        merge(folder, folder / "base", "stock")
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("org/vlm", True),
+        ("unsloth/vlm-bnb-4bit", True),
+        ("/gone/vlm", True),
+        ("./model", False),
+        ("/opt/ml/model", False),
+        ("org/model", False),
+        ("merged", False),
+        ("/gone/run-a/merged/", False),
+        ("/gone/final", False),
+        ("/gone/last", False),
+        ("/gone/best_model", False),
+        ("C:\\run-a\\checkpoint-20", False),
+        ("/gone/20", False),
+    ],
+)
+def test_a_base_that_moved_is_taken_by_a_name_that_tells_models_apart(folder, name, known):
+    """Else a warning says that nothing was compared."""
+    moved = folder / "run-b" / re.split(r"[/\\]", name.removesuffix("-bnb-4bit").rstrip("/"))[-1]
+    shutil.copytree(folder / "base", moved)
+    recorded(folder, "stock", name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        assert merge(folder, moved, "stock").modules > 0
+    messages = [str(warning.message) for warning in caught if "was trained on" in str(warning.message)]
+    assert len(messages) == (not known)
+    for message in messages:
+        assert f"trained on {name}. Whether base {moved} has the same weights was not compared" in message
+        assert message.endswith(f"since {name} is not on this machine in full precision.")
+
+
+@pytest.mark.parametrize("name", ["/gone/final", "/gone/checkpoint-10", "org/model"])
+def test_a_name_that_says_little_and_is_another_is_refused(folder, name):
+    moved = shutil.copytree(folder / "base", folder / "run-b" / "checkpoint-20")
+    recorded(folder, "stock", name)
+    with pytest.raises(ValueError, match=rf"trained on {name}, and base .*-20 is called otherwise"):
+        merge(folder, moved, "stock")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "way_out"),
+    [
+        ("org/model", "0a1b", ": name org/model@0a1b as the base"),
+        ("/cache/models--org--model/snapshots/0123", None, ": name org/model@0123 as the base"),
+        ("org/model-bnb-4bit", "0a1b", ""),
+        ("org/Model-unsloth-bnb-4bit", "0a1b", ""),
+    ],
+)
+def test_only_a_hub_id_in_full_precision_can_be_named_instead(folder, name, revision, way_out):
+    moved = shutil.copytree(folder / "base", folder / "run-b" / "model")
+    recorded(folder, "stock", name, revision=revision)
+    with pytest.warns(UserWarning, match=rf"not compared, .* is not on this machine in full precision{way_out}\.$"):
+        merge(folder, moved, "stock")
 
 
 @pytest.fixture
@@ -148,7 +190,8 @@ def test_another_commit_is_compared_where_both_are_here(folder, commits):
 
 def test_another_commit_that_is_not_here_is_a_warning(folder, commits):
     first, second = commits
-    with pytest.warns(UserWarning, match=rf"trained on org/vlm@{first}\. Whether base org/vlm@{second} has the same"):
+    words = rf"trained on org/vlm@{first}\. Whether base org/vlm@{second} has the same .*: name org/vlm@{first} as the"
+    with pytest.warns(UserWarning, match=words):
         merge(folder, "org/vlm", "stock")
     recorded(folder, "stock", "org/vlm", revision=None)  # as stock PEFT writes it
     with warnings.catch_warnings():

@@ -22,6 +22,7 @@ from pydantic import (
 from ..choices import MOST_LAYERS
 
 SHOWN = 60  # characters of a value in an error
+_ALTERNATIVE = re.compile(r"(?:list|dict|function-\w+)\[.*\]")  # what pydantic calls one of several forms
 _COUNT = re.compile(r"(?:^|_)(?:layers?|depths?|blocks?|stages|experts)$")  # keys that say how often a part is built
 
 
@@ -110,9 +111,9 @@ class NamedTemplate(Schema):
 
 
 class ChatTemplate(Schema):
-    """tokenizer_config.json, and chat_template.json: the template that older versions of transformers kept there."""
+    """The template that older versions of transformers kept in tokenizer_config.json and the like; several by name."""
 
-    chat_template: Text | list[NamedTemplate] | None = None
+    chat_template: Text | list[NamedTemplate] | dict[str, Text] | None = None
 
 
 class DriftRecord(Schema):
@@ -153,7 +154,8 @@ def check(content: Any, schema: type[S]) -> S:
 
 
 def _words(first: dict) -> str:
-    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    parts = [str(part) for part in first["loc"] if not _ALTERNATIVE.fullmatch(str(part))]
+    place, message = ".".join(parts), first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{place} is missing"
     if first["type"] == "value_error" and not place:  # of a whole, and names the place itself

@@ -1,6 +1,7 @@
 """schema.py, and the form of every file that others write: another one is a sentence, whatever it is, and at once."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from steered_files import Q, save_steered
 
 from drift_peft.checkpoints.checkpoint import INDEX, Checkpoint
 from drift_peft.checkpoints.naming import pattern_matches
-from drift_peft.checkpoints.schema import ModelConfig, Origin, check
+from drift_peft.checkpoints.schema import AdapterConfig, ChatTemplate, ModelConfig, Origin, check
 from drift_peft.checkpoints.shards import load_bin
 from drift_peft.cli import layers
 
@@ -33,6 +34,25 @@ def folder(tmp_path_factory):
 def test_what_is_said_of_a_config(content, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         check(content, ModelConfig)
+
+
+@pytest.mark.parametrize(
+    ("schema", "content", "message"),
+    [
+        (ChatTemplate, {"chat_template": 3}, "chat_template should be a text, got 3"),
+        (ChatTemplate, {"chat_template": {"default": 3}}, 'chat_template should be a text, got {"default": 3}'),
+        (
+            AdapterConfig,
+            {"trainable_token_indices": ["a"]},
+            'trainable_token_indices.0 should be a valid integer, got "a"',
+        ),
+        (AdapterConfig, {"rank_pattern": {"[0-9]": "a"}}, 'rank_pattern.[0-9] should be a valid integer, got "a"'),
+    ],
+)
+def test_a_field_of_several_forms_is_called_as_the_file_has_it(schema, content, message):
+    """Without pydantic's name of one of the forms."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check({"peft_type": "LORA", **content}, schema)
 
 
 def test_a_document_that_is_nested_too_deeply():

@@ -103,7 +103,7 @@ from .sharing import (
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets, past_adapters
-from .tokenizer import TEMPLATES, TOKENIZER, chat_templates, has_tokenizer, take_tokenizer
+from .tokenizer import TEMPLATES, TEMPLATES_INSIDE, TOKENIZER, chat_templates, has_tokenizer, take_tokenizer
 from .update import LowRank, Rows, Update, Whole, block_rows
 from .versions import needs_peft
 from .vllm import export_for_vllm
@@ -117,6 +117,7 @@ __all__ = [
     "PROJECTIONS",
     "TASK",
     "TEMPLATES",
+    "TEMPLATES_INSIDE",
     "TOKENIZER",
     "UNTRAINED",
     "Checkpoint",

@@ -27,7 +27,7 @@ from .tokenizer import TOKENIZER
 from .update import block_rows
 
 # What a model folder needs beside its weights: tokenizer, processor, chat template, remote code, licence.
-STANDALONE = (*TOKENIZER, "*.json", "*.jinja", "*.txt", "*.spm", "*.bpe", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+STANDALONE = (*TOKENIZER, "*.json", "*.jinja", "*.txt", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 STANDALONE += ("additional_chat_templates/*.jinja", "spk_dict.pt")  # the speakers of Qwen2.5-Omni
 BESIDE = (*TOKENIZER, "*processor_config.json")  # what hardly a model is without
 NOT_COPIED = ("*.index.json", "trainer_state.json")  # other copies of the weights, the base's own training

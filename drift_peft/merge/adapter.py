@@ -13,6 +13,7 @@ from ..checkpoints import (
     EMBEDDING,
     HEAD,
     TEMPLATES,
+    TEMPLATES_INSIDE,
     TOKENIZER,
     Checkpoint,
     DequantizedCheckpoint,
@@ -118,9 +119,7 @@ def merge_adapter(
     """
     with replaced_when_complete(Path(output), overwrite, sources=(base, adapter)) as folder:
         folder_of_adapter = adapter_folder(adapter)
-        beside = (DRIFT_CONFIG, "tokenizer_config.json", *TEMPLATES)
-        folder_of(adapter, None, beside)  # of the hub: into the same snapshot
-        trained_templates = chat_templates(folder_of_adapter)
+        folder_of(adapter, None, (DRIFT_CONFIG, *TEMPLATES_INSIDE, *TEMPLATES))  # of the hub: into the same snapshot
         watch = watched_adapter(folder_of_adapter, str(adapter))
         if Path(base, "adapter_config.json").is_file():
             raise ValueError(f"base {base} is an adapter itself: name the full-precision base that it was trained on")
@@ -130,6 +129,10 @@ def merge_adapter(
         updates = adapter_updates(folder_of_adapter, checkpoint, str(adapter))
         if not force:
             refuse_other_base(checkpoint, folder_of_adapter, str(adapter), updates)
+        ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
+        own_tokenizer = not ends.isdisjoint(updates) and has_tokenizer(folder_of(adapter, None, TOKENIZER))
+        if own_tokenizer:
+            chat_templates(folder_of_adapter)  # an error comes before anything is written
         trained = None
         if verify or onto == "dequantized":
             trained = quantization_in_training(folder_of_adapter, checkpoint)
@@ -148,14 +151,10 @@ def merge_adapter(
         forget_merge(folder)
         if change == 0:
             raise ValueError(f"the adapter changes no weight of {checkpoint.source}: {_why_zero(updates)}")
-        ends = {checkpoint.language_model.get(end) for end in (EMBEDDING, HEAD)}
-        if not ends.isdisjoint(updates) and has_tokenizer(folder_of(adapter, None, TOKENIZER)):
+        if own_tokenizer:
             take_tokenizer(folder_of_adapter, folder)  # the base's need not know the tokens that were trained
-        if trained_templates and not trained_templates <= chat_templates(folder):
-            warn(
-                f"Adapter {adapter} has another chat template than base {checkpoint.source}, and the merged folder has "
-                f"the base's: if it was trained with its own, copy that into {output}."
-            )
+        else:
+            _compare_templates(adapter, folder_of_adapter, checkpoint.source, folder, output)
         what, into = (in_markdown(shown(str(source))) for source in (adapter, checkpoint.source))
         made = f"The LoRA adapter {what}, merged into {into}."
         sources = {"adapter": {"id": str(folder_of_adapter), "revision": None}}
@@ -175,6 +174,19 @@ def merge_adapter(
         logits_error=verification and verification.logits_error,
         verification=verification,
     )
+
+
+def _compare_templates(adapter: str | Path, source: Path, base: str, folder: Path, output: str | Path) -> None:
+    """Warn where the adapter has another chat template than its base, or one of the two cannot be read."""
+    try:
+        trained = chat_templates(source)
+        if trained and not trained <= chat_templates(folder):
+            warn(
+                f"Adapter {adapter} has another chat template than base {base}, and the merged folder has the base's: "
+                f"if it was trained with its own, copy that into {output}."
+            )
+    except ValueError as error:
+        warn(f"Whether adapter {adapter} has the chat template of base {base} was not compared: {error}.")
 
 
 def _why_zero(updates: dict[str, Update]) -> str:

@@ -39,6 +39,8 @@ from .prior import ReasoningPrior
 from .reading import Weights
 from .same import difference
 
+PARTS = 2  # counts up when what is kept of a weight, or how it is taken, changes: no build goes on from older parts
+
 
 @typed
 def build_prior(
@@ -144,6 +146,7 @@ def build_prior(
         inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
         machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
         everything = {**inputs, **settings, "dequantize": dequantize, **machine, "format": FORMAT}
+        everything["version of the parts"] = PARTS
         with resumable_folder(output, everything, afresh=overwrite, final=(ValueError,)) as folder:
             files = {name: folder / f"{name}.safetensors" for name in match.keys}
             for name, file in files.items() if not force else ():  # what a build with `force` has left

@@ -1,5 +1,6 @@
 """An interrupted build: what is done is kept, and the same build ends in the bytes of one that was not interrupted."""
 
+import json
 import os
 import signal
 import time
@@ -146,6 +147,27 @@ def test_other_threads_are_refused(pair, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     with pytest.raises(FileExistsError, match=r"differs in threads \(1, now 7\): "):
         build(pair)
+
+
+def test_parts_of_an_older_version_are_refused(pair, monkeypatch):
+    """They hold less, and were taken otherwise."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    partial = pair / "p.safetensors.partial"
+    settings = json.loads((partial / output_module.SETTINGS).read_text(encoding="utf-8"))
+    settings.pop("version of the parts", None)
+    (partial / output_module.SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    for name in done(pair):
+        stats = output_module.finished(partial / name)
+        del stats["cosines"]
+        output_module.finish(partial / name, load_file(partial / name), stats)
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match=r"differs in version of the parts \(None, now 2\): .*--overwrite"):
+            build(pair, force=force)
+    assert len(done(pair)) == 3
+    assert build(pair, overwrite=True)
 
 
 def test_what_does_not_change_the_bytes_may_differ(pair, monkeypatch):

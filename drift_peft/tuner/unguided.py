@@ -42,13 +42,17 @@ class Unguided:
         UNGUIDED.add(self)
 
     def among(self, parameters: Container[int]) -> bool:
-        """Is any factor of it in `parameters`, by their id(), that nothing steers?"""
+        """Is any factor of it in `parameters`, by their id(), where nothing steers any of its layers?
+
+        A layer without Δ is never steered, and says nothing of the others.
+        """
         base = self._base()
         if base is None or getattr(base, "peft_config", {}).get(self.adapter) is not self._config:
             return False
         layers = [m for m in base.modules() if isinstance(m, LoraLayer) and self.adapter in m.r]
-        plain = [layer for layer in layers if self.adapter not in vars(layer).get("drift_peft", {})]
-        return any(id(lora_factor(layer, factor, self.adapter)) in parameters for layer in plain for factor in "AB")
+        if any(self.adapter in vars(layer).get("drift_peft", {}) for layer in layers):
+            return False
+        return any(id(lora_factor(layer, factor, self.adapter)) in parameters for layer in layers for factor in "AB")
 
 
 def warn_of_unguided(parameters: Container[int]) -> None:

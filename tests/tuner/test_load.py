@@ -213,6 +213,24 @@ def test_what_was_loaded_for_inference_and_stays_so_is_not_said(pair, trained):
         step(made_trainable(served))
 
 
+@pytest.mark.parametrize("guided_by", ["DriftConfig", "guide"])
+def test_layers_without_a_delta_make_no_guided_training_plain(pair, tmp_path, guided_by):
+    """As after Trainer's load_best_model_at_end, which loads into the steered model, and not to train."""
+    targets = ["q_proj", "lm_head"]
+    config = DriftConfig(prior=pair.path, r=2, target_modules=targets)
+    get_peft_model(copy.deepcopy(pair.base), config).save_pretrained(tmp_path)
+    if guided_by == "DriftConfig":
+        model = get_peft_model(copy.deepcopy(pair.base), config)
+        model.load_adapter(tmp_path, "default")
+    else:
+        model = guide(PeftModel.from_pretrained(copy.deepcopy(pair.base), tmp_path), pair.prior)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert 0 < sum("drift_peft" in vars(layer) for layer in layers) < len(layers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*guidance")
+        step(made_trainable(model))
+
+
 def test_a_strength_that_has_ended_is_said(pair, trained, tmp_path):
     folder = trained[0] / "checkpoint-1"
     with warnings.catch_warnings(record=True) as caught:

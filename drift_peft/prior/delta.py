@@ -93,7 +93,8 @@ def _subtract(
     """Δ [n, in] in fp32, and its norm, the base's and the cosines with the expert.
 
     A weight that was never trained differs all the same where one model is stored in another dtype. Where no entry of Δ
-    is beyond what the two have rounded, Δ is zero.
+    is beyond what the two have rounded, Δ is zero. Unless the finer holds numbers of the coarser dtype alone: rounding
+    would have changed none of them, so Δ was trained, if the finer was not cast from the coarser either.
     """
     base = tensors["base"]
     n, width = len(base) if rows is None else len(rows["base"]), math.prod(base.shape[1:])
@@ -102,16 +103,19 @@ def _subtract(
     norms = {role: torch.empty(n, device=base.device, dtype=torch.float32) for role in (*tensors, "delta")}
     inner = {role: torch.empty(n, device=base.device, dtype=torch.float32) for role in tensors if role != "expert"}
     origin = "reference" if "reference" in tensors else "base"
-    alike = tensors["expert"].dtype != tensors[origin].dtype
+    dtypes = tensors["expert"].dtype, tensors[origin].dtype
+    near, exact, cast = dtypes[0] != dtypes[1], True, True
     for block, parts in _blocks(tensors, rows):
         torch.sub(parts["expert"], parts[origin], out=delta[block])
-        dtypes = tensors["expert"].dtype, tensors[origin].dtype
-        alike = alike and _rounded_alike(delta[block], parts["expert"], parts[origin], dtypes)
+        near = near and _rounded_alike(delta[block], parts["expert"], parts[origin], dtypes)
+        if near:
+            exact_here, cast_here = _exact_and_cast(parts["expert"], parts[origin], dtypes)
+            exact, cast = exact and exact_here, cast and cast_here
         for role, part in (*parts.items(), ("delta", delta[block])):
             norms[role][block] = torch.linalg.vector_norm(part, dim=1)
         for role, products in inner.items():
             products[block] = parts[role].mul_(parts["expert"]).sum(1)
-    if alike:
+    if near and (cast or not exact):
         delta.zero_()
         norms["delta"].zero_()
     for role in [role for role in tensors if role != "base"]:
@@ -140,6 +144,17 @@ def _rounded_alike(
     infos = [torch.finfo(dtype) for dtype in dtypes]
     relative, least = (sum(of) / 2 for of in zip(*((i.eps, i.eps * i.smallest_normal) for i in infos), strict=True))
     return bool((delta.abs() <= torch.maximum(one.abs(), other.abs()) * relative + least).all())
+
+
+def _exact_and_cast(
+    one: torch.Tensor, other: torch.Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[bool, bool]:
+    """Whether the coarser dtype holds each number of the one in the finer dtype, and whether these are the others' own,
+    cast."""
+    (fine, fine_dtype), (coarse, coarse_dtype) = sorted(
+        zip((one, other), dtypes, strict=True), key=lambda pair: torch.finfo(pair[1]).eps
+    )
+    return torch.equal(fine.to(coarse_dtype).float(), fine), torch.equal(coarse.to(fine_dtype).float(), fine)
 
 
 def _cosine(products: torch.Tensor, norms: float) -> float:

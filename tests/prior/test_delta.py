@@ -159,6 +159,32 @@ def test_another_dtype_is_no_delta(mine, theirs, role, monkeypatch):
     assert take(stored)[1]["delta_norm"] > 0.09
 
 
+@pytest.mark.parametrize(("mine", "theirs"), HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(64,), (300, 200)])  # ones, as a norm begins, or other powers of two
+def test_trained_by_a_last_bit_of_the_coarser_dtype(mine, theirs, shape, monkeypatch):
+    """It is half a step at a power of two, yet rounding changes no number that the coarser dtype holds."""
+    monkeypatch.setitem(module.BLOCK, "cpu", 500)
+    coarse = max(mine, theirs, key=lambda dtype: torch.finfo(dtype).eps)
+    generator = torch.Generator().manual_seed(0)
+    powers = 2.0 ** torch.randint(-6, 1, shape, generator=generator)
+    W = (torch.ones(shape) if len(shape) == 1 else powers * torch.randn(shape, generator=generator).sign()).to(coarse)
+    trained = W.clone()
+    trained[::3] = (W[::3].view(torch.int16) - 1).view(coarse)
+    for old, new in ((W, trained), (trained, W)):
+        _, stats = take({"expert": new.to(mine), "base": old.to(theirs)})
+        assert stats["delta_norm"] == pytest.approx(float((trained.float() - W.float()).norm())) and stats["delta_norm"]
+    assert take({"expert": W.to(mine), "base": W.to(theirs)})[1]["delta_norm"] == 0
+
+
+def test_a_cast_that_loses_bits_is_no_delta():
+    """fp16 has fewer bits than bf16 in its smallest numbers, and bf16 holds these all."""
+    W = (1e-6 * torch.randn(30, 20, generator=torch.Generator().manual_seed(0))).bfloat16()
+    cast = W.half()
+    assert torch.equal(cast.bfloat16().float(), cast.float()) and not torch.equal(cast.float(), W.float())
+    for expert, base in ((W, cast), (cast, W)):
+        assert take({"expert": expert, "base": base})[1]["delta_norm"] == 0
+
+
 def test_one_dtype_is_subtracted_to_the_last_bit():
     W = torch.ones(4, 3, dtype=torch.bfloat16)
     moved = W.clone()

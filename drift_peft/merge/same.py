@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import Checkpoint, is_pinned, sampled
+from ..checkpoints import Checkpoint, is_pinned, layer_order, sampled
 from ..prior import HOW_KEY, MergedDelta, read_merge
 
 # Of the weights that are merged again, and of those that stay as they are, where the hub's commits say that the models
@@ -53,7 +53,9 @@ def difference(
     made = [checkpoint.layout.conversions[name].sources for name in names if name not in checkpoint.keys]
     kept = {*checkpoint.keys} - {*names}.union(*made)
     most = SAMPLED if had and claim and _same_commits(had, claim) else len(checkpoint.keys) + len(names)
-    for raw in [*sampled(names, most), *sampled(kept, most)]:
+    # By shards, since one of each model is open at a time, and by layers, as the other models' shards are cut, too.
+    chosen = [*sampled(names, most), *sampled(kept, most)]
+    for raw in sorted(chosen, key=lambda raw: (checkpoint.files_of(raw), raw in kept, layer_order(names.get(raw, "")))):
         W = checkpoint.tensor(raw)
         there = raw in merged.keys or raw in merged.layout.conversions
         held = there and merged.shape(raw) == tuple(W.shape)

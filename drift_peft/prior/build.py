@@ -132,7 +132,7 @@ def build_prior(
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)
             try:
-                refuse_other(output, difference(prior, sources, match, settings, force))
+                refuse_other(output, difference(prior, sources, match, settings, force, delete_shards))
             finally:
                 for file in sources["expert"].files if delete_shards else ():
                     sources["expert"].release(file)

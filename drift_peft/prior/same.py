@@ -6,16 +6,17 @@ import math
 
 import torch
 
-from ..checkpoints import Checkpoint, Match, is_pinned, sampled
+from ..checkpoints import Checkpoint, Match, is_pinned
 from .delta import FINGERPRINT, measure_delta
 from .file import PriorFile, PriorVector
+from .reading import Weights
 
 TOLERANCE = 1e-4  # of a norm, between devices and numbers of threads
 OF_DIRECTIONS = 1e-2  # of the largest singular value: several times what U and Vh lose in bf16
 
 
 def difference(
-    prior: PriorFile, sources: dict[str, Checkpoint], match: Match, settings: dict, force: bool
+    prior: PriorFile, sources: dict[str, Checkpoint], match: Match, settings: dict, force: bool, delete_shards: bool
 ) -> str | None:
     """The first thing in which a prior differs from what is built with these settings of these models, in words for
     `refuse_other`; None if there is none.
@@ -40,10 +41,14 @@ def difference(
         return f"differs from this build in {min(held ^ match.keys.keys())}"
     if all(is_pinned(source.origin) and source.origin == header[role] for role, source in sources.items()):
         return None
-    for name in sampled(held, len(held)):
-        tensors = {role: source.tensor(match.keys[name][role]) for role, source in sources.items()}
-        rows = match.rows_of(name, tensors)
-        if not _holds(prior, name, *measure_delta(tensors, rows), rows):
+    with Weights(sources, match, [*held], torch.device("cpu"), delete_shards) as weights:
+        for name, tensors in weights:
+            rows = match.rows_of(name, tensors)
+            delta, found = measure_delta(tensors, rows)
+            if _holds(prior, name, delta, found, rows):
+                continue
+            if found["delta_norm"] == 0 and _holds(prior, name, *measure_delta(tensors, rows, rounding=True), rows):
+                return f"was built before Δ of rounding counted as zero, as it does in {name}"
             models = " and ".join(source.source for source in sources.values())
             return f"was built of other models than {models}"
     return None

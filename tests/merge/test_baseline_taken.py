@@ -1,6 +1,7 @@
 """A folder that merge_baseline wrote is taken for the same merge alone, however near the other one is."""
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from trios import merge, save_trio, tensors
 
 from drift_peft import merge_baseline
-from drift_peft.checkpoints import Checkpoint
+from drift_peft.checkpoints import Checkpoint, checkpoint
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-3), (torch.float32, 1e-4)])
@@ -49,6 +50,19 @@ def test_one_weight_makes_another_merge(trio, tmp_path):
             changed += 1
         save_file(held, file, {"format": "pt"})
     assert changed > 3 and merge_baseline("task_arithmetic", trio / "expert", **places)
+
+
+def test_each_shard_is_opened_once_beside_its_table_of_contents(trio, tmp_path, monkeypatch):
+    """As in the merge itself, which does not read what it only copies."""
+    opened, real = [], checkpoint.open_shard
+    monkeypatch.setattr(checkpoint, "open_shard", lambda file: opened.append(file.parent.name) or real(file))
+    places = {"output": tmp_path / "m", "scale": 0.5, "exist_ok": True, "progress": False}
+    merge_baseline("task_arithmetic", trio / "expert", trio / "base", **places)
+    in_merge = Counter(opened)
+    opened.clear()
+    merge_baseline("task_arithmetic", trio / "expert", trio / "base", **places)
+    shards = len([*(trio / "base").glob("*.safetensors")])
+    assert shards > 10 and Counter(opened) == {"base": 2 * shards, "m": 2 * shards, "expert": in_merge["expert"]}
 
 
 def test_the_same_commits_are_not_merged_again(trio, hub, tmp_path, monkeypatch):

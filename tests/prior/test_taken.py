@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from interrupted_builds import build as build_of_shards
+from interrupted_builds import save_pair
 from known_delta import Q, build
-from tiny import edit_tensors, tiny_vlm
+from tiny import edit_tensors, save_layout, tiny_expert, tiny_vlm
 
-from drift_peft.prior import same
+from drift_peft.checkpoints import checkpoint
+from drift_peft.prior import delta, same
 
 REFUSED = "p.safetensors exists and was built of other models than .*expert and .*vlm"
 EVERY = ("attn", "mlp", "norm")
@@ -63,6 +66,47 @@ def test_of_an_expert_that_differs_in_one_weight(pair, tmp_path):
             build(tmp_path, exist_ok=True)
         weights.write_bytes(before)
         assert build(tmp_path, exist_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alone", ["layers.1.mlp.up_proj.weight", "norm.weight"])
+def test_of_before_rounding_counted_as_zero(tmp_path, dtype, alone, monkeypatch):
+    """Its Δ is that of these models, and it would be built otherwise today."""
+    vlm = tiny_vlm("llava")
+    text = dict(vlm.get_decoder().named_parameters())
+    if alone == "norm.weight":
+        text[alone].data.add_(0.1 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    expert, _ = tiny_expert("llava", vlm)
+    dict(expert.get_decoder().named_parameters())[alone].data.copy_(text[alone].data)
+    save_layout(vlm, tmp_path / "vlm")
+    save_layout(expert.to(dtype), tmp_path / "expert")
+    with monkeypatch.context() as patch:
+        patch.setattr(delta, "_rounded_alike", lambda *_: False)
+        assert alone in build(tmp_path, modules=EVERY)
+    message = (
+        f"p.safetensors exists and was built before Δ of rounding counted as zero, as it does in {alone}: .*--over"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        build(tmp_path, modules=EVERY, exist_ok=True)
+    assert alone not in build(tmp_path, modules=EVERY, overwrite=True)
+    assert build(tmp_path, modules=EVERY, exist_ok=True)
+    edit_tensors(tmp_path / "expert", lambda held: held[f"model.{alone}"].mul_(1.05))
+    build(tmp_path, modules=EVERY, overwrite=True)
+    untrained = text[alone].data.to(dtype)
+    edit_tensors(tmp_path / "expert", lambda held: held[f"model.{alone}"].copy_(untrained))
+    with pytest.raises(FileExistsError, match=REFUSED):
+        build(tmp_path, modules=EVERY, exist_ok=True)
+
+
+def test_each_shard_is_opened_as_seldom_as_in_a_build(tmp_path, monkeypatch):
+    save_pair(tmp_path)
+    opened, real = [], checkpoint.open_shard
+    monkeypatch.setattr(checkpoint, "open_shard", lambda file: opened.append(file) or real(file))
+    build_of_shards(tmp_path)
+    in_build = len(opened)
+    opened.clear()
+    build_of_shards(tmp_path, exist_ok=True)
+    assert len({*opened}) > 10 and len(opened) == in_build
 
 
 def test_force_is_told_where_it_was_needed(pair, tmp_path):

@@ -15,6 +15,7 @@ from tiny import edit_config, tiny_llm
 
 from drift_peft.checkpoints.checkpoint import Checkpoint
 from drift_peft.prior import build as module
+from drift_peft.prior import same
 
 
 @pytest.fixture
@@ -112,13 +113,17 @@ def test_shards_are_freed_as_they_are_used_up(pair, hub, monkeypatch):
 
 
 @frees_files
-def test_shards_are_freed_that_an_existing_prior_is_compared_by(pair, hub):
+def test_shards_are_freed_that_an_existing_prior_is_compared_by(pair, hub, monkeypatch):
     hub.add("org/expert", pair / "expert")
     build(pair, expert="org/expert", delete_shards=True)
     before = cached(pair)
+    at_once = []
+    real = same.measure_delta
+    monkeypatch.setattr(same, "measure_delta", lambda *args: at_once.append({*cached(pair)} - {*before}) or real(*args))
     build(pair, expert="org/expert", delete_shards=True, exist_ok=True)
     with pytest.raises(FileExistsError, match="built with seed=0, not 1"):
         build(pair, expert="org/expert", delete_shards=True, exist_ok=True, seed=1)
+    assert 1 <= max(map(len, at_once)) <= 2  # the one in use and the one that is read ahead
     assert cached(pair) == before and not (pair / "p.safetensors.partial").exists()
 
 

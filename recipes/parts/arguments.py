@@ -6,10 +6,8 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
@@ -18,7 +16,7 @@ from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
 from drift_peft.arguments import check_whole
-from drift_peft.cli.parser import guess
+from drift_peft.cli.parser import KINDS, guess
 from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
@@ -172,9 +170,13 @@ def from_yaml(value):
     return read_yaml(value) if isinstance(value, str) else value
 
 
-def _or_none(kind: Callable[[str], object], value: str) -> object:
-    """A value of the command line that may be left out, which a YAML says with null."""
-    return None if value.lower() in ("null", "none") else kind(value)
+def _or_none(kind: Callable[[str], object]) -> Callable[[str], object]:
+    """The same for a value that may be left out, which a YAML says with null."""
+    return lambda value: None if value.lower() in ("null", "none") else kind(value)
+
+
+OR_NONE = {kind | None: _or_none(kind) for kind in (str, int, float)}
+KINDS.update({OR_NONE[int | None]: "whole number or null", OR_NONE[float | None]: "number or null"})
 
 
 def _mirror(name: str) -> tuple:
@@ -209,9 +211,7 @@ class RecipeParser(Parser, TrlParser):
         usage = "%(prog)s --config FILE [--flag value ...]"
         super().__init__("sft_vlm.py", doc, types, usage=usage, parents=[self.first])
         for action in self._actions:
-            kinds = {*get_args(self.hints.get(action.dest))}
-            if NoneType in kinds and kinds - {NoneType} in ({str}, {int}, {float}):
-                action.type = partial(_or_none, action.type)
+            action.type = OR_NONE.get(self.hints.get(action.dest), action.type)
 
     def parse_args_and_config(self, args=None, **options):
         named, flags = self.first.parse_known_args(args)  # TRL takes no --config=FILE, nor a second one

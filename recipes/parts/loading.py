@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from pathlib import Path
 from typing import Literal, TextIO
+from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -163,7 +164,9 @@ def load_messages(
         if streaming:  # features=features would leave the images undecoded for a filter or map of the stream
             parts.append(rows.map(keep, **options).with_format(None).cast(features))
         else:  # not from the cache of datasets, which cannot know that an image has changed
-            kept = rows.map(keep, features=features, load_from_cache_file=False, **options)
+            # Nor under a hash of `keep`, which holds all that was read before.
+            options |= {"load_from_cache_file": False, "new_fingerprint": uuid4().hex}
+            kept = rows.map(keep, features=features, **options)
             parts.append(kept.with_format(None))
     dataset = datasets.concatenate_datasets(parts)
     if not streaming and not len(dataset):

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 from chain_files import ONE, encoded, load, picture, pictures, pixels, save, turns
+from datasets.fingerprint import Hasher
 from filelock import FileLock
 from hub import Hub
 from huggingface_hub import HfFileSystem
@@ -92,6 +93,17 @@ def test_nothing_stays_in_the_cache_of_datasets(tmp_path, monkeypatch):
         what(*arguments)
     sources.scratch.cache_clear()
     assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "recipes-alive.lock"]
+
+
+def test_what_was_read_of_earlier_files_is_not_hashed_with_each(folder, monkeypatch):
+    """Or a folder of many files takes the square of their number."""
+    hashed, hash = [], Hasher.hash
+    monkeypatch.setattr(Hasher, "hash", staticmethod(lambda value: hashed.append(value) or hash(value)))
+    for i in range(2):
+        save([{"question": f"{i}?", "answer": "5"}], f"train-{i}.jsonl")
+    dataset, _ = load_messages(folder)
+    assert len(dataset) == 2 and hashed
+    assert not [value for value in hashed if getattr(value, "__closure__", None)]
 
 
 def test_the_pictures_may_be_in_another_folder(folder, tmp_path):

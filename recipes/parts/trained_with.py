@@ -70,6 +70,8 @@ class Held:
         before = None if self.before is None else self.before["files"].get(key)
         if None not in (before, mark) and before != mark:
             message = f"{self.checkpoint} was trained with another content of {key}, which is {name}"
+            if key == "data":
+                message += ", or this version reads it otherwise (see above what is dropped and noted)"
             raise ValueError(f"{message}: put back what was there, {WAY_OUT}")
         self.content["files"][key] = mark
 

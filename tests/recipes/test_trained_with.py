@@ -71,7 +71,8 @@ def test_other_files_of_the_same_names_are_refused_before_the_model_is_loaded(tr
     monkeypatch.setattr(sft_vlm, "Trainer", load)
     text = own.read_text(encoding="utf-8")
     own.write_text(text.replace("how many", "many"), encoding="utf-8")
-    with pytest.raises(SystemExit, match=f"{checkpoint} was trained with another content of data, which is {own}: put"):
+    told = rf"{checkpoint} was trained with another content of data, which is {own}, or this version reads it otherwise"
+    with pytest.raises(SystemExit, match=rf"{told} \(see above what is dropped and noted\): put back what was there"):
         train(**RESUMED, **paths)
     own.write_text(text, encoding="utf-8")
     file = folder / "model.safetensors"

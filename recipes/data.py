@@ -2,6 +2,7 @@
 
     python recipes/data.py ChaoHuangCS/DRIFT-TL-Distill-4K -o train.parquet
     python recipes/data.py chains.jsonl --images pictures --boxed -o train.parquet
+    python recipes/data.py chains.jsonl --model BASE --processor-kwargs '{"max_pixels": 262144}' -o train.parquet
 
 The published set of the paper (arXiv 2510.15050: about 4,000 verified chains of thought) has, by its card and by the
 reference code, `messages` with role and content, and `images`, which are paths; code that reads it takes them to start
@@ -25,6 +26,7 @@ from parts.layouts import LAYOUTS
 from parts.lengths import within_length
 from parts.loading import PLACE, Dropped, load_messages, nothing_left
 from parts.parquet import refuse_output, write_parquet
+from parts.processing import check_chat_template, load_processor, processor_settings
 from rich.console import Console
 from rich.table import Table
 
@@ -59,19 +61,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=4096, help="with --model: longest sample, its images included"
     )
+    parser.add_processor_kwargs()
+    parser.add_argument("--chat-template-path", metavar="FILE", help="the .jinja file that you train with, if you do")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = vars(parser.parse_args(arguments))
     output, as_json, overwrite = (options.pop(name) for name in ("output", "json", "overwrite"))
     model, max_tokens = options.pop("model"), options.pop("max_tokens")
+    processor_kwargs, template, trusted = map(options.pop, ("processor", "chat_template_path", "trust_remote_code"))
+    if model is None and (processor_kwargs or template or trusted):
+        parser.error("settings of the processor are for counting tokens as a base does: name that base with --model")
     with in_one_sentence("data.py", ValueError, OSError):
         refuse_output(output, overwrite)
+        if model is not None:
+            check_chat_template(template)
+            settings = processor_settings(processor_kwargs, template)
+            named = (model, None) if Path(model).exists() else split_revision(model)
+            processor = load_processor(*named, settings, trusted)
         dataset, dropped = load_messages(**options, places=model is not None)
         if model is not None:
-            from transformers import AutoProcessor
-
-            name, revision = split_revision(model)
-            processor = AutoProcessor.from_pretrained(name, revision=revision)
             dataset = within_length(dataset, processor, max_tokens, on_long=options["on_bad"], dropped=dropped)
             dataset = dataset.remove_columns(PLACE)
         kept = write_parquet(dataset, output)

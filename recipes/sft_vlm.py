@@ -35,12 +35,11 @@ from parts.atomic import write_json
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
-from parts.processing import processor_settings
+from parts.processing import load_processor, processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
 from parts.trained_with import Held, is_finished, mark_of, settings_of, settings_to_hold
 from parts.training_data import load_data, prompts_and_completions
-from transformers import AutoProcessor
 
 from drift_peft import (
     DriftConfig,
@@ -54,7 +53,6 @@ from drift_peft import (
     telemetry,
 )
 from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
-from drift_peft.keeping import check_processor_settings
 from drift_peft.merge import check_memory
 from drift_peft.prior import read_merge
 
@@ -212,10 +210,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     if run.merge and run.verify:
         check_memory(base)
     settings = processor_settings(run.processor_kwargs, train.chat_template_path)
-    processor = AutoProcessor.from_pretrained(
-        base.source, revision=base.revision, trust_remote_code=train.trust_remote_code, **settings
-    )
-    check_processor_settings(processor, settings)
+    processor = load_processor(base.source, base.revision, settings, train.trust_remote_code)
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     dataset, data = load_data(run, processor)

@@ -21,6 +21,7 @@ from drift_peft.preflight import as_meant, check_type, read_recipe, read_yaml
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser
+from .processing import check_chat_template
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
 WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of
@@ -121,10 +122,7 @@ class TrainArguments(SFTConfig):
         self._refuse_what_cannot_work()
         if not self.use_cpu and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
-        template = self.chat_template_path
-        if template is not None and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
-            way_out = "a model's folder has one, chat_template.jinja"
-            raise ValueError(f"chat_template_path={template} is no .jinja file that is here: name one; {way_out}")
+        check_chat_template(self.chat_template_path)
         super().__post_init__()
         if self.resume_from_checkpoint:
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))

@@ -80,6 +80,8 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
         ("data", ["a", "-o", "b", "--on_bad=fial"], "--on-bad takes one of drop, fail, not fial; did you mean fail?"),
         ("data", ["a", "b", "-o", "c"], "unexpected argument b; see data.py --help"),
         ("data", [], "the following arguments are required: source, -o/--output"),
+        *[("data", ["a", "-o", "b", *flags], "settings of the processor are for counting tokens as a base does: name that base with --model")  # noqa: E501
+          for flags in (["--processor-kwargs", '{"a": 1}'], ["--chat-template-path", "c"], ["--trust-remote-code"])],
         ("distill", ["a", "--max-token", "5"], "unknown flag --max-token; did you mean --max-tokens?"),
         ("distill", ["a", "-o", "b", "--batch_size", "x"], "--batch-size takes a whole number, got x"),
         ("evaluate", ["--max_new_token", "5"], "unknown flag --max_new_token; did you mean --max-new-tokens?"),

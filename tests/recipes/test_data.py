@@ -160,7 +160,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 def test_what_is_too_long_for_a_base_is_dropped_and_lengths_are_told(streaming, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name, revision: processor())
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name, **settings: processor())
     rows = [{"messages": turns(answer=ANSWER + " 1" * i), "images": ["images/0.png"]} for i in (30, 0, 1)]
     output = tmp_path / "out.parquet"
     more = ["--model", "base", "--max-tokens", "60", "--json", "--overwrite", *streaming]
@@ -184,6 +184,9 @@ SILENT = "sample 1 of a.jsonl has a turn of the assistant that says nothing"
      (["-o", "there.parquet"], "output there.parquet exists: name another file, or pass --overwrite"),
      (["-o", "out.parquet", "--on-bad", "fail"], SILENT),
      (["-o", "out.parquet", "--images", "no"], "images no is no folder"),
+     (["-o", "out.parquet", "--model", "base", "--chat-template-path", "no.jinja"],
+      "chat_template_path=no.jinja is no .jinja file that is here: name one; a model's folder has one, "
+      "chat_template.jinja"),
      (["-o", "out.parquet"], f"no sample of a.jsonl is left: 1 empty answer ({SILENT})"),
      (["-o", "out.parquet", "--streaming"], f"no sample of a.jsonl is left: 1 empty answer ({SILENT})")],
 )  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import shutil
 from unittest.mock import Mock
 
+import data as data_command
 import pytest
 import sft_vlm
 import torch
@@ -97,6 +98,22 @@ def test_the_chat_template_that_is_named_makes_lengths_and_keep_set(train, pair,
     _, output = train(**settings)
     assert KeepSet.load(place).metadata["prompt_tokens"] > 50
     assert (output / "chat_template.jinja").read_text(encoding="utf-8").startswith("{{ 'how ' * 50 }}")
+
+
+def test_what_is_counted_beforehand_has_the_tokens_that_the_run_counts(train, pair, data, tmp_path, capsys):
+    """With the run's template and its size of images, both of which change them."""
+    base, template, counted = pair("qwen2_5_vl") / "base", tmp_path / "long.jinja", []
+    template.write_text("{{ 'how ' * 50 }}" + (base / "chat_template.jinja").read_text(encoding="utf-8"))
+    for kwargs in ('{"max_pixels": 576}', '{"max_pixels": 144}'):
+        settings = {"processor_kwargs": kwargs, "chat_template_path": template, "output_dir": tmp_path / kwargs}
+        _, output = train(**FAST, **settings)
+        told = json.loads((output / "run.json").read_text(encoding="utf-8"))["data"]["tokens"]
+        how = ["--model", base, "--processor-kwargs", kwargs, "--chat-template-path", template, "--json", "--overwrite"]
+        capsys.readouterr()
+        data_command.main([*map(str, [data, "-o", tmp_path / "out.parquet", *how])])
+        counted.append(json.loads(capsys.readouterr().out)["tokens"])
+        assert counted[-1] == told
+    assert counted[0] != counted[1] and counted[1]["longest"] > 50
 
 
 def test_a_chat_template_is_a_jinja_file(train, pair, tmp_path, monkeypatch):

@@ -275,12 +275,10 @@ def compare(args: Namespace) -> dict:
     asked["examined with processor_kwargs"] = processor or None  # which earlier versions did not do
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     groups = groups_of(marks := marks_of(dataset))
-    if args.search or not args.test:
+    if args.search or not args.test:  # which earlier versions held out one by one
         images = [*map(len, dataset.with_format("arrow")["images"])]
         shared = {"an image in common" if images[group[0]] else "the same question" for group in groups if group[1:]}
-        asked |= {
-            f"samples with {what}": "held out together" for what in sorted(shared)
-        }  # which earlier versions did not do
+        asked |= {f"samples with {what}": "held out together" for what in sorted(shared)}
     if tested is not None and (shared := in_common(marks, marks_of(tested))):
         message = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
         print(f"note: {message}, or without one the same question; what is learnt of it counts too", file=sys.stderr)

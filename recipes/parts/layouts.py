@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .bad_sample import BadSample, printable
 from .images import is_another, pictures_in
-from .questions import THOUGHTS, read_question, with_chain
+from .questions import THOUGHTS, read_instruction, read_question, with_chain
 
 LAYOUTS = r"""
 turns, as OpenAI and TRL have them; beside them images or image, one or a list
@@ -144,6 +144,7 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
         key, read = ", ".join(PAIR), [*PAIR]
         turns = [*_spoken(sample["prompt"], "user"), *_spoken(sample["completion"], "assistant")]
     elif key is None:
+        found = found or read_instruction(sample)
         if found is None:
             raise BadSample(
                 "unknown layout",

@@ -26,16 +26,6 @@ def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
     texts = {key: _text(sample[key], key) for key in (*QUESTIONS, *ANSWERS, *CHAINS) if sample.get(key) is not None}
     questions = [key for key in QUESTIONS if key in texts]
     answers = [key for key in ANSWERS if key in texts]
-    if not questions and not answers and None not in (sample.get(TASK), sample.get(OUTPUT)):
-        chain = next((key for key in CHAINS if texts.get(key, "").strip()), None)
-        given = [key for key in (TASK, INPUT) if sample.get(key) not in (None, "")]
-        asked = "\n".join(_text(sample[key], key) for key in given)
-        return (
-            asked,
-            texts[chain] if chain else "",
-            _text(sample[OUTPUT], OUTPUT),
-            [*given, *([chain] * bool(chain)), OUTPUT],
-        )
     if not questions or not answers:
         return None
     answer, *others = [key for key in answers if texts[key].strip()] or answers[:1]
@@ -48,6 +38,18 @@ def read_question(sample: dict) -> tuple[str, str, str, list[str]] | None:
             question = "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
     read = [questions[0], *columns, *([chain] if chain else []), answer]
     return question, texts[chain] if chain else "", answer_text, read
+
+
+def read_instruction(sample: dict) -> tuple[str, str, str, list[str]] | None:
+    """The same of a sample in Alpaca's layout; None if it is in another one, or says a question or an answer too."""
+    there = {key for key in (*QUESTIONS, *ANSWERS, TASK, OUTPUT) if sample.get(key) is not None}
+    if there != {TASK, OUTPUT}:
+        return None
+    chain = next((key for key in CHAINS if sample.get(key) is not None and _text(sample[key], key).strip()), None)
+    given = [key for key in (TASK, INPUT) if sample.get(key) not in (None, "")]
+    read = [*given, *([chain] if chain else []), OUTPUT]
+    asked = "\n".join(_text(sample[key], key) for key in given)
+    return asked, _text(sample[chain], chain) if chain else "", _text(sample[OUTPUT], OUTPUT), read
 
 
 def with_chain(chain: str, answer: str) -> str:

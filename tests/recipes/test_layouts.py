@@ -45,6 +45,8 @@ def test_prompt_and_completion_are_texts_or_turns_as_trl_has_them():
             assert read.images == ["1.png"] and not read.unread
     beside = read_sample({"question": "q", "answer": "7", "prompt": "template", "completion": "reason 6"})
     assert last_answer(beside.messages) == "7" and beside.unread.keys() == {"prompt", "completion"}
+    both = read_sample({"prompt": "q", "completion": "7", "instruction": "template", "output": "6"})
+    assert last_answer(both.messages) == "7" and both.unread == {"instruction": "template", "output": "6"}
     assert read_sample({**turns("q", "a"), "prompt": "b", "completion": "c"}).unread == {
         "prompt": "b",
         "completion": "c",

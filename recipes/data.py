@@ -27,6 +27,7 @@ from parts.lengths import within_length
 from parts.loading import PLACE, Dropped, load_messages, nothing_left
 from parts.parquet import refuse_output, write_parquet
 from parts.processing import check_chat_template, load_processor, processor_settings
+from parts.trained import special_tokens
 from rich.console import Console
 from rich.table import Table
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             settings = processor_settings(processor_kwargs, template)
             named = (model, None) if Path(model).exists() else split_revision(model)
             processor = load_processor(*named, settings, trusted)
+            options["special"] = special_tokens(processor)
         dataset, dropped = load_messages(**options, places=model is not None)
         if model is not None:
             dataset = within_length(dataset, processor, max_tokens, on_long=options["on_bad"], dropped=dropped)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TextIO
 from uuid import uuid4
@@ -102,6 +103,7 @@ def load_messages(
     on_bad: Literal["drop", "fail"] = "drop",
     boxed: bool = False,
     chains: bool = True,
+    special: Collection[str] = (),
     places: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Dropped]:
     r"""The usable samples of a source, and what was dropped.
@@ -116,6 +118,7 @@ def load_messages(
         boxed: drop samples whose last answer has no \boxed{…}.
         chains: put the chain of thought that stands beside an answer before it, drop an answer whose chain does not end
             or is all of it, and take end tokens out; else the last turn is the answer.
+        special: the special tokens of the base, if it is known; see `as_trained`.
         places: add the column PLACE, which says of each sample where it stands in the source.
 
     Raises:
@@ -135,7 +138,7 @@ def load_messages(
                 read = read_sample(sample, chains)
                 if boxed and not extract_boxed(last_answer(read.messages)):
                     raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
-                messages, noted = as_trained(read.messages) if chains else (read.messages, [])
+                messages, noted = as_trained(read.messages, special) if chains else (read.messages, [])
                 images = [read_image(value, root) for value in read.images]
             except (BadSample, RecursionError) as error:
                 reason = getattr(error, "reason", "nested too deeply")

@@ -9,6 +9,7 @@ import datasets
 from .bad_sample import printable
 from .layouts import last_answer
 from .loading import PLACE
+from .trained import special_tokens
 
 FIRST = 8  # samples of a stream
 SHORT = 120  # signs of a text that an error shows
@@ -24,9 +25,7 @@ def check_template(dataset, processor) -> None:
         ValueError: they differ; it shows both.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    ends = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends |= {*tokenizer.all_special_tokens}
-    eos = tokenizer.eos_token
+    ends, eos = special_tokens(processor), tokenizer.eos_token
 
     def rendered(turns: list[dict]) -> str:
         return processor.apply_chat_template(turns, tokenize=False)

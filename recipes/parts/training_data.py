@@ -15,6 +15,7 @@ from .arguments import RunArguments, TrainArguments
 from .lengths import within_length
 from .loading import PLACE, load_messages, nothing_left, refuse_remnant, tell
 from .template import check_template
+from .trained import special_tokens
 
 SHUFFLED = 256  # samples of a stream, of which the next one is drawn; their images are in memory
 
@@ -26,7 +27,7 @@ def load_data(run: RunArguments, processor: Any) -> tuple[Dataset | IterableData
         ValueError: they cannot be read, none is left, or the chat template does not show them to the model.
     """
     options = {"images": run.images, "streaming": run.streaming, "on_bad": run.on_bad, "places": True}
-    dataset, dropped = load_messages(run.data, split=run.split, **options)
+    dataset, dropped = load_messages(run.data, split=run.split, special=special_tokens(processor), **options)
     refuse_remnant(run.data, dataset, dropped)
     dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
     dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)

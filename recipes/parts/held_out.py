@@ -55,7 +55,7 @@ def read_tested(source: str, images: str | None) -> datasets.Dataset:
 
     how = {"split": "test", "on_bad": "fail"}
     try:
-        return load_messages(source, **how)[0]
+        return load_messages(source, to_train=False, **how)[0]
     except BadSample as error:
         if images is None or error.reason not in ELSEWHERE:
             raise

@@ -20,6 +20,7 @@ from .bad_sample import BadSample
 
 SHOWN = 80  # signs of a path that a sentence has
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
+KEY = re.compile(r"(?i)(?:image|img|photo|(?<![a-z])pic|screenshot)(?!.*ids?$)")  # of pictures
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,21 @@ class Root:
         return existing or candidates[0]
 
 
-def pictures_in(value) -> list[tuple[str | None, bytes | None]]:
-    """Name and content, one of them at least, of each picture that a value names or holds."""
+def pictures_in(value, key: str, root: Root | None = None) -> list[tuple[str | None, bytes | None]]:
+    """Name and content, one of them at least, of each picture that a value names or holds.
+
+    A text names one if the file is there, or if it stands under a key for pictures and has no white space. Prose has
+    some, and an identifier may be the name of a file that nobody has.
+    """
     if isinstance(value, (list, tuple)):
-        return [picture for each in value for picture in pictures_in(each)]
+        return [picture for each in value for picture in pictures_in(each, key, root)]
     name, content = _name_and_content(value)
-    is_named = name is not None and "\n" not in name and name.lower().endswith(PICTURES)
+    if isinstance(value, str) and content is not None:
+        return [(name, content)]
+    content = content if content is not None and _opens(content) else None
+    is_named = name is not None and name.lower().endswith(PICTURES)
+    if is_named and not (isinstance(value, dict) and value.keys() <= {"path", "bytes"}):  # as datasets has one
+        is_named = (KEY.search(key) is not None and not re.search(r"\s", name)) or _is_file(name, root)
     return [(name, content)] if is_named or content else []
 
 
@@ -192,10 +202,25 @@ def _bare(text: str) -> bytes | None:
         return None
     try:
         content = base64.b64decode(text)
-        PIL.Image.open(io.BytesIO(content)).close()
-    except Exception:  # of any kind, as in `_convert`: then it is a path
+    except ValueError:  # then it is a path
         return None
-    return content
+    return content if _opens(content) else None
+
+
+def _opens(content: bytes) -> bool:
+    try:
+        PIL.Image.open(io.BytesIO(content)).close()
+    except Exception:  # of any kind, as in `_convert`
+        return False
+    return True
+
+
+def _is_file(path: str, root: Root | None) -> bool:
+    """Whether an image is there; on the hub, nobody looks."""
+    try:
+        return root is not None and "://" not in root.folder and os.path.isfile(root.locate(path))
+    except BadSample:
+        return False
 
 
 def _shown(path: str) -> str:

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from drift_peft.keeping import PICTURES
+
 from .bad_sample import BadSample, printable
-from .images import is_another, pictures_in
+from .images import Root, is_another, pictures_in
 from .questions import THOUGHTS, read_instruction, read_question, with_chain
 
 LAYOUTS = r"""
@@ -37,6 +39,7 @@ the same with options or choices; the answer is a letter, a text, or an index, f
 PLACEHOLDER = "<image>"
 FOREIGN = re.compile(r"<(?:video|audio)>|<image[ _-]?\d+>")
 TURNS, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
+SIBLING = re.compile(r"images?[_-]?\d+")  # of several images with a key each
 FILE_NAME = "file_name"  # of a picture, in the metadata.jsonl beside a folder of them, as datasets has it
 UNANSWERED = "its last turn has no answer: left out"
 PAIR = ("prompt", "completion")
@@ -63,12 +66,13 @@ class Sample(NamedTuple):
     noted: list[str]
 
 
-def read_sample(sample: dict | str, chains: bool = True) -> Sample:
+def read_sample(sample: dict | str, chains: bool = True, root: Root | None = None) -> Sample:
     """Whatever a sample holds.
 
     Args:
         sample: an object, or its JSON.
         chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
+        root: where its images are looked for, to tell the name of one from other text.
 
     Raises:
         BadSample: says what is wrong with it; the caller knows where it stands.
@@ -84,9 +88,6 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
     if other:
         raise BadSample("video or audio", f"has {other}, which are not read: take samples of images and text")
     turns, layout, read, unread = _turns(sample, chains)
-    named = [key for key in IMAGES if _listed(sample.get(key))]
-    pictures = next(iter(named or [key for key in (FILE_NAME,) if pictures_in(sample.get(key))]), None)
-    given = _listed(sample.get(pictures))
     messages, found = [], []
     for role, content in turns:
         parts = [*_parts(content)]
@@ -95,6 +96,11 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
             raise BadSample("placeholders != images", f"has an image in a turn of the {role}: take {PLACEHOLDER} out")
         found += [value for kind, value in parts if kind == "image"]
         messages.append((role, parts))
+    named = [key for key in IMAGES if _listed(sample.get(key))]
+    if not named and found.count(None) == len(found) and str(sample.get(FILE_NAME)).lower().endswith(PICTURES):
+        named = [FILE_NAME]
+    pictures = next(iter(named), None)
+    given = _listed(sample.get(pictures))
     noted = []
     if [role for role, _ in messages[-2:]] == ["assistant", "user"] and all(
         kind == "text" for kind, _ in messages[-1][1]
@@ -118,7 +124,9 @@ def read_sample(sample: dict | str, chains: bool = True) -> Sample:
     used = {*read, pictures, "system"}
     unread |= {key: value for key, value in sample.items() if key not in used and _says(value)}
     for key, value in unread.items():
-        if any(is_another(picture, images) for picture in pictures_in(value)):
+        if images and not SIBLING.fullmatch(key):
+            continue  # a mask, the original, or its name elsewhere: the question goes with what was read
+        if any(is_another(picture, images) for picture in pictures_in(value, key, root)):
             told = f"has an image under {printable(key)}, which is not read"
             raise BadSample("image not read", f"{told}: put all images of a sample under {IMAGES[0]}, or take it out")
     unread = {key: _begin(value) for key, value in unread.items()}
@@ -173,7 +181,7 @@ def _turns(sample: dict, chains: bool) -> tuple[list[tuple[str, object]], str, l
         named.append((ROLES[role], content))
         used = {*names, thought}
         beside = {f"{key}[].{name}": said for name, said in turn.items() if name not in used and _says(said)}
-        unread |= {name: said for name, said in beside.items() if not pictures_in(unread.get(name))}
+        unread |= {name: said for name, said in beside.items() if not pictures_in(unread.get(name), name)}
     return named, f"{key} ({', '.join(names)})", read, unread
 
 

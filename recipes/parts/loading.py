@@ -136,7 +136,7 @@ def load_messages(
         for number, sample in samples(table, indices, file):
             place = place_of(file, number)
             try:
-                read = read_sample(sample, chains)
+                read = read_sample(sample, chains, root)
                 if boxed and not extract_boxed(last_answer(read.messages)):
                     raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
                 messages, noted = as_trained(read.messages, special) if chains and to_train else (read.messages, [])

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from chain_files import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts.images import Root
 from parts.layouts import LAYOUTS, BadSample, last_answer, read_sample
 
 README = (Path(__file__).parents[2] / "recipes" / "README.md").read_text(encoding="utf-8")
@@ -223,37 +225,65 @@ def test_text_that_is_not_read_is_named():
 Q, PNG = {"question": "q", "answer": "5"}, "data:image/png;base64,AAAA"
 UNREAD = [  # row, key that its sentence names
     ({**Q, "image_path": "a/1.png"}, "image_path"), ({**Q, "img": "1.JPG"}, "img"), ({**Q, "photo": PNG}, "photo"),
-    ({**turns("q", "5"), "image_paths": ["1.png", "2.png"]}, "image_paths"), ({**Q, "scan": b"GIF8"}, "scan"),
-    ({**Q, "decoded": {"bytes": b"GIF8", "path": None}}, "decoded"), ({**Q, "img": {"path": "1.png"}}, "img"),
-    ({**Q, "image": "1.png", "image_2": "2.png"}, "image_2"), ({**Q, "images": ["1.png"], "image": "2.png"}, "image"),
-    ({**Q, "image": b"GIF8", "image_2": {"bytes": b"GIF9", "path": None}}, "image_2"),
-    ({**Q, "image_url": "https://x.org/1.png"}, "image_url"),
-    ({**Q, "image": "1.png", "file_name": "2.png"}, "file_name"),
+    ({**turns("q", "5"), "image_paths": ["1.png", "2.png"]}, "image_paths"), ({**Q, "scan": encoded(1)}, "scan"),
+    ({**Q, "decoded": {"bytes": encoded(1), "path": None}}, "decoded"), ({**Q, "scan": {"path": "1.png"}}, "scan"),
+    ({**Q, "image": "1.png", "image_2": "2.png"}, "image_2"), ({**Q, "image": "1.png", "images2": "2.png"}, "images2"),
+    ({**Q, "image": encoded(1), "image_2": {"bytes": encoded(2), "path": None}}, "image_2"),
+    ({**Q, "image_url": "https://x.org/1.png"}, "image_url"), ({**Q, "imagePath": "1.png"}, "imagePath"),
     ({"messages": [{"role": "user", "content": "q", "images": ["1.png"]}, *turns("q", "5")["messages"][1:]]},
      "messages[].images"),
+    ({**Q, "id": "images/1.png"}, "id"), ({**Q, "figures": ["images/1.png", "a"]}, "figures"),  # which are there
+    ({**Q, "img": "with space.png"}, "img"),
 ]  # fmt: skip
 
 
+@pytest.fixture
+def root(tmp_path):
+    """A folder with three pictures, and one beside it."""
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    for name in ("images/1.png", "images/2.png", "with space.png", "../outside.png"):
+        (tmp_path / "set" / name).write_bytes(encoded(1))
+    return Root(str(tmp_path / "set"), "set")
+
+
 @pytest.mark.parametrize(("row", "key"), UNREAD)
-def test_an_image_under_another_key_is_not_left_out(row, key):
+def test_an_image_under_another_key_is_not_left_out(row, key, root):
     with pytest.raises(BadSample) as error:
-        read_sample(row)
+        read_sample(row, root=root)
     told = "put all images of a sample under images, or take it out"
     assert str(error.value) == f"has an image under {key}, which is not read: {told}"
     assert error.value.reason == "image not read"
 
 
+PART = {"type": "image", "path": "1.png"}
+NOTED = [  # what is no image, or another one than that of the question
+    ({**Q, "md5": b"\1\2"}, []), ({**Q, "hint": "the chart is in chart.png"}, []), ({**Q, "id": "x.jpg"}, []),
+    ({**Q, "image_id": "x.jpg"}, []), ({**Q, "image_caption": "It shows a.png"}, []), ({**Q, "tags": ["y.jpg"]}, []),
+    ({**Q, "metadata": {"path": "y.jpg", "page": 3}}, []), ({**Q, "url": "https://x.org/1.png"}, []),
+    ({**Q, "name": "../outside.png"}, []), (turns("q", "5", name="x.png"), []),
+    *(({**Q, "image": "1.png", key: "images/2.png"}, ["1.png"]) for key in ("mask", "file_name", "image_path")),
+    ({**Q, "images": ["1.png"], "image": "2.png", "img": {"bytes": encoded(2), "path": None}}, ["1.png"]),
+    ({**turns([PART, {"type": "text", "text": "q"}], "5"), "file_name": "COCO_1.jpg"}, ["1.png"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "images"), NOTED)
+def test_what_only_looks_like_an_image_is_noted(row, images, root):
+    read = read_sample(row, root=root)
+    assert read.images == images and read.unread
+
+
 @pytest.mark.parametrize(
     ("row", "images"),
-    [({**Q, "file_name": "1.png"}, ["1.png"]),  # as datasets has it, in the metadata.jsonl beside a folder of pictures
+    [({**Q, "file_name": "a 1.png"}, ["a 1.png"]),  # as datasets has it, in the metadata.jsonl beside a folder of them
      ({**Q, "images": [], "image": "1.png"}, ["1.png"]),
      ({**Q, "file_name": "part-1.txt"}, []),
-     ({**Q, "image": "1.png", "image_path": "train/1.png", "hint": "see\n2.png"}, ["1.png"]),
-     ({**Q, "image": "1.png", "file_name": "1.png", "url": "https://x.org/2.png"}, ["1.png"]),
-     ({**Q, "image": b"GIF8", "image_path": "1.png"}, [b"GIF8"]),
-     ({**Q, "image": "1.png", "decoded_image": {"bytes": b"GIF8", "path": None}}, ["1.png"]),
-     ({**Q, "image": {"bytes": b"GIF8", "path": "1.png"}, "copy": {"bytes": b"GIF8", "path": "2.png"}},
-      [{"bytes": b"GIF8", "path": "1.png"}])],
+     ({**Q, "image": "1.png", "image_2": "train/1.png", "hint": "see\n2.png"}, ["1.png"]),
+     ({**Q, "image": "1.png", "image_2": "1.png", "url": "https://x.org/2.png"}, ["1.png"]),
+     ({**Q, "image": encoded(1), "image_2": "1.png"}, [encoded(1)]),
+     ({**Q, "image": "1.png", "image_2": {"bytes": encoded(1), "path": None}}, ["1.png"]),
+     ({**Q, "image": {"bytes": encoded(1), "path": "1.png"}, "image_2": {"bytes": encoded(1), "path": "2.png"}},
+      [{"bytes": encoded(1), "path": "1.png"}])],
 )  # fmt: skip
 def test_the_same_image_in_two_places_is_one(row, images):
     assert read_sample(row).images == images

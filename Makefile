@@ -30,9 +30,10 @@ demo: $(INSTALLED)
 	$(BIN)/drift-peft demo --out runs/demo
 
 # A file's tests stay together: they share what was costly to make. One thread each, since there is a process per core.
-# In the order of their names: by default, files of few tests would come last, and those are the slow ones.
+# In the order of their names: by default, files of few tests would come last, and those are the slow ones. With
+# bytecode, whatever the environment says: the tests start hundreds of processes, and each would compile all anew.
 test: $(INSTALLED)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(INSTALLED)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --slow -m slow

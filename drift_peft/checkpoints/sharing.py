@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Self
@@ -22,7 +23,7 @@ _MARKUP = re.compile(r"[`<>\[\]\\*~]|://|www\.", re.IGNORECASE)  # of links, ima
 NOT_STATED, NOT_READ = "not stated in its card", "its card could not be read"
 
 
-class SharedFile(HeadedFile):
+class SharedFile(HeadedFile, ABC):
     """A `HeadedFile` that others load by its hub id."""
 
     FILE_NAME: ClassVar[str]  # what it is called in a folder or hub repository
@@ -73,9 +74,9 @@ class SharedFile(HeadedFile):
         except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
             raise OSError(f"{self.source} could not be uploaded to {repo_id}: {first_line(error)}") from error
 
+    @abstractmethod
     def model_card(self, repo_id: str | None = None, token: str | None = None) -> ModelCard:
         """What `push_to_hub` writes as README.md."""
-        raise NotImplementedError
 
 
 def find_file(source: str | Path, revision: str | None, name: str) -> Path:

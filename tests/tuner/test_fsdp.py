@@ -139,10 +139,18 @@ CASES |= {
 }
 
 
-# What is sharded and when is one thing, the scale another: all pairs of them only in `make test-slow`.
+# What is sharded and when is one thing, the scale another, the target and the optimizer are others again: all pairs of
+# them only in `make test-slow`.
 SLOW = {
     name for name in CASES if name.endswith((", absolute", ", decoupled")) and not name.startswith(("fp32", "full"))
 }
+SLOW |= {f"{scale} {target}" for scale, target in MODES} - {
+    "adaptive residual",
+    "absolute delta",
+    "gradnorm factors",
+    "decoupled factors",
+}
+SLOW |= {"fp32 adamw, adaptive", "fp32 sgd, absolute", "fp32 adamw, decoupled"}
 
 
 def whole(model):

@@ -102,8 +102,21 @@ class Header(Schema):
         return self
 
 
+def is_sum(header: dict) -> bool:
+    """Is each cosine the smallest of several experts', or one whose expert has another coefficient here?
+
+    One parent with coefficient 1, as of a gated prior that was truncated, is what it is by itself.
+    """
+    if "gated" in header or "parents" not in header:
+        return False
+    first, *others = header["parents"]
+    return bool(others) or first["weight"] != 1 or is_sum(first)
+
+
 def cosine_of(header: dict) -> str:
     """What the cosines in a header are of, in words."""
-    if "gated" in header:
-        return "base and base + Δ"
-    return "farthest expert and base" if "parents" in header else "expert and base"
+    if is_sum(header):
+        return "farthest expert and base"
+    while "gated" not in header and "parents" in header:
+        header = header["parents"][0]
+    return "base and base + Δ" if "gated" in header else "expert and base"

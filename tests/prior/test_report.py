@@ -210,6 +210,29 @@ def test_a_combined_prior_is_not_judged_by_its_experts(tmp_path):
     assert gated["verdict"]["distance"].startswith("The two models are")
 
 
+def test_a_prior_with_coefficient_1_is_judged_as_itself(tmp_path):
+    """As a gated one is once it was truncated; a sum of several stays one."""
+    one, two = (sample_prior(tmp_path / f"{size}.safetensors", 2, size=size) for size in (CLOSE_PAIR, FAR_PAIR))
+    half = {name: torch.full((len(one[name].S),), 0.5) for name in one}
+    gated = one.gated(half, {name: torch.zeros(len(S)) for name, S in half.items()}, tmp_path / "g", GATES_FROM)
+    both = ReasoningPrior.combine([(one, 0.5), (two, 0.5)], tmp_path / "both")
+    for parent, title, words in (
+        (one, "Close", "expert and base"),
+        (gated, "Close", "base and base + Δ"),
+        (both, "An expert far apart", "farthest expert and base"),
+    ):
+        same = parent
+        for turn in range(2):
+            same = ReasoningPrior.combine([(same, 1.0)], tmp_path / f"{parent.path.name}{turn}", rank=4 - turn)
+            summary = prior_summary(same)
+            assert summary["cosine_of"] == words and summary["verdict"]["title"] == title
+            alone = prior_summary(parent)["verdict"]
+            assert all(summary["verdict"][key] == alone[key] for key in ("distance", "merging"))
+            assert f"that of {words}." in same.model_card().text
+    small = gated.truncate(4, tmp_path / "small")
+    assert prior_summary(small)["verdict"]["distance"].startswith("The two models are close")
+
+
 def test_table(prior):
     summary = prior_summary(prior)
     lines = printed(prior_table(summary)).splitlines()
@@ -232,6 +255,23 @@ def test_table_of_a_gated_prior_that_holds_all(prior):
     gates = [{"modules": "attn", "least": [0.0], "most": [1.0]}]
     lines = printed(prior_table({**summary, "rows": rows, "total": {**summary["total"], **whole}, "gates": gates}))
     assert lines.count("100%") > 10 and "…" not in lines and "‖Δ‖/‖W‖" in lines and "lowest" in lines
+
+
+def test_gates_beyond_the_smallest_rank_are_told(tmp_path):
+    prior = sample_prior(tmp_path / "p.safetensors", 2, "mixed", only="attn")
+    *others, longest = sorted(prior, key=lambda name: len(prior[name].S))
+    assert len(prior[longest].S) > len(prior[others[0]].S)
+    gates = {name: torch.full((len(prior[name].S),), 0.5) for name in prior}
+    gates[longest][-1], gates[others[0]][0] = 0.01, 0.99
+    products = {name: torch.zeros(len(prior[name].S)) for name in prior}
+    summary = prior_summary(prior.gated(gates, products, tmp_path / "g.safetensors", GATES_FROM))
+    assert "the gates of its directions run from 0.01 to 0.99" in prior_notes(summary)[0]
+    (kind,) = summary["gates"]
+    for i in range(len(prior[longest].S)):
+        those = [row[i].item() for row in gates.values() if i < len(row)]
+        assert kind["mean"][i] == pytest.approx(sum(those) / len(those), abs=1e-4)
+        assert (kind["least"][i], kind["most"][i]) == pytest.approx((min(those), max(those)), abs=1e-4)
+    assert len(kind["mean"]) == len(kind["least"]) == len(kind["most"]) == len(prior[longest].S)
 
 
 def test_notes(tmp_path):

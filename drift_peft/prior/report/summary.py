@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...checkpoints import layer_of, module_kind
 from ..file import PriorFile
-from ..header import cosine_of
+from ..header import cosine_of, is_sum
 from .verdict import verdict
 
 
@@ -76,7 +76,7 @@ def prior_summary(prior: PriorFile, rank: int | None = None) -> dict:
         "spectra": _spectra(weights, squares),
         "gates": _gates(weights),
         "cosine_of": cosine_of(header),
-        "verdict": verdict(weights, total["energy_by_rank"], combined="parents" in header and "gated" not in header),
+        "verdict": verdict(weights, total["energy_by_rank"], combined=is_sum(header)),
         "weights": weights,
     }
 
@@ -134,16 +134,16 @@ def _taken(group: Sequence[dict]) -> dict[str, float]:
 
 
 def _gates(weights: dict) -> list[dict]:
-    """`mean`, `least` and `most` of the gates on the i-th direction of each kind's matrices, as far as all have it."""
+    """`mean`, `least` and `most` of the gates on the i-th direction, over each kind's matrices that have it."""
     members = defaultdict(list)
     for stats in weights.values():
         if "gates" in stats:
             members[stats["modules"]].append(stats["gates"])
     rows = []
     for kind, gates in sorted(members.items()):
-        each = torch.tensor([row[: min(map(len, gates))] for row in gates], dtype=torch.float64)
-        values = {"mean": each.mean(0), "least": each.amin(0), "most": each.amax(0)}
-        rows.append({"modules": kind, **{name: value.tolist() for name, value in values.items()}})
+        each = [[row[i] for row in gates if i < len(row)] for i in range(max(map(len, gates)))]
+        mean = [math.fsum(those) / len(those) for those in each]
+        rows.append({"modules": kind, "mean": mean, "least": [*map(min, each)], "most": [*map(max, each)]})
     return rows
 
 

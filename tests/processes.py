@@ -38,6 +38,18 @@ def _rank(rank: int, worker, *args) -> None:
     os._exit(0)  # gloo's destructor waits for a thread that waits for the GIL: one process of some hundreds never ends
 
 
+def replicated(module: torch.nn.Module, monkeypatch) -> list[torch.nn.Module]:
+    """Two replicas, as DataParallel makes them for two devices; here both are on this one."""
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+    )
+    return replicate.replicate(module, [0, 1])
+
+
 class Program:
     """What `python -c code`, `python script.py` or `python -m module` would do, without the seconds of its imports.
 

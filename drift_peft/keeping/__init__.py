@@ -23,7 +23,9 @@ samples     the hard form: a keep set as ordinary training samples
 steps       around every optimizer step: what keeps, then what guides
 feed        batches of a keep set in their order, read while the model trains
 undisturbed  a pass of keeping that the training does not notice
+processes   several processes that train one model
 kept        a model that is kept: what is added to its gradients
+told        what is told of it: numbers, words for its card, that it was not kept after all
 trainer     its distance from the VLM in Trainer's logs
 four_bit    bitsandbytes on a CPU
 train       keep: a model that trains stays near the VLM
@@ -36,15 +38,17 @@ from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet, data_address
 from .four_bit import keep_4bit_differentiable
-from .kept import GRADIENT_SCALE, is_kept, keep_telemetry, keep_words, keepings_of
+from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
 from .pictures import PICTURES, explained
+from .processes import refuse_uneven
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
 from .summary import keep_summary, keep_table
+from .told import keep_telemetry, keep_words, warn_of_lost_passes
 from .train import keep
 from .trainer import KeepCallback, add_to_trainers
 from .vlm import Vlm, check_processor_settings
@@ -84,8 +88,10 @@ __all__ = [
     "make_answer_set",
     "make_keep_set",
     "measure",
+    "refuse_uneven",
     "summarize",
     "training_samples",
+    "warn_of_lost_passes",
     "write_page",
     "write_samples",
 ]

@@ -11,7 +11,6 @@ through copies, pickling, whatever wraps the model, and adapters that come and g
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 import weakref
 from collections.abc import Container, Sequence
@@ -22,11 +21,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpoints import shown
 from ..warn import warn
 from .distance import answer_rows, divergence
 from .feed import Feed, Part, mixed
 from .file import KeepSet
+from .processes import average, place, refuse_uneven
 from .registry import Known, Registry
 from .steps import Act, LeftGradient, act_in_steps
 from .undisturbed import (
@@ -44,13 +43,14 @@ NO_PART = (
     "keep() passes its answers through the model when the optimizer steps, and what is trained has no part in that "
     "now: enable the adapter, or unmerge it, before step()."
 )
-BUCKET = 2**24  # elements that processes average at a time
 WAY_OUT = "use DDP or one GPU, or mix the keep set's answers into the training data (drift-peft keep samples)"
 
 _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order of keeping
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
 _ENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # what is kept no more, because the user says so
 _TOLD: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers whose keep set was missed
+_STEPPED: weakref.WeakKeyDictionary[Keeping, weakref.WeakSet[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
+MANY = 9  # optimizers for one model: more than anyone has who does not make one for each parameter
 
 
 class Keeping:
@@ -61,6 +61,8 @@ class Keeping:
         stepped: an optimizer has called for it, whether at a step that keeps or between two of these.
         kl: L_keep of the last batch in nats, the mean over the processes; None before the first one.
         ratio: ‖what was added‖/‖g‖ then.
+        passes: [2] of those whose g was finite: how many were added, and how many are lost, since L_keep or its
+            gradient is not finite at any `scale`.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class Keeping:
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
+        self.passes: Tensor | None = None
+        self.told = False  # that most of them are lost
         self._left: dict[int, LeftGradient] = {}  # by the first parameter of an optimizer
         self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training)
         vars(base)["drift_keep"] = self
@@ -124,9 +128,10 @@ class Keeping:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
             for ids in args:  # written and not read: a compiled model would be compiled anew for each new size
-                self.seen = ids.numel()
-            kind = next(module.parameters()).device.type
-            self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+                self.seen, kind = ids.numel(), ids.device.type  # the module of a DataParallel replica has no parameters
+                self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            if not torch.compiler.is_compiling():
+                refuse_uneven("keep()")
 
     # A step
 
@@ -142,7 +147,7 @@ class Keeping:
         left = self._left.get(id(parameters[0]))
         if step % self.every or (left is not None and left.is_still(parameters[0].grad)):
             return
-        rank, processes = _place()
+        rank, processes = place()
         number = step // self.every * processes + rank
         parts = self.feed.batch(number, self.tokens)
         device = parameters[0].device
@@ -153,8 +158,13 @@ class Keeping:
         self.feed.read_ahead(number + processes, self.tokens)
         self.kl = loss.detach().float().to(device, copy=True)
         if processes > 1:
-            _average([self.kl, *gradients])
+            average([self.kl, *gradients])
         self._add(parameters, gradients, 1.0 if loss_scale is None else loss_scale.to(device))
+
+    def counts(self) -> tuple[int, int]:
+        """How many passes were added so far, and how many are lost; this waits for the device."""
+        added, lost = (0, 0) if self.passes is None else self.passes.tolist()
+        return added, lost
 
     def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         if step % self.every == 0:
@@ -203,6 +213,9 @@ class Keeping:
             k = gradient * factor.to(p.device)
             p.grad.add_(k.where(finite.to(p.device), 0))
         self.ratio = torch.where(finite & (g_norm > 0), norm * factor / g_norm, 0.0)
+        lost = g_norm.isfinite() & ~k_norm.isfinite() & (~self.kl.isfinite() | (self.scale <= 1))
+        counted = torch.stack([finite, lost]).int()
+        self.passes = counted if self.passes is None else self.passes.to(counted.device) + counted
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 
@@ -279,33 +292,6 @@ def end_keeping(model: nn.Module) -> None:
     _ENDED.add(model)
 
 
-def keep_telemetry(model: nn.Module) -> dict[str, float]:
-    """How far the model was from the VLM on the last batch of the keep set; empty before it, or without keeping.
-
-    Returns:
-        keep_kl     L_keep in nats, the mean over the answer tokens
-        keep_ratio  ‖what was added‖/‖gradient‖
-    """
-    for keeping in keepings_of(model):
-        if keeping.kl is not None:
-            return {"keep_kl": keeping.kl.item(), "keep_ratio": keeping.ratio.item()}
-    return {}
-
-
-def keep_words(model: nn.Module) -> str | None:
-    """What has kept the model and how, for its card; None if nothing has."""
-    for keeping in keepings_of(model):
-        if not keeping.stepped:
-            continue
-        keep_set, often = keeping.feed.keep_set, "every step" if keeping.every == 1 else f"every {keeping.every} steps"
-        bound = "no bound" if keeping.bound is None else f"bound {keeping.bound:g}"
-        return (
-            f"{len(keep_set)} answers of {shown(keep_set.metadata['vlm']['id'])} itself ({shown(keep_set.source)}, "
-            f"SHA-256 {keep_set.sha256[:16]}), {keeping.feed.batch_size} {often}, weight {keeping.weight:g}, {bound}"
-        )
-    return None
-
-
 def _alive() -> list[Keeping]:
     return [keeping for keeping in _KEPT.since() if keeping.model is not None]
 
@@ -331,7 +317,20 @@ def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss
     for keeping in _alive():
         _refuse(keeping.model, trained.get(keeping, []), groups)
     for keeping, parameters in trained.items():
+        _warn_of_many(keeping, optimizer)
         keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
+
+
+def _warn_of_many(keeping: Keeping, optimizer: torch.optim.Optimizer) -> None:
+    """The pass goes through the whole model, for however few of its parameters."""
+    stepped = _STEPPED.setdefault(keeping, weakref.WeakSet())
+    if optimizer not in stepped:
+        stepped.add(optimizer)
+        if len(stepped) == MANY:
+            warn(
+                f"{MANY} optimizers or more train this model, and keep() passes its answers through the model at the "
+                "step of each: use one optimizer for all parameters, not one for each that steps in the backward pass."
+            )
 
 
 def _warn_of_lost(optimizer: torch.optim.Optimizer) -> None:
@@ -367,30 +366,3 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Of all of them together, in at least fp32."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-
-
-# Several processes
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-@torch.no_grad()
-def _average(tensors: Sequence[Tensor]) -> None:
-    """In place, over the processes, of which each one holds tensors of the same shapes."""
-    alike: dict[tuple, list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    for members in alike.values():
-        ends = torch.tensor([t.numel() for t in members]).cumsum(0) // BUCKET
-        for _, bucket in itertools.groupby(zip(ends.tolist(), members, strict=True), key=lambda pair: pair[0]):
-            parts = [tensor for _, tensor in bucket]
-            flat = torch.cat([part.flatten() for part in parts])
-            torch.distributed.all_reduce(flat)
-            flat /= torch.distributed.get_world_size()
-            for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-                part.copy_(mean.view_as(part))

@@ -7,7 +7,7 @@ import sys
 
 from transformers import TrainerCallback
 
-from .kept import keep_telemetry
+from .told import keep_telemetry
 
 
 class KeepCallback(TrainerCallback):

@@ -22,6 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..keeping import refuse_uneven
 from . import guidance
 
 
@@ -67,6 +68,14 @@ class Capture:
     @torch.compiler.disable
     def see_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.x = args[0] if torch.is_grad_enabled() else None
+        if self.x is None:
+            return
+        refuse_uneven("drift_norm='weight'")
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "drift_norm='weight' is not available under DataParallel, whose replicas run at the same time: use "
+                "drift_norm='factor', or DDP."
+            )
 
     @torch.compiler.disable
     def see_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from ..checkpoints import (
     named,
     quantization_of,
 )
-from ..keeping import keep_4bit_differentiable, keepings_of
+from ..keeping import keep_4bit_differentiable, keepings_of, warn_of_lost_passes
 from ..prior import ReasoningPrior, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
@@ -221,6 +221,7 @@ def _telling_unguided(
     """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
     weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
     _warn_of_missed(model, adapter_name, weights)
+    warn_of_lost_passes(model)
     return weights
 
 

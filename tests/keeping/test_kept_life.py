@@ -16,12 +16,13 @@ from kept_models import (
     gradients_of_step,
     kept_twin,
     load,
+    processor_of,
 )
 from peft import IA3Config, LoraConfig, get_peft_model
 from twin import BATCH, backward, sgd, trainable
 
 from drift_peft import keep, telemetry
-from drift_peft.keeping.kept import keep_words, keepings_of
+from drift_peft.keeping import keep_words, keepings_of
 
 
 def test_hooks_of_parameters_are_for_the_gradients_of_the_task(model, folder, processor):
@@ -190,6 +191,75 @@ def test_a_step_between_two_that_keep_is_not_missed(folder, processor, tmp_path)
         warnings.simplefilter("always")
         model.save_pretrained(tmp_path)
     assert not any("never ran" in str(w.message) for w in caught) and "weight 0.5" in keep_words(model)
+
+
+def poisoned(folder, lost, optimizer, steps=4, poison=lambda logits: logits * torch.nan):
+    """A model in float32 after some steps, on which the passes of keeping in `lost` were poisoned."""
+    model = get_peft_model(load(folder), LoraConfig(**LORA)).train()
+    keep(model, folder / "keep.safetensors", processor_of(folder), batch_size=2)
+    passes = []
+
+    def hook(module, args, output):  # each second pass is keeping's own
+        passes.append(1)
+        return poison(output) if len(passes) % 2 == 0 and len(passes) // 2 - 1 in lost else output
+
+    model.get_output_embeddings().register_forward_hook(hook)
+    optimizer = optimizer(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    assert len(passes) == 2 * steps
+    return model
+
+
+def told_when_saved(model, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(folder)
+    return [str(w.message) for w in caught if "passes of keep()" in str(w.message)]
+
+
+def test_passes_that_are_never_finite_are_said(folder, tmp_path):
+    """By the telemetry once, by each saving, and by the card."""
+    model = poisoned(folder, range(4), sgd)
+    with pytest.warns(UserWarning, match=r"Of 4 passes of keep\(\), 4 were not finite .* in bfloat16") as caught:
+        telemetry(model)
+        telemetry(model)
+    assert len([w for w in caught if "passes of keep()" in str(w.message)]) == 1
+    assert len(told_when_saved(model, tmp_path)) == len(told_when_saved(copy.deepcopy(model), tmp_path)) == 1
+    assert keep_words(model) is None
+
+
+@pytest.mark.parametrize(("lost", "said"), [((), False), ((2,), False), ((0, 2, 3), True)])
+def test_how_many_passes_were_lost(folder, tmp_path, lost, said):
+    model = poisoned(folder, lost, sgd)
+    assert bool(told_when_saved(model, tmp_path)) == said
+    words = keep_words(model)
+    assert words.endswith(f"bound 1; {len(lost)} of 4 passes were not finite and added nothing" if lost else "bound 1")
+
+
+def test_what_gets_well_is_not_lost(folder, tmp_path):
+    """A gradient of keeping that overflows at one scale, and one of the task that is not finite."""
+
+    def overflow(logits):
+        logits.register_hook(lambda gradient: gradient * torch.inf)
+        return logits
+
+    model = poisoned(folder, range(4), sgd, poison=overflow)
+    (keeping,) = keepings_of(model)
+    assert keeping.counts() == (0, 0) and keeping.scale == 2.0**8 and not told_when_saved(model, tmp_path)
+    model = poisoned(folder, range(14), sgd, steps=14, poison=overflow)
+    assert keepings_of(model)[0].counts() == (0, 2) and told_when_saved(model, tmp_path)  # at the scale of 1
+    model = poisoned(folder, (), infinite)
+    assert keepings_of(model)[0].counts() == (0, 0) and not told_when_saved(model, tmp_path)
+
+
+def infinite(model):
+    """An optimizer that finds no finite gradient, as where a GradScaler skips a step."""
+    first = trainable(model)[0]
+    first.register_hook(lambda gradient: gradient * torch.inf)
+    return sgd(model, lr=0.0)
 
 
 def test_adapters_of_other_kinds_are_saved(folder, processor, tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +25,7 @@ from kept_models import (
     with_keeping,
 )
 from peft import LoraConfig, prepare_model_for_kbit_training
-from processes import on_two
+from processes import on_two, replicated
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +35,7 @@ from trl import SFTConfig, SFTTrainer
 from twin import BATCH, backward, sgd, train, trainable
 
 from drift_peft import keep, telemetry
+from drift_peft.keeping import keepings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Switched off bitsandbytes")
 TOWER = ["lm_head", "visual"]
@@ -117,6 +120,25 @@ def test_a_step_within_a_step_adds_once(model, folder, processor):
     found = gradients_of_step(twin, optimizer)
     assert_close(found, expected_step(model, processor, watched.batch(0, 3)))
     assert optimizer.param_groups[0]["keep_steps"] == 1
+
+
+def test_an_optimizer_for_each_parameter_is_said_once(folder, processor):
+    """Each steps as soon as its gradient is there, and takes a pass of its own."""
+    several = r".*language_model.*\.(q_proj|k_proj|up_proj)"
+    model = keep(adapted(folder, target_modules=several), folder / "keep.safetensors", processor, batch_size=1)
+    optimizers = {p: torch.optim.SGD([p], lr=0.0) for p in trainable(model)}
+    assert len(optimizers) == 12
+    handles = [p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step()) for p in optimizers]
+    with pytest.warns(UserWarning, match="use one optimizer for all parameters, not one for each") as caught:
+        backward(model)
+        model.zero_grad()
+        backward(model)
+    assert len([w for w in caught if "optimizers or more train this model" in str(w.message)]) == 1
+    for handle in handles:
+        handle.remove()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "9 optimizers")
+        train(keep(model, folder / "keep.safetensors", processor, batch_size=1), sgd(model), 2)
 
 
 @pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (False, False)])
@@ -288,6 +310,21 @@ def test_accelerate(model, folder, processor):
 # Several processes
 
 
+def test_data_parallel(model, folder, processor, monkeypatch):
+    """Its replicas have no parameters; the pass of keeping goes through the model itself, once."""
+    twin, watched = kept_twin(model, folder)
+    optimizer, heads = sgd(twin, lr=0.0), []
+    replicas = replicated(twin, monkeypatch)
+    twin.get_output_embeddings().register_forward_hook(lambda head, *_: heads.append(head))
+    with ThreadPoolExecutor(2) as pool:
+        losses = pool.map(lambda replica, ids: replica(input_ids=ids, labels=ids).loss, replicas, BATCH.chunk(2))
+    (sum(losses) / 2).backward()
+    optimizer.step()
+    head, (keeping,) = twin.get_output_embeddings(), keepings_of(twin)
+    assert head not in heads[:2] and {*heads[2:]} == {head} and keeping.counts() == (1, 0)
+    assert_close([p.grad for p in trainable(twin)], expected_step(model, processor, watched.batch(0, 3)))
+
+
 def worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=(folder / "kept").as_uri(), rank=rank, world_size=2)
@@ -307,6 +344,18 @@ def worker(rank, folder):
             optimizer.step()
             seen.append([p.grad.clone() for p in trainable(model)])
         results[accumulation] = seen, watched.read, telemetry(model), [p.detach() for p in trainable(model)]
+    for kind in ("join", "throw"):
+        model = adapted(folder)
+        wrapped = DistributedDataParallel(model)
+        keep(wrapped, folder / "keep.safetensors", processor_of(folder), batch_size=3)
+        optimizer, steps = sgd(model), []
+        with pytest.raises(RuntimeError) as refused, wrapped.join(throw_on_early_termination=kind == "throw"):
+            for _ in range(2 - rank):
+                optimizer.zero_grad()
+                backward(wrapped, BATCH.chunk(2)[rank])
+                optimizer.step()
+                steps.append(1)
+        results[kind] = str(refused.value), len(steps)
     for kind in ("FSDP1", "FSDP2"):
         model = adapted(folder)
         keep(model, folder / "keep.safetensors", processor_of(folder), batch_size=3)
@@ -349,6 +398,16 @@ def test_two_processes(model, folder, processor, ranks, accumulation):
             p.data -= 0.05 * g
     assert told == others_told
     assert all(torch.equal(p, q) for p, q in zip(weights, others_weights, strict=True))
+
+
+def test_uneven_data_is_refused(ranks):
+    """Before the first step; what ends with the first process that is out of data ends by itself."""
+    for results in ranks:
+        told, steps = results["join"]
+        assert told.startswith("keep() is not available under DDP's join(), since it needs every process")
+        assert steps == 0
+        told, steps = results["throw"]
+        assert "exhausted" in told and steps == 1
 
 
 def test_sharded_training_is_refused(ranks):

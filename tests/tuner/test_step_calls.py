@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from processes import replicated
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from twin import (
@@ -47,6 +48,21 @@ def test_closures_are_guided_after_they_ran(pair, scale, target, call):
     for _ in range(2):
         loss = optimizer.step(closure) if call == "positional" else optimizer.step(closure=closure)
         assert loss > 0
+    assert_same_update(model, twin, start)
+    assert telemetry(model)["guided_steps"] == 2
+
+
+def test_data_parallel(pair, monkeypatch):
+    """Its replicas are copies without parameters; the step is guided as on one device."""
+    model = steered(pair, "adaptive", "residual")
+    twin, start, optimizer = copy.deepcopy(model), state(model), sgd(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        replicas = replicated(model, monkeypatch)
+        for replica, ids in zip(replicas, BATCH.chunk(2), strict=True):
+            (replica(input_ids=ids, labels=ids).loss / 2).backward()
+        optimizer.step()
+    train(twin, sgd(twin))
     assert_same_update(model, twin, start)
     assert telemetry(model)["guided_steps"] == 2
 

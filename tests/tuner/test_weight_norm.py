@@ -7,7 +7,7 @@ import torch
 from pairs import Pair
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from processes import on_two
+from processes import on_two, replicated
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from twin import (
@@ -214,6 +214,16 @@ def worker(rank, folder):
         backward(wrapped, two, 1 / 2)
         optimizer.step()
     torch.save(state(model), folder / f"weight{rank}.pt")
+    for kind in ("join", "throw"):
+        model = weight_normed(pair, sketch=16)
+        wrapped, optimizer, steps = DistributedDataParallel(model), sgd(model), []
+        with pytest.raises(RuntimeError) as refused, wrapped.join(throw_on_early_termination=kind == "throw"):
+            for _ in range(2 - rank):
+                train(wrapped, optimizer, 1)
+                steps.append(1)
+        assert len(steps) == (kind == "throw")
+        told = "exhausted" if kind == "throw" else "drift_norm='weight' is not available under DDP's join()"
+        assert told in str(refused.value)
 
 
 def test_two_processes_equal_one(pair):
@@ -263,7 +273,7 @@ def test_taps_are_there_only_while_they_serve(pair):
         weight_normed(pair)(input_ids=BATCH)  # evaluation leaves nothing behind
 
 
-def test_refusals(pair):
+def test_refusals(pair, monkeypatch):
     with pytest.raises(ValueError, match=r"drift_norm=.weight. compares the weight gradient .* set drift_target="):
         DriftConfig(prior=pair.path, drift_norm="weight", drift_target="factors")
     frozen = weight_normed(pair)
@@ -277,6 +287,9 @@ def test_refusals(pair):
     several.double()
     with pytest.raises(RuntimeError, match="not available while several adapters are active"):
         train(several, sgd(several), 1)
+    replica, _ = replicated(weight_normed(pair), monkeypatch)
+    with pytest.raises(RuntimeError, match="not available under DataParallel, whose replicas run at the same time"):
+        replica(input_ids=BATCH)
     unseen = weight_normed(pair)
     for p in trainable(unseen):
         p.grad = torch.ones_like(p)

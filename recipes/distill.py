@@ -9,7 +9,9 @@ problem, answer, says code that reads it), has ThinkLite-VL-7B write a chain of 
 not <think>…</think> \boxed{answer}, and those whose boxed answer is not the known one; about 4,000 remain. The paper
 matches answers with ThinkLite's code; here it is parts/answers.py, and what is said twice is removed too. Its prompt is
 a picture (figure 4), whose text could not be read: the default is what ThinkLite's own evaluation adds to a
-question. How it samples is not said: the default takes the likeliest token each time.
+question. How it samples is not said: the default takes the likeliest token each time. Without a server that is so
+whatever the model's generation_config.json says of repetition; vLLM goes by that file unless it is started with
+`--generation-config vllm`.
 
 The source is anything that data.py reads, with the known answer as its last turn: boxed, tagged, alone, or with a chain
 in front. Every answer is written to `<output>.journal.jsonl` as it comes; the same command asks only for what is not
@@ -42,7 +44,8 @@ from parts.layouts import last_answer
 from parts.loading import FEATURES, load_messages
 from parts.parquet import refuse_output, write_parquet
 from parts.reading import known_answer
-from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
+from parts.stamp import stamp
+from parts.teachers import GREEDY, PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -263,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
             teacher = partial(Local, args.model, **how, **answering)
+            settings |= {"model_files": stamp(args.model), "decoding": None if args.temperature else GREEDY}
         loading = {"split": args.split, "images": args.images}
         try:
             funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)

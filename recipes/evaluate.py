@@ -5,8 +5,9 @@ r"""Ask a model the questions of a local file and mark its answers, in total and
     python recipes/evaluate.py --model Qwen/Qwen2.5-VL-7B-Instruct --adapter runs/r1 --keep k.safetensors -o k.json
 
 With --data, the data is what data.py reads: questions with images, and the known answer as the last turn, boxed,
-tagged, alone, or with its chain in front. Answers are greedy. Each is in `<output>.journal.jsonl` as soon as its batch
-is done; the same command asks only for what is not there. Results of several models on the same data are compared by
+tagged, alone, or with its chain in front. Answers are greedy: the likeliest token each time, whatever the model's
+generation_config.json says of sampling and repetition. Each is in `<output>.journal.jsonl` as soon as its batch is
+done; the same command asks only for what is not there. Results of several models on the same data are compared by
 score.py.
 
 With --keep, nothing is marked. Measured is how far the model has gone from the VLM's own answers in a keep set, by kind
@@ -38,16 +39,13 @@ from parts.loose import note_of_loose
 from parts.reading import RULES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import CATEGORY, read_categories
-from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
+from parts.stamp import stamp
+from parts.teachers import GREEDY, PROMPT, Local, TeacherError, room_for, with_prompt
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from drift_peft.cli.parser import json_object
-
-# What decides a model's answers, beside its tokenizer. A result, a journal or a card in its folder does not.
-DECIDING = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "chat_template*")
-DECIDING += ("additional_chat_templates/*",)
 
 
 @dataclass
@@ -75,20 +73,8 @@ def check(model: str, adapter: Path | None, data: str | None, output: Path) -> N
         raise ValueError(f"output {output} exists, and has no journal to go on from: name another file")
 
 
-def stamp(folder: str | Path | None) -> str | None:
-    """Another one when files have changed that decide the answers of what is in a local folder: those of an earlier
-    model must not be taken for its."""
-    if folder is None or not Path(folder).is_dir():
-        return None
-    from drift_peft.checkpoints import TOKENIZER
-
-    files = {path for pattern in (*DECIDING, *TOKENIZER) for path in Path(folder).glob(pattern)}
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-
-
 def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]:
-    """The questions of a data set, and a SHA-256 over all that is asked and known."""
+    """The questions of a data set, and a SHA-256 over all that is asked and known. Categories only sort."""
     questions, digest = [], hashlib.sha256()
     for index, (sample, category) in enumerate(zip(dataset, categories, strict=True)):
         gold = known_answer(last_answer(sample["messages"]))
@@ -96,7 +82,7 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
             raise ValueError(f"sample {index + 1} has no known answer: nothing is boxed, or said after its thinking")
         parts = [part for turn in sample["messages"][:-1] for part in turn["content"]]
         text = "".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
-        digest.update(json.dumps([text, gold, category]).encode())
+        digest.update(json.dumps([text, gold]).encode())
         for image in sample["images"]:
             digest.update(f"{image.size}".encode() + image.tobytes())
         questions.append(Question(index, text, gold, category))
@@ -271,7 +257,7 @@ def evaluate(args: Namespace) -> dict:
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    asking |= {"processor_kwargs": args.processor_kwargs}
+    asking |= {"processor_kwargs": args.processor_kwargs, "decoding": GREEDY}  # which earlier versions did not do
     with Journal(journal_path(args.output), asking) as journal:
         if len(journal.answers) < len(questions):
             model = load_model(args)

@@ -31,7 +31,7 @@ four_bit    bitsandbytes on a CPU
 train       keep: a model that trains stays near the VLM
 """
 
-from .answering import evaluated
+from .answering import evaluated, greedy_settings
 from .answers import Sample, as_templates_are_read, image_mode
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
@@ -76,6 +76,7 @@ __all__ = [
     "divergence",
     "evaluated",
     "explained",
+    "greedy_settings",
     "image_mode",
     "is_kept",
     "keep",

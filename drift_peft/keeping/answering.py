@@ -36,19 +36,10 @@ def greedy(
     Returns:
         Of each prompt the tokens of its answer, with the one that ends it where it was ended.
     """
-    from transformers import GenerationConfig
-
     model = getattr(model, "get_base_model", lambda: model)()  # inside PEFT's wrapper, adapted as it is
     own = model.generation_config
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=ends_of(own, tokenizer) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[*suppressed] or None,
-    )
-    model.generation_config = settings  # what generate() is given, it fills up from here
+    # What generate() is given, it fills up from here.
+    model.generation_config = greedy_settings(own, tokenizer, max_new_tokens, suppressed)
     try:
         generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
     finally:
@@ -56,6 +47,20 @@ def greedy(
     ended = torch.isin(generated, torch.tensor(ends_of(own, tokenizer)).to(generated))
     # Up to the first token that ends it, and with that one.
     return [row[: int(end.int().argmax()) + 1] if end.any() else row for row, end in zip(generated, ended, strict=True)]
+
+
+def greedy_settings(own: Any, tokenizer: Any, max_new_tokens: int, suppressed: Sequence[int] = ()) -> Any:
+    """A GenerationConfig that takes the likeliest token each time, with the special tokens of the model's own."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=ends_of(own, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[*suppressed] or None,
+    )
 
 
 def ends_of(generation_config: Any, tokenizer: Any) -> list[int]:

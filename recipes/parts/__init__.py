@@ -21,6 +21,7 @@ replay        the answers of a keep set among the training samples
 parquet       messages and images in one file that stands alone
 teachers      who writes chains of thought: a model in this process, or a server
 journal       answers on disk as they come
+stamp         whether a path still holds the model, prior or keep set that has answered
 reading       what a response, or a known answer, gives as its answer, and by which rule
 options       the options of a question, and the letters that name them
 units         a value and its unit

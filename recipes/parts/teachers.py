@@ -22,6 +22,7 @@ PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
 )
+GREEDY = "the likeliest token each time, whatever generation_config.json says"
 LARGEST = 32 * 2**20  # bytes of an answer
 LONGEST = 10  # of a whole answer, in times of the longest silence
 LONGEST_WAIT = 600.0  # seconds between two tries, whatever the server asks for
@@ -124,6 +125,7 @@ class Local:
     """A vision-language model of transformers, in this process; on the GPU if there is one.
 
     Args:
+        temperature: 0 answers as GREEDY says; above it, the rest of how tokens are drawn is the model's own.
         processor: folder of another one than the model's, such as an adapter's with tokens of its own.
         processor_kwargs: settings of it that are not those of its folder, such as max_pixels.
     """
@@ -137,7 +139,7 @@ class Local:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from drift_peft.checkpoints import split_revision
-        from drift_peft.keeping import check_processor_settings
+        from drift_peft.keeping import check_processor_settings, greedy_settings
 
         name, revision = (model, None) if Path(model).exists() else split_revision(model)
         options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
@@ -148,8 +150,12 @@ class Local:
         except (OSError, ValueError, TypeError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
         self.batch_size = batch_size
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        self.options = {"max_new_tokens": max_tokens, **sampling}
+        own = self.model.generation_config
+        if temperature:
+            own.update(max_new_tokens=max_tokens, do_sample=True, temperature=temperature)
+        else:
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            self.model.generation_config = greedy_settings(own, tokenizer, max_tokens)
 
     def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         """As that of Server, of a batch. TeacherError if it does not fit into memory."""
@@ -175,7 +181,7 @@ class Local:
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs, **self.options)[:, inputs["input_ids"].shape[1] :]
+            tokens = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         end = self.model.generation_config.eos_token_id
         finished = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens)).any(1).tolist()
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)

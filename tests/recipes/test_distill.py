@@ -136,6 +136,22 @@ def test_a_model_in_this_process_is_asked_in_batches(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["lost"]["well-formed"] == {"cut at --max-tokens": 3}
 
 
+def test_answers_of_another_model_at_the_same_path_are_not_mixed(tmp_path, capsys, monkeypatch):
+    answer = {"response": ANSWER, "finish_reason": "stop"}
+    monkeypatch.setattr(Local, "__init__", lambda self, model, **how: setattr(self, "batch_size", 8))
+    monkeypatch.setattr(Local, "__call__", lambda self, conversations: [answer] * len(conversations))
+    (tmp_path / "teacher").mkdir()
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(b"one")
+    asked = [str(save_questions(tmp_path, 3)), "-o", str(tmp_path / "o.parquet"), "--model", str(weights.parent)]
+    for _ in range(2):
+        distill.main(asked)
+    weights.write_bytes(b"another")
+    with pytest.raises(SystemExit):
+        distill.main(asked)
+    assert "o.parquet.journal.jsonl holds answers of other settings: model_files (" in capsys.readouterr().err
+
+
 def test_a_batch_that_does_not_fit_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Local, "_answer", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(SystemExit):

@@ -43,11 +43,12 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
-from parts.held_out import groups_of, has_images, in_common, marks_of, note_of_kept, read_data, rows_of, split
+from parts.held_out import groups_of, has_images, mark_all, note_of_kept, read_data, rows_of, split
 from parts.journal import Journal
 from parts.pace import Pace
 from parts.processing import processor_settings
-from parts.teachers import PROMPT
+from parts.stamp import hold
+from parts.teachers import GREEDY, PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
 
@@ -117,6 +118,7 @@ class Comparison:
             for left in (folder / "adapter-base", *checkpoints(folder / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
             self.ledger.add(line, facts)
+            hold(self.ledger, {**self.settings, "keep": self.keep})
         return self.read(way, exam)
 
     def train(self, way: Way, folder: Path, seed: int, data: str) -> dict:
@@ -272,16 +274,14 @@ def compare(args: Namespace) -> dict:
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
     processor = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
-    asked["examined with processor_kwargs"] = processor or None  # which earlier versions did not do
+    asked |= {"examined with processor_kwargs": processor or None, "decoding": GREEDY}  # earlier versions did neither
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
-    groups = groups_of(marks := marks_of(dataset))
+    marks, asked["images' SHA-256"] = mark_all(dataset, tested, args.test)
+    groups = groups_of(marks)
     if args.search or not args.test:  # which earlier versions held out one by one
         images = [*map(len, dataset.with_format("arrow")["images"])]
         shared = {"an image in common" if images[group[0]] else "the same question" for group in groups if group[1:]}
         asked |= {f"samples with {what}": "held out together" for what in sorted(shared)}
-    if tested is not None and (shared := in_common(marks, marks_of(tested))):
-        message = f"{shared} of the {len(tested)} samples of {args.test} have an image that is trained on"
-        print(f"note: {message}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
@@ -289,6 +289,7 @@ def compare(args: Namespace) -> dict:
     ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
     with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
         ledger.begin()  # what is made next is of these settings
+        hold(ledger, {**settings, "keep": keep})
         data = split(dataset, groups, args, tested)
         keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)

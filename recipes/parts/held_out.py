@@ -84,6 +84,18 @@ def _asked(messages: list[dict]) -> str:
     return " ".join(" ".join(texts).casefold().split())
 
 
+def mark_all(
+    dataset: datasets.Dataset, tested: datasets.Dataset | None, test: str | None
+) -> tuple[list[set[str]], str]:
+    """The marks of the samples, and a SHA-256 over these and those of --test: other images give another one, whatever
+    their paths. What both have in common is told."""
+    marks, others = marks_of(dataset), [] if tested is None else marks_of(tested)
+    if shared := in_common(marks, others):
+        message = f"{shared} of the {len(others)} samples of {test} have an image that is trained on"
+        print(f"note: {message}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
+    return marks, _hash(json.dumps([[sorted(each) for each in rows] for rows in (marks, others)]).encode())
+
+
 def groups_of(marks: list[set[str]]) -> list[list[int]]:
     """The samples that have a mark in common, be it through others, in the order of the first of each group."""
     parents = list(range(len(marks)))

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -343,6 +344,66 @@ def test_samples_are_not_held_out_anew_for_other_settings(monkeypatch, data, tmp
         compare.main([*flags, "--held-out", "2"])
     with pytest.raises(SystemExit, match=r"holds answers of other settings: --held-out \(2, now 1\)"):
         compare.main([*flags, "--held-out", "1"])
+
+
+def test_what_lies_at_the_paths_of_a_recipe_is_not_replaced_meanwhile(tmp_path):
+    """Be it there at first, or made by the first run. What is no longer there is not another one."""
+    folders = {role: tmp_path / role for role in ("base", "expert", "reference")}
+    files = {role: tmp_path / f"{role}.safetensors" for role in ("prior", "keep")}
+    settings = {role: str(path) for role, path in (folders | files).items()}
+    with compare.Journal(tmp_path / "l.jsonl", {}, text=None) as ledger:
+        compare.hold(ledger, settings | {"base": "org/on-the-hub", "reference": None})
+        assert not ledger.answers
+        weights = {role: folder / "model.safetensors" for role, folder in folders.items()} | files
+        for file in weights.values():
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"one")
+            compare.hold(ledger, settings)
+    for role, file in weights.items():
+        with compare.Journal(tmp_path / "l.jsonl", {}, text=None) as ledger:
+            (folders.get(role, tmp_path) / "README.md").write_text("Written later.")
+            compare.hold(ledger, settings)
+            content = file.read_bytes()
+            file.write_bytes(b"another")
+            told = f"l.jsonl holds answers with another content of {role}, which is {settings[role]}: put back what was"
+            with pytest.raises(ValueError, match=told):
+                compare.hold(ledger, settings)
+            if role in files:
+                file.write_bytes(content)
+                compare.hold(ledger, settings)
+                file.unlink()
+                compare.hold(ledger, settings)
+                file.write_bytes(content)
+            else:
+                del settings[role]
+
+
+def test_a_comparison_does_not_go_on_with_another_base_or_other_images(monkeypatch, data, tmp_path):
+    base, own = tmp_path / "base", shutil.copytree(data.parent, tmp_path / "own") / data.name
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"one")
+    settings = {"base": str(base), "data": str(data), "method": "sft", "use_cpu": True, "output_dir": "o"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    measured = []
+
+    def launch(*command):
+        given = [*map(str, command)]
+        measured.append(given)
+        rows = {"samples": [{"category": "all", "correct": True}], "answers": {"model": [{"kl": 0, "agreement": 1}]}}
+        Path(given[given.index("-o") + 1]).write_text(json.dumps(rows))
+
+    monkeypatch.setattr(compare, "launch", launch)
+    flags = [str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "--test", str(own), "--ways", "base"]
+    compare.main(flags)
+    compare.main(flags)
+    assert len(measured) == 3  # the keep set to measure with, and two exams
+    (base / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(SystemExit, match=f"holds answers with another content of base, which is {base}: put back"):
+        compare.main(flags)
+    picture = next(own.parent.glob("*.png"))
+    Image.new("RGB", (8, 8)).save(picture)
+    with pytest.raises(SystemExit, match=r"holds answers of other settings: images' SHA-256 \("):
+        compare.main(flags)
 
 
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):

@@ -3,8 +3,10 @@
     python recipes/score.py --base outputs/base --sft outputs/sft --drift outputs/drift -o scores.json
 
 Each is a folder that VLMEvalKit or lmms-eval wrote, or a result of evaluate.py; how to make them: EVALUATION.md. All
-have to hold the same samples. The intervals are of the differences, by a bootstrap over samples that are drawn for all
-models together (over problems in WeMath, whose score is of whole problems).
+have to hold the same samples. Results of evaluate.py have to be asked alike, too: with the same prompt, token limit,
+settings of the processor and decoding. --force compares others nevertheless, and says what differs. The intervals are
+of the differences, by a bootstrap over samples that are drawn for all models together (over problems in WeMath, whose
+score is of whole problems).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
-from parts.outputs import BENCHMARKS, Answer, read_outputs
+from parts.outputs import ASKED, BENCHMARKS, Answer, read_outputs
 from parts.reading import RULES, UNFINISHED
 from parts.scoring import mark, scorer
 from rich.console import Console
@@ -62,6 +64,18 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
     return ordered
 
 
+def asked_otherwise(models: dict[str, list[Answer]]) -> list[str]:
+    """In which settings of evaluate.py the result of the first model and that of another one differ, in words."""
+    first, *others = (answers[0].asked for answers in models.values())
+    told = []
+    for other in others:
+        for key in ASKED if first and other else ():
+            if first[key] != other[key]:
+                one, two = (json.dumps(asked[key], ensure_ascii=False)[:60] for asked in (first, other))
+                told.append(f"{first['file']} was asked with {key} {one}, {other['file']} with {two}")
+    return told
+
+
 def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], dict[str, int]]:
     """Which are correct, and how many were read by each rule, or are unfinished."""
     progress = tqdm(answers, desc=name, disable=None)
@@ -94,14 +108,15 @@ def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[st
     return {f"{benchmark} strict": np.array(strict), f"{benchmark} loose": np.array(loose)}
 
 
-def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
+def score(models: dict[str, dict[str, list[Answer]]], force: bool = False) -> dict:
     """What is written with -o: for each column its scores, differences with intervals, how its answers were read.
 
     Args:
         models: name -> benchmark -> answers; the last one is compared with each before it.
+        force: compare what evaluate.py has asked otherwise.
 
     Raises:
-        ValueError: they do not hold the same samples of the same benchmarks.
+        ValueError: they do not hold the same samples of the same benchmarks, or were asked otherwise.
     """
     (first, found), *others = models.items()
     for name, benchmarks in others:
@@ -112,8 +127,12 @@ def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
     columns: dict[str, dict] = {}
     means: dict[str, dict[str, float]] = {name: {} for name in models}  # model -> column -> accuracy
     draws: dict[str, dict[str, np.ndarray]] = {name: {} for name in before}  # model -> column -> resampled differences
+    otherwise = []
     for number, benchmark in enumerate(sorted(found, key=[*BENCHMARKS, *found].index)):
         answers = same_samples({name: benchmarks[benchmark] for name, benchmarks in models.items()}, benchmark)
+        otherwise += asked_otherwise(answers)
+        if otherwise and not force:
+            raise ValueError(f"{'; '.join(otherwise)}: ask all alike, or pass --force to compare them nevertheless")
         marked = {name: mark_all(given, f"{benchmark}, {name}") for name, given in answers.items()}
         scores = {name: units(answers[name], right, benchmark) for name, (right, _) in marked.items()}
         read_by = {name: read for name, (_, read) in marked.items()}
@@ -140,7 +159,8 @@ def score(models: dict[str, dict[str, list[Answer]]]) -> dict:
             for name in before
         }
     bootstrap = {"resamples": RESAMPLES, "seed": SEED, "level": 0.95}
-    return {"models": list(models), "scorer": scorer(), "bootstrap": bootstrap, "columns": columns}
+    result = {"models": list(models), "scorer": scorer(), "bootstrap": bootstrap, "columns": columns}
+    return result | ({"asked_otherwise": otherwise} if otherwise else {})
 
 
 def _percent(share: float) -> float:
@@ -208,7 +228,8 @@ def notes(result: dict) -> list[str]:
         for model, number in column.get("unfinished", {}).items()
         if number > 0.01 * column["samples"]
     ]
-    lines = [f"{name}: {reason}" for name, reason in UNSURE.items() if name in result["columns"]]
+    lines = [*result.get("asked_otherwise", [])]
+    lines += [f"{name}: {reason}" for name, reason in UNSURE.items() if name in result["columns"]]
     if cut:
         lines.append(f"answers without an end count as wrong, in {', '.join(cut)}: allow more new tokens")
     return lines
@@ -220,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sft", type=Path, help="answers of the model trained without a prior")
     parser.add_argument("--drift", type=Path, required=True, help="answers of the model trained with one")
     parser.add_argument("-o", "--output", type=Path, help="file to write the numbers to, as JSON")
+    parser.add_argument("--force", action="store_true", help="compare results of evaluate.py that were asked otherwise")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args(arguments)
     places = {"base": args.base, "SFT": args.sft, "DRIFT": args.drift}
@@ -227,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.output and not args.output.parent.is_dir():
             raise ValueError(f"output {args.output} cannot be written: there is no folder {args.output.parent}")
         models = {name: read_outputs(place) for name, place in places.items() if place}
-        result = score(models)
+        result = score(models, args.force)
         result |= {"inputs": {name: str(places[name]) for name in models}}
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:

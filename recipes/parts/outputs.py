@@ -40,13 +40,14 @@ BENCHMARKS = {
 }
 FAILED = "Failed to obtain answer"  # what VLMEvalKit writes for an answer that it did not get
 NO_ANSWERS = "it holds no answers: name a result of evaluate.py, or the folder that VLMEvalKit or lmms-eval wrote"
+ASKED = ("data_sha256", "prompt", "max_new_tokens", "processor_kwargs", "decoding")  # of evaluate.py
 EXCEL = 32767  # characters of a cell: what is longer is cut when it is written
 
 
 @dataclass(frozen=True)
 class Answer:
     """One answer to one question. `step` is WeMath's: (problem, which of its steps). `finish_reason` is "length" of an
-    answer that was cut; only evaluate.py says so."""
+    answer that was cut; only evaluate.py says so, and only it says how it was `asked`."""
 
     id: str
     question: str
@@ -54,6 +55,7 @@ class Answer:
     response: str
     step: tuple[str, str] | None = None
     finish_reason: str | None = None
+    asked: dict | None = None
 
 
 def read_outputs(place: str | Path) -> dict[str, list[Answer]]:
@@ -181,7 +183,8 @@ def _from_lmms_eval(row: dict) -> Answer:
 
 def _from_evaluate(row: dict) -> Answer:
     reason = row.get("finish_reason")
-    return Answer(row["index"], row["question"], row["gold"], row["response"], finish_reason=reason)
+    asked = row.get("asked")
+    return Answer(row["index"], row["question"], row["gold"], row["response"], finish_reason=reason, asked=asked)
 
 
 def _read_tsv(path: Path) -> list[dict]:
@@ -207,7 +210,11 @@ def _read_json(path: Path) -> list[dict]:
     rows = content.get("samples") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise ValueError(NO_ANSWERS)
-    return [{key: _text(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
+    rows = [{key: _text(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
+    if isinstance(content, dict):
+        asked = {"file": str(path)} | {name: content.get(name) for name in ASKED}
+        rows = [row | {"asked": asked} if isinstance(row, dict) else row for row in rows]
+    return rows
 
 
 def _load(path: Path):

@@ -193,6 +193,29 @@ def test_a_result_of_evaluate_is_read_too(tmp_path, capsys):
     assert {name: column["scores"] for name, column in columns.items()} == {"own": {"base": 50.0, "DRIFT": 100.0}}
 
 
+@pytest.mark.parametrize("key, one, two", [
+    ("data_sha256", "12", "ab"), ("prompt", "", "In one word."), ("max_new_tokens", 24, 6),
+    ("processor_kwargs", None, {"max_pixels": 9}), ("decoding", "the likeliest token each time", None),
+])  # fmt: skip
+def test_results_that_were_asked_otherwise_are_not_compared_in_silence(key, one, two, tmp_path, capsys):
+    alike = {"data_sha256": "12", "prompt": "", "max_new_tokens": 24, "processor_kwargs": None, "decoding": "greedy"}
+    samples = [{"index": i, "question": f"q{i}", "gold": "4", "response": "4"} for i in range(2)]
+    for name, value in (("base", one), ("sft", one), ("drift", two)):
+        content = {"data": "own.jsonl", "scorer": {}, **alike, key: value, "samples": samples}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    base, sft, drift = (tmp_path / f"{name}.json" for name in ("base", "sft", "drift"))
+    flags = ["--base", str(base), "--sft", str(sft), "--drift", str(drift)]
+    told = f"{base} was asked with {key} {json.dumps(one)}, {drift} with {json.dumps(two)}"
+    error = f"score.py: error: {told}: ask all alike, or pass --force to compare them nevertheless"
+    assert refusal(capsys, *flags) == error
+    score.main([*flags, "--force", "--json"])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["asked_otherwise"] == [told] and shown.err.splitlines()[-1] == f"note: {told}"
+    flags[-1] = str(sft)
+    score.main([*flags, "--json"])
+    assert "asked_otherwise" not in json.loads(capsys.readouterr().out)
+
+
 def test_unfinished_answers_are_told(tmp_path, capsys):
     for name, rights in {"base": [1] * 10, "drift": [1] * 7 + [None] * 3}.items():
         save("VLMEvalKit", tmp_path / name, "HallusionBench", rights)

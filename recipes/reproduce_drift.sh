@@ -7,7 +7,7 @@
 # The recipe is configs/qwen2_5_vl_7b_r1.yaml unless named. Its prior and its keep set are made by the first run. Trained
 # are SFT, SFT after a fifth of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
 # The same command goes on wherever it was stopped. A run that is finished is named and not done again. One of another
-# recipe, or of other flags, is refused.
+# recipe, or of other flags, is refused. So are answers of an earlier model, or to other settings of VLMEvalKit.
 #
 #   OUT          folder of all that comes out, runs/reproduce/<name of the recipe> by default
 #   PYTHON       with drift_peft[recipes]; python by default
@@ -53,6 +53,17 @@ if [[ -z ${VLMEVALKIT:-} ]]; then
   echo "The models are in $out/*-merged. To ask them, name VLMEvalKit's checkout: VLMEVALKIT=../VLMEvalKit"
   exit
 fi
+# VLMEvalKit's --reuse takes what it finds of a name, whichever model and settings have answered.
+for name in base "${ways[@]}"; do
+  model=$out/$name answers=$out/answers/$name
+  [[ $name == base ]] && model=$base
+  for file in "$model"/*.safetensors; do
+    if [[ -d $answers && $file -nt $answers ]]; then
+      echo "$answers holds answers of an earlier model than $file: move them away" >&2
+      exit 1
+    fi
+  done
+done
 run "$python" -c '
 import json, sys
 from pathlib import Path
@@ -60,7 +71,12 @@ content = json.loads(Path(sys.argv[1]).read_text())
 settings = content["model"]["base"]
 named = (argument.partition("=")[::2] for argument in sys.argv[3:])
 content["model"] = {name: settings | {"model_path": path} for name, path in named}
-Path(sys.argv[2]).write_text(json.dumps(content, indent=2))
+file, answers = Path(sys.argv[2]), Path(sys.argv[2]).with_name("answers")
+if answers.exists() and file.exists():
+    before = json.loads(file.read_text())["model"]["base"]
+    if before | {"model_path": ""} != settings | {"model_path": ""}:
+        sys.exit(f"{answers} holds answers to the settings of {file}, and {sys.argv[1]} has others: move both away")
+file.write_text(json.dumps(content, indent=2))
 ' "$settings" "$out/vlmevalkit.json" "base=$base" \
   "sft=$out/sft-merged" "merged=$out/merged-merged" "drift=$out/drift-merged" "drift-keep=$out/drift-keep-merged"
 (

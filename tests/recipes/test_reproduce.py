@@ -136,6 +136,46 @@ def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):
         sft_vlm.main(shlex.split(first)[3:])
 
 
+def test_answers_of_an_earlier_model_or_to_other_settings_are_not_reused(tmp_path):
+    """Nothing is trained or asked here: python is one that runs no script. A model that is merged again is the same."""
+    out, python, base = tmp_path / "out", tmp_path / "python", tmp_path / "base"
+    asked = f"{RECIPES / 'eval' / 'vlmevalkit_qwen2_5_vl.json'} qwen2_5_vl {base}"
+    lines = (
+        "#!/bin/bash",
+        f'[[ $1 != -c ]] || exec "{sys.executable}" "$@"',
+        f"[[ $1 != -m ]] || printf '%s\\n' {asked}",
+    )
+    python.write_text("\n".join(lines) + "\n")
+    python.chmod(0o755)
+    base.mkdir()
+    (base / "model.safetensors").touch()
+    for name in ("base", "sft", "merged", "drift", "drift-keep"):
+        (out / "answers" / name / "T20261122-093000").mkdir(parents=True)
+        (out / name).mkdir(exist_ok=True)
+        (out / f"{name}-merged").mkdir()
+        for folder in (out / name, out / f"{name}-merged"):
+            (folder / "model.safetensors").touch()
+        os.utime(out / name / "model.safetensors", (1, 1))
+    told = {"OUT": out, "VLMEVALKIT": tmp_path, "PYTHON": python}
+    answers, weights = out / "answers" / "base", base / "model.safetensors"
+    os.utime(answers, ns=(0, weights.stat().st_mtime_ns))
+    reproduce(**told)
+    os.utime(answers, ns=(0, weights.stat().st_mtime_ns - 10**9))
+    assert refused(**told) == f"{answers} holds answers of an earlier model than {weights}: move them away"
+    answers.touch()
+    (out / "drift" / "model.safetensors").write_bytes(b"trained again")
+    os.utime(out / "answers" / "drift", (1, 1))
+    assert f"{out}/answers/drift holds answers of an earlier model than {out}/drift/" in refused(**told)
+    (out / "answers" / "drift").touch()
+    reproduce(**told)
+    file = out / "vlmevalkit.json"
+    content = file.read_text()
+    file.write_text(content.replace('"max_new_tokens": 16384', '"max_new_tokens": 2048'))
+    assert refused(**told).startswith(f"{out}/answers holds answers to the settings of {file}, and ")
+    file.write_text(content.replace(str(out), "/moved/since"))
+    reproduce(**told)
+
+
 @pytest.mark.slow
 def test_a_tiny_pair_goes_the_whole_way(recipe, tmp_path):
     """Twice: nothing that is finished is done again, and it is said. Another recipe's is refused."""

@@ -38,7 +38,7 @@ from parts.curves import plot_run
 from parts.processing import load_processor, processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
-from parts.trained_with import Held, is_finished, mark_of, settings_of, settings_to_hold
+from parts.trained_with import Held, files_of, is_finished, mark_of, refuse_other_files, settings_of, settings_to_hold
 from parts.training_data import load_data, prompts_and_completions
 
 from drift_peft import (
@@ -231,6 +231,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
         "replay": None,
         "data": data,
+        "files": files_of(run),
     }
     if run.replay:
         keep_set.check(processor)
@@ -339,8 +340,11 @@ def main(argv: list[str] | None = None) -> Trainer | None:
         run, drift, train = parse(argv, __doc__)
         output = Path(train.output_dir)
         record = earlier_record(output) if train.resume_from_checkpoint else None
+        finished = is_finished(record, settings_of(run, drift, train))
+        if finished:
+            refuse_other_files(record, run, output)
     with telling_the_way_on(argv, output):
-        if is_finished(record, settings_of(run, drift, train)):
+        if finished:
             trainer = None
             print(f"The run in {output} was finished before, after {record['results']['steps']} steps.")
         else:

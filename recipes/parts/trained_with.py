@@ -99,6 +99,27 @@ def is_finished(record: dict | None, settings: dict) -> bool:
     return decisive and all(stored[key] == expected[key] for key in ends)
 
 
+def files_of(run: RunArguments) -> dict[str, str | None]:
+    """What stands for the content of what lies here, known without loading it: run.json keeps it, since a run that is
+    finished is not prepared again. None of what lies elsewhere."""
+    marks = {"base": mark_of(Checkpoint(run.base)) if Path(run.base).is_dir() else None}
+    for key in ("data", "prior", "keep"):
+        path = Path(getattr(run, key) or "")
+        if path.is_file():
+            with open(path, "rb") as file:
+                marks[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return marks
+
+
+def refuse_other_files(record: dict, run: RunArguments, output: Path) -> None:
+    """ValueError if a run was finished with another content of a file than what is there now."""
+    now = files_of(run)
+    for key, before in record.get("files", {}).items():
+        if None not in (before, now.get(key)) and before != now[key]:
+            message = f"the run in {output} was finished with another content of {key}, which is {getattr(run, key)}"
+            raise ValueError(f"{message}: put back what was there, or change output_dir")
+
+
 def mark_of(base: Checkpoint) -> str:
     """What tells the weights of a base from others of the same shapes, wherever they lie: a commit of the hub, or a
     SHA-256 over bytes here and there in each file. Reading all of them would take as long as loading."""

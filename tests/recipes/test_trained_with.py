@@ -115,6 +115,26 @@ def test_a_finished_run_is_known_by_what_decides_its_weights(train, pair, tmp_pa
             train(**{**SETTINGS, **other}, resume_from_checkpoint="true")
 
 
+def test_a_finished_run_is_not_taken_for_one_of_other_files(train, pair, data, tmp_path, capsys):
+    base = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
+    own = shutil.copytree(data.parent, tmp_path / "pictures") / data.name
+    run = {**FAST, "base": base, "reference": None, "expert": None, "prior": None, "method": "sft", "data": own}
+    train(**run)
+    other = {name: weight + 1 for name, weight in load_file(base / "model.safetensors").items()}
+    for key, file in (("data", own), ("base", base / "model.safetensors")):
+        content = file.read_bytes()
+        if key == "base":
+            save_file(other, file, metadata={"format": "pt"})
+        else:
+            file.write_bytes(content + b"\n")
+        told = f"{tmp_path / 'run'} was finished with another content of {key}, which is {run[key]}: put back what was"
+        with pytest.raises(SystemExit, match=told):
+            train(**run, resume_from_checkpoint="true")
+        file.write_bytes(content)
+    assert train(**run, resume_from_checkpoint="true")[0] is None
+    assert "was finished before" in capsys.readouterr().out
+
+
 def test_a_run_without_checkpoints_is_finished_nevertheless(train, tmp_path, capsys):
     _, output = train(**FAST, save_strategy="no")
     held, flag = f"{output} holds an earlier run: ", "add --resume-from-checkpoint true, or "

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from decimal import Decimal, InvalidOperation
+from itertools import product
 
 from .options import choice, choices
 from .plain import closing, plain
@@ -31,6 +32,7 @@ LABEL = re.compile(
 )
 POINT = re.compile(r"^(?P<label>[A-Z]'*(?:_\{?\w+\}?)?)\s*(?P<value>\(.*,.*\))$", re.DOTALL)
 COORDINATES = re.compile(r"^(?P<label>\(\s*[a-z](?:\s*,\s*[a-z])+\s*\))\s*=\s*(?P<value>\(.*\))$", re.DOTALL)
+LISTED = re.compile(r"\d, +[+-]?\d")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
@@ -40,8 +42,10 @@ def same_answer(answer: str, gold: str, options: dict[str, str]) -> bool:
     Args:
         options: letter -> text; then an option's letter and its text are one answer.
     """
-    golds = readings(gold)
-    return any(_same(plain(one), plain(other), options) for one in readings(answer) for other in golds)
+    pairs = [*product(readings(answer), readings(gold))]
+    if any(LISTED.search(plain(text)) for pair in pairs for text in pair):  # then 100,200 may be a list, too
+        pairs += [tuple(re.sub(r"(?<=\d),(?=\d{3})", ", ", text) for text in pair) for pair in pairs]
+    return any(_same(plain(one), plain(other), options) for one, other in pairs)
 
 
 def _same(answer: str, gold: str, options: dict[str, str]) -> bool:
@@ -260,12 +264,18 @@ def _as_sets(values: list, others: list) -> list:
 
 
 def _variables(text: str) -> set[str]:
-    return {*re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text))}
+    return {*re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|\bor\b", "", text))}
 
 
 def _parse(text: str) -> list:
     from math_verify import LatexExtractionConfig, parse
+    from sympy import Or
+    from sympy.logic.boolalg import Boolean
 
+    if len(parts := re.split(r"\bor\b", text)) > 1:
+        either = [value for part in parts for value in _parse(part)[:1]]
+        if len(either) == len(parts) and all(isinstance(value, Boolean) for value in either):  # x<2 or x>3
+            return [Or(*either)]
     # The whole of it or nothing: the default would be content with some number in it.
     return parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
@@ -275,7 +285,7 @@ def _only_text(text: str) -> bool:
     2015 from 2010."""
     if RANGE.fullmatch(text.strip()):
         return True
-    without = re.sub(r"\\log\s*_\s*(?:\{\d+\}|\d)|\\[A-Za-z]+|\b(?:or|and)\b", " ", text)
+    without = re.sub(r"\\log\s*_\s*(?:\{\d+\}|\d)|\\[A-Za-z]+|\b(?:or|and)\b", " x ", text)
     return bool(
         re.search(
             r"[^\W\d_]{2,}|\b\d{1,2}:\d\d\b|\b\d{4}-\d\d-\d\d\b|\b\d\d?/\d\d?/\d{4}\b|\d'+\s*$|[?!]{2}|[+\-?]\s*$|_",

@@ -24,6 +24,9 @@ LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎", "012345
 GREEK = "pi|theta|alpha|beta|gamma|infinity|infty"
 FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln"
 BOXES = r"text|textbf|textit|textrm|textsf|textup|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|boldsymbol|bm|unit|si|emph|underline"  # noqa: E501
+LIST = (  # (5,250) is a point, and no number
+    r"(?P<list>(?:[(\[]|\\\{|(?<![A-Za-z}^_\\])\{)\s*[+-]?\d+(?:\.\d+)?(?:,[+-]?\d+(?:\.\d+)?)+\s*(?:[)\]]|\\?\}))"
+)
 WRITTEN = (  # how an answer looks, not what it says
     (r"\\(?:left|right|big|Big|displaystyle|!|\(|\)|\[|\])(?![A-Za-z])|\$(?<!\\\$)|\\(?=%)", ""),
     (r"(\\(?:begin|end)\{)p?matrix\}", r"\1bmatrix}"), (r"\s*(&|\\\\|\\end\b)\s*", r"\1"),
@@ -49,7 +52,8 @@ WRITTEN = (  # how an answer looks, not what it says
     (r"\s*(\\(?:cup|cap))\b\s*", r" \1 "), (r"_\{(\w)\}", r"_\1"), (r"\^\s*(-\d+(?:\.\d+)?)(?![\w.(])", r"^{\1}"),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "),
     (r"\*\*", "^"), (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\])", r"\\cdot "),
-    (r"(?<![\d.,])(\d{1,3})((?:[ ,]\d{3})+)(?![\d,])", lambda m: m[1] + m[2].replace(" ", "").replace(",", "")),
+    (rf"{LIST}|(?<![\d.,])[1-9]\d{{0,2}}(?:[ ,]\d{{3}})+(?!\d|,\d)", lambda m: m["list"] or re.sub("[ ,]", "", m[0])),
+    (r"(?<![\w^_.{])(\d+(?:\.\d+)?)\s*\((?=[\d\s.+*/^-]+\)|\\frac\b)", r"\1\\cdot ("),  # 2(3), which it reads as 2 + 3
     (r"(?<![\d.])(\d{1,15})\s+(\d{1,15})/(\d{1,15})(?!\d)", r"(\1+\2/\3)"),  # 2 1/2, which it reads as 2·1/2
     (r"(?<![\d.])(\d{1,15})\s*\\frac", r"\1\\frac"),
     (r"(?<=\d)[eE]([+-]?\d{1,4})(?!\d)", r"\\times 10^{\1}"),  # 2e3, which it reads as 2·e·3

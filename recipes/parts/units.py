@@ -39,6 +39,7 @@ WORD = r"[^\W\d_°]+|°[CF]?"
 POWER = r"(?:\s*\^\s*\{?\s*\(?-?\d\)?\s*\}?)?"
 JOIN = r"\s*(?:/|\*|·|\\cdot\b|\\times\b|\s)\s*\(?\s*"
 SHAPE = re.compile(rf"(?:{WORD})\.?{POWER}(?:{JOIN}(?:{WORD}){POWER}\)?)*\.?")
+BRACKETED = re.compile(r"(.*\S)\s+[(\[]\s*([^()\[\]]{2,})[)\]]", re.DOTALL)  # 24 (cm^2)
 PIECE = re.compile(r"\s*(?:,|and\b)?\s*(\d+(?:\.\d+)?|\(?\d+/\d+\)?)\s*([^\W\d_]+|')\.?")
 
 
@@ -65,7 +66,9 @@ def split_unit(text: str, tight: bool = False) -> tuple[str, Unit | None]:
             rest = text.replace(sign, " ", 1).strip()
             rest = re.sub(r"^US\s+", "", re.sub(r"^-\s+", "-", rest))
             return (rest, _of_pint(name)) if rest else (text, None)
-    text = re.sub(r"(?<=\S)\s+[(\[]\s*([^()\[\]]{2,})[)\]]$", r" \1", text)  # 24 (cm^2)
+    if bracketed := BRACKETED.fullmatch(text):  # a unit, or a factor of the value
+        value, unit = split_unit(f"{bracketed[1]} {bracketed[2]}", tight)
+        return (value, unit) if value == bracketed[1] else (text, None)
     for start in START.finditer(text):
         value, written = text[: start.start()], text[start.end() :].strip()
         if not written or (

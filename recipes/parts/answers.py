@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from .options import read_options
 from .reading import extract_boxed, known_answer, read_answer
 
-SECONDS = 5.0
+SECONDS = 5.0  # of a processor's time, so that a busy machine decides alike
+PATIENCE = 60.0  # in all, as on Windows, which counts no such time
+OUT_OF_TIME = -signal.SIGPROF if hasattr(signal, "SIGPROF") else None  # how equality.py ends after SECONDS
 LONGEST = 2000  # characters; a longer answer is right if its text is the known one's
-NEEDED = ("math_verify", "num2words", "pint", "sympy")  # by the other process, which would end, and all would be wrong
+NEEDED = ("math_verify", "num2words", "pint", "sympy")  # by the other process
 for package in NEEDED:
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -45,11 +49,11 @@ def is_correct(response: str, gold: str, *, question: str = "") -> bool:
         question: where the options stand, if there are some: then an option's letter and its text are one answer.
     """
     reading = read_answer(response)
-    return reading is not None and is_known(reading[0], gold, question)
+    return reading is not None and bool(is_known(reading[0], gold, question))
 
 
-def is_known(answer: str, gold: str, question: str) -> bool:
-    """`is_correct` of the answer that a response was read as."""
+def is_known(answer: str, gold: str, question: str) -> bool | None:
+    """`is_correct` of the answer that a response was read as; None if that is not decided in time."""
     known = known_answer(gold)
     if not answer or not known:
         return False
@@ -62,34 +66,51 @@ def is_known(answer: str, gold: str, question: str) -> bool:
 
 
 class Judge:
-    """`same_answer` in another process, which is killed and replaced when it takes too long. For any thread."""
+    """`same_answer` in another process, which is replaced when it takes too long. For any thread."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
 
-    def __call__(self, answer: str, gold: str, options: dict[str, str]) -> bool:
+    def __call__(self, answer: str, gold: str, options: dict[str, str]) -> bool | None:
+        """None if it is not decided in time."""
+        question = json.dumps([SECONDS, answer, gold, options]) + "\n"
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-m", f"{__package__}.equality"],
-                    cwd=Path(__file__).parents[1],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    encoding="utf-8",
-                )
-                self.process.stdout.readline()  # it has imported sympy
-            timer = threading.Timer(SECONDS, self.process.kill)
-            timer.start()
-            try:
-                self.process.stdin.write(json.dumps([answer, gold, options]) + "\n")
-                self.process.stdin.flush()
-                return self.process.stdout.readline() == "true\n"
-            except OSError:  # it died before it could read
-                return False
-            finally:
-                timer.cancel()
+            for _ in range(2):  # a process may have died of something else than this question
+                process, self.process = self.process or self._started(), None  # kept again if it replies
+                late = threading.Event()
+                timer = threading.Timer(PATIENCE, lambda process=process, late=late: (late.set(), process.kill()))
+                timer.start()
+                try:
+                    process.stdin.write(question)
+                    process.stdin.flush()
+                    reply = process.stdout.readline()
+                except OSError:
+                    reply = ""
+                finally:
+                    timer.cancel()
+                if reply.endswith("\n"):
+                    self.process = process
+                    return json.loads(reply)
+                with suppress(OSError):  # what it did not read
+                    process.stdin.close()
+                process.stdout.close()
+                if process.wait() == OUT_OF_TIME or late.is_set():
+                    break
+        return None
+
+    def _started(self) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.equality"],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        if process.stdout.readline() != "ready\n":  # it has imported sympy
+            raise ChildProcessError("the process that compares answers did not start: its own message is above")
+        return process
 
 
 _judge = Judge()

@@ -1,5 +1,7 @@
 """recipes/parts/answers.py: what counts as the right answer, and what does not."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -138,6 +140,38 @@ def test_a_comparison_that_does_not_end_is_given_up_and_the_next_is_made(monkeyp
     monkeypatch.undo()
     assert is_correct(boxed("0.25"), "1/4")
     assert answers._judge.process is not process
+
+
+def test_a_comparison_that_is_given_up_spoils_none_of_the_next(monkeypatch):
+    monkeypatch.setattr(answers, "SECONDS", 0.1)
+    undecided = answers._judge("1", "10^{10^{10}}", {})
+    monkeypatch.undo()
+    assert undecided is None and [answers._judge("0.25", gold, {}) for gold in ("1/4", "1/3")] == [True, False]
+
+
+def test_a_process_that_was_killed_is_replaced_and_asked_again():
+    assert answers._judge("0.5", "1/2", {})
+    answers._judge.process.kill()
+    assert answers._judge("0.25", "1/4", {})
+    answers._judge.process.kill()
+    assert answers._judge("0.25", "1/3", {}) is False
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system does not count a process's time")
+def test_time_in_which_a_process_may_not_compute_does_not_count(monkeypatch):
+    assert answers._judge("0.5", "1/2", {})
+    process = answers._judge.process
+    monkeypatch.setattr(answers, "SECONDS", 0.5)
+    os.kill(process.pid, signal.SIGSTOP)  # stands for a busy machine
+    threading.Timer(1.0, os.kill, (process.pid, signal.SIGCONT)).start()
+    assert answers._judge("0.25", "1/4", {}) and answers._judge.process is process
+
+
+def test_no_comparison_waits_for_ever(monkeypatch):
+    assert answers._judge("0.5", "1/2", {})
+    monkeypatch.setattr(answers, "PATIENCE", 0.1)
+    monkeypatch.setattr(answers, "SECONDS", 1000.0)
+    assert answers._judge("1", "10^{10^{10}}", {}) is None
 
 
 def test_threads_may_ask():

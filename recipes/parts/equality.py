@@ -13,7 +13,7 @@ import sys
 from decimal import Decimal, InvalidOperation
 from itertools import product
 
-from .options import choice, choices
+from .options import choice, choices, numbered
 from .plain import closing, plain
 from .reading import readings
 from .units import Unit, split_unit, sum_of_units
@@ -40,12 +40,16 @@ def same_answer(answer: str, gold: str, options: dict[str, str]) -> bool:
     """Whether an answer is the known one, either in any of its readings.
 
     Args:
-        options: letter -> text; then an option's letter and its text are one answer.
+        options: letter -> text; then an option's letter and its text are one answer. So are its number and its text.
     """
-    pairs = [*product(readings(answer), readings(gold))]
-    if any(LISTED.search(plain(text)) for pair in pairs for text in pair):  # then 100,200 may be a list, too
-        pairs += [tuple(re.sub(r"(?<=\d),(?=\d{3})", ", ", text) for text in pair) for pair in pairs]
-    return any(_same(plain(one), plain(other), options) for one, other in pairs)
+    both = [readings(answer), readings(gold)]
+    if "1" in options:
+        both = [texts + [text for each in texts for text in numbered(plain(each), options)] for texts in both]
+        options = {}
+    ways = [both]
+    if any(LISTED.search(plain(text)) for texts in both for text in texts):  # then 100,200 may be a list, too
+        ways.append([[re.sub(r"(?<=\d),(?=\d{3})", ", ", text) for text in texts] for texts in both])
+    return any(_same(plain(one), plain(other), options) for way in ways for one, other in product(*way))
 
 
 def _same(answer: str, gold: str, options: dict[str, str]) -> bool:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
+from .reading import DOUBT
+
 LETTERS = "ABCDEFGHIJ"
+STARTS = 8  # that a question may have, as where its prompt names the letters
 MARK = re.compile(
     r"(?:^|(?<=[\s;,|({\[]))(?:[-*•]\s+)?[(\[\"'*{]{0,4}(?P<letter>[A-J])(?:[\"'*)\]]*[.:、．：]|[)\]])[)*\"']*\s*[\"']?(?=\S)"
 )
 BARE = re.compile(r"^[ \t]*(?P<letter>[A-J])[ \t]+(?=\S)", re.MULTILINE)
+LINES = {  # at the starts of lines, in small letters or numbered
+    "abcdefghij": re.compile(r"^[ \t]*\(?(?P<letter>[a-j])[.)]\s+(?=\S)", re.MULTILINE),
+    "123456789": re.compile(r"^[ \t]*\(?(?P<letter>[1-9])[.)]\s+(?=\S)", re.MULTILINE),
+}
 END = re.compile(r"[\s;,|/}\]\"']+$")
 PROMPT = re.compile(
-    r"[.?;,]?\s+(?=(?:Please|Answer|Select|Choose|Give|Respond|Reply|Directly|Think|You FIRST|What|Which|Output|Put)\b)"
+    r"[.?;,]?\s+(?=(?:Please|Answer|Select|Choose|Give|Respond|Reply|Directly|Think|You FIRST|What|Which|Output|Put|"
+    r"Find|Determine|Calculate|Compute|Solve|How|Hint)\b)"
 )
 LETTER = re.compile(
     r"(?:option|choice|answer)?\s*[(\[{<]*(?P<letter>[A-Ja-j])(?:[)\]}>]+[.:]?|[.:、．：](?=\s|$)|$)\s*(?P<text>.*)",
@@ -23,34 +32,58 @@ BEFORE = re.compile(  # `B 5`; but `A dog` has no letter, and A ∪ B is a formu
     re.DOTALL,
 )
 AFTER = re.compile(r"(?P<text>.*\S)\s*[(\[]\s*(?:option|choice)?\s*(?P<letter>[A-J])[)\]]", re.DOTALL | re.IGNORECASE)
+OTHER = re.compile(rf"{DOUBT.pattern}.*?\b(?-i:[A-J])\b(?!['’])", re.DOTALL)  # `B. Actually it is A`
 
 
 def read_options(question: str) -> dict[str, str]:
-    """Letter -> text as it is written, of the options A, B, … that a question ends with; {} if there are no two."""
-    return _options(question, [*MARK.finditer(question)]) or _options(question, [*BARE.finditer(question)])
+    """Letter -> text as it is written, of the options A, B, … that a question ends with; {} if there are no two.
+
+    Numbered options have numbers for letters, and no digit in a text: `2` could be one's number or another's text.
+    """
+    found = _options(question, MARK, LETTERS) or _options(question, BARE, LETTERS)
+    if not found:
+        small, numbered = (_options(question, pattern, names) for names, pattern in LINES.items())
+        found = {letter.upper(): text for letter, text in small.items()}
+        if not found and not re.search(r"\d", "".join(numbered.values())):
+            found = numbered
+    return found
 
 
-def _options(question: str, marks: list[re.Match]) -> dict[str, str]:
-    starts = [i for i, mark in enumerate(marks) if mark["letter"] == "A"]
-    marks = marks[starts[-1] :] if starts else []
-    in_order: list[re.Match] = []
-    for mark in marks:
-        if len(in_order) < len(LETTERS) and mark["letter"] == LETTERS[len(in_order)]:
-            in_order.append(mark)
-        else:
-            break
+def _options(question: str, pattern: re.Pattern, names: str) -> dict[str, str]:
+    """The last that all have a text, as `Answer with A. or B.` has not; if there are none, the last."""
+    marks = [*pattern.finditer(question)]
+    starts = [i for i, mark in enumerate(marks) if mark["letter"] == names[0]]
+    found = [_in_order(question, marks[start : start + len(names)], names) for start in reversed(starts[-STARTS:])]
+    told = [options for options in found if options and not {"", "or", "and"} & {*map(str.casefold, options.values())}]
+    return next(iter(told or found), {})
+
+
+def _in_order(question: str, marks: list[re.Match], names: str) -> dict[str, str]:
+    pairs = itertools.takewhile(lambda pair: pair[0]["letter"] == pair[1], zip(marks, names, strict=False))
+    in_order = [mark for mark, _ in pairs]
+    if len(in_order) < 2:
+        return {}
     options = {}
     for i, mark in enumerate(in_order):
         last = i + 1 == len(in_order)
         text = question[mark.end() : len(question) if last else in_order[i + 1].start()].strip().partition("\n")[0]
         options[mark["letter"]] = END.sub("", PROMPT.split(text)[0] if last else text)
-    return options if len(options) > 1 else {}
+    return options
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """(letter, text beside it) of `B`, `(B) 5`, `[B]`, `B 5` or `5 (B)`; None if this names no option."""
+    """(letter, text beside it) of `B`, `(B) 5`, `[B]`, `B 5` or `5 (B)`; None if this names no option, or another."""
     match = LETTER.fullmatch(text) or BEFORE.fullmatch(text) or AFTER.fullmatch(text)
-    return (match["letter"].upper(), match["text"].strip()) if match else None
+    if not match or OTHER.match(match["text"]):
+        return None
+    return match["letter"].upper(), match["text"].strip()
+
+
+def numbered(text: str, options: dict[str, str]) -> list[str]:
+    """The text of the option whose number an answer is, alone or beside that text: `2`, `(2)`, `2. blue`."""
+    match = re.fullmatch(r"(?is)(?:option\s+)?[(\[]?(?P<number>[1-9])[)\].:]*\s*(?P<text>.*)", text)
+    known = options.get(match["number"], "") if match else ""
+    return [known] if known and match["text"].casefold() in ("", known.casefold()) else []
 
 
 def choices(text: str, options: dict[str, str]) -> frozenset[str] | None:

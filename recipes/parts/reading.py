@@ -28,22 +28,34 @@ BOLD = re.compile(r"\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*|(?<![\w*])\*(?=\S)([^*\n]+?)
 UNDERLINE = re.compile(r"(?<!\w)__(?=\S)([^_\n]+?)(?<=\S)__(?!\w)|(?<!\w)_(?=\S)([^_\n]+?)(?<=\S)_(?!\w)")
 LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[*•+]\s+|-\s+(?=[^\d\s\\$.(]))*")  # `- 5` may be minus five
 MARKDOWN = " \t*_`"
+JSON = re.compile(
+    r"""[{,]\s*["'](?:final[ _])?answer["']\s*:\s*"""
+    r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>[^\s"',{}\[\]]+))[^{}]*\}\s*(?:```)?\s*$"""
+)
 HASHES = re.compile(r"####\s*(\S.*)")
 
 NAME = r"(?:(?:final|correct|right|best)\s+){0,2}(?:answer|option|choice)s?"
 ABOUT = r"(?:\s+(?:to|for|of|in)\s[^.:=?!]{0,60}?)?(?:\s*\([^()]{0,40}\))?"
 ABROAD = (  # in other languages
-    r"(?:réponse|antwort|respuesta|risposta|resposta|ответ)(?:\s+(?:final|finale|correct[ea]|corretta))?"
+    r"(?:réponse|antwort|respuesta|risposta|resposta|ответ|odpowiedź|đáp án|उत्तर|الجواب|คำตอบ)"
+    r"(?:\s+(?:final|finale|correct[ea]|corretta))?"
 )
 SAID = re.compile(
     rf"(?i)(?:(?<![\w-]){NAME}\b{ABOUT}\s*[*_]*\s*"
     r"(?:(?:is|are|would be|should be|must be)\b(?!n't)\s*:?|[:：=]|->|→|⇒)|"
-    r"(?<![\w-])ans\s*[.:=]|(?:答案|答え|正解|正答|정답|답)\s*(?:是|为|為|は|은|는|[:：])|"
-    rf"(?<![\w-]){ABROAD}\s*[*_]*\s*(?:(?:est|ist|lautet|es|è|é)\b\s*:?|[:：=—]))[\s*_]*"
+    r"(?<![\w-])ans\s*[.:=]|(?:答案|答え|正解|正答|정답|답)\s*(?:是|为|為|は|은|는|[:：】])|"
+    rf"(?<![\w-]){ABROAD}\s*[*_]*\s*(?:(?:est|ist|lautet|es|è|é|هو|คือ)\b\s*:?|[:：=—]))[\s*_]*"
 )
 VERB_LAST = re.compile(r"(?<=\S)\s*(?:です|である|(?<=[\dA-Za-z)）」])だ|입니다|이다|이에요|예요)\s*[.。]?$")
 HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案|答え|正解|정답|답|{ABROAD})\s*[:：]?$")
-NAMED_LAST = re.compile(rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?P<said>\(?[A-J]\)?)\s*\.?$")
+NAMED_LAST = re.compile(
+    rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?:[-–—]\s+)?(?P<said>\(?[A-J]\)?)\s*\.?$"
+)
+TAKEN_LAST = re.compile(  # a large letter: `it is a` was cut
+    r"(?:(?:^|[.,;]\s+)(?i:so|thus|therefore|hence|it['’]s|it is|→|"
+    r"i(?:['’]d|['’]ll| would| will)? (?:choose|select|pick|go with))[:,]?\s+|"
+    r"(?<![不没別别])(?<!不[应應能会會可])(?<!不应该)[选選][择擇]?\s*[:：]?\s*)(?P<said>\(?[A-J]\)?)\s*[.。]?$"
+)
 LEAD_IN = re.compile(
     r"(?i)^(?:therefore|thus|then|hence|simply|clearly|indeed|definitely|likely|probably|most likely|that|equal to|"
     r"given by|(?:the\s+)?(?:option|choice|answer|letter)(?=\s+\(?[A-J]\b))[\s,:]+"
@@ -57,8 +69,8 @@ SENTENCE_END = re.compile(r"(?<![\s(\[*$][A-J])(?<!^[A-J])[.!?。]\s+(?=[A-Z*\\$
 CHOSEN = re.compile(
     r"(?i:\b(?:is|be|choose|select|pick|matches|matching|means|corresponds to|corresponding to)\s+(?:the\s+)?"
     r"(?:option|choice|answer)\s+)[(*\[]{0,3}(?P<named>[A-J])\b|"
-    r"(?<![\w.])[(*\[]{0,3}(?P<correct>[B-J]|A(?=[)*\]])|(?<=ption )A|(?<=hoice )A)[)*\]]{0,3}\s+"
-    r"(?i:is\s+(?:the\s+)?(?:correct|right|best)\b(?:\s+(?:answer|option|choice|one))?)"
+    r"(?<![\w.])[(*\[]{0,3}(?P<correct>[A-J])[)*\]]{0,3}\s+"
+    r"(?i:is\s+(?:(?:the\s+)?(?:correct|right|best)\b(?:\s+(?:answer|option|choice|one))?|(?:the|my)\s+(?:final\s+)?answer\b))"
 )
 DENIED = re.compile(r"(?i)\b(?:not|never|no|neither|cannot|wrong|incorrect|unless)\b|n't\b")
 DANGLING = re.compile(
@@ -77,6 +89,7 @@ VERB = re.compile(
 )
 LABEL = re.compile(r"(?i)^(?:the\s+)?[a-z][a-z' -]{0,30}:\s*(?=\S)")
 LEADING = re.compile(r"(?i)^(?:yes|no|true|false)(?=\s*(?:[,.;:!—–]|$))(?!\s*[,/]\s*(?:yes|no)\b)")
+YES_OR_NO = re.compile(r"(?i)\b(?:yes|no|true|false)\b")
 LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
 STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
 VALUE_WORD = re.compile(r"[^\W\d_]{2,}")
@@ -98,9 +111,10 @@ def extract_boxed(text: str) -> str | None:
 def read_answer(text: str) -> tuple[str, str] | None:
     r"""The answer and its rule; None if the text was cut, or answers nothing that a rule finds.
 
-    After the thinking: the last \boxed{…}; an <answer>…</answer>, or GSM8K's `#### …`; the last sentence that says an
-    answer (`the answer is …`, `Answer:` with the answer below it, `Yes, …`, a last sentence `So the angle is …`); all
-    of it if it is one short line, or the last line if that is a value. Then a \boxed{…} within the thinking.
+    After the thinking: the last \boxed{…}; an <answer>…</answer>, JSON's {"answer": …} or GSM8K's `#### …`; the last
+    sentence that says an answer (`the answer is …`, `Answer:` with the answer below it, `Yes, …`, a last sentence `So
+    the angle is …`); all of it if it is one short line, or the last line if that is a value. Then a \boxed{…} within
+    the thinking.
     """
     marks = [*THOUGHT_END.finditer(text)]
     thought, rest = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else ("", text)
@@ -114,6 +128,8 @@ def read_answer(text: str) -> tuple[str, str] | None:
         return tagged
     if torn:
         return None
+    if keyed := JSON.search(rest):
+        return (keyed["double"] or keyed["single"] or keyed["bare"]).replace(r"\\", "\\"), "tag"
     lines = _lines(rest)
     if not lines:
         boxed = extract_boxed(thought)
@@ -146,8 +162,8 @@ def readings(answer: str) -> list[str]:
     if stated:
         texts.append(stated[0])
     elif len(lines) == 1:
-        if leading := LEADING.match(lines[0]):
-            texts.append(leading[0])
+        if leading := _leading(lines[0]):
+            texts.append(leading)
         elif concluded := _conclusion(lines[0]):
             texts.append(concluded)
     elif LETTER_FIRST.fullmatch(lines[0]) or HEADING.fullmatch(lines[0]):
@@ -192,7 +208,7 @@ def _said(lines: list[str]) -> tuple[str, str] | None:
                 return _clause(below[0]), "sentence"
             if letter:
                 return letter, "sentence"
-            if named := NAMED_LAST.search(line):
+            if named := NAMED_LAST.search(line) or TAKEN_LAST.search(line):
                 return named["said"], "sentence"
             continue
         answer = line[marks[-1].end() :].rstrip(MARKDOWN).strip(" :")
@@ -225,13 +241,20 @@ def _alone(lines: list[str]) -> tuple[str, str] | None:
 
 def _concluded(lines: list[str]) -> tuple[str, str] | None:
     """`Yes, …` or `B. 45°` in front of reasons; or what the last sentence says."""
-    if leading := LEADING.match(lines[0]):
-        return leading[0], "sentence"
+    if leading := _leading(lines[0]):
+        return leading, "sentence"
     letters = [line for line in lines if LETTER_FIRST.match(line)]
     if len(letters) == 1 and letters[0] == lines[0] and len(lines[0]) <= SHORT:
         return lines[0], "sentence"
     concluded = _conclusion(lines[-1])
     return (concluded, "sentence") if concluded else None
+
+
+def _leading(line: str) -> str | None:
+    """Yes of `Yes, …`, unless it is taken back: `Yes, but actually no`."""
+    leading = LEADING.match(line)
+    doubt = DOUBT.search(line)
+    return leading[0] if leading and not (doubt and YES_OR_NO.search(line, doubt.end())) else None
 
 
 def _conclusion(line: str) -> str | None:

@@ -37,7 +37,69 @@ COMMAS = [  # in brackets that hold nothing else, a comma parts two numbers
     ("(1,234+1)", "1235", True), (r"\$1,000.50", "1000.5", True), ("-1,234", "-1234", True),
 ]  # fmt: skip
 
+SMALL, NUMBERED = "What is it?\na) red\nb) blue\nc) green", "What is it?\n1. red\n2. blue\n3. green"
+NUMBERS, TWICE = "How many?\n1. 5\n2. 7\n3. 2", "Which? (A) 1 (B) 2 (C) 3\nAnswer with A. or B. or C."
+BEFORE = "Choices: (A) 5 (B) 6 (C) 7 (D) 8 Find the area in cm."
+OPTIONS = [  # answer, gold, question, right
+    ("blue", "b", SMALL, True), ("b", "blue", SMALL, True), ("(b) blue", "b", SMALL, True), ("B", "b", SMALL, True),
+    ("a", "blue", SMALL, False), ("green", "b", SMALL, False), ("b", "blue", "Is it?\n(a) red\n(b) blue", True),
+    ("2", "blue", NUMBERED, True), ("blue", "2", NUMBERED, True), ("2. blue", "2", NUMBERED, True),
+    ("2. blue", "blue", NUMBERED, True), ("2. red", "blue", NUMBERED, False), ("3", "blue", NUMBERED, False),
+    ("red", "2", NUMBERED, False), ("1", "2", NUMBERED, False), ("2.0", "2", NUMBERED, True),
+    ("2", "7", NUMBERS, False), ("7", "2", NUMBERS, False), ("2.0", "2", NUMBERS, True),
+    ("2", "B", TWICE, True), ("B", "2", TWICE, True), ("3", "B", TWICE, False),
+    ("8", "D", BEFORE, True), ("D", "8", BEFORE, True), ("7", "D", BEFORE, False),
+]  # fmt: skip
+
+COLOURS = "What is it?\nA. red\nB. blue\nC. green\nD. wait for a bus"
+CHOSEN = [  # all of these choose C
+    "It's C.", "It’s C", "C is the answer.", "C is my final answer.", "I would choose C", "I choose (C).",
+    "I'd go with C", "Hence C", "Therefore, (C).", "So: C", "→ C", r"\(C\)", "Answer - C",
+    '{"answer": "C"}', "{'answer': 'C'}", '{"final_answer": "C. green"}',
+    '```json\n{"reason": "It is green.", "answer": "C"}\n```',
+    "【答案】C", "**【答案】** C", "选C", "选择C", "因此选 C。", "故选:C", "故选：C", "所以选C", "应选 C",
+    "It is green. I would choose C.", "Answer choice c",
+]  # fmt: skip
+NOT_CHOSEN = [  # and none of these
+    "It's not C.", "It isn't C", "C is not the answer.", "I would not choose C", "Hence not C", "不选C",
+    "Neither B nor C", '{"answer": "C"} is wrong, it is B', "I would choose C if it were larger",
+    "不应该选C", "I choose between B and C", "C is the answer to another question. So the answer is B.",
+]  # fmt: skip
+SAID = [  # response, gold, question, right
+    ("A is correct.", "A", COLOURS, True), ("A is the answer.", "A", COLOURS, True),
+    ("A is not correct.", "A", COLOURS, False), ("Đáp án: B", "B", COLOURS, True), ("الجواب هو ٥", "5", "", True),
+    ("คำตอบคือ 5", "5", "", True), ("Odpowiedź: 5", "5", "", True), ("उत्तर: ५", "5", "", True),
+    ("उत्तर: ६", "5", "", False), ('{"answer": 12}', "12", "", True), ('{"answer": 13}', "12", "", False),
+    (r'{"answer": "\\frac{1}{2}"}', "0.5", "", True), (r"The answer is \(x+1\).", "1+x", "", True),
+    ("The answer is B. Actually it is A.", "B", COLOURS, False), ("B. Actually, A.", "B", COLOURS, False),
+    ("The answer is B. Wait, it is A.", "B", COLOURS, False), ("B. actually blue", "B", COLOURS, True),
+    ("D. wait for a bus", "D", COLOURS, True), ("The answer is blue. Actually red.", "blue", COLOURS, False),
+    ("Yes, but actually no.", "Yes", "", False), ("No. Wait, yes.", "No", "", False),
+    ("Yes, it is actually larger.", "Yes", "", True), ("No, actually the left one is larger.", "No", "", True),
+    ("Yes, as far as I can see from the picture that you have sent to me. Actually, no.", "Yes", "", False),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("answer", "gold", "right"), [*FACTORS, *INTERVALS, *COMMAS])
 def test_an_answer_in_a_box(answer, gold, right):
     assert mark(rf"\boxed{{{answer}}}", gold, "") == (right, "boxed")
+
+
+@pytest.mark.parametrize(("answer", "gold", "question", "right"), OPTIONS)
+def test_options_in_small_letters_numbered_and_before_more_text(answer, gold, question, right):
+    assert mark(rf"\boxed{{{answer}}}", gold, question) == (right, "boxed")
+
+
+@pytest.mark.parametrize("response", CHOSEN)
+def test_a_choice_without_a_box(response):
+    assert mark(response, "C", COLOURS)[0] and not mark(response, "B", COLOURS)[0]
+
+
+@pytest.mark.parametrize("response", NOT_CHOSEN)
+def test_a_letter_that_is_not_chosen(response):
+    assert not mark(response, "C", COLOURS)[0]
+
+
+@pytest.mark.parametrize(("response", "gold", "question", "right"), SAID)
+def test_an_answer_said_in_other_words_or_taken_back(response, gold, question, right):
+    assert mark(response, gold, question)[0] is right

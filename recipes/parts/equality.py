@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from itertools import product
 
 from .options import choice, choices, numbered
@@ -32,7 +33,9 @@ LABEL = re.compile(
 )
 POINT = re.compile(r"^(?P<label>[A-Z]'*(?:_\{?\w+\}?)?)\s*(?P<value>\(.*,.*\))$", re.DOTALL)
 COORDINATES = re.compile(r"^(?P<label>\(\s*[a-z](?:\s*,\s*[a-z])+\s*\))\s*=\s*(?P<value>\(.*\))$", re.DOTALL)
+RADIAN = Unit("angle", Fraction(1))  # of an angle with π and without a unit
 LISTED = re.compile(r"\d, +[+-]?\d")
+INDIAN = re.compile(r"(?<![\d.,(\[{])[1-9]\d?(?:,\d\d)+,\d{3}(?![\d,])")  # 12,34,567, which may be a list, too
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
@@ -49,6 +52,8 @@ def same_answer(answer: str, gold: str, options: dict[str, str]) -> bool:
     ways = [both]
     if any(LISTED.search(plain(text)) for texts in both for text in texts):  # then 100,200 may be a list, too
         ways.append([[re.sub(r"(?<=\d),(?=\d{3})", ", ", text) for text in texts] for texts in both])
+    if any(INDIAN.search(text) for texts in both for text in texts):
+        ways.append([[INDIAN.sub(lambda number: number[0].replace(",", ""), text) for text in texts] for texts in both])
     return any(_same(plain(one), plain(other), options) for way in ways for one, other in product(*way))
 
 
@@ -216,6 +221,10 @@ def _equal_values(answer: str, gold: str) -> bool:
         value, unit = split_unit(answer, tight=True)
     if unit and not known:
         known_value, known = split_unit(gold, tight=True)
+    if "\\pi" in value and unit is None and known and known.kind == "angle":
+        unit = RADIAN
+    if "\\pi" in known_value and known is None and unit and unit.kind == "angle":
+        known = RADIAN
     if unit and known and unit.kind != known.kind:
         return False
     if _only_text(value) or _only_text(known_value):

@@ -57,6 +57,10 @@ def _number(words: list[str]) -> int | None:
 
 def numbers_in_words(text: str) -> str:
     """`two thirds`, `three and a half`, `minus five`, `5 million` and `5 squared` as the numbers that they are."""
+    if twice := re.fullmatch(r"(.+?) ?\(([^()]+)\)", text):  # 3 (three)
+        one, other = map(numbers_in_words, twice.groups())
+        if one == other and twice[1] != twice[2]:
+            return one
     if not re.match(r"(?i)^-?(?:[a-z]{3,}(?:[ -]|$)|a |\d[\d.]* ?[a-z])", text):
         return text
     if below := re.match(r"(?i)(?:minus|negative) (?=\w)", text):

@@ -17,7 +17,7 @@ SIGNS = {
     "θ": r"\theta ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "⁄": "/", "٫": ".",
     "∠": r"\angle ", "△": r"\triangle ", "∅": r"\emptyset ",
     "→": r"\to ", "μ": "µ", "：": ":", "，": ",", "；": ";", "（": "(", "）": ")", "。": ".",
-    "\u2126": "Ω", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+    "’": "'", "‘": "'", "℃": r"^\circ C", "℉": r"^\circ F", "\u2126": "Ω", "\u00a0": " ", "\u2009": " ", "\u202f": " ",
 }  # fmt: skip
 RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni")
 LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎", "0123456789+-=()")
@@ -102,8 +102,8 @@ def _ascii(text: str) -> str:
 
 
 def _ascii_sign(sign: str) -> str:
-    """A digit of any script, a full-width sign, or a fraction; others as they are."""
-    if unicodedata.decomposition(sign).startswith(("<fraction>", "<wide>")):
+    """A digit of any script, a full-width sign, a fraction, or a unit in one sign; others as they are."""
+    if unicodedata.decomposition(sign).startswith(("<fraction>", "<wide>", "<square>")):
         written = unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
         return f" {written}" if "/" in written and len(written) > 1 else written
     return str(unicodedata.decimal(sign, sign))

@@ -36,7 +36,7 @@ TRAILING = re.compile(
 )
 START = re.compile(r"(?:(?<=[\d)}.|])|(?<=\\pi)|(?<=\\infty))(?P<space>\s*)(?=[^\W\d_]|°)")
 WORD = r"[^\W\d_°]+|°[CF]?"
-POWER = r"(?:\s*\^\s*\{?\s*\(?-?\d\)?\s*\}?)?"
+POWER = r"(?:\s*\^\s*\{?\s*\(?-?\d\)?\s*\}?|[23])?"  # cm3, as scanned text has it
 JOIN = r"\s*(?:/|\*|·|\\cdot\b|\\times\b|\s)\s*\(?\s*"
 SHAPE = re.compile(rf"(?:{WORD})\.?{POWER}(?:{JOIN}(?:{WORD}){POWER}\)?)*\.?")
 BRACKETED = re.compile(r"(.*\S)\s+[(\[]\s*([^()\[\]]{2,})[)\]]", re.DOTALL)  # 24 (cm^2)
@@ -107,7 +107,7 @@ def _of_pint(written: str) -> Unit | None:
     text = re.sub(r"(?i)\b(?:cubic|cu)\b\.?\s+([^\W\d_]+)", r"\1^3", text)
     text = re.sub(r"(?i)\s+squared\b", "^2", re.sub(r"(?i)\s+cubed\b", "^3", text))
     text = re.sub(r"(?i)\bper\b", "/", text)
-    text = re.sub(r"\s*\^\s*\(?(-?\d)\)?", r"**\1", text)
+    text = re.sub(r"\s*\^\s*\(?(-?\d)\)?|(?<=[^\W\d_])([23])", r"**\1\2", text)
     text = re.sub(r"(?<=[\w])\s+(?=[^\W\d_])", "*", text.strip())
     words = re.findall(r"[^\W\d_]+", text)
     if not words or any(word.casefold() in NO_UNIT or (len(word) == 1 and word not in SINGLE) for word in words):

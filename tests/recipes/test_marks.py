@@ -37,6 +37,16 @@ COMMAS = [  # in brackets that hold nothing else, a comma parts two numbers
     ("(1,234+1)", "1235", True), (r"\$1,000.50", "1000.5", True), ("-1,234", "-1234", True),
 ]  # fmt: skip
 
+UNITS = [  # and signs, as scanned and other texts have them
+    ("5 cm3", "5 cm^3", True), ("5 cm3", "5 cm^2", False), ("5 m2", "5 m²", True), ("5 m2", "5 m", False),
+    ("5 m/s2", "5 m/s²", True), ("3 cm23", "3", False), ("5x2", "5x^2", False), ("5㎝", "5 cm", True),
+    ("5㎝", "5 m", False), ("5㎡", "5 m^2", True), ("20℃", "20°C", True), ("20℃", "68 °F", True),
+    ("20℃", "20 °F", False), ("don't", "don’t", True), ("‘blue’", "blue", True), ("3 (three)", "3", True),
+    ("three (3)", "3", True), ("3 (four)", "3", False), ("x(x)", "x", False), ("12,34,567", "1234567", True),
+    ("12,34,567", "567,34,12", True), ("12,34,567", "1234568", False), ("(12,34,567)", "1234567", False),
+    (r"\frac{\pi}{4}", "45°", True), ("180°", r"\pi", True), (r"\frac{\pi}{3}", "45°", False), (r"\pi", "180", False),
+    ("0.785398", "45°", False), (r"45\pi", "45°", False),
+]  # fmt: skip
 SMALL, NUMBERED = "What is it?\na) red\nb) blue\nc) green", "What is it?\n1. red\n2. blue\n3. green"
 NUMBERS, TWICE = "How many?\n1. 5\n2. 7\n3. 2", "Which? (A) 1 (B) 2 (C) 3\nAnswer with A. or B. or C."
 BEFORE = "Choices: (A) 5 (B) 6 (C) 7 (D) 8 Find the area in cm."
@@ -80,7 +90,7 @@ SAID = [  # response, gold, question, right
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), [*FACTORS, *INTERVALS, *COMMAS])
+@pytest.mark.parametrize(("answer", "gold", "right"), [*FACTORS, *INTERVALS, *COMMAS, *UNITS])
 def test_an_answer_in_a_box(answer, gold, right):
     assert mark(rf"\boxed{{{answer}}}", gold, "") == (right, "boxed")
 

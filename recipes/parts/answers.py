@@ -24,8 +24,8 @@ from .options import read_options
 from .reading import extract_boxed, known_answer, read_answer
 
 SECONDS = 5.0  # of a processor's time, so that a busy machine decides alike
-PATIENCE = 60.0  # in all, as on Windows, which counts no such time
 OUT_OF_TIME = -signal.SIGPROF if hasattr(signal, "SIGPROF") else None  # how equality.py ends after SECONDS
+PATIENCE = 600.0 if OUT_OF_TIME else 60.0  # in all; nothing else ends it on Windows, which counts no such time
 LONGEST = 2000  # characters; a longer answer is right if its text is the known one's
 NEEDED = ("math_verify", "num2words", "pint", "sympy")  # by the other process
 for package in NEEDED:

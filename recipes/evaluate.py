@@ -36,7 +36,7 @@ from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
 from parts.loading import load_messages
 from parts.loose import note_of_loose
-from parts.reading import RULES, UNFINISHED, known_answer
+from parts.reading import OUTCOMES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import CATEGORY, read_categories
 from parts.stamp import stamp
@@ -134,7 +134,7 @@ def summarize(marked: list[dict]) -> dict:
         read_by = Counter(sample["read_by"] for sample in group)
         return numbers | {
             "unfinished": sum(sample["unfinished"] for sample in group),
-            "read_by": {rule: read_by[rule] for rule in (*RULES, UNFINISHED)},
+            "read_by": {rule: read_by[rule] for rule in OUTCOMES},
         }
 
     return {"total": count(marked), "categories": {name: count(group) for name, group in sorted(groups.items())}}

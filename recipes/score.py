@@ -26,7 +26,7 @@ from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
 from parts.outputs import ASKED, BENCHMARKS, Answer, read_outputs
-from parts.reading import RULES, UNFINISHED
+from parts.reading import OUTCOMES, UNFINISHED
 from parts.scoring import mark, scorer
 from rich.console import Console
 from rich.table import Table
@@ -77,11 +77,11 @@ def asked_otherwise(models: dict[str, list[Answer]]) -> list[str]:
 
 
 def mark_all(answers: list[Answer], name: str) -> tuple[list[bool], dict[str, int]]:
-    """Which are correct, and how many were read by each rule, or are unfinished."""
+    """Which are correct, and how many were read by each rule, are unfinished, or were not decided."""
     progress = tqdm(answers, desc=name, disable=None)
     marks = [mark(given.response, given.gold, given.question, given.finish_reason) for given in progress]
     read_by = Counter(rule for _, rule in marks)
-    return [correct for correct, _ in marks], {rule: read_by[rule] for rule in (*RULES, UNFINISHED)}
+    return [correct for correct, _ in marks], {rule: read_by[rule] for rule in OUTCOMES}
 
 
 def units(answers: list[Answer], correct: list[bool], benchmark: str) -> dict[str, np.ndarray]:
@@ -209,7 +209,7 @@ def interval_table(result: dict) -> Table:
 
 def reading_table(result: dict) -> Table:
     """By which rule each model's answers were found: where that differs, part of a difference may be of form alone."""
-    table = Table("", *RULES, UNFINISHED, title="answers by the rule that found them")
+    table = Table("", *OUTCOMES, title="answers by the rule that found them")
     for name, column in result["columns"].items():
         for model, read_by in column.get("read_by", {}).items():
             table.add_row(f"{name}, {model}", *map(str, read_by.values()))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 
 RULES = ("boxed", "tag", "sentence", "last line")
-UNFINISHED = "unfinished"
+UNFINISHED, UNDECIDED = "unfinished", "undecided"
+OUTCOMES = (*RULES, UNFINISHED, UNDECIDED)  # how an answer was read, or that it was not, or not compared in time
 SHORT = 60  # characters that an answer without any mark may have
 LONG = 400  # characters beyond which a line is no sentence that says an answer
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .answers import is_known
-from .reading import UNFINISHED, read_answer
+from .reading import UNDECIDED, UNFINISHED, read_answer
 
 VERSION = 5  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
 FILES = ("scoring", "answers", "reading", "options", "plain", "numerals", "equality", "units")
@@ -24,7 +24,9 @@ def scorer() -> dict:
 
 
 def mark(response: str, gold: str, question: str, finish_reason: str | None = None) -> tuple[bool, str]:
-    """Whether a response is correct, and by which rule it was read; UNFINISHED is wrong: it has no final answer.
+    """Whether a response is correct, and by which rule it was read.
+
+    UNFINISHED is wrong, since it has no final answer. So is UNDECIDED, whose comparison took too long.
 
     Args:
         finish_reason: "length" of a response that was cut, which is unfinished unless its answer is right for sure.
@@ -36,7 +38,7 @@ def mark(response: str, gold: str, question: str, finish_reason: str | None = No
     correct = is_known(answer, gold, question)
     if finish_reason == "length" and not (correct and _stands(response, answer, read_by)):
         return False, UNFINISHED
-    return correct, read_by
+    return (False, UNDECIDED) if correct is None else (correct, read_by)
 
 
 def _stands(response: str, answer: str, read_by: str) -> bool:

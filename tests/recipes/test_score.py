@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import score
 import yaml
+from parts import answers
 from parts.outputs import BENCHMARKS, read_outputs
 from parts.reading import read_answer
 from parts.scoring import mark, scorer
@@ -238,10 +239,22 @@ def test_how_the_answers_of_each_model_were_read_is_told(tmp_path, capsys):
     )
     column = json.loads((tmp_path / "s").read_text())["columns"]["own"]
     assert column["scores"] == {"base": 75.0, "DRIFT": 100.0} and column["unfinished"] == {"base": 1, "DRIFT": 0}
-    assert column["read_by"]["base"] == {"boxed": 0, "tag": 1, "sentence": 1, "last line": 1, "unfinished": 1}
-    assert column["read_by"]["DRIFT"] == {"boxed": 4, "tag": 0, "sentence": 0, "last line": 0, "unfinished": 0}
+    none = {"unfinished": 0, "undecided": 0}
+    assert column["read_by"]["base"] == {"boxed": 0, "tag": 1, "sentence": 1, "last line": 1} | none | {"unfinished": 1}
+    assert column["read_by"]["DRIFT"] == {"boxed": 4, "tag": 0, "sentence": 0, "last line": 0} | none
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "own, base" in line]
-    assert [[cell.strip() for cell in line] for line in lines] == [["own, base", "0", "1", "1", "1", "1"]]
+    assert [[cell.strip() for cell in line] for line in lines] == [["own, base", "0", "1", "1", "1", "1", "0"]]
+
+
+def test_answers_whose_comparison_takes_too_long_are_counted(tmp_path, monkeypatch, capsys):
+    samples = [{"index": 0, "question": "?", "gold": "10^{10^{10}}", "response": r"\boxed{1}"}]
+    (tmp_path / "own.json").write_text(json.dumps({"data": "own.jsonl", "scorer": {}, "samples": samples}))
+    monkeypatch.setattr(answers, "SECONDS", 0.1)
+    score.main(["--base", str(tmp_path / "own.json"), "--drift", str(tmp_path / "own.json"), "-o", str(tmp_path / "s")])
+    column = json.loads((tmp_path / "s").read_text())["columns"]["own"]
+    assert column["scores"] == {"base": 0.0, "DRIFT": 0.0} and column["unfinished"] == {"base": 0, "DRIFT": 0}
+    assert column["read_by"]["base"]["undecided"] == column["read_by"]["DRIFT"]["undecided"] == 1
+    assert "undecided" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("response, answer", [

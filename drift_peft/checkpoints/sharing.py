@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, metadata_load
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    ModelCard,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    metadata_load,
+)
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from ..arguments import typed
@@ -177,7 +186,7 @@ def find_license(origin: dict, token: str | None = None) -> dict | None:
     repository, card = repository_of(origin), Path(origin["id"], "README.md")
     try:
         if repository and not (_CACHED.search(origin["id"]) and card.is_file()):  # weights may lie there without it
-            card = hf_hub_download(repository[0], "README.md", revision=repository[1], token=token)
+            card = _card_of(*repository, token)
         elif not card.parent.exists():
             raise FileNotFoundError("the folder is not there")
         metadata = metadata_load(card) if Path(card).is_file() else None
@@ -187,6 +196,16 @@ def find_license(origin: dict, token: str | None = None) -> dict | None:
         warn(f"The licence of {origin['id']} is not known: its card cannot be read ({first_line(error)})")
         return None
     return {key: value for key, value in (metadata or {}).items() if key in ("license", "license_name", "license_link")}
+
+
+def _card_of(repo_id: str, revision: str | None, token: str | None) -> str:
+    """Where its card lies in the cache, after a download if need be. Without network it fails at once: a download alone
+    would try again and again for half a minute."""
+    card = {"repo_id": repo_id, "filename": "README.md", "revision": revision}
+    with suppress(LocalEntryNotFoundError):
+        return hf_hub_download(**card, local_files_only=True)
+    get_hf_file_metadata(hf_hub_url(**card), token=token)
+    return hf_hub_download(**card, token=token)
 
 
 def license_name(found: dict | None) -> str:

@@ -175,6 +175,17 @@ def test_push_and_load(tmp_path, hub):
     assert hub.fetched("user/prior") == ["prior.safetensors"] * 2  # and nothing else
 
 
+def test_without_network_the_card_does_not_wait_for_the_licences(tmp_path, hub, monkeypatch):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    origins = {name: {"id": f"org/{name}", "revision": "0a1b"} for name in ("base", "expert")}
+    prior = random_prior(tmp_path / "p", **origins)
+    hub.stop()
+    with pytest.warns(UserWarning, match=r"licence of org/base is not known: its card cannot be read \(.*refused"):
+        card = prior.model_card()
+    assert "- expert org/expert: its card could not be read" in card.text and not waits
+
+
 def test_the_hub_says_no(tmp_path, hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
     base = {"id": "org/vlm", "revision": hub.add("org/vlm", {"README.md": b"# A model"})}

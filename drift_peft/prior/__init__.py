@@ -19,6 +19,7 @@ from .delta import fingerprint_of, refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
 from .prior import ReasoningPrior
+from .share import origins_of
 
 __all__ = [
     "FINGERPRINT_TOLERANCE",
@@ -31,6 +32,7 @@ __all__ = [
     "build_prior",
     "fingerprint_of",
     "forget_merge",
+    "origins_of",
     "read_merge",
     "refuse_unrelated",
 ]

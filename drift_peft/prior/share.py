@@ -99,9 +99,9 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
         token: for the cards of private or gated models.
     """
     header = prior.metadata
-    origins = {(role, origin["id"], origin["revision"]): origin for role, origin in _origins(header)}
-    license, licences = state_licences([(role, origin) for (role, *_), origin in origins.items()], token)
-    models = [repository[0] for origin in origins.values() if (repository := repository_of(origin))]
+    origins = origins_of(header)
+    license, licences = state_licences(origins, token)
+    models = [repository[0] for _, origin in origins if (repository := repository_of(origin))]
     data = ModelCardData(
         base_model=list(dict.fromkeys(models)) or None,
         pipeline_tag=TASK,
@@ -123,11 +123,13 @@ def model_card(prior: PriorFile, repo_id: str | None = None, token: str | None =
     return ModelCard(content)
 
 
-def _origins(header: dict) -> list[tuple[str, dict]]:
-    """(role, id and revision) of the models that a prior was made from."""
+def origins_of(header: dict) -> list[tuple[str, dict]]:
+    """(role, id and revision) of the models that a prior was made from, each once."""
     own = [(role, header[role]) for role in ("base", "expert", "reference") if header.get(role)]
     adapted = [(f"{role}'s base", origin["base"]) for role, origin in own if "base" in origin]  # the expert is a LoRA
-    return own + adapted + [origin for parent in header.get("parents", ()) for origin in _origins(parent)]
+    inherited = [origin for parent in header.get("parents", ()) for origin in origins_of(parent)]
+    once = {(role, origin["id"], origin["revision"]): origin for role, origin in own + adapted + inherited}
+    return [(role, origin) for (role, *_), origin in once.items()]
 
 
 def _table(prior: PriorFile) -> str:
@@ -153,7 +155,7 @@ def _recipe(header: dict) -> str:
     settings = (key for key in (*ranks, "modules", "only_layers", "skip_first", "seed") if header.get(key))
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
     lines = [f"    {key}={json.dumps(value)}," for key, value in given.items()]
-    lines += ["    dequantize=True,"] if any("dequantize" in origin for _, origin in _origins(header)) else []
+    lines += ["    dequantize=True,"] if any("dequantize" in origin for _, origin in origins_of(header)) else []
     return "\n".join(["build_prior(", *lines, ")"])
 
 

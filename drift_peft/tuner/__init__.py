@@ -6,14 +6,13 @@ settings   the guidance's settings: what is allowed, and which weight they speak
 field_docs  the same in words, for help() and the documentation
 card       the model card of an adapter
 config     DriftConfig: LoraConfig with these settings, and how it is stored
-push       the card in what is pushed to the hub
 guidance   the method as pure functions on tensors
 sharding   parameters and gradients as whole stacks, wherever their parts live
 capture    the weight gradient that LoRA never forms: its norm and inner products
 steered    what is steered: adapters and other trainable tensors, each with its part of the prior
 batches    one step's guidance, a batched call for all that has one shape
 plan       what an optimizer guides, looked up once
-unguided   adapters that were loaded for inference, and are trained after all
+unguided   adapters that were guided, and are trained on as plain LoRA
 deepspeed  DeepSpeed's engine: where it keeps what it trains
 step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior
@@ -23,6 +22,7 @@ saved      modules to save, which PEFT copies to train them themselves
 attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
 load       what PEFT loads: its guided steps, and whether training goes on guided
+store      what PEFT saves and pushes: our settings and the card beside it
 guide      the same for models that were wrapped elsewhere, and for full fine-tuning
 targets    what target_modules=None adapts and steers, in numbers
 """
@@ -30,7 +30,7 @@ targets    what target_modules=None adapts and steers, in numbers
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from . import load, push, step  # noqa: F401  for what they hook into: PEFT's loads and uploads, torch.optim's steps
+from . import load, step, store  # noqa: F401  what they hook into: PEFT's loads, saves and uploads, torch.optim's steps
 from .config import DriftConfig
 from .field_docs import describe, own_fields
 from .fit import check_fingerprint, fitting_modules, weight_products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -139,6 +140,13 @@ class DriftConfig(DriftSettings, LoraConfig):
         lora["init_lora_weights"] = True if self.init_lora_weights == "drift" else self.init_lora_weights
         return LoraConfig(**lora)
 
+    def beside(self, lora: LoraConfig) -> DriftConfig:
+        """These settings with the LoRA of an adapter that `guide` steers, whose config is not ours."""
+        both = copy.copy(self)
+        for f in fields(LoraConfig):
+            setattr(both, f.name, getattr(lora, f.name))
+        return both
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the guided steps so far as a plain number."""
         return {**super().to_dict(), "drift_steps": int(self.drift_steps)}
@@ -152,9 +160,13 @@ class DriftConfig(DriftSettings, LoraConfig):
             'residual'
         """
         self.to_lora().save_pretrained(save_directory, **kwargs)
+        self.save_settings(Path(save_directory))
+
+    def save_settings(self, folder: Path) -> None:
+        """What is ours in the folder of an adapter: `drift_config.json`, and a section of the card."""
         own = {name: value for name, value in self.to_dict().items() if name in _stored_fields()}
-        write_text(Path(save_directory, DRIFT_CONFIG), json.dumps(own, indent=2, sort_keys=True) + "\n")
-        update_card(Path(save_directory), self)
+        write_text(folder / DRIFT_CONFIG, json.dumps(own, indent=2, sort_keys=True) + "\n")
+        update_card(folder, self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> DriftConfig:
@@ -179,8 +191,9 @@ class DriftConfig(DriftSettings, LoraConfig):
         own = cls.stored(source, subfolder, **hub)
         if own is None:
             raise ValueError(
-                f"'{source}' has no {DRIFT_CONFIG}, so it was not trained with DriftConfig: load it as plain LoRA "
-                "with PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
+                f"'{source}' has no {DRIFT_CONFIG}, with which adapters are saved that DriftConfig or guide() steers: "
+                "load it as plain LoRA with PeftModel.from_pretrained(base, folder), or steer it with guide(model, "
+                "prior)."
             )
         if "prior" in given:
             own["prior_sha256"] = None  # the new file is accepted as it is

@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
-from ..prior import ReasoningPrior
+from ..prior import ReasoningPrior, origins_of
 from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
 from .fit import (
@@ -37,8 +37,9 @@ def guide(
 
     Everything trainable that has a Δ in the prior is steered: the LoRA adapters, and tensors that are trained
     themselves, such as all weights of a model without adapters (the paper's own setting). An adapter's start stays as
-    it is, and so does what it saves. Calling it again replaces the settings. Returns the model. At each optimizer step
-    the bias of DRIFT (arXiv 2510.15050, equations 3 and 4) is subtracted from the gradients, which are then complete.
+    it is. A PeftModel saves it as plain LoRA, with these settings beside it as those of a `DriftConfig`. Calling it
+    again replaces the settings. Returns the model. At each optimizer step the bias of DRIFT (arXiv 2510.15050,
+    equations 3 and 4) is subtracted from the gradients, which are then complete.
 
     Tensors that are trained themselves are steered by what is still missing, Δ − (W − W_0), and so a copy of W_0 is
     kept beside them; the paper's constant direction, drift_target="delta", needs none.
@@ -87,6 +88,7 @@ def guide(
         r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
         **settings,
     )
+    config.origins = () if prior is None else origins_of(prior.metadata)
     for name, layer, adapter in layers:
         if prior is None or module_kind(name):
             _refuse_layer(model, name, layer, adapter, config)

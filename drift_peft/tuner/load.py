@@ -13,6 +13,7 @@ from ..warn import warn
 from .config import DriftConfig, settings_file
 from .patches import in_place_of
 from .settings import DriftSettings, listed_modules
+from .steered import settings_of
 from .unguided import Unguided
 
 ALONE = "PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)"
@@ -34,9 +35,9 @@ def _noticing(
 ) -> Any:
     """Trainer comes here when it resumes, and for the best checkpoint at the end."""
     result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-    config = model.peft_config[adapter_name]
+    config = settings_of(model, adapter_name)
     way = BESIDE.format(name=adapter_name) if len(model.peft_config) > 1 else ALONE
-    if isinstance(config, DriftConfig):
+    if config is not None:
         known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
         if known:
             config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
@@ -46,9 +47,7 @@ def _noticing(
                 _warn_of_other_settings(config, stored, model_id)
         if is_trainable:
             _warn_of_ended_schedule(config)
-    elif is_trainable:
-        _warn_of_plain_training(model_id, kwargs, way)
-    if not is_trainable and _was_guided(model_id, kwargs):
+    if not (config and is_trainable) and _was_guided(model_id, kwargs):
         Unguided(model.get_base_model(), adapter_name, _plain_training(model_id, way))
     return result
 
@@ -60,15 +59,11 @@ def _noticing_without_wrapper(
     """The same of transformers' own models, into which it injects adapters without PEFT's wrapper around them."""
     result = load_adapter(model, peft_model_id, *args, **kwargs)
     name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
-    if isinstance(config := model.peft_config.get(name), DriftConfig):
+    if guided := isinstance(config := model.peft_config.get(name), DriftConfig):
         config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
-    if peft_model_id is None:
-        return result
-    if not kwargs.get("is_trainable"):
-        if _was_guided(peft_model_id, kwargs):
-            Unguided(model, name, _plain_training(peft_model_id, ALONE))
-    elif kwargs.get("peft_config") is None:
-        _warn_of_plain_training(peft_model_id, kwargs, ALONE)
+    plain = not (guided and kwargs.get("is_trainable"))
+    if peft_model_id is not None and plain and _was_guided(peft_model_id, kwargs):
+        Unguided(model, name, _plain_training(peft_model_id, ALONE))
     return result
 
 
@@ -80,11 +75,6 @@ def _settings(source: str, kwargs: dict) -> dict | None:
 def _was_guided(source: str, kwargs: dict) -> bool:
     hub, _, _ = PeftConfig._split_kwargs(kwargs)
     return settings_file(source, **hub) is not None  # unread: what is damaged in it is no matter of inference
-
-
-def _warn_of_plain_training(source: str, kwargs: dict, way: str) -> None:
-    if _settings(source, kwargs):
-        warn(_plain_training(source, way))
 
 
 def _plain_training(source: str, way: str) -> str:

@@ -16,11 +16,10 @@ from ..checkpoints import (
     auto_class_of,
     convert_peft_config_for_transformers,
     language_model_targets,
-    named,
     quantization_of,
 )
 from ..keeping import keep_4bit_differentiable, keepings_of, warn_of_lost_passes
-from ..prior import ReasoningPrior, read_merge
+from ..prior import ReasoningPrior, origins_of, read_merge
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
@@ -305,15 +304,8 @@ def _open_prior(config: DriftConfig) -> ReasoningPrior:
             "DriftConfig.from_pretrained(folder, prior=…)."
         )
     config.prior_sha256 = prior.sha256
-    config.expert = " and ".join(dict.fromkeys(_experts(prior.metadata))) or None
+    config.origins = origins_of(prior.metadata)
     return prior
-
-
-def _experts(header: dict) -> list[str]:
-    """The names of the experts that a prior, or what it was combined from, was made from."""
-    if header.get("expert"):
-        return [named(header["expert"])]
-    return [expert for parent in header.get("parents", ()) for expert in _experts(parent)]
 
 
 def _rank(config: DriftConfig, module_name: str) -> int:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
-from ..checkpoints import module_kind, pattern_matches
+from ..checkpoints import module_kind, named, pattern_matches
 from ..choices import MODULES
 from ..prior import MergedDelta
 
@@ -123,12 +123,18 @@ class DriftSettings:
     repeated_steps: ClassVar[int] = 0  # steps taken twice on the same gradients
     iteration: ClassVar[Any] = 0  # guided steps before this iteration, in which several optimizers may step
     stepped: ClassVar[frozenset] = frozenset()  # what they have trained in it so far
-    expert: ClassVar[str | None] = None  # of the prior
+    origins: ClassVar[Sequence[tuple[str, dict]]] = ()  # (role, id and revision) of what the prior was made from
     merged: ClassVar[MergedDelta | None] = None  # the part of Δ that the base has taken in
     trained_on: ClassVar[str | None] = None  # name of the data set
     training: ClassVar[str | None] = None  # Trainer's settings, in words
     keeping: ClassVar[str | None] = None  # what keeps the model, in words
     loaded_by: ClassVar[str | None] = None  # the name of the auto class that loads the base
+
+    @property
+    def expert(self) -> str | None:
+        """The names of the experts that the prior, or what it was combined from, was made from."""
+        experts = dict.fromkeys(named(origin) for role, origin in self.origins if role == "expert")
+        return " and ".join(experts) or None
 
     @property
     def guides(self) -> bool:

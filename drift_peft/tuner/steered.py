@@ -12,6 +12,7 @@ from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -293,6 +294,13 @@ def all_steered(model: nn.Module) -> list[Steered]:
     """Everything of a model that is steered, in module order, whether it is active or not."""
     # vars: PEFT's wrapper of a module to save passes on its copy's attributes, and that copy comes by itself.
     return [s for module in model.modules() for s in vars(module).get("drift_peft", {}).values() if s.present]
+
+
+def settings_of(model: PeftModel, adapter: str) -> DriftConfig | None:
+    """What steers an adapter: its own DriftConfig, or the settings that `guide` was given; None of plain LoRA."""
+    if isinstance(config := model.peft_config[adapter], DriftConfig):
+        return config
+    return next((s.config for s in all_steered(model) if s.adapter == adapter), None)
 
 
 def steered_of(model: nn.Module) -> list[Steered]:

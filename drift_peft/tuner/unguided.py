@@ -1,6 +1,7 @@
-"""Adapters that were trained with guidance and were loaded for inference: it is said when a step trains one after all.
+"""Adapters that were trained with guidance and were loaded without it: it is said when a step trains one.
 
-PEFT makes an adapter trainable as soon as it becomes the active one, so loading is too early to say anything.
+Loading is too early to say anything: PEFT makes an adapter trainable as soon as it becomes the active one, and `guide`
+steers what is loaded already.
 """
 
 from __future__ import annotations

@@ -120,35 +120,16 @@ def test_a_loaded_config_is_for_training(pair, trained):
     assert not any(p.requires_grad for p in served.parameters())
 
 
-PLAIN = {
-    "PeftModel.from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
-    "a config": lambda base, folder: PeftModel.from_pretrained(
-        base, folder, config=LoraConfig.from_pretrained(folder), is_trainable=True
-    ),
-    "a second adapter": lambda base, folder: get_peft_model(base, LoraConfig(target_modules=["v_proj"])).load_adapter(
-        folder, "ours", is_trainable=True
-    ),
-    "into plain LoRA": lambda base, folder: get_peft_model(
-        base, LoraConfig(r=2, target_modules=["q_proj"])
-    ).load_adapter(folder, "default", True),
-    "transformers": lambda base, folder: base.load_adapter(str(folder), is_trainable=True),
-}
-
-
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=transformers_takes_it if how == "transformers" else ()) for how in PLAIN]
-)
-def test_training_that_would_be_plain_is_said(pair, trained, how):
-    with pytest.warns(
-        UserWarning, match=r"checkpoint-1' was trained with guidance, and without its DriftConfig .* plain"
-    ):
-        PLAIN[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
-
-
-def second_adapter(base, folder):
+def second_adapter(base, folder, is_trainable=False):
     model = get_peft_model(base, LoraConfig(target_modules=["v_proj"]))
-    model.load_adapter(folder, "ours")
+    model.load_adapter(folder, "ours", is_trainable)
     model.set_adapter("ours")
+    return model
+
+
+def into_plain_lora(base, folder):
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.load_adapter(folder, "default", True)
     return model
 
 
@@ -174,6 +155,16 @@ FOR_INFERENCE = {
     "a copy": lambda base, folder: copy.deepcopy(made_trainable(PeftModel.from_pretrained(base, folder))),
     "transformers": lambda base, folder: base.load_adapter(str(folder)) and made_trainable(base),
 }
+TO_TRAIN = {
+    "PeftModel.from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
+    "a config": lambda base, folder: PeftModel.from_pretrained(
+        base, folder, config=LoraConfig.from_pretrained(folder), is_trainable=True
+    ),
+    "a second adapter": lambda base, folder: second_adapter(base, folder, is_trainable=True),
+    "into plain LoRA": into_plain_lora,
+    "transformers": lambda base, folder: base.load_adapter(str(folder), is_trainable=True) and base,
+}
+WAYS = [("for inference", how) for how in FOR_INFERENCE] + [("to train", how) for how in TO_TRAIN]
 
 
 def step(model, optimizer=None):
@@ -185,20 +176,21 @@ def step(model, optimizer=None):
 
 
 @pytest.mark.parametrize(
-    "how",
-    [pytest.param(how, marks=transformers_takes_it if how == "transformers" else ()) for how in FOR_INFERENCE],
+    ("loaded", "how"),
+    [pytest.param(*way, marks=transformers_takes_it if way[1] == "transformers" else ()) for way in WAYS],
 )
-def test_what_was_loaded_for_inference_and_is_trained_is_said_once(pair, trained, how):
+def test_what_was_guided_and_is_trained_without_is_said_once(pair, trained, loaded, how):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = FOR_INFERENCE[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
+        ways = {"for inference": FOR_INFERENCE, "to train": TO_TRAIN}[loaded]
+        model = ways[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
         assert not [w for w in caught if "guidance" in str(w.message)]
         step(model, step(model))
     [said] = [str(w.message) for w in caught if "guidance" in str(w.message)]
     assert "checkpoint-1' was trained with guidance, and without" in said and "load it with " in said
 
 
-def test_what_was_loaded_for_inference_and_stays_so_is_not_said(pair, trained):
+def test_what_is_not_trained_or_steered_again_is_not_said(pair, trained):
     folder = trained[0] / "checkpoint-1"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*guidance")
@@ -206,6 +198,7 @@ def test_what_was_loaded_for_inference_and_stays_so_is_not_said(pair, trained):
         step(wrapped(pair))
         step(get_peft_model(copy.deepcopy(pair.base), LoraConfig(target_modules=["q_proj"])))
         step(guide(made_trainable(PeftModel.from_pretrained(copy.deepcopy(pair.base), folder)), pair.prior))
+        step(guide(PeftModel.from_pretrained(copy.deepcopy(pair.base), folder, is_trainable=True), pair.prior))
         served.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
         served.set_adapter("other")
         served.delete_adapter("default")

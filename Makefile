@@ -1,6 +1,6 @@
 # make demo    watch DRIFT work, in a minute and a half on two CPU cores
 # make test    the whole test suite
-# make test-slow          what takes half a minute a test, on top of that
+# make test-slow          the slow tests, on top of that: many seconds each
 # make test-faults        kills, full disks, changing inputs, wrong types: nine minutes of them
 # make test-cuda          what needs a GPU, on the first one
 # make test-distributed   DeepSpeed, on three processes

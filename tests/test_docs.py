@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import tomllib
 import warnings
 from importlib.util import find_spec
 
@@ -207,6 +208,42 @@ def test_the_page_of_plugins_names_the_versions_that_are_tested():
         listed = (ROOT / "tests" / "integrations" / f"{file}.txt").read_text(encoding="utf-8")
         version = re.search(rf"^{tool.replace('LLaMA-Factory', 'llamafactory')}==(\S+)", listed, re.M)[1]
         assert f"{tool} {version}" in page
+
+
+def test_versions_are_those_that_are_taken_and_tested():
+    """Where a text says from which version on a package is taken, or which one was tested."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [*required["dependencies"], *required["optional-dependencies"]["recipes"]]
+    lowest = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(required), re.M))
+    files = ("constraints.txt", "constraints-oldest.txt")
+    texts = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+    pinned, oldest = (dict(re.findall(r"^([\w-]+)==(\S+)", text, re.M)) for text in texts)
+    assert all(f"{oldest[name]}.".startswith(f"{lowest[name]}.") for name in oldest.keys() & lowest.keys() - {"torch"})
+    said = 0
+    for path in [*TEXTS.values(), ROOT / "CHANGELOG.md"]:
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))
+        for name, version in re.findall(
+            r"\b(torch|PEFT|transformers|bitsandbytes|huggingface_hub|TRL) from ([\d.]*\d)", text
+        ):
+            assert lowest[name.lower()] == version, path
+            said += 1
+    assert said > 5
+    limits = read("limits.md")
+    (versions,) = re.findall(
+        r"TRL is (\S+) in the tests with the pinned versions, and (\S+) in those with the oldest", limits
+    )
+    assert all(f"{file['trl']}.".startswith(f"{one}.") for file, one in zip((pinned, oldest), versions, strict=True))
+    for name in ("PEFT", "huggingface_hub"):
+        (version,) = re.findall(rf"- \*\*{name} ([\d.]+)\*\* ", limits)
+        assert oldest[name.lower()].startswith(f"{version}.")
+    assert f"[families](families.md) is of {pinned['transformers'].rpartition('.')[0]}." in limits
+
+
+def test_the_start_says_what_the_small_extras_bring():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for extra in ("keep", "report"):
+        (row,) = re.findall(rf"^\| `\[{extra}\]` \| (.+) \|$", read("index.md"), re.M)
+        assert all(re.split(r"\W*>=", package)[0] in row for package in extras[extra])
 
 
 def test_the_families_page_has_every_type():

@@ -38,7 +38,7 @@ def keep(
         keep_set: from `make_keep_set`; or its file, folder or hub id.
         processor: of the model.
         weight: w.
-        bound: ρ; what is added is at most ρ times as long as the gradient. None: as long as it is.
+        bound: ρ; what is added is at most ρ times as long as the gradient. None: no limit.
         batch_size: answers a step, in each process.
         every: keep at every n-th step only.
         seed: of the order of the keep set, and of dropout there. An optimizer that is resumed goes on in this order.

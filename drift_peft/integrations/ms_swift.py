@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,7 @@ class DriftTuner(PeftTuner):
             ValueError: as of PluginSettings.read, or nothing says how a checkpoint of ours was kept.
         """
         if isinstance(model, PeftModel) and "adapter_name" in kwargs:  # --ref_adapters: one that is not trained
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The adapter .* was trained with guidance")
-                model.load_adapter(model_id, **kwargs)
+            model.load_adapter(model_id, **kwargs)
             return model
         if not kwargs.get("is_trainable"):
             return PeftModel.from_pretrained(model, model_id, **kwargs)

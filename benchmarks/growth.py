@@ -37,7 +37,7 @@ from forks import fork_context
 from known_pair import HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, make_base, make_expert, shapes
 from models import qwen2_5_vl_7b, random_nf4, random_prior
 from prior_build import forget, peak_memory, timed
-from step_overhead import listen, quiet
+from step_overhead import listen, optimizers, quiet
 from transformers import Qwen2_5_VLConfig
 
 from drift_peft import ReasoningPrior, build_prior, guide, language_model_targets, merge_adapter
@@ -194,7 +194,7 @@ def in_training(points: list[Sizes]) -> dict[Sizes, dict[str, float]]:
 def beyond_lora(model, tokens: int) -> float:
     """Seconds that a guided `optimizer.step()` takes beyond a plain one, in turns on the gradient of one backward."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, steered = torch.optim.AdamW(parameters, lr=1e-4), steered_of(model)
+    of, steered = optimizers(model), steered_of(model)
     ids = torch.randint(100, (1, tokens))
     model.train()(input_ids=ids, labels=ids).loss.backward()
     gradients = [p.grad for p in parameters]
@@ -206,7 +206,7 @@ def beyond_lora(model, tokens: int) -> float:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient.clone()
             start = time.perf_counter()
-            optimizer.step()
+            of[guided].step()
             seconds[guided] = time.perf_counter() - start
         differences.append(seconds[True] - seconds[False])
     return statistics.median(differences[1:])

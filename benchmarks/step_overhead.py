@@ -5,7 +5,8 @@ python benchmarks/step_overhead.py --python
 
 A random-weight model at the widths of Qwen2.5-VL-7B's language model, NF4 base, r=16, prior of rank 64, gradient
 checkpointing, AdamW. Plain and guided steps alternate on one model in one process, so that whatever else the machine
-does hits both; the ratio is the median over pairs. `--digits` does the same on the demo's model, as it trains there.
+does hits both; the ratio is the median over pairs. LoRA is also measured alone, before there is any guidance: that is
+its peak memory, since Δ_r stays with a guided model. `--digits` does the same on the demo's model, as it trains there.
 `--published` adds the paper's own setting: full fine-tuning in bf16, the whole Δ in CPU memory, copied to the device
 and subtracted from each weight's gradient in a backward hook. `--python` measures something else: what guiding 196
 adapters costs the processor where the arithmetic is next to nothing, before and after an optimizer's own update.
@@ -37,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLForConditional
 
 from drift_peft import DriftConfig, build_prior, guide, language_model_targets
 from drift_peft.checkpoints import canonical_name, module_kind
+from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.tuner.batches import bias_gradients, groups_of
 from drift_peft.tuner.steered import steered_of
 
@@ -65,35 +67,50 @@ def peak(device: torch.device) -> float | None:
 def listen(steered: list, guided: bool) -> None:
     """Guide the next step, or leave it plain LoRA: no bias, and no taps of drift_norm="weight"."""
     for s in steered:
-        s.alpha = float(guided)
+        s.config.drift_alpha = float(guided)
         if s.capture is not None:
             s.capture.remove()
             if guided:
                 s.capture.attach(s.module, s.adapter)
 
 
+def optimizers(model) -> dict[bool, torch.optim.Optimizer]:
+    """Of plain and of guided steps, with one state. What is guided is looked up once for an optimizer, as in training;
+    with one for both, it would be looked up anew whenever the strength has changed."""
+    plain, guided = (torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4) for _ in range(2))
+    guided.state = plain.state
+    return {False: plain, True: guided}
+
+
+def lora_alone(model, inputs: dict[str, torch.Tensor], steps: int) -> dict:
+    """Median and peak of plain LoRA's steps, of a model without guidance."""
+    device, optimizer = next(iter(inputs.values())).device, optimizers(model)[False]
+    times = [timed_step(model, optimizer, inputs) for _ in range(2)]  # these warm up
+    peak(device)
+    times = [timed_step(model, optimizer, inputs) for _ in range(steps)]
+    return {"lora_alone_s": statistics.median(times), "lora_peak_gb": peak(device)}
+
+
 def compare(model, inputs: dict[str, torch.Tensor], steps: int) -> dict:
     """Alternate plain and guided steps; medians, the ratio's median and its quartiles."""
     device = next(iter(inputs.values())).device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    steered = steered_of(model)
-    times, peaks = {False: [], True: []}, {False: None, True: None}
+    of, steered = optimizers(model), steered_of(model)
+    times, guided_peak = {False: [], True: []}, None
     for step in range(steps + 2):  # the first two warm up
         for guided in (False, True) if step % 2 else (True, False):
             listen(steered, guided)
             peak(device)
-            seconds = timed_step(model, optimizer, inputs)
+            seconds = timed_step(model, of[guided], inputs)
             if step >= 2:
                 times[guided].append(seconds)
-                peaks[guided] = peak(device)
+                guided_peak = peak(device) if guided else guided_peak
     ratios = sorted(after / before for before, after in zip(times[False], times[True], strict=True))
     return {
         "lora_s": statistics.median(times[False]),
         "drift_s": statistics.median(times[True]),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "lora_peak_gb": peaks[False],
-        "drift_peak_gb": peaks[True],
+        "drift_peak_gb": guided_peak,
         "prior_gb": sum(t.nbytes for s in steered for t in s.prior.values()) / 1e9,
     }
 
@@ -133,14 +150,15 @@ def measure_7b(layers: int, tokens: list[int], steps: int, device: torch.device,
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
-    rows = []
+    rows, inputs = [], {length: torch.randint(100, (1, length), device=device) for length in tokens}
+    inputs = {length: {"input_ids": ids, "labels": ids} for length, ids in inputs.items()}
+    alone = {length: lora_alone(model, inputs[length], steps) for length in tokens}
     for norm, lengths in (("factor", tokens), ("weight", tokens[:1])):
         with quiet():
             guide(model, str(prior), drift_norm=norm)
         for length in lengths:
-            ids = torch.randint(100, (1, length), device=device)
             row = {"model": f"7B widths, {layers} of 28 layers, NF4", "tokens": length, "norm": norm}
-            rows.append({**row, **compare(model, {"input_ids": ids, "labels": ids}, steps)})
+            rows.append({**row, **alone[length], **compare(model, inputs[length], steps)})
         if norm == "factor":
             rows[0]["guidance_alone_s"] = guidance_alone(model, device)
     return rows
@@ -156,13 +174,16 @@ def measure_digits(steps: int) -> list[dict]:
     model, processor = load(VLM, four_bit=True)
     prior = Path(tempfile.mkdtemp()) / "prior.safetensors"
     build_prior(EXPERT, VLM, prior, rank=64, progress=False)
-    with quiet():
-        model = get_peft_model(model, DriftConfig(prior=prior, **ADAPTER)).train()
     inputs = dict(
         encode(processor, make_samples(BATCH, ["solve"], np.random.default_rng(0), Digits("train"), operations=(2, 3)))
     )
+    keep_4bit_differentiable(model)
+    model = get_peft_model(model, LoraConfig(target_modules=language_model_targets(model), **ADAPTER)).train()
+    alone = lora_alone(model, inputs, steps)
+    with quiet():
+        guide(model, str(prior))
     row = {"model": "the demo's, NF4", "tokens": inputs["input_ids"].numel(), "norm": "factor"}
-    return [{**row, **compare(model, inputs, steps)}]
+    return [{**row, **alone, **compare(model, inputs, steps)}]
 
 
 class Stopwatch(torch.optim.Optimizer):
@@ -272,13 +293,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += measure_digits(args.steps) if args.digits else []
     published = measure_published(args.layers, args.tokens[0], 3, device, args.smallest) if args.published else {}
 
-    columns = "model", "tokens", "norm", "LoRA s/step", "DRIFT s/step", "ratio", "quartiles", "LoRA peak GB"
-    table = Table(*columns, "DRIFT peak GB", "Δ_r GB", title=f"one training step on {device_name(device)}")
+    columns = "model", "tokens", "norm", "LoRA alone s/step", "LoRA s/step", "DRIFT s/step", "ratio", "quartiles"
+    columns += "LoRA alone peak GB", "DRIFT peak GB", "Δ_r GB"
+    table = Table(*columns, title=f"one training step on {device_name(device)}")
     for row in rows:
         memory = [row["lora_peak_gb"], row["drift_peak_gb"]]
         memory = ["no CUDA" if gb is None else f"{gb:.2f}" for gb in memory]
         spread = "–".join(f"{q:.3f}" for q in row["ratio_quartiles"])
-        times = f"{row['lora_s']:.3f}", f"{row['drift_s']:.3f}", f"{row['ratio']:.3f}"
+        times = (f"{row[key]:.3f}" for key in ("lora_alone_s", "lora_s", "drift_s", "ratio"))
         table.add_row(row["model"], str(row["tokens"]), row["norm"], *times, spread, *memory, f"{row['prior_gb']:.3f}")
     console = Console(width=160)
     console.print(table)

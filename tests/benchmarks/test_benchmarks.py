@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing.util
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ import spectrum as spectra
 import step_overhead
 import torch
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum
+
+from drift_peft.tuner import step as step_module
+from drift_peft.tuner.steered import steered_of
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -77,8 +81,44 @@ def test_step_overhead_in_its_smallest_size(capsys):
     ]
     assert "demo" in result["rows"][3]["model"]
     for row in result["rows"]:
-        assert row["ratio"] > 0 and row["drift_s"] > 0 and row["lora_peak_gb"] is None
+        assert row["ratio"] > 0 and row["drift_s"] > 0 and row["lora_alone_s"] > 0 and row["lora_peak_gb"] is None
     assert result["published"]["published_s"] > 0 and "not measured: no CUDA device" in printed
+
+
+@pytest.fixture
+def narrow():
+    """A LoRA model of one narrow layer that is not guided yet, the file of a prior, and a batch."""
+    model = step_overhead.random_nf4(step_overhead.qwen2_5_vl_7b(1, smallest=True), torch.device("cpu"))
+    prior, targets = step_overhead.random_prior(model, rank=2), step_overhead.language_model_targets(model)
+    config = step_overhead.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    ids = torch.arange(8)[None]
+    yield step_overhead.get_peft_model(model, config).train(), prior, {"input_ids": ids, "labels": ids}
+    shutil.rmtree(prior.parent)
+
+
+def test_plain_and_guided_steps_alternate(narrow, monkeypatch):
+    model, prior, inputs = narrow
+    alone = step_overhead.lora_alone(model, inputs, 1)
+    assert alone["lora_alone_s"] > 0 and alone["lora_peak_gb"] is None and not steered_of(model)
+    plans, plan = [], step_module.Plan
+    monkeypatch.setattr(step_module, "Plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    step_overhead.guide(model, str(prior), drift_norm="weight")
+    row = step_overhead.compare(model, inputs, 2)
+    assert row["ratio"] > 0 and row["prior_gb"] > 0
+    assert [bool(plan.groups) for plan in plans] in ([True, False], [False, True])  # found once, as in training
+    steered = steered_of(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = {}
+    for kind in ("plain", "guided"):
+        step_overhead.listen(steered, kind == "guided")
+        taps = sum(bool(s.module.lora_B[s.adapter]._forward_hooks) for s in steered)
+        assert taps == (len(steered) if kind == "guided" else 0)
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        backward = [p.grad.clone() for p in parameters]
+        torch.optim.SGD(parameters, lr=0.0).step()
+        gradients[kind] = all(map(torch.equal, backward, (p.grad for p in parameters)))
+    assert gradients == {"plain": True, "guided": False}
 
 
 def test_the_processors_time_of_tiny_adapters(capsys):

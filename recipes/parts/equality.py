@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from itertools import product
 
-from .options import choice, choices, numbered
+from .options import choice, choices, named, parts
 from .plain import closing, plain
 from .reading import readings
 from .units import Unit, split_unit, sum_of_units
@@ -34,7 +34,9 @@ LABEL = re.compile(
 POINT = re.compile(r"^(?P<label>[A-Z]'*(?:_\{?\w+\}?)?)\s*(?P<value>\(.*,.*\))$", re.DOTALL)
 COORDINATES = re.compile(r"^(?P<label>\(\s*[a-z](?:\s*,\s*[a-z])+\s*\))\s*=\s*(?P<value>\(.*\))$", re.DOTALL)
 RADIAN = Unit("angle", Fraction(1))  # of an angle with π and without a unit
-LISTED = re.compile(r"\d, +[+-]?\d")
+LISTED = re.compile(r"\d+(?:,\d+)+")
+GROUPED = re.compile(r"(?<=[({\[])\s*[+-]?[1-9]\d{0,2}(?:,\d{3})+(?=\s*(?:\\right)?[)}\]])")  # (1,000)^2, {1,000}
+POINTS = re.compile(r"(?:.*[A-Z)]\s*=\s*|[A-Za-z]'*\s*)?[(\[][^()\[\]]*[)\]]", re.DOTALL)  # (1,000), and no number
 INDIAN = re.compile(r"(?<![\d.,(\[{])[1-9]\d?(?:,\d\d)+,\d{3}(?![\d,])")  # 12,34,567, which may be a list, too
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
@@ -43,18 +45,27 @@ def same_answer(answer: str, gold: str, options: dict[str, str]) -> bool:
     """Whether an answer is the known one, either in any of its readings.
 
     Args:
-        options: letter -> text; then an option's letter and its text are one answer. So are its number and its text.
+        options: letter -> text; then an option's letter and its text are one answer. So are its small letter or its
+            number, and its text; but then they may be no options, and what is the same without them stays so.
     """
     both = [readings(answer), readings(gold)]
-    if "1" in options:
-        both = [texts + [text for each in texts for text in numbered(plain(each), options)] for texts in both]
+    if not options.keys().isdisjoint({"1", "a"}):
+        both = [texts + [text for each in texts for text in named(plain(each), options)] for texts in both]
         options = {}
+    one, other = (re.sub(r"[\s$]", "", text) for text in (answer, gold))
+    if one == other and LISTED.fullmatch(one):  # 100,200 and 100, 200
+        return True
     ways = [both]
-    if any(LISTED.search(plain(text)) for texts in both for text in texts):  # then 100,200 may be a list, too
-        ways.append([[re.sub(r"(?<=\d),(?=\d{3})", ", ", text) for text in texts] for texts in both])
+    if any(GROUPED.search(text) for texts in both for text in texts):
+        ways.append([[_ungrouped(text) for text in texts] for texts in both])
     if any(INDIAN.search(text) for texts in both for text in texts):
         ways.append([[INDIAN.sub(lambda number: number[0].replace(",", ""), text) for text in texts] for texts in both])
     return any(_same(plain(one), plain(other), options) for way in ways for one, other in product(*way))
+
+
+def _ungrouped(text: str) -> str:
+    """(1000)^2 of (1,000)^2; but (1,000) alone is a point."""
+    return text if POINTS.fullmatch(plain(text)) else GROUPED.sub(lambda number: number[0].replace(",", ""), text)
 
 
 def _same(answer: str, gold: str, options: dict[str, str]) -> bool:
@@ -63,6 +74,9 @@ def _same(answer: str, gold: str, options: dict[str, str]) -> bool:
     options = {letter: plain(text) for letter, text in options.items()}
     if _same_text(answer, gold):
         return True
+    found, known_parts = parts(answer), parts(gold)
+    if found and known_parts:
+        return found.keys() == known_parts.keys() and all(_equal(found[name], known_parts[name]) for name in found)
     several, known_several = choices(answer, options), choices(gold, options)
     if several and known_several:
         return several == known_several
@@ -321,6 +335,9 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the one who asks; this ends without a traceback
+    if hasattr(signal, "setitimer"):  # what the one who asks ignores or blocks would be so here, too
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
 
     import math_verify
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 
-from .reading import DOUBT
+from .reading import DOUBTS
 
 LETTERS = "ABCDEFGHIJ"
+JOINED = {"", "or", "and"}  # between the letters of a prompt; AND may be an option
 STARTS = 8  # that a question may have, as where its prompt names the letters
 MARK = re.compile(
     r"(?:^|(?<=[\s;,|({\[]))(?:[-*•]\s+)?[(\[\"'*{]{0,4}(?P<letter>[A-J])(?:[\"'*)\]]*[.:、．：]|[)\]])[)*\"']*\s*[\"']?(?=\S)"
@@ -18,9 +19,9 @@ LINES = {  # at the starts of lines, in small letters or numbered
     "123456789": re.compile(r"^[ \t]*\(?(?P<letter>[1-9])[.)]\s+(?=\S)", re.MULTILINE),
 }
 END = re.compile(r"[\s;,|/}\]\"']+$")
-PROMPT = re.compile(
-    r"[.?;,]?\s+(?=(?:Please|Answer|Select|Choose|Give|Respond|Reply|Directly|Think|You FIRST|What|Which|Output|Put|"
-    r"Find|Determine|Calculate|Compute|Solve|How|Hint)\b)"
+PROMPT = re.compile(  # in a text, `This Is How You Lose Her`, the later words may stand
+    r"[.?;,]?\s+(?=(?:Please|Answer|Select|Choose|Give|Respond|Reply|Directly|Think|You FIRST|What|Which|Output|"
+    r"Put)\b)|(?:[.?;]|(?<=[\d%°)}$]))\s+(?=(?:Find|Determine|Calculate|Compute|Solve|How|Hint)\b)"
 )
 LETTER = re.compile(
     r"(?:option|choice|answer)?\s*[(\[{<]*(?P<letter>[A-Ja-j])(?:[)\]}>]+[.:]?|[.:、．：](?=\s|$)|$)\s*(?P<text>.*)",
@@ -32,20 +33,24 @@ BEFORE = re.compile(  # `B 5`; but `A dog` has no letter, and A ∪ B is a formu
     re.DOTALL,
 )
 AFTER = re.compile(r"(?P<text>.*\S)\s*[(\[]\s*(?:option|choice)?\s*(?P<letter>[A-J])[)\]]", re.DOTALL | re.IGNORECASE)
-OTHER = re.compile(rf"{DOUBT.pattern}.*?\b(?-i:[A-J])\b(?!['’])", re.DOTALL)  # `B. Actually it is A`
+OTHER = re.compile(  # `B. Actually it is A`
+    rf"(?:.*[.,;:!?—–]\s*)?{DOUBTS}(?:[^,.:!]{{0,20}}[,.:!])?\s*(?:it\s+is|it['’]s)?\s*"
+    r"\(?(?-i:(?P<other>[A-HJ]))\)?[.\s]*",
+    re.DOTALL | re.IGNORECASE,
+)
+PART = re.compile(r"(?:^|(?<=[\s;,]))\(?([a-j])\)\s*")
 
 
 def read_options(question: str) -> dict[str, str]:
     """Letter -> text as it is written, of the options A, B, … that a question ends with; {} if there are no two.
 
-    Numbered options have numbers for letters, and no digit in a text: `2` could be one's number or another's text.
+    In small letters or numbered they may be parts of the question: see `named`. Then no text of a number has a digit:
+    `2` could be one's number or another's text.
     """
     found = _options(question, MARK, LETTERS) or _options(question, BARE, LETTERS)
     if not found:
-        small, numbered = (_options(question, pattern, names) for names, pattern in LINES.items())
-        found = {letter.upper(): text for letter, text in small.items()}
-        if not found and not re.search(r"\d", "".join(numbered.values())):
-            found = numbered
+        small, numbers = (_options(question, pattern, names) for names, pattern in LINES.items())
+        found = small or ({} if re.search(r"\d", "".join(numbers.values())) else numbers)
     return found
 
 
@@ -54,7 +59,7 @@ def _options(question: str, pattern: re.Pattern, names: str) -> dict[str, str]:
     marks = [*pattern.finditer(question)]
     starts = [i for i, mark in enumerate(marks) if mark["letter"] == names[0]]
     found = [_in_order(question, marks[start : start + len(names)], names) for start in reversed(starts[-STARTS:])]
-    told = [options for options in found if options and not {"", "or", "and"} & {*map(str.casefold, options.values())}]
+    told = [options for options in found if not {text.strip(" ,") for text in [*options.values()][:-1]} <= JOINED]
     return next(iter(told or found), {})
 
 
@@ -74,15 +79,23 @@ def _in_order(question: str, marks: list[re.Match], names: str) -> dict[str, str
 def choice(text: str) -> tuple[str, str] | None:
     """(letter, text beside it) of `B`, `(B) 5`, `[B]`, `B 5` or `5 (B)`; None if this names no option, or another."""
     match = LETTER.fullmatch(text) or BEFORE.fullmatch(text) or AFTER.fullmatch(text)
-    if not match or OTHER.match(match["text"]):
+    if not match:
         return None
-    return match["letter"].upper(), match["text"].strip()
+    letter, other = match["letter"].upper(), OTHER.fullmatch(match["text"])
+    return None if other and other["other"] != letter else (letter, match["text"].strip())
 
 
-def numbered(text: str, options: dict[str, str]) -> list[str]:
-    """The text of the option whose number an answer is, alone or beside that text: `2`, `(2)`, `2. blue`."""
-    match = re.fullmatch(r"(?is)(?:option\s+)?[(\[]?(?P<number>[1-9])[)\].:]*\s*(?P<text>.*)", text)
-    known = options.get(match["number"], "") if match else ""
+def parts(text: str) -> dict[str, str]:
+    """Letter -> text of `(a) 4 (b) 12`, an answer in parts; {} if it has not two."""
+    before, *found = PART.split(text)
+    answers = {letter: answer.strip(" ;,.") for letter, answer in zip(found[::2], found[1::2], strict=True)}
+    return answers if not before.strip() and len(answers) > 1 else {}
+
+
+def named(text: str, options: dict[str, str]) -> list[str]:
+    """The text of the option whose number or small letter an answer is, alone or beside it: `2`, `(b)`, `2. blue`."""
+    match = re.fullmatch(r"(?is)(?:option\s+)?[(\[]?(?P<name>[1-9a-j])[)\].:]*\s*(?P<text>.*)", text)
+    known = options.get(match["name"].casefold(), "") if match else ""
     return [known] if known and match["text"].casefold() in ("", known.casefold()) else []
 
 

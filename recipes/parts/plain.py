@@ -28,7 +28,7 @@ LIST = (  # (5,250) is a point, and no number
     r"(?P<list>(?:[(\[]|\\\{|(?<![A-Za-z}^_\\])\{)\s*[+-]?\d+(?:\.\d+)?(?:,[+-]?\d+(?:\.\d+)?)+\s*(?:[)\]]|\\?\}))"
 )
 WRITTEN = (  # how an answer looks, not what it says
-    (r"\\(?:(?:left|right|big|Big|displaystyle)(?![A-Za-z])|[!()\[\]])|\$(?<!\\\$)|\\(?=%)", ""),
+    (r"\\(?:left|right|big|Big|displaystyle)(?![A-Za-z])|(?<!(?<!\\)\\)\\[!()\[\]]|\$(?<!\\\$)|\\(?=%)", ""),
     (r"(\\(?:begin|end)\{)p?matrix\}", r"\1bmatrix}"), (r"\s*(&|\\\\|\\end\b)\s*", r"\1"),
     (r"(?<!\\)\\[ ,;:]|~|\\q?quad\b|\\(?:hspace|vspace)\*?\{[^{}]*\}|\\(?:thinspace|enspace|space)\b", " "),
     (r"\{\s*\}", ""),

@@ -10,6 +10,7 @@ What no rule reads has no answer: it is unfinished.
 
 from __future__ import annotations
 
+import json
 import re
 
 RULES = ("boxed", "tag", "sentence", "last line")
@@ -29,10 +30,7 @@ BOLD = re.compile(r"\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*|(?<![\w*])\*(?=\S)([^*\n]+?)
 UNDERLINE = re.compile(r"(?<!\w)__(?=\S)([^_\n]+?)(?<=\S)__(?!\w)|(?<!\w)_(?=\S)([^_\n]+?)(?<=\S)_(?!\w)")
 LINE_MARK = re.compile(r"^\s*(?:#{1,6}\s+|>\s+|[*•+]\s+|-\s+(?=[^\d\s\\$.(]))*")  # `- 5` may be minus five
 MARKDOWN = " \t*_`"
-JSON = re.compile(
-    r"""[{,]\s*["'](?:final[ _])?answer["']\s*:\s*"""
-    r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>[^\s"',{}\[\]]+))[^{}]*\}\s*(?:```)?\s*$"""
-)
+FENCE = re.compile(r"\A\s*```(?:json)?(?=[\s{])|```\s*\Z")
 HASHES = re.compile(r"####\s*(\S.*)")
 
 NAME = r"(?:(?:final|correct|right|best)\s+){0,2}(?:answer|option|choice)s?"
@@ -52,11 +50,14 @@ HEADING = re.compile(rf"(?i)^(?:the\s+|my\s+)?(?:{NAME}|ans|最终答案|答案|
 NAMED_LAST = re.compile(
     rf"(?i)(?:^|[.,:;]\s+|\b(?:so|thus|therefore|hence)\s+){NAME}\s+(?:[-–—]\s+)?(?P<said>\(?[A-J]\)?)\s*\.?$"
 )
-TAKEN_LAST = re.compile(  # a large letter: `it is a` was cut
-    r"(?:(?:^|[.,;]\s+)(?i:so|thus|therefore|hence|it['’]s|it is|→|"
+TAKEN_LAST = re.compile(  # in the last line, in a sentence of its own
+    r"(?:(?:^|[.]\s+)(?i:so|thus|therefore|hence|it['’]s|it is|→|"
     r"i(?:['’]d|['’]ll| would| will)? (?:choose|select|pick|go with))[:,]?\s+|"
-    r"(?<![不没別别])(?<!不[应應能会會可])(?<!不应该)[选選][择擇]?\s*[:：]?\s*)(?P<said>\(?[A-J]\)?)\s*[.。]?$"
+    r"(?:^|[,，.。;；:：]\s*)(?:因此|所以|故|我|[应應][该該]?|[本此这這][题題]|(?:正确|正確)?答案)*[选選][择擇]?\s*[:：]?\s*)"
+    r"(?P<said>\(?[A-J]\)?)\s*[.。]?$|"
+    r"(?:^|[.]\s+)(?P<first>\(?[A-J]\)?) is (?:correct|right|(?:the|my) (?:final )?answer)\.?$"
 )
+SUPPOSED = re.compile("若|如果|假如|要是")
 LEAD_IN = re.compile(
     r"(?i)^(?:therefore|thus|then|hence|simply|clearly|indeed|definitely|likely|probably|most likely|that|equal to|"
     r"given by|(?:the\s+)?(?:option|choice|answer|letter)(?=\s+\(?[A-J]\b))[\s,:]+"
@@ -70,15 +71,16 @@ SENTENCE_END = re.compile(r"(?<![\s(\[*$][A-J])(?<!^[A-J])[.!?。]\s+(?=[A-Z*\\$
 CHOSEN = re.compile(
     r"(?i:\b(?:is|be|choose|select|pick|matches|matching|means|corresponds to|corresponding to)\s+(?:the\s+)?"
     r"(?:option|choice|answer)\s+)[(*\[]{0,3}(?P<named>[A-J])\b|"
-    r"(?<![\w.])[(*\[]{0,3}(?P<correct>[A-J])[)*\]]{0,3}\s+"
-    r"(?i:is\s+(?:(?:the\s+)?(?:correct|right|best)\b(?:\s+(?:answer|option|choice|one))?|(?:the|my)\s+(?:final\s+)?answer\b))"
+    r"(?<![\w.])[(*\[]{0,3}(?P<correct>[B-J]|A(?=[)*\]])|(?<=ption )A|(?<=hoice )A)[)*\]]{0,3}\s+"
+    r"(?i:is\s+(?:the\s+)?(?:correct|right|best)\b(?:\s+(?:answer|option|choice|one))?)"
 )
 DENIED = re.compile(r"(?i)\b(?:not|never|no|neither|cannot|wrong|incorrect|unless)\b|n't\b")
 DANGLING = re.compile(
     rf"(?i)(?:{NAME}\s+(?:is|are)|[:=,(]|\b(?:and|so|the|of|is|are|a|an|to|then|we|with|that|which|by|in))\s*$"
 )
 REFUSED = re.compile(r"(?i)\b(?:sorry|unable to|wrong|incorrect|not correct|not right|cannot|can't|isn't|doesn't)\b")
-DOUBT = re.compile(r"(?i)\b(?:wait|hold on|actually|correction|scratch that|my mistake|let me (?:re|double))")
+DOUBTS = r"\b(?:wait|hold on|actually|correction|scratch that|my mistake|let me (?:re|double))"
+DOUBT = re.compile(rf"(?i){DOUBTS}")
 CLAUSE = re.compile(r"(?i)^(?:since|because|as|given|given that)\s[^,]*,\s*")
 SO = re.compile(
     r"(?i)^(?:(?:and|so|thus|therefore|hence|consequently|finally|then|now|in conclusion|overall|this means|that|"
@@ -90,7 +92,8 @@ VERB = re.compile(
 )
 LABEL = re.compile(r"(?i)^(?:the\s+)?[a-z][a-z' -]{0,30}:\s*(?=\S)")
 LEADING = re.compile(r"(?i)^(?:yes|no|true|false)(?=\s*(?:[,.;:!—–]|$))(?!\s*[,/]\s*(?:yes|no)\b)")
-YES_OR_NO = re.compile(r"(?i)\b(?:yes|no|true|false)\b")
+BACK = re.compile(r"(?i)(?:^|[,.;!—–])\s*(yes|no|true|false)\s*[.!]*$")
+OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
 STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
 VALUE_WORD = re.compile(r"[^\W\d_]{2,}")
@@ -112,10 +115,10 @@ def extract_boxed(text: str) -> str | None:
 def read_answer(text: str) -> tuple[str, str] | None:
     r"""The answer and its rule; None if the text was cut, or answers nothing that a rule finds.
 
-    After the thinking: the last \boxed{…}; an <answer>…</answer>, JSON's {"answer": …} or GSM8K's `#### …`; the last
-    sentence that says an answer (`the answer is …`, `Answer:` with the answer below it, `Yes, …`, a last sentence `So
-    the angle is …`); all of it if it is one short line, or the last line if that is a value. Then a \boxed{…} within
-    the thinking.
+    After the thinking: the last \boxed{…}; an <answer>…</answer>, a JSON object {…, "answer": …} and nothing else, or
+    GSM8K's `#### …`; the last sentence that says an answer (`the answer is …`, `Answer:` with the answer below it,
+    `Yes, …`, a last sentence `So the angle is …`); all of it if it is one short line, or the last line if that is a
+    value. Then a \boxed{…} within the thinking.
     """
     marks = [*THOUGHT_END.finditer(text)]
     thought, rest = (text[: marks[-1].start()], text[marks[-1].end() :]) if marks else ("", text)
@@ -129,8 +132,8 @@ def read_answer(text: str) -> tuple[str, str] | None:
         return tagged
     if torn:
         return None
-    if keyed := JSON.search(rest):
-        return (keyed["double"] or keyed["single"] or keyed["bare"]).replace(r"\\", "\\"), "tag"
+    if keyed := _keyed(rest):
+        return keyed, "tag"
     lines = _lines(rest)
     if not lines:
         boxed = extract_boxed(thought)
@@ -184,6 +187,20 @@ def _tagged(rest: str) -> tuple[tuple[str, str] | None, bool]:
     return tagged, opened is not None
 
 
+def _keyed(rest: str) -> str | None:
+    """12 of `{"answer": "12"}`, fenced or not; nothing may stand beside it, as where it is an example or code."""
+    text = FENCE.sub("", rest).strip()
+    if not (text.startswith("{") and text.endswith("}")):
+        return None
+    try:
+        found = json.loads(text, parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
+        return None
+    key, answer = [*found.items()][-1] if found else ("", None)  # in front of a unit, or a correction, it is not all
+    named = key in ("answer", "final_answer", "final answer") and isinstance(answer, str | bool)
+    return str(answer).strip() if named else None
+
+
 def _lines(text: str) -> list[str]:
     """Lines that say something, without Markdown; display mathematics in one line."""
     text = DISPLAY.sub(lambda m: f" ${' '.join((m[1] or m[2] or '').split())}$ ", text)
@@ -198,7 +215,7 @@ def _bare(line: str) -> str:
 
 
 def _said(lines: list[str]) -> tuple[str, str] | None:
-    """What the last `answer is …` says; ("", …) never: where nothing follows, the text was cut."""
+    """What the last `answer is …` says, or else `I choose B` at the end; ("", …) never: then the text was cut."""
     for number in range(len(lines) - 1, -1, -1):
         line, below = lines[number], lines[number + 1 : number + 3]  # two tell whether the next one is the last
         chosen = next((m for m in reversed([*CHOSEN.finditer(line)]) if not DENIED.search(_sentence_of(line, m))), None)
@@ -209,7 +226,7 @@ def _said(lines: list[str]) -> tuple[str, str] | None:
                 return _clause(below[0]), "sentence"
             if letter:
                 return letter, "sentence"
-            if named := NAMED_LAST.search(line) or TAKEN_LAST.search(line):
+            if named := NAMED_LAST.search(line):
                 return named["said"], "sentence"
             continue
         answer = line[marks[-1].end() :].rstrip(MARKDOWN).strip(" :")
@@ -223,7 +240,8 @@ def _said(lines: list[str]) -> tuple[str, str] | None:
         if letter and chosen.start() > marks[-1].start() and not LETTER_FIRST.match(answer):
             return f"({letter}) {answer}", "sentence"
         return (answer, "sentence") if answer else None
-    return None
+    taken = TAKEN_LAST.search(lines[-1]) if lines and not SUPPOSED.search(lines[-1]) else None
+    return (taken["said"] or taken["first"], "sentence") if taken else None
 
 
 def _alone(lines: list[str]) -> tuple[str, str] | None:
@@ -253,9 +271,11 @@ def _concluded(lines: list[str]) -> tuple[str, str] | None:
 
 def _leading(line: str) -> str | None:
     """Yes of `Yes, …`, unless it is taken back: `Yes, but actually no`."""
-    leading = LEADING.match(line)
-    doubt = DOUBT.search(line)
-    return leading[0] if leading and not (doubt and YES_OR_NO.search(line, doubt.end())) else None
+    leading, doubt = LEADING.match(line), DOUBT.search(line)
+    back = BACK.search(line[doubt.end() :]) if doubt else None
+    if not leading or (back and back[1].casefold() == OPPOSITE[leading[0].casefold()]):
+        return None
+    return leading[0]
 
 
 def _conclusion(line: str) -> str | None:

@@ -66,6 +66,7 @@ def split_unit(text: str, tight: bool = False) -> tuple[str, Unit | None]:
             rest = text.replace(sign, " ", 1).strip()
             rest = re.sub(r"^US\s+", "", re.sub(r"^-\s+", "-", rest))
             return (rest, _of_pint(name)) if rest else (text, None)
+    text = re.sub(r"\s*[(\[]\s*\\?%\s*[)\]]$", r"\\%", text)  # 5 (%)
     if bracketed := BRACKETED.fullmatch(text):  # a unit, or a factor of the value
         value, unit = split_unit(f"{bracketed[1]} {bracketed[2]}", tight)
         return (value, unit) if value == bracketed[1] else (text, None)
@@ -107,7 +108,9 @@ def _of_pint(written: str) -> Unit | None:
     text = re.sub(r"(?i)\b(?:cubic|cu)\b\.?\s+([^\W\d_]+)", r"\1^3", text)
     text = re.sub(r"(?i)\s+squared\b", "^2", re.sub(r"(?i)\s+cubed\b", "^3", text))
     text = re.sub(r"(?i)\bper\b", "/", text)
-    text = re.sub(r"\s*\^\s*\(?(-?\d)\)?|(?<=[^\W\d_])([23])", r"**\1\2", text)
+    text = re.sub(
+        r"\s*\^\s*\(?(-?\d)\)?|(?<=\bm|\bs)([23])|(?<=\bcm|\bmm|\bdm|\bkm|\bin|\bft|\byd)([23])", r"**\1\2\3", text
+    )
     text = re.sub(r"(?<=[\w])\s+(?=[^\W\d_])", "*", text.strip())
     words = re.findall(r"[^\W\d_]+", text)
     if not words or any(word.casefold() in NO_UNIT or (len(word) == 1 and word not in SINGLE) for word in words):

@@ -11,6 +11,7 @@ only a main thread may set, and a comparison need not end. What is not decided i
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -80,13 +81,16 @@ class Judge:
                 process, self.process = self.process or self._started(), None  # kept again if it replies
                 late = threading.Event()
                 timer = threading.Timer(PATIENCE, lambda process=process, late=late: (late.set(), process.kill()))
-                timer.start()
                 try:
+                    timer.start()
                     process.stdin.write(question)
                     process.stdin.flush()
                     reply = process.stdout.readline()
                 except OSError:
                     reply = ""
+                except BaseException:  # Ctrl-C: nobody will read the reply
+                    process.kill()
+                    raise
                 finally:
                     timer.cancel()
                 if reply.endswith("\n"):
@@ -109,8 +113,13 @@ class Judge:
             encoding="utf-8",
         )
         if process.stdout.readline() != "ready\n":  # it has imported sympy
-            raise ChildProcessError("the process that compares answers did not start: its own message is above")
+            raise ChildProcessError(
+                f"the process that compares answers ended with {process.wait()} before it was ready: "
+                "its own message, if it wrote one, is above"
+            )
         return process
 
 
 _judge = Judge()
+if hasattr(os, "register_at_fork"):  # two that asked one process would read each other's replies
+    os.register_at_fork(after_in_child=_judge.__init__)

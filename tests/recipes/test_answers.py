@@ -174,6 +174,50 @@ def test_no_comparison_waits_for_ever(monkeypatch):
     assert answers._judge("1", "10^{10^{10}}", {}) is None
 
 
+def test_a_process_starts_where_the_signal_of_its_time_is_ignored(monkeypatch):
+    monkeypatch.setattr(answers, "SECONDS", 0.1)
+    monkeypatch.setattr(answers, "PATIENCE", 30.0)
+    judge = answers.Judge()
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        process = judge.process = judge._started()
+        assert judge("1", "10^{10^{10}}", {}) is None
+    finally:
+        signal.signal(signal.SIGPROF, handler)
+    assert process.returncode == answers.OUT_OF_TIME
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch):
+    monkeypatch.setattr(answers.sys, "executable", "false")
+    with pytest.raises(ChildProcessError, match=r"compares answers ended with 1 before it was ready"):
+        answers.Judge()("0.5", "1/2", {})
+
+
+def test_ctrl_c_ends_the_process(monkeypatch):
+    class Interrupted(threading.Event):
+        def cancel(self):
+            pass
+
+        def start(self):
+            raise KeyboardInterrupt
+
+    judge = answers.Judge()
+    process = judge.process = judge._started()
+    monkeypatch.setattr(answers.threading, "Timer", lambda *given: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        judge("0.5", "1/2", {})
+    assert process.wait(30) == -signal.SIGKILL and judge.process is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_asks_a_process_of_its_own():
+    assert answers._judge("0.5", "1/2", {})
+    if (child := os.fork()) == 0:
+        os._exit(0 if answers._judge.process is None and not answers._judge.lock.locked() else 1)
+    assert os.waitpid(child, 0)[1] == 0 and answers._judge.process is not None
+
+
 def test_threads_may_ask():
     verdicts = {}
 

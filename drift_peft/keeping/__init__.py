@@ -43,7 +43,6 @@ from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
 from .pictures import PICTURES, explained
-from .processes import refuse_uneven
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -89,7 +88,6 @@ __all__ = [
     "make_answer_set",
     "make_keep_set",
     "measure",
-    "refuse_uneven",
     "summarize",
     "training_samples",
     "warn_of_lost_passes",

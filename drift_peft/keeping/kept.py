@@ -25,7 +25,7 @@ from ..warn import warn
 from .distance import answer_rows, divergence
 from .feed import Feed, Part, mixed
 from .file import KeepSet
-from .processes import average, place, refuse_uneven
+from .processes import average, place
 from .registry import Known, Registry
 from .steps import Act, LeftGradient, act_in_steps
 from .undisturbed import (
@@ -49,8 +49,6 @@ _KEPT: Registry[Keeping] = globals().get("_KEPT") or Registry()  # in the order 
 _KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, Known[Keeping]] = weakref.WeakKeyDictionary()
 _ENDED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # what is kept no more, because the user says so
 _TOLD: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers whose keep set was missed
-_STEPPED: weakref.WeakKeyDictionary[Keeping, weakref.WeakSet[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
-MANY = 9  # optimizers for one model: more than anyone has who does not make one for each parameter
 
 
 class Keeping:
@@ -63,7 +61,10 @@ class Keeping:
         ratio: ‖what was added‖/‖g‖ then.
         passes: [2] of those whose g was finite: how many were added, and how many are lost, since L_keep or its
             gradient is not finite at any `scale`.
+        told: that most of them are lost.
     """
+
+    passes, told = torch.zeros(2, dtype=torch.int32, device="cpu"), False  # of what an earlier version pickled, too
 
     def __init__(
         self,
@@ -86,10 +87,8 @@ class Keeping:
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
-        self.passes: Tensor | None = None
-        self.told = False  # that most of them are lost
         self._left: dict[int, LeftGradient] = {}  # by the first parameter of an optimizer
-        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training)
+        self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training, with_kwargs=True)
         vars(base)["drift_keep"] = self
         _KEPT.add(self)
 
@@ -124,14 +123,13 @@ class Keeping:
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
-    def _see_training(self, module: nn.Module, args: tuple) -> None:
+    def _see_training(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
-            for ids in args:  # written and not read: a compiled model would be compiled anew for each new size
+            # Written and not read: a compiled model would be compiled anew for each new size.
+            for ids in (*args, *(kwargs or {}).values())[:1]:
                 self.seen, kind = ids.numel(), ids.device.type  # the module of a DataParallel replica has no parameters
                 self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            if not torch.compiler.is_compiling():
-                refuse_uneven("keep()")
 
     # A step
 
@@ -163,7 +161,7 @@ class Keeping:
 
     def counts(self) -> tuple[int, int]:
         """How many passes were added so far, and how many are lost; this waits for the device."""
-        added, lost = (0, 0) if self.passes is None else self.passes.tolist()
+        added, lost = self.passes.tolist()
         return added, lost
 
     def after_step(self, parameters: Sequence[nn.Parameter], step: int) -> None:
@@ -215,7 +213,7 @@ class Keeping:
         self.ratio = torch.where(finite & (g_norm > 0), norm * factor / g_norm, 0.0)
         lost = g_norm.isfinite() & ~k_norm.isfinite() & (~self.kl.isfinite() | (self.scale <= 1))
         counted = torch.stack([finite, lost]).int()
-        self.passes = counted if self.passes is None else self.passes.to(counted.device) + counted
+        self.passes = self.passes.to(counted.device) + counted
         self.scale = torch.where(k_norm.isfinite(), self.scale, self.scale / 2).clamp_min(1)  # fp16 has overflowed
 
 
@@ -317,20 +315,7 @@ def _before_step(optimizer: torch.optim.Optimizer, groups: dict[int, dict], loss
     for keeping in _alive():
         _refuse(keeping.model, trained.get(keeping, []), groups)
     for keeping, parameters in trained.items():
-        _warn_of_many(keeping, optimizer)
         keeping.before_step(parameters, optimizer.param_groups[0].get(STEPS, 0), loss_scale)
-
-
-def _warn_of_many(keeping: Keeping, optimizer: torch.optim.Optimizer) -> None:
-    """The pass goes through the whole model, for however few of its parameters."""
-    stepped = _STEPPED.setdefault(keeping, weakref.WeakSet())
-    if optimizer not in stepped:
-        stepped.add(optimizer)
-        if len(stepped) == MANY:
-            warn(
-                f"{MANY} optimizers or more train this model, and keep() passes its answers through the model at the "
-                "step of each: use one optimizer for all parameters, not one for each that steps in the backward pass."
-            )
 
 
 def _warn_of_lost(optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: their places, means over them, and where not all of them take part."""
+"""Several processes that train one model: their places, and means over them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 BUCKET = 2**24  # elements that processes average at a time
 
@@ -34,18 +33,3 @@ def average(tensors: Sequence[Tensor]) -> None:
             flat /= torch.distributed.get_world_size()
             for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
                 part.copy_(mean.view_as(part))
-
-
-def refuse_uneven(what: str) -> None:
-    """RuntimeError in a forward pass under DDP's join(): a process that is out of data takes part in DDP's own sums
-    alone, and `what`, which has others to take, would wait for it for ever."""
-    wrapper = DistributedDataParallel._get_active_ddp_module()
-    if wrapper is None or not wrapper._join_config.enable or wrapper._join_config.throw_on_early_termination:
-        return
-    if place()[1] == 1:  # there is no other to wait for
-        return
-    raise RuntimeError(
-        f"{what} is not available under DDP's join(), since it needs every process at every step: give all of them "
-        "the same number of batches, as DistributedSampler does, or end with the first that has none left, by "
-        "join(throw_on_early_termination=True)."
-    )

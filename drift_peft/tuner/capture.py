@@ -22,7 +22,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..keeping import refuse_uneven
 from . import guidance
 
 
@@ -70,7 +69,6 @@ class Capture:
         self.x = args[0] if torch.is_grad_enabled() else None
         if self.x is None:
             return
-        refuse_uneven("drift_norm='weight'")
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "drift_norm='weight' is not available under DataParallel, whose replicas run at the same time: use "

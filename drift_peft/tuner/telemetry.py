@@ -20,7 +20,8 @@ from .steered import Stack, Steered, SteeredAdapter, all_steered, lora_layers, s
 @typed
 @torch.no_grad()
 def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None = None) -> dict[str, float | int]:
-    """Where a model stands against the prior; one device synchronization. Under FSDP2 every process has to call it.
+    """Where a model stands against the prior. It waits for the device once, and once more where `keep` keeps the model.
+    Under FSDP2 every process has to call it.
 
     Returns, over everything steered in total and per module kind (`alignment/attn`, …):
 

@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from twin import BATCH, backward, bias_by_oracle, randomized, sgd, train, trainable
 
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, guide, keep, telemetry
+from drift_peft.keeping import keepings_of
 
 
 def full(folder):
@@ -258,6 +259,25 @@ def test_a_copy_of_the_embedding_alone_tells_the_model(folder, processor):
     with torch.autocast("cpu", torch.bfloat16):
         wrapped(input_ids=BATCH)
     assert kept.seen == BATCH.numel() and kept.autocast == torch.bfloat16
+
+
+def test_an_embedding_called_by_keyword_is_seen(folder, processor):
+    model = keep(load(folder), folder / "keep.safetensors", processor)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.get_input_embeddings()(input=BATCH)
+    (kept,) = keepings_of(model)
+    assert kept.seen == BATCH.numel() and kept.autocast == torch.bfloat16
+
+
+def test_a_model_that_an_earlier_version_pickled(model, folder, processor):
+    """It counted no passes, and its embedding's hook heard of positional arguments alone."""
+    kept = keep(copy.deepcopy(model), folder / "keep.safetensors", processor, batch_size=2)
+    for name in ("passes", "told"):
+        vars(keepings_of(kept)[0]).pop(name, None)
+    kept.get_input_embeddings()._forward_pre_hooks_with_kwargs.clear()
+    kept = pickled(kept)
+    train(kept, sgd(kept), 1)
+    assert keepings_of(kept)[0].counts() == (1, 0) and telemetry(kept)["keep_kl"] > 0
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])

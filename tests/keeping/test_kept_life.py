@@ -228,7 +228,23 @@ def test_passes_that_are_never_finite_are_said(folder, tmp_path):
         telemetry(model)
     assert len([w for w in caught if "passes of keep()" in str(w.message)]) == 1
     assert len(told_when_saved(model, tmp_path)) == len(told_when_saved(copy.deepcopy(model), tmp_path)) == 1
-    assert keep_words(model) is None
+    words = "bound 1; 4 of 4 passes of this run were not finite and added nothing: it was not kept in this run"
+    assert keep_words(model).endswith(words)
+
+
+def test_one_bad_batch_is_not_said_and_what_turns_bad_again_is(folder, tmp_path):
+    model = poisoned(folder, [0], sgd, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        telemetry(model)
+    assert len(told_when_saved(model, tmp_path)) == 1  # there may be no more of them
+    (keeping,) = keepings_of(model)
+    for added, lost, said in [(2, 3, False), (2, 4, False), (4, 4, False), (4, 6, True), (4, 9, False)]:
+        keeping.passes = torch.tensor([added, lost])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert telemetry(model)["keep_kl"] != 0
+        assert any("passes of keep()" in str(w.message) for w in caught) == said
 
 
 @pytest.mark.parametrize(("lost", "said"), [((), False), ((2,), False), ((0, 2, 3), True)])
@@ -236,7 +252,8 @@ def test_how_many_passes_were_lost(folder, tmp_path, lost, said):
     model = poisoned(folder, lost, sgd)
     assert bool(told_when_saved(model, tmp_path)) == said
     words = keep_words(model)
-    assert words.endswith(f"bound 1; {len(lost)} of 4 passes were not finite and added nothing" if lost else "bound 1")
+    told = f"bound 1; {len(lost)} of 4 passes of this run were not finite and added nothing"
+    assert words.endswith(told if lost else "bound 1")
 
 
 def test_what_gets_well_is_not_lost(folder, tmp_path):

@@ -122,23 +122,27 @@ def test_a_step_within_a_step_adds_once(model, folder, processor):
     assert optimizer.param_groups[0]["keep_steps"] == 1
 
 
-def test_an_optimizer_for_each_parameter_is_said_once(folder, processor):
+def test_an_optimizer_for_each_parameter(folder, processor):
     """Each steps as soon as its gradient is there, and takes a pass of its own."""
     several = r".*language_model.*\.(q_proj|k_proj|up_proj)"
     model = keep(adapted(folder, target_modules=several), folder / "keep.safetensors", processor, batch_size=1)
     optimizers = {p: torch.optim.SGD([p], lr=0.0) for p in trainable(model)}
     assert len(optimizers) == 12
-    handles = [p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step()) for p in optimizers]
-    with pytest.warns(UserWarning, match="use one optimizer for all parameters, not one for each") as caught:
-        backward(model)
-        model.zero_grad()
-        backward(model)
-    assert len([w for w in caught if "optimizers or more train this model" in str(w.message)]) == 1
-    for handle in handles:
-        handle.remove()
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    backward(model)
+    assert keepings_of(model)[0].counts() == (12, 0)
+
+
+def test_many_optimizers_in_turn_are_not_warned_of(folder, processor):
+    """Rounds, or clients whose optimizers are held: each trains all parameters."""
+    model = keep(adapted(folder), folder / "keep.safetensors", processor, batch_size=1)
+    optimizers = [sgd(model) for _ in range(9)]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "9 optimizers")
-        train(keep(model, folder / "keep.safetensors", processor, batch_size=1), sgd(model), 2)
+        warnings.simplefilter("error")
+        for optimizer in optimizers:
+            train(model, optimizer, 1)
+    assert keepings_of(model)[0].counts() == (9, 0)
 
 
 @pytest.mark.parametrize(("fused", "unscale"), [(True, False), (True, True), (False, False)])
@@ -344,18 +348,16 @@ def worker(rank, folder):
             optimizer.step()
             seen.append([p.grad.clone() for p in trainable(model)])
         results[accumulation] = seen, watched.read, telemetry(model), [p.detach() for p in trainable(model)]
-    for kind in ("join", "throw"):
-        model = adapted(folder)
-        wrapped = DistributedDataParallel(model)
-        keep(wrapped, folder / "keep.safetensors", processor_of(folder), batch_size=3)
-        optimizer, steps = sgd(model), []
-        with pytest.raises(RuntimeError) as refused, wrapped.join(throw_on_early_termination=kind == "throw"):
-            for _ in range(2 - rank):
-                optimizer.zero_grad()
-                backward(wrapped, BATCH.chunk(2)[rank])
-                optimizer.step()
-                steps.append(1)
-        results[kind] = str(refused.value), len(steps)
+    model = adapted(folder)
+    wrapped, optimizer = DistributedDataParallel(model), sgd(model)
+    with wrapped.join():
+        train(wrapped, optimizer, 2 - rank)
+    keep(wrapped, folder / "keep.safetensors", processor_of(folder), batch_size=3)
+    train(wrapped, optimizer, 2)
+    results["after"] = keepings_of(model)[0].counts(), [p.detach() for p in trainable(model)]
+    with pytest.raises(RuntimeError, match="exhausted"), wrapped.join(throw_on_early_termination=True):
+        train(wrapped, optimizer, 2 - rank)
+    results["throw"] = keepings_of(model)[0].counts()
     for kind in ("FSDP1", "FSDP2"):
         model = adapted(folder)
         keep(model, folder / "keep.safetensors", processor_of(folder), batch_size=3)
@@ -400,14 +402,12 @@ def test_two_processes(model, folder, processor, ranks, accumulation):
     assert all(torch.equal(p, q) for p, q in zip(weights, others_weights, strict=True))
 
 
-def test_uneven_data_is_refused(ranks):
-    """Before the first step; what ends with the first process that is out of data ends by itself."""
-    for results in ranks:
-        told, steps = results["join"]
-        assert told.startswith("keep() is not available under DDP's join(), since it needs every process")
-        assert steps == 0
-        told, steps = results["throw"]
-        assert "exhausted" in told and steps == 1
+def test_beside_uneven_data(ranks):
+    """After a join() that has ended, and within one that ends with the first process that is out of data."""
+    (counts, weights), (others_counts, others_weights) = (results["after"] for results in ranks)
+    assert counts == others_counts == (2, 0)
+    assert all(torch.equal(p, q) for p, q in zip(weights, others_weights, strict=True))
+    assert [results["throw"] for results in ranks] == [(3, 0), (3, 0)]
 
 
 def test_sharded_training_is_refused(ranks):

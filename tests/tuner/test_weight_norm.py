@@ -214,16 +214,14 @@ def worker(rank, folder):
         backward(wrapped, two, 1 / 2)
         optimizer.step()
     torch.save(state(model), folder / f"weight{rank}.pt")
-    for kind in ("join", "throw"):
-        model = weight_normed(pair, sketch=16)
-        wrapped, optimizer, steps = DistributedDataParallel(model), sgd(model), []
-        with pytest.raises(RuntimeError) as refused, wrapped.join(throw_on_early_termination=kind == "throw"):
-            for _ in range(2 - rank):
-                train(wrapped, optimizer, 1)
-                steps.append(1)
-        assert len(steps) == (kind == "throw")
-        told = "exhausted" if kind == "throw" else "drift_norm='weight' is not available under DDP's join()"
-        assert told in str(refused.value)
+    model = weight_normed(pair, sketch=16)
+    wrapped, optimizer = DistributedDataParallel(model), sgd(model)
+    with wrapped.join():  # torch never takes back that it was on
+        pass
+    train(wrapped, optimizer, 2)
+    with pytest.raises(RuntimeError, match="exhausted"), wrapped.join(throw_on_early_termination=True):
+        train(wrapped, optimizer, 2 - rank)
+    assert telemetry(model)["guided_steps"] == 3
 
 
 def test_two_processes_equal_one(pair):

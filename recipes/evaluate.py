@@ -224,7 +224,7 @@ def evaluate_keeping(args: Namespace) -> dict:
                 measured["without the adapter"] = measure(local.model, keep_set, local.processor, args.batch_size)
     summaries = {name: summarize(distances) for name, distances in measured.items()}
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
-    result |= {"processor_kwargs": args.processor_kwargs}
+    result |= {"processor_kwargs": args.processor_kwargs or None}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
     write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in measured.items()}}, args.output)
     return result
@@ -257,7 +257,8 @@ def evaluate(args: Namespace) -> dict:
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    asking |= {"processor_kwargs": args.processor_kwargs, "decoding": GREEDY}  # which earlier versions did not do
+    # Earlier versions decoded otherwise.
+    asking |= {"processor_kwargs": args.processor_kwargs or None, "decoding": GREEDY}
     with Journal(journal_path(args.output), asking) as journal:
         if len(journal.answers) < len(questions):
             model = load_model(args)

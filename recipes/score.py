@@ -35,6 +35,7 @@ from tqdm import tqdm
 PUBLISHED = json.loads(Path(__file__).with_name("eval").joinpath("published.json").read_text("utf-8"))
 REASONING = ["MathVista", "MathVision", "MathVerse", "WeMath strict", "WeMath loose", "LogicVista"]  # of table 2
 AVERAGE = "Avg."
+SHOWN = 60  # characters of what differs
 ALIKE = "run the same tool with the same settings on both"
 UNSURE = {"HallusionBench": "the paper does not say which of its accuracies it publishes; ours is per question"}
 
@@ -56,12 +57,22 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
             for what in ("question", "gold", "step"):
                 one, two = getattr(answer, what), getattr(other, what)
                 if one != two:
-                    message = f"{str(one)[:60]!r} in {first}, {str(two)[:60]!r} in {name}"
+                    one, two = where_they_part(str(one), str(two))
+                    message = f"{one!r} in {first}, {two!r} in {name}"
                     raise ValueError(f"{benchmark}: sample {answer.id} has another {what}: {message}: {ALIKE}")
             ordered.setdefault(name, []).append(other)
         if by_id:
             raise ValueError(f"{benchmark}: sample {next(iter(by_id))} of {name} is not in {first}: {ALIKE}")
     return ordered
+
+
+def where_they_part(one: str, two: str) -> tuple[str, str]:
+    """As much of two texts as a sentence has room for, with the first character that differs."""
+    pairs = enumerate(zip(one, two, strict=False))
+    alike = next((place for place, (a, b) in pairs if a != b), min(len(one), len(two)))
+    start = 0 if alike < SHOWN else alike - SHOWN // 2
+    before = "…" if start else ""
+    return tuple(f"{before}{text[start : start + SHOWN]}" for text in (one, two))
 
 
 def asked_otherwise(models: dict[str, list[Answer]]) -> list[str]:
@@ -71,7 +82,7 @@ def asked_otherwise(models: dict[str, list[Answer]]) -> list[str]:
     for other in others:
         for key in ASKED if first and other else ():
             if first[key] != other[key]:
-                one, two = (json.dumps(asked[key], ensure_ascii=False)[:60] for asked in (first, other))
+                one, two = where_they_part(*(json.dumps(asked[key], ensure_ascii=False) for asked in (first, other)))
                 told.append(f"{first['file']} was asked with {key} {one}, {other['file']} with {two}")
     return told
 

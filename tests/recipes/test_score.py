@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -215,6 +216,39 @@ def test_results_that_were_asked_otherwise_are_not_compared_in_silence(key, one,
     flags[-1] = str(sft)
     score.main([*flags, "--json"])
     assert "asked_otherwise" not in json.loads(capsys.readouterr().out)
+
+
+def test_no_settings_of_the_processor_are_none_however_they_are_written(tmp_path, capsys):
+    places = []
+    for name, content in (("base", {"processor_kwargs": None}), ("sft", {}), ("drift", {"processor_kwargs": {}})):
+        samples = [{"index": i, "question": f"q{i}", "gold": "4", "response": "4"} for i in range(2)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": "d", "scorer": {}, **content, "samples": samples}))
+        places += [f"--{name}", str(tmp_path / f"{name}.json")]
+    score.main([*places, "--json"])
+    assert "asked_otherwise" not in json.loads(capsys.readouterr().out)
+
+
+def test_where_long_texts_differ_is_shown(tmp_path, capsys):
+    """Be it at their first characters, far behind, or where one of them has more."""
+    rest = "Think about it, and write the answer behind all of your thoughts, please. " * 2
+    pairs = [("One" + rest, "Two" + rest), (f"{rest}in a box", f"{rest}in a word"), (rest, f"{rest}Now.")]
+    pairs += [("a" * each, "a" * each + "b") for each in (59, 60, 61)]
+    for one, two in pairs:
+        shown = score.where_they_part(one, two)
+        assert shown[0] != shown[1] and max(map(len, shown)) <= 61
+        places = []
+        for name, prompt in (("base", one), ("drift", two)):
+            samples = [{"index": 0, "question": prompt, "gold": "4", "response": "4"}]
+            for file, content in ((name, {"samples": samples}), (f"{name}_asked", {"prompt": prompt})):
+                content = {"samples": [{**samples[0], "question": "q"}], **content}
+                (tmp_path / f"{file}.json").write_text(json.dumps({"data": "d", "scorer": {}, **content}))
+            places += [f"--{name}", str(tmp_path / f"{name}.json")]
+        told = f"sample 0 has another question: {shown[0]!r} in base, {shown[1]!r} in DRIFT"
+        assert told in refusal(capsys, *places)
+        told = refusal(capsys, *(place.replace(".json", "_asked.json") for place in places))
+        one, two = re.fullmatch(r".*asked with prompt (.*), .*_asked.json with (.*): ask all alike.*", told).groups()
+        assert one != two
+    assert score.where_they_part(*pairs[1])[0].endswith("please. in a box")
 
 
 def test_unfinished_answers_are_told(tmp_path, capsys):

@@ -115,10 +115,10 @@ class Comparison:
                 self.gate(folder)
             with self.pace.exam(line) if self.pace else nullcontext():
                 self.examine(folder, exam)
+            hold(self.ledger, {**self.settings, "keep": self.keep}, made=folder)
             for left in (folder / "adapter-base", *checkpoints(folder / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
             self.ledger.add(line, facts)
-            hold(self.ledger, {**self.settings, "keep": self.keep})
         return self.read(way, exam)
 
     def train(self, way: Way, folder: Path, seed: int, data: str) -> dict:

@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from .journal import Journal
 
 # What decides a model's answers, beside its tokenizer. A result, a journal or a card in its folder does not.
-DECIDING = ("*.safetensors", "*.bin", "*.index.json", "*config.json", "*.py", "chat_template*")
-DECIDING += ("additional_chat_templates/*",)
+WEIGHTS = ("*.safetensors", "*model*.bin")  # but not training_args.bin
+DECIDING = ("*.index.json", "*config.json", "*.py", "chat_template*", "additional_chat_templates/*")
+PLACES_READ, READ = 64, 4096  # of each file of weights; bytes at each
 ROLES = ("base", "expert", "reference", "prior", "keep")  # of what a recipe names
 
 
 def stamp(folder: str | Path | None) -> str | None:
     """Another one when files have changed that decide the answers of what is in a local folder: those of an earlier
-    model must not be taken for its."""
+    model must not be taken for its. It is the same wherever the folder lies, and whenever it was written."""
     if folder is None or not Path(folder).is_dir():
         return None
     from drift_peft.checkpoints import TOKENIZER
 
-    files = {path for pattern in (*DECIDING, *TOKENIZER) for path in Path(folder).glob(pattern)}
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+    weights, others = (
+        {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+        for patterns in (WEIGHTS, (*DECIDING, *TOKENIZER))
+    )
+    digest = hashlib.sha256(sampled(sorted(weights)).encode())
+    for path in sorted(others):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
-def hold(ledger: Journal, settings: dict) -> None:
+def sampled(files: Iterable[Path]) -> str:
+    """SHA-256 over names, sizes and bytes here and there in files of weights. Reading all of them would take as long as
+    loading."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for place in range(0, size, max(1, size // PLACES_READ)):
+                file.seek(place)
+                digest.update(file.read(READ))
+    return digest.hexdigest()
+
+
+def hold(ledger: Journal, settings: dict, made: Path | None = None) -> None:
     """Note what lies at the paths of a recipe, as soon as it is there: a prior and a keep set are made by the first
     run.
 
+    Args:
+        made: folder of what was made of them since they were last looked at.
+
     Raises:
-        ValueError: it is another one than what the ledger was begun with.
+        ValueError: it is another one than what the ledger was begun with. `made`, perhaps of the other, is deleted.
     """
     for role in ROLES:
         path = settings.get(role)
@@ -45,4 +70,8 @@ def hold(ledger: Journal, settings: dict) -> None:
             ledger.add(line, {"path": path, "mark": now})
         elif now is not None and before["mark"] != now:
             message = f"{ledger.path} holds answers with another content of {role}, which is {path}"
-            raise ValueError(f"{message}: put back what was there, or name another output")
+            way_out = "put back what was there, or name another output"
+            if made is not None:
+                shutil.rmtree(made)
+                way_out += f" ({made}, which may be made of the other, is deleted)"
+            raise ValueError(f"{message}: {way_out}")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from drift_peft import DriftConfig
-from drift_peft.checkpoints import Checkpoint
+from drift_peft.checkpoints import Checkpoint, is_adapter
 
 from .arguments import DRIFT, LORA, STEP, RunArguments, TrainArguments
+from .stamp import sampled, stamp
 
 FILE = "trained_with.json"
 PLACES = ("base", "expert", "prior", "reference", "data", "images", "keep", "chat_template_path")
@@ -31,7 +32,6 @@ TRAIN = tuple(
     "data_seed train_sampling_strategy dataloader_drop_last shuffle_dataset chat_template_path packing "
     "completion_only_loss assistant_only_loss loss_type".split()
 )
-PLACES_READ, READ = 64, 4096  # of each file of weights; bytes at each
 WAY_OUT = "or start again in another output_dir"
 
 
@@ -101,8 +101,9 @@ def is_finished(record: dict | None, settings: dict) -> bool:
 
 def files_of(run: RunArguments) -> dict[str, str | None]:
     """What stands for the content of what lies here, known without loading it: run.json keeps it, since a run that is
-    finished is not prepared again. None of what lies elsewhere."""
-    marks = {"base": mark_of(Checkpoint(run.base)) if Path(run.base).is_dir() else None}
+    finished is not prepared again. None of what lies elsewhere, or no longer lies here."""
+    models = ("base", "expert", "reference") if run.merge_first is not None else ("base",)
+    marks = {key: _mark_here(getattr(run, key)) for key in models}
     for key in ("data", "prior", "keep"):
         path = Path(getattr(run, key) or "")
         if path.is_file():
@@ -122,18 +123,19 @@ def refuse_other_files(record: dict, run: RunArguments, output: Path) -> None:
 
 def mark_of(base: Checkpoint) -> str:
     """What tells the weights of a base from others of the same shapes, wherever they lie: a commit of the hub, or a
-    SHA-256 over bytes here and there in each file. Reading all of them would take as long as loading."""
-    if base.revision is not None:
-        return base.revision
-    digest = hashlib.sha256()
-    for path in base.files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for place in range(0, size, max(1, size // PLACES_READ)):
-                file.seek(place)
-                digest.update(file.read(READ))
-    return digest.hexdigest()
+    SHA-256 over bytes here and there in each file."""
+    return sampled(base.files) if base.revision is None else base.revision
+
+
+def _mark_here(name: str | None) -> str | None:
+    if name is None or not Path(name).is_dir():
+        return None
+    if is_adapter(name):
+        return stamp(name)
+    try:
+        return mark_of(Checkpoint(name))
+    except OSError:  # it has no weights any more, such as to make room
+        return None
 
 
 def _place(name: str | None) -> dict | None:

@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import sft_vlm
-from parts.trained_with import FILE, mark_of
+from parts.trained_with import FILE, files_of, mark_of
 from recipe_runs import FAST
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +134,50 @@ def test_a_finished_run_is_not_taken_for_one_of_other_files(train, pair, data, t
         file.write_bytes(content)
     assert train(**run, resume_from_checkpoint="true")[0] is None
     assert "was finished before" in capsys.readouterr().out
+
+
+def test_a_finished_run_needs_its_base_no_more(train, pair, tmp_path, capsys):
+    """Nor what was merged into it: their weights may be deleted, to make room."""
+    run = {**FAST, "merge_first": 0.5, "method": "sft", "prior": None}
+    for key in ("base", "expert", "reference"):
+        run[key] = shutil.copytree(pair("qwen2_5_vl") / key.replace("reference", "base"), tmp_path / key)
+    train(**run)
+    for key in ("base", "expert", "reference"):
+        (run[key] / "model.safetensors").unlink()
+        assert train(**run, resume_from_checkpoint="true")[0] is None
+        shutil.rmtree(run[key])
+        run[key].mkdir()
+        assert train(**run, resume_from_checkpoint="true")[0] is None
+        assert capsys.readouterr().out.count("was finished before") == 2
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_expert(train, pair, tmp_path, capsys):
+    run = {**FAST, "merge_first": 0.5, "method": "sft", "prior": None}
+    for key in ("expert", "reference"):
+        run[key] = shutil.copytree(pair("qwen2_5_vl") / key.replace("reference", "base"), tmp_path / key)
+    train(**run)
+    for key in ("expert", "reference"):
+        file = run[key] / "model.safetensors"
+        content = file.read_bytes()
+        save_file({name: w + 1 for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+        told = f"{tmp_path / 'run'} was finished with another content of {key}, which is {run[key]}: put back what was"
+        with pytest.raises(SystemExit, match=told):
+            train(**run, resume_from_checkpoint="true")
+        file.write_bytes(content)
+    assert train(**run, resume_from_checkpoint="true")[0] is None
+    assert "was finished before" in capsys.readouterr().out
+
+
+def test_an_adapter_as_expert_has_a_mark_of_its_own(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    run = SimpleNamespace(
+        base="a/b", expert=str(tmp_path), reference=None, merge_first=1.0, data=None, prior=None, keep=None
+    )
+    before = files_of(run)
+    assert before == files_of(run) and before["base"] is before["reference"] is None
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert files_of(run)["expert"] != before["expert"]
 
 
 def test_a_run_without_checkpoints_is_finished_nevertheless(train, tmp_path, capsys):

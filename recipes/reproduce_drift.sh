@@ -22,6 +22,7 @@ recipe=$here/configs/qwen2_5_vl_7b_r1.yaml
 python=${PYTHON:-python}
 out=${OUT:-runs/reproduce/$(basename "$recipe" .yaml)}
 [[ $out == /* ]] || out=$PWD/$out
+modules=$here${PYTHONPATH:+:$PYTHONPATH}
 ways=(sft merged drift drift-keep)
 
 run() {
@@ -40,7 +41,7 @@ train() { # name, its settings
 }
 
 if [[ -n ${VLMEVALKIT:-} ]]; then # before a night of training
-  asked=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} "$python" -m parts.eval_settings --config "$recipe" "$@")
+  asked=$(PYTHONPATH=$modules "$python" -m parts.eval_settings --config "$recipe" "$@")
   { read -r settings && read -r kind && read -r base; } <<< "$asked"
 fi
 
@@ -53,31 +54,7 @@ if [[ -z ${VLMEVALKIT:-} ]]; then
   echo "The models are in $out/*-merged. To ask them, name VLMEvalKit's checkout: VLMEVALKIT=../VLMEvalKit"
   exit
 fi
-# VLMEvalKit's --reuse takes what it finds of a name, whichever model and settings have answered.
-for name in base "${ways[@]}"; do
-  model=$out/$name answers=$out/answers/$name
-  [[ $name == base ]] && model=$base
-  for file in "$model"/*.safetensors; do
-    if [[ -d $answers && $file -nt $answers ]]; then
-      echo "$answers holds answers of an earlier model than $file: move them away" >&2
-      exit 1
-    fi
-  done
-done
-run "$python" -c '
-import json, sys
-from pathlib import Path
-content = json.loads(Path(sys.argv[1]).read_text())
-settings = content["model"]["base"]
-named = (argument.partition("=")[::2] for argument in sys.argv[3:])
-content["model"] = {name: settings | {"model_path": path} for name, path in named}
-file, answers = Path(sys.argv[2]), Path(sys.argv[2]).with_name("answers")
-if answers.exists() and file.exists():
-    before = json.loads(file.read_text())["model"]["base"]
-    if before | {"model_path": ""} != settings | {"model_path": ""}:
-        sys.exit(f"{answers} holds answers to the settings of {file}, and {sys.argv[1]} has others: move both away")
-file.write_text(json.dumps(content, indent=2))
-' "$settings" "$out/vlmevalkit.json" "base=$base" \
+run env PYTHONPATH="$modules" "$python" -m parts.asked_models "$settings" "$out/vlmevalkit.json" "base=$base" \
   "sft=$out/sft-merged" "merged=$out/merged-merged" "drift=$out/drift-merged" "drift-keep=$out/drift-keep-merged"
 (
   run cd "$VLMEVALKIT"

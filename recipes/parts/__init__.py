@@ -39,6 +39,7 @@ pace          what is said of the exams to come, and how long they take
 frontier      task against keeping: which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
+asked_models  the models that reproduce_drift.sh asks, and a mark of each beside its answers
 eval_settings  what reproduce_drift.sh asks beside what it trains, and with which settings
 atomic        files that are there when they are complete
 """

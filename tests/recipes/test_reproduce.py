@@ -4,17 +4,19 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import sft_vlm
 import yaml
-from parts import eval_settings
+from parts import asked_models, eval_settings
 from parts.arguments import parse
 from recipe_runs import CONFIGS, FAST, RECIPES
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="bash")
+ADAPTERS = ("sft", "merged", "drift", "drift-keep")
 STAND_IN = """
 import csv, json, sys
 from pathlib import Path
@@ -83,12 +85,13 @@ def test_its_commands_are_ones_that_the_scripts_take(pair, tmp_path):
         "drift": ("drift", None, False, 0.3),
         "drift-keep": ("drift", None, True, 0.3),
     }
-    assert [command[1:3] for command in commands[4:6]] == [["kit"], ["run.py", "--config"]]
-    assert [command[1] for command in commands[6:9]] == [str(RECIPES / "score.py")] * 3
-    models = [command[command.index("--model_args") + 1] for command in commands[9:]]
+    assert commands[4][0] == "env" and commands[4][3:5] == ["-m", "parts.asked_models"]
+    assert [command[1:3] for command in commands[5:7]] == [["kit"], ["run.py", "--config"]]
+    assert [command[1] for command in commands[7:10]] == [str(RECIPES / "score.py")] * 3
+    models = [command[command.index("--model_args") + 1] for command in commands[10:]]
     merged = [f"pretrained={tmp_path}/out/{name}-merged,device_map=auto" for name in found]
     assert models == [f"pretrained={base},device_map=auto", *merged]
-    assert all(command[command.index("--model") + 1] == "qwen2_5_vl" for command in commands[9:])
+    assert all(command[command.index("--model") + 1] == "qwen2_5_vl" for command in commands[10:])
     assert not (tmp_path / "out").exists()
 
 
@@ -136,44 +139,87 @@ def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):
         sft_vlm.main(shlex.split(first)[3:])
 
 
-def test_answers_of_an_earlier_model_or_to_other_settings_are_not_reused(tmp_path):
-    """Nothing is trained or asked here: python is one that runs no script. A model that is merged again is the same."""
-    out, python, base = tmp_path / "out", tmp_path / "python", tmp_path / "base"
-    asked = f"{RECIPES / 'eval' / 'vlmevalkit_qwen2_5_vl.json'} qwen2_5_vl {base}"
-    lines = (
-        "#!/bin/bash",
-        f'[[ $1 != -c ]] || exec "{sys.executable}" "$@"',
-        f"[[ $1 != -m ]] || printf '%s\\n' {asked}",
-    )
-    python.write_text("\n".join(lines) + "\n")
-    python.chmod(0o755)
-    base.mkdir()
-    (base / "model.safetensors").touch()
-    for name in ("base", "sft", "merged", "drift", "drift-keep"):
-        (out / "answers" / name / "T20261122-093000").mkdir(parents=True)
-        (out / name).mkdir(exist_ok=True)
-        (out / f"{name}-merged").mkdir()
-        for folder in (out / name, out / f"{name}-merged"):
-            (folder / "model.safetensors").touch()
-        os.utime(out / name / "model.safetensors", (1, 1))
-    told = {"OUT": out, "VLMEVALKIT": tmp_path, "PYTHON": python}
-    answers, weights = out / "answers" / "base", base / "model.safetensors"
-    os.utime(answers, ns=(0, weights.stat().st_mtime_ns))
-    reproduce(**told)
-    os.utime(answers, ns=(0, weights.stat().st_mtime_ns - 10**9))
-    assert refused(**told) == f"{answers} holds answers of an earlier model than {weights}: move them away"
-    answers.touch()
-    (out / "drift" / "model.safetensors").write_bytes(b"trained again")
-    os.utime(out / "answers" / "drift", (1, 1))
-    assert f"{out}/answers/drift holds answers of an earlier model than {out}/drift/" in refused(**told)
-    (out / "answers" / "drift").touch()
-    reproduce(**told)
+def ask(out):
+    """What reproduce_drift.sh does before it has VLMEvalKit ask."""
+    models = {"base": out.parent / "base"} | {name: out / f"{name}-merged" for name in ADAPTERS}
+    named = [f"{name}={path}" for name, path in models.items()]
+    asked_models.main(str(RECIPES / "eval" / "vlmevalkit_qwen2_5_vl.json"), str(out / "vlmevalkit.json"), *named)
+
+
+def not_asked(out):
+    with pytest.raises(SystemExit) as refusal:
+        ask(out)
+    return str(refusal.value)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Its folder where all has been trained and asked."""
+    out, base = tmp_path / "out", tmp_path / "base"
+    for folder in (base, *(out / name for name in ADAPTERS), *(out / f"{name}-merged" for name in ADAPTERS)):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"one")
+    ask(out)
+    for name in ("base", *ADAPTERS):
+        (out / "answers" / name / "T20261122-093000").mkdir()
+        (out / "answers" / name / "T20261122-093000" / f"{name}_MMStar.tsv").touch()
+    return out
+
+
+def test_answers_of_an_earlier_model_are_not_reused(out, tmp_path):
+    base = tmp_path / "base"
+    ask(out)
+    models = {"base": base, "drift": out / "drift"}
+    for name, model in models.items():
+        (model / "model.safetensors").write_bytes(b"two")
+        told = f"{out}/answers/{name} holds answers of another model than {model} is now: move them away"
+        for _ in range(2):
+            assert not_asked(out) == f"reproduce_drift.sh: error: {told}"
+        (out / "answers" / name).rename(tmp_path / f"{name} of before")
+        ask(out)
+        (model / "model.safetensors").write_bytes(b"three")  # before it was asked
+        ask(out)
+    for name, model in models.items():
+        shutil.rmtree(out / "answers" / name)
+        (tmp_path / f"{name} of before").rename(out / "answers" / name)
+        assert f"{out}/answers/{name} holds answers of another model than {model}" in not_asked(out)
+        (model / "model.safetensors").write_bytes(b"one")
+    ask(out)
+
+
+def test_answers_are_reused_after_a_touch_a_copy_and_another_merge(out, tmp_path):
+    for file in tmp_path.rglob("*"):
+        os.utime(file, (9e9, 9e9) if file.name == "model.safetensors" else (1, 1))
+    (out / "drift-merged" / "model.safetensors").write_bytes(b"merged again")
+    ask(out)
+    shutil.copytree(out, tmp_path / "copied", copy_function=shutil.copyfile)
+    ask(tmp_path / "copied")
+
+
+def test_answers_without_a_mark_are_reused_with_a_word(out, capsys):
+    answers = out / "answers" / "sft"
+    (answers / "model.json").unlink()
+    told = f"note: {answers} does not say which model has answered, and is taken for that of {out}/sft"
+    for lines in ([told], []):
+        ask(out)
+        assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_answers_to_other_settings_are_not_reused(out):
     file = out / "vlmevalkit.json"
     content = file.read_text()
     file.write_text(content.replace('"max_new_tokens": 16384', '"max_new_tokens": 2048'))
-    assert refused(**told).startswith(f"{out}/answers holds answers to the settings of {file}, and ")
+    told = f"reproduce_drift.sh: error: {out}/answers holds answers to the settings of {file}, and "
+    assert not_asked(out).startswith(told)
+    for torn in ("{", "{}", "[]", '{"model": {"base": 5}}'):
+        file.write_text(torn)
+        assert not_asked(out).startswith(f"reproduce_drift.sh: error: {file} is damaged (")
     file.write_text(content.replace(str(out), "/moved/since"))
-    reproduce(**told)
+    ask(out)
+    assert file.read_text() == content
+    file.unlink()
+    ask(out)
+    assert file.read_text() == content
 
 
 @pytest.mark.slow

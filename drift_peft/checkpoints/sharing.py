@@ -199,12 +199,12 @@ def find_license(origin: dict, token: str | None = None) -> dict | None:
 
 
 def _card_of(repo_id: str, revision: str | None, token: str | None) -> str:
-    """Where its card lies in the cache, after a download if need be. Without network it fails at once: a download alone
-    would try again and again for half a minute."""
+    """Where its card lies in the cache, after a download if need be. Without network it fails at the first refusal, or
+    when nothing answers for three seconds: a download alone would try again and again for half a minute."""
     card = {"repo_id": repo_id, "filename": "README.md", "revision": revision}
     with suppress(LocalEntryNotFoundError):
         return hf_hub_download(**card, local_files_only=True)
-    get_hf_file_metadata(hf_hub_url(**card), token=token)
+    get_hf_file_metadata(hf_hub_url(**card), token=token, timeout=3)
     return hf_hub_download(**card, token=token)
 
 

@@ -6,14 +6,13 @@ import os
 import re
 import shlex
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForImageTextToText
 from yaml import YAMLError
 
-from ..checkpoints import TASK, how_to_load, how_to_serve, hub_id, in_markdown, shown, state_licences
+from ..checkpoints import TASK, how_to_load, how_to_serve, hub_id, in_markdown, shown
 from ..prior import MergedDelta
 from ..warn import warn
 from .settings import DriftSettings
@@ -44,7 +43,7 @@ With PEFT alone:
 {load}
 {merged}
 {serve}
-{licences}{end}
+{end}
 """
 
 PICTURE = "telemetry.png"  # what the recipes call it
@@ -52,14 +51,6 @@ SHOWN_PICTURE = f"""\
 ## Training
 
 ![Loss, and where the adapter stands against Δ, step by step]({PICTURE})
-
-"""
-LICENCES = """
-## Licences
-
-It was made with other models' weights. Their cards give these licences:
-
-{lines}
 
 """
 MERGED = """
@@ -92,9 +83,8 @@ def update_card(folder: Path, config: DriftSettings) -> None:
         return
     if isinstance(base := card.data.get("base_model"), str) and hub_id(base) is None:  # as Trainer and TRL write it
         card.text = card.text.replace(f"[{base}](https://huggingface.co/{base})", shown(base))
-    license, lines = _licences(config)
-    _fill_in(card.data, config, license)
-    section = _section(config, name, (path.parent / PICTURE).is_file(), lines)
+    _fill_in(card.data, config)
+    section = _section(config, name, (path.parent / PICTURE).is_file())
     marked = re.compile(re.escape(_start(name)) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
     if marked.search(card.text):
         card.text = marked.sub(lambda _: section, card.text)
@@ -114,24 +104,8 @@ def _read_card(path: Path) -> ModelCard | None:
         return None
 
 
-def _licences(config: DriftSettings) -> tuple[dict, str]:
-    """`state_licences` of what the prior was made from, or of the base where there is no prior."""
-    origins, base = config.origins, config.base_model_name_or_path
-    if not origins and base:
-        origins = [("base", {"id": base, "revision": config.revision or (hub_id(base) and "main")})]
-    return _stated(tuple((role, origin["id"], origin["revision"]) for role, origin in origins))
-
-
-@cache  # a run saves many checkpoints, and looks at the models' cards once
-def _stated(origins: tuple[tuple[str, str, str | None], ...]) -> tuple[dict, str]:
-    return state_licences((role, {"id": source, "revision": revision}) for role, source, revision in origins)
-
-
-def _fill_in(data: ModelCardData, config: DriftSettings, license: dict) -> None:
-    """What the hub reads: the task, models by their hub ids alone, since PEFT writes the path of a local base, and the
-    licence where nobody has given one."""
-    for key, value in ({} if data.license else license).items():
-        data[key] = value
+def _fill_in(data: ModelCardData, config: DriftSettings) -> None:
+    """What the hub reads: the task, and models by their hub ids alone, since PEFT writes the path of a local base."""
     tags = {tag for tag in data.tags or [] if not tag.startswith("base_model:")} | {"drift-peft", "lora"}
     if isinstance(base := data.get("base_model"), str):
         data["base_model"] = hub_id(base)
@@ -145,7 +119,7 @@ def _start(name: str | None) -> str:
     return START.format(name=f", adapter {name}" if name else "")
 
 
-def _section(config: DriftSettings, name: str | None, picture: bool, licences: str) -> str:
+def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
     named = shown(config.base_model_name_or_path or "its base model")
     base, expert = in_markdown(named), in_markdown(config.expert or "a text-only reasoning model")
     merged = config.merged and _without_paths(config.merged)
@@ -190,7 +164,6 @@ def _section(config: DriftSettings, name: str | None, picture: bool, licences: s
         load=how_to_load(named, base, config.loaded_by, adapter, name, config.revision),
         merged=again or "",
         serve=how_to_serve(named, config.loaded_by, folder, config.r if _is_even(config) else None, config.revision),
-        licences=LICENCES.format(lines=licences) if licences else "",
     )
 
 

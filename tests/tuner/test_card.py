@@ -1,13 +1,11 @@
 """The model card of an adapter: it fills itself in, and leaves alone what somebody wrote."""
 
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub import Hub
 from huggingface_hub import ModelCard
 from pairs import drift, load, train
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -219,34 +217,6 @@ def test_what_goes_on_keeps_what_is_known(folder, tmp_path):
     train(model, 2).save_pretrained(tmp_path)
     found = rows(ModelCard.load(tmp_path / "README.md"))
     assert found["expert"] == "expert" and found["guided optimizer steps"] == "5"
-
-
-def test_it_gives_the_licences_of_the_models_behind_it(folder, tmp_path):
-    for name in ("base", "expert"):
-        shutil.copytree(folder / name, tmp_path / name)
-        (tmp_path / name / "README.md").write_text(f"---\nlicense: {name}-1\n---\n")
-    build_prior(tmp_path / "expert", tmp_path / "base", tmp_path / "prior.safetensors", rank=4, progress=False)
-    card = saved(tmp_path, tmp_path / "adapter")
-    assert "Their cards give these licences:\n\n- base base: base-1\n- expert expert: expert-1\n" in card.text
-    assert (card.data.license, card.data.license_name) == ("other", "base-1-and-expert-1")
-    get_peft_model(load(tmp_path, "llama"), DriftConfig(drift_alpha=0)).save_pretrained(tmp_path / "plain")
-    card = ModelCard.load(tmp_path / "plain" / "README.md")
-    assert "\n\n- base base: base-1\n\n<!--" in card.text and card.data.license == "base-1"
-
-
-def test_it_asks_the_hub_for_a_licence_once(folder, tmp_path, monkeypatch):
-    model = get_peft_model(load(folder, "llama"), DriftConfig(drift_alpha=0))
-    model.peft_config["default"].base_model_name_or_path = "org/licensed"
-    with Hub() as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        hub.add("org/licensed", {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}"})
-        model.save_pretrained(tmp_path)
-        assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
-        (tmp_path / "README.md").unlink()
-        asked = [path for _, path, _ in hub.requests if "README.md" in path]
-        model.save_pretrained(tmp_path)
-        assert asked and asked == [path for _, path, _ in hub.requests if "README.md" in path]
-    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
 
 
 def test_a_vlms_card_is_ready_for_the_hub(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -297,9 +297,12 @@ def all_steered(model: nn.Module) -> list[Steered]:
 
 
 def settings_of(model: PeftModel, adapter: str) -> DriftConfig | None:
-    """What steers an adapter: its own DriftConfig, or the settings that `guide` was given; None of plain LoRA."""
+    """What steers an adapter: its own DriftConfig, or the settings that `guide` was given. None of plain LoRA, and of
+    other types, whose modules to save `guide` may steer: a DriftConfig cannot describe these."""
     if isinstance(config := model.peft_config[adapter], DriftConfig):
         return config
+    if not isinstance(config, LoraConfig):
+        return None
     return next((s.config for s in all_steered(model) if s.adapter == adapter), None)
 
 

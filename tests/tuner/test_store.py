@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from pairs import IDS, drift, load, train, wrap
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from drift_peft import DriftConfig, guide, telemetry
@@ -77,6 +77,25 @@ def test_only_what_is_steered_has_settings(pairs, tmp_path):
     assert not list((tmp_path / "other").rglob("*.json"))
     get_peft_model(load(folder, "llama"), lora).save_pretrained(tmp_path / "later")
     assert files(tmp_path / "later") == STOCK
+
+
+OTHERS = {
+    "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["o_proj"]),
+    "LoHa": LoHaConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]),
+    "VeRA": VeraConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_other_types_are_saved_as_ever(pairs, tmp_path, kind):
+    """`guide` steers their modules to save, but no DriftConfig describes them."""
+    model = get_peft_model(load(pairs("llama"), "llama"), copy.deepcopy(OTHERS[kind]))
+    assert telemetry(train(guide(model, pairs("llama") / "prior.safetensors")))["guided_steps"] == 3
+    model.save_pretrained(tmp_path)
+    model.create_or_update_model_card(tmp_path)
+    assert files(tmp_path) == STOCK
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert telemetry(train(model, 1))["guided_steps"] == 4
 
 
 def test_guide_again_saves_the_new_settings(pairs, tmp_path):

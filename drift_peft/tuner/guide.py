@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
-from ..prior import ReasoningPrior, origins_of
+from ..prior import ReasoningPrior, origins_of, read_merge
 from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
 from .fit import (
@@ -111,6 +111,7 @@ def guide(
     if prior is not None:
         check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
     else:
+        config.merged = read_merge(getattr(model, "config", None))
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     return model

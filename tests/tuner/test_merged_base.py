@@ -68,6 +68,18 @@ def test_a_model_that_something_else_wrapped_too(folder):
         assert torch.allclose(s.prior["S"], 0.5 * other.prior["S"])
 
 
+@pytest.mark.parametrize("steered_by", ["DriftConfig", "guide"])
+def test_a_card_without_a_prior_says_how_the_base_was_made(folder, tmp_path, steered_by):
+    held, base = {"drift_target": "base", "drift_scale": "decoupled"}, load(folder / "0.5", "llama")
+    if steered_by == "guide":
+        model = guide(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])), **held)
+    else:
+        model = get_peft_model(base, DriftConfig(r=4, target_modules=["q_proj"], **held))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "To make it again:\n\n```\n" in card and ", which is base + 0.5" in card
+
+
 def test_vectors_too(tmp_path):
     """Norms and biases, whose Δ is kept whole."""
     pair = make_whole_pair(tmp_path)

@@ -37,6 +37,7 @@ from .patches import in_place_of
 from .saved import check_saved, tensors_to_train
 from .settings import check_patterns_used, refuse_unmeasured
 from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
+from .unguided import warn_of_moved
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
 # Of these, PEFT adds the heads to the list in the user's config, and only after it has made the LoRA layers.
@@ -217,9 +218,10 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
 def _telling_unguided(
     get_state_dict: Callable, model: PeftModel, state_dict=None, adapter_name: str = "default", **kwargs
 ) -> dict[str, Tensor]:
-    """What is saved. An adapter that moved without a single guided step is said loudly, not only stored."""
+    """What is saved. An adapter that moved without guidance is said loudly, not only stored."""
     weights = get_state_dict(model, state_dict, adapter_name, **kwargs)
     _warn_of_missed(model, adapter_name, weights)
+    warn_of_moved(model.get_base_model(), adapter_name)
     warn_of_lost_passes(model)
     return weights
 

@@ -190,6 +190,24 @@ def test_what_was_guided_and_is_trained_without_is_said_once(pair, trained, load
     assert "checkpoint-1' was trained with guidance, and without" in said and "load it with " in said
 
 
+@pytest.mark.parametrize(("loaded", "how"), [way for way in WAYS if way[1] != "transformers"])
+def test_where_an_optimizer_has_no_hooks_saving_says_it_once(pair, trained, tmp_path, loaded, how):
+    ways = {"for inference": FOR_INFERENCE, "to train": TO_TRAIN}[loaded]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = ways[how](copy.deepcopy(pair.base), trained[0] / "checkpoint-1")
+        model.save_pretrained(tmp_path)
+        assert not [w for w in caught if "guidance" in str(w.message)]  # nothing has moved
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter -= 0.01
+        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+    [said] = [str(w.message) for w in caught if "guidance" in str(w.message)]
+    assert "checkpoint-1' was trained with guidance, and without" in said
+
+
 def test_what_is_not_trained_or_steered_again_is_not_said(pair, trained):
     folder = trained[0] / "checkpoint-1"
     with warnings.catch_warnings():

@@ -191,9 +191,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         own = cls.stored(source, subfolder, **hub)
         if own is None:
             raise ValueError(
-                f"'{source}' has no {DRIFT_CONFIG}, with which adapters are saved that DriftConfig or guide() steers: "
-                "load it as plain LoRA with PeftModel.from_pretrained(base, folder), or steer it with guide(model, "
-                "prior)."
+                f"'{source}' has no {DRIFT_CONFIG}, the settings of what was steered: load it as plain LoRA with "
+                "PeftModel.from_pretrained(base, folder), or steer it with guide(model, prior)."
             )
         if "prior" in given:
             own["prior_sha256"] = None  # the new file is accepted as it is

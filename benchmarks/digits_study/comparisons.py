@@ -5,12 +5,13 @@ from __future__ import annotations
 from drift_peft.demo.evaluate import MEASURES
 
 from .collect import DUELS, LEADERS
-from .methods import COMPUTE, CONTROLS, NF4, TEXT, VARIANTS
+from .methods import COMPUTE, CONTROLS, NF4, REPLAYED, TEXT, TUNED_CONTROLS, VARIANTS
 from .words import MEANS, NOT_RUN, percent, signed
 
 INSIDE = {key for leaders in LEADERS.values() for key in leaders}
-OURS = {*INSIDE, "drift-ancestor-replay", *VARIANTS, *NF4, *COMPUTE, *TEXT, *CONTROLS}  # no rivals of DRIFT's
-PULL = "pull-to-zero"  # a control that is also what a user may do: plain regularization
+PULLS = {"pull-to-zero", "pull-to-zero-keep"}  # controls that are also what a user may do: plain regularization
+STEERED = {key for key in REPLAYED if key.startswith("drift")}
+OURS = {*INSIDE, *STEERED, *VARIANTS, *NF4, *COMPUTE, *TEXT, *CONTROLS, *TUNED_CONTROLS} - PULLS  # not DRIFT's rivals
 WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 
 
@@ -42,7 +43,7 @@ def rivals(world: dict, criterion: str, kind: str) -> tuple[str, list, list] | N
     if best is None:
         return None
     ahead = [
-        (key, lead) for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0]) if key not in OURS - {PULL}
+        (key, lead) for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0]) if key not in OURS
     ]
     return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0 <= pair[1][2]]
 

@@ -115,14 +115,14 @@ KEEP = {
     "keep_batch_size": 8,
     "keep_every": 1,
 }
-REPLAY = {"keep_images": 60, "keep_variety": "as examined", "keep_top_k": 8}
+REPLAY = {"keep_images": 60, "keep_variety": "as examined", "keep_top_k": 8}  # beside 200 samples
 KEPT_DRIFT = grid(rate=STEERED_RATES, drift_alpha=(0.1, 0.3, 1.0))  # 0.3 was at the edge without keeping
 
 
 def kept(key: str, how: str) -> Method:
     """A method that keeps, on a grid of its own."""
     method = (TRAINING | ANCESTOR)[key]
-    title = f"{method.title}, {'keeping' if how == 'kl' else 'replay'}"
+    title = f"{method.title}, {'keeping' if how == 'kl' else 'replay of 60 answers'}"
     candidates = KEPT_DRIFT if key.startswith("drift") else method.grid
     return replace(method, title=title, kept=how, settings=KEEP if how == "kl" else REPLAY, grid=candidates)
 
@@ -145,7 +145,14 @@ KEPT["hold-ancestor-keep"] = replace(  # pulled back to the merged base, as gent
     settings=KEEP | {"rate": 5e-3},
     grid=grid(merged=[0.2, 0.5, 1.0], drift_alpha=[1.0, 3.0, 10.0]),
 )
-KEPT |= {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
+REPLAYED = {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
+REPLAYED |= {  # as many answers as keeping has
+    f"{key}-240": replace(
+        method, title=method.title.replace("60", "240"), settings=method.settings | {"keep_images": 240}
+    )
+    for key, method in REPLAYED.items()
+}
+KEPT |= REPLAYED
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
     f"{key}-more": replace(
@@ -233,5 +240,22 @@ CONTROLS = {
     )
 }
 
+TUNED_CONTROLS = {  # with candidates of their own, as many as DRIFT has
+    "drift-random-tuned": replace(
+        TRAINING["drift"], title="DRIFT: Δ's singular values, random vectors, tuned", prior="random"
+    ),
+    "drift-random-keep": replace(
+        KEPT["drift-keep"], title="DRIFT: Δ's singular values, random vectors, keeping", prior="random"
+    ),
+    "pull-to-zero-keep": Method(
+        "LoRA pulled to zero, keeping",
+        drift={"drift_scale": "decoupled", "drift_target": "base"},
+        kept="kl",
+        settings=KEEP,
+        grid=grid(rate=STEERED_RATES, drift_alpha=[1.0, 3.0, 10.0]),
+    ),
+}
+
 METHODS = TRAINING_FREE | TRAINING | ANCESTOR | KEPT | MORE | COMPUTE | TEXT | STARTS | VARIANTS | NF4 | CONTROLS
+METHODS |= TUNED_CONTROLS
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

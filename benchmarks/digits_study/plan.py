@@ -21,6 +21,7 @@ from .methods import (
     TEXT,
     TRAINING,
     TRAINING_FREE,
+    TUNED_CONTROLS,
     VARIANTS,
 )
 from .run import DEFAULTS, scores
@@ -251,7 +252,11 @@ class Plan:
         for world in self.worlds:
             yield from compared("keeping", world, KEPT)
         for world in self.worlds:
+            yield from compared("controls, tuned", world, TUNED_CONTROLS)
+        for world in self.worlds:
             yield from compared("keeping, more images", world, MORE)
+        for world in self.worlds:
+            yield seeds("keeping, chosen by all", world, KEPT | TUNED_CONTROLS, "all")
         for world in self.worlds:
             yield seeds("as long as keeping takes", world, COMPUTE)
             yield from compared("text chains alone", world, TEXT)

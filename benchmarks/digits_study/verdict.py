@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .methods import ANCESTOR, TRAINING
+from .methods import ANCESTOR, METHODS, TRAINING
 from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points, signed
 
 DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
@@ -36,6 +36,7 @@ def counterpart(worlds: dict) -> list[str]:
         against_others(worlds, "all"),
         same_delta(worlds),
         against_merging(worlds, "all"),
+        kept_against_merging(worlds, "all"),
         held(worlds),
         other_form(worlds),
     ) if NOT_RUN not in sentence]  # fmt: skip
@@ -80,6 +81,16 @@ def against_merging(worlds: dict, criterion: str) -> str:
     )
 
 
+def kept_against_merging(worlds: dict, criterion: str) -> str:
+    """The same with keeping in both, where all forms have been run: the preferred one may be the one that lacks."""
+    rows = {key: world["chosen by"][criterion]["rows"] for key, world in worlds.items()}
+    whole = {key: worlds[key] for key, found in rows.items() if {*KEPT, *MERGED_KEPT} <= found.keys()}
+    found = best_duels(whole, criterion, KEPT, MERGED_KEPT)
+    if not found:
+        return NOT_RUN
+    return f"By the {MEANS[criterion]}, with keeping in both, DRIFT compared with it is {compared(found, worlds)}."
+
+
 def best_duels(worlds: dict, criterion: str, first: tuple[str, ...], second: tuple[str, ...]) -> dict[str, Difference]:
     """`world` -> the first less the second, each in the form that validation prefers."""
     found = {}
@@ -107,20 +118,27 @@ def preferred(world: dict, criterion: str, forms: tuple[str, ...]) -> str | None
 
 
 def cost(worlds: dict) -> str:
-    """What the trained ways lose in perception without keeping."""
+    """What the trained ways lose in perception without keeping, and which of their controls loses least."""
     lost = {}
     for key, world in worlds.items():
         rows = world["chosen by"]["images"]["rows"]
         if "vlm" in rows:
-            ways = [rows[way]["scores"]["perception"][0] for way in TRAINING | ANCESTOR if way in rows]
-            lost |= {f"`{key}`": rows["vlm"]["scores"]["perception"][0] - max(ways)} if ways else {}
-    if not lost:
+            ways = [way for way in rows if METHODS[way].trains and not METHODS[way].kept]
+            seen = rows["vlm"]["scores"]["perception"][0]
+            lost |= {(way, f"`{key}`"): 100 * (seen - rows[way]["scores"]["perception"][0]) for way in ways}
+    main = {pair: points for pair, points in lost.items() if pair[0] in TRAINING | ANCESTOR}
+    if not main:
         return f"The cost in perception: {NOT_RUN}."
-    least = 100 * min(lost.values())
-    if least <= 0:
+    if min(main.values()) <= 0:
         return "Not every way that trains without keeping costs perception."
-    where = places(lost, worlds)
-    return f"Every way that trains without keeping costs perception, {least:.0f} points of it or more in {where}."
+    where = places((place for _, place in main), worlds)
+    least = f"{min(main.values()):.0f} points of it or more in {where}"
+    sentence = f"Every way of the table that trains without keeping costs perception, {least}."
+    way, place = gentlest = min(lost, key=lost.__getitem__)
+    if gentlest not in main:
+        title = METHODS[way].title
+        sentence += f" Of their variants and controls, *{title}* costs least, {lost[gentlest]:.0f} in {place}."
+    return sentence
 
 
 def keeping(worlds: dict) -> str:
@@ -166,10 +184,22 @@ def perception_lost(worlds: dict, forms: tuple[str, ...]) -> str:
 
 
 def is_it_delta(worlds: dict) -> str:
-    found = duels(worlds, "images", "drift", "drift-random")
+    """DRIFT against pulls that know nothing of Δ, tuned where that has been run, without and with keeping."""
+    tuned = duels(worlds, "images", "drift", "drift-random-tuned")
+    found = tuned or duels(worlds, "images", "drift", "drift-random")
     if not found:
         return f"DRIFT against the same pull along random directions: {NOT_RUN}."
-    return f"Compared with the same pull along random directions instead of Δ's, DRIFT is {compared(found, worlds)}."
+    how = ", tuned as well" if tuned else ""
+    sentences = [
+        f"Compared with the same pull along random directions instead of Δ's{how}, DRIFT is {compared(found, worlds)}."
+    ]
+    if found := duels(worlds, "images", "drift-random-tuned", "lora"):
+        sentences.append(f"This pull, compared with LoRA, is {compared(found, worlds)}.")
+    if found := duels(worlds, "images", "drift-keep", "drift-random-keep"):
+        sentences.append(f"With keeping in both, DRIFT compared with this pull is {compared(found, worlds)}.")
+    if found := duels(worlds, "images", "drift-keep", "pull-to-zero-keep"):
+        sentences.append(f"Compared with LoRA that is pulled to zero, both keeping, it is {compared(found, worlds)}.")
+    return " ".join(sentences)
 
 
 def held(worlds: dict) -> str:

@@ -184,7 +184,7 @@ def test_a_row_is_shown_when_every_run_of_it_is_there(tmp_path):
     page = report(ledger, plan, tmp_path)["RESULTS.md"]
     assert "| DRIFT, keeping | not run yet |" in page and re.search(r"Not run yet in `qwen`: .*; DRIFT, keeping;", page)
     assert "Keeping, which is to cure that, has not been run yet" in page
-    filled(ledger, plan, lambda run: {"drift-keep": 0.8}.get(run["method"], 0.4))
+    filled(ledger, plan, lambda run: {"drift-keep": 0.85}.get(run["method"], 0.4))
     page = report(ledger, plan, tmp_path)["RESULTS.md"]
     assert re.search(r"\| DRIFT, keeping \| \*\*8\d ± \d", page)
     assert re.search(r"Keeping makes DRIFT better in `qwen`, by \d\d\.\d points \[", page)
@@ -223,6 +223,24 @@ def test_the_page_says_what_keepings_settings_rest_on(tmp_path):
     assert f"With keeping, and Δ from the ancestor, it chose {best['drift_alpha']:g} in `qwen`." in page
     rests = re.search(r"- \*\*Images of the keep set: 240\*\* \(`qwen`\)\. (.*)", page)[1]
     assert "*15* costs most, " in rests and "level" in rests
+
+
+def test_the_page_says_what_no_control_explains(tmp_path):
+    """The gentlest of all ways that keep nothing is named, and so is what any pull brings, tuned as DRIFT is."""
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    shares = {"vlm": 0.95, "lora": 0.3, "drift": 0.5, "drift-random": 0.7, "drift-random-tuned": 0.4}
+    shares |= {"drift-keep": 0.9, "drift-random-keep": 0.6, "pull-to-zero-keep": 0.94}
+    filled(ledger, plan := replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=()),
+           lambda run: shares[run["method"]])  # fmt: skip
+    page = report(ledger, plan, tmp_path)["RESULTS.md"]
+    assert re.search(r"costs perception, 4\d points of it or more in every world\.", page)
+    assert re.search(r"controls, \*DRIFT: Δ's singular values, random vectors\* costs least, 2\d in `", page)
+    assert re.search(r"instead of Δ's, tuned as well, DRIFT is better in every world, by (9|1\d)\.", page)
+    assert re.search(r"This pull, compared with LoRA, is better in every world, by (9|1\d)\.", page)
+    assert re.search(r"With keeping in both, DRIFT compared with this pull is better in every world, by [23]\d\.", page)
+    assert re.search(r"pulled to zero, both keeping, it is worse in every world, by \d\.", page)
+    pairs = sum(len(world["chosen by"]["images"]["duels"]) for world in collect(ledger, plan)["worlds"].values())
+    assert f"{pairs} pairs are compared by the image mean. If no pair differed, about {pairs / 20:.0f} of" in page
 
 
 def test_a_comparison_names_what_speaks_most_against_it():

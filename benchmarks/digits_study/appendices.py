@@ -60,10 +60,11 @@ EXPLAINED = (
     "the mean of all four exams, since the two ask for different models: text reasoning is had by going all the way to "
     "the expert, and perception by staying near the VLM. The mean of all four was the criterion from the start; the "
     "image mean was added when the test results of the first world by the former had been seen, where DRIFT was level "
-    "with its strongest rival. By that mean, ways that keep by 960 images are shown only where both criteria chose the "
-    "same settings, and others were not run.\n\n"
+    "with its strongest rival. By the mean of all four, ways that keep by 960 images are shown only where both "
+    "criteria chose the same settings, and others were not run.\n\n"
     "Training has 200 samples in full size, 150 steps of 16, and rank 8. `qwen` and `far` share their VLM and data, so "
-    "LoRA and full fine-tuning are the same models there. Controls change the start of the adapter with the pull. In longer chains, 10 is guessing.\n"
+    "LoRA and full fine-tuning are the same models there. Controls change the start of the adapter with the pull. In "
+    "longer chains, 10 is guessing.\n"
 )
 
 

@@ -42,9 +42,7 @@ def rivals(world: dict, criterion: str, kind: str) -> tuple[str, list, list] | N
     best, leads = (world["chosen by"][criterion]["leaders"][kind][key] for key in ("leader", "leads"))
     if best is None:
         return None
-    ahead = [
-        (key, lead) for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0]) if key not in OURS
-    ]
+    ahead = [(key, lead) for key, lead in sorted(leads.items(), key=lambda pair: -pair[1][0]) if key not in OURS]
     return best, [pair for pair in ahead if pair[1][1] > 0], [pair for pair in ahead if pair[1][1] <= 0 <= pair[1][2]]
 
 

@@ -230,7 +230,7 @@ def test_versions_are_those_that_are_taken_and_tested():
     assert said > 5
     limits = read("limits.md")
     (versions,) = re.findall(
-        r"TRL is (\S+) in the tests with the pinned versions, and (\S+) in those with the oldest", limits
+        r"The tests with the pinned versions have TRL (\S+)\. Those with the oldest versions have TRL (\S+)\.", limits
     )
     assert all(f"{file['trl']}.".startswith(f"{one}.") for file, one in zip((pinned, oldest), versions, strict=True))
     for name in ("PEFT", "huggingface_hub"):

@@ -77,9 +77,10 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
     for key, method in KEPT.items():
         if method in (merged, held):
             continue
-        plain = METHODS[key.removesuffix("-keep").removesuffix("-replay")]
+        plain = METHODS[key.removesuffix("-240").removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
-        assert method.settings == (KEEP if method.kept == "kl" else REPLAY)
+        more = {"keep_images": 240} if key.endswith("-240") else {}
+        assert method.settings == (KEEP if method.kept == "kl" else REPLAY | more)
     for key, method in MORE.items():
         few = KEPT[key.removesuffix("-more")]
         assert replace(method, title=few.title, settings=few.settings) == few

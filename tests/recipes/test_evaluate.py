@@ -267,6 +267,8 @@ def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(mode
     found = run(model, data, tmp_path / "r.json", "--adapter", str(tmp_path / "adapter"), "--batch_size", "14")
     assert found["adapter"] == str(tmp_path / "adapter")
     assert [s["response"] for s in found["samples"]] != [s["response"] for s in result(5)["samples"]]
+    for name, weight in lora.named_parameters():
+        weight.data *= 2 if "lora_B" in name else 1
     lora.save_pretrained(tmp_path / "adapter")
     usual = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
     assert "holds answers of other settings: adapter_files (" in refusal(

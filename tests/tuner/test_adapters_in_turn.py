@@ -195,8 +195,11 @@ def test_a_further_adapter_is_told_how_it_is_loaded_guided(pair, tmp_path):
     model = steered(pair)
     train(model, sgd(model))
     model.save_pretrained(tmp_path)
+    plain = steered(pair)
+    plain.load_adapter(tmp_path, "two", is_trainable=True)
+    plain.set_adapter("two")
     with pytest.warns(UserWarning, match=r"load it with model.add_adapter\('two', DriftConfig.from_pretrained"):
-        steered(pair).load_adapter(tmp_path, "two", is_trainable=True)
+        train(plain, sgd(plain), steps=1)
     other = steered(pair)
     other.add_adapter("two", DriftConfig.from_pretrained(tmp_path))
     other.load_adapter(tmp_path, "two", is_trainable=True)

@@ -20,7 +20,6 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from trl.trainer.utils import add_fused_lm_head
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fits_24gb import batch
@@ -44,6 +43,8 @@ def measured(config, tokens: list[int], image: int, device: torch.device) -> tup
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Switched off bitsandbytes")
         model = get_peft_model(model, DriftConfig(prior=prior, r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+    from trl.trainer.utils import add_fused_lm_head  # not in the oldest versions
+
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

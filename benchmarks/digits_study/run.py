@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
@@ -121,6 +121,8 @@ def adapted(model, processor, method: Method, settings: dict, drift: dict | None
     config = LoraConfig(init_lora_weights=method.start, **lora)
     batches = [dict(encode(processor, samples[i : i + BATCH])) for i in range(0, min(len(samples), 4 * BATCH), BATCH)]
     if method.start == "lora_ga":
+        from peft import LoraGAConfig, preprocess_loraga  # not in the oldest versions
+
         config.lora_ga_config = LoraGAConfig()
         preprocess_loraga(model, config, lambda: [model(**batch).loss.backward() for batch in batches])
         model.zero_grad()

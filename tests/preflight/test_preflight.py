@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_memory
 import transformers as tf
+import trl.trainer.utils
 from fits_24gb import computed_sizes
 from models import qwen2_5_vl_7b
 from parts.arguments import RunArguments
@@ -13,8 +14,6 @@ from published import BASES
 from tiny import FAMILIES
 from tiny_memory import PART, TINY, settings, slow
 from trl import SFTConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from drift_peft import DriftConfig
 from drift_peft.preflight import dry_run as dry
@@ -30,7 +29,8 @@ def test_defaults_are_those_of_the_recipes():
     known = {f.name: f.default for cls in (SFTConfig, DriftConfig, RunArguments) for f in fields(cls)}
     for setting in fields(Settings)[1:]:
         assert setting.default == known[setting.name], setting.name
-    assert dry.TILE == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    kernels = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL before it has no kernels of its own")
+    assert dry.TILE == (kernels.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE)
     names = {name.value for name in tf.training_args.OptimizerNames}
     assert all({name, f"paged_{name}"} & names for name in STATE)
 

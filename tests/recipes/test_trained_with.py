@@ -116,22 +116,31 @@ def test_a_finished_run_is_known_by_what_decides_its_weights(train, pair, tmp_pa
             train(**{**SETTINGS, **other}, resume_from_checkpoint="true")
 
 
+def refuses_other_content(train, run, key, file, other, output):
+    """Of a finished run, as long as `other(file)` lies where `run[key]` was."""
+    content = file.read_bytes()
+    other(file)
+    told = f"{output} was finished with another content of {key}, which is {run[key]}: put back what was"
+    with pytest.raises(SystemExit, match=told):
+        train(**run, resume_from_checkpoint="true")
+    file.write_bytes(content)
+
+
+def longer(file):
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
+def other_weights(file):
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 def test_a_finished_run_is_not_taken_for_one_of_other_files(train, pair, data, tmp_path, capsys):
     base = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
     own = shutil.copytree(data.parent, tmp_path / "pictures") / data.name
     run = {**FAST, "base": base, "reference": None, "expert": None, "prior": None, "method": "sft", "data": own}
     train(**run)
-    other = {name: weight + 1 for name, weight in load_file(base / "model.safetensors").items()}
-    for key, file in (("data", own), ("base", base / "model.safetensors")):
-        content = file.read_bytes()
-        if key == "base":
-            save_file(other, file, metadata={"format": "pt"})
-        else:
-            file.write_bytes(content + b"\n")
-        told = f"{tmp_path / 'run'} was finished with another content of {key}, which is {run[key]}: put back what was"
-        with pytest.raises(SystemExit, match=told):
-            train(**run, resume_from_checkpoint="true")
-        file.write_bytes(content)
+    refuses_other_content(train, run, "data", own, longer, tmp_path / "run")
+    refuses_other_content(train, run, "base", base / "model.safetensors", other_weights, tmp_path / "run")
     assert train(**run, resume_from_checkpoint="true")[0] is None
     assert "was finished before" in capsys.readouterr().out
 
@@ -157,13 +166,7 @@ def test_a_finished_run_is_not_taken_for_one_of_another_expert(train, pair, tmp_
         run[key] = shutil.copytree(pair("qwen2_5_vl") / key.replace("reference", "base"), tmp_path / key)
     train(**run)
     for key in ("expert", "reference"):
-        file = run[key] / "model.safetensors"
-        content = file.read_bytes()
-        save_file({name: w + 1 for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
-        told = f"{tmp_path / 'run'} was finished with another content of {key}, which is {run[key]}: put back what was"
-        with pytest.raises(SystemExit, match=told):
-            train(**run, resume_from_checkpoint="true")
-        file.write_bytes(content)
+        refuses_other_content(train, run, key, run[key] / "model.safetensors", other_weights, tmp_path / "run")
     assert train(**run, resume_from_checkpoint="true")[0] is None
     assert "was finished before" in capsys.readouterr().out
 

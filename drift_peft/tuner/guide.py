@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -51,9 +51,9 @@ def guide(
 
     Raises:
         TypeError: an unknown setting.
-        ValueError: nothing that is trainable here has a Δ in the prior; the model uses a LoRA variant with another
-            chain rule, starts with a part of W in its adapter, was wrapped with DriftConfig, or does not fit the prior;
-            what comes first is no model; or a setting is out of range.
+        ValueError: nothing that is trainable here has a Δ in the prior; the adapter is not LoRA; the model uses a LoRA
+            variant with another chain rule, starts with a part of W in its adapter, was wrapped with DriftConfig, or
+            does not fit the prior; what comes first is no model; or a setting is out of range.
 
     Example:
         >>> targets = language_model_targets(vlm)
@@ -79,6 +79,7 @@ def guide(
         raise TypeError("; ".join(filter(None, words)))
     refuse_meta(model)
     refuse_nested_copies(model)
+    _refuse_other_methods(model, adapter_name)
     layers = list(lora_layers(model, adapter_name))
     if adapter_name is not None and not layers:
         raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
@@ -115,6 +116,18 @@ def guide(
         check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
     steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     return model
+
+
+def _refuse_other_methods(model: nn.Module, adapter_name: str | None) -> None:
+    """AdaLoRA's layers are LoRA layers too, with other parameters and a rank that changes."""
+    configs = getattr(model, "peft_config", {})
+    active = model.active_adapters if isinstance(model, PeftModel) else configs
+    for adapter in active if adapter_name is None else [adapter_name]:
+        if adapter in configs and (method := configs[adapter].peft_type) != PeftType.LORA:
+            raise ValueError(
+                f"The adapter '{adapter}' is {method.value}: guidance steers LoRA's factors, so make it with "
+                "LoraConfig or DriftConfig."
+            )
 
 
 def _refuse_misread_targets(model: nn.Module, adapters: Iterable[str]) -> None:

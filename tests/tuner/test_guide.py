@@ -7,7 +7,7 @@ import pytest
 import torch
 from older import known, variant
 from pairs import drift, load, train, wrap
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoKrConfig, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model
 
 from drift_peft import ReasoningPrior, guide
 from drift_peft.tuner.steered import all_steered, steered_of
@@ -177,6 +177,24 @@ def test_guide_refuses(pairs):
         guide(empty, prior)
     with pytest.raises(ValueError, match=r"guide\(\) takes the model first, then the prior, but got ReasoningPrior"):
         guide(prior, own)
+
+
+OTHER_METHODS = {
+    "ADALORA": AdaLoraConfig(target_modules=["q_proj"], total_step=4),  # its layers are LoRA layers
+    "LOKR": LoKrConfig(target_modules=["q_proj"]),
+    "OFT": OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=2),  # trains tensors of the language model's names
+    "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_methods_of_peft_that_are_not_lora(pairs, method):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), OTHER_METHODS[method])
+    message = f"The adapter 'default' is {method}: guidance steers LoRA's factors, so make it with LoraConfig"
+    for adapter_name in (None, "default"):
+        with pytest.raises(ValueError, match=message):
+            guide(model, folder / "prior.safetensors", adapter_name)
 
 
 @pytest.mark.parametrize(

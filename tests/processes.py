@@ -1,5 +1,6 @@
 """Processes of the tests, which start at once: one server has imported what they need, for all tests of a process."""
 
+import faulthandler
 import multiprocessing.forkserver
 import os
 import runpy
@@ -26,12 +27,24 @@ def start_server() -> None:
 
 
 def on_two(worker, *args) -> None:
-    """worker(rank, *args) on ranks 0 and 1, which makes a group of both; an exception in one of them is raised here."""
+    """worker(rank, *args) on ranks 0 and 1, which makes a group of both; an exception in one of them is raised here.
+
+    With it comes what both have printed as errors: a signal that killed one says nothing of its cause.
+    """
     start_method = CONTEXT.get_start_method()
-    torch.multiprocessing.start_processes(_rank, (worker, *args), nprocs=2, start_method=start_method)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            torch.multiprocessing.start_processes(_rank, (folder, worker, *args), nprocs=2, start_method=start_method)
+        except Exception as error:
+            for file in sorted(Path(folder).iterdir()):
+                error.add_note(f"{file.name}:\n{file.read_text(encoding='utf-8', errors='replace')}")
+            raise
 
 
-def _rank(rank: int, worker, *args) -> None:
+def _rank(rank: int, folder: str, worker, *args) -> None:
+    with Path(folder, f"stderr of rank {rank}").open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable()
     worker(rank, *args)
     torch.distributed.barrier()
     sys.stdout.flush(), sys.stderr.flush()

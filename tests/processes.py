@@ -26,8 +26,8 @@ def start_server() -> None:
         multiprocessing.forkserver.ensure_running()
 
 
-def on_two(worker, *args) -> None:
-    """worker(rank, *args) on ranks 0 and 1, which makes a group of both; an exception in one of them is raised here.
+def on_two(worker, *args) -> list:
+    """What worker(rank, *args) returns on ranks 0 and 1 of a group of both; an exception in one of them is raised here.
 
     With it comes what both have printed as errors: a signal that killed one says nothing of its cause.
     """
@@ -36,16 +36,20 @@ def on_two(worker, *args) -> None:
         try:
             torch.multiprocessing.start_processes(_rank, (folder, worker, *args), nprocs=2, start_method=start_method)
         except Exception as error:
-            for file in sorted(Path(folder).iterdir()):
+            for file in sorted(Path(folder).glob("stderr*")):
                 error.add_note(f"{file.name}:\n{file.read_text(encoding='utf-8', errors='replace')}")
             raise
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in (0, 1)]
 
 
 def _rank(rank: int, folder: str, worker, *args) -> None:
     with Path(folder, f"stderr of rank {rank}").open("wb") as file:
         os.dup2(file.fileno(), 2)
     faulthandler.enable()
-    worker(rank, *args)
+    torch.set_num_threads(1)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.save(worker(rank, *args), Path(folder, f"{rank}.pt"))
     torch.distributed.barrier()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)  # gloo's destructor waits for a thread that waits for the GIL: one process of some hundreds never ends

@@ -159,9 +159,6 @@ def whole(model):
 
 
 def worker(rank, folder, names):
-    torch.set_num_threads(1)
-    rendezvous = (folder / "fsdp").as_uri()
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     pair = Pair(folder, LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), {})
     results = {}
     for name in names:
@@ -175,7 +172,7 @@ def worker(rank, folder, names):
     results["resumed"] = resume(pair, rank)
     results["saved"] = save(pair, rank)
     results["fsdp1"] = fsdp1(pair, rank)
-    torch.save(results, folder / f"fsdp{rank}.pt")
+    return results
 
 
 def count_collectives(pair):
@@ -247,8 +244,8 @@ def sharded(tmp_path_factory, pytestconfig):
     """A pair whose prior has norms too, and what both processes have found."""
     pair = make_whole_pair(tmp_path_factory.mktemp("fsdp"))
     pair.base.save_pretrained(pair.folder / "base")
-    on_two(worker, pair.folder, [name for name in CASES if name not in SLOW or pytestconfig.getoption("slow")])
-    return pair, [torch.load(pair.folder / f"fsdp{rank}.pt") for rank in (0, 1)]
+    names = [name for name in CASES if name not in SLOW or pytestconfig.getoption("slow")]
+    return pair, on_two(worker, pair.folder, names)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])

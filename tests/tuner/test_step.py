@@ -222,9 +222,6 @@ DDP_MODES = [("absolute", "residual"), ("adaptive", "residual"), ("gradnorm", "f
 
 
 def ddp_worker(rank, folder):
-    torch.set_num_threads(1)
-    rendezvous = (folder / "rendezvous").as_uri()
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     pair = Pair(folder, LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), {})
     results = {}
     for scale, target in DDP_MODES:
@@ -232,13 +229,12 @@ def ddp_worker(rank, folder):
             model = steered(pair, scale, target)
             wrapped = DistributedDataParallel(model)
             results[scale, target, accumulation] = rank_training(model, wrapped, rank, accumulation)
-    torch.save(results, folder / f"rank{rank}.pt")
+    return results
 
 
 def test_two_processes_equal_one(pair):
     """DDP over gloo, with and without accumulation under no_sync, against one process with the whole batch."""
-    on_two(ddp_worker, pair.folder)
-    ranks = [torch.load(pair.folder / f"rank{rank}.pt") for rank in (0, 1)]
+    ranks = on_two(ddp_worker, pair.folder)
     for scale, target in DDP_MODES:
         model = steered(pair, scale, target)
         start = state(model)

@@ -200,9 +200,6 @@ def test_on_a_4bit_base(pair):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    rendezvous = (folder / "rendezvous_weight").as_uri()
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     pair = Pair(folder, LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32), {})
     model = weight_normed(pair, sketch=16)
     wrapped, optimizer = DistributedDataParallel(model), sgd(model)
@@ -213,7 +210,7 @@ def worker(rank, folder):
             backward(wrapped, one, 1 / 2)
         backward(wrapped, two, 1 / 2)
         optimizer.step()
-    torch.save(state(model), folder / f"weight{rank}.pt")
+    trained = state(model)
     model = weight_normed(pair, sketch=16)
     wrapped, optimizer = DistributedDataParallel(model), sgd(model)
     with wrapped.join():  # torch never takes back that it was on
@@ -222,11 +219,11 @@ def worker(rank, folder):
     with pytest.raises(RuntimeError, match="exhausted"), wrapped.join(throw_on_early_termination=True):
         train(wrapped, optimizer, 2 - rank)
     assert telemetry(model)["guided_steps"] == 3
+    return trained
 
 
 def test_two_processes_equal_one(pair):
-    on_two(worker, pair.folder)
-    one, other = (torch.load(pair.folder / f"weight{rank}.pt") for rank in (0, 1))
+    one, other = on_two(worker, pair.folder)
     model = weight_normed(pair, sketch=16)
     start = state(model)
     train(model, sgd(model), 2)

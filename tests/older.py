@@ -43,6 +43,7 @@ transformers_takes_it = needs(peft, "0.18.2", "is refused by transformers itself
 transformers_adds_it = needs(
     peft, MIN_PEFT_VERSION, f"is refused by transformers {transformers.__version__}, which asks for {MIN_PEFT_VERSION}"
 )
+looks_up_places = needs(transformers, "5.10.1", "finds the place of a patch of Gemma 4 by a product over all places")
 copies_take_names = needs(peft, "0.20", "gives what it copies no input by its name alone")
 leaves_the_others = needs(peft, "0.21", "freezes what another adapter trains when it adds one")
 tells_adapters_apart = needs(peft, "0.21", "saves an adapter whose name holds this one's as well")

@@ -6,6 +6,7 @@ QWEN2 = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064,
 }  # fmt: skip
+QWEN2_VL = QWEN2 | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
 LLAMA3 = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -20,12 +21,12 @@ UNTIED = {"tie_word_embeddings": False}
 
 def qwen2_5_vl_7b():
     return tf.Qwen2_5_VLConfig(
-        text_config=QWEN2, vision_config={"hidden_size": 1280, "out_hidden_size": 3584}, **UNTIED
+        text_config=QWEN2_VL, vision_config={"hidden_size": 1280, "out_hidden_size": 3584}, **UNTIED
     )
 
 
 def qwen2_vl_7b():
-    return tf.Qwen2VLConfig(text_config=QWEN2, vision_config={"embed_dim": 1280, "hidden_size": 3584}, **UNTIED)
+    return tf.Qwen2VLConfig(text_config=QWEN2_VL, vision_config={"embed_dim": 1280, "hidden_size": 3584}, **UNTIED)
 
 
 def llava_next_llama3_8b():

@@ -216,7 +216,11 @@ def kinds(decoder: Decoder) -> list[list[int]]:
 
 def lenders(decoder: Decoder) -> tuple[int, ...]:
     """The layers whose keys and values later ones use."""
-    return tuple(i for i, mode in enumerate(getattr(decoder.module.config, "kv_sharing_modes", ())) if mode == "store")
+    borrow, lend = (
+        [i for i, layer in enumerate(decoder.layers) if any(getattr(m, says, False) for m in layer.modules())]
+        for says in ("is_kv_shared_layer", "store_full_length_kv")
+    )
+    return tuple(lend) if borrow else ()  # older versions of transformers mark the last layer where none borrows
 
 
 def _inside(decoder: Decoder) -> str:
@@ -301,8 +305,9 @@ def _forward(step: Step, decoder: nn.Module, width: int) -> Tensor:
     # A single sample needs no mask; with several, the shorter ones are padded.
     mask = None if step.batch == 1 else torch.ones(step.batch, 1, step.tokens, step.tokens, dtype=torch.bool)
     inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": torch.zeros(shape, dtype=torch.long)}
-    if getattr(decoder, "hidden_size_per_layer_input", 0):  # else it asks the embedding which tokens these are
-        inputs["per_layer_inputs"] = decoder.get_per_layer_inputs(torch.zeros(shape, dtype=torch.long))
+    if size := getattr(decoder, "hidden_size_per_layer_input", 0):  # else it asks the embedding which tokens these are
+        looked_up = decoder.embed_tokens_per_layer(torch.zeros(shape, dtype=torch.long))
+        inputs["per_layer_inputs"] = looked_up.reshape(*shape, -1, size)
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 

@@ -97,8 +97,10 @@ def _promised(config: LoraConfig, model: nn.Module, targets: list[str] | None = 
     `targets`: instead of the config's.
     """
     config = copy.deepcopy(config)
-    config.init_lora_weights, config.use_dora, config.eva_config = False, False, None  # which look at weights
-    config.base_model_name_or_path = None
+    # These name no tensor, and PEFT would look at weights for them, or import a module that the file names.
+    config.init_lora_weights, config.use_dora = False, False
+    config.eva_config = config.arrow_config = config.megatron_config = config.base_model_name_or_path = None
+    config.rank_pattern, config.alpha_pattern = {}, {}
     if targets is not None:
         config.target_modules = targets
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

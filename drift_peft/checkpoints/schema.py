@@ -99,6 +99,8 @@ class AdapterConfig(Schema):
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 

@@ -87,7 +87,7 @@ class SampleFile(HeadedFile, Sequence[Sample]):
         rows = self.metadata.get("vocabulary", math.inf)
         tokens = (self._file.get_tensor(name) for name in ("tokens", "top_tokens"))
         finite = self._file.get_tensor("top_logprobs").isfinite().all()
-        return bool(finite) and all(0 <= least and most < rows for least, most in (t.aminmax() for t in tokens))
+        return bool(finite) and all(0 <= int(t.min()) and int(t.max()) < rows for t in tokens)
 
     def _part(self, name: str, ends: Tensor, i: int) -> Tensor:
         start = int(ends[i - 1]) if i else 0

@@ -1,5 +1,6 @@
 """promised.py: an adapter whose file lacks what its config promises is refused by name, and no other is."""
 
+import sys
 import warnings
 
 import pytest
@@ -115,6 +116,24 @@ def test_one_of_the_biases_beside_factors_is_missed(tmp_path):
     lose(tmp_path, "layers.0.self_attn.v_proj", "bias")
     with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.self_attn\.v_proj\.bias, which bias in"):
         merge(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"megatron_config": {"hidden_size": 64}, "megatron_core": "this"},
+        {"rank_pattern": None, "alpha_pattern": None},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_that_name_no_tensor_change_no_promise(tmp_path, fields):
+    saved(tmp_path, tiny_llm("llava", **BIASED))
+    edit_config(tmp_path / "adapter", **fields)
+    assert merge(tmp_path).modules
+    lose(tmp_path, "layers.1")
+    with pytest.raises(ValueError, match="which target_modules in"):
+        merge(tmp_path, overwrite=True)
+    assert "this" not in sys.modules  # a file imports nothing
 
 
 def test_a_way_of_saying_that_it_was_on_purpose(tmp_path):

@@ -46,6 +46,8 @@ def test_what_is_said_of_a_config(content, said):
             {"trainable_token_indices": ["a"]},
             'trainable_token_indices.0 should be a valid integer, got "a"',
         ),
+        (AdapterConfig, {"target_modules": 3}, "target_modules should be a valid list, got 3"),
+        (AdapterConfig, {"exclude_modules": ["x", 3]}, "exclude_modules.1 should be a valid string, got 3"),
         (AdapterConfig, {"rank_pattern": {"[0-9]": "a"}}, 'rank_pattern.[0-9] should be a valid integer, got "a"'),
     ],
 )

@@ -2,11 +2,10 @@
 
 import copy
 import json
+import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from steered_files import Q, save_steered
 
@@ -16,7 +15,7 @@ from drift_peft.checkpoints.dequantized import quantization_in_training
 from drift_peft.checkpoints.lora import open_expert
 from drift_peft.prior.combine import formula
 
-FEW, MANY = 25, 500  # values that are put in somewhere
+FEW = 25  # values that are put in somewhere, where not each is put into each place
 WRONG = [None, [], {}, "", "x", 0, -1, 1.5, float("nan"), True, [None], {"a": None}, [[]], "\ud800", 10**30]
 WRONG += [{"a": {"b": [1]}}, ["x"]]
 
@@ -67,29 +66,22 @@ JSON = {
 
 
 def attack(content, ledger, fault, read):
-    """Put a wrong value into a random place, again and again: read(document) ends well or in a sentence."""
-    examples = FEW if ledger.seconds is None else MANY
-
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.sampled_from([*places(content)]), st.sampled_from(WRONG))
-    def put_in(path, value):
-        refused = held = False
+    """Put each wrong value into each place, one at a time: read(document) ends well or in a sentence."""
+    cases, broken = [(path, value) for path in places(content) for value in WRONG], []
+    for path, value in cases if ledger.seconds is not None else random.Random(0).sample(cases, FEW):
+        said = None
         try:
             read(json.dumps(put(content, path, value)))  # what is not looked at may be anything
-            held = True
-        except (ValueError, OSError) as error:
-            refused, held = True, "\n" not in str(error) and str(error).count(" ") >= 4
-            assert held, str(error)
-        finally:
-            ledger.add(fault, refused, held)
+        except Exception as error:
+            said = error
+        held = said is None or (isinstance(said, (ValueError, OSError)) and is_sentence(str(said)))
+        ledger.add(fault, said is not None, held)
+        broken += [] if held else [(path, value, said)]
+    assert not broken
 
-    put_in()
+
+def is_sentence(message):
+    return "\n" not in message and message.count(" ") >= 4
 
 
 @pytest.mark.parametrize("kind", JSON)
@@ -115,7 +107,8 @@ def test_wrong_types_in_the_header_of_a_prior(folder, tmp_path, ledger):
     def write(header):
         save_file(tensors, tmp_path / "q.safetensors", metadata={"drift_prior": header})
         prior = ReasoningPrior.load(tmp_path / "q.safetensors")
-        assert formula(prior.metadata) and [*prior.values()] and [*prior.probes()]
+        assert formula(prior.metadata) and [*prior.values()]
+        list(prior.probes())  # a combination has none
         prior.truncate(1, tmp_path / "r.safetensors", overwrite=True)
 
     header = ReasoningPrior.load(folder / "p.safetensors").metadata

@@ -9,6 +9,7 @@ from functools import cache
 # Before torch looks for one: all tests but those of test_cuda.py put their inputs on the CPU, and models in 4 bits go
 # to a GPU by themselves. `make test-cuda` lets them see it.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from more, and results repeat; so in other processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background, whose programs would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,7 +43,6 @@ def pytest_collection_modifyitems(config, items):
 
 jinja2.Template = cache(jinja2.Template)  # of the cards, which huggingface_hub would compile anew for every adapter
 skip_what_loads_processors()
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and results repeat
 
 
 @pytest.fixture(scope="session")

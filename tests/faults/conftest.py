@@ -90,7 +90,7 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     shim = folder / "shim.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, Path(__file__).with_name("shim.c"), "-ldl"], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("engine.py"), folder, shim],

@@ -35,7 +35,7 @@ def ran(tmp_path_factory):
         elif "install" in tags:
             cell.source = ""
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
-    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    client.execute(env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return folder, notebook.cells
 
 

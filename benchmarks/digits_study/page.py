@@ -45,9 +45,9 @@ def one_page(results: dict, worlds: dict, figure: str, appendices: dict[str, str
     parts += verdict(worlds)
     if other := counterpart(worlds):
         parts += [
-            "\nIn the second and the fourth sentence each stands in the form that validation prefers, Δ from the VLM "
-            "or from the ancestor. Two ways are *level* where the interval of their difference holds 0. "
-            f"{by_chance(worlds)} The counterpart of these sentences:\n",
+            "\nIn points 2, 4 and 5 each way stands in the form that validation prefers, Δ from the VLM or from the "
+            "ancestor. Two ways are *level* where the interval of their difference holds 0. "
+            f"{by_chance(worlds)} The counterpart of these points:\n",
             *(f"- {sentence}" for sentence in other),
         ]
     parts += ["\n## The table\n", *table(results, worlds)]

@@ -1,9 +1,9 @@
-"""The study's verdict in five sentences and their counterpart, generated from its numbers."""
+"""The study's verdict and its counterpart, generated from its numbers."""
 
 from __future__ import annotations
 
 from .methods import ANCESTOR, METHODS, TRAINING
-from .words import MEANS, NOT_RUN, Difference, compared, listed, places, points, signed
+from .words import MEANS, NOT_RUN, Difference, compared, listed, minus, places, points, signed
 
 DRIFT, MERGED = ("drift", "drift-ancestor"), ("merge-lora", "merge-lora-ancestor")
 KEPT, MERGED_KEPT = ("drift-keep", "drift-ancestor-keep"), ("merge-lora-keep", "merge-lora-ancestor-keep")
@@ -13,21 +13,26 @@ MORE, MERGED_MORE = (
 )
 BOTH = "merge-drift-ancestor-keep"  # a part of Δ merged, then DRIFT
 HELD = "hold-ancestor-keep"  # a part of Δ merged, then LoRA that is held near it
+REPLAYED = {  # ways whose kept answers were samples instead
+    "lora": "LoRA",
+    "merge-lora-ancestor": "Merging a part of Δ from the ancestor and then LoRA",
+    "drift-ancestor": "DRIFT with Δ from the ancestor",
+}
 OTHERS = {"lora": "LoRA", "full": "full fine-tuning", "full-drift": "full DRIFT as published"}
 
 
 def verdict(worlds: dict) -> list[str]:
-    """Five sentences by the image mean."""
-    return [f"{number}. {sentence}" for number, sentence in enumerate(
-        (
-            against_others(worlds, "images"),
-            against_merging(worlds, "images"),
-            cost(worlds),
-            keeping(worlds),
-            is_it_delta(worlds),
-        ),
-        start=1,
-    )]  # fmt: skip
+    """What is found by the image mean, of what has been run."""
+    found = (
+        against_others(worlds, "images"),
+        against_merging(worlds, "images"),
+        cost(worlds),
+        keeping(worlds),
+        rivals_kept(worlds),
+        replay(worlds),
+        is_it_delta(worlds),
+    )
+    return [f"{number}. {said}" for number, said in enumerate(filter(None, found), start=1)]
 
 
 def counterpart(worlds: dict) -> list[str]:
@@ -142,7 +147,7 @@ def cost(worlds: dict) -> str:
 
 
 def keeping(worlds: dict) -> str:
-    """What keeping adds to DRIFT, what perception it leaves lost, and DRIFT with keeping against rivals that keep."""
+    """What keeping adds to DRIFT, and what perception it leaves lost."""
     gained = {}
     for key, world in worlds.items():
         way = preferred(world, "images", KEPT)
@@ -156,6 +161,14 @@ def keeping(worlds: dict) -> str:
     forms = {"the VLM": perception_lost(worlds, MORE[:1]), "the ancestor": perception_lost(worlds, MORE[1:])}
     if said := [f"{left}, with Δ from {where}" for where, left in forms.items() if left]:
         sentences.append(f"With 960 images instead of 240, and tuned again, it loses so many: {'; '.join(said)}.")
+    if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
+        sentences.append(f"In {listed(missing)} it has not been run yet.")
+    return " ".join(sentences)
+
+
+def rivals_kept(worlds: dict) -> str:
+    """DRIFT with keeping against rivals that keep, by as many images; and the ways that go on from a merged VLM."""
+    sentences = []
     for rival, name in ((MERGED_KEPT, "merging a part of Δ and then training LoRA"), (("lora-keep",), "LoRA")):
         if found := best_duels(worlds, "images", KEPT, rival):
             sentences.append(f"With keeping in both, DRIFT compared with {name} is {compared(found, worlds)}.")
@@ -168,8 +181,15 @@ def keeping(worlds: dict) -> str:
         if found := duels(worlds, "images", f"{HELD}{more}", f"merge-lora-ancestor-keep{more}"):
             first = f'By {images} images, LoRA that is held near this merged VLM (`drift_target="base"`), compared with'
             sentences.append(f"{first} LoRA that is not, is {compared(found, worlds)}.")
-    if missing := [f"`{key}`" for key in worlds if f"`{key}`" not in gained]:
-        sentences.append(f"In {listed(missing)} it has not been run yet.")
+    return " ".join(sentences)
+
+
+def replay(worlds: dict) -> str:
+    """Keeping against as many of the same answers among the samples, which cost no time in a step."""
+    sentences = []
+    for way, name in REPLAYED.items():
+        if found := duels(worlds, "images", f"{way}-keep", f"{way}-replay-240"):
+            sentences.append(f"{name}, keeping, compared with replay of as many answers, is {compared(found, worlds)}.")
     return " ".join(sentences)
 
 
@@ -183,6 +203,16 @@ def perception_lost(worlds: dict, forms: tuple[str, ...]) -> str:
     return listed(f"{100 * share:.0f} in `{key}`" for key, share in lost.items()) if lost else ""
 
 
+def gap(worlds: dict, exam: str, first: str, second: str) -> str:
+    """How many points of one exam the first has more than the second in which world."""
+    found = {}
+    for key, world in worlds.items():
+        rows = world["chosen by"]["images"]["rows"]
+        if first in rows and second in rows:
+            found[key] = rows[first]["scores"][exam][0] - rows[second]["scores"][exam][0]
+    return minus(listed(f"{100 * share:+.0f} in `{key}`" for key, share in found.items()))
+
+
 def is_it_delta(worlds: dict) -> str:
     """DRIFT against pulls that know nothing of Δ, tuned where that has been run, without and with keeping."""
     tuned = duels(worlds, "images", "drift", "drift-random-tuned")
@@ -193,6 +223,9 @@ def is_it_delta(worlds: dict) -> str:
     sentences = [
         f"Compared with the same pull along random directions instead of Δ's{how}, DRIFT is {compared(found, worlds)}."
     ]
+    if tuned:
+        task, sight = (gap(worlds, exam, "drift", "drift-random-tuned") for exam in ("2-3 operations", "perception"))
+        sentences.append(f"DRIFT's points in the task, less this pull's, are {task}; in perception they are {sight}.")
     if found := duels(worlds, "images", "drift-random-tuned", "lora"):
         sentences.append(f"This pull, compared with LoRA, is {compared(found, worlds)}.")
     if found := duels(worlds, "images", "drift-keep", "drift-random-keep"):

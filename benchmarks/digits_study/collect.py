@@ -34,6 +34,7 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift", "drift-random-tuned", "Is it Δ, or any pull that is tuned as well?"),
     ("drift-keep", "drift-random-keep", "And with keeping in both:"),
     ("drift-keep", "pull-to-zero-keep", ""),
+    ("drift-ancestor", "drift-random-tuned", ""),
     ("drift-random-tuned", "lora", "What any pull gains:"),
     ("drift-random-keep", "lora-keep", "And with keeping in both:"),
     ("pull-to-zero-keep", "lora-keep", ""),

@@ -226,6 +226,8 @@ def is_it_delta(worlds: dict) -> str:
     if tuned:
         task, sight = (gap(worlds, exam, "drift", "drift-random-tuned") for exam in ("2-3 operations", "perception"))
         sentences.append(f"DRIFT's points in the task, less this pull's, are {task}; in perception they are {sight}.")
+    if found := duels(worlds, "images", "drift-ancestor", "drift-random-tuned"):
+        sentences.append(f"With Δ from the ancestor DRIFT, compared with it, is {compared(found, worlds)}.")
     if found := duels(worlds, "images", "drift-random-tuned", "lora"):
         sentences.append(f"This pull, compared with LoRA, is {compared(found, worlds)}.")
     if found := duels(worlds, "images", "drift-keep", "drift-random-keep"):

@@ -41,7 +41,7 @@ def places(found: Iterable[str], of: Collection[str]) -> str:
 
 
 def compared(found: dict[str, Difference], of: Collection[str]) -> str:
-    """Where the first of two is better, level or worse, with the number that speaks most against it.
+    """Where the first of two is better, level or worse, and of the last kind that is named, the least difference.
 
     Args:
         found: world -> the first less the second. A difference whose interval holds 0 is level.
@@ -53,7 +53,8 @@ def compared(found: dict[str, Difference], of: Collection[str]) -> str:
         "worse": [world for world, (_, _, high) in found.items() if high < 0],
     }
     said = listed(f"{kind} in {places(worlds, of)}" for kind, worlds in kinds.items() if worlds)
-    least = min(found, key=lambda world: found[world][0])
+    last = kinds["worse"] or kinds["level"] or kinds["better"]
+    least = min(last, key=lambda world: found[world][0])
     if kinds["worse"]:
         return f"{said}, by {points(found[least])}" + (f" in {least}" if len(kinds["worse"]) > 1 else "")
     if kinds["level"]:

@@ -253,6 +253,9 @@ def test_a_comparison_names_what_speaks_most_against_it():
     assert compared({"`a`": better, "`b`": level}, of) == (
         "better in `a` and level in `b`, where the difference is −1.0 [−3.0, +1.0]"
     )
+    assert compared({"`a`": (0.02, 0.01, 0.03), "`b`": (0.03, -0.01, 0.07)}, of) == (
+        "better in `a` and level in `b`, where the difference is +3.0 [−1.0, +7.0]"
+    )
     assert compared({"`a`": better, "`b`": level, "`c`": worse}, of) == (
         "better in `a`, level in `b` and worse in `c`, by 4.0 points [2.0, 6.0]"
     )

@@ -17,7 +17,8 @@ from transformers import PretrainedConfig, TrainingArguments
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config
 from ..tuner import DriftConfig
-from .memory import KEEPING, Estimate, Memory, Settings, optimizer_state, patches
+from .images import warn_of_unread
+from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
 from .recipe import as_meant, read_recipe
 
 CARDS = 8, 12, 16, 24  # GB
@@ -25,7 +26,7 @@ USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between te
 FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
 # Keys of a recipe that decide nothing here: those of recipes/parts/arguments.py, and TRL's own. Neither is imported,
 # since a recipe is looked at before TRL is installed. Where it is, its own may be more: see trl_keys.
-OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_images keep_samples "
+OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_samples "
           "keep_top_k keep_questions keep_bound merge verify lora_alpha use_rslora env").split()  # fmt: skip
 TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
        "dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length model_init_kwargs packing "
@@ -169,7 +170,9 @@ def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:
         ValueError: a setting is wrong, or the base is no full-precision vision-language model.
     """
     settings = read_settings(recipe, changes)
-    return estimate_summary(Memory(base_config(settings.base), settings.base), settings)
+    memory = Memory(base_config(settings.base), settings.base)
+    warn_of_unread(memory.config, settings.processor_kwargs)
+    return estimate_summary(memory, settings)
 
 
 def estimate_summary(memory: Memory, settings: Settings) -> dict:
@@ -196,10 +199,9 @@ def _keeping(memory: Memory, settings: Settings, gb: float) -> dict | None:
     if not settings.keeps:
         return None
     step, every = memory.keep_step(settings), settings.keep_every
-    one = replace(settings, images_per_sample=1)
     samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     time = settings.keep_batch_size * step.tokens / (samples * settings.max_tokens) / every
-    at_once = {"samples": step.batch, "tokens": step.tokens, "patches": patches(memory.config, one)}
+    at_once = {"samples": step.batch, "tokens": step.tokens, "patches": patches(memory.config, kept(settings))}
     return {**at_once, "step_samples": samples, "every": every, "time": time, "gb": gb}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .cards import CARDS, base_config, parts_table, read_settings, verdict
+from .images import warn_of_unread
 from .memory import Memory
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
@@ -21,7 +22,9 @@ def gating_summary(recipe: str | Path, changes: dict | None = None) -> dict:
     Raises: as `preflight_summary`.
     """
     settings = read_settings(recipe, changes)
-    now = Memory(base_config(settings.base), settings.base).gating(settings, TOKENS)
+    memory = Memory(base_config(settings.base), settings.base)
+    warn_of_unread(memory.config, settings.processor_kwargs)
+    now = memory.gating(settings, TOKENS)
     tokens = STEPS * ANSWERS * (KEPT + SAID)
     return {
         "base": settings.base,

@@ -19,6 +19,7 @@ from ..arguments import check_whole, is_number
 from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
 from ..tuner import BATCH_ELEMENTS, DriftSettings, check_settings, is_guided
 from .dry_run import MEASURE, Step, step_peaks
+from .images import LARGEST, Cut, cut, patches_per_token, pixel_bytes
 from .recipe import check_type
 
 # No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
@@ -26,7 +27,8 @@ CONTEXT = 1.05e9  # with the kernels in use
 WORKSPACES = 0.2e9  # what PyTorch's allocator holds beside what is counted here
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits per 64 weights, 32 bits per 256 of those
 _8_BIT = 1 + 4 / 256  # bytes a number of bitsandbytes' optimizers: 8 bits, and 32 bits per 256 of them
-COUNTED = ("max_pixels", "longest_edge", "max_soft_tokens", "max_tiles", "max_image_tokens")  # of processor_kwargs
+COUNTED = ("max_pixels", "longest_edge", "max_soft_tokens", "max_tiles", "max_image_tokens", "tile_size", "max_patches",
+           "pan_and_scan_max_num_crops")  # of processor_kwargs  # fmt: skip
 FOUR_BIT = "language model's projections, 4 bits"
 SIXTEEN_BIT = "embedding and head", "per-layer embeddings", "experts", "vision tower and the rest"
 STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keeps for each trained number
@@ -45,6 +47,7 @@ STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keep
 METHODS = "drift", "sft"
 WHOLE = ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size")
 WHOLE += ("gradient_accumulation_steps", "keep_batch_size", "keep_every", "keep_max_new_tokens")
+IMAGES = "images of a step, 32 bits"
 KEEPING = ", keeping"  # how the names of its moments end
 QUESTION = 32  # tokens of a keep set's question in its chat template, about
 
@@ -71,6 +74,7 @@ class Settings:
     label_smoothing_factor: float = 0.0
     gradient_accumulation_steps: int = 1
     keep: str | None = None
+    keep_images: str | None = None
     keep_weight: float = 1.0
     keep_batch_size: int = 1
     keep_every: int = 1
@@ -218,8 +222,15 @@ class Memory:
             "adapter, 32 bits": 4 * trained,
             "its gradients, 32 bits": 4 * trained,
             f"optimizer ({settings.optim})": trained * optimizer_state(settings),
+            IMAGES: settings.gradient_accumulation_steps
+            * self._pixels(settings),  # the Trainer reads all of them first
             **self._steering(settings),
         }
+
+    def _pixels(self, settings: Settings) -> float:
+        """Bytes of a batch's images, as the model takes them."""
+        number = settings.per_device_train_batch_size * patches(self.config, settings)
+        return number * pixel_bytes(self.config)
 
     def _trained(self, settings: Settings) -> int:
         return settings.r * sum(map(sum, self.shapes.values()))
@@ -229,6 +240,8 @@ class Memory:
         if settings.keeps:
             moments |= self._keeping(settings, self._trained(settings))
         moments["step of the optimizer"] = {"guidance, 32 bits": self._guidance(settings)}
+        images = settings.gradient_accumulation_steps * self._pixels(settings)  # the last ones are let go of after that
+        moments["reading of the next step's samples"] = {"their images, 32 bits": images}
         return self._largest(settings, self._always(settings), moments)
 
     def least(self, settings: Settings, now: Estimate) -> float:
@@ -265,7 +278,8 @@ class Memory:
             "prior, 16 bits": size * sum(min(k, *shape) * sum(shape) for shape in shapes),
             "gates, their gradients and Adam": 5 * 4 * sum(min(k, *shape) for shape in shapes),
         }
-        return self._largest(settings, always, self._moments(settings, step))
+        images = {"images, 32 bits": self._pixels(settings)}
+        return self._largest(settings, always, self._moments(settings, step, beside=images))
 
     def _steering(self, settings: Settings) -> dict[str, float]:
         """U [out, k] and Vh [k, in] of what is steered, and capture.py's sums."""
@@ -292,8 +306,8 @@ class Memory:
         """The moments of a pass of keeping, whose gradients are there beside the task's."""
         step = self.keep_step(settings)
         earlier = {"keeping's gradients so far, 32 bits": 4 * trained * (step.batch < settings.keep_batch_size)}
-        one = replace(settings, images_per_sample=1, per_device_train_batch_size=step.batch)
-        return self._moments(one, step, KEEPING, earlier)
+        one = replace(kept(settings), per_device_train_batch_size=step.batch)
+        return self._moments(one, step, KEEPING, earlier | {"keeping's images, 32 bits": self._pixels(one)})
 
     def _guidance(self, settings: Settings) -> float:
         """A batch of the largest projections in batches.py, in fp32: parameters, gradients, direction, biased gradients
@@ -315,64 +329,29 @@ class Memory:
             )
         blocks = max(lists, key=len)
         widths = [(m.in_features, m.out_features) for m in blocks[0].modules() if isinstance(m, nn.Linear)]
-        outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") else 0
-        number = patches(self.config, settings) * settings.per_device_train_batch_size
-        return settings.dtype.itemsize * number * (sum(map(sum, widths)) + outputs)
+        last = self.config.model_type == "internvl" and self.config.vision_feature_layer == -1
+        outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") and not last else 0
+        found, samples = _cut(self.config, settings), settings.per_device_train_batch_size
+        return settings.dtype.itemsize * samples * found.all_patches * (sum(map(sum, widths)) + outputs)
 
 
 def patches(config: PretrainedConfig, settings: Settings) -> int:
-    """Into how many patches a sample's images are cut: by the recipe's processor_kwargs, else as its processor may."""
-    vision, kwargs = config.vision_config, settings.processor_kwargs or {}
-    size = kwargs.get("size")
-    longest = size.get("longest_edge") if isinstance(size, dict) else None
-    if config.model_type == "gemma4":
-        return settings.images_per_sample * kwargs.get("max_soft_tokens", 280) * vision.pooling_kernel_size**2
-    if config.model_type == "lfm2_vl":  # tiles, and the whole
-        tiles = 1 + kwargs.get("max_tiles", 10) if kwargs.get("do_image_splitting", True) else 1
-        return settings.images_per_sample * tiles * kwargs.get("max_image_tokens", 256) * config.downsample_factor**2
-    merge = getattr(vision, "spatial_merge_size", 1)
-    if merge > 1 or not hasattr(vision, "image_size"):  # Qwen: as many as there are pixels, and as tokens allow
-        most = settings.max_tokens * merge**2
-        pixels = kwargs.get("max_pixels") or longest
-        return min(settings.images_per_sample * (pixels // vision.patch_size**2), most) if pixels else most
-    side, patch = _side(vision.image_size), _side(vision.patch_size)
-    tiles = getattr(vision, "max_num_tiles", 1)
-    if grid := getattr(config, "image_grid_pinpoints", None):  # LLaVA-NeXT: tiles, and the whole
-        tiles = 1 + max(height * width for height, width in grid) // side**2
-    elif config.model_type in ("idefics3", "smolvlm"):  # likewise; 4 x 4 of them if the recipe does not say
-        tiles = 1 + math.ceil((longest or 4 * side) / side) ** 2
-    elif config.model_type == "internvl":
-        tiles = 1 + kwargs.get("max_patches", 12) if kwargs.get("crop_to_patches", True) else 1
-    elif config.model_type == "idefics2":
-        tiles = 5 if kwargs.get("do_image_splitting", True) else 1
-    return settings.images_per_sample * tiles * (side // patch) ** 2
+    """Into how many patches a sample's images are cut."""
+    return _cut(config, settings).all_patches
+
+
+def _cut(config: PretrainedConfig, settings: Settings) -> Cut:
+    return cut(config, settings.processor_kwargs, settings.images_per_sample, settings.max_tokens)
+
+
+def kept(settings: Settings) -> Settings:
+    """With samples of one image, as the keep set's are. Those of the data are no larger than max_tokens lets through;
+    other pictures are as large as the processor does."""
+    return replace(settings, images_per_sample=1, max_tokens=LARGEST if settings.keep_images else settings.max_tokens)
 
 
 def keep_tokens(config: PretrainedConfig, settings: Settings) -> int:
-    """Tokens of one of the keep set's samples: an image, a question, and the longest answer. Its images are those of
-    samples that max_tokens lets through."""
-    image = math.ceil(patches(config, replace(settings, images_per_sample=1)) / _patches_per_token(config))
-    return min(image + QUESTION + settings.keep_max_new_tokens, settings.max_tokens)
-
-
-def _patches_per_token(config: PretrainedConfig) -> float:
-    """How many patches become one token of the language model; 1 where it is not known, which counts too many."""
-    vision = config.vision_config
-    if (merge := getattr(vision, "spatial_merge_size", 1)) > 1:
-        return merge**2
-    if config.model_type == "gemma4":
-        return vision.pooling_kernel_size**2
-    if config.model_type == "lfm2_vl":
-        return config.downsample_factor**2
-    if config.model_type == "internvl":
-        return config.downsample_ratio**-2
-    if config.model_type in ("idefics3", "smolvlm"):
-        return config.scale_factor**2
-    tile = (_side(vision.image_size) // _side(vision.patch_size)) ** 2 if hasattr(vision, "image_size") else 1
-    if config.model_type == "gemma3":
-        return tile / config.mm_tokens_per_image
-    return tile / config.perceiver_config.resampler_n_latents if config.model_type == "idefics2" else 1
-
-
-def _side(size: int | list | tuple) -> int:
-    return size if isinstance(size, int) else size[0]
+    """Tokens of one of the keep set's samples: an image, a question, and the longest answer."""
+    image = math.ceil(patches(config, kept(settings)) / patches_per_token(config))
+    tokens = image + QUESTION + settings.keep_max_new_tokens
+    return tokens if settings.keep_images else min(tokens, settings.max_tokens)

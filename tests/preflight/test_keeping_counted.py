@@ -22,7 +22,7 @@ from drift_peft.keeping.feed import Part
 from drift_peft.keeping.kept import Keeping
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.cards import estimate_summary, keeping_sentence, preflight_table, read_settings
-from drift_peft.preflight.memory import QUESTION, Memory, Settings, keep_tokens
+from drift_peft.preflight.memory import QUESTION, Memory, Settings, keep_tokens, kept, patches
 
 ANSWER, PIXELS = 32, 64**2
 
@@ -85,6 +85,8 @@ def test_memory_is_that_of_a_real_pass(vocabulary, moment, tmp_path):
             torch.set_autocast_enabled("cuda", before)
             keeping.release()
         moments = memory._keeping(wanted, sum(p.numel() for p in parameters))
+        for parts in moments.values():
+            del parts["keeping's images, 32 bits"]  # which this pass is without
         sizes = {name: sum(parts.values()) for name, parts in moments.items() if "vision" not in name}
         counted.append(max(sizes.values()))
         assert max(sizes, key=sizes.get) == f"{moment} of the language model, keeping"
@@ -103,13 +105,27 @@ def test_tokens_are_those_that_the_processor_makes(family):
     picture = Image.fromarray(np.zeros((SIDE, SIDE, 3), dtype=np.uint8))
     ids = processor(text=[image], images=[[picture]], return_tensors="pt")["input_ids"]
     tokens = int((ids == 3).sum())
-    kwargs = {"max_pixels": SIDE**2, "do_image_splitting": False, "size": {"longest_edge": SIDE}, "max_patches": 0}
+    kwargs = {"max_pixels": SIDE**2, "do_image_splitting": False, "size": {"longest_edge": SIDE}, "max_patches": 1}
     kwargs |= {"max_soft_tokens": 64, "max_image_tokens": 4, "crop_to_patches": False}
     wanted = settings(processor_kwargs=kwargs, max_tokens=4096)
     counted = keep_tokens(made, wanted) - QUESTION - ANSWER
     # LLaVA-NeXT ends each row of patches with a token; SmolVLM cuts no image as small as this into tiles.
     assert 0.85 * tokens < counted <= tokens * (2 if family == "smolvlm" else 1)
     assert keep_tokens(made, settings(processor_kwargs=kwargs, max_tokens=20)) == 20  # longer samples are dropped
+    other = settings(processor_kwargs=kwargs, max_tokens=20, keep_images="pictures")  # of which nothing is dropped
+    assert keep_tokens(made, other) == keep_tokens(made, wanted)
+
+
+def test_pictures_that_are_not_the_datas_are_as_large_as_the_processor_lets_them():
+    """Of which a keep set is made, whatever max_tokens is; here no max_pixels says how large."""
+    memory, wanted = Memory(config(64), "tiny"), settings(processor_kwargs=None, keep_images="pictures")
+    step, own = memory.keep_step(wanted), memory.keep_step(replace(wanted, keep_images=None))
+    assert (step.batch, step.tokens) == (1, 16384 + QUESTION + ANSWER) and own.tokens == wanted.max_tokens
+    assert patches(memory.config, kept(wanted)) == 16384 * 4
+    pixels = {tokens: 4 * 4 * tokens * 4 * 3 * 2 * 4 for tokens in (16384, wanted.max_tokens)}
+    for chosen, tokens in ((wanted, 16384), (replace(wanted, keep_images=None), wanted.max_tokens)):
+        for parts in memory._keeping(chosen, 0).values():
+            assert parts["keeping's images, 32 bits"] == pixels[tokens]
 
 
 def test_what_keeping_adds_is_told(capsys, tmp_path):

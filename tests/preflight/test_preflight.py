@@ -3,22 +3,31 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_memory
 import transformers as tf
 import trl.trainer.utils
 from fits_24gb import computed_sizes
 from models import qwen2_5_vl_7b
+from older import loads_processors
 from parts.arguments import RunArguments
+from PIL import Image
 from published import BASES
 from tiny import FAMILIES
 from tiny_memory import PART, TINY, settings, slow
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from trl import SFTConfig
 
 from drift_peft import DriftConfig
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.cards import CARDS, advise, fits, read_settings
-from drift_peft.preflight.memory import CONTEXT, STATE, WORKSPACES, Memory, Settings, patches
+from drift_peft.preflight.images import pixel_bytes, warn_of_unread
+from drift_peft.preflight.memory import CONTEXT, IMAGES, STATE, WORKSPACES, Memory, Settings, patches
 
 memory = tiny_memory.memory  # fixture
 
@@ -80,6 +89,13 @@ def test_gates_see_one_image_at_a_time(memory, monkeypatch):
     assert memory.estimate(settings(images_per_sample=4)).parts["vision tower's activations"] == 4e12
 
 
+TILES = {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}
+AYA = tf.AyaVisionConfig(vision_config={"model_type": "siglip_vision_model", "image_size": 364, "patch_size": 14})
+IDEFICS = tf.Idefics2Config(vision_config={"image_size": 980, "patch_size": 14})
+GEMMA = tf.Gemma3Config(vision_config={"image_size": 896, "patch_size": 14})
+SMOL = tf.SmolVLMConfig(vision_config={"image_size": 384, "patch_size": 14})
+
+
 @pytest.mark.parametrize(
     "config, kwargs, number",
     [
@@ -89,26 +105,88 @@ def test_gates_see_one_image_at_a_time(memory, monkeypatch):
         (qwen2_5_vl_7b(), {"max_pixels": 512 * 512, "images": 3}, 512 * 4),
         (tf.LlavaNextConfig(), {"images": 2}, 2 * 5 * 24 * 24),
         (tf.LlavaNextConfig(), None, 5 * 24 * 24),
-        (tf.Gemma3Config(vision_config={"image_size": 896, "patch_size": 14}), None, 64 * 64),
-        (tf.SmolVLMConfig(vision_config={"image_size": 384, "patch_size": 14}), None, 17 * 27 * 27),
-        (
-            tf.SmolVLMConfig(vision_config={"image_size": 384, "patch_size": 14}),
-            {"size": {"longest_edge": 768}},
-            5 * 27 * 27,
-        ),
-        (tf.Idefics2Config(vision_config={"image_size": 980, "patch_size": 14}), {"do_image_splitting": False}, 70**2),
+        (GEMMA, None, 64 * 64),
+        (SMOL, None, 17 * 27 * 27),
+        (SMOL, {"size": {"longest_edge": 768}}, 5 * 27 * 27),
+        (IDEFICS, {"do_image_splitting": False}, 70**2),
+        (SMOL, {"do_image_splitting": False}, 27 * 27),
+        (SMOL, {"size": {"longest_edge": 384}}, 27 * 27),  # no larger than a tile, so the whole is no second one
+        (IDEFICS, {"size": {"longest_edge": 490}}, 5 * 35**2),
+        (GEMMA, {"do_pan_and_scan": True}, 5 * 64 * 64),
+        (GEMMA, {"do_pan_and_scan": True, "pan_and_scan_max_num_crops": 2, "images": 2}, 2 * 3 * 64 * 64),
+        (tf.Mistral3Config(), {"size": {"longest_edge": 448}}, 32 * 32),
         (tf.InternVLConfig(), None, 13 * 32 * 32),
+        (tf.InternVLConfig(), {"max_patches": 1}, 32 * 32),
+        (tf.InternVLConfig(), {"crop_to_patches": False}, 32 * 32),
+        (tf.AyaVisionConfig(), None, 13 * 27 * 27),
+        (tf.AyaVisionConfig(), {"max_patches": None}, 13 * 27 * 27),
+        (tf.AyaVisionConfig(), {"max_patches": 4}, 5 * 27 * 27),
         (tf.MllamaConfig(vision_config={"image_size": 560, "patch_size": 14}), None, 4 * 40 * 40),
         (tf.Gemma4Config(vision_config={}), {"images": 2}, 2 * 280 * 9),
         (tf.Gemma4Config(vision_config={}), {"max_soft_tokens": 70}, 70 * 9),
         (tf.Lfm2VlConfig(), None, 11 * 32 * 32),
         (tf.Lfm2VlConfig(), {"do_image_splitting": False}, 32 * 32),
+        (tf.Lfm2VlConfig(), {"max_tiles": 4, "use_thumbnail": False}, 4 * 32 * 32),
+        (tf.Lfm2VlConfig(), {"tile_size": 1024}, 11 * 64 * 64),
     ],
 )
 def test_patches_of_a_sample(config, kwargs, number):
     kwargs = dict(kwargs or {})
     images = kwargs.pop("images", 1)
     assert patches(config, settings(processor_kwargs=kwargs, images_per_sample=images)) == number
+
+
+SQUARE = {"size": {"height": 364, "width": 364}}
+PAN = {"pan_and_scan_min_crop_size": 16, "pan_and_scan_min_ratio_to_activate": 1.2, "pan_and_scan_max_num_crops": 4}
+
+
+@loads_processors
+@pytest.mark.parametrize(
+    "config, processor, own, changes, width",
+    [
+        (GEMMA, Gemma3ImageProcessorPil, {"size": {"height": 896, "width": 896}, **PAN}, {"do_pan_and_scan": True}, 4),
+        (GEMMA, Gemma3ImageProcessorPil, {"size": {"height": 896, "width": 896}, **PAN}, {"do_pan_and_scan": False}, 4),
+        (SMOL, SmolVLMImageProcessorPil, TILES, {}, 1),
+        (SMOL, SmolVLMImageProcessorPil, TILES, {"do_image_splitting": False}, 1),
+        (SMOL, SmolVLMImageProcessorPil, TILES, {"size": {"longest_edge": 768}}, 1),
+        (SMOL, SmolVLMImageProcessorPil, TILES, {"size": {"longest_edge": 384}}, 1),
+        (IDEFICS, Idefics2ImageProcessorPil, {}, {"do_image_splitting": True}, 1),
+        (IDEFICS, Idefics2ImageProcessorPil, {}, {"size": {"longest_edge": 490, "shortest_edge": 378}}, 1),
+        (AYA, GotOcr2ImageProcessorPil, {**SQUARE, "crop_to_patches": True}, {}, 12),
+        (AYA, GotOcr2ImageProcessorPil, {**SQUARE, "crop_to_patches": True}, {"max_patches": 4}, 4),
+        (AYA, GotOcr2ImageProcessorPil, SQUARE, {"crop_to_patches": False}, 12),
+        (tf.Mistral3Config(), PixtralImageProcessorPil, {"patch_size": 14}, {"size": {"longest_edge": 448}}, 1),
+    ],
+)
+def test_pixels_are_those_that_the_processor_makes(config, processor, own, changes, width):
+    """Of a large image of a shape that becomes as many pieces as any."""
+    image = Image.fromarray(np.zeros((1000, 1000 * width, 3), dtype=np.uint8))
+    kwargs = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **own, "do_image_splitting": True, **changes}
+    made = processor(**kwargs)([[image]], return_tensors="pt")
+    counted = patches(config, settings(processor_kwargs={**changes}))
+    pixels = [made[name] for name in ("pixel_values", "pixel_attention_mask") if name in made]
+    assert counted * pixel_bytes(config) == pytest.approx(sum(p.nbytes for p in pixels), rel=1e-6)
+
+
+def test_what_is_not_read_of_the_processor_is_told(recwarn):
+    told = {"max_pixels": 256, "min_pixels": 64, "image_mean": [0.5], "size": {"longest_edge": 9, "shortest_edge": 1}}
+    for config, kwargs in ((TINY(), told), (GEMMA, {"do_pan_and_scan": False}), (GEMMA, None)):
+        warn_of_unread(config, kwargs)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"^max_patches, size\.height in processor_kwargs is not counted for gemma3: if"
+    ):
+        warn_of_unread(GEMMA, {"max_patches": 4, "size": {"height": 1792}, "do_rescale": True})
+
+
+def test_images_of_a_step_and_of_the_next_one_are_counted(memory):
+    """How many are there was seen in a run: tests/recipes/test_sft_vlm.py."""
+    few = settings(processor_kwargs={"max_pixels": 256}, images_per_sample=2, per_device_train_batch_size=3)
+    one = 2 * 256 * 3 * 2 * 4  # two colours in time
+    assert memory.estimate(few).parts[IMAGES] == 3 * one
+    many = memory.estimate(replace(few, gradient_accumulation_steps=20000))
+    assert many.moment == "reading of the next step's samples"
+    assert many.parts[IMAGES] == many.parts["their images, 32 bits"] == 20000 * 3 * one
 
 
 def recipes():

@@ -122,6 +122,15 @@ def test_the_command(recipe, capsys):
     assert "24 GB" in out and "fits, with" in out and "94% of a card" in out
 
 
+@pytest.mark.parametrize("flags", [(), ("--gates",)])
+def test_a_setting_of_the_processor_that_is_not_counted_is_told(flags, recipe, capsys):
+    with pytest.warns(UserWarning, match="^crop_size in processor_kwargs is not counted for qwen2_5_vl: if images"):
+        status = run(capsys, "preflight", recipe, "--set", "processor_kwargs={crop_size: 64, max_pixels: 256}", *flags)[
+            0
+        ]
+    assert status == 0
+
+
 def test_what_gating_takes(recipe, capsys):
     status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
     summary = json.loads(out)
@@ -205,6 +214,7 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["keep_weight=.nan"], "keep_weight is a number of at least 0, and 0 keeps nothing, got nan"),
         (["lora_dropout=2"], "lora_dropout is the probability that a number is left out, at most 1: 2"),
         (["bf16=true", "fp16=true"], "bf16 and fp16 are both true, and training is in one of them: leave one out"),
+        (["processor_kwargs={max_patches: many}"], "max_patches must be a whole number ≥ 1, got 'many'"),
         (["base=no/where"], "no/where"),
         (["base=EMPTY"], "has no config.json"),
         (["base=TEXT"], "is no vision-language model"),

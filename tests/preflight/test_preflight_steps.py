@@ -167,6 +167,7 @@ SHAPES = {"spatial_shapes": torch.tensor([[4, 4]] * 16), "pixel_attention_mask":
         ("llava", (16, 3, 16, 16), {}),
         ("gemma3", (16, 3, 16, 16), {}),
         ("idefics2", (1, 16, 3, 16, 16), {}),
+        ("internvl", (16, 3, 16, 16), {}),
         ("qwen2_5_vl", (16 * 16, 3 * 2 * 16), GRIDS),
         ("qwen3_vl", (16 * 16, 3 * 2 * 16), GRIDS),
         pytest.param("gemma4", (16, 16, 3 * 16), PLACES, marks=looks_up_places),
@@ -181,6 +182,7 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     with torch.no_grad(), dry.Live() as live:
         model.get_image_features(pixel_values=pixels, **inputs)
     kwargs = {"max_pixels": 256, "do_image_splitting": False, "max_soft_tokens": 4, "max_image_tokens": 4}
+    kwargs |= {"crop_to_patches": False}
     wanted = settings(images_per_sample=16, max_tokens=4096, bf16=False, processor_kwargs=kwargs)
     memory = Memory(config, "tiny")
     assert patches(config, wanted) == 16 * 16

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from unittest.mock import Mock
 
 import data as data_command
@@ -16,6 +17,8 @@ from tiny_vlm import PROCESSORS
 from transformers import GenerationConfig
 
 from drift_peft import KeepSet
+from drift_peft.preflight import Memory, Settings, base_config
+from drift_peft.preflight.memory import IMAGES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
@@ -52,6 +55,35 @@ def test_the_frozen_tower_takes_no_part_in_the_backward_pass(family, train):
     other, ends = backward(trainer, batch)
     assert len(ends) == 1 + any(module._forward_hooks for module in tower.modules())
     assert gradients.keys() == other.keys() and all(torch.equal(gradients[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs"), [("qwen2_5_vl", {"max_pixels": 256}), ("smolvlm", {"size": {"longest_edge": 16}})]
+)
+def test_preflight_counts_the_images_that_are_there_in_a_step(family, kwargs, train, pair, monkeypatch):
+    """The Trainer reads all batches of a step before its first pass, and the next one's before it lets go of them."""
+    images, when_read, in_passes = [], [], []
+    read, step = sft_vlm.Trainer.get_batch_samples, sft_vlm.Trainer.training_step
+
+    def alive():
+        return sum(image().nbytes for image in images if image() is not None)
+
+    def reading(self, *args):
+        batches, tokens = read(self, *args)
+        found = (batch.get(name) for batch in batches for name in ("pixel_values", "pixel_attention_mask"))
+        images.extend(weakref.ref(tensor) for tensor in found if tensor is not None)
+        when_read.append(alive())
+        return batches, tokens
+
+    monkeypatch.setattr(sft_vlm.Trainer, "get_batch_samples", reading)
+    monkeypatch.setattr(
+        sft_vlm.Trainer, "training_step", lambda self, *args: (in_passes.append(alive()), step(self, *args))[1]
+    )
+    train(family, **FAST, processor_kwargs=kwargs)
+    base = pair(family) / "base"
+    steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "processor_kwargs": kwargs}
+    counted = Memory(base_config(str(base)), family).estimate(Settings(str(base), **steps)).parts[IMAGES]
+    assert in_passes == 4 * [counted] and when_read == [counted, 2 * counted]
 
 
 def test_the_card_that_is_pushed_has_ours_in_it(train):

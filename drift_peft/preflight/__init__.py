@@ -3,6 +3,7 @@
 dry_run  the activations of a training step, on tensors without memory
 recipe   the YAML of a recipe, read as it is meant
 images   into how many patches and tokens a processor cuts images, and what their pixels take
+loading  what model_init_kwargs changes of it
 memory   what training takes on the GPU, by part
 cards    which cards a recipe fits, and what to change where it does not
 gating   what gating a prior takes, in place of training

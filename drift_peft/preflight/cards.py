@@ -29,7 +29,7 @@ FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice go
 OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_samples "
           "keep_top_k keep_questions keep_bound merge verify lora_alpha use_rslora env").split()  # fmt: skip
 TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
-       "dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length model_init_kwargs packing "
+       "dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length packing "
        "packing_strategy pad_to_multiple_of pad_token padding_free router_aux_loss_coef shuffle_dataset "
        "truncation_mode trust_remote_code").split()  # fmt: skip
 

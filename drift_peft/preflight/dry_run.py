@@ -53,6 +53,7 @@ class Step:
     checkpointing: bool = True
     label_smoothing: float = 0.0
     think_tokens: bool = False
+    eager: bool = False  # attention, with its scores as tensors
     answer: int = 0  # tokens at the end of each sample that a pass of keeping compares; 0 is a step on the task
     gated: int | None = None  # how many directions of each projection are gated, where that is what is trained
 
@@ -356,6 +357,10 @@ def _adapted(decoder: Decoder, step: Step, layers: tuple[int, ...]) -> nn.Module
             for factor in (new.lora_A, new.lora_B):
                 factor.float()  # PEFT gives them the dtype of a weight that is not packed
             setattr(parent_module, child, new)
+    if step.eager:
+        for part in module.modules():
+            if hasattr(part, "config"):
+                part.config._attn_implementation = "eager"
     if step.checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its new name is missing in older versions

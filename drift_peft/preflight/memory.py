@@ -20,6 +20,7 @@ from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skel
 from ..tuner import BATCH_ELEMENTS, DriftSettings, check_settings, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .images import LARGEST, Cut, cut, patches_per_token, pixel_bytes
+from .loading import check_loading, is_eager
 from .recipe import check_type
 
 # No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
@@ -79,6 +80,7 @@ class Settings:
     keep_batch_size: int = 1
     keep_every: int = 1
     keep_max_new_tokens: int = 64
+    model_init_kwargs: dict | None = None
     replay: float = 0.0
     optim: str = "adamw_torch_fused"
     bf16: bool | None = None
@@ -97,6 +99,7 @@ class Settings:
                 check_whole(**{key: value})
         for name, hint in get_type_hints(Settings).items():
             check_type(name, getattr(self, name), hint)
+        check_loading(self.model_init_kwargs, self.dtype)
         if self.method not in METHODS:
             raise ValueError(f"method is {' or '.join(METHODS)}, got {self.method!r}")
         if self.method == "drift":  # sft does not look at them
@@ -141,6 +144,7 @@ class Settings:
             checkpointing=self.gradient_checkpointing,
             label_smoothing=self.label_smoothing_factor,
             think_tokens=self.think_tokens,
+            eager=is_eager(self.model_init_kwargs),
         )
 
 
@@ -270,7 +274,9 @@ class Memory:
         expert, which answers before it is loaded and takes no more."""
         size = settings.dtype.itemsize
         k, shapes = settings.prior_rank, self.shapes.values()
-        settings = replace(settings, per_device_train_batch_size=1, images_per_sample=1, max_tokens=tokens)
+        settings = replace(
+            settings, per_device_train_batch_size=1, images_per_sample=1, max_tokens=tokens, model_init_kwargs=None
+        )
         step = Step(1, tokens, settings.dtype, checkpointing=settings.gradient_checkpointing, gated=k)
         always = {
             FOUR_BIT: NF4 * self.weights[FOUR_BIT],
@@ -332,7 +338,19 @@ class Memory:
         last = self.config.model_type == "internvl" and self.config.vision_feature_layer == -1
         outputs = len(blocks) * widths[0][0] if hasattr(self.config, "vision_feature_layer") and not last else 0
         found, samples = _cut(self.config, settings), settings.per_device_train_batch_size
-        return settings.dtype.itemsize * samples * found.all_patches * (sum(map(sum, widths)) + outputs)
+        scores = self._scores(found, samples) if is_eager(settings.model_init_kwargs) else 0
+        return settings.dtype.itemsize * samples * found.all_patches * (sum(map(sum, widths)) + outputs) + scores
+
+    def _scores(self, found: Cut, samples: int) -> int:
+        """Bytes of eager attention in the tower: 16 bits before the softmax, 32 in it, and 16 of what it is rounded to,
+        for each head and two patches of a piece."""
+        vision = self.config.vision_config
+        heads = max(getattr(vision, name, 1) for name in ("num_heads", "num_attention_heads"))
+        if getattr(vision, "spatial_merge_size", 1) > 1:  # Qwen: one image after the other
+            return 8 * heads * found.patches**2
+        if vision.model_type == "pixtral":  # all images are one sequence
+            return 8 * heads * (samples * found.all_patches) ** 2
+        return 8 * heads * samples * found.pieces * found.patches**2
 
 
 def patches(config: PretrainedConfig, settings: Settings) -> int:

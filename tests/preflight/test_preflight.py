@@ -26,7 +26,7 @@ from trl import SFTConfig
 from drift_peft import DriftConfig
 from drift_peft.preflight import dry_run as dry
 from drift_peft.preflight.cards import CARDS, advise, fits, read_settings
-from drift_peft.preflight.images import pixel_bytes, warn_of_unread
+from drift_peft.preflight.images import cut, pixel_bytes, warn_of_unread
 from drift_peft.preflight.memory import CONTEXT, IMAGES, STATE, WORKSPACES, Memory, Settings, patches
 
 memory = tiny_memory.memory  # fixture
@@ -201,6 +201,7 @@ def test_what_a_recipe_says_it_takes_is_the_estimate_at_the_published_size(name)
     recipe = replace(read_settings(ROOT / "recipes" / "configs" / f"{name}.yaml"), keep=None)
     config, weights = BASES[recipe.base]
     memory = Memory(config(), recipe.base)
+    assert not cut(memory.config, recipe.processor_kwargs, 1, 1).unread
     assert sum(memory.weights.values()) / 1e9 == pytest.approx(weights, abs=0.006)
     estimate = memory.estimate(recipe)
     smallest = next(card for card in CARDS if fits(estimate, card))

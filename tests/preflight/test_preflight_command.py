@@ -122,6 +122,14 @@ def test_the_command(recipe, capsys):
     assert "24 GB" in out and "fits, with" in out and "94% of a card" in out
 
 
+def test_eager_attention_is_counted_in_tower_and_language_model(recipe, capsys):
+    plain, eager, same = (
+        json.loads(run(capsys, "preflight", recipe, "--json", "--set", f"model_init_kwargs={kwargs}")[1])
+        for kwargs in ("null", "{attn_implementation: eager, revision: main}", "{dtype: bfloat16}")
+    )
+    assert eager["total_gb"] > plain["total_gb"] and same["parts_gb"] == plain["parts_gb"]
+
+
 @pytest.mark.parametrize("flags", [(), ("--gates",)])
 def test_a_setting_of_the_processor_that_is_not_counted_is_told(flags, recipe, capsys):
     with pytest.warns(UserWarning, match="^crop_size in processor_kwargs is not counted for qwen2_5_vl: if images"):
@@ -214,6 +222,14 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["keep_weight=.nan"], "keep_weight is a number of at least 0, and 0 keeps nothing, got nan"),
         (["lora_dropout=2"], "lora_dropout is the probability that a number is left out, at most 1: 2"),
         (["bf16=true", "fp16=true"], "bf16 and fp16 are both true, and training is in one of them: leave one out"),
+        (["model_init_kwargs=5"], "model_init_kwargs takes settings such as {name: value}, got 5"),
+        (
+            ["model_init_kwargs={device_map: cpu}"],
+            "what device_map in model_init_kwargs takes is not counted: leave it",
+        ),
+        (["model_init_kwargs={torch_dtype: float32}"], "what torch_dtype in model_init_kwargs takes is not counted"),
+        (["model_init_kwargs={dtype: float32}"], "dtype float32, while training computes in bfloat16 by bf16 and fp16"),
+        (["model_init_kwargs={quantization_config: {}}"], "has quantization_config, which the recipe sets itself"),
         (["processor_kwargs={max_patches: many}"], "max_patches must be a whole number ≥ 1, got 'many'"),
         (["base=no/where"], "no/where"),
         (["base=EMPTY"], "has no config.json"),

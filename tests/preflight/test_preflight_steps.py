@@ -100,6 +100,22 @@ def test_activations_are_those_of_a_real_step(family, layer_types, checkpointing
         assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
 
 
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=slow)])
+def test_activations_of_eager_attention_are_those_of_a_real_step(checkpointing, tmp_path):
+    config = layers_of("qwen2_5_vl", [FULL] * 4)
+    step = dry.Step(1, 512, r=16, checkpointing=checkpointing, label_smoothing=0.1)
+    model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = in_4_bits(model, tmp_path)
+    model.set_attn_implementation("eager")
+    real, memory = real_step(model, step), Memory(config, "tiny")
+    peaks = memory.step_peaks(replace(step, eager=True))
+    for phase in dry.PHASES:
+        assert sum(peaks[phase]) == pytest.approx(real[phase], rel=0.1), phase
+    assert sum(peaks["backward pass"]) > 1.5 * sum(memory.step_peaks(step)["backward pass"])
+    for named, eager in (("eager", True), ({"text_config": "eager"}, True), ("sdpa", False), (None, False)):
+        assert settings(model_init_kwargs={"attn_implementation": named}).step.eager == eager
+
+
 def test_activations_of_gates_are_those_of_a_real_step(tmp_path):
     config, k = layers_of("qwen2_5_vl", [FULL] * 4), 16
     step = dry.Step(1, 512, gated=k)
@@ -177,7 +193,8 @@ SHAPES = {"spatial_shapes": torch.tensor([[4, 4]] * 16), "pixel_attention_mask":
 def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inputs):
     config, cls, _ = (FAMILIES | MIXED)[family]
     config = config()
-    setattr(config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", 4)
+    depth = 24 if family == "internvl" else 4  # of whose blocks no outputs are kept
+    setattr(config.vision_config, "depth" if hasattr(config.vision_config, "depth") else "num_hidden_layers", depth)
     model, pixels = cls(config), torch.ones(pixels)
     with torch.no_grad(), dry.Live() as live:
         model.get_image_features(pixel_values=pixels, **inputs)
@@ -189,6 +206,31 @@ def test_the_pass_of_the_vision_tower_is_that_of_a_real_one(family, pixels, inpu
     assert 0.8 <= memory.tower(wanted) / live.peaks["before the layers"] <= 2
     one = replace(wanted, images_per_sample=1)
     assert memory.tower(wanted) == 16 * memory.tower(one)
+
+
+@pytest.mark.parametrize(
+    "family, pixels, inputs",  # 4 images of 1024 patches
+    [
+        ("gemma3", (4, 3, 128, 128), {}),
+        ("qwen2_5_vl", (4 * 1024, 3 * 2 * 16), {"image_grid_thw": torch.tensor([[1, 32, 32]] * 4)}),
+    ],
+)
+def test_eager_attention_of_the_vision_tower_is_counted(family, pixels, inputs):
+    config, cls, _ = FAMILIES[family]
+    config = config()
+    if family == "gemma3":
+        config.vision_config.image_size = 128
+        config.mm_tokens_per_image = 256
+    else:
+        config.vision_config.fullatt_block_indexes = [0]
+    config._attn_implementation = "eager"
+    model = cls(config)
+    with torch.no_grad(), dry.Live() as live:
+        model.get_image_features(pixel_values=torch.ones(pixels), **inputs)
+    wanted = settings(images_per_sample=4, max_tokens=4096, bf16=False, processor_kwargs={"max_pixels": 128**2})
+    memory, eager = Memory(config, "tiny"), replace(wanted, model_init_kwargs={"attn_implementation": "eager"})
+    assert memory.tower(wanted) < 0.8 * live.peaks["before the layers"]
+    assert 0.8 <= memory.tower(eager) / live.peaks["before the layers"] <= 2
 
 
 @pytest.mark.parametrize("changes", [

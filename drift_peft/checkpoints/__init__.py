@@ -33,7 +33,7 @@ Nothing here knows of priors or of training.
 
 from .adapter import PLAIN_STARTS, lora_variants, read_updates
 from .carry import carry_adapter, scale_adapter
-from .checkpoint import Checkpoint, read_config, skeleton
+from .checkpoint import Checkpoint, read_config, refuse_quantized, skeleton
 from .decoder import Decoder, shared_weights
 from .dequantized import (
     DequantizedCheckpoint,
@@ -189,6 +189,7 @@ __all__ = [
     "refuse_both",
     "refuse_other",
     "refuse_other_files",
+    "refuse_quantized",
     "replaced_when_complete",
     "repository_of",
     "resumable_folder",

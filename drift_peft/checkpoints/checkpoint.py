@@ -78,7 +78,7 @@ class Checkpoint:
         self._watch = Watch(self.source, self.folder.glob("*.json") if self._hub is None else ())
         self.config = read_config(self.folder, self.source)
         self.text_config = self.config.get_text_config()
-        self._refuse_quantized(dequantize)
+        refuse_quantized(self.config, self.source, dequantize)
         layout = self._choose_layout()
         weight_map = self._read_index(layout) if layout.endswith(".index.json") else {}
         self.files = [self.folder / name for name in sorted(set(weight_map.values())) or [layout]]
@@ -291,17 +291,6 @@ class Checkpoint:
                 raise FileNotFoundError(f"{where} holds the adapters {', '.join(named)}: name one of these folders")
             raise FileNotFoundError(f"{where} has no config.json: give the folder that save_pretrained wrote")
 
-    def _refuse_quantized(self, four_bit_too: bool) -> None:
-        for part in (self.config, self.text_config):
-            mlx = getattr(part, "quantization", None)
-            mlx = mlx | {"quant_method": "MLX"} if isinstance(mlx, dict) and "bits" in mlx else {}
-            if quantization := dict(getattr(part, "quantization_config", None) or {}) | mlx:
-                method = quantization.get("quant_method", "an unnamed method")
-                if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
-                    raise ValueError(f"{self.source} is quantized ({method}): give the full-precision model")
-                if not four_bit_too:
-                    raise ValueError(f"{self.source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
-
     def _choose_layout(self) -> str:
         """The single file or the index that transformers would read."""
         layouts = [name for name in LAYOUTS if name in self._names]
@@ -360,6 +349,8 @@ def skeleton(config: PreTrainedConfig, source: str) -> PreTrainedModel:
     """The class that transformers builds of a configuration, without weights. ValueError if it cannot be built."""
     config = copy.deepcopy(config)
     config.quantization_config = None
+    if config._attn_implementation not in (None, "eager", "sdpa"):  # needs kernels, and nothing is computed here
+        config._attn_implementation = None
     try:
         with torch.device("meta"):
             return auto_class_of(config).from_config(config)
@@ -387,6 +378,19 @@ def read_config(folder: Path, source: str) -> PreTrainedConfig:
                 "transformers, whose name mostly ends in -hf"
             ) from error
         raise ValueError(f"transformers cannot read the config.json of {source}: {_reason(error)}") from error
+
+
+def refuse_quantized(config: PreTrainedConfig, source: str, four_bit_too: bool = False) -> None:
+    """ValueError if a configuration, or that of its language model, says that the weights are quantized."""
+    for part in (config, config.get_text_config()):
+        mlx = getattr(part, "quantization", None)
+        mlx = mlx | {"quant_method": "MLX"} if isinstance(mlx, dict) and "bits" in mlx else {}
+        if quantization := dict(getattr(part, "quantization_config", None) or {}) | mlx:
+            method = quantization.get("quant_method", "an unnamed method")
+            if method != "bitsandbytes" or not quantization.get("load_in_4bit"):
+                raise ValueError(f"{source} is quantized ({method}): give the full-precision model")
+            if not four_bit_too:
+                raise ValueError(f"{source} is quantized ({method}, 4 bits): {_FOUR_BIT_WAY_OUT}")
 
 
 def _reason(error: Exception) -> str:

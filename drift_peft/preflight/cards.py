@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
-from ..checkpoints import folder_of, read_config
+from ..checkpoints import folder_of, read_config, refuse_quantized
 from ..tuner import DriftConfig
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
@@ -87,8 +87,7 @@ def base_config(base: str) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{base} has no config.json: give the folder that save_pretrained wrote, or a hub id")
     config = read_config(folder, base)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{base} is quantized: give the full-precision model, which is quantized when it is loaded")
+    refuse_quantized(config, base)
     return config
 
 

@@ -37,6 +37,13 @@ def recipe(tmp_path):
     return tmp_path / "recipe.yaml"
 
 
+def save_base(folder, **content):
+    """A base's config.json, with what else it holds."""
+    TINY().save_pretrained(folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | content))
+
+
 def card(estimate):
     """GB of the card that this just fits."""
     return estimate.bytes * (1 + 1e-9) / USABLE / 1e9
@@ -139,6 +146,14 @@ def test_a_setting_of_the_processor_that_is_not_counted_is_told(flags, recipe, c
     assert status == 0
 
 
+def test_a_base_that_asks_for_kernels_of_attention_needs_none_here(recipe, capsys, tmp_path):
+    """transformers writes no such key, people do."""
+    known = run(capsys, "preflight", recipe, "--json")[1]
+    save_base(tmp_path / "base", _attn_implementation="flash_attention_2")
+    status, out, err = run(capsys, "preflight", recipe, "--json")
+    assert (status, err, out) == (0, "", known)
+
+
 def test_what_gating_takes(recipe, capsys):
     status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
     summary = json.loads(out)
@@ -234,18 +249,20 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["base=no/where"], "no/where"),
         (["base=EMPTY"], "has no config.json"),
         (["base=TEXT"], "is no vision-language model"),
-        (["base=QUANTIZED"], "is quantized: give the full-precision model"),
+        (["base=QUANTIZED"], "is quantized (awq): give the full-precision model"),
+        (["base=PART"], "is quantized (gptq): give the full-precision model"),
+        (["base=MLX"], "is quantized (MLX): give the full-precision model"),
         (["base=null"], "is no recipe: it names no base"),
     ],
 )
 def test_mistakes_are_one_sentence(changes, message, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("EMPTY", "TEXT", "QUANTIZED"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "EMPTY").mkdir()
     tiny_llm("llava").config.save_pretrained(tmp_path / "TEXT")
-    config = TINY()
-    config.quantization_config = {"quant_method": "awq"}
-    config.save_pretrained(tmp_path / "QUANTIZED")
+    save_base(tmp_path / "QUANTIZED", quantization_config={"quant_method": "awq"})
+    save_base(tmp_path / "MLX", quantization={"group_size": 64, "bits": 4})
+    part = {**TINY().to_dict()["text_config"], "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    save_base(tmp_path / "PART", text_config=part)
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "preflight", recipe, "--set", *changes)
     assert status == 1 and out == "" and err.count("\n") == 1 and message in err

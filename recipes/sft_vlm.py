@@ -8,7 +8,7 @@
 The base is loaded in NF4 with double quantization, everything but its language model's projections in 16 bit, and TRL's
 SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with its model card and processor,
 `telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model, and with --merge-first,
-`<output_dir>-base` is what was trained on. Its keys stand in parts/arguments.py.
+`<output_dir>-base` is what was trained on. Its keys stand in drift_peft/preflight/run.py.
 """
 
 from drift_peft.cli.interrupt import begin
@@ -54,6 +54,7 @@ from drift_peft import (
 )
 from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
 from drift_peft.merge import check_memory
+from drift_peft.preflight import check_together
 from drift_peft.prior import read_merge
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
@@ -83,18 +84,7 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if run.prior is not None and is_missing(run.prior) and run.expert is None:
         raise FileNotFoundError(f"there is no prior {run.prior}, and no expert to build it from: set expert")
-    if run.prior is None and run.merge_first is not None and run.expert is None:
-        raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
-    if train.max_steps <= 0 and (run.streaming or train.num_train_epochs <= 0):
-        why = "streaming: true, whose length nobody knows" if run.streaming else f"{train.num_train_epochs} epochs"
-        raise ValueError(f"max_steps={train.max_steps} sets no number of steps for {why}: set max_steps")
-    if run.merge_first == 1 and drift.pulls:
-        raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
-    if run.keep is not None and not run.replay and drift.drift_norm == "weight":
-        raise ValueError(
-            "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
-            "which mixes the keep set's answers into the training data instead"
-        )
+    check_together(run, drift, vars(train))
 
 
 def open_prior(run: RunArguments) -> ReasoningPrior | None:

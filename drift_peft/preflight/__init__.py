@@ -2,6 +2,7 @@
 
 dry_run  the activations of a training step, on tensors without memory
 recipe   the YAML of a recipe, read as it is meant
+run      the keys of a recipe that are a run's own, and what recipes/sft_vlm.py refuses before it reads a model
 images   into how many patches and tokens a processor cuts images, and what their pixels take
 loading  what model_init_kwargs changes of it
 memory   what training takes on the GPU, by part
@@ -13,13 +14,31 @@ from .cards import base_config, cards_table, keeping_sentence, preflight_summary
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
 from .recipe import as_meant, check_type, read_recipe, read_yaml
+from .run import (
+    DRIFT,
+    LORA,
+    STEP,
+    DriftArguments,
+    RunArguments,
+    adapter_of,
+    check_together,
+    refuse_what_cannot_work,
+    value_of,
+)
 
 __all__ = [
+    "DRIFT",
+    "LORA",
+    "STEP",
+    "DriftArguments",
     "Memory",
+    "RunArguments",
     "Settings",
+    "adapter_of",
     "as_meant",
     "base_config",
     "cards_table",
+    "check_together",
     "check_type",
     "gating_summary",
     "gating_table",
@@ -28,4 +47,6 @@ __all__ = [
     "preflight_table",
     "read_recipe",
     "read_yaml",
+    "refuse_what_cannot_work",
+    "value_of",
 ]

@@ -16,18 +16,16 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config, refuse_quantized
-from ..tuner import DriftConfig
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
 from .recipe import as_meant, read_recipe
+from .run import OWN, check_recipe
 
 CARDS = 8, 12, 16, 24  # GB
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
 FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
-# Keys of a recipe that decide nothing here: those of recipes/parts/arguments.py, and TRL's own. Neither is imported,
-# since a recipe is looked at before TRL is installed. Where it is, its own may be more: see trl_keys.
-OTHERS = ("prior expert reference merge_first data split images streaming on_bad on_long keep_samples "
-          "keep_top_k keep_questions keep_bound merge verify lora_alpha use_rslora env").split()  # fmt: skip
+# TRL's own keys, which decide nothing here. It is not imported, since a recipe is looked at before TRL is installed.
+# Where it is, its own may be more: see trl_keys.
 TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
        "dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length packing "
        "packing_strategy pad_to_multiple_of pad_token padding_free router_aux_loss_coef shuffle_dataset "
@@ -35,22 +33,39 @@ TRL = ("activation_offloading assistant_only_loss chat_template_path completion_
 
 
 def trl_keys() -> set[str]:
-    """TRL's own keys: those known here, and those that the installed one has, read from its source without an import,
-    which takes seconds."""
-    spec, known = find_spec("trl"), {*TRL}
+    """TRL's own keys: those known here, and those that the installed one has."""
+    return {*TRL, *_trl_fields()}
+
+
+def trl_choices() -> dict[str, list]:
+    """What the installed TRL says that a key of its own may be, where that is one of a few."""
+    choices = {}
+    for name, line in _trl_fields().items():
+        for node in (node for node in ast.walk(line) if isinstance(node, ast.Dict)):
+            said = {
+                key.value: value
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant)
+            }
+            if "choices" in said:
+                choices[name] = ast.literal_eval(said["choices"])
+    return choices
+
+
+def _trl_fields() -> dict[str, ast.AnnAssign]:
+    """Those of the installed TRL's settings, read from its source without an import, which takes seconds."""
+    spec = find_spec("trl")
     trainer = Path(spec.origin).with_name("trainer") if spec and spec.origin else Path("nowhere")
+    lines = []
     for file in filter(Path.is_file, (trainer / "sft_config.py", trainer / "base_config.py")):
         classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-        lines = [line for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
-        known |= {line.target.id for line in lines if isinstance(line.target, ast.Name)}
-    return known
+        lines += [line for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
+    return {line.target.id: line for line in lines if isinstance(line.target, ast.Name)}
 
 
 def recipe_keys() -> set[str]:
     """All that a recipe may have."""
-    ours = {field.name for field in fields(DriftConfig) if field.name.startswith("drift_")} - {"drift_steps"}
-    trained = {field.name for field in fields(TrainingArguments)}
-    return {*get_type_hints(Settings), *OTHERS, *trl_keys(), *ours, *trained}
+    return {*get_type_hints(Settings), *OWN, *trl_keys(), *(field.name for field in fields(TrainingArguments))}
 
 
 def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
@@ -61,8 +76,9 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         ValueError: it is no recipe, or has a key or a value that training does not take.
     """
     content = read_recipe(recipe)
-    if not isinstance((content | (changes or {})).get("base"), str):
-        raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
+    for name, such in (("base", "Qwen/Qwen2.5-VL-7B-Instruct"), ("data", "chains.jsonl")):
+        if not isinstance((content | (changes or {})).get(name), str):
+            raise ValueError(f"{recipe} is no recipe: it names no {name}, such as {name}: {such}")
     keys = recipe_keys()
     for key in content:
         if key not in keys:
@@ -73,6 +89,7 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         way_out = nearest(key, known) or f"what decides it is {', '.join(known)}"
         raise ValueError(f"{key} does not decide what memory a recipe takes; {way_out}")
     content |= changes or {}
+    check_recipe(content, trl_choices())
     return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})
 
 

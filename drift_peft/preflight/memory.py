@@ -14,10 +14,11 @@ from typing import get_type_hints
 import torch
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PretrainedConfig
+from transformers.training_args import OptimizerNames
 
-from ..arguments import check_whole, is_number
+from ..arguments import check_whole
 from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
-from ..tuner import BATCH_ELEMENTS, DriftSettings, check_settings, is_guided
+from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .images import LARGEST, Cut, cut, patches_per_token, pixel_bytes
 from .loading import check_loading, is_eager
@@ -45,7 +46,6 @@ STATE = {  # transformers' name of an optimizer, without paged_ -> bytes it keep
 }
 
 
-METHODS = "drift", "sft"
 WHOLE = ("r", "prior_rank", "max_tokens", "images_per_sample", "per_device_train_batch_size")
 WHOLE += ("gradient_accumulation_steps", "keep_batch_size", "keep_every", "keep_max_new_tokens")
 IMAGES = "images of a step, 32 bits"
@@ -55,7 +55,7 @@ QUESTION = 32  # tokens of a keep set's question in its chat template, about
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of a recipe that decide what memory it takes; defaults as in recipes/parts/arguments.py."""
+    """The keys of a recipe that decide what memory it takes; defaults as in run.py."""
 
     base: str
     method: str = "drift"
@@ -88,8 +88,6 @@ class Settings:
 
     def __post_init__(self):
         check_whole(**{name: getattr(self, name) for name in WHOLE})
-        if not is_number(self.replay) or not 0 <= self.replay < 1:
-            raise ValueError(f"replay takes a share of the samples, at least 0 and below 1, got {self.replay!r}")
         if not isinstance(self.processor_kwargs, dict | None):
             raise ValueError(f"processor_kwargs takes settings of the processor, got {self.processor_kwargs!r}")
         kwargs = self.processor_kwargs or {}
@@ -100,22 +98,16 @@ class Settings:
         for name, hint in get_type_hints(Settings).items():
             check_type(name, getattr(self, name), hint)
         check_loading(self.model_init_kwargs, self.dtype)
-        if self.method not in METHODS:
-            raise ValueError(f"method is {' or '.join(METHODS)}, got {self.method!r}")
-        if self.method == "drift":  # sft does not look at them
-            drift = {name: value for name, value in vars(self).items() if name.startswith("drift_")}
-            check_settings(DriftSettings(**drift))
         if self.lora_dropout > 1:  # what is not above 0 is none, to PEFT too
             raise ValueError(
                 f"lora_dropout is the probability that a number is left out, at most 1: {self.lora_dropout}"
             )
-        if not 0 <= self.keep_weight < math.inf:
-            raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true, and training is in one of them: leave one out")
-        if self.optim.removeprefix("paged_") not in STATE:
-            known = ", ".join(STATE)
-            raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {known}")
+        known = [name.value for name in OptimizerNames if name.value.removeprefix("paged_") in STATE]
+        if self.optim not in known:
+            ways_out = ", ".join(known)
+            raise ValueError(f"what optim {self.optim} keeps is not known here: for an estimate name one of {ways_out}")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -91,7 +91,7 @@ def as_meant(key: str, value, hint):
     if isinstance(value, str) and dict in kinds:
         value = _read(value) if isinstance(_read(value), dict) else value
     if isinstance(value, dict) and key in NESTED:
-        return {name: _scalar(inner) for name, inner in value.items()}
+        return _plain(value)
     if type(value) in kinds:
         return value
     if bool in kinds and isinstance(value, str):
@@ -133,6 +133,8 @@ def _read(text: str) -> Any:
         return text
 
 
-def _scalar(value):
-    """A number or a switch that stands in quotes."""
+def _plain(value):
+    """Numbers and switches that stand in quotes, however deep inside."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
     return _read(value) if isinstance(value, str) and isinstance(_read(value), (bool, int, float)) else value

@@ -16,8 +16,9 @@ from typing import Any
 
 from drift_peft import DriftConfig
 from drift_peft.checkpoints import Checkpoint, is_adapter
+from drift_peft.preflight import DRIFT, LORA, STEP
 
-from .arguments import DRIFT, LORA, STEP, RunArguments, TrainArguments
+from .arguments import RunArguments, TrainArguments
 from .stamp import sampled, stamp
 
 FILE = "trained_with.json"

@@ -131,7 +131,8 @@ def test_pictures_that_are_not_the_datas_are_as_large_as_the_processor_lets_them
 def test_what_keeping_adds_is_told(capsys, tmp_path):
     made = config(4096)
     made.save_pretrained(tmp_path / "base")
-    content = {"base": str(tmp_path / "base"), "keep": "keep.safetensors", "max_tokens": 256}
+    content = {"base": str(tmp_path / "base"), "data": "d.jsonl", "prior": "p.safetensors", "max_tokens": 256}
+    content["keep"] = "keep.safetensors"
     content |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "keep_max_new_tokens": 32}
     content |= {"processor_kwargs": {"max_pixels": PIXELS}, "keep_batch_size": 16, "keep_every": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))

@@ -163,7 +163,8 @@ def refuse_what_cannot_work(training: Mapping[str, Any], kind: type = TrainingAr
             raise ValueError(f"{name}={value} cannot be: {never}")
         kwargs = as_meant(name, value, dict) if name.endswith("_checkpointing_kwargs") else None
         if isinstance(kwargs, dict) and kwargs.get("selective"):
-            raise ValueError(f"{name}={value} cannot be: TRL does not carry it to a PEFT model: leave out selective")
+            why = "TRL's own way to it fails in the first step with transformers from 5.23"
+            raise ValueError(f"{name}={value} cannot be: {why}: leave out selective")
     if training.get("save_strategy") == "best":
         raise ValueError(f"save_strategy=best cannot be: {NO_EVALUATION}")
 

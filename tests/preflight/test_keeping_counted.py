@@ -158,5 +158,3 @@ def test_what_keeping_adds_is_told(capsys, tmp_path):
     for off in ({"keep": None}, {"keep_weight": 0}):
         summary = estimate_summary(memory, replace(known, **off))
         assert summary["keeping"] is None and keeping_sentence(summary) == ""
-    with pytest.raises(ValueError, match="replay takes a share of the samples, at least 0 and below 1, got 1"):
-        replace(known, replay=1)

@@ -4,8 +4,9 @@ import pytest
 import sft_vlm
 import yaml
 from parts.arguments import parse
+from trl import SFTConfig
 
-from drift_peft.preflight.cards import read_settings
+from drift_peft.preflight.cards import read_settings, trl_choices
 
 RECIPE = {"base": "b", "data": "d.jsonl", "prior": "p.safetensors", "expert": "e", "output_dir": "run", "use_cpu": True}
 RECIPE |= {"bf16": False, "max_steps": 1}
@@ -63,7 +64,7 @@ def run(recipe):
     ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size=1 cannot be"),
     ({"save_strategy": "best"}, "save_strategy=best cannot be"),
     ({"gradient_checkpointing_kwargs": {"selective": True}}, "cannot be: TRL's own way to it fails in the"),
-    ({"loss_type": "foo"}, "loss_type takes one of nll, dft, "),
+    *(({key: "foo"}, f"{key} takes one of {', '.join(known)}, not foo") for key, known in trl_choices().items()),
 ])  # fmt: skip
 def test_both_refuse_it_in_the_same_words(changes, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -90,6 +91,11 @@ def test_both_take_it(changes, tmp_path, monkeypatch):
     recipe = save(tmp_path, changes)
     run(recipe)
     read_settings(recipe)
+
+
+@pytest.mark.skipif("choices" not in SFTConfig.__dataclass_fields__["loss_type"].metadata, reason="TRL names none")
+def test_what_the_installed_trl_names_is_known_without_it():
+    assert trl_choices()["loss_type"] == SFTConfig.__dataclass_fields__["loss_type"].metadata["choices"]
 
 
 def test_a_run_that_goes_on_is_estimated(tmp_path):

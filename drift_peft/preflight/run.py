@@ -195,7 +195,7 @@ def check_recipe(content: Mapping[str, Any], choices: Mapping[str, list]) -> Non
     types = TrainingArguments, DriftArguments, RunArguments
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()} | BESIDE
     choices = _choices(types, hints) | choices
-    meant = dict(content)
+    meant = {"data": "a flag's", **content}  # which comes with --data as often as with the recipe
     for key, known in {key: choices.get(key, []) for key in content}.items():
         if key in hints:
             meant[key] = value_of(key, content[key], hints[key], known)

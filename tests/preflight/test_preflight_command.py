@@ -161,6 +161,14 @@ def test_a_base_that_asks_for_kernels_of_attention_needs_none_here(recipe, capsy
     assert (status, err, out) == (0, "", known)
 
 
+def test_data_may_come_by_a_flag_of_the_run(recipe, capsys):
+    known = run(capsys, "preflight", recipe, "--json")
+    content = yaml.safe_load(recipe.read_text())
+    del content["data"]
+    recipe.write_text(yaml.safe_dump(content))
+    assert run(capsys, "preflight", recipe, "--json") == known
+
+
 def test_what_gating_takes(recipe, capsys):
     status, out, _ = run(capsys, "preflight", recipe, "--gates", "--json")
     summary = json.loads(out)

@@ -162,7 +162,7 @@ def _changes(settings: Settings) -> Iterator[tuple[str, object]]:
     if settings.r > FEWEST_RANKS:
         yield "r", FEWEST_RANKS
     kwargs = settings.processor_kwargs or {}
-    if kwargs.get("max_pixels", 0) > FEWEST_PIXELS:
+    if (kwargs.get("max_pixels") or 0) > FEWEST_PIXELS:
         yield "processor_kwargs", {**kwargs, "max_pixels": FEWEST_PIXELS}
 
 

@@ -79,6 +79,8 @@ def test_without_guidance_nothing_is_counted_for_it(memory):
     assert len(steering) == 2 and steered.parts.keys() - sft.parts.keys() == steering
     assert sft.bytes < steered.bytes and memory._guidance(settings(method="sft")) == 0
     assert "drift_norm" not in advise(memory, sft, 1e-3)["all"] and "drift_norm" in advise(memory, steered, 1e-3)["all"]
+    open_ended = memory.estimate(settings(method="sft", processor_kwargs={"max_pixels": None}))
+    assert "processor_kwargs" not in advise(memory, open_ended, 1e-3)["all"]
 
 
 def test_gates_see_one_image_at_a_time(memory, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peft import PeftModel, PeftType
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -79,8 +80,9 @@ def guide(
         raise TypeError("; ".join(filter(None, words)))
     refuse_meta(model)
     refuse_nested_copies(model)
-    _refuse_other_methods(model, adapter_name)
-    layers = list(lora_layers(model, adapter_name))
+    layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))
+    if not layers and not any(prior is None or tensor.name in prior for tensor in tensors):
+        _refuse_other_methods(model, adapter_name)
     if adapter_name is not None and not layers:
         raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
     config = DriftConfig(
@@ -103,7 +105,6 @@ def guide(
     targets: dict[str, int] = {}
     for name, layer, adapter in layers:
         targets[name] = min(layer.r[adapter], targets.get(name, layer.r[adapter]))
-    tensors = list(trainable_tensors(model, adapter_name))
     if not layers and not tensors:
         raise ValueError(
             "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
@@ -119,7 +120,7 @@ def guide(
 
 
 def _refuse_other_methods(model: nn.Module, adapter_name: str | None) -> None:
-    """AdaLoRA's layers are LoRA layers too, with other parameters and a rank that changes."""
+    """Of their adapters no more can be steered than modules to save."""
     configs = getattr(model, "peft_config", {})
     active = model.active_adapters if isinstance(model, PeftModel) else configs
     for adapter in active if adapter_name is None else [adapter_name]:
@@ -154,6 +155,8 @@ def _refuse_starts(model: nn.Module, adapters: Iterable[str]) -> None:
 
 
 def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, config: DriftConfig) -> None:
+    if isinstance(layer, AdaLoraLayer):  # with other parameters, and a rank that changes
+        raise ValueError(f"{name} is adapted by AdaLoRA: guidance steers LoRA's factors, so make it with LoraConfig.")
     variant = type(layer.lora_variant.get(adapter)).__name__
     if adapter in layer.lora_variant and variant not in PLAIN_VARIANTS:
         raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")

@@ -180,7 +180,6 @@ def test_guide_refuses(pairs):
 
 
 OTHER_METHODS = {
-    "ADALORA": AdaLoraConfig(target_modules=["q_proj"], total_step=4),  # its layers are LoRA layers
     "LOKR": LoKrConfig(target_modules=["q_proj"]),
     "OFT": OFTConfig(target_modules=["q_proj"], r=0, oft_block_size=2),  # trains tensors of the language model's names
     "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
@@ -195,6 +194,15 @@ def test_methods_of_peft_that_are_not_lora(pairs, method):
     for adapter_name in (None, "default"):
         with pytest.raises(ValueError, match=message):
             guide(model, folder / "prior.safetensors", adapter_name)
+
+
+@pytest.mark.parametrize("trained", [None, ["o_proj"]])
+def test_adalora_whose_layers_are_lora_layers(pairs, trained):
+    """Modules to save could be steered beside it, as beside other methods; its factors could not."""
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=4, modules_to_save=trained)
+    model = get_peft_model(load(pairs("llama"), "llama"), config)
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight is adapted by AdaLoRA: guidance steers"):
+        guide(model, pairs("llama") / "prior.safetensors")
 
 
 @pytest.mark.parametrize(

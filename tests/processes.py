@@ -32,8 +32,9 @@ def on_two(worker, *args) -> list:
     """What worker(rank, *args) returns on ranks 0 and 1 of a group of both; an exception in one of them is raised here.
 
     With it comes what both have printed as errors: a signal that killed one says nothing of its cause. After such a
-    death both start once more, and the first is told in a warning. In some hundred runs of FSDP glibc has twice found
-    the heap of a rank damaged. valgrind, AddressSanitizer and malloc's own checks find nothing in the same code.
+    death both start once more, and the first is told in a warning. In some hundred runs of FSDP a rank was twice killed
+    by SIGABRT, once since glibc found its heap damaged. Why is not known: valgrind, AddressSanitizer and malloc's own
+    checks find nothing in the same code.
     """
     try:
         return _on_two(worker, *args)

@@ -84,7 +84,7 @@ def question(results: dict) -> str:
         "The image mean was not the first criterion. At the start it was the mean of all four exams. By that one the "
         "first world's test results were seen, and DRIFT was level with its strongest rival. The image mean was added "
         "then, since the paper's benchmarks are all over images. The counterpart of the verdict goes by the mean of "
-        "all four, as far as that has been run.\n\n"
+        "all four.\n\n"
         "Δ is the expert less the VLM, or the expert less the ancestor. *Keeping* holds the model to the VLM's own "
         "answers to unlabelled images.\n"
     )

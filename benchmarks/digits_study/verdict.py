@@ -29,8 +29,8 @@ def verdict(worlds: dict) -> list[str]:
         cost(worlds),
         keeping(worlds),
         rivals_kept(worlds),
-        replay(worlds),
-        is_it_delta(worlds),
+        replay(worlds, "images"),
+        is_it_delta(worlds, "images"),
     )
     return [f"{number}. {said}" for number, said in enumerate(filter(None, found), start=1)]
 
@@ -42,9 +42,11 @@ def counterpart(worlds: dict) -> list[str]:
         same_delta(worlds),
         against_merging(worlds, "all"),
         kept_against_merging(worlds, "all"),
+        replay(worlds, "all"),
+        is_it_delta(worlds, "all"),
         held(worlds),
         other_form(worlds),
-    ) if NOT_RUN not in sentence]  # fmt: skip
+    ) if sentence and NOT_RUN not in sentence]  # fmt: skip
 
 
 def duel(world: dict, criterion: str, first: str, second: str) -> Difference | None:
@@ -184,13 +186,13 @@ def rivals_kept(worlds: dict) -> str:
     return " ".join(sentences)
 
 
-def replay(worlds: dict) -> str:
+def replay(worlds: dict, criterion: str) -> str:
     """Keeping against as many of the same answers among the samples, which cost no time in a step."""
     sentences = []
     for way, name in REPLAYED.items():
-        if found := duels(worlds, "images", f"{way}-keep", f"{way}-replay-240"):
+        if found := duels(worlds, criterion, f"{way}-keep", f"{way}-replay-240"):
             sentences.append(f"{name}, keeping, compared with replay of as many answers, is {compared(found, worlds)}.")
-    return " ".join(sentences)
+    return said_by(criterion, sentences)
 
 
 def perception_lost(worlds: dict, forms: tuple[str, ...]) -> str:
@@ -213,28 +215,34 @@ def gap(worlds: dict, exam: str, first: str, second: str) -> str:
     return minus(listed(f"{100 * share:+.0f} in `{key}`" for key, share in found.items()))
 
 
-def is_it_delta(worlds: dict) -> str:
+def said_by(criterion: str, sentences: list[str]) -> str:
+    """Sentences that name no criterion: the verdict goes by the image mean, and its counterpart says by what."""
+    said = " ".join(sentences)
+    return f"By the {MEANS[criterion]}: {said}" if said and criterion != "images" else said
+
+
+def is_it_delta(worlds: dict, criterion: str) -> str:
     """DRIFT against pulls that know nothing of Δ, tuned where that has been run, without and with keeping."""
-    tuned = duels(worlds, "images", "drift", "drift-random-tuned")
-    found = tuned or duels(worlds, "images", "drift", "drift-random")
+    tuned = duels(worlds, criterion, "drift", "drift-random-tuned")
+    found = tuned or duels(worlds, criterion, "drift", "drift-random")
     if not found:
         return f"DRIFT against the same pull along random directions: {NOT_RUN}."
     how = ", tuned as well" if tuned else ""
     sentences = [
         f"Compared with the same pull along random directions instead of Δ's{how}, DRIFT is {compared(found, worlds)}."
     ]
-    if tuned:
+    if tuned and criterion == "images":
         task, sight = (gap(worlds, exam, "drift", "drift-random-tuned") for exam in ("2-3 operations", "perception"))
         sentences.append(f"DRIFT's points in the task, less this pull's, are {task}; in perception they are {sight}.")
-    if found := duels(worlds, "images", "drift-ancestor", "drift-random-tuned"):
+    if found := duels(worlds, criterion, "drift-ancestor", "drift-random-tuned"):
         sentences.append(f"With Δ from the ancestor DRIFT, compared with it, is {compared(found, worlds)}.")
-    if found := duels(worlds, "images", "drift-random-tuned", "lora"):
+    if found := duels(worlds, criterion, "drift-random-tuned", "lora"):
         sentences.append(f"This pull, compared with LoRA, is {compared(found, worlds)}.")
-    if found := duels(worlds, "images", "drift-keep", "drift-random-keep"):
+    if found := duels(worlds, criterion, "drift-keep", "drift-random-keep"):
         sentences.append(f"With keeping in both, DRIFT compared with this pull is {compared(found, worlds)}.")
-    if found := duels(worlds, "images", "drift-keep", "pull-to-zero-keep"):
+    if found := duels(worlds, criterion, "drift-keep", "pull-to-zero-keep"):
         sentences.append(f"Compared with LoRA that is pulled to zero, both keeping, it is {compared(found, worlds)}.")
-    return " ".join(sentences)
+    return said_by(criterion, sentences)
 
 
 def held(worlds: dict) -> str:

@@ -153,7 +153,7 @@ FOR_INFERENCE = {
     ),
     "a second adapter": second_adapter,
     "a copy": lambda base, folder: copy.deepcopy(made_trainable(PeftModel.from_pretrained(base, folder))),
-    "transformers": lambda base, folder: base.load_adapter(str(folder)) and made_trainable(base),
+    "transformers": lambda base, folder: base.load_adapter(str(folder)) and made_trainable(base, "by hand"),
 }
 TO_TRAIN = {
     "PeftModel.from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),

@@ -88,7 +88,7 @@ def test_the_page_on_an_index_has_no_dead_link(metadata):
     page = metadata.partition("\n\n")[2]
     targets = re.findall(r"\]\(([^)]+)\)", page)
     assert targets and all(target.startswith("https://") for target in targets)
-    assert "the table names what is left unsteered" in page  # the link's text
+    assert "The table names what is left unsteered" in page  # the link's text
 
 
 @pytest.mark.skipif(ROOT.joinpath("PKG-INFO").exists(), reason="a source distribution has its metadata already")

@@ -8,18 +8,21 @@ import signal
 import sys
 
 from ..builds import explain_imports
+from .terminal import hush
 
 _came = False
 
 
 def begin(script: str, extra: str = "recipes") -> None:
-    """While a script is imported: Ctrl-C, and a package that is missing, end it in one sentence.
+    """While a script is imported: Ctrl-C, and a package that is missing, end it in one sentence. No library tells of
+    kernels.
 
     Args:
         extra: what brings the packages that the script needs.
     """
     end_at_ctrl_c(f"{script}: stopped")
     explain_imports(script, extra)
+    hush()
 
 
 def end_at_ctrl_c(sentence: str) -> None:

@@ -201,6 +201,18 @@ def test_a_package_that_is_missing_is_one_sentence(script, tmp_path):
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", told)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_libraries_tell_of_no_kernels_while_a_script_is_imported(script, tmp_path):
+    """As above, difflib stands for them. Others say what they have to say."""
+    logged = "import logging\nfor name in ({}):\n    logging.getLogger(name).warning(f'{name} warns')\nimport pakcage"
+    names = "bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree", "transformers"
+    (tmp_path / "difflib.py").write_text(logged.replace("{}", ", ".join(map(repr, names)), 1))
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(RECIPES / f"{script}.py"), "--help"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if line.endswith(" warns")] == ["transformers warns"]
+
+
 def test_a_package_that_is_missing_later_is_the_same_sentence(tmp_path, capsys, monkeypatch):
     """optuna is asked for before anything is measured; and no answer is wrong because the judge cannot start."""
     monkeypatch.setitem(sys.modules, "optuna", None)

@@ -287,7 +287,8 @@ def compare(args: Namespace) -> dict:
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
     texts = None if args.texts is None else hashlib.sha256(args.texts.read_bytes()).hexdigest()
     ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
-    with Journal(args.output / "ledger.jsonl", asked, text=None) as ledger:
+    told = {f"{what}' SHA-256": "they are others now" for what in ("samples", "images")}
+    with Journal(args.output / "ledger.jsonl", asked, text=None, told=told) as ledger:
         ledger.begin()  # what is made next is of these settings
         hold(ledger, {**settings, "keep": keep})
         data = split(dataset, groups, args, tested)

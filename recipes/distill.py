@@ -108,7 +108,8 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
         TeacherError: the teacher cannot be asked any more. What it has answered is in the journal.
     """
     funnel = Funnel()
-    with Journal(journal_path(output), settings) as journal:
+    told = {"model_files": f"{settings['model']} has others now"}
+    with Journal(journal_path(output), settings, told=told) as journal:
         dataset, dropped = load_messages(source, chains=False, **loading)
         funnel.step("samples", len(dataset), dropped.all())
         found, repeated = find_questions(dataset)

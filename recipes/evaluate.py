@@ -259,7 +259,9 @@ def evaluate(args: Namespace) -> dict:
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     # Earlier versions decoded otherwise.
     asking |= {"processor_kwargs": args.processor_kwargs or None, "decoding": GREEDY}
-    with Journal(journal_path(args.output), asking) as journal:
+    told = {"data_sha256": f"{args.data} has other samples"}
+    told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
+    with Journal(journal_path(args.output), asking, told=told) as journal:
         if len(journal.answers) < len(questions):
             model = load_model(args)
             try:

@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from drift_peft.checkpoints import only_writer
 
@@ -24,14 +26,17 @@ class Journal:
     Args:
         settings: name -> value of whatever makes an answer another one; the first line of the file.
         text: what each answer has in words; None where answers are of another kind.
+        told: setting -> what a difference of it means, where its values are hashes.
 
     Raises:
         ValueError: the file is of other settings or damaged.
         OSError: another process is writing it, or nothing can be written there.
     """
 
-    def __init__(self, path: Path, settings: dict, text: str | None = "response"):
-        self.path, self.settings, self.text = path, settings, text
+    def __init__(
+        self, path: Path, settings: dict, text: str | None = "response", told: Mapping[str, str] = MappingProxyType({})
+    ):
+        self.path, self.settings, self.text, self.told = path, settings, text, told
         self.answers: dict[str, dict] = {}
         self._file = None
         self._lock = threading.Lock()
@@ -88,7 +93,7 @@ class Journal:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of {self.path} is damaged ({error}): delete that line") from error
         if lines:
-            _refuse_others(self.path, lines[0], json.loads(json.dumps(self.settings)))
+            _refuse_others(self.path, lines[0], json.loads(json.dumps(self.settings)), self.told)
         for answer in lines[1:]:
             self.answers.setdefault(answer.pop("question"), answer)
         if len(whole) < len(content):
@@ -104,11 +109,11 @@ def _check(line, texts: list[str | None]) -> dict:
     return line
 
 
-def _refuse_others(path: Path, before: dict, now: dict) -> None:
-    differing = [
-        f"{key} ({before.get(key)}, now {now.get(key)})" for key in before | now if before.get(key) != now.get(key)
-    ]
+def _refuse_others(path: Path, before: dict, now: dict, told: Mapping[str, str]) -> None:
+    differing = []
+    for key in (key for key in before | now if before.get(key) != now.get(key)):
+        values = before.get(key), now.get(key)
+        differing.append(f"{key} ({told[key] if key in told and all(values) else '{}, now {}'.format(*values)})")
     if differing:
-        raise ValueError(
-            f"{path} holds answers of other settings: {', '.join(differing)}: take these, or name another output"
-        )
+        way_out = "take the earlier ones, or name another output"
+        raise ValueError(f"{path} holds answers of other settings: {', '.join(differing)}: {way_out}")

@@ -149,7 +149,8 @@ def test_answers_of_another_model_at_the_same_path_are_not_mixed(tmp_path, capsy
     weights.write_bytes(b"another")
     with pytest.raises(SystemExit):
         distill.main(asked)
-    assert "o.parquet.journal.jsonl holds answers of other settings: model_files (" in capsys.readouterr().err
+    told = f"o.parquet.journal.jsonl holds answers of other settings: model_files ({weights.parent} has others now)"
+    assert told in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_fit_is_one_sentence(tmp_path, capsys, monkeypatch):

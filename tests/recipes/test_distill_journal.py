@@ -85,7 +85,7 @@ def test_answers_of_other_settings_are_not_mixed(flags, difference, tmp_path, ca
         server.asked.clear()
         with pytest.raises(SystemExit):
             run(source, output, server, *flags)
-    said = f"holds answers of other settings: {difference}: take these, or name another output"
+    said = f"holds answers of other settings: {difference}: take the earlier ones, or name another output"
     assert said in capsys.readouterr().err
     assert (output.read_bytes(), journal_path(output).read_bytes()) == before and not server.asked
 

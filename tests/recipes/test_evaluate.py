@@ -162,6 +162,10 @@ def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypat
     monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left to ask
     assert run(model, data, tmp_path / "r.json") == found
     assert "holds answers of other settings: max_new_tokens (24, now 8)" in refusal(capsys, *arguments[:-1], "8")
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(data.read_text().splitlines()[:2]))
+    told = refusal(capsys, *arguments[:2], "--data", few, *arguments[4:], "--images", data.parent)
+    assert f"holds answers of other settings: data_sha256 ({few} has other samples): take the earlier ones, or" in told
 
 
 def test_answers_are_greedy_whatever_the_models_own_settings_say(model, data, result, tmp_path, capsys, monkeypatch):
@@ -271,9 +275,8 @@ def test_an_adapter_is_put_on_the_model_and_another_one_is_not_taken_for_it(mode
         weight.data *= 2 if "lora_B" in name else 1
     lora.save_pretrained(tmp_path / "adapter")
     usual = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")
-    assert "holds answers of other settings: adapter_files (" in refusal(
-        capsys, *usual, "--adapter", tmp_path / "adapter"
-    )
+    told = f"holds answers of other settings: adapter_files ({tmp_path / 'adapter'} has others now): take the earlier"
+    assert told in refusal(capsys, *usual, "--adapter", tmp_path / "adapter")
 
 
 def test_an_adapter_is_not_put_on_another_model_than_its_own(model, data, tmp_path, capsys):

@@ -127,5 +127,5 @@ def test_a_comparison_does_not_go_on_with_another_base_or_other_images(monkeypat
         compare.main(flags)
     picture = next(own.parent.glob("*.png"))
     Image.new("RGB", (8, 8)).save(picture)
-    with pytest.raises(SystemExit, match=r"holds answers of other settings: images' SHA-256 \("):
+    with pytest.raises(SystemExit, match=r"holds answers of other settings: images' SHA-256 \(they are others now\):"):
         compare.main(flags)

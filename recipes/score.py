@@ -66,6 +66,15 @@ def same_samples(models: dict[str, list[Answer]], benchmark: str) -> dict[str, l
     return ordered
 
 
+def other_data(*models: dict[str, list[Answer]]) -> str | None:
+    """About which data two results of evaluate.py are, whose benchmarks are called by these; None of other files."""
+    asked = [answers[0].asked for benchmarks in models if len(benchmarks) == 1 for answers in benchmarks.values()]
+    if len(asked) < 2 or None in asked:
+        return None
+    one, two = asked
+    return f"{one['file']} was asked about {one['data']}, and {two['file']} about {two['data']}"
+
+
 def where_they_part(one: str, two: str) -> tuple[str, str]:
     """As much of two texts as a sentence has room for, with the first character that differs."""
     pairs = enumerate(zip(one, two, strict=False))
@@ -131,7 +140,9 @@ def score(models: dict[str, dict[str, list[Answer]]], force: bool = False) -> di
     """
     (first, found), *others = models.items()
     for name, benchmarks in others:
-        for benchmark in found.keys() ^ benchmarks.keys():
+        for benchmark in sorted(found.keys() ^ benchmarks.keys()):
+            if told := other_data(found, benchmarks):
+                raise ValueError(f"{told}: {ALIKE}")
             have, lack = (first, name) if benchmark in found else (name, first)
             raise ValueError(f"there is {benchmark} of {have}, and none of {lack}: {ALIKE}")
     *before, last = models

@@ -212,7 +212,7 @@ def _read_json(path: Path) -> list[dict]:
         raise ValueError(NO_ANSWERS)
     rows = [{key: _text(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
     if isinstance(content, dict):
-        asked = {"file": str(path)} | {name: content.get(name) for name in ASKED}
+        asked = {"file": str(path), "data": content.get("data")} | {name: content.get(name) for name in ASKED}
         asked["processor_kwargs"] = asked["processor_kwargs"] or None  # {} asks for nothing either
         rows = [row | {"asked": asked} if isinstance(row, dict) else row for row in rows]
     return rows

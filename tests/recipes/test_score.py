@@ -195,6 +195,18 @@ def test_a_result_of_evaluate_is_read_too(tmp_path, capsys):
     assert {name: column["scores"] for name, column in columns.items()} == {"own": {"base": 50.0, "DRIFT": 100.0}}
 
 
+def test_results_about_two_data_sets_are_named_with_these(tmp_path, capsys):
+    sample = {"index": 0, "question": "q", "gold": "4", "response": "4"}
+    for name, data in (("base", "digits/test.jsonl"), ("drift", "digits/few.jsonl")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"data": data, "scorer": {}, "samples": [sample]}))
+    base, drift = tmp_path / "base.json", tmp_path / "drift.json"
+    told = f"{base} was asked about digits/test.jsonl, and {drift} about digits/few.jsonl: run the same tool with the"
+    assert told in refusal(capsys, "--base", base, "--drift", drift)
+    save("VLMEvalKit", tmp_path / "drift", "MMStar", [1])  # which says no more than the benchmark
+    told = "there is MMStar of DRIFT, and none of base: run the same tool"
+    assert told in refusal(capsys, "--base", base, "--drift", tmp_path / "drift")
+
+
 @pytest.mark.parametrize("key, one, two", [
     ("data_sha256", "12", "ab"), ("prompt", "", "In one word."), ("max_new_tokens", 24, 6),
     ("processor_kwargs", None, {"max_pixels": 9}), ("decoding", "the likeliest token each time", None),

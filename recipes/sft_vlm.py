@@ -339,7 +339,9 @@ def main(argv: list[str] | None = None) -> Trainer | None:
             print(f"The run in {output} was finished before, after {record['results']['steps']} steps.")
         else:
             trainer, record = fine_tune(run, drift, train)
-        if run.merge and not beside(output, "merged").exists():
+        if run.merge and "merge" in record and beside(output, "merged").exists():
+            print(f"The merged model is in {beside(output, 'merged')}.")
+        elif run.merge:
             with in_one_sentence("sft_vlm.py", ValueError, OSError):
                 merge(run, output, record)
     print(f"The adapter is in {output}.")

@@ -111,6 +111,8 @@ def test_resuming_a_finished_run_does_nothing(train, tmp_path, capsys):
     train(**settings, resume_from_checkpoint="true", merge=True, verify=False)
     assert record(output)["merge"]["verification"] is None and (tmp_path / "run-merged").is_dir()
     assert "was compared with nothing" in capsys.readouterr().out
+    train(**settings, resume_from_checkpoint="true", merge=True, verify=False)
+    assert f"The merged model is in {tmp_path / 'run-merged'}.\n" in capsys.readouterr().out
     trainer, _ = train(**{**settings, "max_steps": 3}, resume_from_checkpoint="true")
     assert trainer.state.global_step == record(output)["results"]["steps"] == 3
 

@@ -17,6 +17,7 @@ R = TypeVar("R")
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32's numbers
+ALIKE = 0.65  # how much a known name has of what was given, at least; after a slip, one of three letters has two thirds
 SHOWN = 200  # characters of a value in an error
 
 
@@ -80,7 +81,7 @@ def is_number(value: Any) -> bool:
     return is_of(value, float) and abs(value) <= LARGEST
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = ALIKE) -> str:
     """`did you mean …?` with the known name that is most like it, or nothing."""
     near = get_close_matches(name, known, 1, cutoff)
     return f"did you mean {near[0]}?" if near else ""

@@ -136,3 +136,4 @@ def test_whole_numbers_numbers_and_names():
     assert is_number(0) and is_number(-2.5)
     assert not any(map(is_number, (float("nan"), float("inf"), 1e39, -(10**400), True, "1", None)))
     assert nearest("adaptiv", ["absolute", "adaptive"]) == "did you mean adaptive?" and nearest("x", ["absolute"]) == ""
+    assert nearest("stf", ["drift", "sft"]) == "did you mean sft?" and nearest("limit", ["split"]) == ""

@@ -13,7 +13,7 @@ from itertools import takewhile
 from types import ModuleType
 from typing import NoReturn
 
-from ..arguments import nearest
+from ..arguments import ALIKE, nearest
 
 WIDTH = 80  # of descriptions; examples are broken by hand
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
@@ -134,7 +134,7 @@ def help_texts(description: str, example: str) -> dict[str, str]:
 def guess(name: str, known: Iterable[str], help: str = "--help") -> str:
     """The known name that may have been meant, whatever its dashes: the most similar one, else one that begins so."""
     bare, name = {other.lstrip("-"): other for other in known}, name.lstrip("-").lower()
-    near = get_close_matches(name, bare, n=1) + [other for other in bare if other.startswith(name)]
+    near = get_close_matches(name, bare, 1, ALIKE) + [other for other in bare if other.startswith(name)]
     return f"did you mean {bare[near[0]]}?" if near else f"see {help}"
 
 

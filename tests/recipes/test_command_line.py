@@ -86,6 +86,7 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
         ("distill", ["a", "-o", "b", "--batch_size", "x"], "--batch-size takes a whole number, got x"),
         ("evaluate", ["--max_new_token", "5"], "unknown flag --max_new_token; did you mean --max-new-tokens?"),
         ("evaluate", ["--max_new_tokens", "x"], "--max-new-tokens takes a whole number, got x"),
+        ("evaluate", ["--limit", "40"], "unknown flag --limit; see evaluate.py --help"),
         ("score", ["--bse", "x"], "unknown flag --bse; did you mean --base?"),
         ("score", ["--zzzzzz"], "unknown flag --zzzzzz; see score.py --help"),
         ("plot_run", ["run.json"], "the following arguments are required: picture"),

@@ -102,8 +102,11 @@ class Parser(ArgumentParser):
             flag = _dashed(given)
             # argparse's own of these two knows abbreviations, where they are allowed.
             if FLAG.fullmatch(flag) and flag not in self._option_string_actions and not self._get_option_tuples(flag):
-                near = guess(flag, self._option_string_actions, f"{self.prog} --help")
-                self.error(f"unknown flag {given}; {near}")
+                self.error(f"unknown flag {given}; {self.way_out(flag, self._option_string_actions)}")
+
+    def way_out(self, flag: str, known: Iterable[str]) -> str:
+        """What to give instead of an unknown flag."""
+        return guess(flag, known, f"{self.prog} --help")
 
     def _get_value(self, action: Action, arg_string: str) -> object:
         try:

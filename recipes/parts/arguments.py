@@ -79,6 +79,10 @@ def _or_none(kind: Callable[[str], object]) -> Callable[[str], object]:
 
 OR_NONE = {kind | None: _or_none(kind) for kind in (str, int, float)}
 KINDS.update({OR_NONE[int | None]: "whole number or null", OR_NONE[float | None]: "number or null"})
+IN_4BIT = dict.fromkeys(
+    ("--load-in-4bit", "load_in_4bit"),  # which keep make and prior gate have
+    "the recipe always loads the base in 4 bit: leave it out",
+)
 
 
 def is_missing(made: str) -> bool:
@@ -107,13 +111,16 @@ class RecipeParser(Parser, TrlParser):
             self.set_defaults_with_config(**read_recipe(named.config))
         return super().parse_args_and_config(flags, **options)
 
+    def way_out(self, flag, known):
+        return IN_4BIT.get(flag) or super().way_out(flag, known)
+
     def set_defaults_with_config(self, env: dict | None = None, **settings) -> list[str]:
         check_type("env", env, dict | None)
         os.environ |= {name: str(value) for name, value in (env or {}).items()}  # as TRL's does
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in settings.items():
             if key not in known:
-                self.error(f"unknown key {key}; {guess(key, known)}")
+                self.error(f"unknown key {key}; {IN_4BIT.get(key) or guess(key, known)}")
             settings[key] = value = value_of(key, value, self.hints[key], known[key].choices)
             if value is not None:  # argparse checks no defaults
                 self.check_choice(key, value, known[key].choices)

@@ -214,6 +214,8 @@ CUTS = "max_length cuts samples, and their images' tokens with them: set max_tok
                               "unknown key lerning_rate; did you mean learning_rate?"),
         ({"exprt": "x"}, "unknown flag --exprt; did you mean --expert?", "unknown key exprt; did you mean expert?"),
         ({"zzzzzz": "x"}, "unknown flag --zzzzzz; see sft_vlm.py --help", "unknown key zzzzzz; see --help"),
+        ({"load_in_4bit": True}, "unknown flag --load_in_4bit; the recipe always loads the base in 4 bit: leave it out",
+                                 "unknown key load_in_4bit; the recipe always loads the base in 4 bit: leave it out"),
         ({"drift_scale": "adaptve"}, f"--drift-scale takes one of {SCALES}, not adaptve; did you mean adaptive?",
                                      f"drift_scale takes one of {SCALES}, not adaptve; did you mean adaptive?"),
         ({"on_bad": "fial"}, "--on-bad takes one of drop, fail, not fial; did you mean fail?",

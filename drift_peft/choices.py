@@ -7,6 +7,7 @@ from typing import Literal
 
 MOST_LAYERS = 2000  # of a model; more are a slip of the pen, and to build them would take minutes
 MODULES = ("attn", "mlp", "norm", "bias", "head", "embed")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # files of pictures
 
 # build_prior
 DEFAULT_MODULES = ("attn", "mlp")

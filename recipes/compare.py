@@ -250,13 +250,15 @@ def top_k(settings: dict) -> list:
 
 def read_recipe(file: Path) -> dict:
     """Its settings as sft_vlm.py reads them, once its own parser has found nothing wrong with them."""
+    from drift_peft import recipe
+
+    content = recipe.read_recipe(file)  # a file that is not there is told before the seconds that torch takes to import
+
     from parts.arguments import RecipeParser, parse
 
-    from drift_peft import preflight
-
     parse(["--config", str(file)], __doc__)
-    hints, content = RecipeParser(__doc__).hints, preflight.read_recipe(file)
-    meant = {key: preflight.as_meant(key, value, hints.get(key)) for key, value in content.items()}
+    hints = RecipeParser(__doc__).hints
+    meant = {key: recipe.as_meant(key, value, hints.get(key)) for key, value in content.items()}
     return {key: value for key, value in meant.items() if value is not None}
 
 

@@ -31,8 +31,6 @@ from parts.trained import special_tokens
 from rich.console import Console
 from rich.table import Table
 
-from drift_peft.checkpoints import split_revision
-
 
 def counts_table(title: str, kept: int, dropped: Dropped) -> Table:
     """What was kept and dropped, with the first sample of each reason."""
@@ -77,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         refuse_output(output, overwrite)
         if model is not None:
             check_chat_template(template)
+            from drift_peft.checkpoints import split_revision
+
             settings = processor_settings(processor_kwargs, template)
             named = (model, None) if Path(model).exists() else split_revision(model)
             processor = load_processor(*named, settings, trusted)

@@ -15,6 +15,9 @@ from drift_peft.cli.interrupt import begin
 
 if __name__ == "__main__":  # before what takes its time to import
     begin("sft_vlm.py")
+    from parts.command_line import look_for_config
+
+    look_for_config("sft_vlm.py")
 
 import contextlib
 import os

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .parser import Parser
 
 HELP = "will training fit the GPU?"
@@ -26,6 +28,10 @@ def flags(parser: Parser) -> None:
 
 def run(recipe: str, set: list[str], gates: bool, as_json: bool) -> None:
     changes = dict(_setting(text) for text in set)
+    if not Path(recipe).exists():  # told now, and not after the seconds that torch takes to import
+        from ..recipe import read_recipe
+
+        read_recipe(recipe)
     from ..preflight import (
         cards_table,
         gating_summary,
@@ -55,7 +61,7 @@ def _setting(text: str) -> tuple[str, object]:
         raise ValueError(f"--set {text} names no value: write key=value, such as max_tokens=2048")
     import yaml
 
-    from ..preflight import read_yaml
+    from ..recipe import read_yaml
 
     try:
         return key, read_yaml(value)

@@ -42,7 +42,7 @@ from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import PICTURES, explained
+from .pictures import explained
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -54,7 +54,6 @@ from .vlm import Vlm, check_processor_settings
 
 __all__ = [
     "GRADIENT_SCALE",
-    "PICTURES",
     "Act",
     "Feed",
     "KeepCallback",

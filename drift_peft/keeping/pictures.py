@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import split_revision
+from ..choices import PICTURES
 from ..warn import first_line, warn
 from .file import decode_image, upright
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'

@@ -1,7 +1,6 @@
 """Will training fit the card? From config.json alone.
 
 dry_run  the activations of a training step, on tensors without memory
-recipe   the YAML of a recipe, read as it is meant
 run      the keys of a recipe that are a run's own, and what recipes/sft_vlm.py refuses before it reads a model
 images   into how many patches and tokens a processor cuts images, and what their pixels take
 loading  what model_init_kwargs changes of it
@@ -10,10 +9,10 @@ cards    which cards a recipe fits, and what to change where it does not
 gating   what gating a prior takes, in place of training
 """
 
+from ..recipe import as_meant, check_type, read_recipe, read_yaml
 from .cards import base_config, cards_table, keeping_sentence, preflight_summary, preflight_table
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
-from .recipe import as_meant, check_type, read_recipe, read_yaml
 from .run import (
     DRIFT,
     LORA,

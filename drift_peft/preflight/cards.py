@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config, refuse_quantized
+from ..recipe import as_meant, read_recipe
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
-from .recipe import as_meant, read_recipe
 from .run import OWN, check_recipe
 
 CARDS = 8, 12, 16, 24  # GB

@@ -18,11 +18,11 @@ from transformers.training_args import OptimizerNames
 
 from ..arguments import check_whole
 from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
+from ..recipe import check_type
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .images import LARGEST, Cut, cut, patches_per_token, pixel_bytes
 from .loading import check_loading, is_eager
-from .recipe import check_type
 
 # No tensors of ours, and cards and drivers differ: measured on an H200 (driver 580; benchmarks/results/preflight.txt).
 CONTEXT = 1.05e9  # with the kernels in use

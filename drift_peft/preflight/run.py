@@ -14,8 +14,8 @@ import yaml
 from transformers import TrainingArguments
 
 from ..arguments import check_whole, nearest
+from ..recipe import as_meant, check_type, read_yaml
 from ..tuner import DriftConfig
-from .recipe import as_meant, check_type, read_yaml
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
 WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from drift_peft.builds import missing
@@ -13,6 +15,7 @@ from drift_peft.cli import parser
 from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.parser import guess
 from drift_peft.cli.terminal import spell_out
+from drift_peft.recipe import read_recipe
 from drift_peft.warn import visible
 
 
@@ -53,6 +56,18 @@ class Parser(parser.Parser):
 
     def error(self, message: str) -> NoReturn:
         stop(self.prog, message, 2)
+
+
+def look_for_config(script: str) -> None:
+    """End in a sentence where --config names no file, before a script imports what takes its time."""
+    spell_out(sys.stdout, sys.stderr)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.error = lambda message: stop(script, message, 2)
+    file = first.parse_known_args()[0].config
+    with in_one_sentence(script, OSError):
+        if file is not None and not Path(file).exists():
+            read_recipe(file)
 
 
 def _is_text(argument: str) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from drift_peft.keeping import PICTURES
+from drift_peft.choices import PICTURES
 
 from .bad_sample import BadSample
 

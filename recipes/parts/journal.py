@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from drift_peft.checkpoints import only_writer
-
 
 def journal_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.journal.jsonl")
@@ -40,6 +38,8 @@ class Journal:
         self.answers: dict[str, dict] = {}
         self._file = None
         self._lock = threading.Lock()
+        from drift_peft.checkpoints import only_writer  # which takes ten times as long to import as the rest here
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_writer(path))
             self._read()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from drift_peft.keeping import PICTURES
+from drift_peft.choices import PICTURES
 
 from .bad_sample import BadSample, printable
 from .images import Root, is_another, pictures_in

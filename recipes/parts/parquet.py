@@ -9,8 +9,6 @@ import pyarrow.parquet as pq
 from datasets import Features
 from datasets.table import embed_table_storage, table_cast
 
-from drift_peft.checkpoints import only_writer
-
 from .loading import FEATURES
 
 
@@ -23,6 +21,8 @@ def write_parquet(dataset, output: Path, features: Features = FEATURES) -> int:
     Raises:
         FileExistsError: another process writes it.
     """
+    from drift_peft.checkpoints import only_writer  # which takes ten times as long to import as the rest here
+
     unfinished, rows = output.with_name(f"{output.name}.tmp"), 0
     with only_writer(output):
         try:

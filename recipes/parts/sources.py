@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
-from drift_peft.keeping import PICTURES, explained
+from drift_peft.choices import PICTURES
 
 from .images import Root
 from .layouts import TURNS
@@ -91,6 +91,18 @@ def scratch(cache: Path) -> str:
         lock.acquire()
     atexit.register(_remove, Path(lock.lock_file), lock)
     return str(Path(lock.lock_file).with_suffix(""))
+
+
+@contextlib.contextmanager
+def explained(source: str, failed: str) -> Iterator[None]:
+    """As keeping has it, which takes ten times as long to import as the rest here."""
+    try:
+        yield
+    except Exception:
+        from drift_peft.keeping import explained
+
+        with explained(source, failed):
+            raise
 
 
 def _remove(lock_file: Path, lock: FileLock | None = None) -> None:

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from drift_peft.keeping import data_address
 from drift_peft.warn import first_line
 
 PROMPT = (
@@ -212,6 +211,8 @@ def room_for(batch_size: int) -> Iterator[None]:
 
 
 def _to_openai(messages: list[dict], images: list) -> list[dict]:
+    from drift_peft.keeping import data_address
+
     images = iter(images)
     return [
         {

@@ -43,6 +43,7 @@ REFUSED = [
     ["merge", "--base", "x"],
     ["prior", "combine", "a.safetensors", "-o", "z"],
     ["preflight", "recipe.yaml", "--set", "max_tokens"],
+    ["preflight", "nowhere.yaml"],
 ]
 PROBE = """
 import sys

@@ -103,6 +103,39 @@ def test_a_wrong_command_line_is_one_sentence_with_the_nearest_name(script, argu
     assert (status, out, err) == (2, "", f"{script}.py: error: {sentence}\n")
 
 
+NO_RECIPE = "recipe nowhere.yaml cannot be read: No such file or directory; name a YAML file such as "
+EARLY = [  # what is told before torch is imported, and how it begins
+    *((f"{script}.py", ["--help"], None) for script in ("compare", "data", "distill", "evaluate", "plot_run", "score")),
+    ("data.py", ["a.jsonl", "--image", "b", "-o", "c.parquet"], "unknown flag --image; did you mean --images?"),
+    ("data.py", ["nowhere.jsonl", "-o", "a.parquet"], "there is no file nowhere.jsonl here: "),
+    ("distill.py", ["nowhere.jsonl", "-o", "a.txt"], "output a.txt is no parquet file"),
+    ("evaluate.py", ["--model", "m", "--data", "nowhere.jsonl", "-o", "a.json"], "there is no data nowhere.jsonl"),
+    ("compare.py", ["nowhere.yaml", "-o", "a"], NO_RECIPE),
+    ("sft_vlm.py", ["--config", "nowhere.yaml"], NO_RECIPE),
+    ("sft_vlm.py", ["--r", "8", "--config=nowhere.yaml"], NO_RECIPE),
+    ("sft_vlm.py", ["--config"], "argument --config: expected one argument"),
+]
+PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    print("imported", *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+@pytest.mark.parametrize("script, arguments, sentence", EARLY)
+def test_help_and_slips_take_no_import_of_torch(script, arguments, sentence, tmp_path):
+    command = [sys.executable, "-c", PROBE, (RECIPES / script).as_posix(), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+    imported = {*done.stdout.splitlines()[-1].split()}
+    assert "argparse" in imported and not {"torch", "transformers", "peft", "bitsandbytes", "trl"} & imported
+    if sentence is not None:
+        assert done.stderr.startswith(f"{script}: error: {sentence}") and done.stderr.count("\n") == 1
+
+
 def test_values_keep_their_underscores():
     parser = Parser("x.py", "What it does.\n\n    python x.py\n")
     parser.add_argument("source")
@@ -166,6 +199,7 @@ def test_ctrl_c_is_one_sentence(script, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").touch()
     Path("run.json").write_text('{"history": []}')
+    Path("recipe.yaml").write_text("base: model")
     monkeypatch.setattr(place, interrupted)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""The YAML of a recipe, read as it is meant."""
+"""The YAML of a recipe, read as it is meant, without an import of torch."""
 
 from __future__ import annotations
 

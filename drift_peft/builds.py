@@ -1,17 +1,19 @@
-"""What stops an import, in one sentence: a package that is missing, or torch and torchvision of two builds, with which
-every import of transformers fails and speaks of something else."""
+"""What stops an import, in one sentence: a package that is missing, such as torchvision, which many processors need; or
+torch and torchvision of two builds, with which every import of transformers fails and speaks of something else."""
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import version
 from types import TracebackType
 
 SIGNS = ("torchvision::nms does not exist", "PyTorch and torchvision were compiled with different CUDA")
+WITHOUT_TORCHVISION = re.compile(r"(\w+) requires the Torchvision library")  # as transformers says it
 
 
 def explained(error: Exception) -> Exception:
-    """The error as it is, or an ImportError of one sentence where such builds are what caused it."""
+    """The error as it is, or an ImportError of one sentence where such builds or a lack of torchvision caused it."""
     cause: BaseException | None = error
     while cause is not None:
         if any(sign in str(cause) for sign in SIGNS):
@@ -20,6 +22,12 @@ def explained(error: Exception) -> Exception:
                 "transformers cannot be imported beside it: install both from one place, on a machine without a GPU "
                 "with pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
             )
+        if match := WITHOUT_TORCHVISION.search(str(cause)):
+            torch = version("torch")  # torchvision's build has to be the same
+            build = torch.partition("+")[2]
+            index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+            way_out = f"pip install torch=={torch} torchvision{index}"
+            return ImportError(f"{match[1]} needs torchvision, which is missing: {way_out}")
         cause = cause.__cause__ or cause.__context__
     return error
 

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     processor_kwargs, template, trusted = map(options.pop, ("processor", "chat_template_path", "trust_remote_code"))
     if model is None and (processor_kwargs or template or trusted):
         parser.error("settings of the processor are for counting tokens as a base does: name that base with --model")
-    with in_one_sentence("data.py", ValueError, OSError):
+    with in_one_sentence("data.py", ValueError, OSError, ImportError):
         refuse_output(output, overwrite)
         if model is not None:
             check_chat_template(template)

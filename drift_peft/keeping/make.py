@@ -81,7 +81,7 @@ def make_keep_set(
             refuses, gives no log probabilities, or names what is no token of the VLM.
         OSError: the model or the images are not found, the output exists or cannot be written, another process writes
             it, or it holds another run's work; the server does not answer.
-        ImportError: pillow is missing, or datasets where a data set is read.
+        ImportError: pillow is missing, torchvision where the processor needs it, or datasets where a data set is read.
 
     Example:
         >>> made = make_keep_set(

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import nearest
+from ..builds import explained
 from ..checkpoints import Checkpoint
 from ..warn import first_line, warn
 from .answering import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
@@ -184,6 +185,8 @@ class Vlm:
         except Exception as error:  # each class has its own way to say that its files are not there
             if importlib.util.find_spec("PIL") is None:
                 raise ImportError(NEEDS_PILLOW) from error
+            if (explanation := explained(error)) is not error:
+                raise explanation from error
             reason = first_line(error)
             raise ValueError(f"{id} has no processor that transformers can load ({reason})") from error
         check_processor_settings(processor, settings)

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
+from ..builds import explained
 from ..checkpoints import Checkpoint, DequantizedCheckpoint, Quantization, Update, assumed_quantization
 from ..keeping import as_templates_are_read, image_mode
 from ..warn import first_line, warn
@@ -225,7 +226,7 @@ def _prompts(checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, dict[str, 
     try:
         return {**prompts, "image": _image_prompt(folder)}, None
     except Exception as error:  # of the libraries of whatever processor this is
-        return prompts, first_line(error)
+        return prompts, first_line(explained(error))
 
 
 def _image_prompt(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from drift_peft.builds import missing
+from drift_peft.builds import explained, missing
 from drift_peft.cli import parser
 from drift_peft.cli.interrupt import ctrl_c_came, raise_at_ctrl_c
 from drift_peft.cli.parser import guess
@@ -91,7 +91,7 @@ def in_one_sentence(script: str, *mistakes: type[Exception]) -> Iterator[None]:
     try:
         yield
     except mistakes as error:
-        stop(script, missing(error) or str(error), 1)
+        stop(script, missing(error) or str(explained(error)), 1)
 
 
 def run_script(script: str, main: Callable[[], object]) -> None:

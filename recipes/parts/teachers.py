@@ -146,7 +146,7 @@ class Local:
             self.processor = AutoProcessor.from_pretrained(processor or name, **{**(processor_kwargs or {}), **options})
             check_processor_settings(self.processor, processor_kwargs or {})
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, ImportError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
         self.batch_size = batch_size
         own = self.model.generation_config

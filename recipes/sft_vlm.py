@@ -87,6 +87,9 @@ def check(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> None:
         raise FileExistsError(f"{merged} exists, and --merge would write there: move it away")
     if run.prior is not None and is_missing(run.prior) and run.expert is None:
         raise FileNotFoundError(f"there is no prior {run.prior}, and no expert to build it from: set expert")
+    for made, kind in ((run.prior, ReasoningPrior), (run.keep, KeepSet)):
+        if made is not None and not is_missing(made):
+            kind.load(made)  # which refuses a file that is none
     check_together(run, drift, vars(train))
 
 

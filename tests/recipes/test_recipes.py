@@ -22,7 +22,7 @@ from parts.training_data import describe
 from peft import PeftModel
 from PIL import Image
 from recipe_runs import CONFIGS, FAMILY, FAST, SIZES, SMALL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llm
 from tiny_vlm import PROCESSORS
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -268,7 +268,13 @@ def test_what_would_fail_in_the_end_fails_before_anything_is_loaded(train, tmp_p
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "adapter_config.json").touch()
     (tmp_path / "run-merged").mkdir()
+    (tmp_path / "torn.safetensors").touch()
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other)
     for settings, told in (
+        ({"keep": other}, "other.safetensors is a safetensors file but no keep set"),
+        ({"keep": tmp_path / "torn.safetensors"}, "torn.safetensors is no keep set"),
+        ({"prior": other}, "other.safetensors is a safetensors file but no prior"),
         ({"output_dir": tmp_path / "file"}, "file cannot be written: .*file is no folder"),
         ({"output_dir": tmp_path / "earlier"}, "earlier holds an earlier run: change output_dir"),
         ({"resume_from_checkpoint": "true"}, "no checkpoint"),

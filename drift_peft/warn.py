@@ -4,6 +4,7 @@ file of others says, as a terminal may show it."""
 import re
 import sys
 import warnings
+from pathlib import Path
 
 LIBRARIES = {"drift_peft", "peft", "transformers", "trl", "accelerate", "torch", "deepspeed", "bitsandbytes"}
 LIBRARIES |= {"schedulefree", "prodigyopt", "lion_pytorch", "functools", "contextlib", "threading", "concurrent"}
@@ -27,3 +28,11 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
     warnings.warn(visible(message), UserWarning, stacklevel=level if frame is not None else 2)
+
+
+def warn_of_hub(source: str) -> None:
+    """Before what is not here is asked for on the hub, which takes half a minute without a network: where the first
+    folder of its path is here, it is rather a path with a mistake in it."""
+    folder, _, name = source.partition("/")
+    if folder and name and Path(folder).is_dir():
+        warn(f"{source} is no file or folder here, though the folder {folder} is: it is looked for on the hub.")

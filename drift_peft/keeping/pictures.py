@@ -17,7 +17,7 @@ from typing import Any
 
 from ..checkpoints import split_revision
 from ..choices import PICTURES
-from ..warn import first_line, warn
+from ..warn import first_line, warn, warn_of_hub
 from .file import decode_image, upright
 
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
@@ -102,6 +102,7 @@ def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
     if not path.exists():
         if path.suffix in (*JSON, PARQUET):
             raise FileNotFoundError(f"there is no file {source}")
+        warn_of_hub(str(source))
         yield from _rows(_loaded(str(source)), seed, str(source))
         return
     if path.is_dir():

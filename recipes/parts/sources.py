@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from drift_peft.choices import PICTURES
+from drift_peft.warn import warn_of_hub
 
 from .images import Root
 from .layouts import TURNS
@@ -42,6 +43,7 @@ def find_files(source: str, split: str, images: str | Path | None, streaming: bo
             raise ValueError(f"{source} is no file to be read: take one of {', '.join(FILES)}, a folder, or a hub id")
         files, root = [source], Root(str(path.parent), path.resolve().parent.name)
     else:
+        warn_of_hub(source)
         files = _split_files(source, split)
         folder, name, commit = re.match(r"(hf://datasets/([^/]+/[^/]+)@([^/]+))/", files[0]).groups()
         if images is None and not streaming:

@@ -1,6 +1,8 @@
 """The images that a keep set is made of: what becomes of those that cannot be read."""
 
+import importlib
 import json
+import warnings
 
 import pytest
 from chain_files import encoded
@@ -28,3 +30,27 @@ def test_an_image_that_is_broken_or_missing_is_left_out_of_a_folder_and_a_data_s
         assert read_pictures(data, 5, 0) == whole[:1]
     with pytest.raises(ValueError, match=r"^image 1 is a broken image or none: take it out"):
         read_pictures([str(tmp_path / f"{name}.png") for name in "ac"], 5, 0)
+
+
+def test_a_mistake_in_a_path_is_told_before_the_hub_is_asked(tmp_path, monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+    find_files = importlib.import_module("parts.sources").find_files
+
+    def load(name, **options):
+        asked.append(len(told))
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    for read in (lambda source: read_pictures(source, 5, 0), lambda source: find_files(source, "train", None, False)):
+        asked.clear()
+        for source in ("my/pix", "org/pix", "pix", str(tmp_path / "pix")):
+            with warnings.catch_warnings(record=True) as told, pytest.raises(ValueError, match="no network"):
+                warnings.simplefilter("always")
+                read(source)
+            assert [str(warning.message) for warning in told] == [
+                "my/pix is no file or folder here, though the folder my is: it is looked for on the hub."
+            ] * (source == "my/pix")
+        assert asked == [1, 0, 0, 0]

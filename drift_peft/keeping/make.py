@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +25,9 @@ from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server
 from .vlm import Vlm
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @typed
@@ -108,7 +111,11 @@ def make_keep_set(
             vlm_or_server = Server(
                 server, vlm.origin["id"], vlm.processor.tokenizer, vlm.vocabulary, vlm.places, api_key
             )
-        pictures = read_pictures(images, samples, seed)
+
+        def show(image: Image) -> None:
+            prompt_tokens(vlm.processor, image.convert(vlm.image_mode), asked[0][1])
+
+        pictures = read_pictures(images, samples, seed, show)
         pairs = _pairs(len(pictures), len(asked), samples)
 
         generation = {"max_new_tokens": max_new_tokens, "load_in_4bit": load_in_4bit, "server": server is not None}

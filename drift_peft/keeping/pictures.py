@@ -11,44 +11,54 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import split_revision
 from ..choices import PICTURES
 from ..warn import first_line, warn, warn_of_hub
 from .file import decode_image, upright
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
 
 
-def read_pictures(source: Any, count: int, seed: int) -> list[bytes]:
-    """Files of at most `count` different images, drawn from the source; each can be decoded. Of a folder or a data set,
-    those that are missing or broken are left out, and a warning says how many.
+def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], Any] = lambda image: None) -> list[bytes]:
+    """Files of at most `count` different images, drawn from the source; each can be decoded, and shown to the VLM. Of a
+    folder or a data set, those that are missing, broken or refused are left out, and a warning says how many.
 
     Args:
         source: a folder of pictures, a .json, .jsonl or .parquet file or a folder of such, a hub data set (`id` or
             `id@revision`), a `datasets.Dataset`, or a sequence of paths or PIL images.
+        show: what the VLM's processor makes of an image. An error of any kind is its refusal.
 
     Raises:
         FileNotFoundError: there is no such source; an image of a list is missing, or all of a data set are.
-        ValueError: there are no images in it; one of a list is broken, or all of a folder or a data set are.
+        ValueError: there are no images in it; one of a list is broken or refused, or all of a folder or a data set are.
         ImportError: the source needs the package datasets, which is missing.
     """
     pictures: dict[bytes, None] = {}
     left_out: list[OSError | ValueError] = []
+    shown: set[tuple[int, int]] = set()  # a processor refuses by size, and takes up to seconds for a large image
     for value, folder, name in _drawn(source, seed):
         try:
             content = _content(value, folder, name)
             if content not in pictures:
-                _check(content, name)
+                image = _decoded(content, name)
+                if image.size not in shown:
+                    _show(show, image, name)
+                    shown.add(image.size)
         except (FileNotFoundError, Broken) as error:
             if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
                 raise
             left_out.append(error)
+            if not pictures and sum(isinstance(error, Refused) for error in left_out) == count:
+                raise  # it refuses all, as with settings that do not fit: the source may have many more
             continue
         pictures[content] = None
         if len(pictures) == count:
@@ -68,9 +78,23 @@ class Broken(ValueError):
     """An image that cannot be decoded."""
 
 
-def _check(content: bytes, name: str) -> None:
+class Refused(Broken):
+    """An image that the processor does not take, such as one that is much wider than high."""
+
+
+def _show(show: Callable[[Image], Any], image: Image, name: str) -> None:
     try:
-        decode_image(content)
+        show(image)
+    except Exception as error:  # of any kind: each processor has its own
+        width, height = image.size
+        reason = " ".join(str(error).split())
+        message = f"{name} has {width} x {height} pixels and is refused by the VLM's processor: take it out ({reason})"
+        raise Refused(message) from error
+
+
+def _decoded(content: bytes, name: str) -> Image:
+    try:
+        return decode_image(content)
     except ImportError:
         raise
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …

@@ -1,6 +1,7 @@
 """Making a keep set: the VLM's own greedy answers, whatever is beside them in a batch; same call, same bytes."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from unittest.mock import Mock
@@ -395,3 +396,13 @@ def test_without_pillow(folder, tmp_path, monkeypatch):
             make(folder, tmp_path / "k.safetensors")
     with pytest.raises(ImportError, match=r'images need pillow: pip install "drift_peft\[keep\]"'):
         make(folder, tmp_path / "k.safetensors")
+
+
+def test_a_picture_that_the_processor_refuses_is_left_out(folder, pictures, tmp_path):
+    """Whatever its place in the batches. The set is the one that is made without it."""
+    images = tmp_path / "images"
+    shutil.copytree(folder / "pictures", images)
+    Image.new("RGB", (900, 2)).save(images / "wide.png")
+    with pytest.warns(UserWarning, match=r"^1 of the 8 images that were drawn are left out: \S+wide.png has 900 x 2 "):
+        made = make(folder, tmp_path / "k.safetensors", images=images, samples=8)
+    assert len(made) == 8 and {made[i].image.size for i in range(8)} == {(16, 16), (24, 16)}

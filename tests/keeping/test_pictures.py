@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 from chain_files import encoded
+from PIL import Image
 
 from drift_peft.keeping.pictures import read_pictures
 
@@ -54,3 +55,30 @@ def test_a_mistake_in_a_path_is_told_before_the_hub_is_asked(tmp_path, monkeypat
                 "my/pix is no file or folder here, though the folder my is: it is looked for on the hub."
             ] * (source == "my/pix")
         assert asked == [1, 0, 0, 0]
+
+
+def test_a_picture_that_the_processor_refuses_is_left_out_and_named(tmp_path):
+    """Each size is shown once. Of a list, each is meant; a processor that refuses all is told by the first ones."""
+    shown = []
+
+    def show(image):
+        shown.append(image.size)
+        if image.width > 100 * image.height:
+            raise TypeError("absolute aspect ratio\nmust be smaller")
+
+    for i in range(4):
+        Image.new("RGB", (24, 12), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    whole = {*read_pictures(tmp_path, 5, 0)}
+    Image.new("RGB", (900, 2)).save(tmp_path / "wide.png")
+    told = r"wide.png has 900 x 2 pixels and is refused by the VLM's processor: take it out \(absolute aspect"
+    with pytest.warns(UserWarning, match=rf"^1 of the 5 images that were drawn are left out: \S+{told}"):
+        assert {*read_pictures(tmp_path, 5, 0, show)} == whole
+    assert sorted(shown) == [(24, 12), (900, 2)]
+    with pytest.raises(ValueError, match=r"^image 0 has 900 x 2 pixels and is refused"):
+        read_pictures([str(tmp_path / "wide.png")], 5, 0, show)
+    wide = [str(tmp_path / name) for name in ("0.png", "1.png", "2.png", "3.png")]
+    shown.clear()
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": name}) for name in wide))
+    with pytest.raises(ValueError, match=r"^an image of row \d of \S+ has 24 x 12 pixels and is refused"):
+        read_pictures(tmp_path / "rows.jsonl", 2, 0, lambda image: shown.append(image.size) or 1 / 0)
+    assert len(shown) == 2

@@ -27,6 +27,7 @@ import json
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
-from parts.loading import load_messages
+from parts.loading import PLACE, load_messages
 from parts.loose import note_of_loose
 from parts.reading import OUTCOMES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
@@ -87,6 +88,26 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
             digest.update(f"{image.size}".encode() + image.tobytes())
         questions.append(Question(index, text, gold, category))
     return questions, digest.hexdigest()
+
+
+def refuse_unseen(questions: list[Question], dataset, model: Local, prompt: str) -> None:
+    """ValueError for the first sample that the model's processor does not take, which would stop a batch."""
+    seen = set()  # it refuses by the images' sizes and by who speaks; a large image takes it up to seconds
+    for question in tqdm(questions, desc="showing to the processor", disable=None):
+        sample = dataset[question.index]
+        sizes = [image.size for image in sample["images"]]
+        shape = (*sizes, *((turn["role"], len(turn["content"])) for turn in sample["messages"]))
+        if shape in seen:
+            continue
+        try:
+            model.inputs([(with_prompt(sample["messages"][:-1], prompt), sample["images"])])
+        except Exception as error:  # of any kind: each processor has its own
+            shown = ", ".join(f"{width} x {height}" for width, height in sizes)
+            images = f" with {shown} pixels" if sizes else ""
+            reason = " ".join(str(error).split())
+            message = f"{sample[PLACE]}{images} is refused by the model's processor: take it out ({reason})"
+            raise ValueError(message) from error
+        seen.add(shape)
 
 
 def ask(questions: list[Question], dataset, model: Local, journal: Journal, prompt: str) -> None:
@@ -190,13 +211,13 @@ def refuse_other_model(model: str, adapter: Path) -> None:
     refuse_other_base(checkpoint, adapter, str(adapter), adapter_updates(adapter, checkpoint, str(adapter)))
 
 
-def load_model(args: Namespace) -> Local:
+def load_model(args: Namespace, show: Callable[[Local], None] = lambda local: None) -> Local:
     if args.adapter and not args.force:
         refuse_other_model(args.model, args.adapter)
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
     how["processor"] = args.adapter if args.adapter and has_processor(args.adapter) else None
     how["processor_kwargs"] = args.processor_kwargs
-    local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
+    local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, show=show, **how)
     if args.adapter:
         from peft import PeftModel
 
@@ -250,7 +271,9 @@ def evaluate(args: Namespace) -> dict:
         ValueError: BadSample included; OSError, TeacherError.
     """
     check(args.model, args.adapter, args.data, args.output)
-    dataset, _ = load_messages(args.data, split=args.split, images=args.images, on_bad="fail", chains=False)
+    dataset, _ = load_messages(
+        args.data, split=args.split, images=args.images, on_bad="fail", chains=False, places=True
+    )
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
     if note := note_of_loose([last_answer(messages) for messages in dataset["messages"]], args.data):
         print(note, file=sys.stderr)
@@ -263,7 +286,8 @@ def evaluate(args: Namespace) -> dict:
     told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
     with Journal(journal_path(args.output), asking, told=told) as journal:
         if len(journal.answers) < len(questions):
-            model = load_model(args)
+            rest = [question for question in questions if str(question.index) not in journal.answers]
+            model = load_model(args, lambda local: refuse_unseen(rest, dataset, local, args.prompt))
             try:
                 ask(questions, dataset, model, journal, args.prompt)
             except TeacherError as error:

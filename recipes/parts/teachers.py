@@ -7,10 +7,11 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -127,6 +128,7 @@ class Local:
         temperature: 0 answers as GREEDY says; above it, the rest of how tokens are drawn is the model's own.
         processor: folder of another one than the model's, such as an adapter's with tokens of its own.
         processor_kwargs: settings of it that are not those of its folder, such as max_pixels.
+        show: gets this before the weights are loaded, to try what it will be asked; see `inputs`.
     """
 
     concurrency = 1
@@ -134,6 +136,7 @@ class Local:
     def __init__(
         self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False,
         processor: Path | None = None, processor_kwargs: dict | None = None,
+        show: Callable[[Local], None] = lambda local: None,
     ):  # fmt: skip
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -145,6 +148,10 @@ class Local:
         try:
             self.processor = AutoProcessor.from_pretrained(processor or name, **{**(processor_kwargs or {}), **options})
             check_processor_settings(self.processor, processor_kwargs or {})
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
+        show(self)
+        try:
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
         except (OSError, ValueError, TypeError, ImportError) as error:
             raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
@@ -161,14 +168,14 @@ class Local:
         with room_for(len(conversations)):
             return self._answer(conversations)
 
-    def _answer(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
-        import torch
+    def inputs(self, conversations: list[tuple[list[dict], list]]) -> Any:
+        """What its processor makes of a batch."""
         from trl.data_utils import prepare_multimodal_messages
 
         from drift_peft.keeping import image_mode
 
         mode = image_mode(self.processor)
-        inputs = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             [
                 prepare_multimodal_messages(messages, images=[image.convert(mode) for image in images])
                 for messages, images in conversations
@@ -178,7 +185,12 @@ class Local:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.model.device, self.model.dtype)
+        )
+
+    def _answer(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
+        import torch
+
+        inputs = self.inputs(conversations).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             tokens = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         end = self.model.generation_config.eos_token_id

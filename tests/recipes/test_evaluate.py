@@ -417,3 +417,19 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(name, sentence, bro
     before = {path.name for path in tmp_path.iterdir()} - {"cache"}
     assert sentence in refusal(capsys, *broken(name))
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == before
+
+
+def test_a_sample_that_the_processor_refuses_is_named_before_the_model_is_loaded(
+    model, data, tmp_path, capsys, monkeypatch
+):
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    for sample in samples:
+        sample["image"] = str(data.parent / sample["image"])
+    Image.new("RGB", (900, 2)).save(data.parent / "wide.png")
+    samples.append({**samples[-1], "image": str(data.parent / "wide.png")})
+    (tmp_path / "wide.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    flags = ["--images", data.parent, "-o", tmp_path / "r.json", "--processor-kwargs", '{"do_resize": true}']
+    told = refusal(capsys, "--model", model, "--data", tmp_path / "wide.jsonl", *flags)
+    assert f"sample 15 of {tmp_path / 'wide.jsonl'} with 900 x 2 pixels is refused by the model's processor: " in told
+    assert "take it out (absolute aspect ratio must be smaller than 200" in told and not [*tmp_path.glob("r.*")]

@@ -61,5 +61,8 @@ def count_tokens(messages: list[dict], images: list, processor) -> int:
     """Tokens of a conversation as TRL's collator makes them."""
     from trl.data_utils import prepare_multimodal_messages  # which takes ten times as long to import as the rest here
 
-    filled = prepare_multimodal_messages(messages, images=images)
+    from drift_peft.keeping import image_mode
+
+    mode = image_mode(processor)
+    filled = prepare_multimodal_messages(messages, images=[image.convert(mode) for image in images])
     return len(processor.apply_chat_template([filled], tokenize=True, return_dict=True)["input_ids"][0])

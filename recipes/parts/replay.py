@@ -11,7 +11,7 @@ from drift_peft.keeping import training_samples
 
 from .layouts import read_sample
 from .lengths import within_length
-from .loading import FEATURES, Dropped
+from .loading import Dropped
 
 
 def with_replay(
@@ -36,7 +36,8 @@ def with_replay(
         columns["images"].append([{"bytes": image, "path": None} for image in sample.images])
     dropped = Dropped()
     dropped.update(left_out)
-    kept = within_length(datasets.Dataset.from_dict(columns, FEATURES), processor, max_tokens, dropped=dropped)
+    samples = datasets.Dataset.from_dict(columns, dataset.features)  # else images of another mode do not go with them
+    kept = within_length(samples, processor, max_tokens, dropped=dropped)
     wanted = max(1, round(share / (1 - share) * len(dataset)))
     order, draw = [], random.Random(seed)
     while len(order) < wanted:

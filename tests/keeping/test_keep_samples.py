@@ -4,6 +4,7 @@ import io
 import json
 from collections import Counter
 
+import datasets
 import pytest
 from command import run
 from keep_sets import ENDS, make
@@ -171,3 +172,16 @@ def test_a_share_of_the_training_samples(keep_set, folder, tmp_path, share):
     again, _ = with_replay(data, keep_set, share, processor, 1000, seed=1)
     other, _ = with_replay(data, keep_set, share, processor, 1000, seed=2)
     assert again["messages"] == mixed["messages"] and (share < 0.5 or other["messages"] != mixed["messages"])
+
+
+def test_answers_come_in_the_mode_of_the_data(keep_set, folder, tmp_path):
+    """Of a base whose processor takes one channel."""
+    write_samples(keep_set, tmp_path / "own")
+    gray = datasets.List(datasets.Image(mode="L"))
+    data = load_messages(tmp_path / "own" / "samples.jsonl")[0].cast_column("images", gray)
+    processor = AutoProcessor.from_pretrained(folder / "base")
+    processor.image_processor.image_mean = processor.image_processor.image_std = [0.5]
+    processor.image_processor.do_convert_rgb = False
+    mixed, told = with_replay(data, keep_set, 0.5, processor, 1000, seed=1)
+    assert len(mixed) == 2 * len(data) and not any("refused" in reason for reason in told["left_out"])
+    assert {image.mode for row in mixed for image in row["images"]} == {"L"}

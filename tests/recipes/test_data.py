@@ -1,6 +1,7 @@
 """recipes/data.py: every common layout becomes what TRL takes, and the command line writes a file that stands alone."""
 
 import base64
+import copy
 import json
 
 import chain_files
@@ -172,6 +173,21 @@ def test_what_is_too_long_for_a_base_is_dropped_and_lengths_are_told(streaming, 
     longest = printed["tokens"] and printed["tokens"]["longest"]
     assert streaming or (printed["tokens"] == {"longest": longest, "95 %": longest} and longest > 60)
     assert pixels(load_messages(output)[0][0]) == pictures(0)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_processor_of_one_channel_counts_and_the_file_keeps_its_colours(streaming, tmp_path, capsys, monkeypatch):
+    gray = copy.deepcopy(processor("qwen2_5_vl"))
+    gray.image_processor.image_mean = gray.image_processor.image_std = [0.5]
+    gray.image_processor.do_convert_rgb = False
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name, **settings: gray)
+    rows = [{"messages": turns(), "images": [f"images/{i}.png"]} for i in range(3)]
+    output = tmp_path / "out.parquet"
+    more = ["--model", "base", "--json", *streaming]
+    printed = json.loads(run(save(rows, "a.jsonl"), "-o", output, *more, capsys=capsys))
+    assert (printed["kept"], printed["dropped"]) == (3, {})
+    plain = datasets.load_dataset("parquet", data_files=str(output), split="train")
+    assert plain.features == FEATURES and [pixels(sample)[0] for sample in plain] == pictures(0, 1, 2)
 
 
 SILENT = "sample 1 of a.jsonl has a turn of the assistant that says nothing"

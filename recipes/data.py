@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             options["special"] = special_tokens(processor)
         dataset, dropped = load_messages(**options, places=model is not None)
         if model is not None:
-            dataset = within_length(dataset, processor, max_tokens, on_long=options["on_bad"], dropped=dropped)
+            limits = {"source": options["source"], "on_long": options["on_bad"], "dropped": dropped}
+            dataset = within_length(dataset, processor, max_tokens, **limits)
             dataset = dataset.remove_columns(PLACE)
         kept = write_parquet(dataset, output)
         if not kept:

@@ -8,22 +8,24 @@ import datasets
 from tqdm import tqdm
 
 from .bad_sample import BadSample
-from .loading import LONGER, PLACE, Dropped
+from .loading import LONGER, PLACE, Dropped, nothing_left
 
 
-def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop", "fail"] = "drop", dropped: Dropped):
+def within_length(
+    dataset, processor, max_tokens: int, *, source: str, on_long: Literal["drop", "fail"] = "drop", dropped: Dropped
+):
     """The conversations of at most max_tokens tokens, those of their images included. None is ever cut.
 
     Each is processed as TRL's collator does it, so this takes as long as an epoch of loading.
 
     Args:
+        source: what an error calls the whole of them.
         dropped: gets how many others there are, under "longer than <max_tokens> tokens", or "refused by the processor",
             which would stop the training too; and, but for a stream, all lengths.
 
     Raises:
         BadSample: with on_long="fail", or if none is left.
     """
-    bad: list[BadSample] = []
     is_stream = isinstance(dataset, datasets.IterableDataset)
 
     def fits(sample: dict, index: int) -> bool:
@@ -32,7 +34,9 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
             length = count_tokens(sample["messages"], sample["images"], processor)
         except Exception as error:  # of any kind: each processor has its own
             message = " ".join(str(error).split())
-            problem = BadSample("refused by the processor", f"{place} is refused by the processor: {message}")
+            sizes = " and ".join("{} x {}".format(*image.size) for image in sample["images"])
+            seen = f", with {'images' if ' and ' in sizes else 'an image'} of {sizes} pixels," if sizes else ""
+            problem = BadSample("refused by the processor", f"{place}{seen} is refused by the processor: {message}")
         else:
             if not is_stream:
                 dropped.lengths.append(length)
@@ -45,7 +49,6 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
             )
         if on_long == "fail":
             raise problem
-        bad.append(problem)
         dropped.add(problem)
         return False
 
@@ -53,7 +56,7 @@ def within_length(dataset, processor, max_tokens: int, *, on_long: Literal["drop
         return dataset.filter(fits, with_indices=True)
     kept = [i for i, sample in enumerate(tqdm(dataset, desc="counting tokens", disable=None)) if fits(sample, i)]
     if not kept:
-        raise bad[0]
+        raise nothing_left(source, dropped)
     return dataset.select(kept)
 
 

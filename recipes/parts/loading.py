@@ -183,7 +183,10 @@ def _hash(content: bytes) -> str:
 
 
 def nothing_left(source: str | Path, dropped: Dropped) -> BadSample:
-    reasons = [f"{dropped[reason]} {reason} ({sentence})" for reason, sentence in dropped.first().items()]
+    first = dropped.first()
+    reasons = [f"{count} {why}" + (f" ({first[why]})" if why in first else "") for why, count in dropped.items()]
+    if dropped.lengths:  # each of which is too long
+        reasons.append(f"the shortest has {min(dropped.lengths)} tokens")
     return BadSample("none left", f"no sample of {source} is left: {'; '.join(reasons) or 'it has none'}")
 
 

@@ -37,7 +37,7 @@ def with_replay(
     dropped = Dropped()
     dropped.update(left_out)
     samples = datasets.Dataset.from_dict(columns, dataset.features)  # else images of another mode do not go with them
-    kept = within_length(samples, processor, max_tokens, dropped=dropped)
+    kept = within_length(samples, processor, max_tokens, source=keep_set.source, dropped=dropped)
     wanted = max(1, round(share / (1 - share) * len(dataset)))
     order, draw = [], random.Random(seed)
     while len(order) < wanted:

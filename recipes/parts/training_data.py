@@ -30,7 +30,8 @@ def load_data(run: RunArguments, processor: Any) -> tuple[Dataset | IterableData
     dataset, dropped = load_messages(run.data, split=run.split, special=special_tokens(processor), **options)
     refuse_remnant(run.data, dataset, dropped)
     dataset = dataset.cast_column("images", List(Image(mode=image_mode(processor))))
-    dataset = within_length(dataset, processor, run.max_tokens, on_long=run.on_long, dropped=dropped)
+    limits = {"source": run.data, "on_long": run.on_long, "dropped": dropped}
+    dataset = within_length(dataset, processor, run.max_tokens, **limits)
     if run.streaming and next(iter(dataset), None) is None:  # else the trainer would find no first sample
         raise nothing_left(run.data, dropped)
     check_template(dataset, processor)

@@ -185,3 +185,12 @@ def test_answers_come_in_the_mode_of_the_data(keep_set, folder, tmp_path):
     mixed, told = with_replay(data, keep_set, 0.5, processor, 1000, seed=1)
     assert len(mixed) == 2 * len(data) and not any("refused" in reason for reason in told["left_out"])
     assert {image.mode for row in mixed for image in row["images"]} == {"L"}
+
+
+def test_where_all_answers_are_too_long_that_is_told(keep_set, folder, tmp_path):
+    write_samples(keep_set, tmp_path / "own")
+    data = load_messages(tmp_path / "own" / "samples.jsonl")[0]
+    processor = AutoProcessor.from_pretrained(folder / "base")
+    left_out = 20 - len(whole(keep_set))
+    with pytest.raises(ValueError, match=rf"^no sample of {keep_set.source} is left: {left_out} cut at .*; \d+ longer"):
+        with_replay(data, keep_set, 0.5, processor, 3, seed=1)

@@ -140,13 +140,14 @@ def test_many_samples_keep_their_numbers_and_empty_lines_are_none(folder):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_is_too_long_is_dropped_whole(streaming):
     rows = [{"messages": turns("how many ?" + " 1" * i), "images": ["images/0.png"]} for i in (0, 30, 3, 40)]
-    dataset, _ = load_messages(save(rows, "a.jsonl"), streaming=streaming)
+    file = save(rows, "a.jsonl")
+    dataset, _ = load_messages(file, streaming=streaming)
     processing = processor()
     lengths = [count_tokens(sample["messages"], sample["images"], processing) for sample in dataset]
     images = processing.tokenizer.convert_tokens_to_ids("<image>")
     limit, dropped = lengths[2], Dropped()
     dropped["empty"] = 1
-    kept = within_length(dataset, processing, limit, dropped=dropped)
+    kept = within_length(dataset, processing, limit, source=file, dropped=dropped)
     for _ in range(2):  # a stream may be read again
         samples = [*kept]
     assert [sample["messages"][0]["content"][1]["text"] for sample in samples] == ["how many ?", "how many ? 1 1 1"]
@@ -154,18 +155,25 @@ def test_what_is_too_long_is_dropped_whole(streaming):
     collator = DataCollatorForVisionLanguageModeling(processing)
     whole = (collator([next(iter(dataset))])["input_ids"] == images).sum()
     assert all((collator([sample])["input_ids"] == images).sum() == whole for sample in samples)
-    for only, number, on_long, more in (
-        (dataset, 2, "fail", ", or set on_long to drop"),
-        (dataset.take(2).skip(1), 1, "drop", ""),
-    ):
-        if streaming and on_long == "drop":  # of which nobody knows what is left
-            continue
-        with pytest.raises(BadSample) as error:
-            [*within_length(only, processing, limit, on_long=on_long, dropped=Dropped())]
-        assert str(error.value) == (
-            f"sample {number} has {lengths[1]} tokens, its images' included, and max_tokens allows {limit}: "
-            f"allow more, or make the images smaller{more}"
-        )
+    with pytest.raises(BadSample) as error:
+        [*within_length(dataset, processing, limit, source=file, on_long="fail", dropped=Dropped())]
+    assert str(error.value) == (
+        f"sample 2 has {lengths[1]} tokens, its images' included, and max_tokens allows {limit}: "
+        "allow more, or make the images smaller, or set on_long to drop"
+    )
+
+
+def test_where_all_are_too_long_their_number_and_the_shortest_are_told():
+    rows = [{"messages": turns("how many ?" + " 1" * i), "images": ["images/0.png"]} for i in (30, 20, 40)]
+    dataset, dropped = load_messages(save([*rows, {"question": "a", "answer": ""}], "a.jsonl"), places=True)
+    lengths = [count_tokens(sample["messages"], sample["images"], processor()) for sample in dataset]
+    with pytest.raises(BadSample) as error:
+        within_length(dataset, processor(), 20, source="a.jsonl", dropped=dropped)
+    assert str(error.value) == (
+        "no sample of a.jsonl is left: 1 empty answer (sample 4 of a.jsonl has a turn of the assistant that says "
+        f"nothing); 3 longer than 20 tokens (sample 1 of a.jsonl has {lengths[0]} tokens, its images' included, and "
+        f"max_tokens allows 20: allow more, or make the images smaller); the shortest has {lengths[1]} tokens"
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -177,7 +185,7 @@ def test_a_sample_is_named_by_its_row_in_the_source(streaming):
     save(rows, file)
     dataset, dropped = load_messages(file, streaming=streaming, places=True)
     with pytest.raises(BadSample, match=f"^sample 3 of {file} has "):
-        [*within_length(dataset, processor(), 60, on_long="fail", dropped=dropped)]
+        [*within_length(dataset, processor(), 60, source=file, on_long="fail", dropped=dropped)]
     stripped = processor()
     stripped.chat_template = "{{ messages[0].role }}"
     with pytest.raises(ValueError, match=f"^sample 2 of {file} would not be trained as it is written"):
@@ -186,15 +194,21 @@ def test_a_sample_is_named_by_its_row_in_the_source(streaming):
 
 def test_what_the_processor_refuses_is_dropped_like_what_is_too_long():
     Image.new("RGB", (4000, 4)).save("images/wide.png")
-    save([{"messages": turns(), "images": [f"images/{name}.png"]} for name in ("0", "wide")], "a.jsonl")
-    dataset, dropped = load_messages("a.jsonl")
+    rows = [{"messages": turns(), "images": [f"images/{name}.png"]} for name in ("0", "wide")]
+    rows.append({"messages": turns("<image><image>which?"), "images": ["images/0.png", "images/wide.png"]})
+    dataset, dropped = load_messages(save(rows, "a.jsonl"))
     refusing = processor("qwen2_5_vl")
-    assert len(within_length(dataset, refusing, 100, dropped=dropped)) == 1
-    assert dropped == {"refused by the processor": 1}
-    for only in (dataset.select([1]), dataset):
-        on_long = "drop" if len(only) == 1 else "fail"  # one that is left over is an error either way
-        with pytest.raises(BadSample, match=r"^sample \d is refused by the processor: absolute aspect ratio"):
-            within_length(only, refusing, 100, on_long=on_long, dropped=dropped)
+    assert len(within_length(dataset, refusing, 100, source="a.jsonl", dropped=dropped)) == 1
+    assert dropped == {"refused by the processor": 2}
+    why = "is refused by the processor: absolute aspect ratio"
+    seen = ["an image of 4000 x 4", "images of 10 x 12 and 4000 x 4"]
+    for told, number, what in zip(dropped.sentences, (2, 3), seen, strict=True):
+        assert told.startswith(f"sample {number}, with {what} pixels, {why}")
+    none = "no sample of a.jsonl is left: 1 refused by the processor (sample 1"
+    for only, on_long, told in ((dataset.select([1]), "drop", none), (dataset, "fail", "sample 2")):
+        with pytest.raises(BadSample) as error:
+            within_length(only, refusing, 100, source="a.jsonl", on_long=on_long, dropped=Dropped())
+        assert str(error.value).startswith(f"{told}, with {seen[0]} pixels, {why}")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from .parser import Parser
 
 HELP = "will training fit the GPU?"
-DESCRIPTION = "Estimate what training takes on the GPU, from a recipe and its base's config.json."
+DESCRIPTION = "Estimate what training takes on the GPU, from a recipe and its base, without the weights."
 EXAMPLE = "drift-peft preflight recipes/configs/qwen2_5_vl_7b_r1.yaml --set max_tokens=2048 --set r=8"
 
 

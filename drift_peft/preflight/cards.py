@@ -1,4 +1,4 @@
-"""Will a recipe fit the card? An estimate from the recipe and its base's config.json, and what to change if not."""
+"""Will a recipe fit the card? An estimate from the recipe and its base's configuration, and what to change if not."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..checkpoints import folder_of, read_config, refuse_quantized
 from ..recipe import as_meant, read_recipe
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
+from .processor import with_processor
 from .run import OWN, check_recipe
 
 CARDS = 8, 12, 16, 24  # GB
@@ -178,16 +179,24 @@ def _fewer_tokens(memory: Memory, now: Estimate, fewest: int, limit: float) -> E
 
 
 def preflight_summary(recipe: str | Path, changes: dict | None = None) -> dict:
-    """The estimate for a recipe, and what each card needs changed. Nothing but the base's config.json is downloaded.
+    """The estimate for a recipe, and what each card needs changed. Of the base, its config.json and its processor's
+    configuration are downloaded, and nothing else.
 
     Raises:
         FileNotFoundError, OSError: there is no such recipe or base, or the hub does not give it.
         ValueError: a setting is wrong, or the base is no full-precision vision-language model.
     """
-    settings = read_settings(recipe, changes)
+    return estimate_summary(*read_base(read_settings(recipe, changes)))
+
+
+def read_base(settings: Settings) -> tuple[Memory, Settings]:
+    """The base of a recipe, and the settings with what its processor says of images.
+
+    Raises: as `preflight_summary`.
+    """
     memory = Memory(base_config(settings.base), settings.base)
     warn_of_unread(memory.config, settings.processor_kwargs)
-    return estimate_summary(memory, settings)
+    return memory, with_processor(settings, memory.config.model_type)
 
 
 def estimate_summary(memory: Memory, settings: Settings) -> dict:
@@ -229,7 +238,7 @@ def keeping_sentence(summary: dict) -> str:
         return f"replay: {keeping['replay']:g} takes {keeping['time']:.0%} more steps an epoch, and no more memory"
     often = "each step" if keeping["every"] == 1 else f"every {keeping['every']} steps"
     return (
-        f"keeping takes {settings['keep_batch_size']} x {keeping['tokens']} tokens {often}, beside "
+        f"keeping takes {settings['keep_batch_size']} x {keeping['tokens']} tokens at most {often}, beside "
         f"{keeping['step_samples']} x {settings['max_tokens']} of the task: {keeping['time']:.0%} more time, or more "
         f"where the task's samples are shorter, and {keeping['gb']:.2f} GB more at the peak"
     )
@@ -244,7 +253,7 @@ def preflight_table(summary: dict) -> Table:
         samples, tokens, images, cut = keeping["samples"], keeping["tokens"], 1, keeping["patches"]
     caption = (
         f"at its peak, the {summary['moment']}: {samples} x {tokens} tokens, each with {images} "
-        f"image{'s' * (images > 1)} of {cut} patches"
+        f"image{'s' * (images > 1)} of at most {cut} patches"
     )
     return parts_table(summary, f"training {summary['base']}", caption)
 

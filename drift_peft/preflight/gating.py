@@ -6,9 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from .cards import CARDS, base_config, parts_table, read_settings, verdict
-from .images import warn_of_unread
-from .memory import Memory
+from .cards import CARDS, parts_table, read_base, read_settings, verdict
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
 STEPS, ANSWERS = 200, 8
@@ -17,13 +15,11 @@ TOKENS = SAID + PROMPT  # at a time: what is longer than max_tokens goes through
 
 
 def gating_summary(recipe: str | Path, changes: dict | None = None) -> dict:
-    """The estimate for gating the prior of a recipe. Nothing but the base's config.json is downloaded.
+    """The estimate for gating the prior of a recipe. Downloaded is what `preflight_summary` downloads.
 
     Raises: as `preflight_summary`.
     """
-    settings = read_settings(recipe, changes)
-    memory = Memory(base_config(settings.base), settings.base)
-    warn_of_unread(memory.config, settings.processor_kwargs)
+    memory, settings = read_base(read_settings(recipe, changes))
     now = memory.gating(settings, TOKENS)
     tokens = STEPS * ANSWERS * (KEPT + SAID)
     return {

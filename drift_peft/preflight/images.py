@@ -1,7 +1,7 @@
 """Into how many patches a processor cuts images, how many tokens these become, and what their pixels take.
 
-The recipe's processor_kwargs decide it. What they leave out is as the family's processor has it, which config.json does
-not say.
+The recipe's processor_kwargs decide it, and what they leave out the base's own processor (processor.py). What neither
+says is as the family's processor has it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..warn import warn
 # does if the recipe does not say, and how many at most.
 CROPPED = {"internvl": (True, 12), "aya_vision": (True, 12), "cohere2_vision": (True, 12), "qianfan_ocr": (True, 12),
            "llama4": (True, 16), "got_ocr2": (False, 12), "ovis2": (False, 12)}  # fmt: skip
-LARGEST = 16384  # tokens of an image: what Qwen's processors let through, as their preprocessor_config.json has it
+LARGEST = 16384  # tokens of an image: what Qwen's processors let through, where neither recipe nor base says
 MASKED = "idefics2", "idefics3", "smolvlm"  # whose processors make a mask of 64 bits for each pixel
 # Settings of a processor that change how images look, and not how large they are; and the least of something, since
 # what is counted is the most.
@@ -58,7 +58,7 @@ def cut(config: PretrainedConfig, kwargs: dict | None, images: int, tokens: int)
 
     Args:
         config: of the model.
-        kwargs: the recipe's processor_kwargs.
+        kwargs: processor_kwargs, of the recipe alone or with what the base's processor says.
         images: of a sample.
         tokens: most that the sample has.
     """
@@ -79,9 +79,9 @@ def _cut(config: PretrainedConfig, ask: _Asked, images: int, tokens: int) -> tup
         return images * (most + bool(whole)), max((tile // vision.patch_size) ** 2, patches)
     merge = getattr(vision, "spatial_merge_size", 1)
     if merge > 1 or not hasattr(vision, "image_size"):  # Qwen: as many as there are pixels, and as tokens allow
-        ask("size.shortest_edge")  # the fewest pixels
-        most, longest = tokens * merge**2, ask("size.longest_edge")
-        pixels = ask("max_pixels") or longest
+        fewest, longest = ask("size.shortest_edge"), ask("size.longest_edge")
+        most = tokens * merge**2
+        pixels = ask("max_pixels") or (fewest and longest)  # one edge alone is no number of pixels
         patches = pixels // vision.patch_size**2 if pixels else most
         return (images, patches) if images * patches <= most else (1, most)
     side, patch = _side(vision.image_size), _side(vision.patch_size)

@@ -137,15 +137,15 @@ def test_what_keeping_adds_is_told(capsys, tmp_path):
     content |= {"processor_kwargs": {"max_pixels": PIXELS}, "keep_batch_size": 16, "keep_every": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     status, out, _ = run(capsys, "preflight", tmp_path / "recipe.yaml")
-    told = "keeping takes 16 x 128 tokens every 2 steps, beside 8 x 256 of the task: 50% more time, or more where"
+    told = "keeping takes 16 x 128 tokens at most every 2 steps, beside 8 x 256 of the task: 50% more time, or more"
     assert status == 0 and told in " ".join(out.split())
 
     memory, known = Memory(made, "tiny"), read_settings(tmp_path / "recipe.yaml")
     summary = estimate_summary(memory, known)["keeping"]
     told = estimate_summary(memory, replace(known, images_per_sample=3, keep_batch_size=3))
     for moment, caption in (
-        ("loss of the language model, keeping", "3 x 128 tokens, each with 1 image of 256 patches"),
-        ("loss of the language model", "2 x 256 tokens, each with 3 images of 768 patches"),
+        ("loss of the language model, keeping", "3 x 128 tokens, each with 1 image of at most 256 patches"),
+        ("loss of the language model", "2 x 256 tokens, each with 3 images of at most 768 patches"),
     ):
         table = preflight_table({**told, "moment": moment})
         assert str(table.caption) == f"at its peak, the {moment}: {caption}"

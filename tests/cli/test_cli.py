@@ -266,6 +266,6 @@ def test_interrupted_while_a_verb_imports(interrupt, tmp_path):
     handled = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
     (tmp_path / "torch.py").write_text(f"import signal\n{handled}\n{interrupt}\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from drift_peft.cli import main; sys.exit(main())"
-    for verb in (["targets", "x"], ["prior", "inspect", "x"], [*BUILD], ["merge", *MERGE], ["preflight", "x"]):
+    for verb in (["targets", "x"], ["prior", "inspect", "x"], [*BUILD], ["merge", *MERGE], ["preflight", __file__]):
         result = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True)
         assert (result.returncode, result.stdout, result.stderr) == (130, "", "drift-peft: error: interrupted\n")

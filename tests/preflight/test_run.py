@@ -1,5 +1,7 @@
 """What recipes/sft_vlm.py refuses of a recipe before it reads a model, preflight refuses in the same words."""
 
+import shutil
+
 import pytest
 import sft_vlm
 import yaml
@@ -85,9 +87,9 @@ def test_both_refuse_it_in_the_same_words(changes, told, tmp_path, monkeypatch):
     {"drift_alpha_pattern": "{mlp: '0.1'}"}, {"env": {"A": "b"}}, {"keep_weight": 0, "drift_norm": "weight", **KEEP},
     {"processor_kwargs": {"size": {"longest_edge": "512"}}}, {"gradient_checkpointing_kwargs": {"selective": False}},
 ])  # fmt: skip
-def test_both_take_it(changes, tmp_path, monkeypatch):
+def test_both_take_it(changes, tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.safetensors").touch()
+    shutil.copy(pair.path, "p.safetensors")
     recipe = save(tmp_path, changes)
     run(recipe)
     read_settings(recipe)

@@ -17,12 +17,14 @@ from transformers import PretrainedConfig, TrainingArguments
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config, refuse_quantized
 from ..recipe import as_meant, read_recipe
+from .dry_run import MEASURE
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
 from .processor import with_processor
 from .run import OWN, check_recipe
 
 CARDS = 8, 12, 16, 24  # GB
+CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"  # the old name and the new one
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
 FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
 # TRL's own keys, which decide nothing here. It is not imported, since a recipe is looked at before TRL is installed.
@@ -66,7 +68,16 @@ def _trl_fields() -> dict[str, ast.AnnAssign]:
 
 def recipe_keys() -> set[str]:
     """All that a recipe may have."""
-    return {*get_type_hints(Settings), *OWN, *trl_keys(), *(field.name for field in fields(TrainingArguments))}
+    training = {field.name for field in fields(TrainingArguments)}
+    return {*decisive_keys(), *OWN, *trl_keys(), *training}
+
+
+def decisive_keys() -> dict[str, object]:
+    """What decides what memory a recipe takes -> its type. An older transformers has one name of these two alone."""
+    hints = get_type_hints(Settings)
+    if not hasattr(TrainingArguments, CHECKPOINTING[1]):
+        del hints[CHECKPOINTING[1]]
+    return hints
 
 
 def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
@@ -84,12 +95,17 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         if key not in keys:
             way_out = nearest(key, sorted(keys)) or "take it out"
             raise ValueError(f"{recipe} has the key {key}, which no recipe has: {way_out}")
-    known = get_type_hints(Settings)
+    known = decisive_keys()
     for key in set(changes or {}) - set(known):
         way_out = nearest(key, known) or f"what decides it is {', '.join(known)}"
         raise ValueError(f"{key} does not decide what memory a recipe takes; {way_out}")
     content |= changes or {}
     check_recipe(content, trl_choices())
+    for key in (f"{name}_kwargs" for name in CHECKPOINTING):
+        kwargs = as_meant(key, content.get(key), dict)
+        if isinstance(kwargs, dict) and kwargs.get("every_n_layers", 1) != 1:
+            some = f"every_n_layers: {kwargs['every_n_layers']}"
+            raise ValueError(f"what {some} in {key} takes is not counted: leave it out, or {MEASURE}")
     return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})
 
 
@@ -148,8 +164,8 @@ def advise(memory: Memory, now: Estimate, card: float) -> dict:
 
 def _changes(settings: Settings) -> Iterator[tuple[str, object]]:
     """Settings that take less, and the value that takes least."""
-    if not settings.gradient_checkpointing:
-        yield "gradient_checkpointing", True
+    if not settings.checkpoints:
+        yield CHECKPOINTING[settings.activation_checkpointing is not None], True
     if settings.per_device_train_batch_size > 1:
         yield "per_device_train_batch_size", 1
     if settings.label_smoothing_factor:

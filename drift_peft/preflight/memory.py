@@ -72,6 +72,7 @@ class Settings:
     think_tokens: bool = False
     per_device_train_batch_size: int = 8
     gradient_checkpointing: bool = True
+    activation_checkpointing: bool | None = None
     label_smoothing_factor: float = 0.0
     gradient_accumulation_steps: int = 1
     keep: str | None = None
@@ -116,6 +117,11 @@ class Settings:
         return torch.float32 if self.bf16 is False else torch.bfloat16
 
     @property
+    def checkpoints(self) -> bool:
+        """Are activations computed again? transformers goes by the old name only where its new one is not set."""
+        return self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
+
+    @property
     def keeps(self) -> bool:
         """Is the gradient of a keep set added? With `replay` its answers are training samples instead."""
         return self.keep is not None and self.keep_weight > 0 and not self.replay
@@ -133,7 +139,7 @@ class Settings:
             dtype=self.dtype,
             r=self.r,
             lora_dropout=self.lora_dropout,
-            checkpointing=self.gradient_checkpointing,
+            checkpointing=self.checkpoints,
             label_smoothing=self.label_smoothing_factor,
             think_tokens=self.think_tokens,
             eager=is_eager(self.model_init_kwargs),
@@ -269,7 +275,7 @@ class Memory:
         settings = replace(
             settings, per_device_train_batch_size=1, images_per_sample=1, max_tokens=tokens, model_init_kwargs=None
         )
-        step = Step(1, tokens, settings.dtype, checkpointing=settings.gradient_checkpointing, gated=k)
+        step = Step(1, tokens, settings.dtype, checkpointing=settings.checkpoints, gated=k)
         always = {
             FOUR_BIT: NF4 * self.weights[FOUR_BIT],
             **{part: size * self.weights[part] for part in SIXTEEN_BIT},

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_defaults_are_those_of_the_recipes():
     known = {f.name: f.default for cls in (SFTConfig, DriftConfig, RunArguments) for f in fields(cls)}
+    known.setdefault("activation_checkpointing", None)  # which an older transformers has not got
     for setting in fields(Settings)[1:]:
         assert setting.default == known[setting.name], setting.name
     kernels = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL before it has no kernels of its own")

@@ -314,6 +314,34 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
             read_settings(tmp_path / "a.yaml")
 
 
+@pytest.mark.skipif(not hasattr(TrainingArguments, "activation_checkpointing"), reason="transformers has the old name")
+def test_the_new_name_of_checkpointing_wins_as_in_training(tmp_path, memory):
+    for old, new in ((True, False), (False, True), (False, None)):
+        keys = {"base": "b", "data": "d", "prior": "p", "gradient_checkpointing": old, "activation_checkpointing": new}
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(keys))
+        found = read_settings(tmp_path / "a.yaml")
+        training = TrainingArguments(str(tmp_path), gradient_checkpointing=old, activation_checkpointing=new)
+        assert found.checkpoints == found.step.checkpointing == training.activation_checkpointing
+    off = settings(r=8, activation_checkpointing=False)
+    advice = advise(memory, memory.estimate(off), 1e-3)
+    assert advice["all"]["activation_checkpointing"] is True and "gradient_checkpointing" not in advice["all"]
+    assert read_settings(tmp_path / "a.yaml", {"activation_checkpointing": True}).checkpoints
+
+
+@pytest.mark.parametrize("name", cards.CHECKPOINTING)
+def test_layers_that_are_left_out_of_checkpointing_are_not_counted(tmp_path, name):
+    if f"{name}_kwargs" not in recipe_keys():
+        pytest.skip("transformers has the old name")
+    recipe = "base: b\ndata: d\nprior: p\n{}_kwargs: {{every_n_layers: {}}}"
+    (tmp_path / "a.yaml").write_text(recipe.format(name, 1))
+    read_settings(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(recipe.format(name, 2))
+    with pytest.raises(
+        ValueError, match=f"^what every_n_layers: 2 in {name}_kwargs takes is not counted: leave it out"
+    ):
+        read_settings(tmp_path / "a.yaml")
+
+
 def test_what_training_takes_is_not_refused():
     """It leaves nothing out below 0, smooths by any factor, and with sft does not look at the guidance's settings."""
     LoraConfig(lora_dropout=-1)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from types import TracebackType
 
 SIGNS = ("torchvision::nms does not exist", "PyTorch and torchvision were compiled with different CUDA")
+PUBLISHED = re.compile(r"\d+\.\d+\.\d+(\+(cpu|cu\d+|rocm[\d.]+|xpu))?")  # builds that pip finds by their version
 WITHOUT_TORCHVISION = re.compile(r"(\w+) requires the Torchvision library")  # as transformers says it
 
 
@@ -27,6 +28,8 @@ def explained(error: Exception) -> Exception:
             build = torch.partition("+")[2]
             index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
             way_out = f"pip install torch=={torch} torchvision{index}"
+            if not PUBLISHED.fullmatch(torch):
+                way_out = f"install the one that belongs to torch {torch}, from where that came"
             return ImportError(f"{match[1]} needs torchvision, which is missing: {way_out}")
         cause = cause.__cause__ or cause.__context__
     return error

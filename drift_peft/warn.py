@@ -34,5 +34,5 @@ def warn_of_hub(source: str) -> None:
     """Before what is not here is asked for on the hub, which takes half a minute without a network: where the first
     folder of its path is here, it is rather a path with a mistake in it."""
     folder, _, name = source.partition("/")
-    if folder and name and Path(folder).is_dir():
+    if folder not in ("", ".", "..") and name and "/" not in name and Path(folder).is_dir():
         warn(f"{source} is no file or folder here, though the folder {folder} is: it is looked for on the hub.")

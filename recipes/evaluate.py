@@ -92,22 +92,31 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
 
 def refuse_unseen(questions: list[Question], dataset, model: Local, prompt: str) -> None:
     """ValueError for the first sample that the model's processor does not take, which would stop a batch."""
-    seen = set()  # it refuses by the images' sizes and by who speaks; a large image takes it up to seconds
+    from drift_peft.keeping import Shown  # which takes ten times as long to import as the rest here
+
+    seen: dict[tuple, Shown] = defaultdict(Shown)  # who speaks -> images of what sizes it has taken
+    refused: list[tuple[str, Exception]] = []
     for question in tqdm(questions, desc="showing to the processor", disable=None):
         sample = dataset[question.index]
         sizes = [image.size for image in sample["images"]]
-        shape = (*sizes, *((turn["role"], len(turn["content"])) for turn in sample["messages"]))
-        if shape in seen:
+        shown = seen[len(sizes), *((turn["role"], len(turn["content"])) for turn in sample["messages"])]
+        if shown.taken and all(map(shown.covers, sizes)):
             continue
         try:
             model.inputs([(with_prompt(sample["messages"][:-1], prompt), sample["images"])])
+        except (ImportError, MemoryError):
+            raise
         except Exception as error:  # of any kind: each processor has its own
-            shown = ", ".join(f"{width} x {height}" for width, height in sizes)
-            images = f" with {shown} pixels" if sizes else ""
-            reason = " ".join(str(error).split())
-            message = f"{sample[PLACE]}{images} is refused by the model's processor: take it out ({reason})"
-            raise ValueError(message) from error
-        seen.add(shape)
+            pixels = ", ".join(f"{width} x {height}" for width, height in sizes)
+            refused.append((f"{sample[PLACE]} with {pixels} pixels" if sizes else sample[PLACE], error))
+        else:
+            shown.take(sizes)
+    if refused and not any(shown.taken for shown in seen.values()):
+        reason = " ".join(str(refused[0][1]).split())
+        raise ValueError(f"the model's processor takes none of the samples: {reason}") from refused[0][1]
+    for place, error in refused:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{place} is refused by the model's processor: take it out ({reason})") from error
 
 
 def ask(questions: list[Question], dataset, model: Local, journal: Journal, prompt: str) -> None:

@@ -42,7 +42,7 @@ from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import explained
+from .pictures import Shown, explained
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -63,6 +63,7 @@ __all__ = [
     "Part",
     "Registry",
     "Sample",
+    "Shown",
     "Vlm",
     "act_in_steps",
     "add_to_trainers",

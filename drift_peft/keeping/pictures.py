@@ -10,8 +10,9 @@ import base64
 import contextlib
 import io
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
+FEWEST_REFUSED = 16  # before a processor is taken to refuse all
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
 
@@ -40,29 +42,33 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
     Raises:
         FileNotFoundError: there is no such source; an image of a list is missing, or all of a data set are.
         ValueError: there are no images in it; one of a list is broken or refused, or all of a folder or a data set are.
-        ImportError: the source needs the package datasets, which is missing.
+        ImportError: the source needs the package datasets, or the processor another one, which is missing.
     """
     pictures: dict[bytes, None] = {}
     left_out: list[OSError | ValueError] = []
-    shown: set[tuple[int, int]] = set()  # a processor refuses by size, and takes up to seconds for a large image
+    shown = Shown()
     for value, folder, name in _drawn(source, seed):
         try:
             content = _content(value, folder, name)
             if content not in pictures:
                 image = _decoded(content, name)
-                if image.size not in shown:
+                if not shown.covers(image.size):
                     _show(show, image, name)
-                    shown.add(image.size)
+                    shown.take([image.size])
         except (FileNotFoundError, Broken) as error:
             if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
                 raise
             left_out.append(error)
-            if not pictures and sum(isinstance(error, Refused) for error in left_out) == count:
-                raise  # it refuses all, as with settings that do not fit: the source may have many more
+            refused = sum(isinstance(error, Refused) for error in left_out)
+            if not pictures and refused == max(count, FEWEST_REFUSED):  # the source may have many more
+                break
             continue
         pictures[content] = None
         if len(pictures) == count:
             break
+    if not pictures and len(left_out) > 1 and all(isinstance(error, Refused) for error in left_out):
+        reason = " ".join(str(left_out[0].__cause__).split())
+        raise ValueError(f"the VLM's processor refuses all {len(left_out)} images that were drawn: {reason}")
     if not pictures and left_out:
         raise left_out[0]
     if not pictures:
@@ -72,6 +78,25 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
             f"{len(left_out)} of the {len(left_out) + len(pictures)} images that were drawn are left out: {left_out[0]}"
         )
     return [*pictures]
+
+
+class Shown:
+    """Sizes of images that a processor has taken. It refuses images for being narrow, small or large, and takes up to
+    seconds for a large one: what is less of each than one that it has taken need not be shown to it."""
+
+    def __init__(self):
+        self.taken = False
+        self.narrowest, self.smallest, self.largest = 1.0, math.inf, 0
+
+    def covers(self, size: tuple[int, int]) -> bool:
+        least, most = sorted(size)
+        return most <= self.narrowest * least and self.smallest <= least and most <= self.largest
+
+    def take(self, sizes: Iterable[tuple[int, int]]) -> None:
+        self.taken = True
+        for least, most in map(sorted, sizes):
+            self.narrowest = max(self.narrowest, most / least)
+            self.smallest, self.largest = min(self.smallest, least), max(self.largest, most)
 
 
 class Broken(ValueError):
@@ -85,6 +110,8 @@ class Refused(Broken):
 def _show(show: Callable[[Image], Any], image: Image, name: str) -> None:
     try:
         show(image)
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # of any kind: each processor has its own
         width, height = image.size
         reason = " ".join(str(error).split())

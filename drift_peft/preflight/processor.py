@@ -26,13 +26,19 @@ def with_processor(settings: Settings, family: str) -> Settings:
     in `from_pretrained`; the same where the base has no such file.
 
     Raises:
-        FileNotFoundError, OSError: there is no such base, or the hub does not give it.
         ValueError: the file cannot be read.
 
     Warns:
-        UserWarning: the processor leaves images as large as they are.
+        UserWarning: the processor leaves images as large as they are; or the hub does not give it now.
     """
-    folder = folder_of(settings.base, None, ("config.json", NESTED, ALONE))
+    try:
+        folder = folder_of(settings.base, None, ("config.json", NESTED, ALONE))
+    except OSError:  # without a network, where its config.json alone was fetched before
+        warn(
+            f"The processor of {settings.base} cannot be fetched: what the recipe leaves out of the size of images is "
+            "taken to be as its family has it."
+        )
+        return settings
     file, own = _image_processor(folder)
     kwargs = settings.processor_kwargs or {}
     if own.get("do_resize") is False and not kwargs.get("do_resize"):
@@ -40,11 +46,18 @@ def with_processor(settings: Settings, family: str) -> Settings:
             f"The processor of {settings.base} leaves images as large as they are (do_resize: false): if some are "
             "larger than its size says, training takes more than this."
         )
-    read = {key: own[key] for key in READ - DECIDED.get(family, set()) if own.get(key) is not None}
+    read = {key: _whole(own[key]) for key in READ - DECIDED.get(family, set()) if own.get(key) is not None}
     try:
         return replace(settings, processor_kwargs={**read, **kwargs}) if read else settings
     except ValueError as error:
         raise ValueError(f"{file} cannot be what images are cut by: {error}") from error
+
+
+def _whole(value: object) -> object:
+    """Numbers of pixels as whole numbers, which some files write as 1003520.0."""
+    if isinstance(value, dict):
+        return {key: _whole(part) for key, part in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _image_processor(folder: Path) -> tuple[Path, dict]:

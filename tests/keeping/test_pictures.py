@@ -8,7 +8,7 @@ import pytest
 from chain_files import encoded
 from PIL import Image
 
-from drift_peft.keeping.pictures import read_pictures
+from drift_peft.keeping.pictures import Shown, read_pictures
 
 
 def test_an_image_that_is_broken_or_missing_is_left_out_of_a_folder_and_a_data_set(tmp_path):
@@ -79,6 +79,30 @@ def test_a_picture_that_the_processor_refuses_is_left_out_and_named(tmp_path):
     wide = [str(tmp_path / name) for name in ("0.png", "1.png", "2.png", "3.png")]
     shown.clear()
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": name}) for name in wide))
-    with pytest.raises(ValueError, match=r"^an image of row \d of \S+ has 24 x 12 pixels and is refused"):
+    told = r"^the VLM's processor refuses all {} images that were drawn: division by zero$"
+    with pytest.raises(ValueError, match=told.format(4)):
         read_pictures(tmp_path / "rows.jsonl", 2, 0, lambda image: shown.append(image.size) or 1 / 0)
-    assert len(shown) == 2
+    assert len(shown) == 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": name}) for name in 5 * wide))
+    with pytest.raises(ValueError, match=told.format(16)):
+        read_pictures(tmp_path / "rows.jsonl", 2, 0, lambda image: 1 / 0)
+    for seed in range(5):  # also where the only one that is wanted would have been that one
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert {*read_pictures(tmp_path, 1, seed, show)} <= whole
+
+    def lacks(image):
+        raise ImportError("needs num2words")
+
+    with pytest.raises(ImportError, match="needs num2words"):
+        read_pictures(tmp_path, 5, 0, lacks)
+
+
+def test_what_is_less_extreme_than_what_was_taken_need_not_be_shown():
+    shown = Shown()
+    assert not shown.covers((64, 64))
+    shown.take([(640, 480)])
+    assert shown.covers((640, 480)) and shown.covers((480, 640)) and shown.covers((500, 500))
+    assert not any(map(shown.covers, ((400, 400), (1000, 800), (640, 470), (600, 480 - 1))))
+    shown.take([(900, 32)])
+    assert shown.covers((40, 40)) and shown.covers((900, 40)) and not shown.covers((900, 31))

@@ -81,6 +81,15 @@ def test_a_missing_torchvision_is_to_be_of_the_build_of_torch(torch, installed, 
     assert str(explained(error.value)) == NEEDED + installed
 
 
+@pytest.mark.parametrize("torch", ["2.8.0a0+34c6371d24.nv25.08", "2.8.0+gitba56102", "2.9.1.post200"])
+def test_no_command_is_given_for_a_torch_that_pip_does_not_find(torch, without_torchvision, monkeypatch):
+    monkeypatch.setattr(builds, "version", lambda package: torch)
+    with pytest.raises(ImportError) as error:
+        transformers.AutoProcessor.from_pretrained(VLM)
+    told = str(explained(error.value))
+    assert "pip" not in told and told.endswith(f"install the one that belongs to torch {torch}, from where that came")
+
+
 def test_a_keep_set_names_the_missing_torchvision(without_torchvision, tmp_path, capsys):
     with pytest.raises(ImportError, match=f"^{NEEDED}"):
         make_keep_set(VLM, tmp_path, tmp_path / "keep.safetensors")

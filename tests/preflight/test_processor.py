@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from drift_peft.demo.compare import CHECKPOINTS
+from drift_peft.preflight import processor
 from drift_peft.preflight.images import pixel_bytes
 from drift_peft.preflight.memory import patches
 from drift_peft.preflight.processor import with_processor
@@ -127,3 +128,19 @@ def test_the_demos_images_are_as_small_as_its_processor_says(flags, capsys, tmp_
     if not flags:
         assert summary["patches"] == summary["keeping"]["patches"] == 1584 // 6**2
         assert summary["keeping"]["tokens"] == 44 // 4 + 32 + 64
+
+
+def test_a_processor_that_cannot_be_fetched_now_is_said(tmp_path, monkeypatch):
+    def fetch(*_):
+        raise FileNotFoundError("no network")
+
+    given = saved(tmp_path, {"size": EDGES})
+    monkeypatch.setattr(processor, "folder_of", fetch)
+    with pytest.warns(UserWarning, match=r"^The processor of \S+ cannot be fetched: what the recipe leaves out"):
+        assert with_processor(given, "qwen2_5_vl") == given
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path):
+    written = {"max_pixels": 78400.0, "size": {"shortest_edge": 3136.0, "longest_edge": 78400.0}}
+    kwargs = with_processor(saved(tmp_path, written), "qwen2_5_vl").processor_kwargs
+    assert kwargs == written and all(isinstance(n, int) for n in (kwargs["max_pixels"], *kwargs["size"].values()))

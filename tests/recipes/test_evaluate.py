@@ -433,3 +433,12 @@ def test_a_sample_that_the_processor_refuses_is_named_before_the_model_is_loaded
     told = refusal(capsys, "--model", model, "--data", tmp_path / "wide.jsonl", *flags)
     assert f"sample 15 of {tmp_path / 'wide.jsonl'} with 900 x 2 pixels is refused by the model's processor: " in told
     assert "take it out (absolute aspect ratio must be smaller than 200" in told and not [*tmp_path.glob("r.*")]
+
+
+def test_a_processor_that_takes_no_sample_is_told_and_no_sample_is_blamed(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    mute = shutil.copytree(model, tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template*"))
+    told = refusal(capsys, "--model", mute, "--data", data, "--images", data.parent, "-o", tmp_path / "r.json")
+    assert (
+        "the model's processor takes none of the samples: " in told and "template" in told and "take it out" not in told
+    )

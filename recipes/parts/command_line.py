@@ -61,8 +61,6 @@ class Parser(parser.Parser):
 def look_for_config(script: str) -> None:
     """End in a sentence where --config names no file, before a script imports what takes its time."""
     spell_out(sys.stdout, sys.stderr)
-    if {"-h", "--help"} & {*sys.argv[1:]}:
-        return
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.error = lambda message: stop(script, message, 2)

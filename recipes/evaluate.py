@@ -111,17 +111,22 @@ def refuse_unseen(questions: list[Question], dataset, model: Local, prompt: str)
             refused.append((f"{sample[PLACE]} with {pixels} pixels" if sizes else sample[PLACE], error))
         else:
             shown.take(sizes)
-    if refused and not any(shown.taken for shown in seen.values()):
-        reason = " ".join(str(refused[0][1]).split())
-        raise ValueError(f"the model's processor takes none of the samples: {reason}") from refused[0][1]
-    for place, error in refused:
+    if refused:
+        place, error = refused[0]
         reason = " ".join(str(error).split())
-        raise ValueError(f"{place} is refused by the model's processor: take it out ({reason})") from error
+        told = f"{place} is refused by the model's processor: take it out ({reason})"
+        if not any(shown.taken for shown in seen.values()):
+            told = f"the model's processor takes none of the samples: {reason}"
+        raise ValueError(told) from error
+
+
+def unanswered(questions: list[Question], journal: Journal) -> list[Question]:
+    return [question for question in questions if str(question.index) not in journal.answers]
 
 
 def ask(questions: list[Question], dataset, model: Local, journal: Journal, prompt: str) -> None:
     """Have each answer in the journal."""
-    open_questions = [question for question in questions if str(question.index) not in journal.answers]
+    open_questions = unanswered(questions, journal)
     batches = [open_questions[i : i + model.batch_size] for i in range(0, len(open_questions), model.batch_size)]
     with tqdm(total=len(questions), initial=len(questions) - len(open_questions), desc="asking", disable=None) as bar:
         for batch in batches:
@@ -294,8 +299,7 @@ def evaluate(args: Namespace) -> dict:
     told = {"data_sha256": f"{args.data} has other samples"}
     told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
     with Journal(journal_path(args.output), asking, told=told) as journal:
-        if len(journal.answers) < len(questions):
-            rest = [question for question in questions if str(question.index) not in journal.answers]
+        if rest := unanswered(questions, journal):
             model = load_model(args, lambda local: refuse_unseen(rest, dataset, local, args.prompt))
             try:
                 ask(questions, dataset, model, journal, args.prompt)

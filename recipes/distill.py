@@ -46,6 +46,7 @@ from parts.parquet import refuse_output, write_parquet
 from parts.reading import known_answer
 from parts.stamp import stamp
 from parts.teachers import GREEDY, PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
+from parts.unseen import unseen
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -115,12 +116,17 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
         found, repeated = find_questions(dataset)
         distinct = [*found.values()]
         questions = distinct[:limit]
-        beyond = [shown(question) for question in distinct[len(questions) :]]
-        funnel.step("asked", len(questions), {"like another": repeated, "beyond --limit": beyond})
-        open_questions = [question for question in questions if question.key not in journal.answers]
+        lost = {"like another": repeated, "beyond --limit": [*map(shown, distinct[len(questions) :])]}
         unanswered: dict[str, list[str]] = {}
-        if open_questions:
-            unanswered = ask(open_questions, dataset, make_teacher(), journal, settings["prompt"])
+        if any(question.key not in journal.answers for question in questions):
+            teacher = make_teacher()
+            if isinstance(teacher, Local):  # a server refuses them one by one
+                refused = unseen(dataset, [question.index for question in questions], teacher, settings["prompt"])
+                lost["refused by the model's processor"] = [shown(q) for q in questions if q.index in refused]
+                questions = [question for question in questions if question.index not in refused]
+            open_questions = [question for question in questions if question.key not in journal.answers]
+            unanswered = ask(open_questions, dataset, teacher, journal, settings["prompt"])
+        funnel.step("asked", len(questions), lost)
         funnel.step("answered", len(questions) - sum(map(len, unanswered.values())), unanswered)
         kept = keep(questions, journal.answers, funnel)
     if kept:

@@ -27,7 +27,6 @@ import json
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from parts.scoring import mark, scorer
 from parts.sources import CATEGORY, read_categories
 from parts.stamp import stamp
 from parts.teachers import GREEDY, PROMPT, Local, TeacherError, room_for, with_prompt
+from parts.unseen import unseen
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -91,33 +91,11 @@ def read_questions(dataset, categories: list[str]) -> tuple[list[Question], str]
 
 
 def refuse_unseen(questions: list[Question], dataset, model: Local, prompt: str) -> None:
-    """ValueError for the first sample that the model's processor does not take, which would stop a batch."""
-    from drift_peft.keeping import Shown  # which takes ten times as long to import as the rest here
-
-    seen: dict[tuple, Shown] = defaultdict(Shown)  # who speaks -> images of what sizes it has taken
-    refused: list[tuple[str, Exception]] = []
-    for question in tqdm(questions, desc="showing to the processor", disable=None):
-        sample = dataset[question.index]
-        sizes = [image.size for image in sample["images"]]
-        shown = seen[len(sizes), *((turn["role"], len(turn["content"])) for turn in sample["messages"])]
-        if shown.taken and all(map(shown.covers, sizes)):
-            continue
-        try:
-            model.inputs([(with_prompt(sample["messages"][:-1], prompt), sample["images"])])
-        except (ImportError, MemoryError):
-            raise
-        except Exception as error:  # of any kind: each processor has its own
-            pixels = ", ".join(f"{width} x {height}" for width, height in sizes)
-            refused.append((f"{sample[PLACE]} with {pixels} pixels" if sizes else sample[PLACE], error))
-        else:
-            shown.take(sizes)
-    if refused:
-        place, error = refused[0]
-        reason = " ".join(str(error).split())
-        told = f"{place} is refused by the model's processor: take it out ({reason})"
-        if not any(shown.taken for shown in seen.values()):
-            told = f"the model's processor takes none of the samples: {reason}"
-        raise ValueError(told) from error
+    """ValueError for the first sample that the model's processor does not take."""
+    for index, (pixels, reason) in unseen(dataset, [question.index for question in questions], model, prompt).items():
+        place = dataset[index][PLACE]
+        place = f"{place} with {pixels} pixels" if pixels else place
+        raise ValueError(f"{place} is refused by the model's processor: take it out ({reason})")
 
 
 def unanswered(questions: list[Question], journal: Journal) -> list[Question]:
@@ -225,18 +203,21 @@ def refuse_other_model(model: str, adapter: Path) -> None:
     refuse_other_base(checkpoint, adapter, str(adapter), adapter_updates(adapter, checkpoint, str(adapter)))
 
 
-def load_model(args: Namespace, show: Callable[[Local], None] = lambda local: None) -> Local:
+def open_model(args: Namespace) -> Local:
+    """Its weights are loaded where they are first used."""
     if args.adapter and not args.force:
         refuse_other_model(args.model, args.adapter)
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
     how["processor"] = args.adapter if args.adapter and has_processor(args.adapter) else None
     how["processor_kwargs"] = args.processor_kwargs
-    local = Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, show=show, **how)
-    if args.adapter:
+    return Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
+
+
+def put_on(local: Local, adapter: Path | None) -> None:
+    if adapter:
         from peft import PeftModel
 
-        local.model = PeftModel.from_pretrained(local.model, args.adapter)
-    return local
+        local.model = PeftModel.from_pretrained(local.model, adapter)
 
 
 def evaluate_keeping(args: Namespace) -> dict:
@@ -250,8 +231,9 @@ def evaluate_keeping(args: Namespace) -> dict:
 
     check(args.model, args.adapter, None, args.output)
     keep_set = KeepSet.load(args.keep)
-    local = load_model(args)
+    local = open_model(args)
     keep_set.check(local.processor)
+    put_on(local, args.adapter)
     with room_for(args.batch_size):
         measured = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
         if args.adapter:
@@ -300,7 +282,9 @@ def evaluate(args: Namespace) -> dict:
     told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
     with Journal(journal_path(args.output), asking, told=told) as journal:
         if rest := unanswered(questions, journal):
-            model = load_model(args, lambda local: refuse_unseen(rest, dataset, local, args.prompt))
+            model = open_model(args)
+            refuse_unseen(rest, dataset, model, args.prompt)
+            put_on(model, args.adapter)
             try:
                 ask(questions, dataset, model, journal, args.prompt)
             except TeacherError as error:

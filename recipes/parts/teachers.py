@@ -7,9 +7,10 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -124,11 +125,12 @@ class Server:
 class Local:
     """A vision-language model of transformers, in this process; on the GPU if there is one.
 
+    Its weights are loaded where they are first used, so that its processor can be asked before.
+
     Args:
         temperature: 0 answers as GREEDY says; above it, the rest of how tokens are drawn is the model's own.
         processor: folder of another one than the model's, such as an adapter's with tokens of its own.
         processor_kwargs: settings of it that are not those of its folder, such as max_pixels.
-        show: gets this before the weights are loaded, to try what it will be asked; see `inputs`.
     """
 
     concurrency = 1
@@ -136,35 +138,41 @@ class Local:
     def __init__(
         self, model: str, *, batch_size: int, temperature: float, max_tokens: int, trust_remote_code: bool = False,
         processor: Path | None = None, processor_kwargs: dict | None = None,
-        show: Callable[[Local], None] = lambda local: None,
     ):  # fmt: skip
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoProcessor
 
         from drift_peft.checkpoints import split_revision
-        from drift_peft.keeping import check_processor_settings, greedy_settings
+        from drift_peft.keeping import check_processor_settings
 
-        name, revision = (model, None) if Path(model).exists() else split_revision(model)
-        options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-        try:
-            self.processor = AutoProcessor.from_pretrained(processor or name, **{**(processor_kwargs or {}), **options})
+        self.batch_size, self.temperature, self.max_tokens = batch_size, temperature, max_tokens
+        self.name = model
+        self.source, revision = (model, None) if Path(model).exists() else split_revision(model)
+        self.options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+        with _one_sentence(model):
+            own = {**(processor_kwargs or {}), **self.options}
+            self.processor = AutoProcessor.from_pretrained(processor or self.source, **own)
             check_processor_settings(self.processor, processor_kwargs or {})
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
-        show(self)
-        try:
-            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto", **options)
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
-        self.batch_size = batch_size
-        own = self.model.generation_config
-        if temperature:
-            own.update(max_new_tokens=max_tokens, do_sample=True, temperature=temperature)
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import AutoModelForImageTextToText
+
+        from drift_peft.keeping import greedy_settings
+
+        with _one_sentence(self.name):
+            load = AutoModelForImageTextToText.from_pretrained
+            loaded = load(self.source, dtype="auto", device_map="auto", **self.options)
+        own = loaded.generation_config
+        if self.temperature:
+            own.update(max_new_tokens=self.max_tokens, do_sample=True, temperature=self.temperature)
         else:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            self.model.generation_config = greedy_settings(own, tokenizer, max_tokens)
+            loaded.generation_config = greedy_settings(own, tokenizer, self.max_tokens)
+        return loaded
 
     def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         """As that of Server, of a batch. TeacherError if it does not fit into memory."""
+        self.model  # noqa: B018  is loaded before: that it does not fit is no fault of the batch
         with room_for(len(conversations)):
             return self._answer(conversations)
 
@@ -201,6 +209,15 @@ class Local:
 
     def stop(self) -> None:
         """A batch is not interrupted."""
+
+
+@contextlib.contextmanager
+def _one_sentence(model: str) -> Iterator[None]:
+    """TeacherError if a model cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise TeacherError(f"the model {model} cannot be loaded: {first_line(error)}") from error
 
 
 def with_prompt(messages: list[dict], prompt: str) -> list[dict]:

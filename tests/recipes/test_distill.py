@@ -11,6 +11,7 @@ import torch
 from distillations import journal_lines, number, result, right, run, save_questions
 from openai_server import OpenAI
 from parts.teachers import PROMPT, Local
+from PIL import Image
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
 
@@ -100,13 +101,13 @@ def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out.parquet").exists()
 
 
-def save_teacher(folder):
+def save_teacher(folder, kind="llava_next"):
     """A vision-language model that answers whatever it is asked: after a token of its vocabulary comes the next one."""
     words = tokenizer(40)
     words.add_tokens(ANSWER.split())
     end = words.eos_token_id
     chain = [words.convert_tokens_to_ids("assistant:"), *range(40, len(words)), end]
-    model = tiny_vlm("llava_next")
+    model = tiny_vlm(kind)
     with torch.no_grad():
         for name, weight in model.get_decoder().named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -117,7 +118,7 @@ def save_teacher(folder):
         for before, after in itertools.pairwise(chain):
             model.get_output_embeddings().weight[after, before] = 1
     model.save_pretrained(folder)
-    make, image = PROCESSORS["llava_next"]
+    make, image = PROCESSORS[kind]
     make(words, chat_template=CHAT.replace("IMAGE", image)).save_pretrained(folder)
     return folder
 
@@ -136,9 +137,23 @@ def test_a_model_in_this_process_is_asked_in_batches(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["lost"]["well-formed"] == {"cut at --max-tokens": 3}
 
 
+def test_what_the_processor_refuses_is_left_out_and_counted(tmp_path, capsys):
+    source, output = save_questions(tmp_path, 3), tmp_path / "out.parquet"
+    Image.new("RGB", (900, 2)).save(tmp_path / "1.png")
+    asked = [str(source), "-o", str(output), "--model", str(save_teacher(tmp_path / "teacher", "qwen2_5_vl")), "--json"]
+    for _ in range(2):  # the second time, all of the others have an answer
+        distill.main(asked)
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["left"]["asked"] == printed["left"]["answered"] == 2
+        refused = "refused by the model's processor"
+        assert printed["first"]["asked"] == {refused: "question 2, <image> what is 1 + 1 ?"}
+        assert result(output) == {0: ANSWER}
+
+
 def test_answers_of_another_model_at_the_same_path_are_not_mixed(tmp_path, capsys, monkeypatch):
     answer = {"response": ANSWER, "finish_reason": "stop"}
     monkeypatch.setattr(Local, "__init__", lambda self, model, **how: setattr(self, "batch_size", 8))
+    monkeypatch.setattr(Local, "inputs", lambda self, conversations: None)
     monkeypatch.setattr(Local, "__call__", lambda self, conversations: [answer] * len(conversations))
     (tmp_path / "teacher").mkdir()
     weights = tmp_path / "teacher" / "model.safetensors"

@@ -159,7 +159,7 @@ def test_a_run_goes_on_where_it_stopped(model, data, result, tmp_path, monkeypat
     monkeypatch.setattr(Local, "_answer", lambda self, batch: asked.extend(batch) or answer(self, batch))
     found = run(model, data, tmp_path / "r.json", "--batch_size", "4")
     assert len(asked) == 14 and found["samples"] == result(5)["samples"]
-    monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left to ask
+    monkeypatch.setattr(evaluate, "open_model", None)  # nothing is left to ask
     assert run(model, data, tmp_path / "r.json") == found
     assert "holds answers of other settings: max_new_tokens (24, now 8)" in refusal(capsys, *arguments[:-1], "8")
     few = tmp_path / "few.jsonl"
@@ -176,7 +176,7 @@ def test_answers_are_greedy_whatever_the_models_own_settings_say(model, data, re
     (folder / "generation_config.json").write_text(json.dumps(own))
     found = run(folder, data, tmp_path / "r.json", "--batch_size", "5")
     assert found["samples"] == result(5)["samples"]
-    monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left to ask
+    monkeypatch.setattr(evaluate, "open_model", None)  # nothing is left to ask
     assert len(run(folder, data, tmp_path / "r.json", "--category", "image")["categories"]) == 14
     asked, *lines = (tmp_path / "r.json.journal.jsonl").read_text().splitlines(keepends=True)
     before = {key: value for key, value in json.loads(asked).items() if key != "decoding"}
@@ -342,12 +342,12 @@ def test_an_adapter_is_asked_with_the_tokens_that_it_was_trained_with(model, tmp
     lora.save_pretrained(tmp_path)
     how = {"batch_size": 1, "trust_remote_code": False, "force": False, "max_new_tokens": 1, "processor_kwargs": None}
     args = Namespace(model=str(model), adapter=tmp_path, **how)
-    processor = evaluate.load_model(args).processor
+    processor = evaluate.open_model(args).processor
     before = len(processor.tokenizer)
     processor.tokenizer.add_tokens(["<of its own>"])
     for saved, added in ((processor.tokenizer, 0), (processor, 1)):
         saved.save_pretrained(tmp_path)
-        assert len(evaluate.load_model(args).processor.tokenizer) == before + added
+        assert len(evaluate.open_model(args).processor.tokenizer) == before + added
 
 
 def test_settings_of_the_processor_are_those_of_a_trained_one_too(model, data, tmp_path, capsys):
@@ -363,7 +363,7 @@ def test_settings_of_the_processor_are_those_of_a_trained_one_too(model, data, t
         "processor_kwargs": {"max_pixels": 576},
     }
     for adapter in (None, tmp_path / "adapter"):
-        local = evaluate.load_model(Namespace(model=str(model), adapter=adapter, **how))
+        local = evaluate.open_model(Namespace(model=str(model), adapter=adapter, **how))
         assert local.processor.image_processor.size["longest_edge"] == 576
     run(model, data, tmp_path / "r.json", "--batch-size", "14", "--processor-kwargs", '{"max_pixels": 576}')
     usual = ("--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, wraps
@@ -17,7 +18,8 @@ R = TypeVar("R")
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", Path: "a path"}
 WORDS |= {NoneType: "None", Any: "anything"}
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32's numbers
-ALIKE = 0.65  # how much a known name has of what was given, at least; after a slip, one of three letters has two thirds
+SLIP = 0.8  # how much a known name has of what was given, at least, if that is a slip of the pen
+ALIKE = 0.65  # and if it may be; after a slip, one of three letters has two thirds
 SHOWN = 200  # characters of a value in an error
 
 
@@ -81,10 +83,24 @@ def is_number(value: Any) -> bool:
     return is_of(value, float) and abs(value) <= LARGEST
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = ALIKE) -> str:
-    """`did you mean …?` with the known name that is most like it, or nothing."""
-    near = get_close_matches(name, known, 1, cutoff)
-    return f"did you mean {near[0]}?" if near else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean …?` with the known name that is probably meant, or nothing."""
+    near = meant(name, known)
+    return f"did you mean {near}?" if near else ""
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """The known name that it is a slip of, or that has all of its words, or no others; else the one that is like it."""
+    known = [*known]
+    words, sharing = _words_of(name), sorted(known, key=len)
+    near = get_close_matches(name, known, 1, SLIP)
+    near += [other for other in sharing if words <= _words_of(other) or _words_of(other) <= words]
+    near += get_close_matches(name, known, 1, ALIKE)
+    return near[0] if near else None
+
+
+def _words_of(name: str) -> set[str]:
+    return {*re.split("[-_]", name)}
 
 
 def listed(problems: Sequence[str], most: int) -> str:

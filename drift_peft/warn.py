@@ -18,8 +18,9 @@ def visible(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error of another library says; its class where it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    """Of what an error of another library says, with the next one after a colon; its class where it says nothing."""
+    first, *rest = str(error).strip().split("\n")
+    return " ".join([first, *rest[: first.endswith(":")]]).strip() or type(error).__name__
 
 
 def warn(message: str) -> None:

@@ -137,3 +137,12 @@ def test_whole_numbers_numbers_and_names():
     assert not any(map(is_number, (float("nan"), float("inf"), 1e39, -(10**400), True, "1", None)))
     assert nearest("adaptiv", ["absolute", "adaptive"]) == "did you mean adaptive?" and nearest("x", ["absolute"]) == ""
     assert nearest("stf", ["drift", "sft"]) == "did you mean sft?" and nearest("limit", ["split"]) == ""
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("keep_smaples", "keep_samples"), ("lora_r", "r"), ("data_path", "data"), ("scale", "drift_scale"),
+    ("keep_set", "keep"), ("train_batch_size", "per_device_train_batch_size"), ("base-model", "base"),
+])  # fmt: skip
+def test_a_slip_comes_first_and_then_a_name_that_shares_all_words(name, meant):
+    known = ["keep", "keep_samples", "keep_weight", "r", "lora_dropout", "data", "data_seed", "drift_scale", "base"]
+    assert nearest(name, [*known, "per_device_train_batch_size", "auto_find_batch_size"]) == f"did you mean {meant}?"

@@ -110,3 +110,5 @@ def test_no_file_warns_by_itself():
 
 def test_the_first_line_of_an_error_says_something():
     assert first_line(OSError(" the disk\nis full")) == "the disk" and first_line(TimeoutError()) == "TimeoutError"
+    said = "\nIt needs timm. Install it with pip:\n`pip install timm`. Then restart.\n"  # as transformers says it
+    assert first_line(ImportError(said)) == "It needs timm. Install it with pip: `pip install timm`. Then restart."

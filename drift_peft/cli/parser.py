@@ -8,12 +8,11 @@ import sys
 import textwrap
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from itertools import takewhile
 from types import ModuleType
 from typing import NoReturn
 
-from ..arguments import ALIKE, nearest
+from ..arguments import meant, nearest
 
 WIDTH = 80  # of descriptions; examples are broken by hand
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
@@ -135,10 +134,10 @@ def help_texts(description: str, example: str) -> dict[str, str]:
 
 
 def guess(name: str, known: Iterable[str], help: str = "--help") -> str:
-    """The known name that may have been meant, whatever its dashes: the most similar one, else one that begins so."""
+    """The known name that may have been meant, whatever its dashes, else one that begins so."""
     bare, name = {other.lstrip("-"): other for other in known}, name.lstrip("-").lower()
-    near = get_close_matches(name, bare, 1, ALIKE) + [other for other in bare if other.startswith(name)]
-    return f"did you mean {bare[near[0]]}?" if near else f"see {help}"
+    near = meant(name, bare) or next((other for other in bare if other.startswith(name)), None)
+    return f"did you mean {bare[near]}?" if near else f"see {help}"
 
 
 def _dashed(arg: str) -> str:

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..arguments import nearest
+from ..arguments import SLIP
 from ..builds import explained
 from ..checkpoints import Checkpoint
 from ..warn import first_line, warn
@@ -214,8 +215,8 @@ def check_processor_settings(processor: Any, settings: Iterable[str]) -> None:
         attributes |= {name.lstrip("_") for name in (*getattr(part, "__dict__", ()), *dir(type(part)))}
     for key in {*settings} - taken - attributes - {*OF_LOADING}:
         message = f"{type(processor).__name__} has no setting {key}"
-        if near := nearest(key, taken, 0.8):
-            raise ValueError(f"{message}: {near}")
+        if near := get_close_matches(key, taken, 1, SLIP):
+            raise ValueError(f"{message}: did you mean {near[0]}?")
         warn(f"{message} that is known here: it may be without effect.")
 
 

@@ -26,7 +26,7 @@ def within_length(
     Raises:
         BadSample: with on_long="fail", or if none is left.
     """
-    is_stream = isinstance(dataset, datasets.IterableDataset)
+    is_stream, fails = isinstance(dataset, datasets.IterableDataset), on_long == "fail"
 
     def fits(sample: dict, index: int) -> bool:
         place = sample.get(PLACE) or f"sample {index + 1}"
@@ -45,9 +45,9 @@ def within_length(
             problem = BadSample(
                 f"{LONGER} {max_tokens} tokens",
                 f"{place} has {length} tokens, its images' included, and max_tokens allows {max_tokens}: "
-                "allow more, or make the images smaller" + ", or set on_long to drop" * (on_long == "fail"),
+                f"allow more, or make the images smaller{', or set on_long, in data.py --on-bad, to drop' * fails}",
             )
-        if on_long == "fail":
+        if fails:
             raise problem
         dropped.add(problem)
         return False

@@ -221,7 +221,7 @@ def test_keys_of_a_newer_trl_are_those_that_it_has(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("key", "way_out"), [
-    ("max_token", "did you mean max_tokens?"), ("lora_r", "did you mean lora_dropout?"),
+    ("max_token", "did you mean max_tokens?"), ("lora_r", "did you mean r?"),
     ("per_device_train_batchsize", "did you mean per_device_train_batch_size?"),
     ("use_dora", "did you mean use_rslora?"), ("xyz", "take it out"),
 ])  # fmt: skip

@@ -159,7 +159,7 @@ def test_what_is_too_long_is_dropped_whole(streaming):
         [*within_length(dataset, processing, limit, source=file, on_long="fail", dropped=Dropped())]
     assert str(error.value) == (
         f"sample 2 has {lengths[1]} tokens, its images' included, and max_tokens allows {limit}: "
-        "allow more, or make the images smaller, or set on_long to drop"
+        "allow more, or make the images smaller, or set on_long, in data.py --on-bad, to drop"
     )
 
 

@@ -178,6 +178,7 @@ def test_fits_24gb_in_its_smallest_size(capsys):
     assert result["computed_28_layers_gb"]["language model, NF4"] == pytest.approx(3.36, abs=0.02)
 
 
+@pytest.mark.slow
 def test_spectrum_in_its_smallest_size(capsys, monkeypatch):
     monkeypatch.setattr(spectra, "SPECTRA", {"flat": "flat", "p = 2": 2.0})
     for name in spectra.SPECTRA:  # gone again afterwards: the demo's own tests look at all methods

@@ -269,7 +269,10 @@ def test_nothing_beats_the_frontier(points):
         assert any(a >= x and b >= y for a, b in best)
 
 
-@pytest.mark.parametrize("method", ["ties", "export", "lora", "pissa", "eva", "lora-ga", "full-drift", "hold-nf4"])
+STARTS = [pytest.param(method, marks=pytest.mark.slow) for method in ("pissa", "eva", "lora-ga", "hold-nf4")]
+
+
+@pytest.mark.parametrize("method", ["ties", "export", "lora", "full-drift", *STARTS])
 def test_methods_change_the_language_model(method, priors):
     result = perform(run_of(method), priors)
     assert result["absorbed"] != 0 and all(len(text) == 2 for text in result["answers"].values())

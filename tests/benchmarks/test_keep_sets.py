@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from digits_study.keep_sets import VARIETIES, keep_set_of, replayed
 from digits_study.methods import KEEP, KEPT, METHODS, MORE, REPLAY
+from digits_study.priors import make_priors
 from digits_study.run import perform, training_samples
 from digits_study.worlds import FOLDER, WORLDS
 
@@ -87,19 +88,24 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
         assert few.settings["keep_images"] == 240 and method.settings == few.settings | {"keep_images": 960}
 
 
+@pytest.fixture(scope="module")
+def priors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("priors")
+    make_priors(folder, "qwen")
+    return folder
+
+
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="the source distribution lacks the study's checkpoints")
 @pytest.mark.parametrize(
     "key", ["lora-keep", "merge-drift-ancestor-keep", "drift-ancestor-replay", "drift-ancestor-text"]
 )
-def test_kept_runs_go_through(key, tmp_path, monkeypatch):
+def test_kept_runs_go_through(key, priors, monkeypatch):
     from digits_study import run as runs
-    from digits_study.priors import make_priors
 
-    make_priors(tmp_path, "qwen")
     kept = []
     monkeypatch.setattr(runs, "keep", lambda *given, **how: kept.append(how))
     settings = METHODS[key].grid[0] | {"steps": 1, "samples": 4, "size": 2, "keep_images": 4}
-    result = perform({"world": "qwen", "method": key, "seed": 0, "split": "validation", "settings": settings}, tmp_path)
+    result = perform({"world": "qwen", "method": key, "seed": 0, "split": "validation", "settings": settings}, priors)
     assert result["answers"].keys() >= {"read", "at", "count"}
     how = {name: METHODS[key].settings.get(f"keep_{name}") for name in ("weight", "batch_size", "every")}
     assert kept == ([] if METHODS[key].kept == "replay" else [{"seed": 0, **how}])

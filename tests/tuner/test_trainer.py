@@ -247,8 +247,11 @@ def test_trainer_steps_as_the_oracle(pairs, tmp_path, scale, target, optim):
     assert_trained_like_the_oracle(make(model), make, twins, prior, scale, target)
 
 
-@pytest.mark.parametrize("how", ["wrapped", "peft_config"])
-@two_scales
+@pytest.mark.parametrize(("scale", "target", "how"), [
+    ("adaptive", "residual", "peft_config"), ("decoupled", "factors", "wrapped"),
+    pytest.param("adaptive", "residual", "wrapped", marks=pytest.mark.slow),
+    pytest.param("decoupled", "factors", "peft_config", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_sft_trainer_steps_as_the_oracle(folder, tmp_path, scale, target, how):
     """With images, gradient checkpointing (TRL's default) and accumulation."""
     config = drift(folder, drift_scale=scale, drift_target=target, drift_alpha=ALPHA[scale])

@@ -16,8 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import make_world
 import numpy as np
 import torch
+from make_world import CHAT_TEMPLATE, QWEN, ROPE_THETA, SPECIAL, VOCABULARY, Family
 from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
@@ -29,12 +31,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from drift_peft.demo import make_world
-from drift_peft.demo.make_world import CHAT_TEMPLATE, QWEN, ROPE_THETA, SPECIAL, VOCABULARY, Family
+from drift_peft.demo.compare import CHECKPOINTS as DEMO
 from drift_peft.demo.world import CELL, Digits, Sample, make_samples
 
 FOLDER = Path(__file__).parent / "checkpoints"
-DEMO = make_world.CHECKPOINTS
 SIDE = 4  # cells of LLaVA's square image in both directions
 LLAVA_SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_key_value_heads": 4}
 

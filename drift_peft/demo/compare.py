@@ -32,7 +32,7 @@ from .world import Digits, Sample, make_samples
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VLM, EXPERT = CHECKPOINTS / "vlm", CHECKPOINTS / "reasoner"
 PRIOR, KEPT = "prior.safetensors", "keep.safetensors"  # files of a run
-TUNING = Path(__file__).parent / "tuning.json"  # written by drift_peft.demo.tune
+TUNING = Path(__file__).parent / "tuning.json"  # written by benchmarks/tune_demo.py
 QUESTIONS = [("read", "read?"), ("count", "count?"), *(("at", f"at{place}?") for place in range(1, 6))]
 KEEP_SET = {"samples": 240, "max_new_tokens": 12, "top_k": 8, "batch_size": 60}
 EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"}

@@ -9,6 +9,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+import tune_demo
 from hypothesis import given
 from hypothesis import strategies as st
 from older import loads_processors
@@ -16,7 +17,6 @@ from processes import CONTEXT, run_program
 from transformers import AutoModelForImageTextToText, Qwen2ForCausalLM
 
 from drift_peft import demo
-from drift_peft.demo import tune
 from drift_peft.demo.compare import CHECKPOINTS, EXPERT, METHODS, VLM, learning_rates
 from drift_peft.demo.evaluate import accuracy, ask, encode, exams, is_right
 from drift_peft.demo.train import load, task_arithmetic
@@ -190,7 +190,7 @@ def test_a_missing_rate_is_named_before_any_work(tmp_path):
 
 def test_tuning_refuses_what_does_not_train(capsys):
     with pytest.raises(SystemExit) as end:
-        tune.main(["vlm"])
+        tune_demo.main(["vlm"])
     assert end.value.code == 2 and "nothing to tune for vlm: name some of lora" in capsys.readouterr().err
 
 

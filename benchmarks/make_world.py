@@ -1,4 +1,4 @@
-"""Train the demo's three checkpoints: ``python -m drift_peft.demo.make_world``, some minutes on one core.
+"""Train the demo's three checkpoints, some minutes on one core: `python benchmarks/make_world.py`
 
 They stand for a user's three 7B models and share one ancestor, the embeddings and the head::
 
@@ -34,12 +34,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .evaluate import encode
-from .world import CELL, LONGEST, PERCEPTION, Digits, make_samples
+from drift_peft.demo.compare import CHECKPOINTS
+from drift_peft.demo.evaluate import encode
+from drift_peft.demo.world import CELL, LONGEST, PERCEPTION, Digits, make_samples
 
 SEED = 0
 ROPE_THETA = 1000.0
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 SPECIAL = {
     "pad_token": "<|pad|>",
     "eos_token": "<|eos|>",

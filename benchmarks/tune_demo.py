@@ -1,4 +1,4 @@
-"""Choose learning rates on validation digits: ``python -m drift_peft.demo.tune [METHOD …]`` writes tuning.json.
+"""Choose the demo's learning rates on validation digits: `python benchmarks/tune_demo.py [METHOD …]`, into tuning.json.
 
 All methods that train get the same grid, the same seeds and the same criterion: the mean of the table's four measures.
 Naming methods renews their part of the file alone.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .compare import METHODS, TUNING, run
-from .evaluate import MEASURES
+from drift_peft.demo.compare import METHODS, TUNING, run
+from drift_peft.demo.evaluate import MEASURES
 
 GRID = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 SEEDS = (100,)  # not those of the README's table
@@ -35,7 +35,7 @@ def tune(keys: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m drift_peft.demo.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", default=TRAINED, metavar="METHOD")
     keys = parser.parse_args(argv).methods
     if unknown := set(keys) - set(TRAINED):

@@ -38,7 +38,6 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from parts.atomic import write_json
 from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
@@ -51,6 +50,8 @@ from parts.stamp import hold
 from parts.teachers import GREEDY, PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
+
+from drift_peft.atomic import write_json
 
 RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known

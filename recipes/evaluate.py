@@ -30,7 +30,6 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.journal import Journal, journal_path
 from parts.layouts import last_answer
@@ -46,6 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from drift_peft.atomic import write_json
 from drift_peft.cli.parser import json_object
 
 

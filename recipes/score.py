@@ -22,7 +22,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.intervals import RESAMPLES, SEED, resample
 from parts.outputs import ASKED, BENCHMARKS, Answer, read_outputs
@@ -31,6 +30,8 @@ from parts.scoring import mark, scorer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from drift_peft.atomic import write_json
 
 PUBLISHED = json.loads(Path(__file__).with_name("eval").joinpath("published.json").read_text("utf-8"))
 REASONING = ["MathVista", "MathVision", "MathVerse", "WeMath strict", "WeMath loose", "LogicVista"]  # of table 2

@@ -34,7 +34,6 @@ import torch
 import yaml
 from datasets import Dataset
 from parts.arguments import RunArguments, TrainArguments, is_missing, parse
-from parts.atomic import write_json
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
@@ -55,6 +54,7 @@ from drift_peft import (
     merge_baseline,
     telemetry,
 )
+from drift_peft.atomic import write_json
 from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
 from drift_peft.merge import check_memory
 from drift_peft.preflight import check_together

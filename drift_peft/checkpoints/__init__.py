@@ -82,7 +82,6 @@ from .output import (
     resumable_folder,
     write_output,
     write_tensors,
-    write_text,
 )
 from .peft_names import convert_peft_config_for_transformers
 from .rope import warn_of_other_rotations
@@ -209,5 +208,4 @@ __all__ = [
     "write_model",
     "write_output",
     "write_tensors",
-    "write_text",
 ]

@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from ..atomic import write_text
 from ..warn import first_line, warn
-from .output import write_text
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -207,13 +207,6 @@ def write_output(output: Path, content: bytes, overwrite: bool) -> None:
             raise OSError(f"output {output} cannot be written: {error.strerror}") from error
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file under a temporary name, and rename it when it is complete."""
-    unfinished = file.with_name(f"{file.name}{UNFINISHED}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
-
-
 def partial_path(output: Path) -> Path:
     """`<output>.partial`."""
     return output.with_name(output.name + ".partial")
@@ -226,7 +219,7 @@ def _start(output: Path, partial: Path, settings: dict | None = None) -> None:
         partial.mkdir()
         (partial / OURS).touch()
         if settings is not None:
-            write_text(partial / SETTINGS, json.dumps(settings, indent=1))
+            (partial / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"output {output} cannot be written: {error.strerror}") from error

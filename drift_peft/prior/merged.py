@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from pydantic import FiniteFloat, NonNegativeInt
 
-from ..checkpoints import Origin, Schema, at_revision, check, layer_of, module_kind, write_text
+from ..atomic import write_text
+from ..checkpoints import Origin, Schema, at_revision, check, layer_of, module_kind
 from .file import PriorFile, PriorVector, PriorWeight
 
 MERGE_KEY = "drift_merge"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from dataclasses import replace
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForImageTextToText
 from yaml import YAMLError
 
+from ..atomic import write
 from ..checkpoints import TASK, how_to_load, how_to_serve, hub_id, in_markdown, shown
 from ..prior import MergedDelta
 from ..warn import warn
@@ -91,9 +91,7 @@ def update_card(folder: Path, config: DriftSettings) -> None:
     else:
         template = ModelCard.from_template(ModelCardData()).text
         card.text = f"{section}\n{card.text.removeprefix(template).lstrip()}"
-    temporary = path.with_suffix(".tmp")
-    card.save(temporary)
-    os.replace(temporary, path)
+    write(path, card.save)
 
 
 def _read_card(path: Path) -> ModelCard | None:

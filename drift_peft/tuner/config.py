@@ -18,7 +18,8 @@ from pydantic import create_model
 from torch import Tensor
 
 from ..arguments import is_number, is_whole, nearest, plain
-from ..checkpoints import DRIFT_CONFIG, PLAIN_STARTS, Schema, check, lora_variants, needs_peft, read_json, write_text
+from ..atomic import write_text
+from ..checkpoints import DRIFT_CONFIG, PLAIN_STARTS, Schema, check, lora_variants, needs_peft, read_json
 from .card import update_card
 from .field_docs import documented, own_fields
 from .settings import DriftSettings, check_settings

@@ -41,5 +41,4 @@ choice        what a comparison says: numbers, table, and the recipe of the way 
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
 asked_models  the models that reproduce_drift.sh asks, and a mark of each beside its answers
 eval_settings  what reproduce_drift.sh asks beside what it trains, and with which settings
-atomic        files that are there when they are complete
 """

@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from .atomic import write_json
+from drift_peft.atomic import write_json
+
 from .command_line import in_one_sentence
 from .stamp import stamp
 

@@ -10,7 +10,8 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from .atomic import write
+from drift_peft.atomic import write_text
+
 from .frontier import Measured, frontier
 from .intervals import interval
 from .ways import Way, gating, transplanting
@@ -124,4 +125,4 @@ def write_choice(
     comments += [table_title(result), *lines, "", *RULE.splitlines(), ""]
     head = "".join(f"# {line}".rstrip() + "\n" for line in comments)
     text = head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write(output, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(output, text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .atomic import write
+from drift_peft.atomic import write
 
 PANELS = {  # title -> what it shows, by its name in the logs
     "loss": ("loss", "eval_loss"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from .atomic import write
+from drift_peft.atomic import write
+
 from .intervals import interval
 
 

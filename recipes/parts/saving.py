@@ -9,8 +9,8 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from drift_peft import DriftConfig
+from drift_peft.atomic import reason_of, write_json
 
-from .atomic import reason_of, write_json
 from .checkpoints import checkpoints, newest_whole
 from .trained_with import FILE
 

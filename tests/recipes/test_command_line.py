@@ -14,12 +14,12 @@ from pathlib import Path
 import data
 import grimp
 import pytest
-from parts.atomic import write_json
 from parts.command_line import Parser, in_one_sentence, run_script
 from processes import run_program
 from recipe_runs import CONFIGS, RECIPES
 from terminals import terminal
 
+from drift_peft.atomic import write_json
 from drift_peft.cli.terminal import spell_out
 
 SCRIPTS = sorted(file.stem for file in RECIPES.glob("*.py"))

@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def write_json(content: dict, file: Path) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
     write(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 

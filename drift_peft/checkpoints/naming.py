@@ -97,10 +97,10 @@ def pattern_matches(pattern: str, name: str) -> bool:
     try:
         return regex.fullmatch(rf"(?:.*\.)?(?:{pattern})", name, timeout=MATCHING) is not None
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern!r} is no regular expression: {error.msg}") from error
     except TimeoutError as error:
         raise ValueError(
-            f"the regular expression {pattern!r} takes too long for {name}: write a simpler one"
+            f"the regular expression {pattern!r} takes too long for {name!r}: write a simpler one"
         ) from error
 
 

@@ -285,7 +285,7 @@ def _check_patterns(config: DriftSettings) -> None:
             try:
                 pattern_matches(key, "")
             except ValueError as error:
-                raise ValueError(f"{name} holds {key!r}, which is no regular expression: {error}.") from error
+                raise ValueError(f"{name}: {error}.") from error
     for key, alpha in config.drift_alpha_pattern.items():
         if not is_number(alpha) or alpha < 0:
             raise ValueError(f"drift_alpha_pattern[{key!r}] must be a finite number ≥ 0, got {alpha!r}.")

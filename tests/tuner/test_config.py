@@ -44,8 +44,8 @@ REFUSED = [
         ({"drift_modules": m}, r"drift_modules must be None, or name presets \(attn, .*got")
         for m in ([], "", ["attn", 3], 5, {"attn": 1}, b"attn")
     ],
-    ({"drift_modules": ["attn", "q_(proj"]}, r"drift_modules holds 'q_\(proj', which is no regular expression"),
-    ({"drift_alpha_pattern": {"*": 1.0}}, r"drift_alpha_pattern holds '\*', which is no regular expression"),
+    ({"drift_modules": ["attn", "q_(proj"]}, r"^drift_modules: 'q_\(proj' is no regular expression: missing \)"),
+    ({"drift_alpha_pattern": {"*": 1.0}}, r"^drift_alpha_pattern: '\*' is no regular expression: nothing to repeat\.$"),
     *[
         ({"drift_alpha_pattern": pattern}, r"drift_alpha_pattern must be a dict of a string to anything, got")
         for pattern in ({3: 1.0}, None, ["attn"], 0.5)

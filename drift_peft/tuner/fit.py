@@ -27,7 +27,7 @@ PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored i
 
 
 def check_fit(
-    model: nn.Module, prior: ReasoningPrior, config: DriftConfig, targets: dict[str, int], tensors: Iterable[str] = ()
+    model: nn.Module, prior: ReasoningPrior | None, config: DriftConfig, targets: dict[str, int], tensors: Iterable[str]
 ) -> None:
     """Refuse a prior of another model, and report targets that have no Δ.
 
@@ -36,7 +36,7 @@ def check_fit(
 
     Args:
         model: the model, adapted already or not; its base weights may be quantized.
-        prior: what shall steer it.
+        prior: what shall steer it; None where nothing pulls toward an expert.
         config: the settings of the guidance; `merged` is set here.
         targets: names, as of `lora_layers`, of the parameters that are (or will be) adapted -> their adapter's rank.
         tensors: canonical names of the tensors that are (or will be) trained themselves.
@@ -46,6 +46,9 @@ def check_fit(
             or nothing is left of it after merging; `factors` lacks a target for some row of lora_A; or a setting speaks
             of weights that are not steered.
     """
+    if prior is None:
+        config.merged = read_merge(getattr(model, "config", None))
+        return check_patterns_used(config, [*targets, *tensors])
     steered, unsteered = [name for name in targets if name in prior], [name for name in targets if name not in prior]
     if not targets and config.target_modules:
         named = f"target_modules={config.target_modules!r} names no module of this {type(model).__name__}"

@@ -13,7 +13,7 @@ from torch import nn
 from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
-from ..prior import ReasoningPrior, origins_of, read_merge
+from ..prior import ReasoningPrior, origins_of
 from .attach import refuse_meta, steer
 from .config import STARTS, DriftConfig
 from .fit import (
@@ -25,7 +25,6 @@ from .fit import (
     targeted_modules,
 )
 from .saved import refuse_nested_copies
-from .settings import check_patterns_used
 from .steered import lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
@@ -110,11 +109,7 @@ def guide(
             "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
-    if prior is not None:
-        check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
-    else:
-        config.merged = read_merge(getattr(model, "config", None))
-        check_patterns_used(config, [name for name, *_ in [*layers, *tensors]])
+    check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
     steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     return model
 

@@ -19,7 +19,7 @@ from ..checkpoints import (
     quantization_of,
 )
 from ..keeping import keep_4bit_differentiable, keepings_of, warn_of_lost_passes
-from ..prior import ReasoningPrior, origins_of, read_merge
+from ..prior import ReasoningPrior, origins_of
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
 from .config import DriftConfig
@@ -35,7 +35,7 @@ from .fit import (
 from .names import prior_names
 from .patches import in_place_of
 from .saved import check_saved, tensors_to_train
-from .settings import check_patterns_used, refuse_unmeasured
+from .settings import refuse_unmeasured
 from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 from .unguided import warn_of_moved
 
@@ -95,13 +95,9 @@ class DriftModel(LoraModel):
         other = _target_parameters(model, config)
         parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
         check_weights(model, parameters)
-        canonical, trained = prior_names(model), tensors_to_train(model, config, intended)
-        if prior is not None:
-            targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}
-            check_fit(model, prior, config, targets, trained)
-        else:
-            config.merged = read_merge(getattr(model, "config", None))
-            check_patterns_used(config, [canonical(name) or name for name in parameters] + trained)
+        canonical = prior_names(model)
+        targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}
+        check_fit(model, prior, config, targets, tensors_to_train(model, config, intended))
         embeddings = [f"{name}.weight" for name in sorted(intended) if _is_embedding(model.get_submodule(name))]
         for name in (canonical(name) or name for name in embeddings + other):
             if (prior is None or name in prior) and not config.absorbed(name):

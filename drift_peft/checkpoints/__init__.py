@@ -47,13 +47,13 @@ from .hub import at_revision, cached_snapshot, folder_of, split_revision
 from .lock import only_writer
 from .lora import (
     DRIFT_CONFIG,
-    UNTRAINED,
     adapter_folder,
     adapter_updates,
     is_adapter,
     open_expert,
     recorded_base,
     watched_adapter,
+    write_adapter,
 )
 from .match import Match, describe, match_weights
 from .naming import (
@@ -118,7 +118,6 @@ __all__ = [
     "TEMPLATES",
     "TEMPLATES_INSIDE",
     "TOKENIZER",
-    "UNTRAINED",
     "Checkpoint",
     "Decoder",
     "DequantizedCheckpoint",
@@ -204,6 +203,7 @@ __all__ = [
     "unwrapped",
     "warn_of_other_rotations",
     "watched_adapter",
+    "write_adapter",
     "write_headed",
     "write_model",
     "write_output",

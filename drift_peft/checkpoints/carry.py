@@ -24,10 +24,9 @@ from ..arguments import listed
 from .adapter import read_adapter_config, read_updates
 from .checkpoint import Checkpoint
 from .decoder import is_linear
-from .lora import UNTRAINED, adapter_folder, made_without_training
+from .lora import adapter_folder, made_without_training, write_adapter
 from .match import in_vocabulary
 from .naming import canonical_name
-from .output import write_tensors
 from .promised import refuse_incomplete
 from .targets import as_peft_reads, language_model_targets
 from .update import LowRank, Rows, Update, Whole
@@ -76,17 +75,10 @@ def carry_adapter(adapter: str | Path, checkpoint: Checkpoint, folder: Path) -> 
     folder.mkdir(exist_ok=True)
     # One of the model itself, under its own names, was trained on it, and how that was loaded nothing says.
     of_another = not any(module == update.module for module, update in factors.items())
-    metadata = UNTRAINED if of_another or made_without_training(folder_of_adapter) else {"format": "pt"}
-    write_tensors(folder / "adapter_model.safetensors", tensors, metadata)
-    LoraConfig(
-        base_model_name_or_path=checkpoint.source,
-        revision=checkpoint.revision,
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=_plain(scaling * rank),
-        target_modules=_targets(checkpoint, [*factors], adapter),
-        inference_mode=True,
-    ).save_pretrained(folder)
+    untrained = of_another or made_without_training(folder_of_adapter)
+    targets = _targets(checkpoint, [*factors], adapter)
+    alpha = _plain(scaling * rank)
+    write_adapter(folder, checkpoint, tensors, untrained, r=rank, lora_alpha=alpha, target_modules=targets)
     return len(factors)
 
 

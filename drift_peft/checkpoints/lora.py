@@ -10,8 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +24,7 @@ from .checkpoint import Checkpoint, named_adapters
 from .decoder import shared_weights
 from .hub import Repository, folder_of, split_revision
 from .naming import EMBEDDING, HEAD, canonical_name, module_kind, unwrapped
+from .output import write_tensors
 from .promised import refuse_incomplete
 from .update import LowRank, Rows, Update, Whole, is_finite
 from .watch import Watch
@@ -181,6 +184,26 @@ def made_without_training(folder: Path) -> bool:
         return False
     with safe_open(file, "pt") as weights:
         return UNTRAINED.items() <= (weights.metadata() or {}).items()
+
+
+def write_adapter(
+    folder: Path, base: Checkpoint, tensors: dict[str, torch.Tensor], untrained: bool, **settings: Any
+) -> None:
+    """Write a plain LoRA adapter of a model, for stock PEFT.
+
+    Args:
+        tensors: under PEFT's names, `base_model.model.….lora_A.weight` and so on.
+        untrained: whether they are λΔ as we made it, of full-precision weights.
+        settings: of its LoraConfig: r, lora_alpha, target_modules, …
+    """
+    write_tensors(folder / FILES[1], tensors, UNTRAINED if untrained else {"format": "pt"})
+    LoraConfig(
+        base_model_name_or_path=base.source,
+        revision=base.revision,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        **settings,
+    ).save_pretrained(folder)
 
 
 def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> dict[str, Update]:

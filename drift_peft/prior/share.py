@@ -11,13 +11,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig
 
 from ..arguments import is_number
 from ..checkpoints import (
     PROJECTIONS,
     TASK,
-    UNTRAINED,
     Checkpoint,
     as_peft_reads,
     at_revision,
@@ -31,7 +29,7 @@ from ..checkpoints import (
     repository_of,
     shown,
     state_licences,
-    write_tensors,
+    write_adapter,
 )
 from ..warn import warn
 from .combine import formula
@@ -217,23 +215,13 @@ def export_lora(prior: PriorFile, scale: float, output: str | Path, base: str | 
                 # B·A = scale·U diag(S) Vh
                 yield {f"base_model.model.{module}.lora_{key}.weight": t for key, t in (("A", A), ("B", B))}
 
-        with gathered(folder, factors()) as tensors:
-            prior.refuse_changed()
-            write_tensors(folder / "adapter_model.safetensors", tensors, UNTRAINED)
         ranks = {module: prior.metadata["weights"][name]["rank"] for name, module in modules.items()}
         (r, _), *_ = Counter(ranks.values()).most_common(1)
         pattern = {module: rank for module, rank in ranks.items() if rank != r}
-        LoraConfig(
-            base_model_name_or_path=checkpoint.source,
-            revision=checkpoint.revision,
-            task_type="CAUSAL_LM",
-            r=r,
-            lora_alpha=r,
-            rank_pattern=pattern,
-            alpha_pattern=pattern,
-            target_modules=targets,
-            inference_mode=True,
-        ).save_pretrained(folder)
+        lora = {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern, "target_modules": targets}
+        with gathered(folder, factors()) as tensors:
+            prior.refuse_changed()
+            write_adapter(folder, checkpoint, tensors, untrained=True, **lora)
     if left := sum(module_kind(name) not in PROJECTIONS for name in prior):
         warn(
             f"{left} of the prior's {len(prior)} weights are norms, biases, head or embedding: a LoRA adapter of "

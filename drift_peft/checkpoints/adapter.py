@@ -51,6 +51,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
+def named_adapters(folder: Path) -> list[str]:
+    """Adapters below a folder, which is how PEFT saves those that have a name."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+
+
 def lora_variants() -> list[str]:
     """Names of the fields of PEFT's `LoraConfig` that ask for a variant of LoRA, in PEFT's order."""
     known = [f for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") or f.name in UNMARKED_VARIANTS]

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..warn import warn
+from .adapter import named_adapters
 from .conversion import Layout
 from .decoder import Decoder
 from .hub import Repository, download, split_revision
@@ -149,10 +150,8 @@ class Checkpoint:
     def tied(self) -> bool:
         """Whether embedding and head are one weight to transformers: its configuration says so, and the files hold no
         head that differs."""
-        embedding, head = (self.language_model.get(end) for end in (EMBEDDING, HEAD))
-        if not says_tied(self.config):
-            return False
-        return None in (embedding, head) or torch.equal(*(Checkpoint.tensor(self, key) for key in (embedding, head)))
+        ends = [self.language_model.get(end) for end in (EMBEDDING, HEAD)]
+        return says_tied(self.config) and (None in ends or torch.equal(*map(self.stored_tensor, ends)))
 
     @property
     def origin(self) -> dict:
@@ -198,11 +197,15 @@ class Checkpoint:
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of `tensor(key)`, without reading it."""
+        return self.stored_dtype(key)
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """Dtype of `stored_tensor(key)`, without reading it."""
         if key in self._four_bit:
             return getattr(torch, self._state(key).dtype)
         if key in self.keys:
             return self._headers[self.keys[key]][key][1]
-        return self.dtype(next(iter(self.layout.conversions[key].sources)))
+        return self.stored_dtype(next(iter(self.layout.conversions[key].sources)))
 
     def quantized(self, key: str) -> str | None:
         """What shows that `tensor(key)` is not in full precision, as words that follow its name; None if nothing does.
@@ -211,7 +214,7 @@ class Checkpoint:
         quantization_config, nor integers.
         """
         for raw in [key] if key in self.keys else self.layout.conversions[key].sources:
-            dtype = Checkpoint.dtype(self, raw)
+            dtype = self.stored_dtype(raw)
             if not dtype.is_floating_point or dtype.itemsize < 2:
                 return f"is {dtype}"
             if beside := self._scales.get(raw.removesuffix(".weight")):
@@ -224,14 +227,18 @@ class Checkpoint:
         return {match[1]: match[0] for match in map(_SCALE.fullmatch, self.layout.unread) if match}
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The tensor on the CPU: as stored, memory-mapped (copy before writing to it), dequantized from 4 bits, or made
-        of others as transformers makes it."""
+        """`stored_tensor`, or what a subclass makes of it; copy it before writing to it."""
+        return self.stored_tensor(key)
+
+    def stored_tensor(self, key: str) -> torch.Tensor:
+        """What the files hold, on the CPU: memory-mapped, dequantized from 4 bits, or made of others as transformers
+        makes it."""
         if key in self._four_bit:
             return dequantize(self._read(key), {part: self._read(at) for part, at in self._four_bit[key].items()})
         if key in self.keys:
             return self._read(key)
         conversion = self.layout.conversions[key]
-        return conversion.convert({source: Checkpoint.tensor(self, source) for source in conversion.sources})[key]
+        return conversion.convert({source: self.stored_tensor(source) for source in conversion.sources})[key]
 
     def fetch(self, file: Path) -> Path:
         """One of `files`, downloaded if it is still on the hub."""
@@ -338,11 +345,6 @@ class Checkpoint:
             if raw not in self._where or not any(part.startswith(STATE) for part in parts):
                 raise ValueError(f"{self.source} holds {min(parts.values())}, but not all of a 4-bit {raw}")
         return dict(companions)
-
-
-def named_adapters(folder: Path) -> list[str]:
-    """Adapters below a folder, which is how PEFT saves those that have a name."""
-    return sorted(file.parent.name for file in folder.glob("*/adapter_config.json"))
 
 
 def skeleton(config: PreTrainedConfig, source: str) -> PreTrainedModel:

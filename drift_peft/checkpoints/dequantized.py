@@ -124,7 +124,7 @@ class DequantizedCheckpoint(Checkpoint):
         return {raw[f"{name}.weight"]: name for name in modules}
 
     def tensor(self, raw: str) -> Tensor:
-        W = super().tensor(raw)
+        W = self.stored_tensor(raw)
         return self.through_four_bits(raw, W) if raw in self.four_bit else W
 
     def through_four_bits(self, raw: str, W: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import listed, shortened
 from ..warn import warn
-from .adapter import CONFIG, DIVERGED, FILES, IN_MEMORY, TIED, read_adapter_config, read_updates
-from .checkpoint import Checkpoint, named_adapters
+from .adapter import CONFIG, DIVERGED, FILES, IN_MEMORY, TIED, named_adapters, read_adapter_config, read_updates
+from .checkpoint import Checkpoint
 from .decoder import shared_weights
 from .hub import Repository, folder_of, split_revision
 from .naming import EMBEDDING, HEAD, canonical_name, module_kind, unwrapped
@@ -97,10 +97,10 @@ class AdaptedCheckpoint(Checkpoint):
         self._files.check()
 
     def dtype(self, raw: str) -> torch.dtype:
-        return torch.float32 if raw in self._updates else super().dtype(raw)
+        return torch.float32 if raw in self._updates else self.stored_dtype(raw)
 
     def tensor(self, raw: str) -> torch.Tensor:
-        W = super().tensor(raw)
+        W = self.stored_tensor(raw)
         if raw not in self._updates:
             return W
         return torch.cat([*self._updates[raw].blocks(W)]).reshape(W.shape)

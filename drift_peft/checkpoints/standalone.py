@@ -206,7 +206,7 @@ class _Stored:
         return iter(self._last[1][raw].split(block_rows(W)))
 
     def _written_back(self, conversion: Conversion) -> dict[str, torch.Tensor]:
-        tensors = {raw: Checkpoint.tensor(self._checkpoint, raw) for raw in conversion.sources}
+        tensors = {raw: self._checkpoint.stored_tensor(raw) for raw in conversion.sources}
         made = conversion.convert(tensors)
         back = conversion.revert(made)
         if wrong := [raw for raw in tensors if raw not in back or not torch.equal(back[raw], tensors[raw])]:

@@ -119,7 +119,7 @@ def _placed(
     updates: dict[str, LowRank], adapter: str | Path, checkpoint: Checkpoint, find: Callable[[str], str | None]
 ) -> dict[str, LowRank]:
     """Module of the model -> its factors."""
-    projections = {canonical: module for module, canonical in checkpoint.decoder.projections.items()}
+    projections = checkpoint.decoder.projection_modules
     factors: dict[str, LowRank] = {}
     problems = []
     for name, update in updates.items():
@@ -148,14 +148,13 @@ def _module_finder(checkpoint: Checkpoint) -> Callable[[str], str | None]:
     """Module of the text sibling, or of the model itself -> that of the model, if it is there and linear."""
     decoder = checkpoint.decoder
     linear = {name for name, module in checkpoint.model.named_modules() if is_linear(module)}
-    projections = {canonical: module for module, canonical in decoder.projections.items()}
 
     def find(module: str) -> str | None:
         if module in linear:
             return module
         # The text sibling has no layers of cross-attention, and counts those that it has.
         skipped = decoder.skipped if _OF_A_VLM.search(module) else ()
-        return projections.get(canonical_name(f"{module}.weight", skipped))
+        return decoder.projection_modules.get(canonical_name(f"{module}.weight", skipped))
 
     return find
 

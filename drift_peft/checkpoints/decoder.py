@@ -104,6 +104,11 @@ class Decoder:
         return projections
 
     @cached_property
+    def projection_modules(self) -> dict[str, str]:
+        """Canonical name of the weight of each projection -> its module, as the model names it."""
+        return {canonical: module for module, canonical in self.projections.items()}
+
+    @cached_property
     def kinds(self) -> dict[str, str | None]:
         """Canonical name of each parameter of a bare model's language model -> the preset that selects it, or None."""
         projections, kinds = {*self.projections.values()}, {}

@@ -257,7 +257,7 @@ def _in_memory(prior: PriorFile, checkpoint: Checkpoint) -> tuple[str | list[str
     if not projections:
         raise ValueError(f"{prior.source} holds no attention or MLP projection, so there is nothing for a LoRA adapter")
     model = checkpoint.model
-    modules = {canonical: name for name, canonical in checkpoint.decoder.projections.items()}
+    modules = checkpoint.decoder.projection_modules
     for name in projections:
         stored = prior.metadata["weights"][name]["shape"]
         here = list(model.get_submodule(modules[name]).weight.shape) if name in modules else "not there"

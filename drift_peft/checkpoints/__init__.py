@@ -99,6 +99,7 @@ from .sharing import (
     repository_of,
     shown,
     state_licences,
+    with_full_path,
 )
 from .standalone import refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets, past_adapters
@@ -203,6 +204,7 @@ __all__ = [
     "unwrapped",
     "warn_of_other_rotations",
     "watched_adapter",
+    "with_full_path",
     "write_adapter",
     "write_headed",
     "write_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -148,6 +149,13 @@ def repository_of(origin: Mapping) -> tuple[str, str | None] | None:
     if cached := _CACHED.search(origin["id"]):
         return f"{cached[1]}/{cached[2]}", cached[3] or origin["revision"]
     return None if origin["revision"] is None else (origin["id"], origin["revision"])
+
+
+def with_full_path(origin: dict) -> dict:
+    """The same weights for whoever goes on from another folder: with the whole path of a folder, of an adapter its
+    base's, too. What has a revision is on the hub, whatever folder has its name."""
+    place = origin["id"] if origin["revision"] else os.path.abspath(origin["id"])
+    return {**origin, "id": place} | ({"base": with_full_path(origin["base"])} if "base" in origin else {})
 
 
 def named(origin: Mapping) -> str:

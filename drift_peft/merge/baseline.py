@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +50,7 @@ from ..checkpoints import (
     repository_of,
     shown,
     warn_of_other_rotations,
+    with_full_path,
     write_model,
 )
 from ..choices import MERGED_MODULES, METHODS
@@ -200,7 +200,7 @@ def merge_baseline(
 
         claim = None
         if merge is task_arithmetic and len(weights) == 1:
-            origins = {role: _placed(sources[role].origin) if role in sources else None for role in ROLES}
+            origins = {role: with_full_path(sources[role].origin) if role in sources else None for role in ROLES}
             _refuse_again(checkpoint, origins["expert"])
             claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
         how = {"method": method, "weights": [*weights], "density": density, "modules": [*modules]}
@@ -231,11 +231,6 @@ def merge_baseline(
     return BaselineReport(
         Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
     )
-
-
-def _placed(origin: dict) -> dict:
-    """With the whole path of a folder, so that it is known from another one, too."""
-    return origin if repository_of(origin) else {**origin, "id": os.path.abspath(origin["id"])}
 
 
 def _refuse_again(base: Checkpoint, expert: dict) -> None:

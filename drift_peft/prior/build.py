@@ -7,7 +7,6 @@ at once, so that an interrupted build loses one weight at most.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from ..checkpoints import (
     refuse_other,
     resumable_folder,
     warn_of_other_rotations,
+    with_full_path,
 )
 from ..choices import DEFAULT_MODULES, MAX_RANK, MODULES, MOST_LAYERS, RANK
 from ..warn import first_line, warn
@@ -142,7 +142,7 @@ def build_prior(
             warn(f"not steered, without a counterpart or a preset that names them: {unsteered}")
         warn_of_other_rotations(sources)
 
-        inputs = {role: _with_full_path(source.origin) for role, source in sources.items()}
+        inputs = {role: with_full_path(source.origin) for role, source in sources.items()}
         inputs |= {f"files of the {role}": source.identity for role, source in sources.items()}
         machine = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
         everything = {**inputs, **settings, "dequantize": dequantize, **machine, "format": FORMAT}
@@ -172,12 +172,6 @@ def build_prior(
                 "other modules or layers, or another expert"
             )
         return ReasoningPrior.load(output)
-
-
-def _with_full_path(origin: dict) -> dict:
-    """The same models for whoever goes on from another folder."""
-    full = {key: _with_full_path(value) for key, value in origin.items() if key == "base"}
-    return {**origin, **full, "id": os.path.abspath(origin["id"]) if os.path.exists(origin["id"]) else origin["id"]}
 
 
 def _check_ranks(rank: int | None, energy: float | None, max_rank: int | None) -> dict:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from drift_peft.checkpoints import hub_id, named, pinned, repository_of, shown
+from drift_peft.checkpoints import hub_id, named, pinned, repository_of, shown, with_full_path
 from drift_peft.checkpoints.sharing import find_file
 
 
@@ -51,3 +51,17 @@ def test_a_path_has_no_revision(source, tmp_path):
     (tmp_path / "prior.safetensors").touch()
     with pytest.raises(ValueError, match=r"is a local path, which has no revision 'v2': leave out revision="):
         find_file(tmp_path / source, "v2", "prior.safetensors")
+
+
+def test_folders_get_their_whole_path_and_hub_ids_stay(tmp_path, monkeypatch):
+    """Also of an adapter's base, and beside a folder that is called like the hub id."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("org/llm", "runs/adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    base, hub = ({"id": "org/llm", "revision": revision} for revision in (None, "0a1b"))
+    whole = {"id": str(tmp_path / "org" / "llm"), "revision": None}
+    assert with_full_path(base) == whole and with_full_path(hub) == hub
+    place = str(tmp_path / "runs" / "adapter")
+    for of, expected in ((base, whole), (hub, hub)):
+        adapter = with_full_path({"id": "runs/adapter", "revision": None, "base": of})
+        assert adapter == {"id": place, "revision": None, "base": expected}

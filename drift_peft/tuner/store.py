@@ -3,6 +3,7 @@ PEFT, transformers or Trainer."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,30 +19,13 @@ PUSHED = "This is the model card of a 🤗 transformers model"  # in the empty c
 
 
 @in_place_of(PeftModel, "save_pretrained")
-def _with_settings(
-    save: Callable,
-    model: PeftModel,
-    save_directory: str,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: str | bool = "auto",
-    is_main_process: bool = True,
-    *args,
-    **kwargs,
-) -> None:
+def _with_settings(save: Callable, model: PeftModel, save_directory: str, *args, **kwargs) -> None:
     """PEFT asks an adapter's config to save itself, and that of one which `guide` steers knows nothing of it."""
-    save(
-        model,
-        save_directory,
-        safe_serialization,
-        selected_adapters,
-        save_embedding_layers,
-        is_main_process,
-        *args,
-        **kwargs,
-    )
-    names = model.peft_config if selected_adapters is None else selected_adapters
-    for name in names if is_main_process else ():
+    save(model, save_directory, *args, **kwargs)
+    given = inspect.signature(save).bind(model, save_directory, *args, **kwargs)
+    given.apply_defaults()
+    selected, here = given.arguments["selected_adapters"], given.arguments["is_main_process"]
+    for name in (model.peft_config if selected is None else selected) if here else ():
         lora, config = model.peft_config[name], settings_of(model, name)
         if config is not None and config is not lora:
             config.quantization = quantization_of(model)

@@ -1,5 +1,7 @@
 """What the tests of keep sets share: a tiny VLM whose answers end by themselves, pictures of several sizes, a maker."""
 
+import weakref
+
 import numpy as np
 import torch
 from PIL import Image
@@ -39,6 +41,20 @@ def save_pictures(folder, count):
 def make(folder, output="keep.safetensors", **changes):
     arguments = {"model_or_id": folder / "base", "images": folder / "pictures", **SETTINGS, **changes}
     return make_keep_set(output=folder / output, **arguments)
+
+
+def count_decoded(monkeypatch, module):
+    """Each time that a module decodes an image, how many of those that it has decoded are still there."""
+    decoded, alive, decode = [], [], module.decode_image
+
+    def counted(*given):
+        image = decode(*given)
+        decoded.append(weakref.ref(image))
+        alive.append(sum(reference() is not None for reference in decoded))
+        return image
+
+    monkeypatch.setattr(module, "decode_image", counted)
+    return alive
 
 
 def single_inputs(processor, sample):

@@ -44,8 +44,11 @@ class AnswerSet(SampleFile):
                 "make it again"
             )
 
-    def _asked(self, i: int) -> dict:
-        return {"image": None, "question": self.metadata["prompts"][i], "kind": "text"}
+    def _asked(self, i: int) -> tuple[str, str]:
+        return "text", self.metadata["prompts"][i]
+
+    def _image(self, i: int) -> None:
+        return None
 
     def _is_whole(self) -> bool:
         return super()._is_whole() and self._holds({}) and len(self.metadata["prompts"]) == len(self)

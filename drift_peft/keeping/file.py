@@ -162,14 +162,12 @@ class KeepSet(SharedFile, SampleFile):
         """Which image the i-th sample is about, for `image_file`."""
         return int(self._samples[i, 0])
 
-    def _asked(self, i: int) -> dict:
-        image, question = self._samples[i].tolist()
-        kind, text = self.metadata["questions"][question]
-        return {
-            "image": decode_image(self.image_file(image), self.metadata["image_mode"]),
-            "question": text,
-            "kind": kind,
-        }
+    def _asked(self, i: int) -> tuple[str, str]:
+        kind, question = self.metadata["questions"][int(self._samples[i, 1])]
+        return kind, question
+
+    def _image(self, i: int) -> Image:
+        return decode_image(self.image_file(self.image_of(i)), self.metadata["image_mode"])
 
     @property
     def _way_out(self) -> str:

@@ -123,8 +123,9 @@ def make_keep_set(
         facts["ends"] = vlm.ends
         facts["questions"] = [[kind, question] for kind, question in asked]
         image, question = pairs[0]
-        first = decode_image(pictures[image], vlm.image_mode), asked[question][1]
-        facts["prompt_tokens"] = prompt_tokens(vlm.processor, *first)
+        first = decode_image(pictures[image], vlm.image_mode)
+        facts["prompt_tokens"] = prompt_tokens(vlm.processor, first, asked[question][1])
+        del first  # a decoded photograph takes tens of MB
         everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine()}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
 

@@ -37,13 +37,13 @@ def write_page(keep_set: KeepSet, html: str | Path, overwrite: bool = False) -> 
 def render_page(keep_set: KeepSet) -> str:
     """The contact sheet as HTML: the numbers of each kind of question, then its samples."""
     summary = keep_summary(keep_set)
-    samples = [*keep_set]
+    kinds = [sample.kind for sample in keep_set.unpictured()]
     sheets = []
     for i, kind in enumerate(summary["kinds"]):
-        cards = "\n".join(_card(sample) for sample in samples if sample.kind == kind)
+        cards = "\n".join(_card(keep_set[j]) for j, other in enumerate(kinds) if other == kind)
         sheets.append(f'<h2 id="kind-{i}">{escape(kind)}</h2>\n<section class="sheet">\n{cards}\n</section>')
     heads, rows = keep_rows(summary)
-    facts = f"{len(samples)} answers about {summary['images']} images; {CAPTION}; sha256 {summary['sha256'][:16]}"
+    facts = f"{len(kinds)} answers about {summary['images']} images; {CAPTION}; sha256 {summary['sha256'][:16]}"
     fields = {
         "title": escape(f"Keep set of {shown(summary['vlm']['id'])}"),
         "facts": escape(facts),

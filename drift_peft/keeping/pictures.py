@@ -45,7 +45,9 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
         ImportError: the source needs the package datasets, or the processor another one, which is missing.
     """
     pictures: dict[bytes, None] = {}
-    left_out: list[OSError | ValueError] = []
+    # Of all errors no more than the first one is held: with each goes the image that was decoded.
+    first: OSError | ValueError | None = None
+    left_out = refused = 0
     shown = Shown()
     for value, folder, name in _drawn(source, seed):
         try:
@@ -58,25 +60,24 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
         except (FileNotFoundError, Broken) as error:
             if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
                 raise
-            left_out.append(error)
-            refused = sum(isinstance(error, Refused) for error in left_out)
+            first = first or error
+            left_out += 1
+            refused += isinstance(error, Refused)
             if not pictures and refused == max(count, FEWEST_REFUSED):  # the source may have many more
                 break
             continue
         pictures[content] = None
         if len(pictures) == count:
             break
-    if not pictures and len(left_out) > 1 and all(isinstance(error, Refused) for error in left_out):
-        reason = " ".join(str(left_out[0].__cause__).split())
-        raise ValueError(f"the VLM's processor refuses all {len(left_out)} images that were drawn: {reason}")
-    if not pictures and left_out:
-        raise left_out[0]
+    if not pictures and 1 < left_out == refused:
+        reason = " ".join(str(first.__cause__).split())
+        raise ValueError(f"the VLM's processor refuses all {left_out} images that were drawn: {reason}")
+    if not pictures and first:
+        raise first
     if not pictures:
         raise ValueError(f"there are no images in {source if isinstance(source, (str, Path)) else 'what was given'}")
-    if left_out:
-        warn(
-            f"{len(left_out)} of the {len(left_out) + len(pictures)} images that were drawn are left out: {left_out[0]}"
-        )
+    if first:
+        warn(f"{left_out} of the {left_out + len(pictures)} images that were drawn are left out: {first}")
     return [*pictures]
 
 

@@ -13,15 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import HeadedFile, write_headed
 from .answers import Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class SampleFile(HeadedFile, Sequence[Sample]):
@@ -53,21 +57,35 @@ class SampleFile(HeadedFile, Sequence[Sample]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"{self.source} has {len(self)} samples, and none of number {i}")
         i %= len(self)
+        return replace(self._unpictured(i), image=self._image(i))
+
+    def unpictured(self) -> Iterator[Sample]:
+        """All samples without their images, which take time and room to decode."""
+        return map(self._unpictured, range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r}, {len(self)} samples, k {self.k})"
+
+    def _unpictured(self, i: int) -> Sample:
+        kind, question = self._asked(i)
         names = ("tokens", "top_tokens", "top_logprobs")
         tokens, top_tokens, top_logprobs = (self._part(name, self._ends, i) for name in names)
         return Sample(
-            **self._asked(i),
+            image=None,
+            question=question,
+            kind=kind,
             answer=self.metadata["answers"][i],
             tokens=tokens.long(),
             top_tokens=top_tokens.long(),
             top_logprobs=top_logprobs,
         )
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.source!r}, {len(self)} samples, k {self.k})"
+    def _asked(self, i: int) -> tuple[str, str]:
+        """Kind and text of the question that the i-th answer answers."""
+        raise NotImplementedError
 
-    def _asked(self, i: int) -> dict:
-        """What the i-th answer answers: image, question and kind of its `Sample`."""
+    def _image(self, i: int) -> Image | None:
+        """What it is about."""
         raise NotImplementedError
 
     def _is_whole(self) -> bool:

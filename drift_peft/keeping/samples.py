@@ -32,7 +32,7 @@ def training_samples(keep_set: KeepSet) -> tuple[list[tuple[int, list[dict]]], C
     """
     cut = f"cut at max_new_tokens={keep_set.metadata['generation']['max_new_tokens']}"
     kept, left_out = [], Counter()
-    for i, sample in enumerate(keep_set):
+    for i, sample in enumerate(keep_set.unpictured()):
         if keep_set.was_cut(sample):
             left_out[cut] += 1
         elif not sample.answer.strip():

@@ -23,7 +23,7 @@ def keep_summary(keep_set: KeepSet) -> dict:
     were cut at max_new_tokens, the mean entropy of an answer token in nats, and the mean probability that its k stored
     tokens have together.
     """
-    header, samples = keep_set.metadata, [*keep_set]
+    header, samples = keep_set.metadata, [*keep_set.unpictured()]
     kinds = {kind: [sample for sample in samples if sample.kind == kind] for kind in keep_set.kinds}
     return {
         "source": keep_set.source,

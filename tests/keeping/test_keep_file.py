@@ -9,13 +9,16 @@ import pytest
 import torch
 import transformers as tf
 from hub import Hub
-from keep_sets import SETTINGS, make
+from keep_sets import SETTINGS, count_decoded, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vlm
 from tiny_vlm import tokenizer
 
 from drift_peft import KeepSet, make_keep_set
+from drift_peft.keeping import file as keeping_file
+from drift_peft.keeping import keep_summary, training_samples
+from drift_peft.keeping.page import render_page
 
 DTYPES = {"images": "U8", "image_ends": "I64", "samples": "I32", "tokens": "I32", "token_ends": "I64"}
 DTYPES |= {"top_tokens": "I32", "top_logprobs": "F32"}
@@ -62,6 +65,24 @@ def test_samples(keep_set):
     for i in (20, -21):
         with pytest.raises(IndexError, match=f"keep.safetensors has 20 samples, and none of number {i}"):
             keep_set[i]
+
+
+def test_pictures_are_decoded_where_they_are_looked_at_and_one_at_a_time(keep_set, monkeypatch):
+    """A decoded photograph takes tens of MB, and a keep set has hundreds."""
+    alive = count_decoded(monkeypatch, keeping_file)
+    whole = [*keep_set]
+    assert max(alive) == len(keep_set)
+    for sample, said in zip(whole, keep_set.unpictured(), strict=True):
+        assert said.image is None and said.tokens.equal(sample.tokens) and said.top_tokens.equal(sample.top_tokens)
+        assert said.top_logprobs.equal(sample.top_logprobs)
+        assert all(getattr(said, name) == getattr(sample, name) for name in ("question", "kind", "answer"))
+    del whole, sample
+    alive.clear()
+    keep_summary(keep_set)
+    training_samples(keep_set)
+    assert not alive
+    render_page(keep_set)
+    assert alive == [1] * len(keep_set)
 
 
 def test_what_the_header_says(keep_set, folder, processor):

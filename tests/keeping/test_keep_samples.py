@@ -119,8 +119,8 @@ class Edited:
     def was_cut(self, sample):
         return len(sample.tokens) == self.metadata["generation"]["max_new_tokens"]
 
-    def __iter__(self):
-        for i, sample in enumerate(self.whole):
+    def unpictured(self):
+        for i, sample in enumerate(self.whole.unpictured()):
             vars(sample).update(self.changes if i % 2 else {})
             yield sample
 

@@ -6,8 +6,10 @@ import warnings
 
 import pytest
 from chain_files import encoded
+from keep_sets import count_decoded
 from PIL import Image
 
+from drift_peft.keeping import pictures
 from drift_peft.keeping.pictures import Shown, read_pictures
 
 
@@ -96,6 +98,22 @@ def test_a_picture_that_the_processor_refuses_is_left_out_and_named(tmp_path):
 
     with pytest.raises(ImportError, match="needs num2words"):
         read_pictures(tmp_path, 5, 0, lacks)
+
+
+def test_pictures_that_are_left_out_are_not_held(tmp_path, monkeypatch):
+    """A decoded photograph takes tens of MB; an error keeps it alive, in the frames of its traceback."""
+
+    def refuse(image):
+        if image.width > 100:
+            raise ValueError("too wide")
+
+    alive = count_decoded(monkeypatch, pictures)
+    for i in range(12):
+        Image.new("RGB", (200 + i, 2)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (20, 2)).save(tmp_path / "taken.png")
+    with pytest.warns(UserWarning, match=r"^12 of the 13 images that were drawn are left out"):
+        read_pictures(tmp_path, 20, 0, refuse)
+    assert len(alive) == 13 and max(alive) <= 3  # of the first one that is left out, the last one, and this one
 
 
 def test_what_is_less_extreme_than_what_was_taken_need_not_be_shown():

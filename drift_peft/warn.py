@@ -1,9 +1,11 @@
-"""A warning that points at the user's own line, however many libraries lie between it and what is wrong; and what a
-file of others says, as a terminal may show it."""
+"""A warning that points at the user's own line, however many libraries lie between it and what is wrong; what a file of
+others says, as a terminal may show it; and what other libraries raise, in one sentence."""
 
+import contextlib
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 LIBRARIES = {"drift_peft", "peft", "transformers", "trl", "accelerate", "torch", "deepspeed", "bitsandbytes"}
@@ -21,6 +23,17 @@ def first_line(error: BaseException) -> str:
     """Of what an error of another library says, with the next one after a colon; its class where it says nothing."""
     first, *rest = str(error).strip().split("\n")
     return " ".join([first, *rest[: first.endswith(":")]]).strip() or type(error).__name__
+
+
+@contextlib.contextmanager
+def blamed_on(source: str, failed: str = "cannot be read") -> Iterator[None]:
+    """What datasets, pyarrow, the hub's client and the file system raise is a ValueError with this source in it."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        why = "it is not in UTF-8: convert it, as with iconv" if isinstance(cause, UnicodeError) else first_line(cause)
+        raise ValueError(f"{source} {failed}: {why}") from error
 
 
 def warn(message: str) -> None:

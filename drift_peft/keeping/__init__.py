@@ -42,7 +42,7 @@ from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import Shown, explained
+from .pictures import Shown
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -74,7 +74,6 @@ __all__ = [
     "data_address",
     "divergence",
     "evaluated",
-    "explained",
     "greedy_settings",
     "image_mode",
     "is_kept",

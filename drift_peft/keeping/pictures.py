@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import split_revision
 from ..choices import PICTURES
-from ..warn import first_line, warn, warn_of_hub
+from ..warn import blamed_on, warn, warn_of_hub
 from .file import decode_image, upright
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
 FEWEST_REFUSED = 16  # before a processor is taken to refuse all
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
+NO_DATA_SET = "cannot be read as a data set"
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
 
 
@@ -213,21 +214,21 @@ def _loaded(name: str, **files) -> Any:
     except ImportError as error:
         raise ImportError(MISSING) from error
     repository, revision = split_revision(name)
-    with explained(name if files else f"{name}, which is no file or folder here,"):
+    with blamed_on(name if files else f"{name}, which is no file or folder here,", NO_DATA_SET):
         splits = datasets.load_dataset(repository, revision=revision, streaming=True, **files)
     return splits["train"] if "train" in splits else next(iter(splits.values()))
 
 
 def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Iterator[tuple[Any, Path | None, str]]:
     """The images in the rows of datasets, drawn as its own shuffle draws them, undecoded."""
-    with explained(name):
+    with blamed_on(name, NO_DATA_SET):
         if hasattr(dataset, "to_iterable_dataset"):  # one with a length, which is shuffled as a whole
             dataset = dataset.shuffle(seed=seed).to_iterable_dataset()
         else:
             dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER)
         rows = iter(dataset.with_format(None).decode(False))
     while True:
-        with explained(name):
+        with blamed_on(name, NO_DATA_SET):
             row = next(rows, None)
         if row is None:
             return
@@ -271,20 +272,9 @@ def _content(image: Any, folder: Path | None, name: str) -> bytes:
     if "://" in str(image):  # in a repository of the hub, or in an archive there
         import fsspec
 
-        with explained(str(image)), fsspec.open(str(image), "rb") as file:
+        with blamed_on(str(image)), fsspec.open(str(image), "rb") as file:
             return file.read()
     path = Path(folder or ".", image)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}, which is {name}")
     return path.read_bytes()
-
-
-@contextlib.contextmanager
-def explained(source: str, failed: str = "cannot be read as a data set") -> Iterator[None]:
-    """What datasets, pyarrow, the hub's client and the file system raise, as one sentence."""
-    try:
-        yield
-    except Exception as error:
-        cause = error.__cause__ or error
-        why = "it is not in UTF-8: convert it, as with iconv" if isinstance(cause, UnicodeError) else first_line(cause)
-        raise ValueError(f"{source} {failed}: {why}") from error

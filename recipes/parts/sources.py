@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from drift_peft.choices import PICTURES
-from drift_peft.warn import warn_of_hub
+from drift_peft.warn import blamed_on, warn_of_hub
 
 from .images import Root
 from .layouts import TURNS
@@ -48,7 +48,7 @@ def find_files(source: str, split: str, images: str | Path | None, streaming: bo
         folder, name, commit = re.match(r"(hf://datasets/([^/]+/[^/]+)@([^/]+))/", files[0]).groups()
         if images is None and not streaming:
             patterns = [f"*{suffix}" for suffix in (*PICTURES, *map(str.upper, PICTURES))]
-            with explained(source, "cannot be read"):
+            with blamed_on(source):
                 folder = snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=patterns)
         root = Root(folder, name.partition("/")[2])
     if images is None:
@@ -62,7 +62,7 @@ def read_file(file: str, streaming: bool) -> datasets.Dataset | datasets.Iterabl
     """A file's rows in arrow format; of JSON, its text: the reader of datasets makes 1.5 of an answer "1.50" where a
     column mixes types, and loses the whole file to one torn line."""
     suffix = Path(file).suffix.lower()
-    with explained(file, "cannot be read"):
+    with blamed_on(file):
         if suffix in (".json", ".jsonl"):
             with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as content:
                 start = content.read(START).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -93,18 +93,6 @@ def scratch(cache: Path) -> str:
         lock.acquire()
     atexit.register(_remove, Path(lock.lock_file), lock)
     return str(Path(lock.lock_file).with_suffix(""))
-
-
-@contextlib.contextmanager
-def explained(source: str, failed: str) -> Iterator[None]:
-    """As keeping has it, which takes ten times as long to import as the rest here."""
-    try:
-        yield
-    except Exception:
-        from drift_peft.keeping import explained
-
-        with explained(source, failed):
-            raise
 
 
 def _remove(lock_file: Path, lock: FileLock | None = None) -> None:
@@ -172,7 +160,7 @@ def _is_data(file: str | Path) -> bool:
 
 def _saved_files(folder: Path, split: str) -> list[str]:
     """The files of what a data set's save_to_disk has written; none if it is another folder."""
-    with explained(str(folder), "cannot be read"):
+    with blamed_on(str(folder)):
         if (several := folder / "dataset_dict.json").exists():
             splits = json.loads(several.read_text(encoding="utf-8"))["splits"]
             if split not in splits:
@@ -191,7 +179,7 @@ def _split_files(source: str, split: str) -> list[str]:
     is_here = Path(source).is_dir()
     name, _, revision = (source, "", "") if is_here else source.partition("@")
     existing = sorted(str(path) for path in Path(source).rglob("*") if _is_data(path)) if is_here else []
-    with explained(source, "cannot be read"):
+    with blamed_on(source):
         splits = datasets.load_dataset_builder(name, revision=revision or None).config.data_files or {}
     if split not in splits:
         raise ValueError(f"{source} has no split {split}: it has {', '.join(map(str, splits)) or 'none'}")

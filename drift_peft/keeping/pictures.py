@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
-FEWEST_REFUSED = 16  # before a processor is taken to refuse all
+FEWEST_REFUSED = 16  # before a processor is taken to refuse all, or a data set to hold none that can be had
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 NO_DATA_SET = "cannot be read as a data set"
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
@@ -33,7 +33,7 @@ MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipe
 
 def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], Any] = lambda image: None) -> list[bytes]:
     """Files of at most `count` different images, drawn from the source; each can be decoded, and shown to the VLM. Of a
-    folder or a data set, those that are missing, broken or refused are left out, and a warning says how many.
+    folder or a data set, those that are missing, broken, refused or no files are left out, and a warning says how many.
 
     Args:
         source: a folder of pictures, a .json, .jsonl or .parquet file or a folder of such, a hub data set (`id` or
@@ -42,13 +42,14 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
 
     Raises:
         FileNotFoundError: there is no such source; an image of a list is missing, or all of a data set are.
-        ValueError: there are no images in it; one of a list is broken or refused, or all of a folder or a data set are.
+        ValueError: there are no images in it; one of a list is broken, refused or no file, or all of a folder or a data
+            set are.
         ImportError: the source needs the package datasets, or the processor another one, which is missing.
     """
     pictures: dict[bytes, None] = {}
     # Of all errors no more than the first one is held: with each goes the image that was decoded.
     first: OSError | ValueError | None = None
-    left_out = refused = 0
+    left_out = refused = no_file = 0
     shown = Shown()
     for value, folder, name in _drawn(source, seed):
         try:
@@ -64,7 +65,8 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
             first = first or error
             left_out += 1
             refused += isinstance(error, Refused)
-            if not pictures and refused == max(count, FEWEST_REFUSED):  # the source may have many more
+            no_file += isinstance(error, NoFile)
+            if not pictures and refused + no_file == max(count, FEWEST_REFUSED):  # the source may have many more
                 break
             continue
         pictures[content] = None
@@ -103,6 +105,10 @@ class Shown:
 
 class Broken(ValueError):
     """An image that cannot be decoded."""
+
+
+class NoFile(Broken):
+    """What is given is no file that can be had, such as a web address."""
 
 
 class Refused(Broken):
@@ -262,19 +268,29 @@ def _content(image: Any, folder: Path | None, name: str) -> bytes:
         upright(image).save(file, "PNG")
         return file.getvalue()
     if not isinstance(image, (str, Path)):
-        raise ValueError(f"{name} is {str(image)[:40]!r}: give a path, the bytes of a file, or a picture of PIL")
+        raise NoFile(f"{name} is {str(image)[:40]!r}: give a path, the bytes of a file, or a picture of PIL")
     if str(image).startswith("data:"):
         with contextlib.suppress(ValueError):
             return base64.b64decode(str(image).partition(";base64,")[2], validate=True)
-        raise ValueError(f"{name} is a data: address that is not base64")
+        raise NoFile(f"{name} is a data: address that is not base64")
     if str(image).startswith(("http://", "https://")):
-        raise ValueError(f"{name} is the web address {image}: download it, and name the file")
+        raise NoFile(f"{name} is the web address {image}: download it, and name the file")
     if "://" in str(image):  # in a repository of the hub, or in an archive there
         import fsspec
 
-        with blamed_on(str(image)), fsspec.open(str(image), "rb") as file:
-            return file.read()
+        try:
+            with blamed_on(str(image)), fsspec.open(str(image), "rb") as file:
+                return file.read()
+        except ValueError as error:
+            raise NoFile(str(error)) from error
     path = Path(folder or ".", image)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no image {path}, which is {name}")
-    return path.read_bytes()
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no image {path}, which is {name}")
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        # Base64 without its data: is too long for a path.
+        message = f"{name}, {str(image)[:200]!r}, cannot be read as a file: {error.strerror}"
+        raise NoFile(message) from error

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import warnings
 
 import pytest
@@ -98,6 +99,35 @@ def test_a_picture_that_the_processor_refuses_is_left_out_and_named(tmp_path):
 
     with pytest.raises(ImportError, match="needs num2words"):
         read_pictures(tmp_path, 5, 0, lacks)
+
+
+NO_FILES = {
+    "https://x.org/a.png": "is the web address https://x.org/a.png: download it, and name the file",
+    "data:image/png;base64,###": "is a data: address that is not base64",
+    "memory://gone.png": "memory://gone.png cannot be read: /gone.png",
+    "x" * 5000: "cannot be read as a file: File name too long",  # base64, of which nothing says so
+    5: "is '5': give a path, the bytes of a file, or a picture of PIL",
+}
+
+
+@pytest.mark.parametrize("image", NO_FILES)
+def test_what_is_no_file_is_left_out_too(image, tmp_path, monkeypatch):
+    """Whatever the seed. A data set of nothing else is not read to its end."""
+    (tmp_path / "a.png").write_bytes(encoded(0))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"images": [name]}) for name in ("a.png", image)))
+    told = rf"^1 of the 2 images that were drawn are left out: .*{re.escape(NO_FILES[image])}"
+    with pytest.warns(UserWarning, match=told) as warned:
+        assert read_pictures(data, 5, 0) == [encoded(0)]
+    assert len(str(warned[0].message)) < 1000
+    with pytest.raises(ValueError, match=re.escape(NO_FILES[image])):
+        read_pictures([str(tmp_path / "a.png"), image], 5, 0)
+    read, content = [], pictures._content
+    monkeypatch.setattr(pictures, "_content", lambda *given: read.append(given) or content(*given))
+    data.write_text("\n".join([json.dumps({"image": image})] * 50))
+    with pytest.raises(ValueError, match=re.escape(NO_FILES[image])):
+        read_pictures(data, 5, 0)
+    assert len(read) == 16
 
 
 def test_pictures_that_are_left_out_are_not_held(tmp_path, monkeypatch):

@@ -72,12 +72,10 @@ def fingerprint_of(W: torch.Tensor, U: torch.Tensor, Vh: torch.Tensor) -> torch.
     return (U.float() * (W.float() @ Vh.float().mT)).sum(0)
 
 
-def measure_delta(
-    tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None, rounding: bool = False
-) -> tuple[torch.Tensor, dict]:
+def measure_delta(tensors: dict[str, torch.Tensor], rows: dict[str, torch.Tensor] | None) -> tuple[torch.Tensor, dict]:
     """Δ [n, in] of one weight in fp32, and `delta_norm`, `base_norm` and `cosine` as `take_delta` measures them;
-    arguments as there. With `rounding`, what may be rounding alone is not taken for zero."""
-    return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"), rounding)
+    arguments as there."""
+    return _subtract(dict(tensors), rows, dict.fromkeys(tensors, "a weight"))
 
 
 def refuse_unrelated(name: str, cosine: float, expert: str, other: str) -> None:
@@ -93,7 +91,6 @@ def _subtract(
     tensors: dict[str, torch.Tensor],
     rows: dict[str, torch.Tensor] | None,
     labels: dict[str, str],
-    rounding: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """Δ [n, in] in fp32, and its norm, the base's and the cosines with the expert.
 
@@ -109,7 +106,7 @@ def _subtract(
     inner = {role: torch.empty(n, device=base.device, dtype=torch.float32) for role in tensors if role != "expert"}
     origin = "reference" if "reference" in tensors else "base"
     dtypes = tensors["expert"].dtype, tensors[origin].dtype
-    near, exact, cast = not rounding and dtypes[0] != dtypes[1], True, True
+    near, exact, cast = dtypes[0] != dtypes[1], True, True
     for block, parts in _blocks(tensors, rows):
         torch.sub(parts["expert"], parts[origin], out=delta[block])
         near = near and _rounded_alike(delta[block], parts["expert"], parts[origin], dtypes)

@@ -45,17 +45,14 @@ def difference(
         for name, tensors in weights:
             rows = match.rows_of(name, tensors)
             delta, found = measure_delta(tensors, rows)
-            if _holds(prior, name, delta, found, rows):
-                continue
-            if found["delta_norm"] == 0 and _holds(prior, name, *measure_delta(tensors, rows, rounding=True), rows):
-                return f"was built before Δ of rounding counted as zero, as it does in {name}"
-            models = " and ".join(source.source for source in sources.values())
-            return f"was built of other models than {models}"
+            if not _holds(prior, name, delta, found, rows):
+                models = " and ".join(source.source for source in sources.values())
+                return f"was built of other models than {models}"
     return None
 
 
 def _holds(prior: PriorFile, name: str, delta: torch.Tensor, found: dict, rows: dict[str, torch.Tensor] | None) -> bool:
-    """Whether the prior was built of this Δ [n, in] of a weight, of which that was measured."""
+    """Whether the prior was built of this Δ [n, in]; `found` holds its measured norms."""
     if name not in prior:
         return found["delta_norm"] == 0
     weight, norms = prior[name], ("delta_norm", "base_norm")

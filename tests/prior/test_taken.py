@@ -8,7 +8,7 @@ from known_delta import Q, build
 from tiny import edit_tensors, save_layout, tiny_expert, tiny_vlm
 
 from drift_peft.checkpoints import checkpoint
-from drift_peft.prior import delta, same
+from drift_peft.prior import same
 
 REFUSED = "p.safetensors exists and was built of other models than .*expert and .*vlm"
 EVERY = ("attn", "mlp", "norm")
@@ -70,8 +70,8 @@ def test_of_an_expert_that_differs_in_one_weight(pair, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("alone", ["layers.1.mlp.up_proj.weight", "norm.weight"])
-def test_of_before_rounding_counted_as_zero(tmp_path, dtype, alone, monkeypatch):
-    """Its Δ is that of these models, and it would be built otherwise today."""
+def test_a_weight_that_rounding_alone_tells_apart(tmp_path, dtype, alone):
+    """It is not in the prior, which is told from one where it was trained."""
     vlm = tiny_vlm("llava")
     text = dict(vlm.get_decoder().named_parameters())
     if alone == "norm.weight":
@@ -80,15 +80,7 @@ def test_of_before_rounding_counted_as_zero(tmp_path, dtype, alone, monkeypatch)
     dict(expert.get_decoder().named_parameters())[alone].data.copy_(text[alone].data)
     save_layout(vlm, tmp_path / "vlm")
     save_layout(expert.to(dtype), tmp_path / "expert")
-    with monkeypatch.context() as patch:
-        patch.setattr(delta, "_rounded_alike", lambda *_: False)
-        assert alone in build(tmp_path, modules=EVERY)
-    message = (
-        f"p.safetensors exists and was built before Δ of rounding counted as zero, as it does in {alone}: .*--over"
-    )
-    with pytest.raises(FileExistsError, match=message):
-        build(tmp_path, modules=EVERY, exist_ok=True)
-    assert alone not in build(tmp_path, modules=EVERY, overwrite=True)
+    assert alone not in build(tmp_path, modules=EVERY)
     assert build(tmp_path, modules=EVERY, exist_ok=True)
     edit_tensors(tmp_path / "expert", lambda held: held[f"model.{alone}"].mul_(1.05))
     build(tmp_path, modules=EVERY, overwrite=True)

@@ -64,8 +64,6 @@ class Keeping:
         told: that most of them are lost.
     """
 
-    passes, told = torch.zeros(2, dtype=torch.int32, device="cpu"), False  # of what an earlier version pickled, too
-
     def __init__(
         self,
         model: nn.Module,
@@ -87,6 +85,7 @@ class Keeping:
         self.scale: Tensor | None = None
         self.kl: Tensor | None = None
         self.ratio: Tensor | None = None
+        self.passes, self.told = torch.zeros(2, dtype=torch.int32, device="cpu"), False
         self._left: dict[int, LeftGradient] = {}  # by the first parameter of an optimizer
         self._handle = model.get_input_embeddings().register_forward_pre_hook(self._see_training, with_kwargs=True)
         vars(base)["drift_keep"] = self
@@ -123,11 +122,11 @@ class Keeping:
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
-    def _see_training(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    def _see_training(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The size of its batches, and what it computes in: a plain loop leaves autocast before its optimizer steps."""
         if torch.is_grad_enabled():
             # Written and not read: a compiled model would be compiled anew for each new size.
-            for ids in (*args, *(kwargs or {}).values())[:1]:
+            for ids in (*args, *kwargs.values())[:1]:
                 self.seen, kind = ids.numel(), ids.device.type  # the module of a DataParallel replica has no parameters
                 self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

@@ -269,17 +269,6 @@ def test_an_embedding_called_by_keyword_is_seen(folder, processor):
     assert kept.seen == BATCH.numel() and kept.autocast == torch.bfloat16
 
 
-def test_a_model_that_an_earlier_version_pickled(model, folder, processor):
-    """It counted no passes, and its embedding's hook heard of positional arguments alone."""
-    kept = keep(copy.deepcopy(model), folder / "keep.safetensors", processor, batch_size=2)
-    for name in ("passes", "told"):
-        vars(keepings_of(kept)[0]).pop(name, None)
-    kept.get_input_embeddings()._forward_pre_hooks_with_kwargs.clear()
-    kept = pickled(kept)
-    train(kept, sgd(kept), 1)
-    assert keepings_of(kept)[0].counts() == (1, 0) and telemetry(kept)["keep_kl"] > 0
-
-
 @pytest.mark.parametrize("how", [copy.deepcopy, pickled])
 def test_copies_are_kept_too(model, folder, processor, how):
     kept = keep(copy.deepcopy(model), folder / "keep.safetensors", processor, batch_size=2)

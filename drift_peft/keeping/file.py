@@ -12,8 +12,8 @@ and of the answers what `sample_file` describes. The header also holds:
     vocabulary     rows of its logits
     processor      its class
     image_mode     what the processor takes, such as RGB
-    prompt_tokens  of the first sample's question and image; older files lack it
-    ends           tokens that end an answer; older files lack it
+    prompt_tokens  of the first sample's question and image
+    ends           tokens that end an answer
     seed           of the choice of images
     generation     settings of the answers
     questions      as [kind, text]
@@ -94,8 +94,8 @@ class KeepSet(SharedFile, SampleFile):
             )
         if not self.has_tokens_of(processor):
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
-        asked = self.metadata.get("prompt_tokens")
-        if asked is not None and (asks := prompt_tokens(processor, self[0].image, self[0].question)) != asked:
+        asked = self.metadata["prompt_tokens"]
+        if (asks := prompt_tokens(processor, self[0].image, self[0].question)) != asked:
             warn(
                 f"{self.source} was made with another resolution of images or another chat template: its first "
                 f"question had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
@@ -145,7 +145,7 @@ class KeepSet(SharedFile, SampleFile):
             >>> keep_set.was_cut(keep_set[0])
             False
         """
-        ended = int(sample.tokens[-1]) in self.metadata.get("ends", ())
+        ended = int(sample.tokens[-1]) in self.metadata["ends"]
         return len(sample.tokens) == self.metadata["generation"]["max_new_tokens"] and not ended
 
     def image_file(self, i: int) -> bytes:

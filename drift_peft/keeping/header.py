@@ -27,8 +27,8 @@ class Header(Schema):
     tokenizer: Tokenizer
     processor: str
     image_mode: str
-    prompt_tokens: PositiveInt | None = None
-    ends: list[int] = None
+    prompt_tokens: PositiveInt
+    ends: list[int]
     k: PositiveInt
     seed: int
     generation: Generation

@@ -127,6 +127,7 @@ def test_wrong_types_in_the_header_of_a_keep_set(tmp_path, ledger):
     }
     header = {"format": 1, "vlm": {"id": "org/vlm", "revision": None}, "model_type": "llava", "vocabulary": 9, "k": 3}
     header |= {"tokenizer": {"size": 9, "sha256": "0"}, "processor": "P", "image_mode": "RGB", "seed": 0}
+    header |= {"prompt_tokens": 5, "ends": [2]}
     header |= {"generation": {"max_new_tokens": 2}, "questions": [["kind", "what?"]], "answers": ["this"]}
 
     def write(document):

@@ -11,11 +11,8 @@ from keep_sets import ENDS, make
 from parts.loading import load_messages
 from parts.replay import with_replay
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from drift_peft import KeepSet
 from drift_peft.keeping import keep_summary, training_samples, write_samples
 from drift_peft.keeping.file import upright
 
@@ -96,16 +93,6 @@ def test_outputs_that_are_there_are_left(keep_set, capsys, tmp_path):
     (tmp_path / "keep_images" / ".DS_Store").touch()  # of a file manager
     status, *_ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "keep.jsonl", "--overwrite")
     assert status == 0 and (tmp_path / "keep.jsonl").read_bytes() == before
-
-
-def test_without_the_tokens_that_end_an_answer_each_of_the_longest_was_cut(keep_set, tmp_path):
-    """As in files that do not name them."""
-    with safe_open(keep_set.path, framework="pt") as file:
-        header = json.loads(file.metadata()[KeepSet.HEADER_KEY])
-    assert sorted(header.pop("ends")) == sorted(ENDS)
-    save_file(load_file(keep_set.path), tmp_path / "k.safetensors", {KeepSet.HEADER_KEY: json.dumps(header)})
-    old = KeepSet.load(tmp_path / "k.safetensors")
-    assert sum(map(old.was_cut, old)) == sum(len(sample.tokens) == 3 for sample in old)
 
 
 class Edited:

@@ -47,7 +47,7 @@ from parts.journal import Journal
 from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.stamp import hold
-from parts.teachers import GREEDY, PROMPT
+from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
 
@@ -277,14 +277,10 @@ def compare(args: Namespace) -> dict:
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
     processor = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
-    asked |= {"examined with processor_kwargs": processor or None, "decoding": GREEDY}  # earlier versions did neither
+    asked["examined with processor_kwargs"] = processor or None
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     marks, asked["images' SHA-256"] = mark_all(dataset, tested, args.test)
     groups = groups_of(marks)
-    if args.search or not args.test:  # which earlier versions held out one by one
-        images = [*map(len, dataset.with_format("arrow")["images"])]
-        shared = {"an image in common" if images[group[0]] else "the same question" for group in groups if group[1:]}
-        asked |= {f"samples with {what}": "held out together" for what in sorted(shared)}
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps

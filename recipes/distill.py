@@ -45,7 +45,7 @@ from parts.loading import FEATURES, load_messages
 from parts.parquet import refuse_output, write_parquet
 from parts.reading import known_answer
 from parts.stamp import stamp
-from parts.teachers import GREEDY, PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
+from parts.teachers import PROMPT, Local, Server, TeacherError, Unanswered, with_prompt
 from parts.unseen import unseen
 from rich.console import Console
 from rich.table import Table
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
             teacher = partial(Local, args.model, **how, **answering)
-            settings |= {"model_files": stamp(args.model), "decoding": None if args.temperature else GREEDY}
+            settings["model_files"] = stamp(args.model)
         loading = {"split": args.split, "images": args.images}
         try:
             funnel = distill(args.source, args.output, settings, teacher, args.limit, **loading)

@@ -39,7 +39,7 @@ from parts.reading import OUTCOMES, UNFINISHED, known_answer
 from parts.scoring import mark, scorer
 from parts.sources import CATEGORY, read_categories
 from parts.stamp import stamp
-from parts.teachers import GREEDY, PROMPT, Local, TeacherError, room_for, with_prompt
+from parts.teachers import PROMPT, Local, TeacherError, room_for, with_prompt
 from parts.unseen import unseen
 from rich.console import Console
 from rich.table import Table
@@ -276,8 +276,7 @@ def evaluate(args: Namespace) -> dict:
     asking = {"model": args.model, "model_files": stamp(args.model)}
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    # Earlier versions decoded otherwise.
-    asking |= {"processor_kwargs": args.processor_kwargs or None, "decoding": GREEDY}
+    asking["processor_kwargs"] = args.processor_kwargs or None
     told = {"data_sha256": f"{args.data} has other samples"}
     told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
     with Journal(journal_path(args.output), asking, told=told) as journal:

@@ -3,10 +3,10 @@
     python recipes/score.py --base outputs/base --sft outputs/sft --drift outputs/drift -o scores.json
 
 Each is a folder that VLMEvalKit or lmms-eval wrote, or a result of evaluate.py; how to make them: EVALUATION.md. All
-have to hold the same samples. Results of evaluate.py have to be asked alike, too: with the same prompt, token limit,
-settings of the processor and decoding. --force compares others nevertheless, and says what differs. The intervals are
-of the differences, by a bootstrap over samples that are drawn for all models together (over problems in WeMath, whose
-score is of whole problems).
+have to hold the same samples. Results of evaluate.py have to be asked alike, too: with the same prompt, token limit and
+settings of the processor. --force compares others nevertheless, and says what differs. The intervals are of the
+differences, by a bootstrap over samples that are drawn for all models together (over problems in WeMath, whose score is
+of whole problems).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ BENCHMARKS = {
 }
 FAILED = "Failed to obtain answer"  # what VLMEvalKit writes for an answer that it did not get
 NO_ANSWERS = "it holds no answers: name a result of evaluate.py, or the folder that VLMEvalKit or lmms-eval wrote"
-ASKED = ("data_sha256", "prompt", "max_new_tokens", "processor_kwargs", "decoding")  # of evaluate.py
+ASKED = ("data_sha256", "prompt", "max_new_tokens", "processor_kwargs")  # of evaluate.py
 EXCEL = 32767  # characters of a cell: what is longer is cut when it is written
 
 

@@ -45,7 +45,7 @@ class Held:
 
     Attributes:
         content: what every checkpoint of the run has in FILE.
-        before: what the checkpoint has there; None of a run that starts, and of checkpoints of earlier versions.
+        before: what the checkpoint has there; None of a run that starts, and of a checkpoint that does not say.
 
     Raises:
         ValueError: the checkpoint was trained with other settings; it names the first.
@@ -116,7 +116,7 @@ def files_of(run: RunArguments) -> dict[str, str | None]:
 def refuse_other_files(record: dict, run: RunArguments, output: Path) -> None:
     """ValueError if a run was finished with another content of a file than what is there now."""
     now = files_of(run)
-    for key, before in record.get("files", {}).items():
+    for key, before in record["files"].items():
         if None not in (before, now.get(key)) and before != now[key]:
             message = f"the run in {output} was finished with another content of {key}, which is {getattr(run, key)}"
             raise ValueError(f"{message}: put back what was there, or change output_dir")

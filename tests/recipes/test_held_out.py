@@ -96,41 +96,6 @@ def test_samples_to_test_with_whose_images_are_trained_on_are_counted(tmp_path, 
         assert [line.partition(",")[0] for line in notes] == told
 
 
-def test_a_comparison_whose_samples_were_held_out_one_by_one_is_not_gone_on_with(tmp_path, monkeypatch):
-    """A comparison of an earlier version, where this would be another one."""
-    shared, asked_twice = "samples with an image in common", "samples with the same question"
-    for name, samples, keys in (
-        ("shared", [[1], [1], [2], [3], [4], [5]], [shared]),
-        ("text", [[1], [2], [], [], [], []], [asked_twice]),
-        ("both", [[1], [1], [2], [], [], []], [shared, asked_twice]),
-        ("alone", [[1], [2], [3], [4], [], []], []),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        data = save(folder, samples)
-        if asked_twice in keys:
-            data.write_text(data.read_text().replace('"4?"', '"5?"'))
-        settings = {"base": "b", "data": str(data), "method": "sft", "use_cpu": True}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o"}))
-
-        def launch(*command):
-            raise compare.Failed("stopped")
-
-        monkeypatch.setattr(compare, "launch", launch)
-        flags = [str(folder / "recipe.yaml"), "-o", str(folder / "out"), "--held-out", "2", "--ways", "base"]
-        with pytest.raises(SystemExit, match="stopped"):
-            compare.main(flags)
-        ledger = folder / "out" / "ledger.jsonl"
-        before = json.loads(ledger.read_text())
-        earlier = {key: value for key, value in before.items() if key not in (shared, asked_twice)}
-        ledger.write_text(json.dumps(earlier) + "\n")
-        with pytest.raises(SystemExit) as refused:
-            compare.main(flags)
-        told = str(refused.value)
-        assert {key for key in (shared, asked_twice) if f"{key} (None, now held out together)" in told} == {*keys}
-        assert keys or told.endswith("stopped")
-
-
 def test_a_search_is_judged_by_images_that_nothing_is_kept_on(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     data = save(tmp_path, [[n] for n in range(40)])
@@ -162,20 +127,3 @@ def test_images_that_are_measured_on_and_kept_on_are_told(tmp_path, capsys):
     assert re.search(r"note: (\d+) of the \1 images that the distance from the VLM is measured on are also in", said)
     dataclasses.replace(comparison, keep="someone/not-made.safetensors").note_kept()
     assert not capsys.readouterr().err
-
-
-def test_a_comparison_by_ones_own_samples_goes_on_as_before(tmp_path, monkeypatch):
-    """With --test nothing is held out of the data, so earlier versions compared the same."""
-    trained, tested = save(tmp_path, [[1], [1], [2]]), save(tmp_path, [[3]], "test.jsonl")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"base": "b", "data": str(trained), "method": "sft", "use_cpu": True}))
-    seen = []
-
-    def journal(path, asked, **settings):
-        seen.append(asked)
-        raise compare.Failed("stopped")
-
-    monkeypatch.setattr(compare, "Journal", journal)
-    with pytest.raises(SystemExit, match="stopped"):
-        compare.main([str(recipe), "-o", str(tmp_path / "out"), "--test", str(tested), "--ways", "base"])
-    assert seen and not any("in common" in key or "same question" in key for key in seen[0])

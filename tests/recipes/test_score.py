@@ -209,10 +209,10 @@ def test_results_about_two_data_sets_are_named_with_these(tmp_path, capsys):
 
 @pytest.mark.parametrize("key, one, two", [
     ("data_sha256", "12", "ab"), ("prompt", "", "In one word."), ("max_new_tokens", 24, 6),
-    ("processor_kwargs", None, {"max_pixels": 9}), ("decoding", "the likeliest token each time", None),
+    ("processor_kwargs", None, {"max_pixels": 9}),
 ])  # fmt: skip
 def test_results_that_were_asked_otherwise_are_not_compared_in_silence(key, one, two, tmp_path, capsys):
-    alike = {"data_sha256": "12", "prompt": "", "max_new_tokens": 24, "processor_kwargs": None, "decoding": "greedy"}
+    alike = {"data_sha256": "12", "prompt": "", "max_new_tokens": 24, "processor_kwargs": None}
     samples = [{"index": i, "question": f"q{i}", "gold": "4", "response": "4"} for i in range(2)]
     for name, value in (("base", one), ("sft", one), ("drift", two)):
         content = {"data": "own.jsonl", "scorer": {}, **alike, key: value, "samples": samples}

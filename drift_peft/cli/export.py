@@ -21,7 +21,7 @@ def flags(parser: Parser) -> None:
     add("-o", "--output", required=True, help="folder to write")
     add("--base", help="where the base's config is now (default: the one that the adapter names)")
     add("--overwrite", action="store_true", help="replace an existing adapter folder")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(adapter: str, server: str, output: str, base: str | None, overwrite: bool, as_json: bool) -> None:

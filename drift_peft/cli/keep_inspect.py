@@ -14,7 +14,7 @@ def flags(parser: Parser) -> None:
     add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
     add("--html", metavar="PAGE", help="also write a contact sheet: one page with pictures, questions and answers")
     add("--overwrite", action="store_true", help="replace an existing page")
-    add("--json", dest="as_json", action="store_true", help="print as JSON")
+    parser.add_json()
 
 
 def run(keep_set: str, html: str | None, overwrite: bool, as_json: bool) -> None:

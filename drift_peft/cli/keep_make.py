@@ -31,7 +31,7 @@ def flags(parser: Parser) -> None:
     add("--server", metavar="URL", help="ask there, such as http://localhost:8000/v1 of vLLM; it must know --base")
     add("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
     add("--overwrite", action="store_true", help="replace an existing output, or an interrupted run of other settings")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(base: str, api_key_env: str | None, as_json: bool, **settings) -> None:

@@ -15,7 +15,7 @@ def flags(parser: Parser) -> None:
     add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
     add("-o", "--output", required=True, help="folder to write samples.jsonl into, or a file that ends in .jsonl")
     add("--overwrite", action="store_true", help="replace existing samples and their pictures")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(keep_set: str, output: str, overwrite: bool, as_json: bool) -> None:

@@ -27,7 +27,7 @@ def flags(parser: Parser) -> None:
     add("--verify", action="store_true", help="also load both models, in turn, and compare the ways to serve")
     add("--force", action="store_true", help="merge even into another model than the adapter was trained on")
     add("--overwrite", action="store_true", help="replace an existing model folder")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(as_json: bool, **settings) -> None:

@@ -56,7 +56,7 @@ def flags(parser: Parser) -> None:
     add("--force", action="store_true", help="merge even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing model folder")
     add("--exist-ok", action="store_true", help="take an existing folder of the same models and settings")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(only_layers: list[str] | None, as_json: bool, **settings) -> None:

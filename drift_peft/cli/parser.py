@@ -65,6 +65,9 @@ class Parser(ArgumentParser):
             help="settings of the VLM's processor that you train with, such as '{\"max_pixels\": 262144}'",
         )
 
+    def add_json(self, help: str = "print the result as JSON") -> None:
+        self.add_argument("--json", dest="as_json", action="store_true", help=help)
+
     def add_verbs(self, verbs: dict[str, ModuleType]) -> None:
         """Verbs by their modules, each of which has HELP, DESCRIPTION, EXAMPLE, a function that adds its flags, and one
         that runs it or further verbs."""

@@ -23,7 +23,7 @@ def flags(parser: Parser) -> None:
         help="settings that win over it, such as max_tokens=2048",
     )
     add("--gates", action="store_true", help="what gating its prior takes (drift-peft prior gate), instead of training")
-    add("--json", dest="as_json", action="store_true", help="print as JSON")
+    parser.add_json()
 
 
 def run(recipe: str, set: list[str], gates: bool, as_json: bool) -> None:

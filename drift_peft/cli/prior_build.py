@@ -40,7 +40,7 @@ def flags(parser: Parser) -> None:
         "--overwrite", action="store_true", help="replace an existing output, or an interrupted build of other settings"
     )
     add("--exist-ok", action="store_true", help="take an existing output of the same models and settings")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(only_layers: list[str] | None, energy: float | None, as_json: bool, **settings) -> None:

@@ -20,7 +20,7 @@ def flags(parser: Parser) -> None:
     add("-o", "--output", required=True, help="file to write")
     add("--rank", type=int, help="largest rank per weight (default: the largest in these priors)")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(parts: list[str], output: str, rank: int | None, overwrite: bool, as_json: bool) -> None:

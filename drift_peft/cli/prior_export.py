@@ -16,7 +16,7 @@ def flags(parser: Parser) -> None:
     add("-o", "--output", required=True, help="folder to write")
     add("--base", help="where the base is now (default: where it was when the prior was built)")
     add("--overwrite", action="store_true", help="replace an existing adapter folder")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(prior: str, scale: float, output: str, base: str | None, overwrite: bool, as_json: bool) -> None:

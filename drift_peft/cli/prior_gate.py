@@ -51,7 +51,7 @@ def flags(parser: Parser) -> None:
     parser.add_processor_kwargs()
     add("--seed", type=int, default=0, help="seed of the order of the answers")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(prior: str, keep: str, as_json: bool, **settings) -> None:

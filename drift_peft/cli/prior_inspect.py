@@ -16,7 +16,7 @@ def flags(parser: Parser) -> None:
     add("--plot", metavar="FILE", help="also draw it into this file, such as prior.png; needs the extra report")
     add("--html", metavar="FILE", help="also write it as one self-contained page, such as prior.html")
     add("--overwrite", action="store_true", help="replace existing files of --plot and --html")
-    add("--json", dest="as_json", action="store_true", help="print as JSON, with the numbers of every weight")
+    parser.add_json("print as JSON, with the numbers of every weight")
 
 
 def run(prior: str, rank: int | None, plot: str | None, html: str | None, overwrite: bool, as_json: bool) -> None:

@@ -13,7 +13,7 @@ def flags(parser: Parser) -> None:
     add("--rank", type=int, required=True, help="largest rank per weight")
     add("-o", "--output", required=True, help="file to write")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(prior: str, rank: int, output: str, overwrite: bool, as_json: bool) -> None:

@@ -13,7 +13,7 @@ def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id or id@revision")
     add("--prior", help="adapt and steer what has a Δ in this prior")
-    add("--json", dest="as_json", action="store_true", help="print as JSON")
+    parser.add_json()
 
 
 def run(model: str, prior: str | None, as_json: bool) -> None:

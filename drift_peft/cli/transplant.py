@@ -40,7 +40,7 @@ def flags(parser: Parser) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="answers at a time")
     add("--force", action="store_true", help="go on even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing folder")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def run(as_json: bool, **settings) -> None:

@@ -13,7 +13,7 @@ def upload_flags(parser: Parser) -> None:
     add("--private", action="store_true", help="make the repository a private one")
     add("--revision", help="branch to upload to (default: the repository's main one)")
     add("--message", help="of the commit")
-    add("--json", dest="as_json", action="store_true", help="print the result as JSON")
+    parser.add_json()
 
 
 def upload(file: Any, repository: str, private: bool, revision: str | None, message: str | None, as_json: bool) -> None:

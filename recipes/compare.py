@@ -24,7 +24,6 @@ from drift_peft.cli.interrupt import begin
 if __name__ == "__main__":  # before what takes its time to import
     begin("compare.py")
 
-import hashlib
 import json
 import math
 import shlex
@@ -46,7 +45,7 @@ from parts.held_out import groups_of, has_images, mark_all, note_of_kept, read_d
 from parts.journal import Journal
 from parts.pace import Pace
 from parts.processing import processor_settings
-from parts.stamp import hold
+from parts.stamp import hold, is_missing, sha256_of_file
 from parts.teachers import PROMPT
 from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
@@ -160,8 +159,6 @@ class Comparison:
 
     def gate(self, folder: Path) -> None:
         """The recipe's prior, gated on its keep set and the expert's answers, as adapter. What is not there is made."""
-        from parts.arguments import is_missing
-
         names = {key: self.settings[key] for key in ("expert", "base", "prior")}
         pair = ["--expert", names["expert"], "--base", names["base"]]
         gated = folder / "gated.safetensors"
@@ -177,8 +174,6 @@ class Comparison:
 
     def make_keep(self) -> None:
         """The keep set of the ways that keep, if it is not there; of no images that a search judges by."""
-        from parts.arguments import is_missing
-
         if is_missing(self.keep):
             in_4bit = [] if self.settings.get("use_cpu") else ["--load-in-4bit"]
             images = self.settings.get("keep_images") or self.data.get("fitting", self.data["train"])
@@ -187,8 +182,6 @@ class Comparison:
 
     def note_kept(self) -> None:
         """Say where the keep set of the ways that keep has images of those that are measured on."""
-        from parts.arguments import is_missing
-
         if self.keep is not None and self.keep_sets and not is_missing(self.keep):
             if note := note_of_kept(self.keep, self.keep_sets["test"]):
                 print(note, file=sys.stderr)
@@ -255,11 +248,10 @@ def read_recipe(file: Path) -> dict:
 
     content = recipe.read_recipe(file)  # a file that is not there is told before the seconds that torch takes to import
 
-    from parts.arguments import RecipeParser, parse
+    from parts.arguments import HINTS, parse
 
     parse(["--config", str(file)], __doc__)
-    hints = RecipeParser(__doc__).hints
-    meant = {key: recipe.as_meant(key, value, hints.get(key)) for key, value in content.items()}
+    meant = {key: recipe.as_meant(key, value, HINTS.get(key)) for key, value in content.items()}
     return {key: value for key, value in meant.items() if value is not None}
 
 
@@ -284,7 +276,7 @@ def compare(args: Namespace) -> dict:
     keep = settings.get("keep")
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
-    texts = None if args.texts is None else hashlib.sha256(args.texts.read_bytes()).hexdigest()
+    texts = None if args.texts is None else sha256_of_file(args.texts)
     ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
     told = {f"{what}' SHA-256": "they are others now" for what in ("samples", "images")}
     with Journal(args.output / "ledger.jsonl", asked, text=None, told=told) as ledger:

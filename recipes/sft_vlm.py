@@ -33,13 +33,14 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from parts.arguments import RunArguments, TrainArguments, is_missing, parse
+from parts.arguments import RunArguments, TrainArguments, parse
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.processing import load_processor, processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
+from parts.stamp import is_missing
 from parts.trained_with import Held, files_of, is_finished, mark_of, refuse_other_files, settings_of, settings_to_hold
 from parts.training_data import load_data, prompts_and_completions
 

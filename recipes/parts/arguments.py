@@ -85,9 +85,8 @@ IN_4BIT = dict.fromkeys(
 )
 
 
-def is_missing(made: str) -> bool:
-    """Whether a prior or a keep set is yet to be made. Without the ending, it is a hub id."""
-    return made.endswith(".safetensors") and not Path(made).exists()
+TYPES = RunArguments, DriftArguments, TrainArguments
+HINTS = {name: hint for kind in TYPES for name, hint in get_type_hints(kind).items()}
 
 
 class RecipeParser(Parser, TrlParser):
@@ -98,12 +97,10 @@ class RecipeParser(Parser, TrlParser):
         self.first.error = self.error
         help = "YAML of the settings below, with underscores in their names; flags win over it"
         self.first.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
-        types = RunArguments, DriftArguments, TrainArguments
-        self.hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
         usage = "%(prog)s --config FILE [--flag value ...]"
-        super().__init__("sft_vlm.py", doc, types, usage=usage, parents=[self.first])
+        super().__init__("sft_vlm.py", doc, TYPES, usage=usage, parents=[self.first])
         for action in self._actions:
-            action.type = OR_NONE.get(self.hints.get(action.dest), action.type)
+            action.type = OR_NONE.get(HINTS.get(action.dest), action.type)
 
     def parse_args_and_config(self, args=None, **options):
         named, flags = self.first.parse_known_args(args)  # TRL takes no --config=FILE, nor a second one
@@ -121,7 +118,7 @@ class RecipeParser(Parser, TrlParser):
         for key, value in settings.items():
             if key not in known:
                 self.error(f"unknown key {key}; {IN_4BIT.get(key) or guess(key, known)}")
-            settings[key] = value = value_of(key, value, self.hints[key], known[key].choices)
+            settings[key] = value = value_of(key, value, HINTS[key], known[key].choices)
             if value is not None:  # argparse checks no defaults
                 self.check_choice(key, value, known[key].choices)
         return super().set_defaults_with_config(**settings)

@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 
 from .bad_sample import BadSample
 from .layouts import last_answer
+from .loading import load_messages, refuse_remnant, sha256_of, tell
 from .loose import note_of_loose
 from .parquet import write_parquet
 from .sources import CATEGORY, read_categories
+from .stamp import sha256_of_file
 
 ELSEWHERE = ("image missing", "image outside its folder")
 
@@ -32,8 +34,6 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
     Raises:
         ValueError: they cannot be read, or more are dropped than are left.
     """
-    from .loading import load_messages, refuse_remnant, tell
-
     how = {"images": settings.get("images"), "on_bad": settings.get("on_bad", "drop")}
     dataset, dropped = load_messages(settings["data"], split=settings.get("split", "train"), **how)
     refuse_remnant(settings["data"], dataset, dropped)
@@ -51,8 +51,6 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
 def read_tested(source: str, images: str | None) -> datasets.Dataset:
     """Samples to examine with. Where their images are not beside them but in the recipe's folder, they have a category
     as well, since they are examined in a file that has the images in it."""
-    from .loading import load_messages
-
     how = {"split": "test", "on_bad": "fail"}
     try:
         return load_messages(source, to_train=False, **how)[0]
@@ -69,11 +67,11 @@ def has_images(dataset: datasets.Dataset) -> bool:
 
 def marks_of(dataset: datasets.Dataset) -> list[set[str]]:
     """What stands for each sample: a hash of the content of each of its images, or else of all before its answer."""
-    hashed = cache(lambda path: _hash(Path(path).read_bytes()))
+    hashed = cache(sha256_of_file)
     plain = dataset.select_columns(["messages", "images"]).cast_column("images", [datasets.Image(decode=False)])
     return [
-        {hashed(image["path"]) if image["bytes"] is None else _hash(image["bytes"]) for image in row["images"]}
-        or {_hash(_asked(row["messages"]).encode())}
+        {hashed(image["path"]) if image["bytes"] is None else sha256_of(image["bytes"]) for image in row["images"]}
+        or {sha256_of(_asked(row["messages"]).encode())}
         for row in plain
     ]
 
@@ -93,7 +91,7 @@ def mark_all(
     if shared := in_common(marks, others):
         message = f"{shared} of the {len(others)} samples of {test} have an image that is trained on"
         print(f"note: {message}, or without one the same question; what is learnt of it counts too", file=sys.stderr)
-    return marks, _hash(json.dumps([[sorted(each) for each in rows] for rows in (marks, others)]).encode())
+    return marks, sha256_of(json.dumps([[sorted(each) for each in rows] for rows in (marks, others)]).encode())
 
 
 def groups_of(marks: list[set[str]]) -> list[list[int]]:
@@ -172,13 +170,10 @@ def note_of_kept(keep: str, measured: Path) -> str | None:
 
     def marks(source: str | Path) -> set[str]:
         keep_set = KeepSet.load(source)
-        return {_hash(keep_set.image_file(i)) for i in {keep_set.image_of(sample) for sample in range(len(keep_set))}}
+        shown = {keep_set.image_of(sample) for sample in range(len(keep_set))}
+        return {sha256_of(keep_set.image_file(i)) for i in shown}
 
     images = marks(measured)
     shared = len(images & marks(keep))
     note = f"note: {shared} of the {len(images)} images that the distance from the VLM is measured on are also in the"
     return f"{note} keep set {keep}, so that what is kept looks nearer than it is" if shared else None
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

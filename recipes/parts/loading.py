@@ -152,8 +152,8 @@ def load_messages(
                 columns["images"].append([image for image, _ in images])
                 if places:
                     columns[PLACE].append(place)
-                content = json.dumps([messages, [image["path"] or _hash(image["bytes"]) for image, _ in images]])
-                if seen.setdefault(_hash(content.encode()), (file, number)) != (file, number):
+                content = json.dumps([messages, [image["path"] or sha256_of(image["bytes"]) for image, _ in images]])
+                if seen.setdefault(sha256_of(content.encode()), (file, number)) != (file, number):
                     noted.append(REPEATED)
                 dropped.layouts.add(read.layout)
                 dropped.unread = read.unread | dropped.unread
@@ -178,7 +178,7 @@ def load_messages(
     return dataset, dropped
 
 
-def _hash(content: bytes) -> str:
+def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 

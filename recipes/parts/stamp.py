@@ -48,6 +48,16 @@ def sampled(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_missing(made: str) -> bool:
+    """Whether a prior or a keep set is yet to be made. Without the ending, it is a hub id."""
+    return made.endswith(".safetensors") and not Path(made).exists()
+
+
 def hold(ledger: Journal, settings: dict, made: Path | None = None) -> None:
     """Note what lies at the paths of a recipe, as soon as it is there: a prior and a keep set are made by the first
     run.
@@ -61,8 +71,7 @@ def hold(ledger: Journal, settings: dict, made: Path | None = None) -> None:
     for role in ROLES:
         path = settings.get(role)
         if path is not None and Path(path).is_file():
-            with open(path, "rb") as file:
-                now = hashlib.file_digest(file, "sha256").hexdigest()
+            now = sha256_of_file(path)
         else:
             now = stamp(path)
         before = ledger.answers.get(line := f"content of {role}")

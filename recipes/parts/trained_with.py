@@ -8,7 +8,6 @@ out where memory is short.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from drift_peft.checkpoints import Checkpoint, is_adapter
 from drift_peft.preflight import DRIFT, LORA, STEP
 
 from .arguments import RunArguments, TrainArguments
-from .stamp import sampled, stamp
+from .stamp import sampled, sha256_of_file, stamp
 
 FILE = "trained_with.json"
 PLACES = ("base", "expert", "prior", "reference", "data", "images", "keep", "chat_template_path")
@@ -108,8 +107,7 @@ def files_of(run: RunArguments) -> dict[str, str | None]:
     for key in ("data", "prior", "keep"):
         path = Path(getattr(run, key) or "")
         if path.is_file():
-            with open(path, "rb") as file:
-                marks[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            marks[key] = sha256_of_file(path)
     return marks
 
 

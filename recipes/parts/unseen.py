@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from parts.teachers import Local, with_prompt
+from .teachers import Local, with_prompt
 
 
 def unseen(dataset: Sequence[dict], indices: Sequence[int], model: Local, prompt: str) -> dict[int, tuple[str, str]]:

@@ -10,7 +10,6 @@ cards      which cards a recipe fits, and what to change where it does not
 gating     what gating a prior takes, in place of training
 """
 
-from ..recipe import as_meant, check_type, read_recipe, read_yaml
 from .cards import base_config, cards_table, keeping_sentence, preflight_summary, preflight_table
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
@@ -35,18 +34,14 @@ __all__ = [
     "RunArguments",
     "Settings",
     "adapter_of",
-    "as_meant",
     "base_config",
     "cards_table",
     "check_together",
-    "check_type",
     "gating_summary",
     "gating_table",
     "keeping_sentence",
     "preflight_summary",
     "preflight_table",
-    "read_recipe",
-    "read_yaml",
     "refuse_what_cannot_work",
     "value_of",
 ]

@@ -36,7 +36,7 @@ from .field_docs import describe, own_fields
 from .fit import check_fingerprint, fitting_modules, weight_products
 from .guide import guide
 from .model import DriftModel
-from .settings import DriftSettings, check_settings, is_guided
+from .settings import is_guided
 from .steered import BATCH_ELEMENTS
 from .targets import targets_summary
 from .telemetry import telemetry
@@ -47,9 +47,7 @@ __all__ = [
     "DriftCallback",
     "DriftConfig",
     "DriftModel",
-    "DriftSettings",
     "check_fingerprint",
-    "check_settings",
     "describe",
     "fitting_modules",
     "guide",

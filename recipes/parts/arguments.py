@@ -19,11 +19,10 @@ from drift_peft.preflight import (
     DriftArguments,
     RunArguments,
     adapter_of,
-    check_type,
-    read_recipe,
     refuse_what_cannot_work,
     value_of,
 )
+from drift_peft.recipe import check_type, read_recipe
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser

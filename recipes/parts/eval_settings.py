@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from drift_peft.preflight import base_config, read_recipe
+from drift_peft.preflight import base_config
+from drift_peft.recipe import read_recipe
 
 from .arguments import RecipeParser
 from .command_line import in_one_sentence

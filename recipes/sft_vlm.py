@@ -8,7 +8,7 @@
 The base is loaded in NF4 with double quantization, everything but its language model's projections in 16 bit, and TRL's
 SFTTrainer trains it with DriftConfig. `output_dir` then holds the adapter with its model card and processor,
 `telemetry.png` and `run.json`; with --merge, `<output_dir>-merged` is the standalone model, and with --merge-first,
-`<output_dir>-base` is what was trained on. Its keys stand in drift_peft/preflight/run.py.
+`<output_dir>-base` is what was trained on. Its keys stand in drift_peft/preflight/recipe_settings.py.
 """
 
 from drift_peft.cli.interrupt import begin

@@ -8,7 +8,7 @@ file        the file of a keep set
 share       its card on the hub
 questions   what is asked: the built-in questions.txt, or a file of the user's own
 pictures    the images that are asked about: of a folder, a data set, training data
-answering   a model that answers: loaded, and asked for what it finds likeliest
+generation  a model that answers: loaded, and asked for what it finds likeliest
 vlm         the VLM that answers in this process
 server      the VLM that answers behind a server of OpenAI's protocol
 make        a VLM and unlabelled images -> keep set, resumable
@@ -25,19 +25,19 @@ feed        batches of a keep set in their order, read while the model trains
 undisturbed  a pass of keeping that the training does not notice
 processes   several processes that train one model
 kept        a model that is kept: what is added to its gradients
-told        what is told of it: numbers, words for its card, that it was not kept after all
+telemetry   what is told of it: numbers, words for its card, that it was not kept after all
 trainer     its distance from the VLM in Trainer's logs
 four_bit    bitsandbytes on a CPU
 train       keep: a model that trains stays near the VLM
 """
 
-from .answering import evaluated, greedy_settings
 from .answers import Sample, as_templates_are_read, image_mode
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet, data_address
 from .four_bit import keep_4bit_differentiable
+from .generation import evaluated, greedy_settings
 from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
@@ -47,7 +47,7 @@ from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
 from .summary import keep_summary, keep_table
-from .told import keep_telemetry, keep_words, warn_of_lost_passes
+from .telemetry import keep_telemetry, keep_words, warn_of_lost_passes
 from .train import keep
 from .trainer import KeepCallback, add_to_trainers
 from .vlm import Vlm, check_processor_settings

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
 from ..warn import first_line
 from .answer_set import FILE_NAME, AnswerSet
-from .answering import ends_of, evaluated, greedy, load_model, machine, refuse_infinite, with_room
 from .answers import answer_logits, answered, opening, refuse_mute
+from .generation import ends_of, evaluated, greedy, load_model, machine, refuse_infinite, with_room
 from .make import answers_in_batches
 from .questions import read_lines
 from .sample_file import tokenizer_identity, write_sample_file

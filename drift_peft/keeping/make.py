@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
 from ..checkpoints import claimed_output, finish, finished, resumable_folder
-from .answering import machine
 from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, write_keep_set
+from .generation import machine
 from .pictures import read_pictures
 from .questions import check_questions, read_questions
 from .server import Server

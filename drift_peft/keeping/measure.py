@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .answering import evaluated
 from .answers import Sample
 from .distance import answer_rows, bucketed_kl
 from .feed import read_part
+from .generation import evaluated
 
 RESAMPLES = 10_000
 

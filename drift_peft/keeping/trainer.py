@@ -7,7 +7,7 @@ import sys
 
 from transformers import TrainerCallback
 
-from .told import keep_telemetry
+from .telemetry import keep_telemetry
 
 
 class KeepCallback(TrainerCallback):

@@ -21,9 +21,9 @@ from ..arguments import SLIP
 from ..builds import explained
 from ..checkpoints import Checkpoint
 from ..warn import first_line, warn
-from .answering import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
 from .answers import answer_logits, answered, image_mode, placed, prompts, refuse_mute
 from .file import NEEDS_PILLOW, vocabulary_rows
+from .generation import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
 from .sample_file import tokenizer_identity
 
 if TYPE_CHECKING:

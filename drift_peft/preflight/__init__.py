@@ -1,7 +1,7 @@
 """Will training fit the card? From config.json, and the configuration of the processor, alone.
 
 dry_run    the activations of a training step, on tensors without memory
-run        the keys of a recipe that are a run's own, and what recipes/sft_vlm.py refuses before it reads a model
+recipe_settings  the keys of a recipe that are a run's own, and what recipes/sft_vlm.py refuses before it reads a model
 images     into how many patches and tokens a processor cuts images, and what their pixels take
 processor  what the base's own processor says of images
 loading    what model_init_kwargs changes of it
@@ -13,7 +13,7 @@ gating     what gating a prior takes, in place of training
 from .cards import base_config, cards_table, keeping_sentence, preflight_summary, preflight_table
 from .gating import gating_summary, gating_table
 from .memory import Memory, Settings
-from .run import (
+from .recipe_settings import (
     DRIFT,
     LORA,
     STEP,

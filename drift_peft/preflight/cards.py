@@ -21,7 +21,7 @@ from .dry_run import MEASURE
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
 from .processor import with_processor
-from .run import OWN, check_recipe
+from .recipe_settings import OWN, check_recipe
 
 CARDS = 8, 12, 16, 24  # GB
 CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"  # the old name and the new one

@@ -1,5 +1,5 @@
 """What can be set in a recipe, in one YAML: RunArguments and the settings of DriftConfig, which stand in
-drift_peft/preflight/run.py, and TRL's SFTConfig."""
+drift_peft/preflight/recipe_settings.py, and TRL's SFTConfig."""
 
 import argparse
 import os

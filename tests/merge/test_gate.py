@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch.func import functional_call
 
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, build_prior, gate_prior, merge_baseline
-from drift_peft.keeping import Feed, Vlm, answering
+from drift_peft.keeping import Feed, Vlm, generation
 from drift_peft.keeping.answer_set import AnswerSet
 from drift_peft.merge.gates import Gate, frozen, gated, train_gates
 from drift_peft.prior.combine import formula
@@ -273,7 +273,7 @@ def test_what_cannot_be_gated_is_refused_in_one_sentence(changes, said, folder, 
         if not (folder / f"{name}.safetensors").exists():
             dense_prior(folder / f"{name}.safetensors", weights)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(answering, "load_model", None)
+    monkeypatch.setattr(generation, "load_model", None)
     before = sorted(file.name for file in folder.iterdir())
     given = {"prior": "prior.safetensors", "base": "base", "expert": "expert", "texts": experts.PROMPTS}
     given |= {"keep_set": "keep.safetensors", "output": "new.safetensors", "answers": "new.answers.safetensors"}

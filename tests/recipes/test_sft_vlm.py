@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from drift_peft import KeepSet
 from drift_peft.preflight import Memory, Settings, base_config
 from drift_peft.preflight.memory import IMAGES
-from drift_peft.preflight.run import WHOLE
+from drift_peft.preflight.recipe_settings import WHOLE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"

@@ -55,7 +55,7 @@ def prompts(processor: Any, images: Sequence[Image | None], questions: Sequence[
     Raises:
         ValueError: the processor has no chat template.
     """
-    refuse_mute(processor, type(processor).__name__)
+    refuse_without_chat_template(processor, type(processor).__name__)
     shown = [[] if image is None else [{"type": "image"}] for image in images]
     turns = [
         [{"role": "user", "content": [*picture, {"type": "text", "text": question}]}]
@@ -73,7 +73,7 @@ def image_mode(processor: Any) -> str:
     return "L" if isinstance(mean, (list, tuple)) and len(mean) == 1 else "RGB"
 
 
-def refuse_mute(words: Any, name: str) -> None:
+def refuse_without_chat_template(words: Any, name: str) -> None:
     """ValueError if a processor or a tokenizer has no chat template; `name` is what it is called."""
     if getattr(words, "chat_template", None) is None:
         raise ValueError(f"{name} has no chat template, which says where an answer begins: give an instruct model")
@@ -86,13 +86,13 @@ def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
 
-def opening(text: str) -> str:
+def think_prefix(text: str) -> str:
     """What a chat template lays into a reasoner's mouth at the end of a prompt; empty where it lays nothing."""
     match = OPENED.search(text)
     return match[0] if match else ""
 
 
-def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+def append_answers(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> tuple[dict[str, Tensor], Tensor]:
     """The prompts with their answers behind them, all ending in the same column, and [B, T] which of the last T columns
     hold an answer's tokens. T is the length of the longest answer."""
     kept = inputs["attention_mask"].bool()
@@ -110,12 +110,12 @@ def answered(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> 
     return whole, _padded([torch.ones_like(answer, dtype=torch.bool) for answer in answers])
 
 
-def placed(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_model_device(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """On the model's device, images in its dtype."""
     return BatchFeature(inputs).to(model.device, model.dtype).data
 
 
-def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def accepted_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of the inputs that the model knows; a processor may say more, such as Gemma 4's of its images' sizes."""
     while isinstance(model, (PeftModel, BaseTuner)):  # whose forward takes anything
         model = model.get_base_model() if isinstance(model, PeftModel) else model.model
@@ -127,7 +127,7 @@ def answer_logits(model: nn.Module, inputs: dict[str, Tensor], length: int) -> T
     """[B, T, vocabulary] logits in the place of each of the last T tokens, given those before it."""
     # transformers makes a slice of a number, and on a CPU torch copies a frozen lm_head for each sample of a slice.
     last = torch.arange(-length - 1, 0) if inputs["input_ids"].device.type == "cpu" else length + 1
-    logits = getattr(model(**taken(model, inputs), logits_to_keep=last, use_cache=False), "logits", None)
+    logits = getattr(model(**accepted_inputs(model, inputs), logits_to_keep=last, use_cache=False), "logits", None)
     if logits is None:
         raise RuntimeError(
             f"{type(model).__name__} gives no logits: take the model with its head, such as one of "

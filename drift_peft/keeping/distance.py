@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .answers import answer_logits, placed
+from .answers import answer_logits, to_model_device
 from .feed import Part
 
 REST = 1e-6  # a bucket below this is left out: in fp32 it is what rounding has left of the others' sum
@@ -18,7 +18,7 @@ REST = 1e-6  # a bucket below this is left out: in fp32 it is what rounding has 
 
 def answer_rows(model: nn.Module, part: Part) -> Tensor:
     """[N, vocabulary] What the model says of each answer token."""
-    logits = answer_logits(model, placed(part.inputs, model), part.answer_mask.shape[1])
+    logits = answer_logits(model, to_model_device(part.inputs, model), part.answer_mask.shape[1])
     return logits[part.answer_mask.to(logits.device)]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import Checkpoint, claimed_output, resumable_folder
 from ..warn import first_line
 from .answer_set import FILE_NAME, AnswerSet
-from .answers import answer_logits, answered, opening, refuse_mute
+from .answers import answer_logits, append_answers, refuse_without_chat_template, think_prefix
 from .generation import ends_of, evaluated, greedy, load_model, machine, refuse_infinite, with_room
 from .make import answers_in_batches
 from .questions import read_lines
@@ -49,7 +49,7 @@ class Expert:
         except Exception as error:  # each class has its own way to say that its files are not there
             reason = first_line(error)
             raise ValueError(f"{id} has no tokenizer that transformers can load ({reason})") from error
-        refuse_mute(self.tokenizer, id)
+        refuse_without_chat_template(self.tokenizer, id)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "left"
@@ -83,13 +83,13 @@ class Expert:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
         texts = [self.asked(prompt) for prompt in prompts]
-        openings = ["" if opened else opening(text) for text in texts]
+        openings = ["" if opened else think_prefix(text) for text in texts]
         with with_room(f"{len(prompts)} prompts"), evaluated(self.model):
             # The template has written the special tokens.
             inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
             inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
             answers = greedy(self.model, self.tokenizer, inputs, max_new_tokens)
-            whole, answer_mask = answered(inputs, answers, self.tokenizer.pad_token_id)
+            whole, answer_mask = append_answers(inputs, answers, self.tokenizer.pad_token_id)
             logits = answer_logits(self.model, whole, answer_mask.shape[1])
             refuse_infinite(logits[answer_mask.to(logits.device)], self.origin["id"])
             return [
@@ -154,7 +154,7 @@ def make_answer_set(
     with claimed, resumable_folder(output, everything, afresh, parts="batches") as folder:
         ends = ends_of(model.model.generation_config, model.tokenizer)
         spelling = Spelling(model.tokenizer, vlm.processor.tokenizer, ends, vlm.ends, vlm.vocabulary)
-        opened = bool(opening(vlm.asked("?")))
+        opened = bool(think_prefix(vlm.asked("?")))
 
         def ask(start: int) -> list[dict[str, Tensor]]:
             return model.answer(prompts[start : start + batch_size], max_new_tokens, spelling, top_k, opened)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answers import Sample, answered, prompts
+from .answers import Sample, append_answers, prompts
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Part:
 def read_part(processor: Any, samples: Sequence[Sample]) -> Part:
     """These samples in one part. ValueError if the processor has no chat template."""
     inputs = prompts(processor, [s.image for s in samples], [s.question for s in samples])
-    whole, answer_mask = answered(inputs, [s.tokens for s in samples], processor.tokenizer.pad_token_id or 0)
+    whole, answer_mask = append_answers(inputs, [s.tokens for s in samples], processor.tokenizer.pad_token_id or 0)
     top = torch.cat([s.top_tokens for s in samples]), torch.cat([s.top_logprobs for s in samples])
     return Part(whole, answer_mask, *top)
 

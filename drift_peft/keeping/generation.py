@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Checkpoint, assumed_quantization
-from .answers import taken
+from .answers import accepted_inputs
 
 
 def load_model(checkpoint: Checkpoint, load_in_4bit: bool) -> nn.Module:
@@ -41,7 +41,7 @@ def greedy(
     # What generate() is given, it fills up from here.
     model.generation_config = greedy_settings(own, tokenizer, max_new_tokens, suppressed)
     try:
-        generated = model.generate(**taken(model, inputs))[:, inputs["input_ids"].shape[1] :]
+        generated = model.generate(**accepted_inputs(model, inputs))[:, inputs["input_ids"].shape[1] :]
     finally:
         model.generation_config = own
     ended = torch.isin(generated, torch.tensor(ends_of(own, tokenizer)).to(generated))

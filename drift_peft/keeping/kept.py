@@ -33,7 +33,7 @@ from .undisturbed import (
     differentiable_checkpoints,
     random_numbers,
     uncompiled,
-    unheard,
+    without_grad_hooks,
     without_noise,
 )
 
@@ -178,7 +178,7 @@ class Keeping:
                 if not loss.requires_grad:
                     raise RuntimeError(NO_PART)
                 scaled = loss * self.scale.to(loss.device)
-            with unheard(parameters):
+            with without_grad_hooks(parameters):
                 found = torch.autograd.grad(scaled, parameters, allow_unused=True)
             if any(gradient is None for gradient in found):
                 _refuse_hidden(scaled)

@@ -37,7 +37,7 @@ def buffers_as_they_are(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unheard(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def without_grad_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Their hooks are for the gradients of the task: what clips these would clip ours, and those times `scale`."""
     heard = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
     for p, _ in heard:

@@ -21,7 +21,7 @@ from ..arguments import SLIP
 from ..builds import explained
 from ..checkpoints import Checkpoint
 from ..warn import first_line, warn
-from .answers import answer_logits, answered, image_mode, placed, prompts, refuse_mute
+from .answers import answer_logits, append_answers, image_mode, prompts, refuse_without_chat_template, to_model_device
 from .file import NEEDS_PILLOW, vocabulary_rows
 from .generation import ends_of, evaluated, greedy, load_model, refuse_infinite, with_room
 from .sample_file import tokenizer_identity
@@ -167,9 +167,9 @@ class Vlm:
         """
         scored = []
         with with_room(f"{len(images)} questions"), evaluated(self.model):
-            inputs = placed(prompts(self.processor, images, questions), self.model)
+            inputs = to_model_device(prompts(self.processor, images, questions), self.model)
             answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
-            whole, answer_mask = answered(inputs, answers, self.processor.tokenizer.pad_token_id)
+            whole, answer_mask = append_answers(inputs, answers, self.processor.tokenizer.pad_token_id)
             logits = answer_logits(self.model, whole, answer_mask.shape[1])
             for tokens, row, places in zip(answers, logits, answer_mask, strict=True):
                 top = torch.log_softmax(row[places.to(row.device)].float(), -1).topk(k)
@@ -197,7 +197,7 @@ class Vlm:
         kind = type(self.processor).__name__
         if getattr(self.processor, "image_processor", None) is None or not hasattr(self.processor, "tokenizer"):
             raise ValueError(f"{self.origin['id']} has no processor of images but {kind}: give a VLM")
-        refuse_mute(self.processor, self.origin["id"])
+        refuse_without_chat_template(self.processor, self.origin["id"])
         if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {self.origin['id']} has no padding token: set its pad_token")
 

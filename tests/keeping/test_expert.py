@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Split
 from drift_peft.keeping import Feed, Vlm, make_answer_set
 from drift_peft.keeping import make as batches
 from drift_peft.keeping.answer_set import AnswerSet
-from drift_peft.keeping.answers import answer_logits, answered, placed, prompts
+from drift_peft.keeping.answers import answer_logits, append_answers, prompts, to_model_device
 from drift_peft.keeping.expert import Expert, read_texts
 from drift_peft.keeping.spelling import Spelling
 
@@ -75,8 +75,8 @@ def test_text_alone_is_what_every_family_takes(family):
     logits = []
     for questions in (["7"], ["7", "1 + 2 = ? how many"]):
         inputs = prompts(processor, [None] * len(questions), questions)
-        whole, said = answered(inputs, [torch.tensor([9, 10])] * len(questions), 0)
-        logits.append(answer_logits(model, placed(whole, model), said.shape[1])[0])
+        whole, said = append_answers(inputs, [torch.tensor([9, 10])] * len(questions), 0)
+        logits.append(answer_logits(model, to_model_device(whole, model), said.shape[1])[0])
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 

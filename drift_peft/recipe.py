@@ -109,7 +109,7 @@ def as_meant(key: str, value, hint):
     return value
 
 
-def check_type(key: str, value, hint) -> None:
+def check_value(key: str, value, hint) -> None:
     """Raise ValueError if a value is of no type that its setting allows."""
     kinds = _kinds(hint)
     known = kinds & {*NAMES, NoneType}

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from ..arguments import check_whole
 from ..checkpoints import EMBEDDING, HEAD, Decoder, cross_attention_layers, skeleton
-from ..recipe import check_type
+from ..recipe import check_value
 from ..tuner import BATCH_ELEMENTS, is_guided
 from .dry_run import MEASURE, Step, step_peaks
 from .images import LARGEST, Cut, cut, patches_per_token, pixel_bytes
@@ -97,7 +97,7 @@ class Settings:
             if key in COUNTED and value is not None:
                 check_whole(**{key: value})
         for name, hint in get_type_hints(Settings).items():
-            check_type(name, getattr(self, name), hint)
+            check_value(name, getattr(self, name), hint)
         check_loading(self.model_init_kwargs, self.dtype)
         if self.lora_dropout > 1:  # what is not above 0 is none, to PEFT too
             raise ValueError(

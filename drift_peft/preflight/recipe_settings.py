@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from ..arguments import check_whole, nearest
-from ..recipe import as_meant, check_type, read_yaml
+from ..recipe import as_meant, check_value, read_yaml
 from ..tuner import DriftConfig
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
@@ -82,7 +82,7 @@ class RunArguments:
     def __post_init__(self):
         hint = get_type_hints(RunArguments)["processor_kwargs"]
         self.processor_kwargs = as_meant("processor_kwargs", self.processor_kwargs, hint) or {}
-        check_type("processor_kwargs", self.processor_kwargs, dict)
+        check_value("processor_kwargs", self.processor_kwargs, dict)
         check_whole(**{key: getattr(self, key) for key in WHOLE})
         if not 0 <= self.keep_weight < math.inf:
             raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
@@ -143,7 +143,7 @@ def value_of(key: str, value: Any, hint: Any, choices: Any = None) -> Any:
     if value is False and "no" in (choices or ()):  # save_strategy: no
         value = "no"
     value = as_meant(key, value, hint)
-    check_type(key, value, hint)
+    check_value(key, value, hint)
     return value
 
 

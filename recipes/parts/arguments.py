@@ -22,7 +22,7 @@ from drift_peft.preflight import (
     refuse_what_cannot_work,
     value_of,
 )
-from drift_peft.recipe import check_type, read_recipe
+from drift_peft.recipe import check_value, read_recipe
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser
@@ -111,7 +111,7 @@ class RecipeParser(Parser, TrlParser):
         return IN_4BIT.get(flag) or super().way_out(flag, known)
 
     def set_defaults_with_config(self, env: dict | None = None, **settings) -> list[str]:
-        check_type("env", env, dict | None)
+        check_value("env", env, dict | None)
         os.environ |= {name: str(value) for name, value in (env or {}).items()}  # as TRL's does
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         for key, value in settings.items():

@@ -90,11 +90,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """The known name that it is a slip of, or that has all of its words, or no others; else the one that is like it."""
-    known = [*known]
-    words, sharing = _words_of(name), sorted(known, key=len)
+    """The known name that this is probably a typo of; else one whose words contain these or are among them; else the
+    closest."""
+    known, words = sorted(known, key=len), _words_of(name)
     near = get_close_matches(name, known, 1, SLIP)
-    near += [other for other in sharing if words <= _words_of(other) or _words_of(other) <= words]
+    near += [other for other in known if words <= _words_of(other) or _words_of(other) <= words]
     near += get_close_matches(name, known, 1, ALIKE)
     return near[0] if near else None
 

@@ -7,8 +7,8 @@
     python benchmarks/digits.py --report        the report alone, of what has been run
     python benchmarks/digits.py --quick         a few methods on one world, in small sizes
 
-Finished runs are lines of ``<out>/digits.jsonl``. The report is RESULTS.md, one page; its appendices, its figures and
-``digits.json`` with all its numbers lie in ``<out>``.
+Finished runs are lines of `<out>/digits.jsonl`. The report is RESULTS.md, one page; its appendices, its figures and
+`digits.json` with all its numbers lie in `<out>`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ perception.
 The demo's checkpoints. Each seed draws its own unlabelled images (240 answers of the VLM), prompts for the expert (200,
 of 1 to 5 operations) and exams on test digits; all singular directions are gated, of Δ from the VLM and of Δ from the
 ancestor. Every candidate of the study's merges is examined on the same exams. Finished runs are lines of
-``<out>/gates.jsonl``: the same command goes on. Ends in a JSON line.
+`<out>/gates.jsonl`: the same command goes on. Ends in a JSON line.
 """
 
 from __future__ import annotations

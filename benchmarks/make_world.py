@@ -148,7 +148,7 @@ def with_vision(base: Qwen2ForCausalLM) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def train(model, processor, draw, steps: int, rate: float, name: str, loss=None) -> None:
-    """AdamW with a cosine schedule on batches of 32 fresh samples; ``draw(n)`` gives n samples."""
+    """AdamW with a cosine schedule on batches of 32 fresh samples; `draw(n)` gives n samples."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -207,7 +207,7 @@ QWEN = Family(
 def make_base(folder: Path, family: Family = QWEN, steps: int = 1200) -> None:
     """The ancestor: perception tasks on text, and sums of one operation.
 
-    It has to know every symbol, ``=`` and ``;`` too: embeddings and head are frozen afterwards.
+    It has to know every symbol, `=` and `;` too: embeddings and head are frozen afterwards.
     """
     torch.manual_seed(family.seed)
     rng, base, processor = np.random.default_rng(family.seed), family.text_model(), family.processor()
@@ -218,7 +218,7 @@ def make_base(folder: Path, family: Family = QWEN, steps: int = 1200) -> None:
 def make_reasoner(
     base: Path, folder: Path, family: Family = QWEN, steps: int = 400, rate: float = 5e-4, draw: Callable = make_samples
 ) -> None:
-    """The base, trained on chains of 1 to 5 operations in text; ``draw(n, tasks, rng)`` gives them."""
+    """The base, trained on chains of 1 to 5 operations in text; `draw(n, tasks, rng)` gives them."""
     torch.manual_seed(family.seed)
     rng, processor = np.random.default_rng(family.seed + 1), family.processor()
     reasoner = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""``python -m drift_peft``: the command line."""
+"""`python -m drift_peft`: the command line."""
 
 import sys
 

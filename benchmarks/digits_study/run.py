@@ -38,12 +38,12 @@ def perform(run: dict, priors: Path) -> dict:
     """Carry out a run; `priors` is the folder of `make_priors`.
 
     Args:
-        run: ``world``, ``method``, ``seed``, ``split`` and ``settings``, which go over the method's and DEFAULTS.
+        run: `world`, `method`, `seed`, `split` and `settings`, which go over the method's and DEFAULTS.
 
     Returns:
-        ``answers``: exam -> one hexadecimal digit per four answers, 1 where right; ``loss``: means over tenths of the
-        training; ``cosine`` and ``absorbed``: of W − W_vlm against Δ, all projections together; ``step_seconds``,
-        ``seconds`` and ``peak_mb``, by how much resident memory grew.
+        `answers`: exam -> one hexadecimal digit per four answers, 1 where right; `loss`: means over tenths of the
+        training; `cosine` and `absorbed`: of W − W_vlm against Δ, all projections together; `step_seconds`,
+        `seconds` and `peak_mb`, by how much resident memory grew.
     """
     start = time.perf_counter()
     world, method = WORLDS[run["world"]], METHODS[run["method"]]
@@ -212,7 +212,7 @@ def unmarked(text: str, size: int) -> np.ndarray:
 
 
 def scores(result: dict, size: int) -> dict[str, np.ndarray]:
-    """Exam -> answers [size]; ``perception`` is the mean of its three tasks, sample by sample."""
+    """Exam -> answers [size]; `perception` is the mean of its three tasks, sample by sample."""
     answers = {name: unmarked(text, size) for name, text in result["answers"].items()}
     perception = np.mean([answers.pop(task) for task in PERCEPTION], axis=0)
     return {**answers, "perception": perception}

@@ -5,7 +5,7 @@ or trained differently, so that no conclusion rests on one model.
     far     the demo's VLM with an expert trained much longer and further from the ancestor, so that merging is broken
     llava   another ancestor family and seed: LLaVA with a CLIP tower, whose image is a square of 4x4 cells, and a Llama
 
-The checkpoints that the demo does not hold are made by ``python -m digits_study.worlds`` in benchmarks/ and committed,
+The checkpoints that the demo does not hold are made by `python -m digits_study.worlds` in benchmarks/ and committed,
 since another processor would round them differently, and with them every result.
 """
 

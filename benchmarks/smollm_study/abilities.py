@@ -35,7 +35,7 @@ ANSWER = 48  # tokens of the ancestor's answer that count
 
 @torch.no_grad()
 def abilities(model, tokenizer, ancestor: Path) -> dict[str, float]:
-    """``perplexity`` on prose, and ``kl``: mean KL(ancestor || model) in nats over the ancestor's own answers."""
+    """`perplexity` on prose, and `kl`: mean KL(ancestor || model) in nats over the ancestor's own answers."""
     folder = Path(sklearn.datasets.__file__).parent / "descr"
     prose = "\n\n".join((folder / name).read_text(encoding="utf-8") for name in PROSE)
     tokens = torch.tensor(tokenizer.encode(prose, add_special_tokens=False), device=model.device)

@@ -86,7 +86,7 @@ class Plan:
 
 
 def scores(result: dict, size: int) -> dict[str, np.ndarray]:
-    """Exam -> answers [size]; ``perception`` is the mean of its kinds, sample by sample."""
+    """Exam -> answers [size]; `perception` is the mean of its kinds, sample by sample."""
     answers = {name: unmarked(text, size) for name, text in result["answers"].items()}
     return {**answers, "perception": np.mean([answers[kind] for kind in PERCEPTION], axis=0)}
 

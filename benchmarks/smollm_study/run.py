@@ -53,13 +53,13 @@ def perform(run: dict, folder: Path, device: torch.device) -> dict:
     """Carry out a run.
 
     Args:
-        run: ``way``, ``seed``, ``split`` and ``settings``, which go over DEFAULTS.
+        run: `way`, `seed`, `split` and `settings`, which go over DEFAULTS.
         folder: of `make_all`; priors and keep sets are added to it.
 
     Returns:
-        ``answers``: exam -> one hexadecimal digit per four answers, 1 where right; the language model's ``perplexity``
-        on prose and ``kl`` to the ancestor on general prompts; ``loss``: means over tenths of the training;
-        ``seconds``.
+        `answers`: exam -> one hexadecimal digit per four answers, 1 where right; the language model's `perplexity`
+        on prose and `kl` to the ancestor on general prompts; `loss`: means over tenths of the training;
+        `seconds`.
     """
     start = time.perf_counter()
     way, settings = WAYS[run["way"]], DEFAULTS | run["settings"]

@@ -77,7 +77,7 @@ class Sample:
 
 
 def solution(chain: str) -> str:
-    """``7-3=4. 4+4=8. The answer is 8.``"""
+    """`7-3=4. 4+4=8. The answer is 8.`"""
     said, value = [], int(chain[0])
     for i in range(1, len(chain), 2):
         result = value + int(chain[i : i + 2])

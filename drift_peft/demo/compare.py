@@ -40,9 +40,9 @@ EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: ``merged`` · Δ is added to the model beforehand, then an adapter is trained if ``trained``.
+    """One row of the table: `merged` · Δ is added to the model beforehand, then an adapter is trained if `trained`.
 
-    ``drift`` holds settings of DriftConfig, where {} means its defaults; None trains plain LoRA. ``kept`` keeps the
+    `drift` holds settings of DriftConfig, where {} means its defaults; None trains plain LoRA. `kept` keeps the
     model near the VLM's own answers to images without labels.
     """
 
@@ -89,7 +89,7 @@ def run(
         out: folder that keeps everything: prior, keep set, adapters, merged models, results.json, results.png,
             samples.png. What an earlier run left there is replaced. None keeps nothing.
         seed: of the training samples, their order, the adapters' starts and the exams.
-        methods: keys of ``METHODS``.
+        methods: keys of `METHODS`.
         steps: optimizer steps of 16 samples for every method that trains.
         size: samples per exam.
         split: the digits of the exams.
@@ -98,8 +98,8 @@ def run(
         executor: of processes, which carry out the methods, in one thread each; None does it here, one after another.
 
     Returns:
-        What results.json holds: ``scores`` by method and exam (shares of right answers), ``history`` of the adapters,
-        ``examples`` and ``seconds``.
+        What results.json holds: `scores` by method and exam (shares of right answers), `history` of the adapters,
+        `examples` and `seconds`.
 
     Raises:
         ImportError: an extra of the demo is not installed.
@@ -178,7 +178,7 @@ def carry_out(
         shown: samples whose answers are wanted word by word.
 
     Returns:
-        ``scores`` by exam, ``history`` of the adapter, and ``answers`` to `shown`.
+        `scores` by exam, `history` of the adapter, and `answers` to `shown`.
     """
     with quiet():
         base, history = VLM, []
@@ -234,7 +234,7 @@ def unlabelled(digits: Digits, seed: int) -> list:
 
 
 def study(seeds: Sequence[int] = (0, 1, 2), out: str | Path | None = None, **settings) -> list[dict]:
-    """``run`` for several seeds; prints means and, behind ±, standard deviations over the seeds."""
+    """`run` for several seeds; prints means and, behind ±, standard deviations over the seeds."""
     results = []
     for seed in seeds:
         folder = None if out is None else Path(out, f"seed{seed}")
@@ -281,7 +281,7 @@ def check(methods: list[str], rates: dict[str, float]) -> None:
 
 @contextmanager
 def working_folder(out: str | Path | None):
-    """``out``, made if needed, or a temporary folder."""
+    """`out`, made if needed, or a temporary folder."""
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)

@@ -13,7 +13,7 @@ from .world import PERCEPTION, Digits, Sample, make_samples
 
 
 def encode(processor, samples: list[Sample], answered: bool = True):
-    """A batch of chats, padded on the left. With ``answered`` also ``labels``; without it they end where answers begin.
+    """A batch of chats, padded on the left. With `answered` also `labels`; without it they end where answers begin.
 
     Labels are -100 everywhere but on the assistant's tokens, which the chat template marks.
     """
@@ -61,9 +61,9 @@ def accuracy(samples: list[Sample], texts: list[str]) -> float:
 
 
 def exams(split: str, seed: int, size: int, source: Callable[[str], Digits] = Digits) -> dict[str, list[Sample]]:
-    """``size`` samples each: reasoning over images as trained and longer, perception by task, reasoning over text.
+    """`size` samples each: reasoning over images as trained and longer, perception by task, reasoning over text.
 
-    ``source(split)`` gives the digits of the images.
+    `source(split)` gives the digits of the images.
     """
     digits, rng = source(split), np.random.default_rng([seed, 2])
     perception = {task: make_samples(size, [task], rng, digits) for task in PERCEPTION}
@@ -84,7 +84,7 @@ MEASURES = {  # what a table shows, and the head of its column
 
 
 def examine(model, processor, exams: dict[str, list[Sample]], progress: bool = True) -> dict[str, float]:
-    """Accuracy on every exam, and ``perception``: the mean over its three tasks."""
+    """Accuracy on every exam, and `perception`: the mean over its three tasks."""
     scores = {}
     for name, samples in tqdm(exams.items(), desc="evaluation", unit="exam", leave=False, disable=not progress):
         scores[name] = accuracy(samples, ask(model, processor, samples))

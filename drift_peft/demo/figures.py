@@ -105,7 +105,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def draw_samples(images: list, result: dict, file: Path) -> None:
-    """The images of ``result["examples"]``, each with the models' answers beside it, marked right or wrong."""
+    """The images of `result["examples"]`, each with the models' answers beside it, marked right or wrong."""
     keys = [key for key in ANSWERING if key in result["scores"]]
     names = max((len(result["titles"][key]) for key in keys), default=0)
     height = len(keys) + 2.5  # of an example in lines, with what is right above and room below

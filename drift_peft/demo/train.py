@@ -79,15 +79,15 @@ def fine_tune(
     title: str = "training",
     progress: bool = True,
 ) -> list[dict]:
-    """Train an adapter on the 4-bit model and save it in ``output``.
+    """Train an adapter on the 4-bit model and save it in `output`.
 
     Args:
         base: folder of the full-precision model.
-        drift: settings of DriftConfig, ``{}`` for its defaults; None trains plain LoRA on the same modules.
+        drift: settings of DriftConfig, `{}` for its defaults; None trains plain LoRA on the same modules.
         keep_set: the VLM's own answers, which the model is kept near; None keeps nothing.
 
     Returns:
-        The adapter's ``alignment`` with Δ and the share ``absorbed`` of it, every fifth step.
+        The adapter's `alignment` with Δ and the share `absorbed` of it, every fifth step.
     """
     set_seed(seed)  # the start of the adapter
     model, processor = load(base, four_bit=True)

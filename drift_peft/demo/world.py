@@ -7,7 +7,7 @@ A sample is a row of symbols such as 7-3+4, shown either as an image or as text,
     count?   5                                           perception: how many symbols are there
     solve?   <think>7-3=4;4+4=8</think>\\boxed{8}         reasoning, one operation after the other
 
-The digits are scikit-learn's ``load_digits``: 1,797 scans of handwriting, 8x8 pixels each. A digit that trains a model
+The digits are scikit-learn's `load_digits`: 1,797 scans of handwriting, 8x8 pixels each. A digit that trains a model
 never tests one.
 """
 
@@ -25,7 +25,7 @@ LONGEST = 11  # symbols: five operations
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one row of symbols; ``image`` is None when the symbols are shown as text."""
+    """One question about one row of symbols; `image` is None when the symbols are shown as text."""
 
     task: str
     symbols: str
@@ -34,7 +34,7 @@ class Sample:
     image: object | None = None  # PIL.Image.Image, mode "L", CELL pixels high and CELL * len(symbols) wide
 
     def messages(self, answered: bool = False) -> list[dict]:
-        """The sample as a chat, ready for ``processor.apply_chat_template``."""
+        """The sample as a chat, ready for `processor.apply_chat_template`."""
         shown = {"type": "text", "text": self.symbols} if self.image is None else {"type": "image", "image": self.image}
         chat = [{"role": "user", "content": [shown, {"type": "text", "text": self.question}]}]
         return chat + [{"role": "assistant", "content": [{"type": "text", "text": self.answer}]}] * answered
@@ -44,7 +44,7 @@ class Digits:
     """The handwritten digits of one split, by label.
 
     Args:
-        split: ``train``, ``validation`` or ``test``; the three never share a digit.
+        split: `train`, `validation` or `test`; the three never share a digit.
     """
 
     def __init__(self, split: str):
@@ -87,7 +87,7 @@ _OPERATORS = _operators()
 
 
 def expression(operations: int, rng: np.random.Generator) -> str:
-    """A chain such as ``7-3+4``. Every running value lies in 0..9, each as likely: a guess is right one time in ten."""
+    """A chain such as `7-3+4`. Every running value lies in 0..9, each as likely: a guess is right one time in ten."""
     value = rng.integers(10)
     text = str(value)
     for _ in range(operations):
@@ -111,11 +111,11 @@ def solution(chain: str) -> str:
 def make_sample(
     task: str, rng: np.random.Generator, digits: Digits | None = None, operations=(1, 2, 3, 4, 5)
 ) -> Sample:
-    """Draw one sample of ``task``: one of ``PERCEPTION``, ``solve``, or ``sum`` (a ``solve`` of one operation).
+    """Draw one sample of `task`: one of `PERCEPTION`, `solve`, or `sum` (a `solve` of one operation).
 
     Args:
         digits: where the handwriting comes from; None shows the symbols as text.
-        operations: how many operations a ``solve`` may have.
+        operations: how many operations a `solve` may have.
     """
     question, image = f"{task}?", None
     if task in ("solve", "sum"):
@@ -134,5 +134,5 @@ def make_sample(
 
 
 def make_samples(count: int, tasks, rng: np.random.Generator, digits: Digits | None = None, operations=(1, 2, 3, 4, 5)):
-    """``count`` samples, each of a task drawn from ``tasks`` (a task named twice comes twice as often)."""
+    """`count` samples, each of a task drawn from `tasks` (a task named twice comes twice as often)."""
     return [make_sample(rng.choice(tasks), rng, digits, operations) for _ in range(count)]

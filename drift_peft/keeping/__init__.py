@@ -49,7 +49,7 @@ from .steps import Act, LeftGradient, act_in_steps
 from .summary import keep_summary, keep_table
 from .telemetry import keep_telemetry, keep_words, warn_of_lost_passes
 from .train import keep
-from .trainer import KeepCallback, add_to_trainers
+from .trainer import KeepCallback, add_to_logs, add_to_trainers
 from .vlm import Vlm, check_processor_settings
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "Shown",
     "Vlm",
     "act_in_steps",
+    "add_to_logs",
     "add_to_trainers",
     "answer_rows",
     "as_templates_are_read",

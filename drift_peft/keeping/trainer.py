@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from .telemetry import keep_telemetry
 
@@ -15,9 +15,14 @@ class KeepCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in logs:
-            numbers = {f"drift/{name}": value for name, value in keep_telemetry(model).items()}
-            logs.update(numbers)
-            state.log_history[-1].update(numbers)
+            add_to_logs(keep_telemetry(model), logs, state)
+
+
+def add_to_logs(numbers: dict[str, float], logs: dict[str, float], state: TrainerState) -> None:
+    """Put numbers as `drift/…` into what is logged of a step, and into `trainer_state.json`."""
+    numbers = {f"drift/{name}": value for name, value in numbers.items()}
+    logs.update(numbers)
+    state.log_history[-1].update(numbers)
 
 
 def add_to_trainers(callback: type[TrainerCallback]) -> None:

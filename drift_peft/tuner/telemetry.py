@@ -50,8 +50,7 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
         >>> seen["guided_steps"], 0 < seen["absorbed"] < 1, 0 < seen["alignment/attn"] < 1
         (2, True, True)
     """
-    steered = steered_of(model)
-    configs = {id(s.config): s.config for s in steered}.values()
+    steered = guided = steered_of(model)
     if prior is not None:
         prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
         settings = DriftConfig(prior=prior.source)
@@ -73,8 +72,15 @@ def telemetry(model: torch.nn.Module, prior: ReasoningPrior | str | Path | None 
                 f"No active LoRA layer of this model has a Δ in {prior.source}: leave prior out for what is steered."
             )
         raise ValueError("No layer of this model is steered: wrap it with DriftConfig or guide(model, prior) first.")
+    return of_steered(steered, guided) | kept
+
+
+@torch.no_grad()
+def of_steered(steered: list[Steered], guided: list[Steered]) -> dict[str, float | int]:
+    """What `telemetry` says of what is steered, with the steps of what `guided` it."""
+    configs = {id(s.config): s.config for s in guided}.values()
     steps = max((int(config.drift_steps) for config in configs), default=0)
-    result: dict[str, float | int] = {"guided_steps": steps, **kept}
+    result: dict[str, float | int] = {"guided_steps": steps}
     if repeated := sum(config.repeated_steps for config in configs):
         result["repeated_steps"] = repeated
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from ..keeping import add_to_logs
 from .steered import steered_of
-from .telemetry import telemetry
+from .telemetry import of_steered
 
 
 class DriftCallback(TrainerCallback):
     """Adds `telemetry` as `drift/…` to the training logs, and so to TensorBoard, wandb and `trainer_state.json`. Its
-    numbers per kind of module only with `drift_log_kinds=True`.
+    numbers per kind of module only with `drift_log_kinds=True`; those of keeping come with `KeepCallback`.
 
     It registers itself with every Trainer that is made after a model was steered; models that are not are left alone.
     """
@@ -26,10 +27,8 @@ class DriftCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "loss" in logs and (steered := steered_of(model)):
-            kinds = any(s.config.drift_log_kinds for s in steered)
-            numbers = {f"drift/{name}": value for name, value in telemetry(model).items() if kinds or "/" not in name}
-            logs.update(numbers)
-            state.log_history[-1].update(numbers)
+            kinds, numbers = any(s.config.drift_log_kinds for s in steered), of_steered(steered, steered)
+            add_to_logs({name: value for name, value in numbers.items() if kinds or "/" not in name}, logs, state)
 
 
 def _training(args: TrainingArguments, state: TrainerState) -> str:

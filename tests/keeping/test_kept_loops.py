@@ -24,6 +24,7 @@ from kept_models import (
     processor_of,
     with_keeping,
 )
+from pairs import make_pair
 from peft import LoraConfig, prepare_model_for_kbit_training
 from processes import on_two, replicated
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -34,8 +35,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 from trl import SFTConfig, SFTTrainer
 from twin import BATCH, backward, sgd, train, trainable
 
-from drift_peft import keep, telemetry
-from drift_peft.keeping import keepings_of
+from drift_peft import guide, keep, telemetry
+from drift_peft.keeping import keep_telemetry, keepings_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:Switched off bitsandbytes")
 TOWER = ["lm_head", "visual"]
@@ -253,6 +254,27 @@ def test_trainer_logs_how_far_the_model_is(folder, processor, tmp_path, trains):
     assert logs[-1]["drift/keep_kl"] == telemetry(model)["keep_kl"] > 0
     assert not any("drift/guided_steps" in entry for entry in logs)
     assert run.optimizer.param_groups[0]["keep_steps"] == 3 and 9 <= len(watched.read) <= 12
+
+
+def test_what_is_steered_and_kept_is_measured_once_a_log(folder, processor, tmp_path, monkeypatch):
+    model, measured = adapted(folder, torch.float32), []
+    guide(model, make_pair(tmp_path, "qwen2_5_vl") / "prior.safetensors")
+    keep_watched(model, folder, processor)
+
+    def counted(model):
+        measured.append(model)
+        return keep_telemetry(model)
+
+    for module in ("drift_peft.keeping.trainer", "drift_peft.tuner.telemetry"):
+        monkeypatch.setattr(sys.modules[module], "keep_telemetry", counted)
+    run = Trainer(model, TrainingArguments(tmp_path, **SETTINGS), train_dataset=tokens())
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    everything = telemetry(model)
+    assert len(measured) == len(logs) + 1 == 4
+    logged = {name.removeprefix("drift/"): value for name, value in logs[-1].items() if name.startswith("drift/")}
+    assert logged == {name: value for name, value in everything.items() if "/" not in name}
+    assert {"keep_kl", "guided_steps", "alignment"} <= logged.keys()
 
 
 def keep_watched(model, folder, processor, **settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -145,10 +146,42 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
         ValueError: they are another base's.
     """
     claim = read_merge(getattr(model, "config", None))
+    measured = _measure(model, modules, prior, claim)
+    return claim if measured is None else _judge(measured, prior, claim)
+
+
+class _Measured(NamedTuple):
+    """Norms of what u_iᵀ·W·v_i are here, less what they were when the prior was built."""
+
+    off: float
+    off_merged: float  # less what merging has added, too, if the base says so
+    slack: float  # of the latter
+    size: float  # the norm of what they were
+    exact: bool  # nothing is quantized here
+    adapter_inside: bool  # a guided adapter was merged in memory
+
+    @property
+    def bears_out(self) -> bool:
+        """Whether the base is nearer to what it says it is."""
+        return self.off_merged < self.off
+
+    @property
+    def share(self) -> float:
+        return min(self.off, self.off_merged) / self.size
+
+    def within(self, tolerance: float) -> bool:
+        slack = self.slack if self.bears_out else 0.0
+        return min(self.off, self.off_merged) <= tolerance * self.size + slack
+
+
+def _measure(
+    model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior, claim: MergedDelta | None
+) -> _Measured | None:
+    """None before the weights are loaded."""
     fingerprints, predictions, measured, exact = [], [], [], True
     for name, U, Vh, stored in prior.probes():
         tensors = [*modules[name].parameters(), *modules[name].buffers()]
-        if any(tensor.device.type == "meta" for tensor in tensors):  # nothing to compare before the weights are loaded
+        if any(tensor.device.type == "meta" for tensor in tensors):
             continue
         with whole(tensors):
             measured.append(weight_products(model, modules[name], U, Vh))
@@ -156,50 +189,58 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
         fingerprints.append(stored)
         predictions.append(torch.zeros_like(stored) if claim is None else claim.moved(prior, name, U, Vh))
     if not measured:
-        return claim
+        return None
     stored, added, here = map(torch.cat, (fingerprints, predictions, measured))
-    off, off_merged = (here - stored).norm().item(), (here - stored - added).norm().item()
-    size, prediction = stored.norm().item(), PREDICTION_TOLERANCE * added.norm().item()
-    bears_out = off_merged < off
-    least, added_error = (off_merged, prediction) if bears_out else (off, 0.0)
-    fits = least <= FINGERPRINT_TOLERANCE * size + added_error
-    moved = least > ROUNDING_TOLERANCE * size + added_error
-    merged = moved and any("drift_merged" in vars(module) for module in model.modules())
-    if merged:
+    return _Measured(
+        off=(here - stored).norm().item(),
+        off_merged=(here - stored - added).norm().item(),
+        slack=PREDICTION_TOLERANCE * added.norm().item(),
+        size=stored.norm().item(),
+        exact=exact,
+        adapter_inside=any("drift_merged" in vars(module) for module in model.modules()),
+    )
+
+
+def _judge(measured: _Measured, prior: ReasoningPrior, claim: MergedDelta | None) -> MergedDelta | None:
+    """`check_fingerprint` of what was measured."""
+    fits, same = measured.within(FINGERPRINT_TOLERANCE), measured.within(ROUNDING_TOLERANCE)
+    if measured.adapter_inside and not same:
         message = (
             f"A guided adapter was merged into this base in memory, and the fingerprint of the prior '{prior.source}' "
-            f"is off by {least / size:.1%} now: a part of Δ is in these weights, and the pull would begin anew with "
+            f"is off by {measured.share:.1%} now: a part of Δ is in these weights, and the pull would begin anew with "
             "all of Δ; go on with one adapter, or save this model and build a prior for it with build_prior."
         )
         if not fits:
             raise ValueError(message)
         warn(message)
-    if fits:
-        if exact and moved and not merged:
-            claimed = "" if claim is None else f", and it is said to be {claim.words}"
-            warn(
-                f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
-                f"{least / size:.1%} on this base, which rounding does not explain{claimed}. Unless its weights were "
-                "quantized once, or you have trained them further, build a prior for it with build_prior."
-            )
-        if bears_out and (own := next((key for key in ("parents", "gated") if prior.metadata.get(key)), None)):
-            how = "was combined" if own == "parents" else "is gated"
-            raise ValueError(
-                f"The base is {claim.words}, and the prior '{prior.source}' {how}, so that is no part of its Δ: take "
-                f"the prior as build_prior made it, or {claim.base['id']} as the base."
-            )
-        return claim if bears_out else None
-    if claim is not None:
+    elif fits and measured.exact and not same:
+        claimed = "" if claim is None else f", and it is said to be {claim.words}"
+        warn(
+            f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
+            f"{measured.share:.1%} on this base, which rounding does not explain{claimed}. Unless its weights were "
+            "quantized once, or you have trained them further, build a prior for it with build_prior."
+        )
+    if not fits and claim is not None:
         raise ValueError(
             f"The base says that it is {claim.words}, but its weights are not what the prior '{prior.source}' makes of "
-            f"that: its fingerprint is off by {off_merged / size:.0%}; name the prior of this Δ, or "
+            f"that: its fingerprint is off by {measured.off_merged / measured.size:.0%}; name the prior of this Δ, or "
             "build one for this base with build_prior."
         )
-    raise ValueError(
-        f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
-        f"{off / size:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
-        "for this base with build_prior."
-    )
+    if not fits:
+        raise ValueError(
+            f"The prior '{prior.source}' was built for other base weights: its fingerprint is off by "
+            f"{measured.share:.0%} (quantization explains up to {FINGERPRINT_TOLERANCE:.0%}); build a prior "
+            "for this base with build_prior."
+        )
+    if not measured.bears_out:
+        return None
+    if own := next((key for key in ("parents", "gated") if prior.metadata.get(key)), None):
+        how = "was combined" if own == "parents" else "is gated"
+        raise ValueError(
+            f"The base is {claim.words}, and the prior '{prior.source}' {how}, so that is no part of its Δ: take "
+            f"the prior as build_prior made it, or {claim.base['id']} as the base."
+        )
+    return claim
 
 
 def _is_exact(module: nn.Module, tensors: list[Tensor]) -> bool:

@@ -200,7 +200,7 @@ class DriftConfig(DriftSettings, LoraConfig):
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
         shared["inference_mode"] = False  # as PEFT stores it, nothing would be trained
         config = cls(**{**shared, **own, **given})
-        config.read_from = os.path.realpath(source)  # no field, so not stored: these weights' guided steps are known
+        config.read_from = os.path.realpath(source)  # these weights' guided steps are known
         return config
 
     @staticmethod

@@ -38,9 +38,9 @@ def _noticing(
     config = settings_of(model, adapter_name)
     way = BESIDE.format(name=adapter_name) if len(model.peft_config) > 1 else ALONE
     if config is not None:
-        known = vars(config).pop("read_from", None) == os.path.realpath(model_id)
+        known, config.read_from = config.read_from == os.path.realpath(model_id), None
         if known:
-            config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
+            _take_steps(config)
         elif stored := _settings(model_id, kwargs):
             config.drift_steps = stored.get("drift_steps", 0)
             if is_trainable:
@@ -60,11 +60,16 @@ def _noticing_without_wrapper(
     result = load_adapter(model, peft_model_id, *args, **kwargs)
     name = kwargs.get("adapter_name") or next(iter(args), None) or "default"
     if guided := isinstance(config := model.peft_config.get(name), DriftConfig):
-        config.drift_steps = vars(config).get("steps_of_weights", config.drift_steps)
+        _take_steps(config)
     plain = not (guided and kwargs.get("is_trainable"))
     if peft_model_id is not None and plain and _was_guided(peft_model_id, kwargs):
         Unguided(model, name, _plain_training(peft_model_id, ALONE))
     return result
+
+
+def _take_steps(config: DriftSettings) -> None:
+    if config.steps_of_weights is not None:
+        config.drift_steps = config.steps_of_weights
 
 
 def _settings(source: str, kwargs: dict) -> dict | None:

@@ -187,10 +187,10 @@ def _noting_weights(
     for name, config in self.peft_config.items():
         loaded = [B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")]
         if loaded:
-            config.weights_loaded = True  # no field of the config, so it is not stored
+            config.weights_loaded = True
         trained = any(not B.is_meta and B.any() for B in loaded)  # a start is loaded, too, to be spread over ranks
-        if trained and vars(config).get("steps_of_weights") and not config.drift_steps:  # none of its own yet
-            config.drift_steps = config.steps_of_weights
+        if trained and (steps := getattr(config, "steps_of_weights", None)) and not config.drift_steps:  # none yet
+            config.drift_steps = steps
     load_from_state_dict(self, state_dict, *args, **kwargs)
 
 
@@ -198,9 +198,10 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
     guided = [s for s in all_steered(model) if s.adapter == adapter and s.alpha]
     missed = ["the guidance"] if guided and not any(int(s.config.drift_steps) for s in guided) else []
     missed += ["keep()"] if any(kept.seen and not kept.stepped for kept in keepings_of(model)) else []
-    config = vars(model.peft_config[adapter])
-    copied = config.get("weights_loaded") or config.get("steps_of_weights")  # the latter of TRL's reference adapters
-    if not missed or config.get("init_lora_weights") not in ZERO_STARTS or copied:
+    config = model.peft_config[adapter]
+    # The steps are those of TRL's reference adapters.
+    copied = getattr(config, "weights_loaded", False) or getattr(config, "steps_of_weights", None)
+    if not missed or getattr(config, "init_lora_weights", None) not in ZERO_STARTS or copied:
         return
     if any(weight.any() for name, weight in weights.items() if ".lora_B." in name and not weight.is_meta):
         warn(

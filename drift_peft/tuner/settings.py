@@ -129,6 +129,9 @@ class DriftSettings:
     training: ClassVar[str | None] = None  # Trainer's settings, in words
     keeping: ClassVar[str | None] = None  # what keeps the model, in words
     loaded_by: ClassVar[str | None] = None  # the name of the auto class that loads the base
+    read_from: ClassVar[str | None] = None  # the folder of these settings, until its weights are loaded, too
+    steps_of_weights: ClassVar[int | None] = None  # guided steps of the weights that the adapter shall get
+    weights_loaded: ClassVar[bool] = False  # whether it has got any; also on a plain LoraConfig
 
     @property
     def expert(self) -> str | None:

@@ -19,7 +19,7 @@ from ..checkpoints import EMBEDDING, HEAD, past_adapters, says_tied, shared_weig
 from ..prior import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, MergedDelta, ReasoningPrior, read_merge
 from ..warn import warn
 from .config import DriftConfig
-from .names import prior_names
+from .names import canonical_namer
 from .settings import check_patterns_used, is_guided
 from .sharding import shape, whole
 
@@ -100,7 +100,7 @@ def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Mod
     Raises:
         ValueError: weights of the prior are missing here, or have another shape.
     """
-    canonical_name = prior_names(model)
+    canonical_name = canonical_namer(model)
     modules = {}
     for name, module in model.named_modules():
         if ".base_layer" in name or ".modules_to_save." in name:  # a copy's wrapper comes before the module as it was
@@ -326,7 +326,7 @@ def refuse_tied_adapters(model: nn.Module, config: LoraConfig, names: Iterable[s
     """
     if not getattr(config, "ensure_weight_tying", False) or not isinstance(model, PreTrainedModel):
         return
-    canonical = prior_names(model)
+    canonical = canonical_namer(model)
     if {canonical(f"{name}.weight") for name in names} & {EMBEDDING, HEAD} and says_tied(model.config):
         raise ValueError(
             "ensure_weight_tying=True has PEFT adapt embedding and head by the same factors, which guidance would pull "

@@ -32,7 +32,7 @@ from .fit import (
     targeted_modules,
     warn_of_unused,
 )
-from .names import prior_names
+from .names import canonical_namer
 from .patches import in_place_of
 from .saved import check_saved, tensors_to_train
 from .settings import refuse_unmeasured
@@ -95,7 +95,7 @@ class DriftModel(LoraModel):
         other = _target_parameters(model, config)
         parameters = [*(f"{name}.weight" for name in sorted(intended)), *other]
         check_weights(model, parameters)
-        canonical = prior_names(model)
+        canonical = canonical_namer(model)
         targets = {canonical(n) or n: _rank(config, n.removesuffix(".weight")) for n in parameters}
         check_fit(model, prior, config, targets, tensors_to_train(model, config, intended))
         embeddings = [f"{name}.weight" for name in sorted(intended) if _is_embedding(model.get_submodule(name))]
@@ -242,7 +242,7 @@ def _settle_targets(model: nn.Module, config: DriftConfig, prior: ReasoningPrior
     """Put into the config what PEFT takes for the modules that are meant, and return their names."""
     layers = config.layers_to_transform
     if config.target_modules is None:
-        canonical = prior_names(model)
+        canonical = canonical_namer(model)
         others = {canonical(name) for name in _target_parameters(model, config)}
         wanted = Decoder(model).projections.values() if prior is None else prior
         wanted = [name for name in wanted if name not in others]

@@ -9,7 +9,7 @@ from torch import nn
 from ..checkpoints import Decoder, canonical_name
 
 
-def prior_names(model: nn.Module) -> Callable[[str], str | None]:
+def canonical_namer(model: nn.Module) -> Callable[[str], str | None]:
     """Name of a parameter, in any wrapper -> its canonical name; None if it is not the language model's.
 
     What is no model of transformers has the names that a text LLM would have.

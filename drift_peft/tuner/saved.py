@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..checkpoints import module_kind, unwrapped
-from .names import prior_names
+from .names import canonical_namer
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -26,7 +26,7 @@ def tensors_to_train(model: nn.Module, config: LoraConfig, adapted: Iterable[str
     Args:
         adapted: names of the modules that LoRA will adapt.
     """
-    canonical_name, saved = prior_names(model), tuple(f"{name}." for name in saved_modules(model, config))
+    canonical_name, saved = canonical_namer(model), tuple(f"{name}." for name in saved_modules(model, config))
     of_layers, names = {f"{name}.bias" for name in adapted} if config.bias == "lora_only" else (), []
     for name, _ in model.named_parameters(remove_duplicate=False):
         if canonical := canonical_name(name):

@@ -25,7 +25,7 @@ from ..prior import PriorVector, PriorWeight
 from . import guidance
 from .capture import Capture
 from .config import DriftConfig
-from .names import prior_names
+from .names import canonical_namer
 from .settings import drift_alpha_of, refuse_unmeasured
 from .sharding import gather, layout, shape
 
@@ -324,7 +324,7 @@ def lora_factor(layer: LoraLayer, factor: str, adapter: str) -> nn.Parameter:
 def lora_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer, str]]:
     """(weight name, layer, adapter) of every LoRA layer, in module order. The name is the canonical one of a
     language-model weight, and the model's own of any other, which no prior holds."""
-    canonical = prior_names(model)
+    canonical = canonical_namer(model)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             weight = unwrapped(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")  # target_parameters name theirs
@@ -353,7 +353,7 @@ def trainable_tensors(model: nn.Module, adapter: str | None = None) -> Iterator[
     Of modules to save, which may contain others, these are all in the copies of `adapter`, active or not; of every
     active adapter if None.
     """
-    canonical_name, unused = prior_names(model), []
+    canonical_name, unused = canonical_namer(model), []
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             if any(active in module.modules_to_save for active in module.active_adapters):

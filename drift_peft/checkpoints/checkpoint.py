@@ -207,7 +207,7 @@ class Checkpoint:
             return self._headers[self.keys[key]][key][1]
         return self.stored_dtype(next(iter(self.layout.conversions[key].sources)))
 
-    def quantized(self, key: str) -> str | None:
+    def quantization_sign(self, key: str) -> str | None:
         """What shows that `tensor(key)` is not in full precision, as words that follow its name; None if nothing does.
 
         Its dtype does, or a scale beside it that the class has no parameter for: not all that is quantized has a

@@ -242,7 +242,7 @@ def _match(checkpoint: Checkpoint, adapter: dict[str, Update], source: str) -> d
                     f"; call resize_token_embeddings({expected[0]}) on the base, save it, and name that folder as the "
                     f"base (of an expert, in base_model_name_or_path of its {CONFIG})"
                 )
-        elif wrong := checkpoint.quantized(raw):
+        elif wrong := checkpoint.quantization_sign(raw):
             problems.append(f"{raw} {wrong} in the base: name the full-precision one")
         elif isinstance(update, Whole) and not is_finite(update.value) and is_finite(checkpoint.tensor(raw)):
             raise ValueError(f"adapter {source} holds NaN or infinity in {name}: {DIVERGED}")

@@ -107,7 +107,7 @@ def match_weights(
         )
     for name, claimed in keys.items():
         for role, key in claimed.items():
-            if wrong := sources[role].quantized(key):
+            if wrong := sources[role].quantization_sign(key):
                 raise ValueError(f"{name} {wrong} in the {role} {sources[role].source}: name the full-precision one")
     rows = _common_rows(sources) if any(map(in_vocabulary, keys)) else None
     total = sum(size for *_, size in base.decoder.sizes())

@@ -50,7 +50,7 @@ class Base:
     def shape(self, raw):
         return SHAPES.get(raw, (9, 4))
 
-    def quantized(self, raw):
+    def quantization_sign(self, raw):
         return "is in 4 bits" if raw == self._quantized else None
 
 

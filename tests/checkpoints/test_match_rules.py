@@ -41,7 +41,7 @@ class Source:
     def shape(self, key):
         return self.shapes[key]
 
-    def quantized(self, key):
+    def quantization_sign(self, key):
         return "is in 4 bits" if key == self.in_4_bits else None
 
     def vocabulary(self):

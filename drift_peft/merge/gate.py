@@ -18,7 +18,7 @@ from ..arguments import check_whole, is_number, typed
 from ..checkpoints import PROJECTIONS, claimed_output, module_kind
 from ..choices import Objective
 from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
-from ..prior import ReasoningPrior
+from ..prior import ReasoningPrior, write_gated
 from ..tuner import check_fingerprint, fitting_modules, weight_products
 from .gates import Gate, frozen, gated, train_gates
 
@@ -158,7 +158,7 @@ def gate_prior(
     origin |= {name: math.fsum(step[i] for step in losses) / len(losses) for i, name in enumerate(names)}
     products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
     taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}
-    return prior.gated(taken, products, output, origin, overwrite)
+    return write_gated(prior, taken, products, output, origin, overwrite)
 
 
 def _check_objective(objective: str, expert: Any, texts: Any, keep_weight: Any, alpha: Any, answers: Any) -> None:

@@ -18,7 +18,7 @@ from .build import build_prior
 from .delta import fingerprint_of, refuse_unrelated
 from .file import FINGERPRINT_TOLERANCE, ROUNDING_TOLERANCE, PriorVector, PriorWeight
 from .merged import HOW_KEY, MergedDelta, forget_merge, read_merge
-from .prior import ReasoningPrior
+from .prior import ReasoningPrior, write_gated
 from .share import origins_of
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "origins_of",
     "read_merge",
     "refuse_unrelated",
+    "write_gated",
 ]

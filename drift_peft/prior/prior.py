@@ -110,31 +110,6 @@ class ReasoningPrior(PriorFile):
             header |= {key: None for key in ("energy", "max_rank") if key in header}
         return _write_weights(output, overwrite, [self], truncated_weights(self, rank), header)
 
-    def gated(
-        self,
-        gates: Mapping[str, Tensor],
-        products: Mapping[str, Tensor],
-        output: str | Path,
-        origin: dict,
-        overwrite: bool = False,
-    ) -> ReasoningPrior:
-        """Write U diag(g·S) Vh, each singular direction times its gate, as a new prior.
-
-        Args:
-            gates: canonical name of each weight -> g [k], in the order of its directions.
-            products: likewise u_iᵀ·W_base·v_i [k].
-            output: file to write.
-            origin: where the gates came from, as JSON holds it: `gated` of the header, beside the hash of this prior.
-            overwrite: replace an existing output.
-
-        Raises:
-            OSError: the output exists or cannot be written.
-        """
-        header = {**self.metadata, "gated": {"prior": self.sha256, **origin}}
-        header["not_steered"] = sorted({*self, *self.metadata["not_steered"]})
-        nothing = "every gate has closed, so that the prior would steer nothing: train them at a smaller rate"
-        return _write_weights(output, overwrite, [self], gated_weights(self, gates, products), header, nothing)
-
     @typed
     def as_lora(
         self, scale: float, output: str | Path, base: str | Path | None = None, overwrite: bool = False
@@ -184,6 +159,32 @@ class ReasoningPrior(PriorFile):
             shutil.copyfile(self.path, folder / FILE_NAME)
             self.refuse_changed()
             os.replace(folder / FILE_NAME, path)
+
+
+def write_gated(
+    prior: PriorFile,
+    gates: Mapping[str, Tensor],
+    products: Mapping[str, Tensor],
+    output: str | Path,
+    origin: dict,
+    overwrite: bool = False,
+) -> ReasoningPrior:
+    """Write U diag(g·S) Vh, each singular direction of a prior times its gate, as a new prior.
+
+    Args:
+        gates: canonical name of each weight -> g [k], in the order of its directions.
+        products: likewise u_iᵀ·W_base·v_i [k].
+        output: file to write.
+        origin: where the gates came from, as JSON holds it: `gated` of the header, beside the hash of this prior.
+        overwrite: replace an existing output.
+
+    Raises:
+        OSError: the output exists or cannot be written.
+    """
+    header = {**prior.metadata, "gated": {"prior": prior.sha256, **origin}}
+    header["not_steered"] = sorted({*prior, *prior.metadata["not_steered"]})
+    nothing = "every gate has closed, so that the prior would steer nothing: train them at a smaller rate"
+    return _write_weights(output, overwrite, [prior], gated_weights(prior, gates, products), header, nothing)
 
 
 def _write_weights(

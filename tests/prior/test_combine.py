@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drift_peft import DriftConfig, ReasoningPrior, telemetry
 from drift_peft.prior.combine import formula
 from drift_peft.prior.file import HEADER_KEY
+from drift_peft.prior.prior import write_gated
 
 Q, UP, NORM = "layers.0.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight"
 EMBED = "embed_tokens.weight"
@@ -285,7 +286,7 @@ def test_a_gated_prior_is_truncated_as_a_sum_of_itself(tmp_path):
     prior = dense_prior(tmp_path / "p", {Q: (W, delta)}, rank=4)
     gates = {name: torch.tensor([0.1, 0.9, 0.5, 0.7]) for name in prior}
     products = {name: torch.zeros(4) for name in prior}
-    gated = prior.gated(gates, products, tmp_path / "gated", GATES_FROM)
+    gated = write_gated(prior, gates, products, tmp_path / "gated", GATES_FROM)
     small = gated.truncate(2, tmp_path / "small")
     for name in gated:
         whole, part = (p[name].U.float() * p[name].S @ p[name].Vh.float() for p in (gated, small))
@@ -301,11 +302,11 @@ def test_weights_whose_gates_have_closed_are_left_out(tmp_path):
     W, delta = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
     prior = dense_prior(tmp_path / "p", {Q: (W, delta), UP: (W, delta)}, rank=4)
     gates, products = {Q: torch.zeros(4), UP: torch.ones(4)}, dict.fromkeys((Q, UP), torch.zeros(4))
-    gated = prior.gated(gates, products, tmp_path / "gated", GATES_FROM)
+    gated = write_gated(prior, gates, products, tmp_path / "gated", GATES_FROM)
     assert [*gated] == [UP] and gated.metadata["not_steered"] == [Q]
     before = (tmp_path / "gated").read_bytes()
     with pytest.raises(ValueError, match="every gate has closed, so that the prior would steer nothing: train"):
-        prior.gated({Q: gates[Q], UP: gates[Q]}, products, tmp_path / "gated", GATES_FROM, overwrite=True)
+        write_gated(prior, {Q: gates[Q], UP: gates[Q]}, products, tmp_path / "gated", GATES_FROM, overwrite=True)
     assert (tmp_path / "gated").read_bytes() == before
 
 

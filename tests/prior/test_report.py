@@ -15,6 +15,7 @@ from sample_prior import BETWEEN, CLOSE_PAIR, FAR_PAIR, sample_prior
 
 from drift_peft import ReasoningPrior, build_prior
 from drift_peft.demo.compare import EXPERT, VLM
+from drift_peft.prior.prior import write_gated
 from drift_peft.prior.report.page import render_page
 from drift_peft.prior.report.plot import draw_prior
 from drift_peft.prior.report.summary import prior_summary, projection
@@ -205,7 +206,7 @@ def test_a_combined_prior_is_not_judged_by_its_experts(tmp_path):
         assert f"mean cosine {named}" in render_page(shown) and f"cosine {named}" in draw_prior(shown, "svg").decode()
     gates = {name: torch.full((len(one[name].S),), 0.5) for name in one}
     products = {name: torch.zeros(len(one[name].S)) for name in one}
-    gated = prior_summary(combined.gated(gates, products, tmp_path / "g.safetensors", GATES_FROM))
+    gated = prior_summary(write_gated(combined, gates, products, tmp_path / "g.safetensors", GATES_FROM))
     assert gated["cosine_of"] == "base and base + Δ"
     assert gated["verdict"]["distance"].startswith("The two models are")
 
@@ -214,7 +215,7 @@ def test_a_prior_with_coefficient_1_is_judged_as_itself(tmp_path):
     """As a gated one is once it was truncated; a sum of several stays one."""
     one, two = (sample_prior(tmp_path / f"{size}.safetensors", 2, size=size) for size in (CLOSE_PAIR, FAR_PAIR))
     half = {name: torch.full((len(one[name].S),), 0.5) for name in one}
-    gated = one.gated(half, {name: torch.zeros(len(S)) for name, S in half.items()}, tmp_path / "g", GATES_FROM)
+    gated = write_gated(one, half, {name: torch.zeros(len(S)) for name, S in half.items()}, tmp_path / "g", GATES_FROM)
     both = ReasoningPrior.combine([(one, 0.5), (two, 0.5)], tmp_path / "both")
     for parent, title, words in (
         (one, "Close", "expert and base"),
@@ -264,7 +265,7 @@ def test_gates_beyond_the_smallest_rank_are_told(tmp_path):
     gates = {name: torch.full((len(prior[name].S),), 0.5) for name in prior}
     gates[longest][-1], gates[others[0]][0] = 0.01, 0.99
     products = {name: torch.zeros(len(prior[name].S)) for name in prior}
-    summary = prior_summary(prior.gated(gates, products, tmp_path / "g.safetensors", GATES_FROM))
+    summary = prior_summary(write_gated(prior, gates, products, tmp_path / "g.safetensors", GATES_FROM))
     assert "the gates of its directions run from 0.01 to 0.99" in prior_notes(summary)[0]
     (kind,) = summary["gates"]
     for i in range(len(prior[longest].S)):

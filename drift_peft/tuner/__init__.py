@@ -17,7 +17,7 @@ deepspeed  DeepSpeed's engine: where it keeps what it trains
 step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior
 trainer    the same in Trainer's logs
-fit        does this prior belong to this model?
+compatibility  does this prior belong to this model?
 saved      modules to save, which PEFT copies to train them themselves
 attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
@@ -31,9 +31,9 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from . import load, step, store  # noqa: F401  what they hook into: PEFT's loads, saves and uploads, torch.optim's steps
+from .compatibility import check_fingerprint, fitting_modules, weight_products
 from .config import DriftConfig
 from .field_docs import describe, own_fields
-from .fit import check_fingerprint, fitting_modules, weight_products
 from .guide import guide
 from .model import DriftModel
 from .settings import is_guided

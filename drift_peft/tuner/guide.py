@@ -15,8 +15,7 @@ from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, origins_of
 from .attach import refuse_meta, steer
-from .config import STARTS, DriftConfig
-from .fit import (
+from .compatibility import (
     adapted_modules,
     check_fit,
     check_weights,
@@ -24,6 +23,7 @@ from .fit import (
     refuse_tied_adapters,
     targeted_modules,
 )
+from .config import STARTS, DriftConfig
 from .saved import refuse_nested_copies
 from .steered import lora_layers, trainable_tensors
 

@@ -22,8 +22,7 @@ from ..keeping import keep_4bit_differentiable, keepings_of, warn_of_lost_passes
 from ..prior import ReasoningPrior, origins_of
 from ..warn import warn
 from .attach import refuse_meta, start_adapters, steer
-from .config import DriftConfig
-from .fit import (
+from .compatibility import (
     adapted_modules,
     check_fit,
     check_weights,
@@ -32,6 +31,7 @@ from .fit import (
     targeted_modules,
     warn_of_unused,
 )
+from .config import DriftConfig
 from .names import canonical_namer
 from .patches import in_place_of
 from .saved import check_saved, tensors_to_train

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from drift_peft import DriftConfig, build_prior, merge_adapter
 from drift_peft.checkpoints import Checkpoint
 from drift_peft.tuner import targets_summary
-from drift_peft.tuner.fit import adapted_modules
+from drift_peft.tuner.compatibility import adapted_modules
 
 
 def language_model(thinker):

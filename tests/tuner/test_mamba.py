@@ -12,7 +12,7 @@ from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM
 
 from drift_peft import DriftConfig, build_prior, guide, language_model_targets
-from drift_peft.tuner.fit import adapted_modules
+from drift_peft.tuner.compatibility import adapted_modules
 
 OUT = "language_model.model.layers.0.mixer.out_proj"
 LEFT = "1 projections, such as .*out_proj, cannot be adapted: Mamba's fused kernels read their weights past an"

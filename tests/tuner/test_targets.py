@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from tiny import TEXT, edit_config, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import DriftConfig, build_prior, guide, language_model_targets, telemetry
-from drift_peft.tuner.fit import adapted_modules
+from drift_peft.tuner.compatibility import adapted_modules
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

@@ -18,7 +18,7 @@ step       when guidance runs: the optimizer hooks
 telemetry  where training stands against the prior
 trainer    the same in Trainer's logs
 compatibility  does this prior belong to this model?
-saved      modules to save, which PEFT copies to train them themselves
+modules_to_save  modules which PEFT copies to train them themselves
 attach     what the settings guide is registered; the adapter's start
 model      DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
 load       what PEFT loads: its guided steps, and whether training goes on guided

@@ -24,7 +24,7 @@ from .compatibility import (
     targeted_modules,
 )
 from .config import STARTS, DriftConfig
-from .saved import refuse_nested_copies
+from .modules_to_save import refuse_nested_copies
 from .steered import lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too

@@ -32,9 +32,9 @@ from .compatibility import (
     warn_of_unused,
 )
 from .config import DriftConfig
+from .modules_to_save import check_saved, tensors_to_train
 from .names import canonical_namer
 from .patches import in_place_of
-from .saved import check_saved, tensors_to_train
 from .settings import refuse_unmeasured
 from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 from .unguided import warn_of_moved

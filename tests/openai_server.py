@@ -52,7 +52,8 @@ class OpenAI:
 
     def fail(self, part_of_question: str, *faults: str) -> None:
         """Faults of the next requests with these words: `timeout`, `broken JSON`, `no choices`, `cut`, `reset`, `gzip`,
-        which it is not, `deep`, `too much`, `no end`, or `status 429` and the like; a 429 says when to come again."""
+        which it is not, `deep`, `too much`, `no end`, or `status 429` and the like, with what it says behind a colon; a
+        429 says when to come again, and a 308 where to."""
         self.faults[part_of_question] += faults
 
     def next_fault(self, question: str) -> str | None:
@@ -133,10 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
         else:
-            self.error(int(fault.removeprefix("status ")), "of the test's server")
+            status, _, said = fault.removeprefix("status ").partition(": ")
+            self.error(int(status), said or "of the test's server")
 
     def error(self, status: int, message: str) -> None:
-        headers = {"Retry-After": str(RETRY_AFTER)} if status == 429 else {}
+        headers = {429: {"Retry-After": str(RETRY_AFTER)}, 308: {"Location": "https://127.0.0.1/v1"}}.get(status)
         self.send(status, json.dumps({"error": {"message": message}}).encode(), headers)
 
     def send(self, status: int, content: bytes, headers: dict | None = None, length: int | None = None) -> None:

@@ -6,33 +6,33 @@ as does llama.cpp; from other servers a token is taken if its text or bytes are 
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..chat import MOVED, Chat, NoCompletion
 from .file import data_address
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TRIES = 5
-TIMEOUT = 600.0  # seconds that the server may take for an answer
+RETRIES = 4
+TIMEOUT = 600.0  # seconds without a byte of an answer, which most servers send when it is whole
 NUMBER = re.compile(r"token_id:(\d+)")
 LETTERS = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's
 TOO_MANY = "vLLM allows top_k={k} (--top-k) when it is started with --max-logprobs {k}"
 WAYS_OUT = dict.fromkeys((401, 403), "give the server's key as api_key (--api-key-env)")
 WAYS_OUT[404] = "give the address that ends in /v1, and the id by which the server knows its model, if not {model}"
+WAYS_OUT[413] = "have it take larger requests (client_max_body_size of nginx), or take smaller pictures"
+WAYS_OUT |= dict.fromkeys(MOVED, "give that address, up to its /v1, as server (--server)")
 TORN = "\ufffd"  # what a server writes for bytes that are no text on their own
 
 
@@ -48,22 +48,15 @@ class Server:
         api_key: for the header Authorization; stored nowhere.
 
     Raises:
-        ValueError: the address is none.
+        ValueError: the address or the key is none.
     """
 
     def __init__(
         self, url: str, model: str, tokenizer: Any, vocabulary: int, places: Sequence[int], api_key: str | None = None
     ):
-        import httpx2  # as huggingface_hub does
-
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
-            raise ValueError(f"server {url} is no address such as http://localhost:8000/v1, without a password")
-        self.url = url.rstrip("/") + ("" if parts.path.rstrip("/") else "/v1") + "/chat/completions"
+        self._chat = Chat(url, api_key, TIMEOUT, RETRIES)
+        self.url = self._chat.url
         self.model, self.tokenizer, self.vocabulary, self.places = model, tokenizer, vocabulary, {*places}
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
-        self._broken = httpx2.TransportError
 
     def answer(
         self, images: Sequence[Image], questions: Sequence[str], max_new_tokens: int, k: int
@@ -75,7 +68,12 @@ class Server:
             ValueError: it refuses the question, gives no log probabilities or too few, or names what is no token.
         """
         with ThreadPoolExecutor(len(images)) as pool:
-            return [*pool.map(lambda image, question: self._ask(image, question, max_new_tokens, k), images, questions)]
+            asked = pool.map(lambda image, question: self._ask(image, question, max_new_tokens, k), images, questions)
+            try:
+                return [*asked]
+            except BaseException:  # the run ends, and the other questions need not wait for their next try
+                self._chat.stop()
+                raise
 
     def _ask(self, image: Image, question: str, max_new_tokens: int, k: int) -> dict[str, Tensor]:
         parts = [{"type": "image_url", "image_url": {"url": data_address(image)}}, {"type": "text", "text": question}]
@@ -92,26 +90,15 @@ class Server:
         return self._read(self._post(body, k), k)
 
     def _post(self, body: dict, k: int) -> dict:
-        """The first choice of the answer, asked for again where the server fails."""
-        for wait in (*(2.0**i / 2 for i in range(TRIES - 1)), None):
-            try:
-                response = self._client.post(self.url, json=body)
-            except self._broken as error:  # timeouts, refused and broken connections
-                trouble = f"{type(error).__name__} ({error})"
-            else:
-                if response.is_success:
-                    try:
-                        return json.loads(response.content)["choices"][0]
-                    except (ValueError, KeyError, IndexError, TypeError) as error:
-                        trouble = f"an answer that is no completion ({type(error).__name__})"
-                else:
-                    trouble = f"status {response.status_code} ({' '.join(response.text.split())[:200]})"
-                    if response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                        way_out = WAYS_OUT.get(response.status_code, TOO_MANY).format(model=self.model, k=k)
-                        raise ValueError(f"the server {self.url} refuses the question: {trouble}; {way_out}")
-            if wait is not None:
-                time.sleep(wait)
-        raise ConnectionError(f"the server {self.url} does not answer: {trouble}")
+        """The first choice of the answer."""
+        try:
+            return self._chat.ask(body, dict)
+        except NoCompletion as error:
+            if error.status is None:
+                raise ConnectionError(f"the server {self.url} does not answer: {error}") from error
+            way_out = WAYS_OUT.get(error.status, TOO_MANY if "logprobs" in str(error) else "its log may say more")
+            way_out = way_out.format(model=self.model, k=k)
+            raise ValueError(f"the server {self.url} refuses the question: {error}; {way_out}") from error
 
     def _read(self, choice: dict, k: int) -> dict[str, Tensor]:
         entries = (choice.get("logprobs") or {}).get("content")

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import random
-import threading
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2
-
+from drift_peft.chat import MOVED, Chat, NoCompletion
 from drift_peft.warn import first_line
 
 PROMPT = (
@@ -24,19 +16,13 @@ PROMPT = (
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
 )
 GREEDY = "the likeliest token each time, whatever generation_config.json says"
-LARGEST = 32 * 2**20  # bytes of an answer
-LONGEST = 10  # of a whole answer, in times of the longest silence
-LONGEST_WAIT = 600.0  # seconds between two tries, whatever the server asks for
-FATAL = {401: "refuses the key: see --api-key-env", 403: "refuses the key: see --api-key-env"}
-FATAL[404] = "does not know this model or path: see --model and --server"
+FATAL = dict.fromkeys((401, 403), "give the server's key (--api-key-env)")  # status -> way out
+FATAL[404] = "give the address that ends in /v1 (--server), and the id by which it knows its model (--model)"
+FATAL |= dict.fromkeys(MOVED, "give that address, up to its /v1 (--server)")
 
 
 class Unanswered(Exception):
     """One question got no answer; others may."""
-
-
-class TooMuch(Exception):
-    """A server sends more, or for longer, than an answer can be."""
 
 
 class TeacherError(RuntimeError):
@@ -44,7 +30,7 @@ class TeacherError(RuntimeError):
 
 
 class Server:
-    """Asks a server, again and again where it fails: after 1 s, 2 s, 4 s, …, or when the server says.
+    """Asks a server, as `Chat` does.
 
     Args:
         url: such as http://localhost:8000/v1.
@@ -60,16 +46,12 @@ class Server:
         self, url: str, model: str, *, key: str | None, timeout: float, retries: int, concurrency: int,
         temperature: float, max_tokens: int,
     ):  # fmt: skip
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
-            raise TeacherError("--server takes an address such as http://localhost:8000/v1, without a password")
-        self.url = url.rstrip("/") + ("" if parts.path.rstrip("/") else "/v1") + "/chat/completions"
+        try:
+            self.chat = Chat(url, key, timeout, retries)
+        except ValueError as error:
+            raise TeacherError(str(error)) from error
         self.request = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self.retries, self.concurrency, self.stopped = retries, concurrency, threading.Event()
-        self.longest = LONGEST * timeout
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx2.Limits(max_connections=concurrency)
-        self.client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+        self.concurrency = concurrency
 
     def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         """The answer to one conversation of messages and images: its `response` and `finish_reason`.
@@ -78,48 +60,18 @@ class Server:
             Unanswered, TeacherError
         """
         (conversation,) = conversations
-        body = {**self.request, "messages": _to_openai(*conversation)}
-        for attempt in range(self.retries + 1):
-            try:
-                response, content = self._post(body)
-            except (httpx2.RequestError, TooMuch) as error:  # timeouts, broken connections, gzip that is none
-                trouble, wait = f"{type(error).__name__} ({error})", None
-                unreachable = isinstance(error, httpx2.ConnectError)
-            else:
-                unreachable = False
-                if response.status_code in FATAL:
-                    raise TeacherError(f"the server {self.url} {FATAL[response.status_code]} ({_message(content)})")
-                if response.is_success:
-                    try:
-                        return [_read_answer(content)]
-                    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-                        trouble, wait = f"an answer that is no completion ({type(error).__name__}: {error})", None
-                elif response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
-                    trouble, wait = f"status {response.status_code} ({_message(content)})", _retry_after(response)
-                else:
-                    raise Unanswered(f"status {response.status_code} ({_message(content)})")
-            if attempt < self.retries and self.stopped.wait(
-                2**attempt * random.uniform(0.5, 1) if wait is None else wait
-            ):
-                raise Unanswered("the run was stopped")
-        if unreachable:
-            raise TeacherError(f"the server {self.url} cannot be reached: {trouble}")
-        raise Unanswered(f"{trouble}, {self.retries + 1} times")
-
-    def _post(self, body: dict) -> tuple[httpx2.Response, bytes]:
-        """A response and what it holds, of which no more is read than an answer can be."""
-        content, end = bytearray(), time.monotonic() + self.longest
-        with self.client.stream("POST", self.url, json=body) as response:
-            for part in response.iter_bytes():
-                content += part
-                if len(content) > LARGEST:
-                    raise TooMuch(f"more than {LARGEST >> 20} MB")
-                if time.monotonic() > end:
-                    raise TooMuch(f"no end after {self.longest:.0f} s")
-        return response, bytes(content)
+        try:
+            return [self.chat.ask({**self.request, "messages": _to_openai(*conversation)}, _read_answer)]
+        except NoCompletion as error:
+            if error.unreachable:
+                raise TeacherError(f"the server {self.chat.url} cannot be reached: {error}") from error
+            if error.status in FATAL:
+                told = f"the server {self.chat.url} refuses the question: {error}; {FATAL[error.status]}"
+                raise TeacherError(told) from error
+            raise Unanswered(str(error)) from error
 
     def stop(self) -> None:
-        self.stopped.set()
+        self.chat.stop()
 
 
 class Local:
@@ -257,9 +209,8 @@ def _to_openai(messages: list[dict], images: list) -> list[dict]:
     ]
 
 
-def _read_answer(content: bytes) -> dict:
+def _read_answer(choice: dict) -> dict:
     """Of a choice, its text. Servers that split the thinking off have it in a field of its own."""
-    choice = json.loads(content)["choices"][0]
     message = choice["message"]
     text = message.get("content") or ""
     thought = message.get("reasoning_content") or message.get("reasoning")
@@ -268,29 +219,3 @@ def _read_answer(content: bytes) -> dict:
     if thought:
         text = f"<think>\n{thought.strip()}\n</think>\n\n{text.strip()}"
     return {"response": text, "finish_reason": choice.get("finish_reason")}
-
-
-def _message(content: bytes) -> str:
-    """What the server says about an error, shortened."""
-    try:
-        message = json.loads(content)
-        message = message.get("error", message)
-        message = message.get("message", message) if isinstance(message, dict) else message
-    except (ValueError, AttributeError, RecursionError):
-        message = content.decode(errors="replace")
-    return " ".join(str(message).split())[:200]
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds of the header Retry-After, which may be a date."""
-    header = response.headers.get("Retry-After", "")
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    if seconds != seconds:  # "nan"
-        return None
-    return min(max(seconds, 0.0), LONGEST_WAIT)

@@ -123,23 +123,50 @@ def test_what_cannot_be_read_is_refused(said, message, folder, tmp_path):
     assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
 
 
+WAYS_OUT = {
+    "400: Requested sample logprobs of 5, which is greater than max allowed: 4": r".*started with --max-logprobs 5$",
+    "400": "its log may say more$",
+    "401": r"give the server's key as api_key \(--api-key-env\)$",
+    "403": r"give the server's key as api_key \(--api-key-env\)$",
+    "413": "have it take larger requests .*, or take smaller pictures$",
+    "422": "its log may say more$",
+    "308": r"give that address, up to its /v1, as server \(--server\)$",
+}
+
+
 def test_servers_that_refuse(folder, tmp_path):
     with OpenAI(lambda question: "8") as server:
-        server.fail("", *["status 400"] * 4)  # as many as are asked at a time
-        with pytest.raises(ValueError, match=r"refuses the question: status 400 .*started with --max-logprobs 5$"):
-            make(folder, tmp_path / "k.safetensors", server=server.url)
+        for status, way_out in WAYS_OUT.items():
+            server.fail("", *[f"status {status}"] * 4)  # as many as are asked at a time
+            with pytest.raises(ValueError, match=rf"refuses the question: status {status[:3]} \(.*\); {way_out}"):
+                make(folder, tmp_path / "k.safetensors", server=server.url)
+            server.faults.clear()
         with pytest.raises(ValueError, match=r"status 404 .*; give the address that ends in /v1, and the id .*base$"):
             make(folder, tmp_path / "k.safetensors", server=server.url.replace("/v1", "/v2"))
-    for status in (401, 403):
-        with OpenAI(lambda question: "8") as server:
-            server.fail("", *[f"status {status}"] * 4)
-            with pytest.raises(ValueError, match=rf"refuses the question: status {status} .*; give the server's key"):
-                make(folder, tmp_path / "k.safetensors", server=server.url)
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("fault", ["gzip", "no end", "too much", "cut", "no choices", "deep", "status 503"])
+def test_servers_that_fail_are_asked_again(fault, folder, tmp_path, monkeypatch):
+    """And given up in a sentence; none is waited for without an end."""
+    for name, value in {"chat.LARGEST": 2**20, "chat.LONGEST": 1, "keeping.server.TIMEOUT": 1}.items():
+        monkeypatch.setattr(f"drift_peft.{name}", value)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.01)
+    monkeypatch.setattr("drift_peft.keeping.server.RETRIES", 2)
+    said = [{"token": "token_id:8", "logprob": -1.0, "top_logprobs": TOP}]
+    with OpenAI(lambda question: "8", logprobs=lambda body: said) as server:
+        server.fail("", fault, fault)
+        few = {"samples": 6, "batch_size": 1, "server": server.url}
+        assert len(make(folder, tmp_path / "k.safetensors", **few)) == 6
+        assert len(server.asked) == 8 and len(server.answered) == 6
+        server.fail("", *[fault] * 3)
+        with pytest.raises(ConnectionError, match=r"^the server \S+ does not answer: .*, 3 times$") as caught:
+            make(folder, tmp_path / "other.safetensors", **few)
+    assert "\n" not in str(caught.value)
+
+
 def test_nobody_there(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("drift_peft.keeping.server.TRIES", 2)
+    monkeypatch.setattr("drift_peft.keeping.server.RETRIES", 1)
     with OpenAI(lambda question: "8") as server:
         url = server.url
     with pytest.raises(ConnectionError, match=r"the server \S+ does not answer: "):
@@ -200,6 +227,11 @@ def test_addresses():
     paths = {"http://a:1": "http://a:1/v1/", "http://a:1/v1/": "http://a:1/v1/", "https://a/x": "https://a/x/"}
     for url, start in paths.items():
         assert Server(url, "vlm", words, 9, []).url == f"{start}chat/completions"
-    for url in ("ftp://a", "a:1", "http://", "http://me:secret@a"):
-        with pytest.raises(ValueError, match="is no address such as"):
+    for url in ("ftp://a", "a:1", "http://", "http://me:secret@a", "http://a:port", "http://a:80000"):
+        with pytest.raises(ValueError, match="is no address such as") as caught:
             Server(url, "vlm", words, 9, [])
+        assert "secret" not in str(caught.value)
+    for key in ("secret\n", "sécret"):
+        with pytest.raises(ValueError, match=r"^the key of the server has signs that no key has") as caught:
+            Server("http://a", "vlm", words, 9, [], key)
+        assert "cret" not in str(caught.value)

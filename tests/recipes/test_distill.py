@@ -207,8 +207,8 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, capsys, monkeypatch):
     ("flags", "sentence"),
     [(["-o", "out.txt"], "output out.txt is no parquet file: name one, such as out.parquet"),
      (["-o", "missing/out.parquet"], "there is no folder missing"),
-     (["--server", "localhost:8000"], "--server takes an address such as http://localhost:8000/v1"),
-     (["--server", "http://user:word@localhost"], "--server takes an address such as http://localhost:8000/v1")],
+     (["--server", "localhost:8000"], "server localhost:8000 is no address such as http://localhost:8000/v1"),
+     (["--server", "http://user:word@localhost"], "server …@localhost is no address such as http://localhost:8000/v1")],
 )  # fmt: skip
 def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -5,12 +5,12 @@ from collections import Counter
 
 import distill
 import distillations
-import httpx2
 import pytest
 from distillations import journal_lines, number, result, right, run, save_questions
 from openai_server import RETRY_AFTER, OpenAI
-from parts import teachers
 from parts.journal import journal_path
+
+from drift_peft import chat
 
 quick = distillations.quick  # fixture
 
@@ -33,8 +33,8 @@ quick = distillations.quick  # fixture
     ],
 )
 def test_what_a_server_fails_at_is_asked_again_and_answered_once(fault, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(teachers, "LARGEST", 2**20)
-    monkeypatch.setattr(teachers, "LONGEST", 1)
+    monkeypatch.setattr(chat, "LARGEST", 2**20)
+    monkeypatch.setattr(chat, "LONGEST", 1)
     with OpenAI(right) as server:
         server.fail("what is 1 ", fault)
         server.fail("what is 3 ", fault, fault)
@@ -70,8 +70,9 @@ def test_what_gets_no_answer_is_counted_and_asked_by_the_next_run(tmp_path, caps
 
 @pytest.mark.parametrize(
     ("fault", "sentence"),
-    [("status 401", "refuses the key: see --api-key-env (of the test's server)"),
-     ("status 404", "does not know this model or path: see --model and --server (of the test's server)")],
+    [("status 401", "refuses the question: status 401 (of the test's server); give the server's key (--api-key-env)"),
+     ("status 404", "status 404 (of the test's server); give the address that ends in /v1 (--server), and the id by"),
+     ("status 308", "status 308 (it leads to https://127.0.0.1/v1); give that address, up to its /v1 (--server)")],
 )  # fmt: skip
 def test_where_no_question_can_be_answered_the_run_stops(fault, sentence, tmp_path, capsys):
     with OpenAI(right) as server:
@@ -125,4 +126,4 @@ def test_so_many_questions_are_asked_at_a_time(tmp_path):
     ],
 )
 def test_when_a_server_wants_to_be_asked_again(header, seconds):
-    assert teachers._retry_after(httpx2.Response(429, headers={"Retry-After": header})) == seconds
+    assert chat.retry_after(header) == seconds

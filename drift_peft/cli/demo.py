@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
+from contextlib import nullcontext
+
 from .parser import Parser
 from .workers import workers
 
@@ -17,18 +20,29 @@ def flags(parser: Parser) -> None:
         metavar="FOLDER",
         help="keep everything in this folder: prior, adapter, merged model, results, pictures (default: keep nothing)",
     )
-    add("--seed", type=int, default=0, help="seed of data, start and training")
+    add(
+        "--seed",
+        dest="seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seed of data, start and training; of more than one, such as 0 1 2, means and spreads (default: 0)",
+    )
+    add("--steps", type=int, default=150, help="optimizer steps of every training")
+    add("--methods", nargs="+", default=SUPPRESS, metavar="METHOD", help="rows, such as lora drift (default: all)")
     add("--processes", type=int, default=2, help="rows at a time, one CPU core each")
 
 
-def run(out: str | None, seed: int, processes: int) -> None:
-    if processes < 1:
-        raise ValueError(f"--processes {processes}: give 1 or more")
-    from ..demo import METHODS  # needs the extra `demo`, and says so
+def run(out: str | None, seeds: list[int], steps: int, processes: int, **given) -> None:
+    for name, number in (("steps", steps), ("processes", processes)):
+        if number < 1:
+            raise ValueError(f"--{name} {number}: give 1 or more")
+    from ..demo import METHODS, study  # needs the extra `demo`, and says so
     from ..demo import run as run_demo
 
-    if processes == 1:
-        run_demo(out, seed)
-        return
-    with workers(min(processes, len(METHODS))) as executor:
-        run_demo(out, seed, executor=executor)
+    with nullcontext() if processes == 1 else workers(min(processes, len(METHODS))) as executor:
+        given |= {"steps": steps, "executor": executor}
+        if len(seeds) > 1:
+            study(seeds, out, **given)
+        else:
+            run_demo(out, *seeds, **given)

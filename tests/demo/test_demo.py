@@ -4,8 +4,8 @@ import importlib.util
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -94,12 +94,33 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
     assert is_right(read, "1+1") and not is_right(read, "1+1+")
 
 
-@pytest.mark.parametrize("seeds", ["-1", "0"])
-def test_no_seeds_are_refused(seeds, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["demo", "--seeds", seeds])
-    with pytest.raises(SystemExit):
-        import_module("drift_peft.demo.__main__").main()
-    assert f"error: --seeds is 1 or more, not {seeds}\n" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--methods", "lora", "dora"], "unknown method 'dora': choose from vlm, "),
+        (["--seeds", "3"], "unknown flag --seeds; did you mean --seed?"),
+    ],
+)
+def test_the_command_refuses(flags, error, capsys):
+    status, _, err = command.run(capsys, "demo", *flags)
+    assert status and f"drift-peft: error: {error}" in err and err.count("\n") == 1
+
+
+def test_the_command_says_what_several_seeds_have_in_common(tmp_path, capsys, monkeypatch):
+    run, asked = demo.compare.run, []
+
+    def small(out, seed, methods, **settings):
+        asked.append((seed, methods, settings["steps"], settings["executor"]))
+        return run(out, seed, methods, size=2, **settings)
+
+    monkeypatch.setattr("drift_peft.demo.compare.run", small)
+    flags = ("--seed", 5, 6, "--steps", 1, "--methods", "vlm", "merge-0.5", "--processes", 1)
+    status, out, _ = command.run(capsys, "demo", *flags, "--out", tmp_path)
+    assert status == 0 and asked == [(seed, ["vlm", "merge-0.5"], 1, None) for seed in (5, 6)]
+    assert "seed 5, 6" in out and out.count(" ± ") == 2 * 5
+    assert [row["seed"] for row in json.loads((tmp_path / "study.json").read_text())] == [5, 6]
+    assert (tmp_path / "seed6" / "results.json").exists()
 
 
 @loads_processors

@@ -12,7 +12,7 @@ import drift_peft
 ROOMS = ("cli", "demo", "integrations", "preflight", "merge", "tuner", "keeping", "prior", "checkpoints")  # downwards
 ROOT = Path(drift_peft.__file__).parent
 PACKAGES = sorted(path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("*/**/__init__.py"))
-FILES = "arguments", "atomic", "builds", "chat", "choices", "recipe", "warn"  # what every room may stand on
+FILES = "arguments", "atomic", "builds", "chat", "choices", "page", "recipe", "warn"  # what every room may stand on
 GROUND = {"drift_peft", *(f"drift_peft.{name}" for name in FILES)}
 LINES = 400  # of a file at most
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints import claimed_output, shown, write_output
+from ..page import check_page, render
 from .file import KeepSet, data_address
 from .summary import CAPTION, entropy, keep_rows, keep_summary
 
@@ -28,8 +28,7 @@ def write_page(keep_set: KeepSet, html: str | Path, overwrite: bool = False) -> 
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: it could not be written.
     """
     output = Path(html)
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"the page {html} needs a name that ends in .html")
+    check_page(output)
     with claimed_output(output, overwrite, example="keep.html"):
         write_output(output, render_page(keep_set).encode(), overwrite)
 
@@ -51,8 +50,7 @@ def render_page(keep_set: KeepSet) -> str:
         "rows": "\n".join(f"<tr>{_cells(cells, i, last=i + 1 == len(rows))}</tr>" for i, cells in enumerate(rows)),
         "sheets": "\n".join(sheets),
     }
-    # One pass, so that an answer that looks like a field stays an answer.
-    return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return render(TEMPLATE, fields)
 
 
 def _cells(cells: list[str], i: int, last: bool) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shlex
 from html import escape
 from pathlib import Path
 
 from ...checkpoints import claimed_output, write_output
+from ...page import check_page, render
 from .plot import draw_prior
 from .tables import prior_notes, prior_title
 
@@ -45,8 +45,8 @@ def write_report(
     with contextlib.ExitStack() as claims:
         for output, example in outputs.items():
             claims.enter_context(claimed_output(output, overwrite, example))
-        if html is not None and Path(html).suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"the page {html} needs a name that ends in .html")
+        if html is not None:
+            check_page(html)
         contents = {}
         if plot is not None:
             contents[Path(plot)] = draw_prior(summary, Path(plot).suffix[1:].lower() or "png")
@@ -84,8 +84,7 @@ def render_page(summary: dict) -> str:
         "notes": "".join(f'<p class="note">{escape(note)}</p>' for note in prior_notes(summary)),
         "data": _data(summary),
     }
-    # One pass, so that a name that looks like a field stays a name.
-    return re.sub(r"\{\{(\w+)\}\}", lambda field: fields[field[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return render(TEMPLATE, fields)
 
 
 def _next_step(summary: dict) -> str:

@@ -44,8 +44,8 @@ def missing(error: BaseException, extra: str = "recipes") -> str | None:
 
 
 def explain_imports(script: str, extra: str = "recipes") -> None:
-    """While a script is imported: end in a sentence where such builds, or a package that is missing, are what stops it,
-    and as Python does else.
+    """While a script is imported: if mismatched builds or a missing package stop it, end in one sentence; otherwise
+    fail as Python does.
 
     Args:
         extra: what brings the packages that the script needs.

@@ -49,4 +49,4 @@ def warn_of_hub(source: str) -> None:
     folder of its path is here, it is rather a path with a mistake in it."""
     folder, _, name = source.partition("/")
     if folder not in ("", ".", "..") and name and "/" not in name and Path(folder).is_dir():
-        warn(f"{source} is no file or folder here, though the folder {folder} is: it is looked for on the hub.")
+        warn(f"There is a folder {folder} here, but no {name} in it: looking for {source} on the hub.")

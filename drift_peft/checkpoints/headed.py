@@ -65,7 +65,8 @@ class HeadedFile:
         return type(self), (self.path, self.source)
 
     def _is_whole(self) -> bool:
-        """False, or an error, if the file does not hold what its header, whose form is right, promises."""
+        """False, or an error, if the file does not hold what its header promises; the header's form is already
+        checked."""
         return True
 
     def _held(self) -> dict[str, tuple[list[int], str]]:

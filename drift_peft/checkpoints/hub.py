@@ -34,7 +34,7 @@ from ..warn import first_line, warn
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""What says what a repository is: small, and downloaded first."""
+"""Small files that say what a repository is; downloaded first."""
 
 BLOCK = 1 << 20  # bytes that are asked for at once where only a table of contents is read
 

@@ -65,7 +65,7 @@ class AdaptedCheckpoint(Checkpoint):
             super().__init__(base, None if Path(base).exists() else config.revision, dequantize, record)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"adapter {adapter} adapts {base}, which is not to be had: write the folder or hub id of that model "
+                f"adapter {adapter} adapts {base}, which cannot be found: write the folder or hub id of that model "
                 f"into base_model_name_or_path of its {CONFIG} ({error})"
             ) from error
         except ValueError as error:
@@ -283,7 +283,8 @@ def _tensor_finder(checkpoint: Checkpoint) -> Callable[[str], tuple[str | None, 
         if canonical == EMBEDDING and canonical not in checkpoint.language_model and checkpoint.tied:
             return canonical, checkpoint.language_model.get(HEAD)  # some files hold the one weight under its name
         if canonical:
-            # Of what transformers makes others, such as single experts of a stack, an older version had modules.
+            # What transformers now makes of others, such as a stack of experts, was a module of its own in older
+            # versions.
             return canonical, checkpoint.language_model.get(canonical, name if name in checkpoint.keys else None)
         return None, checkpoint.in_memory.get(name) or checkpoint.in_memory.get(checkpoint.layout.name(name))
 

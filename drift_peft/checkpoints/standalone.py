@@ -40,8 +40,8 @@ def replaced_when_complete(
 ) -> Iterator[Path]:
     """`<output>.partial/` to work in, renamed to the output at the end, or gone if anything failed.
 
-    An existing folder is `<output>.drift_peft-replaced` for the moment between two renames. Who is killed in this
-    moment leaves it under that name, and whoever writes this output next puts it back first.
+    An existing folder is `<output>.drift_peft-replaced` for the moment between two renames. A run killed in that
+    moment leaves it under that name; the next run on this output puts it back first.
 
     Args:
         overwrite: replace an existing folder, if it is one of this kind or empty.

@@ -73,7 +73,7 @@ def export_for_vllm(
     model_type = base_config.model_type
     if model_type not in SERVED:
         raise ValueError(
-            f"vLLM {VERSION} was not found to serve adapters of models of type {model_type} whole: merge {adapter} "
+            f"vLLM {VERSION} is not known to serve every module of an adapter on a {model_type} model: merge {adapter} "
             "into its base (drift-peft merge), and serve that"
         )
     factors = _factors(folder, adapter)

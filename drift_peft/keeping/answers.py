@@ -87,7 +87,7 @@ def as_templates_are_read(processor: Any, text: str) -> dict[str, bool]:
 
 
 def think_prefix(text: str) -> str:
-    """What a chat template lays into a reasoner's mouth at the end of a prompt; empty where it lays nothing."""
+    """The opening think tag that a chat template puts at the end of a prompt; empty if none."""
     match = OPENED.search(text)
     return match[0] if match else ""
 

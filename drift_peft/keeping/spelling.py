@@ -23,8 +23,8 @@ class Spelling:
 
     Args:
         expert, base: their tokenizers.
-        ends: the expert's tokens that end an answer. One that ends the base's answers too stays what it is, and the
-            others become the first of the base's.
+        ends: the expert's tokens that end an answer. An end token that also ends the base's answers is kept; any
+            other becomes the base's first end token.
         base_ends: the base's tokens that end an answer, the one of its chats first.
         rows: how many tokens the base gives a probability.
 

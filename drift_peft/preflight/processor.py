@@ -50,7 +50,7 @@ def with_processor(settings: Settings, family: str) -> Settings:
     try:
         return replace(settings, processor_kwargs={**read, **kwargs}) if read else settings
     except ValueError as error:
-        raise ValueError(f"{file} cannot be what images are cut by: {error}") from error
+        raise ValueError(f"{file} has a setting of images that cannot be used: {error}") from error
 
 
 def _whole(value: object) -> object:

@@ -1,4 +1,4 @@
-"""The header of a prior's file: its form."""
+"""The header of a prior's file: its form. What is None by default, but not by its type, may be absent, never null."""
 
 from __future__ import annotations
 

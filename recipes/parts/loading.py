@@ -202,7 +202,7 @@ def tell(dropped: Dropped, file: TextIO | None = None) -> None:
 
 
 def refuse_remnant(source: str | Path, dataset: datasets.Dataset | datasets.IterableDataset, dropped: Dropped) -> None:
-    """More bad samples than good ones are rather a mistake, as where the folder of the images is not the one.
+    """If more samples are bad than good, the input is probably wrong, such as the image folder.
 
     Raises:
         ValueError: they are more; of a stream, nobody knows yet.

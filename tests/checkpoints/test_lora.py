@@ -201,7 +201,7 @@ def chained(p):
 REFUSED = {
     "moved base": (
         lambda p: edit_config(p / "adapter", base_model_name_or_path="/nowhere/base"),
-        r"adapter \S+ adapts /nowhere/base, which is not to be had: write .* into base_model_name_or_path of its "
+        r"adapter \S+ adapts /nowhere/base, which cannot be found: write .* into base_model_name_or_path of its "
         r"adapter_config.json \(/nowhere/base is neither an existing path nor a hub id\)",
     ),
     "no base": (

@@ -94,7 +94,7 @@ def test_cards_name_a_rank_that_vllm_takes(rank, flag):
 @pytest.mark.parametrize(
     "family, settings, said",
     [
-        ("llava_onevision", {}, "models of type llava_onevision whole: merge"),
+        ("llava_onevision", {}, "adapter on a llava_onevision model: merge"),
         ("llava", {"use_dora": True}, "more than LoRA factors of .*use_dora"),
         pytest.param("qwen2_5_vl", {"bias": "lora_only"}, "more than LoRA factors of .*bias", marks=saves_biases),
         ("llava", {"modules_to_save": ["lm_head"]}, "more than LoRA factors of .*lm_head.*modules_to_save"),

@@ -212,7 +212,7 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ({"api_key": "key"}, ValueError, r"api_key goes with server \(--server\)"),
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
         ({"server": "localhost"}, ValueError, "server localhost is no address such as http://localhost:8000/v1"),
-        ({"server": "http://x/v1", "load_in_4bit": True}, ValueError, "server goes with the id"),
+        ({"server": "http://x/v1", "load_in_4bit": True}, ValueError, "with server=, give the id"),
     ],
 )
 def test_refused(changes, error, message, folder, tmp_path):
@@ -270,7 +270,7 @@ def test_models_that_cannot_be_asked(folder, tmp_path):
     model, processor = load(folder)
     refused(model, "give the processor of the model that is in memory: processor=")
     refused(model, "load_in_4bit goes with a model's id", load_in_4bit=True, processor=processor)
-    refused(model, "server goes with the id", server="http://localhost:1/v1", processor=processor)
+    refused(model, "with server=, give the id", server="http://localhost:1/v1", processor=processor)
     processor.tokenizer.pad_token = None
     refused(base, r"the tokenizer of \S+base has no padding token", processor=processor)
     model.lm_head.weight.data.fill_(float("nan"))

@@ -55,7 +55,7 @@ def test_a_mistake_in_a_path_is_told_before_the_hub_is_asked(tmp_path, monkeypat
                 warnings.simplefilter("always")
                 read(source)
             assert [str(warning.message) for warning in told] == [
-                "my/pix is no file or folder here, though the folder my is: it is looked for on the hub."
+                "There is a folder my here, but no pix in it: looking for my/pix on the hub."
             ] * (source == "my/pix")
         assert asked == [1, 0, 0, 0]
 

@@ -108,7 +108,7 @@ def test_a_file_that_holds_something_else_is_an_error_with_its_name(tmp_path):
     for content, told in (
         ("{torn", "preprocessor_config.json is no valid JSON"),
         ("[1]", "preprocessor_config.json holds no settings of images: give the file that"),
-        ('{"max_pixels": "many"}', "preprocessor_config.json cannot be what images are cut by: max_pixels must be a"),
+        ('{"max_pixels": "many"}', "preprocessor_config.json has a setting of images that cannot be used: max_pixels"),
     ):
         (tmp_path / "preprocessor_config.json").write_text(content)
         with pytest.raises(ValueError, match=told):

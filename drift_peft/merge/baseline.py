@@ -162,75 +162,113 @@ def merge_baseline(
         49
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
-    modules = [modules] if isinstance(modules, str) else modules
-    if modules is not None and not (modules and set(modules) <= set(MERGED_MODULES)):
-        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MERGED_MODULES)}")
-    modules = modules and [module for module in MERGED_MODULES if module in modules]  # in a fixed order
-    only_layers = None if only_layers is None else sorted(set(only_layers))
-    if skip_first is not None:
-        check_whole(0, skip_first=skip_first)
-    merge = MERGES[method]
-    if merge in (dare_linear, dare_ties):
+    modules, only_layers, skip_first = _check_selection(method, modules, only_layers, skip_first)
+    settings = _Settings(method, weights, density, modules, only_layers, skip_first, seed, force)
+    if settings.draws:
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
-    given = [source for source in (expert, base, reference) if source is not None]
     refuse_both(exist_ok, overwrite)
-    exists = exist_ok and Path(output).exists()
-    with contextlib.nullcontext() if exists else replaced_when_complete(Path(output), overwrite, given) as folder:
-        sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
+    output, given = Path(output), [source for source in (expert, base, reference) if source is not None]
+    if exist_ok and output.exists():
+        plan, change = _Plan(settings, expert, base, reference), None
+        refuse_other(output, difference(output, plan.base, plan.names, plan.blocks, plan.claim, plan.how))
+        plan.refuse_changed()
+    else:
+        with replaced_when_complete(output, overwrite, given) as folder:
+            plan = _Plan(settings, expert, base, reference)
+            change = _write(plan, folder, output, progress)
+    without = plan.match.without_counterpart
+    return BaselineReport(output, method, weights, density, len(plan.names), len(plan.base.keys), without, change)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Of a merge, checked. `modules` is None for all that the base has."""
+
+    method: str
+    weights: tuple[float, ...]
+    density: float | None
+    modules: list[str] | None
+    only_layers: list[int] | None
+    skip_first: int
+    seed: int
+    force: bool
+
+    @property
+    def merge(self) -> Callable[..., torch.Tensor]:
+        return MERGES[self.method]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed decides anything."""
+        return self.merge in (dare_linear, dare_ties)
+
+
+class _Plan:
+    """The models of a merge, opened and matched: what becomes of which weight, and what will be said of it.
+
+    Attributes:
+        names: key in the base of each weight that is merged -> its canonical name.
+        claim: what others may take the result for: W_vlm + λ·Δ.
+        how: the settings, as JSON holds them.
+    """
+
+    def __init__(self, settings: _Settings, expert: str | Path, base: str | Path, reference: str | Path | None) -> None:
+        self.settings = settings
+        self.sources = {"expert": open_expert(expert), "base": Checkpoint(base)}
         if reference is not None:
-            sources["reference"] = open_expert(reference)
-        checkpoint = sources["base"]
-        modules = kinds_in(checkpoint) if modules is None else modules
-        if skip_first is None:
-            skip_first = METHODS[method].skip_first if only_layers is None else 0
-        match = match_weights(sources, modules, only_layers, skip_first)
-        warn_of_other_rotations(sources)
-        names = {keys["base"]: name for name, keys in match.keys.items()}
-        if (share := sum(match.shares.values())) > LEFT_OUT:
-            left = describe(match.without_counterpart, match.shares)
+            self.sources["reference"] = open_expert(reference)
+        self.base = self.sources["base"]
+        modules = kinds_in(self.base) if settings.modules is None else settings.modules
+        chosen = {"modules": modules, "only_layers": settings.only_layers, "skip_first": settings.skip_first}
+        self.match = match_weights(self.sources, **chosen)
+        warn_of_other_rotations(self.sources)
+        self.names = {keys["base"]: name for name, keys in self.match.keys.items()}
+        if (share := sum(self.match.shares.values())) > LEFT_OUT:
+            left = describe(self.match.without_counterpart, self.match.shares)
             warn(
                 f"{share:.0%} of the weights in the layers of base {base} are not merged, since the expert has none of "
                 f"their names, or they are experts or routers: {left}."
             )
+        self.claim = None
+        if settings.merge is task_arithmetic and len(settings.weights) == 1:
+            placed = {role: with_full_path(source.origin) for role, source in self.sources.items()}
+            _refuse_again(self.base, placed["expert"])
+            self.claim = MergedDelta(settings.weights[0], **{role: placed.get(role) for role in ROLES}, **chosen)
+        self.how = {"method": settings.method, "weights": [*settings.weights], "density": settings.density, **chosen}
+        self.how |= {"seed": settings.seed if settings.draws else None}
 
-        def blocks(raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
-            tensors = {role: sources[role].tensor(key) for role, key in match.keys[names[raw]].items()}
-            _check_tensors(names[raw], tensors, sources, force)
-            return _merge(merge, tensors, weights, density, f"{seed} {names[raw]}")
+    def blocks(self, raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
+        """W' of a weight of the base, as `write_model` takes it."""
+        name, settings = self.names[raw], self.settings
+        tensors = {role: self.sources[role].tensor(key) for role, key in self.match.keys[name].items()}
+        _check_tensors(name, tensors, self.sources, settings.force)
+        return _merge(settings.merge, tensors, settings.weights, settings.density, f"{settings.seed} {name}")
 
-        claim = None
-        if merge is task_arithmetic and len(weights) == 1:
-            origins = {role: with_full_path(sources[role].origin) if role in sources else None for role in ROLES}
-            _refuse_again(checkpoint, origins["expert"])
-            claim = MergedDelta(weights[0], **origins, modules=modules, only_layers=only_layers, skip_first=skip_first)
-        how = {"method": method, "weights": [*weights], "density": density, "modules": [*modules]}
-        how |= {"only_layers": only_layers, "skip_first": skip_first}
-        how |= {"seed": seed if merge in (dare_linear, dare_ties) else None}
-        if exists:
-            change = None
-            refuse_other(Path(output), difference(Path(output), checkpoint, names, blocks, claim, how))
-        else:
-            change = write_model(checkpoint, folder, names, blocks, progress)
-        for source in sources.values():
+    def refuse_changed(self) -> None:
+        for source in self.sources.values():
             source.refuse_changed()
-        if change == 0:
-            raise ValueError(
-                f"{method} with weights {weights} changes no weight of {base}: {expert} is the same model there, or "
-                "what is added is lost in rounding to the base's dtype, or left out by the density"
-            )
-        if not exists:
-            if claim is not None:
-                claim.write(folder)
-            else:
-                forget_merge(folder, how)
-            what, into = (in_markdown(shown(source)) for source in (sources["expert"].source, checkpoint.source))
-            origins = {role: source.origin for role, source in sources.items()}
-            how |= {"force": force, **({"scale": weights[0], "weights": None} if len(weights) == 1 else {})}
-            made = f"{what}, merged into {into} by {method}."
-            write_card(folder, output, checkpoint, made, merge_baseline.__name__, origins, how)
-    return BaselineReport(
-        Path(output), method, weights, density, len(names), len(checkpoint.keys), match.without_counterpart, change
-    )
+
+
+def _write(plan: _Plan, folder: Path, output: Path, progress: bool) -> float | None:
+    """The merged model with its card into a folder that will be called `output`. Returns what `write_model` does."""
+    change = write_model(plan.base, folder, plan.names, plan.blocks, progress)
+    plan.refuse_changed()
+    method, weights, expert = plan.settings.method, plan.settings.weights, plan.sources["expert"].source
+    if change == 0:
+        raise ValueError(
+            f"{method} with weights {weights} changes no weight of {plan.base.source}: {expert} is the same model "
+            "there, or what is added is lost in rounding to the base's dtype, or left out by the density"
+        )
+    if plan.claim is not None:
+        plan.claim.write(folder)
+    else:
+        forget_merge(folder, plan.how)
+    made = f"{in_markdown(shown(expert))}, merged into {in_markdown(shown(plan.base.source))} by {method}."
+    origins = {role: source.origin for role, source in plan.sources.items()}
+    how = {**plan.how, "force": plan.settings.force}
+    how |= {"scale": weights[0], "weights": None} if len(weights) == 1 else {}
+    write_card(folder, output, plan.base, made, merge_baseline.__name__, origins, how)
+    return change
 
 
 def _refuse_again(base: Checkpoint, expert: dict) -> None:
@@ -274,6 +312,19 @@ def _check_numbers(method, reference, weights, scale, density) -> tuple[tuple[fl
             )
         weights = weights[1:]  # the reference cancels out: W_vlm + w_expert·Δ
     return tuple(map(float, weights)), density
+
+
+def _check_selection(method, modules, only_layers, skip_first) -> tuple[list[str] | None, list[int] | None, int]:
+    """Modules and layers in a fixed order, and the layers that are left out; by default those of the method."""
+    modules = [modules] if isinstance(modules, str) else modules
+    if modules is not None and not (modules and set(modules) <= set(MERGED_MODULES)):
+        raise ValueError(f"modules={list(modules)} are not all merged: choose from {', '.join(MERGED_MODULES)}")
+    modules = modules and [module for module in MERGED_MODULES if module in modules]
+    only_layers = None if only_layers is None else sorted(set(only_layers))
+    if skip_first is None:
+        skip_first = METHODS[method].skip_first if only_layers is None else 0
+    check_whole(0, skip_first=skip_first)
+    return modules, only_layers, skip_first
 
 
 def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:

@@ -126,14 +126,6 @@ def gate_prior(
         answer_set = make_answer_set(
             expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress, overwrite
         )
-    origin: dict[str, Any] = {"objective": objective}
-    if answer_set is None:
-        origin |= {"alpha": alpha}
-    else:
-        origin |= {"keep_weight": keep_weight, "expert": answer_set.metadata["expert"]}
-        origin |= {"answers": answer_set.sha256, "prompts": len(answer_set)}
-    origin |= {"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit}
-    origin |= {"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed}
     kept = Feed(keep_set, vlm.processor, batch_size, seed)
     answered = None if answer_set is None else Feed(answer_set, vlm.processor, batch_size, seed)
     model = vlm.model
@@ -154,11 +146,26 @@ def gate_prior(
             f"the GPU has no room for {max_tokens} tokens at a time: pass a smaller max_tokens (--max-tokens), or "
             "load_in_4bit=True (--load-in-4bit)"
         ) from error
-    names = ("keep_kl", "text_kl") if answer_set is not None else ("keep_kl",)
-    origin |= {name: math.fsum(step[i] for step in losses) / len(losses) for i, name in enumerate(names)}
+    origin = _origin(answer_set, keep_weight, alpha, losses)
+    origin |= {"keep_set": keep_set.sha256, "base": vlm.origin, "load_in_4bit": load_in_4bit}
+    origin |= {"steps": steps, "rate": rate, "batch_size": batch_size, "seed": seed}
     products = {name: weight_products(model, modules[name], prior[name].U, prior[name].Vh) for name in prior}
     taken = {name: gate.taken.detach().cpu() for name, gate in gates.items()}
     return write_gated(prior, taken, products, output, origin, overwrite)
+
+
+def _origin(answer_set: Any, keep_weight: float, alpha: float, losses: list[tuple[float, float]]) -> dict:
+    """What the header says of the objective, and of the divergences that were left in these steps.
+
+    Args:
+        answer_set: of the expert, from `make_answer_set`; None with `objective="frism"`.
+    """
+    if answer_set is None:
+        origin, names = {"objective": "frism", "alpha": alpha}, ("keep_kl",)
+    else:
+        origin, names = {"objective": "expert", "keep_weight": keep_weight}, ("keep_kl", "text_kl")
+        origin |= {"expert": answer_set.metadata["expert"], "answers": answer_set.sha256, "prompts": len(answer_set)}
+    return origin | {name: math.fsum(step[i] for step in losses) / len(losses) for i, name in enumerate(names)}
 
 
 def _check_objective(objective: str, expert: Any, texts: Any, keep_weight: Any, alpha: Any, answers: Any) -> None:

@@ -14,9 +14,8 @@ from peft import PeftConfig, PeftModel
 from tiny import edit_tensors, save_layout, tiny_expert, tiny_llm, tiny_vlm
 
 from drift_peft import ReasoningPrior, build_prior, merge_adapter
-from drift_peft.checkpoints import output
+from drift_peft.checkpoints import lora, output
 from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, cross_attention_layers, module_kind
-from drift_peft.prior import share
 
 NAMES = ["layers.0.self_attn.q_proj.weight", "layers.0.self_attn.q_proj.bias", "layers.1.mlp.up_proj.weight"]
 
@@ -439,7 +438,7 @@ def test_export_writes_each_weight_at_once(tmp_path, monkeypatch):
         real(file, tensors, metadata)
 
     monkeypatch.setattr(output, "write_tensors", write)
-    monkeypatch.setattr(share, "write_tensors", write)
+    monkeypatch.setattr(lora, "write_tensors", write)
     adapter = prior.as_lora(1.0, tmp_path / "adapter")
     assert written == [2] * 14 + [28]
     assert {file.name for file in adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}

@@ -262,6 +262,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that has no journal")
     parser.add_argument("--json", action="store_true", help="print the funnel as JSON")
     args = parser.parse_args(arguments)
+    if args.server:
+        parser.refuse_idle("with --server, which loads the model itself", "--batch-size", "--trust-remote-code")
+    else:
+        parser.refuse_idle("without --server", "--api-key-env", "--concurrency", "--timeout", "--retries")
     journal = journal_path(args.output)
     answering = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     settings = {"model": args.model, "prompt": args.prompt, **answering}

@@ -315,6 +315,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default=PROMPT, help='what is added to each question; "" for nothing')
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, without the answers")
     args = parser.parse_args(arguments)
+    if args.keep:
+        asking = "--split", "--images", "--category", "--prompt", "--max-new-tokens"
+        parser.refuse_idle("with --keep, which has its questions and answers", *asking)
+    if not args.adapter:
+        parser.refuse_idle("without --adapter", "--force")
     if args.batch_size < 1 or args.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens are at least 1")
     with in_one_sentence("evaluate.py", ValueError, OSError, TeacherError):

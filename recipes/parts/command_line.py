@@ -44,7 +44,13 @@ class Parser(parser.Parser):
                 self.error(f"argument {argument!r} is not in UTF-8: rename that file or folder")
         if not _is_text(os.getcwd()):
             self.error(f"the working folder {os.getcwd()!r} is not in UTF-8: rename it, or work in another one")
+        self.given = {argument.partition("=")[0].replace("_", "-") for argument in args}
         return super().parse_known_args(args, namespace)
+
+    def refuse_idle(self, where: str, *flags: str) -> None:
+        """End where one of these flags was given, which does nothing there, such as "with --keep"."""
+        if idle := [flag for flag in flags if flag in self.given]:
+            self.error(f"{idle[0]} does nothing {where}: leave it out")
 
     def _check_value(self, action, value):
         self.check_choice([action.dest, *action.option_strings][-1], value, action.choices)

@@ -15,7 +15,6 @@ PROMPT = (
     "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
     r"reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \boxed{}."
 )
-GREEDY = "the likeliest token each time, whatever generation_config.json says"
 FATAL = dict.fromkeys((401, 403), "give the server's key (--api-key-env)")  # status -> way out
 FATAL[404] = "give the address that ends in /v1 (--server), and the id by which it knows its model (--model)"
 FATAL |= dict.fromkeys(MOVED, "give that address, up to its /v1 (--server)")
@@ -80,7 +79,8 @@ class Local:
     Its weights are loaded where they are first used, so that its processor can be asked before.
 
     Args:
-        temperature: 0 answers as GREEDY says; above it, the rest of how tokens are drawn is the model's own.
+        temperature: 0 takes the likeliest token each time, whatever the model's generation_config.json says; above it,
+            the rest of how tokens are drawn is the model's own.
         processor: folder of another one than the model's, such as an adapter's with tokens of its own.
         processor_kwargs: settings of it that are not those of its folder, such as max_pixels.
     """

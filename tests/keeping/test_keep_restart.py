@@ -100,7 +100,7 @@ def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
 
 def test_a_server_that_goes_away(folder, tmp_path, monkeypatch):
     """What it has answered is kept, and asked for no more."""
-    monkeypatch.setattr("drift_peft.keeping.server.TRIES", 2)
+    monkeypatch.setattr("drift_peft.keeping.server.RETRIES", 1)
     top = [{"token": f"token_id:{i}", "logprob": -1.0 - i} for i in range(8, 13)]
     said = [{"token": "token_id:8", "logprob": -9.0, "top_logprobs": top}]
     output = tmp_path / "k.safetensors"

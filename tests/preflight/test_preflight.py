@@ -197,7 +197,7 @@ def recipes():
         yield pytest.param(file.stem, marks=[slow] if many else [])
 
 
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", [*recipes()])
 def test_what_a_recipe_says_it_takes_is_the_estimate_at_the_published_size(name):
     recipe = replace(read_settings(ROOT / "recipes" / "configs" / f"{name}.yaml"), keep=None)
     config, weights = BASES[recipe.base]

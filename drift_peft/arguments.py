@@ -20,6 +20,15 @@ WORDS |= {NoneType: "None", Any: "anything"}
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32's numbers
 SLIP = 0.8  # how much a known name has of what was given, at least, if that is a slip of the pen
 ALIKE = 0.65  # and if it may be; after a slip, one of three letters has two thirds
+ELSEWHERE = {  # our name of a setting -> what it is called in TRL, LLaMA-Factory, axolotl, ms-swift or Unsloth
+    "base": ("model", "model_name_or_path", "model_name", "base_model"),
+    "data": ("dataset", "dataset_name", "datasets", "train_file"),
+    "r": ("rank", "lora_r", "lora_rank"),
+    "learning_rate": ("lr",),
+    "num_train_epochs": ("epochs", "num_epochs"),
+    "per_device_train_batch_size": ("batch_size", "micro_batch_size"),
+    "max_tokens": ("cutoff_len", "max_seq_length", "max_length", "sequence_len"),
+}
 SHOWN = 200  # characters of a value in an error
 
 
@@ -90,11 +99,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """The known name that this is probably a typo of; else one whose words contain these or are among them; else the
-    closest."""
-    known, words = sorted(known, key=len), _words_of(name)
+    """The known name that this is probably a typo of; else what other trainers call so; else one whose words are among
+    these, or contain them and as many more; else the closest."""
+    known, words = sorted(known, key=lambda other: (len(other), other)), _words_of(name)
     near = get_close_matches(name, known, 1, SLIP)
-    near += [other for other in known if words <= _words_of(other) or _words_of(other) <= words]
+    near += [ours for ours in known if name.replace("-", "_") in ELSEWHERE.get(ours, ())]
+    near += [other for other in known if _words_of(other) <= words]
+    near += [other for other in known if words < (its := _words_of(other)) and len(its) <= 2 * len(words)]
     near += get_close_matches(name, known, 1, ALIKE)
     return near[0] if near else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -29,7 +30,8 @@ def write(file: Path, how: Callable[[Path], object]) -> None:
     except Exception as error:
         raise OSError(f"{file} could not be written ({reason_of(error)})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which was the error, then
+            unfinished.unlink(missing_ok=True)
 
 
 def reason_of(error: Exception) -> str:

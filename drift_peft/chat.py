@@ -40,7 +40,7 @@ class _TooMuch(Exception):
 
 
 class Chat:
-    """Asks a server, from several threads if need be; where it fails, again after 1 s, 2 s, 4 s, …, or when it says.
+    """Asks a server, from several threads if need be; again, where it fails, after 1 s, 2 s, 4 s, … or when it says.
 
     Args:
         url: such as http://localhost:8000/v1.
@@ -56,6 +56,7 @@ class Chat:
     def __init__(self, url: str, key: str | None, timeout: float, retries: int):
         import httpx2  # as huggingface_hub does; the extras keep and recipes have it
 
+        url = url.strip()
         try:
             parts = httpx2.URL(url)
         except httpx2.InvalidURL:

@@ -361,8 +361,6 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", default=PROMPT, help='what is added to each question of an exam; "" for nothing')
     add("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args(arguments)
-    if args.test and not args.search:
-        parser.refuse_idle("with --test, unless --search tunes on what is held out", "--held-out")
     for flag, kinds in {"--scales": "transplant", "--texts": "gated", "--merge-first": ("merged", "held")}.items():
         if args.ways and not any(kind.startswith(kinds) for kind in args.ways):
             parser.refuse_idle(f"with --ways {' '.join(args.ways)}", flag)

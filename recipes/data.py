@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     options = vars(parser.parse_args(arguments))
     if options["model"] is None:
-        parser.refuse_idle("without --model, whose tokens are counted", "--max-tokens")
+        parser.refuse_idle("without the base whose tokens are counted", "--max-tokens", lacks="it with --model")
     output, as_json, overwrite = (options.pop(name) for name in ("output", "json", "overwrite"))
     model, max_tokens = options.pop("model"), options.pop("max_tokens")
     processor_kwargs, template, trusted = map(options.pop, ("processor", "chat_template_path", "trust_remote_code"))

@@ -122,10 +122,16 @@ def distill(source: str, output: Path, settings: dict, make_teacher: Callable, l
             teacher = make_teacher()
             if isinstance(teacher, Local):  # a server refuses them one by one
                 refused = unseen(dataset, [question.index for question in questions], teacher, settings["prompt"])
-                lost["refused by the model's processor"] = [shown(q) for q in questions if q.index in refused]
+                lost["refused by the model's processor"] = [
+                    f"{shown(question)} ({refused[question.index][0]} pixels): {_short(refused[question.index][1])}"
+                    for question in questions
+                    if question.index in refused
+                ]
                 questions = [question for question in questions if question.index not in refused]
-            open_questions = [question for question in questions if question.key not in journal.answers]
-            unanswered = ask(open_questions, dataset, teacher, journal, settings["prompt"])
+            if open_questions := [question for question in questions if question.key not in journal.answers]:
+                if isinstance(teacher, Local):
+                    teacher.load()
+                unanswered = ask(open_questions, dataset, teacher, journal, settings["prompt"])
         funnel.step("asked", len(questions), lost)
         funnel.step("answered", len(questions) - sum(map(len, unanswered.values())), unanswered)
         kept = keep(questions, journal.answers, funnel)
@@ -265,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.server:
         parser.refuse_idle("with --server, which loads the model itself", "--batch-size", "--trust-remote-code")
     else:
-        parser.refuse_idle("without --server", "--api-key-env", "--concurrency", "--timeout", "--retries")
+        parser.refuse_idle("without --server", "--api-key-env", "--concurrency", "--timeout", "--retries", lacks="it")
     journal = journal_path(args.output)
     answering = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     settings = {"model": args.model, "prompt": args.prompt, **answering}

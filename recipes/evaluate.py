@@ -204,7 +204,7 @@ def refuse_other_model(model: str, adapter: Path) -> None:
 
 
 def open_model(args: Namespace) -> Local:
-    """Its weights are loaded where they are first used."""
+    """Its processor; the weights are for `load`."""
     if args.adapter and not args.force:
         refuse_other_model(args.model, args.adapter)
     how = {"batch_size": args.batch_size, "trust_remote_code": args.trust_remote_code}
@@ -213,7 +213,8 @@ def open_model(args: Namespace) -> Local:
     return Local(args.model, temperature=0.0, max_tokens=args.max_new_tokens, **how)
 
 
-def put_on(local: Local, adapter: Path | None) -> None:
+def load(local: Local, adapter: Path | None) -> None:
+    local.load()
     if adapter:
         from peft import PeftModel
 
@@ -233,7 +234,7 @@ def evaluate_keeping(args: Namespace) -> dict:
     keep_set = KeepSet.load(args.keep)
     local = open_model(args)
     keep_set.check(local.processor)
-    put_on(local, args.adapter)
+    load(local, args.adapter)
     with room_for(args.batch_size):
         measured = {"model": measure(local.model, keep_set, local.processor, args.batch_size)}
         if args.adapter:
@@ -283,7 +284,7 @@ def evaluate(args: Namespace) -> dict:
         if rest := unanswered(questions, journal):
             model = open_model(args)
             refuse_unseen(rest, dataset, model, args.prompt)
-            put_on(model, args.adapter)
+            load(model, args.adapter)
             try:
                 ask(questions, dataset, model, journal, args.prompt)
             except TeacherError as error:
@@ -319,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         asking = "--split", "--images", "--category", "--prompt", "--max-new-tokens"
         parser.refuse_idle("with --keep, which has its questions and answers", *asking)
     if not args.adapter:
-        parser.refuse_idle("without --adapter", "--force")
+        parser.refuse_idle("without --adapter", "--force", lacks="it")
     if args.batch_size < 1 or args.max_new_tokens < 1:
         parser.error("--batch-size and --max-new-tokens are at least 1")
     with in_one_sentence("evaluate.py", ValueError, OSError, TeacherError):

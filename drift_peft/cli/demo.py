@@ -37,6 +37,8 @@ def run(out: str | None, seeds: list[int], steps: int, processes: int, **given) 
     for name, number in (("steps", steps), ("processes", processes)):
         if number < 1:
             raise ValueError(f"--{name} {number}: give 1 or more")
+    if min(seeds) < 0:
+        raise ValueError(f"--seed {min(seeds)}: give 0 or more")
     from ..demo import METHODS, study  # needs the extra `demo`, and says so
     from ..demo import run as run_demo
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..arguments import nearest
 from ..keeping import make_keep_set
 from ..merge import merge_adapter
 from ..prior import ReasoningPrior, build_prior
@@ -272,7 +273,8 @@ def learning_rates() -> dict[str, float]:
 def check(methods: list[str], rates: dict[str, float]) -> None:
     """Refuse what cannot be run and name missing extras, before any work."""
     if unknown := [key for key in methods if key not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}")
+        message = f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}"
+        raise ValueError("; ".join(filter(None, (message, nearest(unknown[0], METHODS)))))
     if unrated := [key for key in methods if METHODS[key].trained and key not in rates]:
         raise ValueError(f"rates name no learning rate of {unrated[0]!r}, which trains")
     if missing := [name for module, name in EXTRAS.items() if importlib.util.find_spec(module) is None]:

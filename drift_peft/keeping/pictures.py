@@ -282,7 +282,9 @@ def _content(image: Any, folder: Path | None, name: str) -> bytes:
             with blamed_on(str(image)), fsspec.open(str(image), "rb") as file:
                 return file.read()
         except ValueError as error:
-            raise NoFile(str(error)) from error
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise NoFile(str(error)) from error
+            raise  # the network fails, say, and would for the next one
     path = Path(folder or ".", image)
     try:
         if not path.is_file():

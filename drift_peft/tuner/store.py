@@ -23,8 +23,8 @@ def _with_settings(save: Callable, model: PeftModel, save_directory: str, *args,
     """PEFT asks an adapter's config to save itself, and that of one which `guide` steers knows nothing of it."""
     save(model, save_directory, *args, **kwargs)
     given = inspect.signature(save).bind(model, save_directory, *args, **kwargs)
-    given.apply_defaults()
-    selected, here = given.arguments["selected_adapters"], given.arguments["is_main_process"]
+    given = {**kwargs, **given.arguments}  # by name alone where another library has wrapped it
+    selected, here = given.get("selected_adapters"), given.get("is_main_process", True)
     for name in (model.peft_config if selected is None else selected) if here else ():
         lora, config = model.peft_config[name], settings_of(model, name)
         if config is not None and config is not lora:

@@ -47,10 +47,12 @@ class Parser(parser.Parser):
         self.given = {argument.partition("=")[0].replace("_", "-") for argument in args}
         return super().parse_known_args(args, namespace)
 
-    def refuse_idle(self, where: str, *flags: str) -> None:
-        """End where one of these flags was given, which does nothing there, such as "with --keep"."""
+    def refuse_idle(self, where: str, *flags: str, lacks: str = "") -> None:
+        """End where one of these flags was given, which does nothing there, such as "with --keep", or "without" what
+        it lacks."""
         if idle := [flag for flag in flags if flag in self.given]:
-            self.error(f"{idle[0]} does nothing {where}: leave it out")
+            way_out = f"name {lacks}, or leave {idle[0]} out" if lacks else "leave it out"
+            self.error(f"{idle[0]} does nothing {where}: {way_out}")
 
     def _check_value(self, action, value):
         self.check_choice([action.dest, *action.option_strings][-1], value, action.choices)

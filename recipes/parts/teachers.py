@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class Server:
 class Local:
     """A vision-language model of transformers, in this process; on the GPU if there is one.
 
-    Its weights are loaded where they are first used, so that its processor can be asked before.
+    Before `load` it has no more than its processor, which can be asked what it takes.
 
     Args:
         temperature: 0 takes the likeliest token each time, whatever the model's generation_config.json says; above it,
@@ -105,26 +104,24 @@ class Local:
             self.processor = AutoProcessor.from_pretrained(processor or self.source, **own)
             check_processor_settings(self.processor, processor_kwargs or {})
 
-    @cached_property
-    def model(self) -> Any:
+    def load(self) -> None:
+        """Load the weights. TeacherError if they cannot be loaded."""
         from transformers import AutoModelForImageTextToText
 
         from drift_peft.keeping import greedy_settings
 
         with _one_sentence(self.name):
             load = AutoModelForImageTextToText.from_pretrained
-            loaded = load(self.source, dtype="auto", device_map="auto", **self.options)
-        own = loaded.generation_config
+            self.model = load(self.source, dtype="auto", device_map="auto", **self.options)
+        own = self.model.generation_config
         if self.temperature:
             own.update(max_new_tokens=self.max_tokens, do_sample=True, temperature=self.temperature)
         else:
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            loaded.generation_config = greedy_settings(own, tokenizer, self.max_tokens)
-        return loaded
+            self.model.generation_config = greedy_settings(own, tokenizer, self.max_tokens)
 
     def __call__(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         """As that of Server, of a batch. TeacherError if it does not fit into memory."""
-        self.model  # noqa: B018  is loaded before: that it does not fit is no fault of the batch
         with room_for(len(conversations)):
             return self._answer(conversations)
 

@@ -14,7 +14,7 @@ def unseen(dataset: Sequence[dict], indices: Sequence[int], model: Local, prompt
     """Index of each sample that is refused -> the sizes of its images, and what the processor says.
 
     Raises:
-        ValueError: the processor takes none of them, so that it is not the samples that are at fault.
+        ValueError: the processor takes none of several, so that it is not the samples that are at fault.
     """
     from drift_peft.keeping import Shown  # which takes ten times as long to import as the rest here
 
@@ -35,7 +35,7 @@ def unseen(dataset: Sequence[dict], indices: Sequence[int], model: Local, prompt
             refused[index] = (pixels, " ".join(str(error).split()))
         else:
             shown.take(sizes)
-    if refused and not any(shown.taken for shown in seen.values()):
+    if len(refused) > 1 and not any(shown.taken for shown in seen.values()):
         _, reason = next(iter(refused.values()))
-        raise ValueError(f"the model's processor takes none of the samples: {reason}")
+        raise ValueError(f"the model's processor takes none of the {len(refused)} samples: {reason}")
     return refused

@@ -99,6 +99,7 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
     [
         (["--steps", "0"], "--steps 0: give 1 or more"),
         (["--methods", "lora", "dora"], "unknown method 'dora': choose from vlm, "),
+        (["--seed", "0", "-1"], "--seed -1: give 0 or more"),
         (["--seeds", "3"], "unknown flag --seeds; did you mean --seed?"),
     ],
 )

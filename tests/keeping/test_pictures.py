@@ -130,6 +130,28 @@ def test_what_is_no_file_is_left_out_too(image, tmp_path, monkeypatch):
     assert len(read) == 16
 
 
+def test_a_network_that_fails_ends_it(tmp_path, monkeypatch):
+    """Or all the rest of a data set would be tried, and a keep set made of what came before."""
+    fsspec, opened = pytest.importorskip("fsspec"), []
+    memory = fsspec.filesystem("memory")
+    for i in range(9):
+        with memory.open(f"/pictures/{i}.png", "wb") as file:
+            file.write(encoded(i))
+
+    def failing(name, mode):
+        opened.append(name)
+        if len(opened) > 2:
+            raise ConnectionError("Name or service not known")
+        return memory.open(name, mode)
+
+    monkeypatch.setattr(fsspec, "open", failing)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"images": [f"memory://pictures/{i}.png"]}) for i in range(9)))
+    with pytest.raises(ValueError, match=r"memory://pictures/\d.png cannot be read: Name or service not known"):
+        read_pictures(data, 5, 0)
+    assert len(opened) == 3
+
+
 def test_pictures_that_are_left_out_are_not_held(tmp_path, monkeypatch):
     """A decoded photograph takes tens of MB; an error keeps it alive, in the frames of its traceback."""
 

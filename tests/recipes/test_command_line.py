@@ -82,15 +82,14 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
         ("data", [], "the following arguments are required: source, -o/--output"),
         *[("data", ["a", "-o", "b", *flags], "settings of the processor are for counting tokens as a base does: name that base with --model")  # noqa: E501
           for flags in (["--processor-kwargs", '{"a": 1}'], ["--chat-template-path", "c"], ["--trust-remote-code"])],
-        ("data", ["a", "-o", "b", "--max_tokens", "5"], "--max-tokens does nothing without --model, whose tokens are counted: leave it out"),  # noqa: E501
+        ("data", ["a", "-o", "b", "--max_tokens", "5"], "--max-tokens does nothing without the base whose tokens are counted: name it with --model, or leave --max-tokens out"),  # noqa: E501
         *[("evaluate", ["--model", "m", "-o", "b", "--keep", "k", *flags], f"{flags[0].partition('=')[0]} does nothing with --keep, which has its questions and answers: leave it out")  # noqa: E501
           for flags in (["--split", "test"], ["--images", "i"], ["--category", "c"], ["--prompt=", "--json"], ["--max-new-tokens", "5"])],  # noqa: E501
-        ("evaluate", ["--model", "m", "-o", "b", "--data", "d", "--force"], "--force does nothing without --adapter: leave it out"),  # noqa: E501
-        *[("distill", ["a", "-o", "b", *flags], f"{flags[0]} does nothing without --server: leave it out")
+        ("evaluate", ["--model", "m", "-o", "b", "--data", "d", "--force"], "--force does nothing without --adapter: name it, or leave --force out"),  # noqa: E501
+        *[("distill", ["a", "-o", "b", *flags], f"{flags[0]} does nothing without --server: name it, or leave {flags[0]} out")  # noqa: E501
           for flags in (["--api-key-env", "K"], ["--concurrency", "1"], ["--timeout", "5"], ["--retries", "6"])],
         *[("distill", ["a", "-o", "b", "--server", "http://a", *flags], f"{flags[0]} does nothing with --server, which loads the model itself: leave it out")  # noqa: E501
           for flags in (["--batch-size", "8"], ["--trust-remote-code"])],
-        ("compare", ["r", "-o", "b", "--test", "t", "--held-out", "100"], "--held-out does nothing with --test, unless --search tunes on what is held out: leave it out"),  # noqa: E501
         *[("compare", ["r", "-o", "b", "--ways", "base", "sft", *flags], f"{flags[0]} does nothing with --ways base sft: leave it out")  # noqa: E501
           for flags in (["--scales", "0.5"], ["--texts", "t"], ["--merge-first", "0.5"])],
         ("distill", ["a", "--max-token", "5"], "unknown flag --max-token; did you mean --max-tokens?"),

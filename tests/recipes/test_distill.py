@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 from unittest.mock import Mock
 
 import distill
@@ -14,6 +15,7 @@ from parts.teachers import PROMPT, Local
 from PIL import Image
 from tiny import tiny_vlm
 from tiny_vlm import CHAT, PROCESSORS, tokenizer
+from transformers import AutoModelForImageTextToText
 
 quick = distillations.quick  # fixture
 
@@ -146,7 +148,8 @@ def test_what_the_processor_refuses_is_left_out_and_counted(tmp_path, capsys):
         printed = json.loads(capsys.readouterr().out)
         assert printed["left"]["asked"] == printed["left"]["answered"] == 2
         refused = "refused by the model's processor"
-        assert printed["first"]["asked"] == {refused: "question 2, <image> what is 1 + 1 ?"}
+        told = "question 2, <image> what is 1 + 1 ? (900 x 2 pixels): absolute aspect ratio"
+        assert printed["first"]["asked"][refused].startswith(told)
         assert result(output) == {0: ANSWER}
 
 
@@ -154,6 +157,7 @@ def test_answers_of_another_model_at_the_same_path_are_not_mixed(tmp_path, capsy
     answer = {"response": ANSWER, "finish_reason": "stop"}
     monkeypatch.setattr(Local, "__init__", lambda self, model, **how: setattr(self, "batch_size", 8))
     monkeypatch.setattr(Local, "inputs", lambda self, conversations: None)
+    monkeypatch.setattr(Local, "load", lambda self: None)
     monkeypatch.setattr(Local, "__call__", lambda self, conversations: [answer] * len(conversations))
     (tmp_path / "teacher").mkdir()
     weights = tmp_path / "teacher" / "model.safetensors"
@@ -176,6 +180,23 @@ def test_a_batch_that_does_not_fit_is_one_sentence(tmp_path, capsys, monkeypatch
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("distill.py: error: a batch of 2 does not fit into memory: take a smaller --batch-size")
     assert not (tmp_path / "o.parquet").exists()
+
+
+def test_a_model_that_does_not_load_is_loaded_once_where_ctrl_c_ends_it(tmp_path, capsys, monkeypatch):
+    """In the main thread: another one is waited for, however long it loads."""
+    loading = []
+
+    def fail(*_, **__):
+        loading.append(threading.current_thread())
+        raise OSError("no weights there")
+
+    teacher = save_teacher(tmp_path / "teacher")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", fail)
+    with pytest.raises(SystemExit):
+        asked = ["-o", str(tmp_path / "o.parquet"), "--model", str(teacher), "--batch-size", "1"]
+        distill.main([str(save_questions(tmp_path, 3)), *asked])
+    assert loading == [threading.main_thread()]
+    assert f"the model {teacher} cannot be loaded: no weights there" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys, monkeypatch):

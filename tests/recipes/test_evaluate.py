@@ -190,6 +190,20 @@ def test_a_keep_set_whose_batch_does_not_fit_is_one_sentence(model, data, tmp_pa
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.parametrize("asked", ["keep", "data"])
+def test_a_model_that_does_not_load_is_no_fault_of_the_batch(asked, model, data, tmp_path, monkeypatch, capsys):
+    """Nor is anything answered then."""
+    make_keep_set(model, data.parent, keep := tmp_path / "k.safetensors", max_new_tokens=2, top_k=4, progress=False)
+    source = {"keep": ("--keep", keep), "data": ("--data", data, "--images", data.parent)}[asked]
+    arguments = ("--model", model, *source, "-o", tmp_path / "r.json")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", Mock(side_effect=OSError("no weights there")))
+    assert refusal(capsys, *arguments).endswith(f"the model {model} cannot be loaded: no weights there")
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", Mock(side_effect=full))
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.main([*map(str, arguments)])
+
+
 def test_a_distance_that_is_nothing_has_no_sign():
     """KL of float32 may come out a little below zero."""
     numbers = {"answers": 2, "kl": -1e-9, "kl_interval": [-2e-8, 1e-9], "agreement": 1, "agreement_interval": [1, 1]}
@@ -435,5 +449,7 @@ def test_a_processor_that_takes_no_sample_is_told_and_no_sample_is_blamed(model,
     mute = shutil.copytree(model, tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template*"))
     told = refusal(capsys, "--model", mute, "--data", data, "--images", data.parent, "-o", tmp_path / "r.json")
     assert (
-        "the model's processor takes none of the samples: " in told and "template" in told and "take it out" not in told
+        "the model's processor takes none of the 14 samples: " in told
+        and "template" in told
+        and "take it out" not in told
     )

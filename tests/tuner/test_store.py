@@ -13,6 +13,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_p
 from transformers import Trainer, TrainingArguments
 
 from drift_peft import DriftConfig, guide, telemetry
+from drift_peft.tuner import store
 
 STOCK = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -39,6 +40,15 @@ def test_what_guide_steered_is_saved_as_with_a_drift_config(pairs, tmp_path):
     assert other["drift_steps"] == 3 and other["quantization"]["load_in_4bit"]
     cards = [ModelCard.load(tmp_path / way / "README.md") for way in ("own", "guided")]
     assert cards[0].content == cards[1].content and "| guided optimizer steps | 3 |" in cards[1].text
+
+
+def test_another_library_may_wrap_the_saving_too(pairs, tmp_path):
+    """Without saying what it takes."""
+    model = guided(pairs("llama"))
+    store._with_settings(lambda *args, **kwargs: None, model, tmp_path, selected_adapters=["default"])
+    assert files(tmp_path) == {"drift_config.json"}
+    store._with_settings(lambda *args, **kwargs: None, model, tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_it_goes_on_by_drift_config_and_by_guide(pairs, tmp_path):

@@ -18,6 +18,8 @@ def flags(parser: Parser) -> None:
 
 
 def run(keep_set: str, html: str | None, overwrite: bool, as_json: bool) -> None:
+    if overwrite and html is None:
+        raise ValueError("--overwrite replaces a page: name it with --html, or leave --overwrite out")
     from ..keeping import KeepSet, keep_summary, keep_table, write_page
     from .show import show
 

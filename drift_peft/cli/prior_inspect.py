@@ -20,6 +20,8 @@ def flags(parser: Parser) -> None:
 
 
 def run(prior: str, rank: int | None, plot: str | None, html: str | None, overwrite: bool, as_json: bool) -> None:
+    if overwrite and plot is None and html is None:
+        raise ValueError("--overwrite replaces files of --plot and --html: name one, or leave --overwrite out")
     from ..prior import ReasoningPrior
     from ..prior.report import prior_summary, prior_table, write_report
     from .show import show

@@ -162,6 +162,8 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
             "--rnak; did you mean --rank?",
         ),
         (["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "many"], 2, "whole number, got many"),
+        (["prior", "inspect", "x", "--overwrite"], 1, "--overwrite replaces files of --plot and --html: name one, or"),
+        (["keep", "inspect", "x", "--overwrite"], 1, "--overwrite replaces a page: name it with --html, or leave"),
         (
             ["prior", "build", "--expert", "x", "--base", "y", "-o", "z", "--rank", "0"],
             1,

@@ -99,11 +99,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Iterable[str]) -> str | None:
-    """The known name that this is probably a typo of; else what other trainers call so; else one whose words are among
-    these, or contain them and as many more; else the closest."""
+    """The known name of what other trainers call so; else the one that this is probably a typo of; else one whose words
+    are among these, or contain them and as many more; else the closest."""
     known, words = sorted(known, key=lambda other: (len(other), other)), _words_of(name)
-    near = get_close_matches(name, known, 1, SLIP)
-    near += [ours for ours in known if name.replace("-", "_") in ELSEWHERE.get(ours, ())]
+    near = [ours for ours in known if name.replace("-", "_") in ELSEWHERE.get(ours, ())]
+    near += get_close_matches(name, known, 1, SLIP)
     near += [other for other in known if _words_of(other) <= words]
     near += [other for other in known if words < (its := _words_of(other)) and len(its) <= 2 * len(words)]
     near += get_close_matches(name, known, 1, ALIKE)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_json(content: dict, file: Path) -> None:
+def write_json(file: Path, content: dict) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 

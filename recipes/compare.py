@@ -299,7 +299,7 @@ def compare(args: Namespace) -> dict:
     chosen = choose(measured, args.budget)
     titles = {way.name: way.title for way in ways}
     result = {"recipe": str(args.recipe), "seeds": args.seeds, **asked, **summarize(measured, titles, chosen)}
-    write_json(result, args.output / "compared.json")
+    write_json(args.output / "compared.json", result)
     if keep_sets:
         draw(measured, titles, chosen, args.output / "compared.png")
     (way,) = (way for way in ways if way.name == chosen)

@@ -244,7 +244,7 @@ def evaluate_keeping(args: Namespace) -> dict:
     result = {"model": args.model, "adapter": args.adapter and str(args.adapter), "keep": args.keep}
     result |= {"processor_kwargs": args.processor_kwargs or None}
     result |= {"keep_sha256": keep_set.sha256, "kept": summaries}
-    write_json({**result, "answers": {name: [asdict(d) for d in each] for name, each in measured.items()}}, args.output)
+    write_json(args.output, {**result, "answers": {name: [asdict(d) for d in each] for name, each in measured.items()}})
     return result
 
 
@@ -291,7 +291,7 @@ def evaluate(args: Namespace) -> dict:
                 raise TeacherError(f"{error}; what is answered is in {journal.path}") from error
         marked = mark_all(questions, journal.answers)
     result = {**asking, "data": args.data, "scorer": scorer(), **summarize(marked), "samples": marked}
-    write_json(result, args.output)
+    write_json(args.output, result)
     return result
 
 

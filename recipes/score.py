@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         result |= {"inputs": {name: str(places[name]) for name in models}}
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:
-            write_json(result, args.output)
+            write_json(args.output, result)
     if args.json:
         print(json.dumps(result))
     else:

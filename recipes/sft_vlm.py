@@ -299,7 +299,7 @@ def fine_tune(run: RunArguments, drift: DriftConfig, train: TrainArguments) -> t
         if torch.cuda.is_available():
             record["results"]["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         record["history"] = trainer.state.log_history
-        write_json(record, output / "run.json")
+        write_json(output / "run.json", record)
         plot_run(record["history"], output / "telemetry.png")
         trainer.model.create_or_update_model_card(str(output))  # which shows the picture
     return trainer, record
@@ -310,7 +310,7 @@ def merge(run: RunArguments, output: Path, record: dict) -> None:
     base = run.base if run.merge_first is None else beside(output, "base")
     report = merge_adapter(base, output, beside(output, "merged"), verify=run.verify)
     record["merge"] = asdict(report)
-    write_json(record, output / "run.json")
+    write_json(output / "run.json", record)
     print(f"The merged model is in {report.output}" + ("." if run.verify else ", and was compared with nothing."))
     if report.verification is not None:
         print(report.verification.verdict)

@@ -143,8 +143,9 @@ def test_whole_numbers_numbers_and_names():
     ("keep_smaples", "keep_samples"), ("lora_r", "r"), ("data_path", "data"), ("scale", "drift_scale"),
     ("keep_set", "keep"), ("train_batch_size", "per_device_train_batch_size"), ("base-model", "base"),
     ("lr", "learning_rate"), ("rank", "r"), ("model_name_or_path", "base"), ("keep_sampels", "keep_samples"),
+    ("max_seq_length", "max_tokens"),
 ])  # fmt: skip
-def test_a_slip_comes_first_and_then_a_name_that_shares_all_words(name, meant):
+def test_other_trainers_names_come_first_then_a_slip_and_then_a_name_that_shares_all_words(name, meant):
     known = ["keep", "keep_samples", "keep_weight", "r", "lora_dropout", "data", "data_seed", "drift_scale", "base"]
-    known += ["learning_rate", "lr_scheduler_type", "prior_rank", "model_init_kwargs"]
+    known += ["learning_rate", "lr_scheduler_type", "prior_rank", "model_init_kwargs", "max_length", "max_tokens"]
     assert nearest(name, [*known, "per_device_train_batch_size", "auto_find_batch_size"]) == f"did you mean {meant}?"

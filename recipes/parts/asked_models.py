@@ -46,9 +46,9 @@ def write_asked(settings: Path, file: Path, models: dict[str, str]) -> None:
         refuse_others(answers / name, model, marks[answers / name / FILE])
     for mark, of in marks.items():
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(of, mark)
+        write_json(mark, of)
     content["model"] = {name: alike | {"model_path": path} for name, path in models.items()}
-    write_json(content, file)
+    write_json(file, content)
 
 
 def refuse_others(answers: Path, model: str, now: dict) -> None:

@@ -72,7 +72,7 @@ class Trainer(SFTTrainer):
             self._place = str(partial)
             super()._save_checkpoint(model, trial)
             self._place = None
-            write_json(self.held, partial / name / FILE)
+            write_json(partial / name / FILE, self.held)
             if (output / name).exists():  # of a run that was taken up from an earlier one
                 os.replace(output / name, partial / f"{name}.old")
             os.replace(partial / name, output / name)

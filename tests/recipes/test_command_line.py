@@ -171,7 +171,7 @@ def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"r.json could not be written \(\[Errno 28\] No space left"):
-        write_json({"a": 1}, tmp_path / "r.json")
+        write_json(tmp_path / "r.json", {"a": 1})
     assert not any(tmp_path.iterdir())
 
 

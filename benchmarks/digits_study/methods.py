@@ -145,6 +145,19 @@ KEPT["hold-ancestor-keep"] = replace(  # pulled back to the merged base, as gent
     settings=KEEP | {"rate": 5e-3},
     grid=grid(merged=[0.2, 0.5, 1.0], drift_alpha=[1.0, 3.0, 10.0]),
 )
+KEPT["drift-start-ancestor-keep"] = replace(  # as merging first, but in the adapter
+    KEPT["drift-ancestor-keep"],
+    title="DRIFT that starts at a part of Δ, Δ from the ancestor, keeping",
+    drift=ADAPTIVE | {"drift_alpha": 0.3},
+    grid=grid(rate=STEERED_RATES, drift_start=[0.2, 0.5, 1.0]),
+)
+RANK_32 = {  # does it matter how much of Δ the adapter can hold?
+    f"{key}-32": replace(KEPT[key], title=f"{KEPT[key].title}, rank 32", settings=KEPT[key].settings | {"r": 32})
+    for key in ("merge-lora-ancestor-keep", "drift-ancestor-keep", "drift-start-ancestor-keep")
+}
+for key, axis in (("drift", {"drift_alpha": (0.1, 0.3, 1.0)}), ("drift-start", {"drift_start": [0.2, 0.5, 1.0]})):
+    way = f"{key}-ancestor-keep-32"  # of a larger adapter the best rate is lower
+    RANK_32[way] = replace(RANK_32[way], grid=grid(rate=[1e-3, 2e-3, 5e-3], **axis))
 REPLAYED = {f"{key}-replay": kept(key, "replay") for key in ("lora", "merge-lora-ancestor", "drift-ancestor")}
 REPLAYED |= {  # as many answers as keeping has
     f"{key}-240": replace(
@@ -152,7 +165,7 @@ REPLAYED |= {  # as many answers as keeping has
     )
     for key, method in REPLAYED.items()
 }
-KEPT |= REPLAYED
+KEPT |= RANK_32 | REPLAYED
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
     f"{key}-more": replace(
@@ -160,7 +173,8 @@ MORE = {  # the ways that keep best, each tuned again with four times the images
     )
     for key in (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
-        *("merge-drift-ancestor-keep", "hold-ancestor-keep"),
+        *("merge-drift-ancestor-keep", "hold-ancestor-keep", "drift-start-ancestor-keep"),
+        *("merge-lora-ancestor-keep-32", "drift-start-ancestor-keep-32"),
     )
 }
 

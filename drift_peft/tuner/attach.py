@@ -77,7 +77,8 @@ def steer(
 
 @torch.no_grad()
 def start_adapters(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None:
-    """The `drift` start: A = c·V_rᵀ, B = 0. The model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
+    """The `drift` start: A = c·V_rᵀ and B = λ·U_r diag(S_r)/(s·c), with λ the setting `drift_start`, so that s·B·A =
+    λ·Δ_r. At λ = 0 the model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
 
     c is the row norm of PEFT's own start. Rows beyond the prior's rank keep that start.
     """
@@ -89,7 +90,7 @@ def start_adapters(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None
             Vh = weight.U.mT if s.adapter in s.module.lora_embedding_A else weight.Vh
             rows = min(len(A), len(Vh))
             A[:rows] = (guidance.START_NORM * Vh[:rows].float()).to(A)
-            B[:, :rows] = 0
+            B[:, :rows] = s.start_B()[:, :rows].to(B) if s.config.drift_start else 0
             short += rows < len(A)
     if short:
         warn(

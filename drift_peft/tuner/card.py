@@ -24,7 +24,7 @@ METHODS = {  # what the guidance did
     "factors": f"after each optimizer step the adapter went a part of the way to {BEYOND}",
     "base": "after each optimizer step the adapter was drawn back, which holds the model near {base}",
 }
-SHOWN = ("rank", "norm", "spectrum", "modules", "alpha_pattern", "warmup_steps", "decay_steps")
+SHOWN = ("rank", "start", "norm", "spectrum", "modules", "alpha_pattern", "warmup_steps", "decay_steps")
 
 SECTION = """\
 {start}
@@ -146,7 +146,8 @@ def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
         table |= {"guidance": in_markdown(_guidance(config)), "guided optimizer steps": int(config.drift_steps)}
     else:
         method = f"by plain LoRA fine-tuning, without {'a prior' if config.prior is None else 'guidance'}"
-        method += f", from a start in the main directions of {BEYOND}" if config.init_lora_weights == "drift" else ""
+        held = f"with {config.drift_start:g} of" if config.drift_start else "in the main directions of"
+        method += f", from a start {held} {BEYOND}" if config.init_lora_weights == "drift" else ""
     argument = shlex.quote(" ".join(named.split()))
     again = merged and MERGED.format(words=words, command=merged.command, base=argument)
     adapter, folder = "path/or/hub-id", f"path/{name}" if name else "path/or/hub-id"

@@ -82,9 +82,9 @@ class DriftConfig(DriftSettings, LoraConfig):
         super().__post_init__()
         self.init_lora_weights = start
         self.prior = os.fspath(self.prior) if isinstance(self.prior, os.PathLike) else self.prior
-        self._check_lora()
         check_settings(self)
-        needless = not self.pulls and self.prior is None
+        self._check_lora()
+        needless = not self.pulls and not self.drift_start and self.prior is None
         if needless and self.init_lora_weights == "drift":
             self.init_lora_weights = True  # there is no Δ to start from
         if self.prior is not None and not isinstance(self.prior, str):
@@ -121,9 +121,15 @@ class DriftConfig(DriftSettings, LoraConfig):
             )
         if self.bias == "lora_only" and not self.inference_mode:
             needs_peft((0, 21), "bias='lora_only'", "does not save the biases that it trains", "take bias='all'")
-        if self.drift_target == "factors" and min(alphas.values()) <= 0:
+        if self.drift_start and self.init_lora_weights != "drift":
             raise ValueError(
-                "drift_target='factors' needs a positive LoRA scaling, since its targets are divided by it, got "
+                f"drift_start={self.drift_start} puts a part of Δ into the adapter, but init_lora_weights="
+                f"{self.init_lora_weights!r} starts it otherwise: leave out either."
+            )
+        if (self.drift_target == "factors" or self.drift_start) and min(alphas.values()) <= 0:
+            name = "drift_target='factors'" if self.drift_target == "factors" else f"drift_start={self.drift_start}"
+            raise ValueError(
+                f"{name} needs a positive LoRA scaling, since what it makes of Δ is divided by it, got "
                 f"lora_alpha={self.lora_alpha} and alpha_pattern={self.alpha_pattern}."
             )
 

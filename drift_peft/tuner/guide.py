@@ -71,6 +71,8 @@ def guide(
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
         raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
+    if "drift_start" in settings:
+        raise TypeError("guide() steers an adapter that has its start already: set drift_start in a DriftConfig.")
     if unknown := next((name for name in settings if name not in DriftConfig.__dataclass_fields__), None):
         words = (
             f"guide() got an unexpected keyword argument '{unknown}'",

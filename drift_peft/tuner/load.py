@@ -92,7 +92,8 @@ def _plain_training(source: str, way: str) -> str:
 def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> None:
     """As Trainer compares the arguments of a checkpoint with its own."""
     earlier = DriftSettings(**{name: stored[name] for name in stored.keys() & DriftSettings.__dataclass_fields__})
-    names = [name for name in stored if name.startswith("drift_") and name != "drift_steps"]
+    past = ("drift_steps", "drift_start")
+    names = [name for name in stored if name.startswith("drift_") and name not in past]
     changed = [name for name in names if _meant(earlier, name) != _meant(config, name)]
     differences = [f"{name}={stored[name]!r}, which is {getattr(config, name)!r} now" for name in changed]
     if earlier.prior_sha256 != config.prior_sha256:

@@ -36,7 +36,8 @@ from .modules_to_save import check_saved, tensors_to_train
 from .names import canonical_namer
 from .patches import in_place_of
 from .settings import refuse_unmeasured
-from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
+from .sharding import values
+from .steered import Steered, SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 from .unguided import warn_of_moved
 
 ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
@@ -203,12 +204,21 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
     copied = getattr(config, "weights_loaded", False) or getattr(config, "steps_of_weights", None)
     if not missed or getattr(config, "init_lora_weights", None) not in ZERO_STARTS or copied:
         return
-    if any(weight.any() for name, weight in weights.items() if ".lora_B." in name and not weight.is_meta):
+    starts = _starts(model, guided) if getattr(config, "drift_start", 0) else {}
+    factors = {name: B for name, B in weights.items() if ".lora_B." in name and not B.is_meta}
+    if any((values([B])[0].cpu() != starts[name]).any() if name in starts else B.any() for name, B in factors.items()):
         warn(
             f"The adapter '{adapter}' was trained, but {' and '.join(missed)} never ran: its optimizer does not call "
             "the step hooks of torch.optim, or trains copies of the parameters. Or it is a copy of the model that was "
             "trained, such as an average of its weights."
         )
+
+
+def _starts(model: PeftModel, guided: Iterable[Steered]) -> dict[str, Tensor]:
+    """Name among the saved weights -> lora_B as it was before the first step, in the dtype that it had."""
+    names = {module: name for name, module in model.named_modules()}
+    adapters = [s for s in guided if isinstance(s, SteeredAdapter)]
+    return {f"{names[s.module]}.lora_B.weight": s.start_B().to(s.parameter("B").dtype) for s in adapters}
 
 
 @in_place_of(peft_model, "get_peft_model_state_dict")

@@ -54,6 +54,13 @@ class DriftSettings:
             "range": "None, or a whole number ≥ 1; None with drift_target='factors'",
         },
     )
+    drift_start: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share λ of Δ that the adapter holds before the first step; 0 leaves outputs unchanged.",
+            "range": "a number from 0 to 1; above 0 with init_lora_weights='drift' alone",
+        },
+    )
     drift_norm: Literal["factor", "weight"] = field(
         default="factor",
         metadata={
@@ -181,6 +188,8 @@ def check_settings(config: DriftSettings) -> None:
             raise ValueError(f"{name} must be None or a whole number ≥ 1, got {value!r}.")
     check_whole(0, drift_warmup_steps=config.drift_warmup_steps, drift_steps=config.drift_steps)
     check_type("prior_sha256", config.prior_sha256, str | None)
+    if not is_number(config.drift_start) or not 0 <= config.drift_start <= 1:
+        raise ValueError(f"drift_start is a share of Δ, a number from 0 to 1, got {config.drift_start!r}.")
     if config.drift_scale == "decoupled" and config.drift_target not in ("factors", "base"):
         raise ValueError(
             f"drift_scale='decoupled' moves the factors themselves, so drift_target={config.drift_target!r} has no "

@@ -158,6 +158,15 @@ class SteeredAdapter(Steered):
     def scaling(self) -> float:
         return self.module.scaling[self.adapter]
 
+    def start_B(self) -> Tensor:
+        """lora_B as the `drift` start fills it, λ·U_r diag(S_r)/(s·c) [out, r] in fp32 on the CPU, where λ > 0."""
+        U, S, Vh = (self.prior[key].cpu().float() for key in ("U", "S", "Vh"))
+        _, B_star = guidance.start_targets(U, S, Vh, torch.tensor(float(self.scaling)))
+        B = torch.zeros(len(U), self.rank)
+        columns = min(B.shape[1], B_star.shape[1])
+        B[:, :columns] = self.config.drift_start * B_star[:, :columns]
+        return B
+
     @property
     def others(self) -> list[str]:
         """The other adapters that act on this layer beside it now; none beside one that is not active."""

@@ -107,6 +107,7 @@ def test_what_the_folder_says(pair):
         "drift_norm": "factor",
         "drift_sketch": 64,
         "drift_spectrum": "full",
+        "drift_start": 0.0,
         "drift_modules": None,
         "drift_alpha_pattern": {},
         "drift_warmup_steps": 0,

@@ -22,6 +22,7 @@ def config(**settings):
 
 CHANGES_W = "is not available with guidance.*'gaussian'.*also change Δ"
 FACTORS = {"drift_target": "factors"}
+BASE = {"drift_scale": "decoupled", "drift_target": "base"}
 REFUSED = [
     # drift_alpha
     ({"drift_alpha": -1.0}, r"drift_alpha=-1\.0 is negative: a positive strength pulls toward the expert"),
@@ -68,6 +69,21 @@ REFUSED = [
     # ranks
     *[({"drift_rank": k}, rf"drift_rank must be None or a .* ≥ 1, got {k!r}") for k in (0, -4, 2.5, "8", True)],
     *[({"r": r}, rf"r must be a whole number ≥ 1, got {r!r}") for r in (0, -8, 2.5, "8", True, None)],
+    # the start
+    *[
+        ({"drift_start": s}, rf"drift_start is a share of Δ, a number from 0 to 1, got {s!r}")
+        for s in (-0.1, 1.5, math.nan, "0.5", True, None)
+    ],
+    *[
+        ({"drift_start": 0.5, "init_lora_weights": start}, rf"drift_start=0.5 .* init_lora_weights={start!r} starts it")
+        for start in (True, False, "gaussian", "eva")
+    ],
+    *[
+        ({"drift_start": 0.5, **alpha}, r"drift_start=0\.5 needs a positive LoRA scaling, since what it makes of Δ is")
+        for alpha in ({"lora_alpha": 0}, {"lora_alpha": -8}, {"alpha_pattern": {"q_proj": 0}})
+    ],
+    ({"drift_start": 0.5, "drift_alpha": 0, "prior": None}, "DriftConfig needs a prior to train"),
+    ({"drift_start": 0.5, **BASE, "prior": None}, "DriftConfig needs a prior to train"),
     # combinations
     ({"drift_scale": "decoupled"}, r"moves the factors.*drift_target='residual'.*set drift_target='factors'"),
     (
@@ -151,6 +167,9 @@ ACCEPTED = [
     {"drift_warmup_steps": 10, "drift_decay_steps": 1},
     {"drift_spectrum": 0},
     {"drift_spectrum": 0.5},
+    {"drift_start": 1, "drift_rank": 3},
+    {"drift_start": 0.5, "drift_alpha": 0},
+    {"drift_start": 0.2, **BASE},
     {"prior": None, "drift_scale": "decoupled", "drift_target": "base", "init_lora_weights": True},
     {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     {**variant("velora_config", "VeloraConfig"), "lora_bias": True},
@@ -186,7 +205,7 @@ def test_defaults():
 
 SETTINGS = {
     "prior": "some/prior@abc", "prior_sha256": "0f" * 32, "drift_alpha": 0.3, "drift_scale": "gradnorm",
-    "drift_target": "delta", "drift_rank": 5, "drift_steps": 17, "drift_spectrum": 0.5,
+    "drift_target": "delta", "drift_rank": 5, "drift_start": 0.5, "drift_steps": 17, "drift_spectrum": 0.5,
     "drift_modules": ["attn", "o_proj"], "drift_alpha_pattern": {"q_proj": 0.5},
     "drift_warmup_steps": 3, "drift_decay_steps": 9,
 }  # fmt: skip

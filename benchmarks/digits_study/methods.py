@@ -165,17 +165,16 @@ REPLAYED |= {  # as many answers as keeping has
     )
     for key, method in REPLAYED.items()
 }
-KEPT |= RANK_32 | REPLAYED
+KEPT |= REPLAYED
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
-    f"{key}-more": replace(
-        KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEPT[key].settings | {"keep_images": 960}
-    )
+    f"{key}-more": replace(method, title=f"{method.title}, 960 images", settings=method.settings | {"keep_images": 960})
     for key in (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         *("merge-drift-ancestor-keep", "hold-ancestor-keep", "drift-start-ancestor-keep"),
         *("merge-lora-ancestor-keep-32", "drift-start-ancestor-keep-32"),
     )
+    for method in [(KEPT | RANK_32)[key]]
 }
 
 COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 answers beside 16 samples
@@ -271,5 +270,5 @@ TUNED_CONTROLS = {  # with candidates of their own, as many as DRIFT has
 }
 
 METHODS = TRAINING_FREE | TRAINING | ANCESTOR | KEPT | MORE | COMPUTE | TEXT | STARTS | VARIANTS | NF4 | CONTROLS
-METHODS |= TUNED_CONTROLS
+METHODS |= TUNED_CONTROLS | RANK_32
 assert all(len(method.grid) in (0, CANDIDATES) for method in METHODS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .defaults import rests_on
+from .methods import RANK_32
 from .verdict import KEPT, MERGED_KEPT, best_duels, counterpart, duels, verdict
 from .words import NOT_RUN, compared, percent, places
 
@@ -20,12 +21,13 @@ TABLE = {  # what stands in the one table
     "Trained, keeping the VLM's own answers": (
         *("lora-keep", "full-keep", "full-drift-keep"),
         *("merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
-        *("merge-drift-ancestor-keep", "hold-ancestor-keep"),
+        *("merge-drift-ancestor-keep", "drift-start-ancestor-keep", "hold-ancestor-keep"),
     ),
+    "The same, with adapters of rank 32 instead of 8": tuple(RANK_32),
     "Trained, keeping by 960 images instead of 240": (
         *("lora-keep-more", "merge-lora-keep-more", "merge-lora-ancestor-keep-more"),
         *("drift-keep-more", "drift-ancestor-keep-more"),
-        *("merge-drift-ancestor-keep-more", "hold-ancestor-keep-more"),
+        *("merge-drift-ancestor-keep-more", "drift-start-ancestor-keep-more", "hold-ancestor-keep-more"),
     ),
 }
 

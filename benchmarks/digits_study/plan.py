@@ -17,6 +17,7 @@ from .methods import (
     METHODS,
     MORE,
     NF4,
+    RANK_32,
     STARTS,
     TEXT,
     TRAINING,
@@ -254,6 +255,7 @@ class Plan:
         for world in self.worlds:
             yield from compared("controls, tuned", world, TUNED_CONTROLS)
         for world in self.worlds:
+            yield from compared("keeping, rank 32", world, RANK_32)
             yield from compared("keeping, more images", world, MORE)
         for world in self.worlds:
             yield seeds("keeping, chosen by all", world, KEPT | TUNED_CONTROLS, "all")

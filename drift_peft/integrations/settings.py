@@ -28,8 +28,11 @@ class PluginSettings:
     keeping: dict[str, Any]  # of `keep`, without the model and its processor
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> PluginSettings:
+    def read(cls, values: Mapping[str, Any], wraps: bool = True) -> PluginSettings:
         """Take the `drift_…` keys out of a tool's settings; the others are the tool's own.
+
+        Args:
+            wraps: whether the plugin wraps the model; else the tool has done so before.
 
         Raises:
             ValueError: a key is unknown (the nearest known one is named), a value of the guidance is out of range, or
@@ -43,7 +46,12 @@ class PluginSettings:
                 raise ValueError(f"'{key}' is no setting of drift_peft; {way_out}")
         settings = cls(*({keys[k]: v for k, v in own.items() if k in keys} for keys in (GUIDANCE, KEEPING)))
         if settings.steers:
-            settings.config()
+            config = settings.config()
+            if config.drift_start and not wraps:
+                raise ValueError(
+                    f"drift_start={config.drift_start} is for an adapter that drift_peft makes, and this tool makes "
+                    "its own: leave it out, or merge a part of Δ first, with drift-peft merge-baseline."
+                )
         elif not settings.keeps or settings.guidance.keys() - {"prior"}:
             raise ValueError(
                 "drift_prior is missing: set it to a prior's file or hub id to steer with, or drift_keep alone to keep "

@@ -177,7 +177,7 @@ def check_together(run: RunArguments, drift: DriftConfig, training: Mapping[str,
     if steps <= 0 and (run.streaming or epochs <= 0):
         why = "streaming: true, whose length nobody knows" if run.streaming else f"{epochs} epochs"
         raise ValueError(f"max_steps={steps} sets no number of steps for {why}: set max_steps")
-    if run.merge_first == 1 and drift.pulls:
+    if run.merge_first == 1 and (drift.pulls or drift.drift_start):
         raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
     if run.keep is not None and not run.replay and drift.drift_norm == "weight":
         raise ValueError(

@@ -90,7 +90,7 @@ def start_adapters(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None
             Vh = weight.U.mT if s.adapter in s.module.lora_embedding_A else weight.Vh
             rows = min(len(A), len(Vh))
             A[:rows] = (guidance.START_NORM * Vh[:rows].float()).to(A)
-            B[:, :rows] = s.start_B()[:, :rows].to(B) if s.config.drift_start else 0
+            B[:, :rows] = s.starts(B)[:, :rows].to(B.device) if s.config.drift_start else 0
             short += rows < len(A)
     if short:
         warn(

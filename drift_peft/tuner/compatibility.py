@@ -73,6 +73,11 @@ def check_fit(
                     f"the prior has rank {rank} for {name}: build it with a higher rank, or lower r."
                 )
     check_patterns_used(config, steered + tensors)
+    if config.drift_start and not any(is_guided(config, name) for name in steered):
+        raise ValueError(
+            f"drift_start={config.drift_start} puts a part of Δ into LoRA factors, but none of them is steered here: "
+            f"leave it out, or steer some, with another drift_modules than {config.drift_modules!r}."
+        )
     if unsteered:
         warn(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
@@ -83,8 +88,9 @@ def check_fit(
     taken = [name for name in guided if config.absorbed(name)]
     if taken and len(taken) == len(guided):
         raise ValueError(
-            f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0, which is "
-            'plain LoRA, hold it there with drift_scale="decoupled" and drift_target="base", or merge less.'
+            f"The base is {merged.words}, so nothing is left of Δ to steer toward: train with drift_alpha=0 and "
+            'without drift_start, which is plain LoRA, hold it there with drift_scale="decoupled" and '
+            'drift_target="base", or merge less.'
         )
     if taken:
         warn(

@@ -57,7 +57,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         default="drift",
         metadata={
             **LoraConfig.__dataclass_fields__["init_lora_weights"].metadata,
-            "help": "'drift': lora_A starts in the top right singular vectors of Δ and lora_B at 0; or PEFT's own.",
+            "help": "'drift': lora_A starts in the top right singular vectors of Δ, and lora_B at 0, or as drift_start "
+            "says; or PEFT's own.",
             "range": ", ".join(map(repr, STARTS)),
         },
     )
@@ -203,6 +204,14 @@ class DriftConfig(DriftSettings, LoraConfig):
             )
         if "prior" in given:
             own["prior_sha256"] = None  # the new file is accepted as it is
+        start = own.setdefault("drift_start", 0.0)
+        if given.get("drift_start", start) != start:
+            raise ValueError(
+                f"The adapter in '{source}' had its start with drift_start={start}: leave out drift_start="
+                f"{given['drift_start']!r}."
+            )
+        if given.get("prior", "") is None:
+            own["drift_start"] = 0.0  # it needs a prior, and is past
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}
         shared["inference_mode"] = False  # as PEFT stores it, nothing would be trained
         config = cls(**{**shared, **own, **given})

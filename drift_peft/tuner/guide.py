@@ -47,7 +47,7 @@ def guide(
     Args:
         prior: what steers; None only with drift_target="base".
         adapter_name: the LoRA adapter to steer; every active one if None.
-        settings: the `drift_…` fields of `DriftConfig`.
+        settings: the `drift_…` fields of `DriftConfig`, without `drift_start`.
 
     Raises:
         TypeError: an unknown setting.
@@ -71,8 +71,11 @@ def guide(
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
         raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
-    if "drift_start" in settings:
-        raise TypeError("guide() steers an adapter that has its start already: set drift_start in a DriftConfig.")
+    if start := settings.pop("drift_start", 0):
+        raise ValueError(
+            f"drift_start={start!r} is for an adapter that is made, and guide() steers what is there: leave it out, or "
+            "make the adapter with DriftConfig."
+        )
     if unknown := next((name for name in settings if name not in DriftConfig.__dataclass_fields__), None):
         words = (
             f"guide() got an unexpected keyword argument '{unknown}'",

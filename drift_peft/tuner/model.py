@@ -37,10 +37,10 @@ from .names import canonical_namer
 from .patches import in_place_of
 from .settings import refuse_unmeasured
 from .sharding import values
-from .steered import Steered, SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
+from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 from .unguided import warn_of_moved
 
-ZERO_STARTS = ("drift", True, "gaussian", "eva")  # starts with lora_B = 0
+ZERO_STARTS = ("drift", True, "gaussian", "eva")  # with lora_B = 0, or as much of Δ as drift_start says
 # Of these, PEFT adds the heads to the list in the user's config, and only after it has made the LoRA layers.
 HEADS_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
@@ -133,13 +133,12 @@ class DriftModel(LoraModel):
         modules = list(self.model.modules())  # LoRA layers are replaced; biases and modules to save stay in the model
         merged = {adapter for m in modules if isinstance(m, LoraLayer) for adapter in m.merged_adapters}
         merged |= {*(kwargs.get("adapter_names") or self.active_adapters)} if merge else set()
-        guided = {s.adapter for s in all_steered(self.model) if s.alpha} | vars(self.model).get(
-            "drift_unguided", {}
-        ).keys()
+        toward = {s.adapter for s in all_steered(self.model) if s.alpha or s.config.drift_start}
+        toward |= vars(self.model).get("drift_unguided", {}).keys()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for adapter_name in self.peft_config:
             _forget(modules, adapter_name)
-        if merged & guided:
+        if merged & toward:
             vars(model)["drift_merged"] = True  # which `check_fingerprint` finds
         return model
 
@@ -182,17 +181,18 @@ def _warn_of_frozen(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 
 @in_place_of(LoraModel, "_load_from_state_dict")
 def _noting_weights(
-    load_from_state_dict: Callable, self: LoraModel, state_dict: dict[str, Tensor], *args, **kwargs
+    load_from_state_dict: Callable, self: LoraModel, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs
 ) -> None:
     """An adapter whose weights are loaded did not start where its config says."""
     for name, config in self.peft_config.items():
-        loaded = [B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")]
+        loaded = {key: B for key, B in state_dict.items() if f".lora_B.{name}." in key or key.endswith(f"_B.{name}")}
         if loaded:
             config.weights_loaded = True
-        trained = any(not B.is_meta and B.any() for B in loaded)  # a start is loaded, too, to be spread over ranks
+        # A start is loaded, too, to be spread over ranks.
+        trained = _have_left(self, name, loaded, f"{prefix}{{}}.lora_B.{name}.weight")
         if trained and (steps := getattr(config, "steps_of_weights", None)) and not config.drift_steps:  # none yet
             config.drift_steps = steps
-    load_from_state_dict(self, state_dict, *args, **kwargs)
+    load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 
 def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
@@ -204,9 +204,8 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
     copied = getattr(config, "weights_loaded", False) or getattr(config, "steps_of_weights", None)
     if not missed or getattr(config, "init_lora_weights", None) not in ZERO_STARTS or copied:
         return
-    starts = _starts(model, guided) if getattr(config, "drift_start", 0) else {}
-    factors = {name: B for name, B in weights.items() if ".lora_B." in name and not B.is_meta}
-    if any((values([B])[0].cpu() != starts[name]).any() if name in starts else B.any() for name, B in factors.items()):
+    factors = {name: B for name, B in weights.items() if ".lora_B." in name}
+    if _have_left(model, adapter, factors, "{}.lora_B.weight"):
         warn(
             f"The adapter '{adapter}' was trained, but {' and '.join(missed)} never ran: its optimizer does not call "
             "the step hooks of torch.optim, or trains copies of the parameters. Or it is a copy of the model that was "
@@ -214,11 +213,13 @@ def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) 
         )
 
 
-def _starts(model: PeftModel, guided: Iterable[Steered]) -> dict[str, Tensor]:
-    """Name among the saved weights -> lora_B as it was before the first step, in the dtype that it had."""
-    names = {module: name for name, module in model.named_modules()}
-    adapters = [s for s in guided if isinstance(s, SteeredAdapter)]
-    return {f"{names[s.module]}.lora_B.weight": s.start_B().to(s.parameter("B").dtype) for s in adapters}
+def _have_left(model: nn.Module, adapter: str, factors: dict[str, Tensor], key: str) -> bool:
+    """Is any of these lora_B no longer what its start has made it? `key` makes their keys of the modules' names."""
+    names = {module: key.format(name) for name, module in model.named_modules()}
+    steered = [s for s in all_steered(model) if s.adapter == adapter and isinstance(s, SteeredAdapter)]
+    starts = {names[s.module]: s for s in steered}
+    there = {name: values([B])[0] for name, B in factors.items() if not B.is_meta}
+    return any(not starts[name].at_start(B) if name in starts else bool(B.any()) for name, B in there.items())
 
 
 @in_place_of(peft_model, "get_peft_model_state_dict")

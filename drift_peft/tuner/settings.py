@@ -57,8 +57,8 @@ class DriftSettings:
     drift_start: float = field(
         default=0.0,
         metadata={
-            "help": "Share λ of Δ that the adapter holds before the first step; 0 leaves outputs unchanged.",
-            "range": "a number from 0 to 1; above 0 with init_lora_weights='drift' alone",
+            "help": "Share of Δ that the LoRA factors hold before the first step; 0 leaves the outputs unchanged.",
+            "range": "a number from 0 to 1; above 0 with init_lora_weights='drift', and not with drift_target='base'",
         },
     )
     drift_norm: Literal["factor", "weight"] = field(
@@ -157,8 +157,8 @@ class DriftSettings:
         return self.guides and self.drift_target != "base"
 
     def absorbed(self, name: str) -> bool:
-        """Has the base taken in all of this weight's Δ, so that nothing is left to pull to?"""
-        return self.pulls and self.merged is not None and self.merged.scale_of(name) == 1
+        """Has the base taken in all of this weight's Δ, so that nothing is left to pull to, or to start with?"""
+        return bool(self.pulls or self.drift_start) and self.merged is not None and self.merged.scale_of(name) == 1
 
     @property
     def spectrum_power(self) -> float:
@@ -199,6 +199,11 @@ def check_settings(config: DriftSettings) -> None:
         raise ValueError(
             f"drift_target='base' holds the adapter near the base after each step, so drift_scale="
             f"{config.drift_scale!r} has no meaning for it: set drift_scale='decoupled'."
+        )
+    if config.drift_start and config.drift_target == "base":
+        raise ValueError(
+            f"drift_start={config.drift_start} puts a part of Δ into the adapter, and drift_target='base' would pull "
+            "it out again: leave out either."
         )
     if config.drift_norm == "weight" and config.drift_target not in ("residual", "delta"):
         raise ValueError(

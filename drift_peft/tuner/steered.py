@@ -132,6 +132,7 @@ class SteeredAdapter(Steered):
         super().__init__(layer, adapter, name, config, prior)
         self.rank = layer.r[adapter]  # whose directions of Δ these are
         self.capture: Capture | None = None
+        self.start: tuple[float, float, torch.dtype] | None = None  # λ > 0, s and lora_B's dtype when it was started
         if adapter in layer.lora_embedding_A or isinstance(layer, ParamWrapper):
             refuse_unmeasured(config, name)
 
@@ -158,14 +159,23 @@ class SteeredAdapter(Steered):
     def scaling(self) -> float:
         return self.module.scaling[self.adapter]
 
-    def start_B(self) -> Tensor:
-        """lora_B as the `drift` start fills it, λ·U_r diag(S_r)/(s·c) [out, r] in fp32 on the CPU, where λ > 0."""
+    def starts(self, B: Tensor) -> Tensor:
+        """lora_B as the `drift` start fills it, λ·U_r diag(S_r)/(s·c) [out, r], in B's dtype on the CPU; λ > 0."""
+        self.start = self.config.drift_start, self.scaling, B.dtype
+        return self._start_B()
+
+    def at_start(self, B: Tensor) -> bool:
+        """Is this lora_B, as it may be saved or loaded, what the start has left? True of what is not here in full."""
+        if self.start is None:
+            return not B.any()
+        start = self._start_B().to(B.dtype)
+        return B.shape != start.shape or torch.equal(B.cpu(), start)
+
+    def _start_B(self) -> Tensor:
+        share, s, dtype = self.start
         U, S, Vh = (self.prior[key].cpu().float() for key in ("U", "S", "Vh"))
-        _, B_star = guidance.start_targets(U, S, Vh, torch.tensor(float(self.scaling)))
-        B = torch.zeros(len(U), self.rank)
-        columns = min(B.shape[1], B_star.shape[1])
-        B[:, :columns] = self.config.drift_start * B_star[:, :columns]
-        return B
+        B_star = share * guidance.start_targets(U, S, Vh, S.new_tensor(float(s)))[1][:, : self.rank]
+        return torch.cat([B_star, U.new_zeros(len(U), self.rank - B_star.shape[1])], dim=1).to(dtype)
 
     @property
     def others(self) -> list[str]:

@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 import torch
-from pairs import drift, load, train, wrap
-from peft import PeftModel, get_peft_model
-from twin import backward, make_whole_pair, oracle_layers, sgd, trainable
-from twin import train as train_twin
+from pairs import IDS, drift, load, train, wrap
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from safetensors.torch import load_file
+from twin import make_whole_pair, oracle_layers, trainable
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, merge_baseline, telemetry
+from drift_peft.integrations.settings import PluginSettings
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,6 @@ CASES = [
     {"rank_pattern": {"q_proj": 2, "up_proj": 3}},
     {"drift_alpha": 0.0},
     {"drift_scale": "decoupled", "drift_target": "factors"},
-    {"drift_scale": "decoupled", "drift_target": "base"},
     {"target_modules": ["embed_tokens", "q_proj"]},
 ]
 
@@ -98,12 +99,14 @@ def test_of_a_merged_base_it_is_a_share_of_what_is_left(pairs, tmp_path):
 def test_it_is_stored_and_goes_on_from_its_weights(pairs, tmp_path):
     folder = pairs("llama")
     model = train(get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.5)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     assert "start = 0.5" in (tmp_path / "README.md").read_text()
     config = DriftConfig.from_pretrained(tmp_path)
     assert config.drift_start == 0.5
+    with pytest.raises(ValueError, match=r"had its start with drift_start=0\.5: leave out drift_start=1\.0\.$"):
+        DriftConfig.from_pretrained(tmp_path, drift_start=1.0)
+    assert DriftConfig.from_pretrained(tmp_path, drift_start=0.5).drift_start == 0.5
+    assert DriftConfig.from_pretrained(tmp_path, drift_alpha=0, prior=None).drift_start == 0
     again = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)
     plain = PeftModel.from_pretrained(load(folder, "llama"), tmp_path)
     for other in (again, plain):
@@ -123,25 +126,107 @@ def test_without_guidance_it_is_said_on_the_card(pairs, tmp_path):
     assert "without guidance, from a start with 0.25 of what" in (tmp_path / "README.md").read_text()
 
 
-def test_an_optimizer_without_hooks_is_told_of_and_a_start_is_not(whole, tmp_path):
-    model = started(whole)
+# What has moved
+
+
+def saved_in_silence(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model.save_pretrained(tmp_path / "start")
-    backward(model)
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"drift_alpha_pattern": {"q_proj": 0.0}}])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+def test_an_optimizer_without_hooks_is_told_of_and_a_start_is_not(pairs, tmp_path, kind, settings):
+    """PEFT casts factors of a bf16 base to fp32, after ours has filled them."""
+    folder = pairs("llama")
+    model = wrap(load(folder, "llama", kind), drift(folder, drift_start=0.3, **settings))
+    saved_in_silence(model, tmp_path / "start")
+    model.get_base_model().model.layers[0].self_attn.q_proj.scale_layer(0.5)  # afterwards: the start is what it was
+    saved_in_silence(model, tmp_path / "start")
+    model(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         for p in trainable(model):
             p -= 0.05 * p.grad
     with pytest.warns(UserWarning, match="the guidance never ran"):
         model.save_pretrained(tmp_path / "moved")
-    guided = started(whole)
-    train_twin(guided, sgd(guided), 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        guided.save_pretrained(tmp_path / "guided")
 
 
-def test_guide_steers_what_has_started(whole):
+def test_a_frozen_copy_of_the_start_and_a_padded_adapter_are_saved_in_silence(pairs, tmp_path):
+    """As DPO keeps a reference, and as compiled hot swaps need it."""
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.3))
+    model.add_adapter("ref", drift(folder, drift_start=0.3))
+    train(model)
+    saved_in_silence(model, tmp_path / "both")
+    padded = get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.3))
+    prepare_model_for_compiled_hotswap(padded, target_rank=8)
+    saved_in_silence(padded, tmp_path / "padded")
+
+
+def test_a_start_that_is_loaded_has_no_steps(pairs, tmp_path):
+    """As FSDP2 spreads it over the ranks; what was trained has those of its file."""
+    folder = pairs("llama")
+    train(get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.3))).save_pretrained(tmp_path)
+    for trained in (False, True):
+        model = get_peft_model(load(folder, "llama"), DriftConfig.from_pretrained(tmp_path))
+        state = model.state_dict()
+        if trained:
+            weights = load_file(tmp_path / "adapter_model.safetensors")
+            state |= {key.replace(".weight", ".default.weight"): value for key, value in weights.items()}
+        model.load_state_dict(state)
+        assert telemetry(model)["guided_steps"] == (3 if trained else 0)
+
+
+def test_another_default_dtype_makes_no_difference(whole):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = started(whole)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_holds(model, whole.prior, 0.5)
+
+
+# Where it cannot be
+
+
+def merged(pairs, folder, **settings):
+    pair = pairs("llama")
+    folder.mkdir(exist_ok=True)
+    given = {"scale": 1.0, "progress": False, **settings}
+    merge_baseline("task_arithmetic", pair / "expert", pair / "base", folder / "base", **given)
+    return load(folder, "llama")
+
+
+@pytest.mark.parametrize("drift_alpha", [0.0, 1.0])
+def test_a_base_that_has_all_of_delta_leaves_nothing_to_start_with(pairs, tmp_path, drift_alpha):
+    model = merged(pairs, tmp_path)
+    with pytest.raises(ValueError, match=r"nothing is left of Δ to steer toward: .* and without drift_start"):
+        get_peft_model(model, drift(pairs("llama"), drift_start=0.5, drift_alpha=drift_alpha))
+    part = merged(pairs, tmp_path / "part", modules=["attn"])
+    with pytest.warns(UserWarning, match="which is all of Δ in 8 of 14 weights"):
+        get_peft_model(part, drift(pairs("llama"), drift_start=0.5, drift_alpha=drift_alpha))
+
+
+def test_what_steers_no_factor_has_no_start(whole):
+    for settings in ({"modules_to_save": ["norm"], "drift_modules": "norm"}, {"bias": "all", "drift_modules": "bias"}):
+        with pytest.raises(ValueError, match=r"^drift_start=0\.5 puts a part of Δ into LoRA factors, but none of them"):
+            started(whole, **settings)
+
+
+def test_a_start_that_was_merged_in_memory_is_noticed(pairs):
+    folder = pairs("llama")
+    base = get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.2, drift_alpha=0.0)).merge_and_unload()
+    with pytest.warns(UserWarning, match="A guided adapter was merged into this base"):
+        get_peft_model(base, drift(folder, drift_start=0.2))
+
+
+def test_guide_and_tools_that_wrap_the_model_make_no_start(whole):
     model = started(whole, drift_alpha=0.0)
-    with pytest.raises(TypeError, match=r"^guide\(\) steers an adapter that has its start already: set drift_start in"):
+    with pytest.raises(ValueError, match=r"^drift_start=0\.5 is for an adapter that is made, and guide\(\) steers"):
         guide(model, whole.path, drift_start=0.5)
+    assert guide(get_peft_model(copy.deepcopy(whole.base), LoraConfig()), whole.path, drift_start=0)
+    keys = {"drift_prior": str(whole.path), "drift_start": 0.5}
+    assert PluginSettings.read(keys).config().drift_start == 0.5
+    with pytest.raises(ValueError, match=r"^drift_start=0\.5 is for an adapter that drift_peft makes, and this tool"):
+        PluginSettings.read(keys, wraps=False)

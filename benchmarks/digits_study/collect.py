@@ -94,8 +94,6 @@ DUELS = (  # (first, second, what their difference answers)
     ("merge-drift-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("drift-start-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("drift-start-ancestor-keep-more", "drift-ancestor-keep-more", ""),
-    ("drift-start-ancestor-keep-32-more", "merge-lora-ancestor-keep-32-more", ""),
-    ("drift-start-ancestor-keep-32-more", "merge-lora-ancestor-keep-more", ""),
     ("hold-ancestor-keep-more", "hold-ancestor-keep", ""),
     ("hold-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("hold-ancestor-keep-more", "merge-drift-ancestor-keep-more", ""),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from drift_peft.demo.evaluate import MEASURES
 
 from .collect import DUELS, LEADERS
-from .methods import COMPUTE, CONTROLS, NF4, REPLAYED, TEXT, TUNED_CONTROLS, VARIANTS
+from .methods import COMPUTE, CONTROLS, METHODS, NF4, TEXT, TUNED_CONTROLS, VARIANTS
 from .words import MEANS, NOT_RUN, percent, signed
 
 INSIDE = {key for leaders in LEADERS.values() for key in leaders}
 PULLS = {"pull-to-zero", "pull-to-zero-keep"}  # controls that are also what a user may do: plain regularization
-STEERED = {key for key in REPLAYED if key.startswith("drift")}
+STEERED = {key for key in METHODS if key.startswith("drift")}
 OURS = {*INSIDE, *STEERED, *VARIANTS, *NF4, *COMPUTE, *TEXT, *CONTROLS, *TUNED_CONTROLS} - PULLS  # not DRIFT's rivals
 WORDS = {"2-3 operations": "the trained task", "4-5 operations": "longer chains", "text reasoning": "reasoning in text"}
 

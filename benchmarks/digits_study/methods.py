@@ -168,13 +168,13 @@ REPLAYED |= {  # as many answers as keeping has
 KEPT |= REPLAYED
 
 MORE = {  # the ways that keep best, each tuned again with four times the images
-    f"{key}-more": replace(method, title=f"{method.title}, 960 images", settings=method.settings | {"keep_images": 960})
+    f"{key}-more": replace(
+        KEPT[key], title=f"{KEPT[key].title}, 960 images", settings=KEPT[key].settings | {"keep_images": 960}
+    )
     for key in (
         *("lora-keep", "merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
         *("merge-drift-ancestor-keep", "hold-ancestor-keep", "drift-start-ancestor-keep"),
-        *("merge-lora-ancestor-keep-32", "drift-start-ancestor-keep-32"),
     )
-    for method in [(KEPT | RANK_32)[key]]
 }
 
 COMPUTE = {  # as many passes over samples as the kept ones have, with keep's 8 answers beside 16 samples

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from digits_study.keep_sets import VARIETIES, keep_set_of, replayed
-from digits_study.methods import KEEP, KEPT, METHODS, MORE, REPLAY
+from digits_study.methods import KEEP, KEPT, METHODS, MORE, RANK_32, REPLAY
 from digits_study.priors import make_priors
 from digits_study.run import perform, training_samples
 from digits_study.worlds import FOLDER, WORLDS
@@ -75,13 +75,19 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
     held = KEPT["hold-ancestor-keep"]  # nor has this one; its rate is fixed, and its strength is chosen
     assert (held.drift, held.prior) == (METHODS["hold"].drift, "hierarchical")
     assert held.settings == KEEP | {"rate": 5e-3} and held.grid[0].keys() == {"merged", "drift_alpha"}
+    started = KEPT["drift-start-ancestor-keep"]  # nor this one: DRIFT of one strength, and shares of Δ in its adapter
+    assert (started.drift, started.prior, started.settings) == (merged.drift, merged.prior, KEEP)
+    assert started.grid[0].keys() == {"rate", "drift_start"} and "drift_start" not in started.drift
     for key, method in KEPT.items():
-        if method in (merged, held):
+        if method in (merged, held, started):
             continue
         plain = METHODS[key.removesuffix("-240").removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)
         more = {"keep_images": 240} if key.endswith("-240") else {}
         assert method.settings == (KEEP if method.kept == "kl" else REPLAY | more)
+    for key, method in RANK_32.items():
+        small = KEPT[key.removesuffix("-32")]
+        assert method.settings == KEEP | {"r": 32} and method.grid[0].keys() == small.grid[0].keys()
     for key, method in MORE.items():
         few = KEPT[key.removesuffix("-more")]
         assert replace(method, title=few.title, settings=few.settings) == few

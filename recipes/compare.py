@@ -6,10 +6,10 @@
 
 The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, the prior gated on the
 expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping. Held
-LoRA is compared where --ways names it. All train on the same samples, with the same seeds and budget. They are examined
-on samples that were held out of the data, or on --test, and on the VLM's own answers about the images of these. Samples
-with an image in common, or the same question without one, are held out together, so that no way has trained on these.
-The same command goes on where it was stopped.
+LoRA, and DRIFT from a start that holds a part of Δ, are compared where --ways names them. All train on the same samples,
+with the same seeds and budget. They are examined on samples that were held out of the data, or on --test, and on the
+VLM's own answers about the images of these. Samples with an image in common, or the same question without one, are held
+out together, so that no way has trained on these. The same command goes on where it was stopped.
 
 The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
 there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
         nargs="+",
         choices=KINDS,
         default=[],
-        help="which to compare; otherwise all that the recipe allows, without the held ones",
+        help="which to compare; otherwise all that the recipe allows, without the started and held",
     )
     add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
     add("--texts", type=Path, metavar="FILE", help="prompts for the expert, one a line, whose answers gate the prior")
@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--merge-first",
         type=float,
         nargs="+",
-        help="λ of what is merged before training (default: 0.5; for held LoRA, 1)",
+        help="λ of what is merged before training, or in the adapter at its start (default: 0.5; for held LoRA, 1)",
     )
     add("--search", type=int, default=0, metavar="N", help="tune the leading ways in so many trials, with optuna")
     add("--budget", type=float, help="most that the choice may cost, in nats a token from the VLM's own answers")
@@ -361,7 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", default=PROMPT, help='what is added to each question of an exam; "" for nothing')
     add("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args(arguments)
-    for flag, kinds in {"--scales": "transplant", "--texts": "gated", "--merge-first": ("merged", "held")}.items():
+    use = {"--scales": "transplant", "--texts": "gated", "--merge-first": ("merged", "started", "held")}
+    for flag, kinds in use.items():
         if args.ways and not any(kind.startswith(kinds) for kind in args.ways):
             parser.refuse_idle(f"with --ways {' '.join(args.ways)}", flag)
     for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):

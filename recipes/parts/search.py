@@ -21,14 +21,16 @@ SHARES = (0.1, 0.9)
 
 
 def space(way: Way, settings: dict) -> dict[str, dict]:
-    """Bounds of what is tuned of a way: the rate, the strength of DRIFT, the λ of a part that is merged first."""
+    """Bounds of what is tuned of a way: the rate, the strength of DRIFT, the λ of a part that is merged first, or that
+    the adapter starts at."""
     recipe = way.recipe(settings)
     centres = {"learning_rate": recipe.get("learning_rate", 2e-5)}  # TRL's default
     if recipe["method"] == "drift":
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
     bounds = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
-    if (own := recipe.get("merge_first")) is not None:
-        bounds["merge_first"] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
+    for key in ("merge_first", "drift_start"):
+        if own := recipe.get(key):
+            bounds[key] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
     return bounds
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from .processing import processor_settings
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
-KINDS += ("merged-drift-keep", "held", "held-keep")
-ON_REQUEST = ("held", "held-keep")  # with --ways alone: each is another run, and rarely the best by many kept images
+KINDS += ("started", "started-keep", "merged-drift-keep", "held", "held-keep")
+ON_REQUEST = ("started", "started-keep", "held", "held-keep")  # with --ways alone: each is another run
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
 
 
@@ -62,7 +62,7 @@ def ways_of(
     Args:
         settings: the recipe's.
         scales: of transplants.
-        shares: of Δ that is merged first.
+        shares: of Δ that is merged first, or in the adapter at the start.
         keep: keep set of the ways that keep; None leaves them out.
         texts: SHA-256 of the prompts for the expert, whose answers gate the prior; None leaves that out.
         held: shares of Δ that are merged before LoRA is held near the merged base.
@@ -84,6 +84,8 @@ def ways_of(
         "merged-keep": [_merged(λ, "merged-keep", "SFT, keeping", sft | kept) for λ in shares],
         "drift": [Way("drift", "DRIFT", "drift", trains=drift | plain)],
         "drift-keep": [Way("drift-keep", "DRIFT, keeping", "drift-keep", trains=drift | kept)],
+        "started": [_started(λ, "started", "DRIFT", drift | plain) for λ in shares],
+        "started-keep": [_started(λ, "started-keep", "DRIFT, keeping", drift | kept) for λ in shares],
         # Of Δ that was merged whole, nothing is left to steer toward.
         "merged-drift-keep": [
             _merged(λ, "merged-drift-keep", "DRIFT, keeping", drift | kept) for λ in shares if λ != 1
@@ -91,7 +93,7 @@ def ways_of(
         "held": [_merged(λ, "held", "held LoRA", hold | plain) for λ in held],
         "held-keep": [_merged(λ, "held-keep", "held LoRA, keeping", hold | kept) for λ in held],
     }
-    missing = {}
+    missing, blind = {}, settings.get("drift_norm") == "weight" and not settings.get("replay")
     for kind in KINDS:
         if kind.startswith(("transplant", "gated", "merged", "held")) and "expert" not in settings:
             missing[kind] = "the recipe names no expert"
@@ -101,7 +103,9 @@ def ways_of(
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
-        elif kind.endswith("drift-keep") and settings.get("drift_norm") == "weight" and not settings.get("replay"):
+        elif kind.startswith("started") and any(λ > 1 for λ in shares):
+            missing[kind] = f"an adapter starts at no more than all of Δ, and --merge-first names {max(shares):g}"
+        elif kind.endswith(("drift-keep", "started-keep")) and blind:
             missing[kind] = "drift_norm: weight does not see the gradient that keeping adds; set factor, or replay"
     for kind in kinds:
         if kind in missing:
@@ -138,6 +142,11 @@ def transplanting(settings: dict, scale: float) -> dict:
         names += ["reference"] if "reference" in settings else []
         delta = {"rank": settings.get("prior_rank", 64)}
     return {**{name: settings[name] for name in names}, **delta, "scale": scale}
+
+
+def _started(share: float, kind: str, then: str, trains: dict) -> Way:
+    title = f"started at {share:g}, then {then}"
+    return Way(f"{kind}-{share:g}", title, kind, trains={**trains, "drift_start": share})
 
 
 def _merged(share: float, kind: str, then: str, trains: dict) -> Way:

@@ -1,4 +1,4 @@
-"""recipes/compare.py: LoRA that is held near a merged base, which is compared where it is asked for."""
+"""recipes/compare.py: LoRA that is held near a merged base, and DRIFT from a part of Δ: compared where asked for."""
 
 import json
 
@@ -59,6 +59,33 @@ def test_held_lora_trains(train):
                     output_dir=free.with_name("held"))  # fmt: skip
     assert json.loads((held / "run.json").read_text())["settings"]["drift_target"] == "base"
     assert length(held) < length(free)
+
+
+@pytest.mark.parametrize("kept", [None, "k"])
+def test_drift_from_a_part_of_delta_is_compared_where_it_is_asked_for(kept):
+    assert not [way for way in ways_of(SETTINGS, [], [], [0.5], kept) if way.kind.startswith("started")]
+    kinds = ["started", "started-keep"] if kept else ["started"]
+    ways = ways_of(SETTINGS, kinds, [], [0.2, 1.0], kept)
+    assert [way.name for way in ways][:2] == ["started-0.2", "started-1"]
+    assert ways[-1].title == ("started at 1, then DRIFT, keeping" if kept else "started at 1, then DRIFT")
+    plain = {key: value for key, value in SETTINGS.items() if key != "keep"}
+    kept_too = {"keep": kept} if kept else {}
+    assert ways[-1].recipe(SETTINGS) == plain | {"method": "drift", "drift_start": 1.0} | kept_too
+    with pytest.raises(ValueError, match=r"starts at no more than all of Δ, and --merge-first names 1\.5$"):
+        ways_of(SETTINGS, ["started"], [], [0.5, 1.5], kept)
+    with pytest.raises(ValueError, match="started cannot be compared: the recipe names no prior"):
+        ways_of({key: value for key, value in SETTINGS.items() if key != "prior"}, ["started"], [], [0.5], kept)
+    with pytest.raises(ValueError, match="started-keep cannot be compared: drift_norm: weight does not see"):
+        ways_of({**SETTINGS, "drift_norm": "weight"}, ["started-keep"], [], [0.5], "k")
+
+
+def test_a_search_tunes_the_part_that_the_adapter_starts_at(tmp_path):
+    (way,) = ways_of(SETTINGS, ["started"], [], [1.0], None)
+    assert space(way, SETTINGS)["drift_start"] == {"low": 0.1, "high": 1.0}
+    (drift,) = ways_of(SETTINGS, ["drift"], [], [], None)
+    assert "drift_start" not in space(drift, SETTINGS)
+    (tried,) = search(1, [way], SETTINGS, lambda way: (0.0, 0.0), tmp_path / "s")
+    assert tried.recipe(SETTINGS)["drift_start"] == 1.0
 
 
 def length(folder):

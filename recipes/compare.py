@@ -6,10 +6,10 @@
 
 The recipe is one of sft_vlm.py. Compared are the VLM as it is, transplants without training, the prior gated on the
 expert's answers to --texts, SFT, SFT after a part of Δ was merged, and DRIFT, each trained one also with keeping. Held
-LoRA, and DRIFT from a start that holds a part of Δ, are compared where --ways names them. All train on the same samples,
-with the same seeds and budget. They are examined on samples that were held out of the data, or on --test, and on the
-VLM's own answers about the images of these. Samples with an image in common, or the same question without one, are held
-out together, so that no way has trained on these. The same command goes on where it was stopped.
+LoRA, and DRIFT from a start that holds a part of Δ, are compared where --ways names them. All train on the same
+samples, with the same seeds and budget. They are examined on samples that were held out of the data, or on --test, and
+on the VLM's own answers about the images of these. Samples with an image in common, or the same question without one,
+are held out together, so that no way has trained on these. The same command goes on where it was stopped.
 
 The output folder then holds `compared.json`; `choice.yaml`, the recipe of the way to take, with its numbers; and, where
 there are images to keep on, `compared.png`: right answers beside the distance from the VLM. `ways/` has a folder for

@@ -61,7 +61,8 @@ class Case:
             scale = {"drift_scale": self.scale, "drift_target": self.target, "drift_alpha": STRENGTH[self.scale]}
             return guide(model, pair.prior, **scale)
         if self.made_by == "drift start":
-            return get_peft_model(copy.deepcopy(pair.base), DriftConfig(prior=pair.path, r=6)).double().train()
+            config = DriftConfig(prior=pair.path, r=6, **self.settings)
+            return get_peft_model(copy.deepcopy(pair.base), config).double().train()
         model = steered(pair, self.scale, self.target, **settings)
         if self.made_by == "second adapter":
             model.add_adapter("second", DriftConfig(prior=pair.path, r=3, target_modules=["q_proj", "gate_proj"]))
@@ -133,6 +134,7 @@ CASES |= {
     "decoupled base": Case("decoupled", "base"),
     "second adapter": Case(made_by="second adapter"),
     "drift start": Case(made_by="drift start"),
+    "a part of Δ at the start": Case(made_by="drift start", settings={"drift_start": 0.5}),
     "full": Case(made_by="full"),
     "full, absolute delta": Case("absolute", "delta", made_by="full"),
     "full, decoupled": Case("decoupled", "base", made_by="full"),

@@ -9,7 +9,7 @@ from drift_peft.demo.evaluate import MEASURES
 
 from .intervals import interval
 from .ledger import Ledger
-from .methods import METHODS, MORE, VARIANTS
+from .methods import METHODS, MORE, RANK_32, VARIANTS
 from .plan import CRITERIA, SWEEPS, Change, Plan
 from .run import scores
 from .worlds import WORLDS
@@ -74,11 +74,11 @@ DUELS = (  # (first, second, what their difference answers)
     ("drift-start-ancestor-keep", "merge-lora-ancestor-keep", "Kept, a part of Δ in the adapter, or merged first?"),
     ("drift-start-ancestor-keep", "drift-ancestor-keep", ""),
     ("drift-start-ancestor-keep", "lora-keep", ""),
+    ("drift-start-ancestor-keep", "hold-ancestor-keep", ""),
     ("drift-start-ancestor-keep-32", "merge-lora-ancestor-keep-32", "And with adapters of rank 32:"),
-    ("drift-start-ancestor-keep-32", "drift-ancestor-keep-32", ""),
     ("drift-start-ancestor-keep-32", "merge-lora-ancestor-keep", ""),
     ("drift-start-ancestor-keep-32", "drift-start-ancestor-keep", "Rank 32, or 8?"),
-    ("drift-ancestor-keep-32", "drift-ancestor-keep", ""),
+    ("drift-start-ancestor-keep-32", "drift-ancestor-keep", ""),
     ("merge-lora-ancestor-keep-32", "merge-lora-ancestor-keep", ""),
     ("drift-keep-more", "drift-keep", "Kept by 960 images, or by 240?"),
     ("drift-ancestor-keep-more", "drift-ancestor-keep", ""),
@@ -94,6 +94,8 @@ DUELS = (  # (first, second, what their difference answers)
     ("merge-drift-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("drift-start-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("drift-start-ancestor-keep-more", "drift-ancestor-keep-more", ""),
+    ("drift-start-ancestor-keep-more", "hold-ancestor-keep-more", ""),
+    ("drift-start-ancestor-keep-more", "drift-start-ancestor-keep", ""),
     ("hold-ancestor-keep-more", "hold-ancestor-keep", ""),
     ("hold-ancestor-keep-more", "merge-lora-ancestor-keep-more", ""),
     ("hold-ancestor-keep-more", "merge-drift-ancestor-keep-more", ""),
@@ -247,9 +249,9 @@ def compare(ledger: Ledger, plan: Plan, world: str, methods: list[str], criterio
     }
 
 
-def keeps(method: str) -> tuple[bool, bool]:
-    """Whether it keeps what the VLM can do, and by more images than the others."""
-    return bool(METHODS[method].kept), method in MORE
+def keeps(method: str) -> tuple[bool, bool, bool]:
+    """Whether it keeps what the VLM can do, by more images than the others, and with a larger adapter."""
+    return bool(METHODS[method].kept), method in MORE, method in RANK_32
 
 
 def sweep(ledger: Ledger, plan: Plan, world: str, methods: list[str]) -> dict:

@@ -182,10 +182,8 @@ def rivals_kept(worlds: dict) -> str:
         sentences.append(f"{first} {compared(found, worlds)}.")
     for how, form in (("240 images", ""), ("240 images and rank 32", "-32"), ("960 images", "-more")):
         if found := duels(worlds, "images", f"{STARTED}{form}", f"merge-lora-ancestor-keep{form}"):
-            first = (
-                f"By {how}, DRIFT that starts at a part of Δ from the ancestor (`drift_start`), compared with merging"
-            )
-            sentences.append(f"{first} such a part first, is {compared(found, worlds)}.")
+            first = f"By {how}, DRIFT that starts at a part of Δ from the ancestor (`drift_start`), compared"
+            sentences.append(f"{first} with merging such a part first, is {compared(found, worlds)}.")
     for images, more in (("240", ""), ("960", "-more")):
         if found := duels(worlds, "images", f"{HELD}{more}", f"merge-lora-ancestor-keep{more}"):
             first = f'By {images} images, LoRA that is held near this merged VLM (`drift_target="base"`), compared with'

@@ -28,7 +28,7 @@ def space(way: Way, settings: dict) -> dict[str, dict]:
     if recipe["method"] == "drift":
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
     bounds = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
-    for key in ("merge_first", "drift_start"):
+    for key in ("merge_first", "drift_start") if recipe["method"] == "drift" else ("merge_first",):
         if own := recipe.get(key):
             bounds[key] = {"low": min(SHARES[0], own), "high": max(SHARES[1], own)}
     return bounds

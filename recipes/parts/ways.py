@@ -103,8 +103,8 @@ def ways_of(
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
-        elif kind.startswith("started") and any(λ > 1 for λ in shares):
-            missing[kind] = f"an adapter starts at no more than all of Δ, and --merge-first names {max(shares):g}"
+        elif kind.startswith("started") and (no_part := [λ for λ in shares if not 0 < λ <= 1]):
+            missing[kind] = f"an adapter starts at a part of Δ, up to 1, and --merge-first names {no_part[0]:g}"
         elif kind.endswith(("drift-keep", "started-keep")) and blind:
             missing[kind] = "drift_norm: weight does not see the gradient that keeping adds; set factor, or replay"
     for kind in kinds:

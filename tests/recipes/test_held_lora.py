@@ -71,8 +71,9 @@ def test_drift_from_a_part_of_delta_is_compared_where_it_is_asked_for(kept):
     plain = {key: value for key, value in SETTINGS.items() if key != "keep"}
     kept_too = {"keep": kept} if kept else {}
     assert ways[-1].recipe(SETTINGS) == plain | {"method": "drift", "drift_start": 1.0} | kept_too
-    with pytest.raises(ValueError, match=r"starts at no more than all of Δ, and --merge-first names 1\.5$"):
-        ways_of(SETTINGS, ["started"], [], [0.5, 1.5], kept)
+    for share in (1.5, -0.5):
+        with pytest.raises(ValueError, match=rf"starts at a part of Δ, up to 1, and --merge-first names {share:g}$"):
+            ways_of(SETTINGS, ["started"], [], [0.5, share], kept)
     with pytest.raises(ValueError, match="started cannot be compared: the recipe names no prior"):
         ways_of({key: value for key, value in SETTINGS.items() if key != "prior"}, ["started"], [], [0.5], kept)
     with pytest.raises(ValueError, match="started-keep cannot be compared: drift_norm: weight does not see"):
@@ -84,6 +85,9 @@ def test_a_search_tunes_the_part_that_the_adapter_starts_at(tmp_path):
     assert space(way, SETTINGS)["drift_start"] == {"low": 0.1, "high": 1.0}
     (drift,) = ways_of(SETTINGS, ["drift"], [], [], None)
     assert "drift_start" not in space(drift, SETTINGS)
+    assert "drift_start" in space(drift, SETTINGS | {"drift_start": 0.5})
+    (sft,) = ways_of(SETTINGS, ["sft"], [], [], None)
+    assert "drift_start" not in space(sft, SETTINGS | {"drift_start": 0.5})  # which has none
     (tried,) = search(1, [way], SETTINGS, lambda way: (0.0, 0.0), tmp_path / "s")
     assert tried.recipe(SETTINGS)["drift_start"] == 1.0
 

@@ -426,7 +426,7 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     ):
         with pytest.raises(SystemExit, match=told):
             compare.main([*usual, *more])
-    assert len(KINDS) == 12
+    assert len(KINDS) == 14
 
 
 def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):

@@ -146,6 +146,7 @@ CASES |= {
 SLOW = {
     name for name in CASES if name.endswith((", absolute", ", decoupled")) and not name.startswith(("fp32", "full"))
 }
+SLOW |= {"a part of Δ at the start"}
 SLOW |= {f"{scale} {target}" for scale, target in MODES} - {
     "adaptive residual",
     "absolute delta",

@@ -209,6 +209,23 @@ def test_what_more_images_keep_is_compared_with_what_they_keep(tmp_path):
     assert any("keeping, 960 images: nothing clearly beats" in line for line in beaten)
 
 
+def test_a_start_at_a_part_of_delta_is_compared_with_merging_it_at_the_same_rank(tmp_path):
+    ledger = Ledger(tmp_path / "digits.jsonl")
+    shares = {"vlm": 0.95, "merge-lora-ancestor-keep": 0.5, "drift-ancestor-keep": 0.6}
+    shares |= {"drift-start-ancestor-keep": 0.9}
+    shares |= {"merge-lora-ancestor-keep-32": 0.95, "drift-start-ancestor-keep-32": 0.7}
+    plan = replace(FULL, worlds=("qwen", "llava"), methods=tuple(shares), sweeps=())
+    filled(ledger, plan, lambda run: shares[run["method"]])
+    pages = report(ledger, plan, tmp_path)
+    first = r"DRIFT that starts at a part of Δ from the ancestor \(`drift_start`\), compared with merging such a part"
+    for how, found in (("240 images", "better"), ("240 images and rank 32", "worse")):
+        assert re.search(rf"By {how}, {first} first, is {found} in every world, by", pages["RESULTS.md"])
+    assert "By 960 images, DRIFT that starts" not in pages["RESULTS.md"]  # not run
+    lines = pages["appendix_comparisons.md"].splitlines()
+    rivals = next(line for line in lines if line.startswith("- `qwen`, keeping:"))
+    assert "nothing clearly beats DRIFT, Δ from the ancestor" in rivals and "rank 32" not in rivals
+
+
 def test_the_page_says_what_keepings_settings_rest_on(tmp_path):
     ledger, method = Ledger(tmp_path / "digits.jsonl"), "drift-ancestor-keep"
     plan = replace(FULL, worlds=("qwen",), methods=("vlm", "drift", method), sweeps=("keep_images",))

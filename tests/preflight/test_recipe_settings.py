@@ -36,6 +36,7 @@ def run(recipe):
     ({"data": None}, "data"),
     ({"merge_first": 0}, "merge_first is the share of Δ to merge, such as 0.5, got 0"),
     ({"merge_first": 1}, "leaves nothing to steer toward: set method to sft"),
+    ({"merge_first": 1, "drift_alpha": 0, "drift_start": 0.5}, "leaves nothing to steer toward: set method to sft"),
     ({"merge_first": 0.5, "method": "sft", "expert": None}, "merges a part of expert − base: set expert"),
     ({"streaming": True, "max_steps": -1}, "sets no number of steps for streaming: true"),
     ({"num_train_epochs": 0, "max_steps": -1}, "sets no number of steps for 0"),

@@ -55,6 +55,7 @@ def test_the_adapter_is_that_share_of_delta(whole, settings):
     ("settings", "which"),
     [
         ({"drift_rank": 2}, {"rank": 2}),
+        ({"drift_rank": 6}, {"rank": 4}),  # as much as the adapter holds
         ({"drift_rank": 2, "drift_spectrum": "flat"}, {"rank": 2, "power": 0}),
         ({"drift_spectrum": 0.5}, {"power": 0.5}),
     ],

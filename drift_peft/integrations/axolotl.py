@@ -46,7 +46,7 @@ class DriftPlugin(BasePlugin):
         Raises:
             ValueError: as of PluginSettings.read; relora, or a null key under use_ray.
         """
-        self.settings = PluginSettings.read(cfg, wraps=False)
+        self.settings = PluginSettings.read(cfg)
         if cfg.get("relora") and self.settings.steers:
             raise ValueError(
                 "relora merges the adapter and starts it anew, and each time Δ would be added once more: leave out "

@@ -53,7 +53,7 @@ def train() -> None:
     values = read_args()
     if not isinstance(values, dict):
         raise ValueError("The settings must come in a file, config.yaml or config.json, with changes as key=value.")
-    settings = PluginSettings.read(values, wraps=False)
+    settings = PluginSettings.read(values)
     own = {key: value for key, value in values.items() if not key.startswith("drift_")}
     if own.get("stage") == "ppo":
         raise ValueError("stage: ppo makes no Trainer of transformers, so nothing would be steered: take sft or dpo.")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..arguments import nearest
 from ..keeping import keep
-from ..tuner import DriftConfig, guide
+from ..tuner import DriftConfig, guide, is_new
 
 GUIDANCE = {"drift_prior": "prior"}  # key -> field of DriftConfig
 GUIDANCE |= {f.name: f.name for f in fields(DriftConfig) if f.name.startswith("drift_") and f.name != "drift_steps"}
@@ -28,11 +28,8 @@ class PluginSettings:
     keeping: dict[str, Any]  # of `keep`, without the model and its processor
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], wraps: bool = True) -> PluginSettings:
+    def read(cls, values: Mapping[str, Any]) -> PluginSettings:
         """Take the `drift_…` keys out of a tool's settings; the others are the tool's own.
-
-        Args:
-            wraps: whether the plugin wraps the model; else the tool has done so before.
 
         Raises:
             ValueError: a key is unknown (the nearest known one is named), a value of the guidance is out of range, or
@@ -46,12 +43,7 @@ class PluginSettings:
                 raise ValueError(f"'{key}' is no setting of drift_peft; {way_out}")
         settings = cls(*({keys[k]: v for k, v in own.items() if k in keys} for keys in (GUIDANCE, KEEPING)))
         if settings.steers:
-            config = settings.config()
-            if config.drift_start and not wraps:
-                raise ValueError(
-                    f"drift_start={config.drift_start} is for an adapter that drift_peft makes, and this tool makes "
-                    "its own: leave it out, or merge a part of Δ first, with drift-peft merge-baseline."
-                )
+            settings.config()
         elif not settings.keeps or settings.guidance.keys() - {"prior"}:
             raise ValueError(
                 "drift_prior is missing: set it to a prior's file or hub id to steer with, or drift_keep alone to keep "
@@ -87,9 +79,20 @@ class PluginSettings:
         return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True, **kwargs)
 
     def guide(self, model: nn.Module) -> None:
-        """Steer a model that the tool has wrapped, or trains in full."""
-        if self.steers:
-            guide(model, **self.guidance)
+        """Steer a model that the tool has wrapped, or trains in full. A new adapter gets the start of a DriftConfig.
+
+        Raises:
+            ValueError: as of `guide`, or `drift_start` is set and there is no new adapter with PEFT's own start.
+        """
+        if not self.steers:
+            return
+        new = self.guidance.get("prior") is not None and is_new(model)
+        if (share := self.guidance.get("drift_start")) and not new:
+            raise ValueError(
+                f"drift_start={share} is for a new LoRA adapter with PEFT's own start, and there is none here: leave "
+                "drift_start out, or merge a part of Δ first, with drift-peft merge-baseline."
+            )
+        guide(model, init_lora_weights="drift" if new else None, **self.guidance)
 
     def keep(self, model: nn.Module, load_processor: Callable[[], Any]) -> None:
         """Keep the model near a keep set's answers; its processor is loaded only for that."""

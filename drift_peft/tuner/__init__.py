@@ -34,7 +34,7 @@ from . import load, step, store  # noqa: F401  what they hook into: PEFT's loads
 from .compatibility import check_fingerprint, fitting_modules, weight_products
 from .config import DriftConfig
 from .field_docs import describe, own_fields
-from .guide import guide
+from .guide import guide, is_new
 from .model import DriftModel
 from .settings import is_guided
 from .steered import BATCH_ELEMENTS
@@ -52,6 +52,7 @@ __all__ = [
     "fitting_modules",
     "guide",
     "is_guided",
+    "is_new",
     "own_fields",
     "targets_summary",
     "telemetry",

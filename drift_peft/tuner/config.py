@@ -153,6 +153,8 @@ class DriftConfig(DriftSettings, LoraConfig):
         both = copy.copy(self)
         for f in fields(LoraConfig):
             setattr(both, f.name, getattr(lora, f.name))
+        if self.init_lora_weights == "drift":  # it was given by `guide`
+            both.init_lora_weights = "drift"
         return both
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from peft import PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
@@ -14,7 +15,7 @@ from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, origins_of
-from .attach import refuse_meta, steer
+from .attach import refuse_meta, start_adapters, steer
 from .compatibility import (
     adapted_modules,
     check_fit,
@@ -25,21 +26,27 @@ from .compatibility import (
 )
 from .config import STARTS, DriftConfig
 from .modules_to_save import refuse_nested_copies
-from .steered import lora_layers, trainable_tensors
+from .sharding import is_sharded
+from .steered import lora_factor, lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
 
 
 def guide(
-    model: nn.Module, prior: ReasoningPrior | str | Path | None = None, adapter_name: str | None = None, **settings
+    model: nn.Module,
+    prior: ReasoningPrior | str | Path | None = None,
+    adapter_name: str | None = None,
+    *,
+    init_lora_weights: Literal["drift"] | None = None,
+    **settings,
 ) -> nn.Module:
     """Steer a model that was wrapped elsewhere (PEFT, TRL, Unsloth, LLaMA-Factory), or that is trained in full.
 
     Everything trainable that has a Δ in the prior is steered: the LoRA adapters, and tensors that are trained
-    themselves, such as all weights of a model without adapters (the paper's own setting). An adapter's start stays as
-    it is. A PeftModel saves it as plain LoRA, with these settings beside it as those of a `DriftConfig`. Calling it
-    again replaces the settings. Returns the model. At each optimizer step the bias of DRIFT (arXiv 2510.15050,
-    equations 3 and 4) is subtracted from the gradients, which are then complete.
+    themselves, such as all weights of a model without adapters (the paper's own setting). A PeftModel saves its adapter
+    as plain LoRA, with these settings beside it as those of a `DriftConfig`. Calling it again replaces the settings.
+    Returns the model. At each optimizer step the bias of DRIFT (arXiv 2510.15050, equations 3 and 4) is subtracted from
+    the gradients, which are then complete.
 
     Tensors that are trained themselves are steered by what is still missing, Δ − (W − W_0), and so a copy of W_0 is
     kept beside them; the paper's constant direction, drift_target="delta", needs none.
@@ -47,18 +54,21 @@ def guide(
     Args:
         prior: what steers; None only with drift_target="base".
         adapter_name: the LoRA adapter to steer; every active one if None.
-        settings: the `drift_…` fields of `DriftConfig`, without `drift_start`.
+        init_lora_weights: "drift" gives an adapter that nothing has trained yet the start of a `DriftConfig`, and
+            `drift_start` of Δ; call it before the optimizer is made. None leaves the start as it is.
+        settings: the `drift_…` fields of `DriftConfig`.
 
     Raises:
         TypeError: an unknown setting.
         ValueError: nothing that is trainable here has a Δ in the prior; the adapter is not LoRA; the model uses a LoRA
             variant with another chain rule, starts with a part of W in its adapter, was wrapped with DriftConfig, or
-            does not fit the prior; what comes first is no model; or a setting is out of range.
+            does not fit the prior; a start is asked for, and the adapter is trained or sharded already; what comes
+            first is no model; or a setting is out of range.
 
     Example:
         >>> targets = language_model_targets(vlm)
         >>> model = get_peft_model(vlm, LoraConfig(r=8, target_modules=targets))  # or Unsloth's, or TRL's
-        >>> model = guide(model, "prior.safetensors", drift_alpha=0.3)
+        >>> model = guide(model, "prior.safetensors", init_lora_weights="drift", drift_alpha=0.3)
         >>> train(model)
         >>> telemetry(model)["guided_steps"]
         2
@@ -71,10 +81,15 @@ def guide(
         prior = ReasoningPrior.load(prior)
     if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
         raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
-    if start := settings.pop("drift_start", 0):
+    if init_lora_weights not in (None, "drift"):
         raise ValueError(
-            f"drift_start={start!r} is for an adapter that is made, and guide() steers what is there: leave it out, or "
-            "make the adapter with DriftConfig."
+            f"guide() gives an adapter the start 'drift', or leaves it its own (None), but got init_lora_weights="
+            f"{init_lora_weights!r}."
+        )
+    if settings.get("drift_start") and init_lora_weights is None:
+        raise ValueError(
+            f"drift_start={settings['drift_start']!r} puts a part of Δ into a new adapter, and guide() leaves an "
+            "adapter its own start: add init_lora_weights='drift', or leave out drift_start."
         )
     if unknown := next((name for name in settings if name not in DriftConfig.__dataclass_fields__), None):
         words = (
@@ -93,6 +108,7 @@ def guide(
         prior=None if prior is None else prior.source,
         prior_sha256=None if prior is None else prior.sha256,
         r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
+        init_lora_weights=init_lora_weights or True,
         **settings,
     )
     config.origins = () if prior is None else origins_of(prior.metadata)
@@ -115,8 +131,53 @@ def guide(
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
-    steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
+    if init_lora_weights is not None:
+        _refuse_to_start(layers, prior, config)
+    steered = steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
+    if init_lora_weights is not None:
+        start_adapters(steered, prior)
     return model
+
+
+def is_new(model: nn.Module) -> bool:
+    """Has the model LoRA adapters, and are they all as PEFT's own start makes them?"""
+    configs = getattr(model, "peft_config", {})
+    layers = [(layer, adapter) for _, layer, adapter in lora_layers(model)]
+    own = all(getattr(configs.get(adapter), "init_lora_weights", True) is True for _, adapter in layers)
+    return bool(layers) and own and not any(_is_filled(layer, adapter) for layer, adapter in layers)
+
+
+def _is_filled(layer: LoraLayer, adapter: str) -> bool:
+    """Is B·A anything but 0? PEFT starts lora_B at 0, and on embeddings lora_A."""
+    return all(factor.is_meta or factor.any() for factor in (lora_factor(layer, key, adapter) for key in "AB"))
+
+
+def _refuse_to_start(
+    layers: list[tuple[str, LoraLayer, str]], prior: ReasoningPrior | None, config: DriftConfig
+) -> None:
+    """Only an adapter that is whole, and adds nothing to its weight yet, can be given its start."""
+    if prior is None or not layers:
+        raise ValueError(
+            f"init_lora_weights='drift' starts a LoRA adapter in the directions of Δ, but guide() was given no "
+            f"{'adapter' if prior is not None else 'prior'}: leave it out."
+        )
+    adapters = sorted({adapter for *_, adapter in layers})
+    if config.drift_start and len(adapters) > 1:
+        raise ValueError(
+            f"drift_start={config.drift_start} would put its part of Δ into each of the adapters "
+            f"{', '.join(adapters)}: name one with adapter_name."
+        )
+    for name, layer, adapter in layers:
+        if any(is_sharded(lora_factor(layer, key, adapter)) for key in "AB"):
+            raise ValueError(
+                f"The adapter of {name} is sharded already, and init_lora_weights='drift' fills it as a whole: call "
+                "guide() before the model is sharded, or leave out init_lora_weights."
+            )
+        if _is_filled(layer, adapter):
+            raise ValueError(
+                f"The adapter of {name} has been trained already, or has had its start, since neither of its factors "
+                "is 0: leave out init_lora_weights."
+            )
 
 
 def _refuse_other_methods(model: nn.Module, adapter_name: str | None) -> None:
@@ -160,10 +221,11 @@ def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, c
     variant = type(layer.lora_variant.get(adapter)).__name__
     if adapter in layer.lora_variant and variant not in PLAIN_VARIANTS:
         raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
-    if config.drift_target == "factors" and layer.scaling[adapter] <= 0:
+    divided = "drift_target='factors'" if config.drift_target == "factors" else "drift_start"
+    if (config.drift_target == "factors" or config.drift_start) and layer.scaling[adapter] <= 0:
+        way_out = "use drift_target='residual'" if config.drift_target == "factors" else "leave it out"
         raise ValueError(
-            f"{name} has the LoRA scaling {layer.scaling[adapter]}, but drift_target='factors' divides by it: use "
-            "drift_target='residual'."
+            f"{name} has the LoRA scaling {layer.scaling[adapter]}, but {divided} divides by it: {way_out}."
         )
     current = vars(layer).get("drift_peft", {}).get(adapter)
     if current is not None and current.config in getattr(model, "peft_config", {}).values():

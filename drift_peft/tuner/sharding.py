@@ -26,6 +26,10 @@ def layout(tensor: Tensor) -> Hashable:
     return tensor.device, tensor.dtype, shape(tensor), where
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) or parameter.shape != shape(parameter)
+
+
 @contextlib.contextmanager
 def whole(parameters: Sequence[Tensor]):
     """Within it, parameters that ZeRO 3 has partitioned are there in full, to be read. All processes have to enter."""

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from drift_peft import DriftConfig, telemetry
 
@@ -66,6 +67,15 @@ def test_lora_is_steered_at_every_step(write, tmp_path):
     assert [logs["drift/guided_steps"] for logs in trainer.state.log_history[:2]] == [1, 2]
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["peft_type"] == "LORA" and saved["r"] == 4
+
+
+def test_a_new_adapter_starts_at_a_part_of_delta(write, tmp_path):
+    cfg = load_cfg(write(drift_start=0.5, learning_rate=1e-9))
+    train(cfg=cfg, dataset_meta=load_datasets(cfg=cfg))
+    stored = DriftConfig.stored(tmp_path / "out")
+    assert (stored["init_lora_weights"], stored["drift_start"]) == ("drift", 0.5)
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(B.any() for name, B in factors.items() if "lora_B" in name)
 
 
 def test_a_wrong_key_ends_it_before_anything_is_loaded(write):

@@ -78,6 +78,14 @@ def test_lora_is_steered_at_every_step(llama_factory, recipe):
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 4
 
 
+def test_a_new_adapter_starts_at_a_part_of_delta(llama_factory, recipe):
+    output = llama_factory("train", **recipe, drift_start=0.5, learning_rate=1e-9)
+    stored = DriftConfig.stored(output)
+    assert (stored["init_lora_weights"], stored["drift_start"]) == ("drift", 0.5)
+    factors = load_file(output / "adapter_model.safetensors")
+    assert all(B.any() for name, B in factors.items() if "lora_B" in name)
+
+
 def test_a_wrong_key_ends_it_before_anything_is_loaded(llama_factory, recipe):
     with pytest.raises(ValueError, match=r"^'drift_alhpa' is no setting of drift_peft; did you mean drift_alpha\?"):
         llama_factory("train", **recipe, drift_alhpa=0.5)

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import pytest
+import torch
 from datasets import Dataset
 from pairs import IDS, drift, load
 from peft import LoraConfig, get_peft_model
@@ -56,19 +57,64 @@ def test_the_keys_are_the_fields_of_drift_config_and_the_arguments_of_keep():
     assert held.steers and not held.keeps
 
 
+OPTIONS = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+DATA = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
+TARGETS = ["q_proj", "up_proj"]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+
+
+def trainer(folder, output, model, **keys):
+    """A Trainer that a tool has made of a model which it has wrapped, with these keys in its file."""
+    settings = PluginSettings.read({"drift_prior": str(folder / "prior.safetensors"), **keys})
+    callback = SteerCallback(settings, processor=lambda: pytest.fail("nothing is kept"))
+    return Trainer(model, TrainingArguments(output, **OPTIONS), train_dataset=DATA, callbacks=[callback])
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_trainer_with_the_callback_is_steered_at_every_step_and_logs_it(folder, tmp_path, full):
     model = load(folder, "llama")
     if not full:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    settings = PluginSettings.read({"drift_prior": str(folder / "prior.safetensors")})
-    options = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    data = Dataset.from_dict({"input_ids": IDS.tolist(), "labels": IDS.tolist()})
-    callback = SteerCallback(settings, processor=lambda: pytest.fail("nothing is kept"))
-    run = Trainer(model, TrainingArguments(tmp_path, **options), train_dataset=data, callbacks=[callback])
+        model = get_peft_model(model, LoraConfig(**LORA))
+    run = trainer(folder, tmp_path, model)
     run.train()
     assert telemetry(run.model)["guided_steps"] == 2
     assert [logs["drift/guided_steps"] for logs in run.state.log_history[:2]] == [1, 2]
+
+
+@pytest.mark.parametrize("drift_start", [0.0, 0.5])
+def test_a_new_adapter_has_the_start_of_a_drift_config_and_a_restart_its_weights(folder, tmp_path, drift_start):
+    def model():
+        torch.manual_seed(1)
+        return get_peft_model(load(folder, "llama"), LoraConfig(**LORA))
+
+    def factors(run):
+        return [p.detach().clone() for name, p in run.model.named_parameters() if "lora_" in name]
+
+    run = trainer(folder, tmp_path, model(), drift_start=drift_start)
+    ours = get_peft_model(load(folder, "llama"), drift(folder, drift_start=drift_start, target_modules=TARGETS))
+    same = dict(ours.named_parameters())
+    assert all(torch.equal(p, same[name]) for name, p in run.model.named_parameters() if "lora_" in name)
+    run.train()
+    trained = factors(run)
+    again = trainer(folder, tmp_path, model(), drift_start=drift_start)
+    again.train(resume_from_checkpoint=True)  # which has all its steps
+    assert telemetry(again.model)["guided_steps"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(trained, factors(again), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["trained in full", "trained before", "with a start of its own"])
+def test_a_part_of_delta_is_for_a_new_adapter(folder, tmp_path, kind):
+    model = load(folder, "llama")
+    if kind != "trained in full":
+        start = "gaussian" if kind == "with a start of its own" else True
+        model = get_peft_model(model, LoraConfig(init_lora_weights=start, **LORA))
+    if kind == "trained before":
+        trainer(folder, tmp_path, model).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^drift_start=0\.5 is for a new LoRA adapter .*: leave drift_start out, or"):
+        trainer(folder, tmp_path, model, drift_start=0.5)
+    trainer(folder, tmp_path, model)  # without it, what is there is steered from where it is
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_a_loop_that_makes_no_trainer_with_the_callback_does_not_begin():

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from twin import make_whole_pair, oracle_layers, trainable
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, merge_baseline, telemetry
-from drift_peft.integrations.settings import PluginSettings
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +48,15 @@ CASES = [
 def test_the_adapter_is_that_share_of_delta(whole, settings):
     model = started(whole, **settings)
     assert_holds(model, whole.prior, settings.get("drift_start", 0.5))
+
+
+def test_guide_gives_it_to_an_adapter_of_others(whole):
+    """Embeddings as well, whose lora_A is 0 in a new adapter, and not lora_B."""
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj", "up_proj"])
+    model = get_peft_model(copy.deepcopy(whole.base), lora)
+    guide(model, whole.path, init_lora_weights="drift", drift_start=0.5)
+    assert sum(oracle.embedding for _, oracle in oracle_layers(model, whole.prior)) == 1
+    assert_holds(model, whole.prior, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -220,14 +228,3 @@ def test_a_start_that_was_merged_in_memory_is_noticed(pairs):
     base = get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.2, drift_alpha=0.0)).merge_and_unload()
     with pytest.warns(UserWarning, match="A guided adapter was merged into this base"):
         get_peft_model(base, drift(folder, drift_start=0.2))
-
-
-def test_guide_and_tools_that_wrap_the_model_make_no_start(whole):
-    model = started(whole, drift_alpha=0.0)
-    with pytest.raises(ValueError, match=r"^drift_start=0\.5 is for an adapter that is made, and guide\(\) steers"):
-        guide(model, whole.path, drift_start=0.5)
-    assert guide(get_peft_model(copy.deepcopy(whole.base), LoraConfig()), whole.path, drift_start=0)
-    keys = {"drift_prior": str(whole.path), "drift_start": 0.5}
-    assert PluginSettings.read(keys).config().drift_start == 0.5
-    with pytest.raises(ValueError, match=r"^drift_start=0\.5 is for an adapter that drift_peft makes, and this tool"):
-        PluginSettings.read(keys, wraps=False)

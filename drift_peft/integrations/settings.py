@@ -89,8 +89,8 @@ class PluginSettings:
         new = self.guidance.get("prior") is not None and is_new(model)
         if (share := self.guidance.get("drift_start")) and not new:
             raise ValueError(
-                f"drift_start={share} is for a new LoRA adapter with PEFT's own start, and there is none here: leave "
-                "drift_start out, or merge a part of Δ first, with drift-peft merge-baseline."
+                f"drift_start={share} is for a new LoRA adapter with PEFT's own start, and here is none, or it has had "
+                "its start: leave drift_start out, or merge a part of Δ first, with drift-peft merge-baseline."
             )
         guide(model, init_lora_weights="drift" if new else None, **self.guidance)
 

@@ -19,7 +19,8 @@ telemetry        where training stands against the prior
 trainer          the same in Trainer's logs
 compatibility    does this prior belong to this model?
 modules_to_save  modules which PEFT copies to train them themselves
-attach           what the settings guide is registered; the adapter's start
+start            which adapter can have its start in the directions of Δ, and what it is
+attach           what the settings guide is registered
 model            DriftModel(LoraModel): what get_peft_model makes of a DriftConfig
 load             what PEFT loads: its guided steps, and whether training goes on guided
 store            what PEFT saves and pushes: our settings and the card beside it
@@ -34,9 +35,10 @@ from . import load, step, store  # noqa: F401  what they hook into: PEFT's loads
 from .compatibility import check_fingerprint, fitting_modules, weight_products
 from .config import DriftConfig
 from .field_docs import describe, own_fields
-from .guide import guide, is_new
+from .guide import guide
 from .model import DriftModel
 from .settings import is_guided
+from .start import is_new
 from .steered import BATCH_ELEMENTS
 from .targets import targets_summary
 from .telemetry import telemetry

@@ -1,15 +1,13 @@
-"""All that the settings guide in a model is registered, and its adapters get their start."""
+"""All that the settings guide in a model is registered."""
 
 from __future__ import annotations
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..keeping import add_to_trainers
 from ..prior import PriorVector, PriorWeight, ReasoningPrior
 from ..warn import warn
-from . import guidance
 from .config import DriftConfig
 from .settings import is_guided
 from .sharding import values
@@ -64,6 +62,7 @@ def steer(
             f"drift_rank={config.drift_rank} is more than the prior holds for {len(lower)} weights, such as "
             f"{lower[0]}: these are steered by all that it holds."
         )
+    _go_on_from_starts(adapters, config)
     # Whatever steered these before goes, also what the settings leave out now; but not another adapter's guidance.
     mine = {"", adapter_name, *(adapter for *_, adapter in layers)}
     for module in [*(layer for _, layer, _ in layers), *(t.module for t in trained)]:
@@ -75,25 +74,12 @@ def steer(
     return adapters
 
 
-@torch.no_grad()
-def start_adapters(steered: list[SteeredAdapter], prior: ReasoningPrior) -> None:
-    """The `drift` start: A = c·V_rᵀ and B = λ·U_r diag(S_r)/(s·c), with λ the setting `drift_start`, so that s·B·A =
-    λ·Δ_r. At λ = 0 the model's function is unchanged, and D_B = s·c·U_r diag(S_r) at once.
-
-    c is the row norm of PEFT's own start. Rows beyond the prior's rank keep that start.
-    """
-    short = 0
-    for s in steered:
-        A, B = s.parameter("A"), s.parameter("B")
-        if A.device.type != "meta":  # low_cpu_mem_usage: the weights are loaded afterwards
-            weight = prior[s.name]
-            Vh = weight.U.mT if s.adapter in s.module.lora_embedding_A else weight.Vh
-            rows = min(len(A), len(Vh))
-            A[:rows] = (guidance.START_NORM * Vh[:rows].float()).to(A)
-            B[:, :rows] = s.starts(B)[:, :rows].to(B.device) if s.config.drift_start else 0
-            short += rows < len(A)
-    if short:
-        warn(
-            f"On {short} layers the prior's rank is below the adapter's: their remaining rows of lora_A start as "
-            "PEFT's do."
-        )
+def _go_on_from_starts(adapters: list[SteeredAdapter], config: DriftConfig) -> None:
+    """What `guide` gave to an adapter when it was new is its start under other settings, too."""
+    if config.init_lora_weights == "drift" or config.drift_target == "base":
+        return
+    for s in adapters:
+        earlier = vars(s.module).get("drift_peft", {}).get(s.adapter)
+        if earlier is not None and earlier.config.init_lora_weights == "drift":
+            s.start = earlier.start
+            config.init_lora_weights, config.drift_start = "drift", earlier.config.drift_start

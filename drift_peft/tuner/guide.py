@@ -15,7 +15,7 @@ from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, origins_of
-from .attach import refuse_meta, start_adapters, steer
+from .attach import refuse_meta, steer
 from .compatibility import (
     adapted_modules,
     check_fit,
@@ -26,8 +26,8 @@ from .compatibility import (
 )
 from .config import STARTS, DriftConfig
 from .modules_to_save import refuse_nested_copies
-from .sharding import is_sharded
-from .steered import lora_factor, lora_layers, trainable_tensors
+from .start import refuse_to_start, start_adapters
+from .steered import lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
 
@@ -115,6 +115,8 @@ def guide(
     for name, layer, adapter in layers:
         if prior is None or module_kind(name):
             _refuse_layer(model, name, layer, adapter, config)
+    if init_lora_weights is not None:
+        refuse_to_start(layers, prior, config.drift_start)
     keep_4bit_differentiable(model)
     adapters, own = {adapter for _, _, adapter in layers}, {layer for _, layer, _ in layers}
     named = [(name, module) for name, module in model.named_modules() if module in own]
@@ -131,53 +133,10 @@ def guide(
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
-    if init_lora_weights is not None:
-        _refuse_to_start(layers, prior, config)
     steered = steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     if init_lora_weights is not None:
         start_adapters(steered, prior)
     return model
-
-
-def is_new(model: nn.Module) -> bool:
-    """Has the model LoRA adapters, and are they all as PEFT's own start makes them?"""
-    configs = getattr(model, "peft_config", {})
-    layers = [(layer, adapter) for _, layer, adapter in lora_layers(model)]
-    own = all(getattr(configs.get(adapter), "init_lora_weights", True) is True for _, adapter in layers)
-    return bool(layers) and own and not any(_is_filled(layer, adapter) for layer, adapter in layers)
-
-
-def _is_filled(layer: LoraLayer, adapter: str) -> bool:
-    """Is B·A anything but 0? PEFT starts lora_B at 0, and on embeddings lora_A."""
-    return all(factor.is_meta or factor.any() for factor in (lora_factor(layer, key, adapter) for key in "AB"))
-
-
-def _refuse_to_start(
-    layers: list[tuple[str, LoraLayer, str]], prior: ReasoningPrior | None, config: DriftConfig
-) -> None:
-    """Only an adapter that is whole, and adds nothing to its weight yet, can be given its start."""
-    if prior is None or not layers:
-        raise ValueError(
-            f"init_lora_weights='drift' starts a LoRA adapter in the directions of Δ, but guide() was given no "
-            f"{'adapter' if prior is not None else 'prior'}: leave it out."
-        )
-    adapters = sorted({adapter for *_, adapter in layers})
-    if config.drift_start and len(adapters) > 1:
-        raise ValueError(
-            f"drift_start={config.drift_start} would put its part of Δ into each of the adapters "
-            f"{', '.join(adapters)}: name one with adapter_name."
-        )
-    for name, layer, adapter in layers:
-        if any(is_sharded(lora_factor(layer, key, adapter)) for key in "AB"):
-            raise ValueError(
-                f"The adapter of {name} is sharded already, and init_lora_weights='drift' fills it as a whole: call "
-                "guide() before the model is sharded, or leave out init_lora_weights."
-            )
-        if _is_filled(layer, adapter):
-            raise ValueError(
-                f"The adapter of {name} has been trained already, or has had its start, since neither of its factors "
-                "is 0: leave out init_lora_weights."
-            )
 
 
 def _refuse_other_methods(model: nn.Module, adapter_name: str | None) -> None:
@@ -221,11 +180,11 @@ def _refuse_layer(model: nn.Module, name: str, layer: LoraLayer, adapter: str, c
     variant = type(layer.lora_variant.get(adapter)).__name__
     if adapter in layer.lora_variant and variant not in PLAIN_VARIANTS:
         raise ValueError(f"{name} uses {variant}, whose chain rule is not plain LoRA's: train it without guidance.")
-    divided = "drift_target='factors'" if config.drift_target == "factors" else "drift_start"
-    if (config.drift_target == "factors" or config.drift_start) and layer.scaling[adapter] <= 0:
-        way_out = "use drift_target='residual'" if config.drift_target == "factors" else "leave it out"
+    divided_by_it = {"drift_target='factors'": config.drift_target == "factors", "drift_start": config.drift_start}
+    if layer.scaling[adapter] <= 0 and (named := [setting for setting, is_set in divided_by_it.items() if is_set]):
         raise ValueError(
-            f"{name} has the LoRA scaling {layer.scaling[adapter]}, but {divided} divides by it: {way_out}."
+            f"{name} has the LoRA scaling {layer.scaling[adapter]}, and {named[0]} divides by it: leave out "
+            f"{' and '.join(named)}."
         )
     current = vars(layer).get("drift_peft", {}).get(adapter)
     if current is not None and current.config in getattr(model, "peft_config", {}).values():

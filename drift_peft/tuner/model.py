@@ -21,7 +21,7 @@ from ..checkpoints import (
 from ..keeping import keep_4bit_differentiable, keepings_of, warn_of_lost_passes
 from ..prior import ReasoningPrior, origins_of
 from ..warn import warn
-from .attach import refuse_meta, start_adapters, steer
+from .attach import refuse_meta, steer
 from .compatibility import (
     adapted_modules,
     check_fit,
@@ -37,6 +37,7 @@ from .names import canonical_namer
 from .patches import in_place_of
 from .settings import refuse_unmeasured
 from .sharding import values
+from .start import start_adapters
 from .steered import SteeredAdapter, all_steered, lora_layers, steered_of, trainable_tensors
 from .unguided import warn_of_moved
 

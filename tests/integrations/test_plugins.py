@@ -117,6 +117,15 @@ def test_a_part_of_delta_is_for_a_new_adapter(folder, tmp_path, kind):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+def test_what_has_no_prior_is_held_where_it_starts(folder, tmp_path):
+    model = get_peft_model(load(folder, "llama"), LoraConfig(**LORA))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = PluginSettings.read({"drift_scale": "decoupled", "drift_target": "base", "drift_alpha": 10.0})
+    settings.guide(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert telemetry(model)["guided_steps"] == 0  # and is steered
+
+
 def test_a_loop_that_makes_no_trainer_with_the_callback_does_not_begin():
     """As LLaMA-Factory's PPO: it makes its own handler of callbacks."""
     callback = SteerCallback(PluginSettings.read({"drift_prior": "p"}), processor=lambda: None)

@@ -165,7 +165,7 @@ def test_guide_refuses(pairs):
     with pytest.raises(ValueError, match="has no LoRA layers on its language model, and nothing of that is trainable"):
         guide(load(folder, "llama").requires_grad_(False), prior)
     negative = get_peft_model(load(folder, "llama"), LoraConfig(lora_alpha=-4, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"has the LoRA scaling -0\.5, but drift_target='factors' divides by it"):
+    with pytest.raises(ValueError, match=r"has the LoRA scaling -0\.5, and drift_target='factors' divides by it"):
         guide(negative, prior, drift_target="factors")
     own = wrap(load(folder, "llama"), drift(folder))
     with pytest.raises(ValueError, match="steered by its DriftConfig already"):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from pairs import IDS, drift, load, train
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from drift_peft import DriftConfig, ReasoningPrior, guide, telemetry
@@ -104,6 +104,19 @@ def test_it_is_stored_as_that_of_a_drift_config(pairs, tmp_path):
     assert telemetry(model)["guided_steps"] == 3 and not is_new(model)
     guide(wrapped(folder), folder / "prior.safetensors").save_pretrained(tmp_path / "own")
     assert DriftConfig.stored(tmp_path / "own")["init_lora_weights"] is True
+    started(folder).save_pretrained(tmp_path / "directions")
+    assert DriftConfig.stored(tmp_path / "directions")["init_lora_weights"] == "drift"
+
+
+@pytest.mark.parametrize("drift_start", [0.0, 0.4])
+def test_other_settings_afterwards_leave_the_start_what_it_was(pairs, tmp_path, drift_start):
+    model = started(pairs("llama"), drift_start=drift_start)
+    guide(model, pairs("llama") / "prior.safetensors", drift_alpha=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+    stored = DriftConfig.stored(tmp_path)
+    assert (stored["init_lora_weights"], stored["drift_start"], stored["drift_alpha"]) == ("drift", drift_start, 0.1)
 
 
 def test_a_start_is_saved_in_silence_and_training_without_hooks_is_told_of(pairs, tmp_path):
@@ -129,10 +142,32 @@ def test_only_an_adapter_that_nothing_has_filled(pairs):
     assert is_new(model)
     train(started(folder, model))
     before = {name: p.detach().clone() for name, p in adapters(model).items()}
-    with pytest.raises(ValueError, match=r"q_proj\.weight has been trained already.*: leave out init_lora_weights\.$"):
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight has been trained .* already.*: leave out init_lora_weights\.$"
+    ):
         started(folder, model)
     assert all(torch.equal(before[name], p) for name, p in adapters(model).items())
     assert telemetry(model)["guided_steps"] == 3  # and it is steered as before
+    with pytest.raises(ValueError, match=r"or has had its start: leave out init_lora_weights and drift_start\.$"):
+        started(folder, model, drift_start=0.4)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_each_layer_of_it_must_be_new(pairs, which):
+    model = wrapped(pairs("llama"))
+    with torch.no_grad():
+        [p for name, p in adapters(model).items() if "lora_B" in name][which][0, 0] = 1e-3
+    assert not is_new(model)
+    with pytest.raises(ValueError, match="has been trained or merged already, or has had its start"):
+        started(pairs("llama"), model)
+
+
+def test_not_while_it_is_merged(pairs):
+    model = wrapped(pairs("llama"))
+    model.merge_adapter()
+    assert not is_new(model)
+    with pytest.raises(ValueError, match="has been trained or merged already"):
+        started(pairs("llama"), model)
 
 
 def test_only_an_adapter_that_is_whole(pairs):
@@ -140,6 +175,7 @@ def test_only_an_adapter_that_is_whole(pairs):
     model = wrapped(folder)
     B = next(p for name, p in adapters(model).items() if "lora_B" in name)
     B.ds_shape, B.data = B.shape, B.data.new_empty(0)  # as ZeRO 3 leaves a parameter between two uses
+    assert not is_new(model)
     with pytest.raises(ValueError, match=r"is sharded already, .*: call guide\(\) before the model is sharded"):
         started(folder, model)
 
@@ -152,6 +188,8 @@ def test_what_is_new(pairs):
     assert not is_new(wrapped(folder, init_lora_weights=False))  # lora_B is not 0
     assert not is_new(get_peft_model(load(folder, "llama"), drift(folder)))
     assert not is_new(wrapped(folder).to("meta"))
+    ada = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    assert not is_new(get_peft_model(load(folder, "llama"), ada))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +222,9 @@ def test_a_part_of_delta_goes_into_one_adapter(pairs):
     model = wrapped(folder)
     model.add_adapter("other", LoraConfig(**TARGETS))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"each of the adapters default, other: name one with adapter_name\.$"):
+    with pytest.raises(ValueError, match=r"each of the adapters default, other: name one with adapter_name, or leave"):
         started(folder, model, drift_start=0.4)
+    started(folder, model)  # the directions alone, which add nothing
     started(folder, model, drift_start=0.4, adapter_name="other")
     filled = {name.split(".")[-2] for name, p in adapters(model).items() if "lora_B" in name and p.any()}
     assert filled == {"other"}
@@ -193,5 +232,8 @@ def test_a_part_of_delta_goes_into_one_adapter(pairs):
 
 def test_a_scaling_that_is_not_positive(pairs):
     folder = pairs("llama")
-    with pytest.raises(ValueError, match=r"has the LoRA scaling 0\.0, but drift_start divides by it: leave it out\.$"):
+    with pytest.raises(ValueError, match=r"has the LoRA scaling 0\.0, and drift_start divides by it: leave out drift_"):
         started(folder, wrapped(folder, lora_alpha=0), drift_start=0.4)
+    both = {"drift_start": 0.4, "drift_scale": "decoupled", "drift_target": "factors"}
+    with pytest.raises(ValueError, match=r"leave out drift_target='factors' and drift_start\.$"):
+        started(folder, wrapped(folder, lora_alpha=0), **both)

@@ -104,6 +104,12 @@ ANCESTOR = {  # the two ways that are best inside and outside the adapter, with 
     f"{key}-ancestor": replace(TRAINING[key], title=f"{TRAINING[key].title}, Δ from the ancestor", prior="hierarchical")
     for key in ("drift", "merge-lora")
 }
+ANCESTOR["drift-start-ancestor"] = replace(  # as merging first, but in the adapter
+    ANCESTOR["drift-ancestor"],
+    title="DRIFT that starts at a part of Δ, Δ from the ancestor",
+    drift=ADAPTIVE | {"drift_alpha": 0.3},
+    grid=grid(rate=STEERED_RATES, drift_start=[0.2, 0.5, 1.0]),
+)
 
 # Of a keep set: how many images, what they show and what is asked of them (see `keeping`), and the k largest log
 # probabilities of a token; of its use: weight, answers a step, and at every n-th step.
@@ -145,11 +151,20 @@ KEPT["hold-ancestor-keep"] = replace(  # pulled back to the merged base, as gent
     settings=KEEP | {"rate": 5e-3},
     grid=grid(merged=[0.2, 0.5, 1.0], drift_alpha=[1.0, 3.0, 10.0]),
 )
-KEPT["drift-start-ancestor-keep"] = replace(  # as merging first, but in the adapter
-    KEPT["drift-ancestor-keep"],
+KEPT["drift-start-ancestor-keep"] = replace(
+    ANCESTOR["drift-start-ancestor"],
     title="DRIFT that starts at a part of Δ, Δ from the ancestor, keeping",
-    drift=ADAPTIVE | {"drift_alpha": 0.3},
-    grid=grid(rate=STEERED_RATES, drift_start=[0.2, 0.5, 1.0]),
+    kept="kl",
+    settings=KEEP,
+)
+KEPT["drift-start-keep"] = replace(
+    KEPT["drift-start-ancestor-keep"], title="DRIFT that starts at a part of Δ, keeping", prior=KEPT["drift-keep"].prior
+)
+KEPT["drift-guide-ancestor-keep"] = replace(  # as guide() finds an adapter that another tool has made
+    KEPT["drift-ancestor-keep"],
+    title="DRIFT, PEFT's start, Δ from the ancestor, keeping",
+    drift=ADAPTIVE | {"init_lora_weights": True},
+    grid=grid(rate=[5e-3, 1e-2, 2e-2], drift_alpha=[0.1, 0.3, 1.0]),  # lower rates learned less
 )
 RANK_32 = {  # does it matter how much of Δ the adapter can hold?
     f"{key}-32": replace(KEPT[key], title=f"{KEPT[key].title}, rank 32", settings=KEPT[key].settings | {"r": 32})

@@ -16,12 +16,13 @@ TABLE = {  # what stands in the one table
     "Nothing trained": ("vlm", "task-arithmetic"),
     "Trained": (
         *("lora", "full", "full-drift", "merge-lora", "merge-lora-ancestor", "hold"),
-        *("drift", "drift-ancestor"),
+        *("drift", "drift-ancestor", "drift-start-ancestor"),
     ),
     "Trained, keeping the VLM's own answers": (
         *("lora-keep", "full-keep", "full-drift-keep"),
         *("merge-lora-keep", "merge-lora-ancestor-keep", "drift-keep", "drift-ancestor-keep"),
-        *("merge-drift-ancestor-keep", "drift-start-ancestor-keep", "hold-ancestor-keep"),
+        *("drift-guide-ancestor-keep", "merge-drift-ancestor-keep", "drift-start-keep", "drift-start-ancestor-keep"),
+        "hold-ancestor-keep",
     ),
     "The same, with adapters of rank 32 instead of 8": tuple(RANK_32),
     "Trained, keeping by 960 images instead of 240": (

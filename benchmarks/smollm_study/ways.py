@@ -51,6 +51,14 @@ TRAINED = {
     "drift-ancestor": Way("DRIFT, Δ from the ancestor", ancestor=True, drift=DRIFT),
 }
 KEPT = {f"{key}-keep": replace(way, title=f"{way.title}, keeping", kept=True) for key, way in TRAINED.items()}
+STARTED = {  # the same half of Δ as merging first adds, but in the adapter
+    key.replace("drift", "drift-start"): replace(
+        KEPT[key],
+        title=KEPT[key].title.replace("DRIFT", "DRIFT that starts at half of Δ"),
+        drift=DRIFT | {"drift_start": 0.5},
+    )
+    for key in ("drift-ancestor-keep", "drift-keep")
+}
 WAYS = {  # in the order in which they are run
     "vlm": Way("VLM as it is", trains=False, grid=()),
     "task-arithmetic-ancestor": Way("task arithmetic, Δ from the ancestor", False, ancestor=True, grid=SCALES),
@@ -60,7 +68,7 @@ WAYS = {  # in the order in which they are run
     "task-arithmetic": Way("task arithmetic", trains=False, grid=SCALES),
     "gates": Way("gates", trains=False, gated=True, grid=WEIGHTS),
 }
-WAYS |= {key: way for key, way in (TRAINED | KEPT).items() if key not in WAYS}
+WAYS |= {key: way for key, way in (TRAINED | KEPT | STARTED).items() if key not in WAYS}
 # In 100 steps at 1e-3, with the cosine, the shares that it takes add up to 5.
 DECOUPLED = {"drift_scale": "decoupled", "drift_target": "factors", "drift_alpha": 100.0}
 SWEEPS = {  # way -> changes of the settings that were chosen for it: is another one better?

@@ -75,11 +75,17 @@ def test_kept_methods_differ_from_the_plain_ones_by_the_keeping_alone():
     held = KEPT["hold-ancestor-keep"]  # nor has this one; its rate is fixed, and its strength is chosen
     assert (held.drift, held.prior) == (METHODS["hold"].drift, "hierarchical")
     assert held.settings == KEEP | {"rate": 5e-3} and held.grid[0].keys() == {"merged", "drift_alpha"}
-    started = KEPT["drift-start-ancestor-keep"]  # nor this one: DRIFT of one strength, and shares of Δ in its adapter
-    assert (started.drift, started.prior, started.settings) == (merged.drift, merged.prior, KEEP)
-    assert started.grid[0].keys() == {"rate", "drift_start"} and "drift_start" not in started.drift
+    plain = METHODS["drift-start-ancestor"]  # DRIFT of one strength, and shares of Δ in its adapter
+    assert (plain.drift, plain.prior, plain.settings) == (merged.drift, merged.prior, {})
+    assert plain.grid[0].keys() == {"rate", "drift_start"} and "drift_start" not in plain.drift
+    started, with_vlm = KEPT["drift-start-ancestor-keep"], KEPT["drift-start-keep"]
+    assert replace(with_vlm, title=started.title, prior="hierarchical") == started and with_vlm.prior == "plain"
+    guided = KEPT["drift-guide-ancestor-keep"]  # the same but for the adapter's start, and at higher rates
+    cold = KEPT["drift-ancestor-keep"]
+    assert guided.drift == cold.drift | {"init_lora_weights": True}
+    assert replace(guided, title=cold.title, drift=cold.drift, grid=cold.grid) == cold
     for key, method in KEPT.items():
-        if method in (merged, held, started):
+        if method in (merged, held, with_vlm, guided):
             continue
         plain = METHODS[key.removesuffix("-240").removesuffix("-keep").removesuffix("-replay")]
         assert (method.trains, method.drift, method.prior) == (plain.trains, plain.drift, plain.prior)

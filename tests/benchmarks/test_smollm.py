@@ -20,7 +20,7 @@ from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
 from smollm_study.report import report
 from smollm_study.run import of_answers
-from smollm_study.ways import KEPT, SWEEPS, TRAINED, WAYS
+from smollm_study.ways import KEPT, STARTED, SWEEPS, TRAINED, WAYS
 from smollm_study.world import ASKED, PERCEPTION, Pictures, draw_many, exams, is_right, text_chain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -152,6 +152,11 @@ def test_ways_with_keeping_differ_in_that_alone():
     for key, way in KEPT.items():
         plain = TRAINED[key.removesuffix("-keep")]
         assert replace(way, title=plain.title, kept=False) == plain
+    for key, way in STARTED.items():
+        cold = KEPT[key.replace("drift-start", "drift")]
+        assert replace(way, title=cold.title, drift=cold.drift) == cold
+        share = KEPT[key.replace("drift-start", "merge-lora")].merged
+        assert way.drift == cold.drift | {"drift_start": share} and share == 0.5
     assert {len(way.grid) for way in WAYS.values() if way.grid} == {3}
 
 

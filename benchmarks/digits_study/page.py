@@ -124,7 +124,8 @@ def table(results: dict, worlds: dict) -> list[str]:
     waiting.pop((), None)
     lines.append(
         f"\nBold: the highest of a world. A row is shown when its tuning and all {results['seeds']} seeds are done. "
-        "DRIFT that starts at a part of Δ, and adapters of rank 32, were tried when all other rows had been seen."
+        "DRIFT that starts at a part of Δ, DRIFT with PEFT's start, and adapters of rank 32 were tried when all other "
+        "rows had been seen."
     )
     lines += [
         f"\n{NOT_RUN.capitalize()} in {places(keys, rows)}: {'; '.join(titles)}." for titles, keys in waiting.items()

@@ -79,8 +79,13 @@ def guide(
     check_type("adapter_name", adapter_name, str | None)
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)
-    if foreign := next((name for name in settings if not name.startswith("drift_") or name == "drift_steps"), None):
-        raise TypeError(f"guide() takes the drift_… settings of DriftConfig, but got '{foreign}'.")
+    known = [name for name in DriftConfig.__dataclass_fields__ if name.startswith("drift_") and name != "drift_steps"]
+    if unknown := next((name for name in settings if name not in known), None):
+        words = (
+            f"guide() takes the drift_… settings of DriftConfig, but got '{unknown}'",
+            nearest(unknown, ["init_lora_weights", *known]),
+        )
+        raise TypeError("; ".join(filter(None, words)))
     if init_lora_weights not in (None, "drift"):
         raise ValueError(
             f"guide() gives an adapter the start 'drift', or leaves it its own (None), but got init_lora_weights="
@@ -91,12 +96,6 @@ def guide(
             f"drift_start={settings['drift_start']!r} puts a part of Δ into a new adapter, and guide() leaves an "
             "adapter its own start: add init_lora_weights='drift', or leave out drift_start."
         )
-    if unknown := next((name for name in settings if name not in DriftConfig.__dataclass_fields__), None):
-        words = (
-            f"guide() got an unexpected keyword argument '{unknown}'",
-            nearest(unknown, DriftConfig.__dataclass_fields__),
-        )
-        raise TypeError("; ".join(filter(None, words)))
     refuse_meta(model)
     refuse_nested_copies(model)
     layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))

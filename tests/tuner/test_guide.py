@@ -209,7 +209,8 @@ def test_adalora_whose_layers_are_lora_layers(pairs, trained):
     ("error", "message", "settings"),
     [
         (ValueError, "drift_scale='adaptiv' is unknown", {"drift_scale": "adaptiv"}),
-        (TypeError, "argument 'drift_alfa'; did you mean drift_alpha", {"drift_alfa": 1.0}),
+        (TypeError, r"but got 'drift_alfa'; did you mean drift_alpha\?$", {"drift_alfa": 1.0}),
+        (TypeError, r"but got 'init_lora_weight'; did you mean init_lora_weights\?$", {"init_lora_weight": "drift"}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'lora_alpha'", {"lora_alpha": 8}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'drift_steps'", {"drift_steps": 3}),
         (TypeError, "takes the drift_… settings of DriftConfig, but got 'prior_sha256'", {"prior_sha256": "0f"}),

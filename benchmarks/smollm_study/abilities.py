@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .precision import compute_dtype
+
 PROSE = ("iris.rst", "wine_data.rst", "breast_cancer.rst", "linnerud.rst")  # what scikit-learn says of its data sets
 LENGTH = 512  # tokens of prose at a time
 PROMPTS = (
@@ -54,7 +56,7 @@ def abilities(model, tokenizer, ancestor: Path) -> dict[str, float]:
 @cache
 def answers_of(ancestor: Path, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Prompt and answer [1, tokens], and the log probabilities of the answer's tokens [answer tokens, vocabulary]."""
-    base = AutoModelForCausalLM.from_pretrained(ancestor, dtype=torch.bfloat16, device_map={"": device})
+    base = AutoModelForCausalLM.from_pretrained(ancestor, dtype=compute_dtype(device), device_map={"": device})
     tokenizer, found = AutoTokenizer.from_pretrained(ancestor), []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]

@@ -14,11 +14,10 @@ from drift_peft.demo.evaluate import ask
 
 from .abilities import abilities
 from .make import make_processor
-from .run import NF4
+from .precision import compute_dtype, nf4
 from .world import exams, is_right
 
 PROJECTIONS = "_proj.weight"
-STORED = {"16 bits": {}, "NF4": {"quantization_config": NF4}}
 
 
 def in_four_bits(folder: Path, device: torch.device, size: int, console: Console) -> None:
@@ -30,10 +29,11 @@ def in_four_bits(folder: Path, device: torch.device, size: int, console: Console
     table = Table(title=f"{size} calculations in text, and what is left of the language model")
     for head in ("model", "stored in", "right", "perplexity", "KL to the ancestor in 16 bits"):
         table.add_column(head)
+    forms = {"16 bits": {}, "NF4": {"quantization_config": nf4(device)}}
     processor, samples = make_processor(folder), exams("test", 0, size)["text reasoning"]
     for name in ("base", "expert"):
-        for stored, settings in STORED.items():
-            place = {"dtype": torch.bfloat16, "device_map": {"": device}}
+        for stored, settings in forms.items():
+            place = {"dtype": compute_dtype(device), "device_map": {"": device}}
             model = AutoModelForCausalLM.from_pretrained(folder / name, **place, **settings)
             texts = ask(model, processor, samples, batch_size=50)
             right = sum(map(is_right, samples, texts)) / size

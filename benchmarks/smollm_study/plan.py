@@ -14,7 +14,8 @@ from digits_study.run import unmarked
 from ledger import Ledger
 
 from .make import CHECKPOINTS
-from .run import BATCH, DEFAULTS, NF4, PRIOR_RANK
+from .precision import NF4
+from .run import BATCH, DEFAULTS, PRIOR_RANK
 from .ways import SWEEPS, WAYS
 from .world import PERCEPTION
 

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
     get_cosine_schedule_with_warmup,
     set_seed,
 )
@@ -35,18 +34,12 @@ from drift_peft.keeping import keep_4bit_differentiable
 from drift_peft.merge import merge_baseline
 
 from .abilities import abilities
-from .make import autocast
+from .precision import autocast, compute_dtype, nf4
 from .ways import WAYS, Way
 from .world import KEEP_QUESTIONS, Pictures, Sample, draw_many, exams, is_right, text_chain
 
 DEFAULTS = {"steps": 100, "samples": 200, "size": 100, "keep_images": 240, "r": 16}
 BATCH, PRIOR_RANK = 8, 64
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_compute_dtype=torch.bfloat16,
-    llm_int8_skip_modules=["model.vision_model", "model.connector", "lm_head"],
-)
 
 
 def perform(run: dict, folder: Path, device: torch.device) -> dict:
@@ -78,9 +71,9 @@ def perform(run: dict, folder: Path, device: torch.device) -> dict:
 
 def load(folder: Path, device: torch.device, four_bit: bool = False):
     """The model and its processor. `four_bit`: in NF4 and to be trained; SDPA would take longer then on a CPU."""
-    training = {"quantization_config": NF4, "attn_implementation": "eager"} if four_bit else {}
+    training = {"quantization_config": nf4(device), "attn_implementation": "eager"} if four_bit else {}
     place = {"device_map": {"": device}}
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, **place, **training)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=compute_dtype(device), **place, **training)
     return model, AutoProcessor.from_pretrained(folder)
 
 

@@ -18,6 +18,7 @@ from smollm_study.four_bit import in_four_bits
 from smollm_study.llama_cpp import round_trip
 from smollm_study.make import CHAT_TEMPLATE, IMAGE, make_processor
 from smollm_study.plan import FULL, SMALLEST, Plan, open_ledger
+from smollm_study.precision import NF4, autocast, compute_dtype, nf4
 from smollm_study.report import report
 from smollm_study.run import of_answers
 from smollm_study.ways import KEPT, STARTED, SWEEPS, TRAINED, WAYS
@@ -126,6 +127,20 @@ def test_the_tower_is_taught_what_an_image_shows():
         assert "".join(sample.shown).strip() == sample.answer
     described = [pictures.draw("describe", rng) for _ in range(40)]
     assert all("".join(sample.shown).strip() in sample.answer for sample in described)
+
+
+@pytest.mark.parametrize(
+    ("device", "processor", "dtype"),
+    [("cpu", "AVX512", torch.bfloat16), ("cpu", "AVX2", torch.float32), ("cuda", "AVX2", torch.bfloat16)],
+)
+def test_in_which_numbers_is_computed(monkeypatch, device, processor, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    device = torch.device(device)
+    assert compute_dtype(device) == nf4(device).bnb_4bit_compute_dtype == dtype
+    assert NF4.bnb_4bit_compute_dtype == torch.bfloat16  # which the ledger knows, whatever the computer
+    if device.type == "cpu":
+        with autocast(device):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_logits_of_answers_alone_give_the_loss_of_all(made):

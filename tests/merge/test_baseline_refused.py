@@ -69,6 +69,7 @@ REFUSED = {
     "three": ({"weights": (0.9, 0.1, 0)}, None, r"weights are two, .*; got \(0.9, 0.1, 0\)"),
     "infinite": ({"scale": math.inf}, None, "scale is one finite number"),
     "density": ({"method": "ties", "scale": 1, "density": 0}, None, "density must be above 0 and at most 1, got 0"),
+    "no seed": ({"seed": 0}, None, "seed=0 has no meaning for task_arithmetic, which draws nothing: leave it out"),
     "no density": ({"density": 0.5}, None, "density=0.5 has no meaning for task_arithmetic, which keeps every entry"),
     "module": ({"modules": "head"}, None, r"modules=\['head'\] are not all merged: choose from attn, mlp, norm, bias"),
     "no module": ({"modules": []}, None, r"modules=\[\] are not all merged"),

@@ -67,6 +67,7 @@ def steer(
     mine = {"", adapter_name, *(adapter for *_, adapter in layers)}
     for module in [*(layer for _, layer, _ in layers), *(t.module for t in trained)]:
         for earlier in [s for s in vars(module).get("drift_peft", {}).values() if s.adapter in mine]:
+            config.steps_before = max(config.steps_before, int(earlier.config.drift_steps), earlier.config.steps_before)
             earlier.release()
     for s in [*adapters, *tensors]:
         s.register()

@@ -24,7 +24,7 @@ METHODS = {  # what the guidance did
     "factors": f"after each optimizer step the adapter went a part of the way to {BEYOND}",
     "base": "after each optimizer step the adapter was drawn back, which holds the model near {base}",
 }
-SHOWN = ("rank", "start", "norm", "spectrum", "modules", "alpha_pattern", "warmup_steps", "decay_steps")
+SHOWN = ("rank", "norm", "spectrum", "modules", "alpha_pattern", "warmup_steps", "decay_steps")
 
 SECTION = """\
 {start}
@@ -143,6 +143,8 @@ def _section(config: DriftSettings, name: str | None, picture: bool) -> str:
     if config.guides:
         method = METHODS[config.drift_target if config.drift_scale == "decoupled" else "gradient"]
         method = "with [DRIFT](https://arxiv.org/abs/2510.15050): " + method
+        if config.init_lora_weights == "drift":
+            table["start"] = f"{config.drift_start:g} of Δ" if config.drift_start else "the main directions of Δ"
         table |= {"guidance": in_markdown(_guidance(config)), "guided optimizer steps": int(config.drift_steps)}
     else:
         method = f"by plain LoRA fine-tuning, without {'a prior' if config.prior is None else 'guidance'}"

@@ -22,6 +22,7 @@ from .config import DriftConfig
 from .names import canonical_namer
 from .settings import check_patterns_used, is_guided
 from .sharding import shape, whole
+from .steered import SteeredTensor, all_steered
 
 LISTED = 20  # modules that an error spells out
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
@@ -83,7 +84,8 @@ def check_fit(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
             f"{', '.join(name.removesuffix('.weight') for name in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
-    config.merged = merged = check_fingerprint(model, modules, prior)
+    begun = _begun_with(model, modules, prior)
+    config.merged = merged = check_fingerprint(model, modules, prior) if begun is None else begun.merged
     guided = [name for name in steered + tensors if is_guided(config, name)]
     taken = [name for name in guided if config.absorbed(name)]
     if taken and len(taken) == len(guided):
@@ -130,6 +132,13 @@ def fitting_modules(model: nn.Module, prior: ReasoningPrior) -> dict[str, nn.Mod
                 "here; build a prior for this base with build_prior."
             )
     return modules
+
+
+def _begun_with(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> DriftConfig | None:
+    """The settings under which this prior steers base weights that are trained themselves already: it was compared with
+    them before they moved."""
+    trained = (s for s in all_steered(model) if isinstance(s, SteeredTensor) and s.module is modules.get(s.name))
+    return next((s.config for s in trained if s.config.prior_sha256 == prior.sha256), None)
 
 
 @torch.no_grad()

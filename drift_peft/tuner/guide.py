@@ -15,6 +15,7 @@ from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
 from ..keeping import keep_4bit_differentiable
 from ..prior import ReasoningPrior, origins_of
+from ..warn import warn
 from .attach import refuse_meta, steer
 from .compatibility import (
     adapted_modules,
@@ -27,7 +28,7 @@ from .compatibility import (
 from .config import STARTS, DriftConfig
 from .modules_to_save import refuse_nested_copies
 from .start import refuse_to_start, start_adapters
-from .steered import lora_layers, trainable_tensors
+from .steered import lora_factor, lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
 
@@ -79,6 +80,12 @@ def guide(
     check_type("adapter_name", adapter_name, str | None)
     if prior is not None and not isinstance(prior, ReasoningPrior):
         prior = ReasoningPrior.load(prior)
+    if prior is None and settings.get("drift_target") != "base":
+        raise ValueError(
+            "guide() was given no prior to steer by: build one with build_prior(expert, base, output) and give its "
+            "path; without a prior it only holds a model at its base, with drift_scale='decoupled' and "
+            "drift_target='base'."
+        )
     known = [name for name in DriftConfig.__dataclass_fields__ if name.startswith("drift_") and name != "drift_steps"]
     if unknown := next((name for name in settings if name not in known), None):
         words = (
@@ -132,10 +139,23 @@ def guide(
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
     check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
+    _warn_of_frozen(layers)
     steered = steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
     if init_lora_weights is not None:
         start_adapters(steered, prior)
     return model
+
+
+def _warn_of_frozen(layers: list[tuple[str, LoraLayer, str]]) -> None:
+    """PEFT loads an adapter frozen, unless is_trainable says otherwise; one that is not active waits for its turn."""
+    active = [(layer, adapter) for _, layer, adapter in layers if adapter in layer.active_adapters]
+    factors = [lora_factor(layer, factor, adapter) for layer, adapter in active for factor in "AB"]
+    if factors and not any(factor.requires_grad for factor in factors):
+        adapters = ", ".join(sorted({f"'{adapter}'" for _, adapter in active}))
+        warn(
+            f"The adapter {adapters} is frozen, so that no step trains or steers it: load it with is_trainable=True, "
+            "or call set_adapter."
+        )
 
 
 def _refuse_other_methods(model: nn.Module, adapter_name: str | None) -> None:

@@ -197,8 +197,8 @@ def _noting_weights(
 
 
 def _warn_of_missed(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
-    guided = [s for s in all_steered(model) if s.adapter == adapter and s.alpha]
-    missed = ["the guidance"] if guided and not any(int(s.config.drift_steps) for s in guided) else []
+    guided = [s.config for s in all_steered(model) if s.adapter == adapter and s.alpha]
+    missed = ["the guidance"] if guided and not any(int(c.drift_steps) or c.steps_before for c in guided) else []
     missed += ["keep()"] if any(kept.seen and not kept.stepped for kept in keepings_of(model)) else []
     config = model.peft_config[adapter]
     # The steps are those of TRL's reference adapters.

@@ -137,6 +137,7 @@ class DriftSettings:
     keeping: ClassVar[str | None] = None  # what keeps the model, in words
     loaded_by: ClassVar[str | None] = None  # the name of the auto class that loads the base
     read_from: ClassVar[str | None] = None  # the folder of these settings, until its weights are loaded, too
+    steps_before: ClassVar[int] = 0  # guided steps under settings that these have replaced
     steps_of_weights: ClassVar[int | None] = None  # guided steps of the weights that the adapter shall get
     weights_loaded: ClassVar[bool] = False  # whether it has got any; also on a plain LoraConfig
 

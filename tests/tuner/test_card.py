@@ -44,6 +44,7 @@ def test_it_says_what_the_adapter_is(folder, tmp_path):
         "prior": f"prior.safetensors (SHA-256 {prior.sha256[:16]})",
         "training data": "not recorded",
         "LoRA": "r = 4, alpha = 8, rank-stabilized",
+        "start": "the main directions of Δ",
         "guidance": r"adaptive toward residual, strength 0.3, spectrum = 0, modules = q_proj\|k_proj",
         "guided optimizer steps": "3",
     }
@@ -51,6 +52,13 @@ def test_it_says_what_the_adapter_is(folder, tmp_path):
     assert "the gradient of the adapter was biased toward what" in card.text
     assert "[More Information Needed]" not in card.text and "- PEFT " in card.text
     assert card.data.tags == sorted({"drift-peft", "lora", *card.data.tags}) and card.data.library_name == "peft"
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"), [({"drift_start": 0.5}, "0.5 of Δ"), ({"init_lora_weights": "gaussian"}, None)]
+)
+def test_it_says_where_the_adapter_started(folder, tmp_path, settings, start):
+    assert rows(saved(folder, tmp_path, **settings)).get("start") == start
 
 
 def test_it_names_what_is_trained_in_full_beside_the_factors(folder, tmp_path):

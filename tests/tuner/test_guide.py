@@ -7,9 +7,9 @@ import pytest
 import torch
 from older import known, variant
 from pairs import drift, load, train, wrap
-from peft import AdaLoraConfig, LoKrConfig, LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from drift_peft import ReasoningPrior, guide
+from drift_peft import ReasoningPrior, build_prior, guide
 from drift_peft.tuner.steered import all_steered, steered_of
 
 
@@ -129,6 +129,58 @@ def test_guide_again_keeps_what_training_started_from(pairs):
     for name, p in model.named_parameters():
         if name in before:
             torch.testing.assert_close(p.detach(), before[name])
+
+
+@pytest.mark.parametrize("target", ["residual", "delta"])
+def test_guide_again_in_full_fine_tuning(pairs, tmp_path, target):
+    """Of this prior it is known that it fitted before the weights moved; another one is compared with them."""
+    folder = pairs("llama")
+    prior = ReasoningPrior.load(folder / "prior.safetensors")
+    model = guide(load(folder, "llama"), prior, drift_target=target)
+    start = {s.name: s.prior["W0"].clone() for s in steered_of(model) if "W0" in s.prior}
+    assert bool(start) == (target == "residual")
+    with torch.no_grad():
+        for s in steered_of(model):
+            s.parameter("W").add_(torch.randn_like(s.parameter("W")))
+    guide(model, prior, drift_target=target, drift_alpha=0.1)
+    assert {s.alpha for s in steered_of(model)} == {0.1}
+    assert all(torch.equal(s.prior["W0"], start[s.name]) for s in steered_of(model) if start)
+    build_prior(folder / "expert", folder / "base", tmp_path / "other.safetensors", rank=4, progress=False)
+    with pytest.raises(ValueError, match="was built for other base weights"):
+        guide(model, tmp_path / "other.safetensors")
+
+
+def test_guide_again_after_training_is_no_missed_guidance(pairs, tmp_path):
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    train(guide(model, folder / "prior.safetensors"))
+    for strength in (0.1, 0.2):
+        guide(model, folder / "prior.safetensors", drift_alpha=strength)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path)
+
+
+def test_guide_says_that_an_adapter_is_frozen(pairs, tmp_path):
+    """As PEFT loads it; one that is not active waits for its turn."""
+    folder = pairs("llama")
+    model = get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("later", LoraConfig(r=4, target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name in ("default", "later"):
+            guide(model, folder / "prior.safetensors", name)
+    frozen = PeftModel.from_pretrained(load(folder, "llama"), tmp_path)
+    with pytest.warns(UserWarning, match=r"^The adapter 'default' is frozen, .*: load it with is_trainable=True"):
+        guide(frozen, folder / "prior.safetensors")
+
+
+def test_guide_without_a_prior(pairs):
+    model = get_peft_model(load(pairs("llama"), "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^guide\(\) was given no prior to steer by: build one with build_prior"):
+        guide(model)
+    assert steered_of(guide(model, drift_scale="decoupled", drift_target="base"))
 
 
 VARIANTS = {

@@ -97,7 +97,7 @@ def test_it_is_stored_as_that_of_a_drift_config(pairs, tmp_path):
     folder = pairs("llama")
     train(started(folder, drift_start=0.4)).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] is True
-    assert "start = 0.4" in (tmp_path / "README.md").read_text()
+    assert "| start | 0.4 of Δ |" in (tmp_path / "README.md").read_text()
     config = DriftConfig.from_pretrained(tmp_path)
     assert (config.init_lora_weights, config.drift_start) == ("drift", 0.4)
     model = PeftModel.from_pretrained(load(folder, "llama"), tmp_path, config=config, is_trainable=True)

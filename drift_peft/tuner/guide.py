@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftModel, PeftType
 from peft.tuners.adalora import AdaLoraLayer
@@ -28,7 +28,7 @@ from .compatibility import (
 from .config import STARTS, DriftConfig
 from .modules_to_save import refuse_nested_copies
 from .start import refuse_to_start, start_adapters
-from .steered import lora_factor, lora_layers, trainable_tensors
+from .steered import TrainedTensor, lora_factor, lora_layers, trainable_tensors
 
 PLAIN_VARIANTS = ("ALoraLinearVariant", "VeloraLinearVariant")  # those that act on the weight as W + s·B·A too
 
@@ -74,18 +74,49 @@ def guide(
         >>> telemetry(model)["guided_steps"]
         2
     """
+    _check_arguments(model, prior, adapter_name, init_lora_weights, settings)
+    if isinstance(prior, (str, Path)):
+        prior = ReasoningPrior.load(prior)
+    refuse_meta(model)
+    refuse_nested_copies(model)
+    layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))
+    _refuse_nothing(model, prior, adapter_name, layers, tensors)
+    config = DriftConfig(
+        prior=None if prior is None else prior.source,
+        prior_sha256=None if prior is None else prior.sha256,
+        r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
+        init_lora_weights=init_lora_weights or True,
+        **settings,
+    )
+    config.origins = () if prior is None else origins_of(prior.metadata)
+    _refuse_adapters(model, prior, layers, config)
+    if init_lora_weights is not None:
+        refuse_to_start(layers, prior, config.drift_start)
+    keep_4bit_differentiable(model)
+    ranks: dict[str, int] = {}  # of several adapters on one weight, the lowest
+    for name, layer, adapter in layers:
+        ranks[name] = min(layer.r[adapter], ranks.get(name, layer.r[adapter]))
+    check_fit(model, prior, config, ranks, [tensor.name for tensor in tensors])
+    _warn_of_frozen(layers)
+    own_name = adapter_name or min((adapter for *_, adapter in layers), default="")
+    steered = steer(layers, tensors, prior, config, own_name)
+    if init_lora_weights is not None:
+        start_adapters(steered, prior)
+    return model
+
+
+def _check_arguments(
+    model: Any,
+    prior: ReasoningPrior | str | Path | None,
+    adapter_name: str | None,
+    init_lora_weights: str | None,
+    settings: dict[str, Any],
+) -> None:
+    """Refuse by name and value what the arguments alone show."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"guide() takes the model first, then the prior, but got {type(model).__name__} as model.")
     check_type("prior", prior, ReasoningPrior | str | Path | None)
     check_type("adapter_name", adapter_name, str | None)
-    if prior is not None and not isinstance(prior, ReasoningPrior):
-        prior = ReasoningPrior.load(prior)
-    if prior is None and settings.get("drift_target") != "base":
-        raise ValueError(
-            "guide() was given no prior to steer by: build one with build_prior(expert, base, output) and give its "
-            "path; without a prior it only holds a model at its base, with drift_scale='decoupled' and "
-            "drift_target='base'."
-        )
     known = [name for name in DriftConfig.__dataclass_fields__ if name.startswith("drift_") and name != "drift_steps"]
     if unknown := next((name for name in settings if name not in known), None):
         words = (
@@ -93,6 +124,12 @@ def guide(
             nearest(unknown, ["init_lora_weights", *known]),
         )
         raise TypeError("; ".join(filter(None, words)))
+    if prior is None and settings.get("drift_target") != "base":
+        raise ValueError(
+            "guide() was given no prior to steer by: build one with build_prior(expert, base, output) and give its "
+            "path; without a prior it only holds a model at its base, with drift_scale='decoupled' and "
+            "drift_target='base'."
+        )
     if init_lora_weights not in (None, "drift"):
         raise ValueError(
             f"guide() gives an adapter the start 'drift', or leaves it its own (None), but got init_lora_weights="
@@ -103,47 +140,40 @@ def guide(
             f"drift_start={settings['drift_start']!r} puts a part of Δ into a new adapter, and guide() leaves an "
             "adapter its own start: add init_lora_weights='drift', or leave out drift_start."
         )
-    refuse_meta(model)
-    refuse_nested_copies(model)
-    layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))
+
+
+def _refuse_nothing(
+    model: nn.Module,
+    prior: ReasoningPrior | None,
+    adapter_name: str | None,
+    layers: list[tuple[str, LoraLayer, str]],
+    tensors: list[TrainedTensor],
+) -> None:
+    """There must be something to steer, and the adapter that is named."""
     if not layers and not any(prior is None or tensor.name in prior for tensor in tensors):
         _refuse_other_methods(model, adapter_name)
     if adapter_name is not None and not layers:
         raise ValueError(f"The model has no adapter '{adapter_name}': wrap it with get_peft_model first.")
-    config = DriftConfig(
-        prior=None if prior is None else prior.source,
-        prior_sha256=None if prior is None else prior.sha256,
-        r=max((layer.r[adapter] for _, layer, adapter in layers), default=1),
-        init_lora_weights=init_lora_weights or True,
-        **settings,
-    )
-    config.origins = () if prior is None else origins_of(prior.metadata)
-    for name, layer, adapter in layers:
-        if prior is None or module_kind(name):
-            _refuse_layer(model, name, layer, adapter, config)
-    if init_lora_weights is not None:
-        refuse_to_start(layers, prior, config.drift_start)
-    keep_4bit_differentiable(model)
-    adapters, own = {adapter for _, _, adapter in layers}, {layer for _, layer, _ in layers}
-    named = [(name, module) for name, module in model.named_modules() if module in own]
-    check_weights(model, [f"{name}.{getattr(layer, 'parameter_name', 'weight')}" for name, layer in named])
-    _refuse_misread_targets(model, adapters)
-    if config.drift_target != "delta":
-        _refuse_starts(model, adapters)
-    targets: dict[str, int] = {}
-    for name, layer, adapter in layers:
-        targets[name] = min(layer.r[adapter], targets.get(name, layer.r[adapter]))
     if not layers and not tensors:
         raise ValueError(
             "The model has no LoRA layers on its language model, and nothing of that is trainable: wrap it with "
             "get_peft_model, or set requires_grad for what shall be trained in full."
         )
-    check_fit(model, prior, config, targets, [tensor.name for tensor in tensors])
-    _warn_of_frozen(layers)
-    steered = steer(layers, tensors, prior, config, adapter_name or min(adapters, default=""))
-    if init_lora_weights is not None:
-        start_adapters(steered, prior)
-    return model
+
+
+def _refuse_adapters(
+    model: nn.Module, prior: ReasoningPrior | None, layers: list[tuple[str, LoraLayer, str]], config: DriftConfig
+) -> None:
+    """Each must be plain LoRA, on what its LoraConfig names, and on weights of its own."""
+    for name, layer, adapter in layers:
+        if prior is None or module_kind(name):
+            _refuse_layer(model, name, layer, adapter, config)
+    adapters, own = {adapter for *_, adapter in layers}, {layer for _, layer, _ in layers}
+    named = [(name, module) for name, module in model.named_modules() if module in own]
+    check_weights(model, [f"{name}.{getattr(layer, 'parameter_name', 'weight')}" for name, layer in named])
+    _refuse_misread_targets(model, adapters)
+    if config.drift_target != "delta":
+        _refuse_starts(model, adapters)
 
 
 def _warn_of_frozen(layers: list[tuple[str, LoraLayer, str]]) -> None:

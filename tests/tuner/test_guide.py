@@ -176,13 +176,6 @@ def test_guide_says_that_an_adapter_is_frozen(pairs, tmp_path):
         guide(frozen, folder / "prior.safetensors")
 
 
-def test_guide_without_a_prior(pairs):
-    model = get_peft_model(load(pairs("llama"), "llama"), LoraConfig(r=4, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"^guide\(\) was given no prior to steer by: build one with build_prior"):
-        guide(model)
-    assert steered_of(guide(model, drift_scale="decoupled", drift_target="base"))
-
-
 VARIANTS = {
     "DoraLinearVariant": {"use_dora": True},
     "DoraEmbeddingVariant": {"use_dora": True, "target_modules": ["embed_tokens"]},

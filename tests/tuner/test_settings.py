@@ -247,7 +247,7 @@ def test_guide_holds_at_the_base_without_a_prior(whole):
     train(model, sgd(model))
     train_by_oracle(twin, sgd(twin), whole.prior, "decoupled", "base", start=start)
     assert_same_update(model, twin, start)
-    with pytest.raises(ValueError, match="needs a prior to train"):
+    with pytest.raises(ValueError, match="was given no prior to steer by"):
         guide(twin)
 
 

@@ -122,6 +122,7 @@ def gated(settings: dict, seed: int, steps: int, home: Path, measured: dict):
     prior, settings = settings["prior"], {key: value for key, value in settings.items() if key != "prior"}
     texts = [s.symbols + s.question for s in make_samples(PROMPTS, ["solve"], np.random.default_rng([seed, 4]))]
     asked = {"expert": WORLD.expert, "texts": texts, "answers": home / f"answers{seed}.safetensors"}
+    asked |= {name: GATING[name] for name in ("max_new_tokens", "top_k")}
     asked = dict.fromkeys(asked) if "objective" in settings else asked
     model, processor = load(WORLD.vlm)
     start = time.process_time()
@@ -135,8 +136,7 @@ def gated(settings: dict, seed: int, steps: int, home: Path, measured: dict):
         processor=processor,
         overwrite=True,
         progress=False,
-        **GATING,
-        **asked,
+        **(GATING | asked),
         **settings,
     )
     found = made.metadata["gated"]

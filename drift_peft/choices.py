@@ -15,6 +15,7 @@ RANK, MAX_RANK = 64, 256
 
 Onto = Literal["base", "dequantized"]  # merge_adapter
 Objective = Literal["expert", "frism"]  # gate_prior
+SAID_TOKENS, SAID_TOP_K = 512, 32  # of the expert's answers there
 
 # merge_baseline
 MERGED_MODULES = ("attn", "mlp", "norm", "bias")

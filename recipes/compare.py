@@ -41,19 +41,20 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier
-from parts.held_out import groups_of, has_images, mark_all, note_of_kept, read_data, rows_of, split
-from parts.journal import Journal
+from parts.held_out import groups_of, has_images, hold_out, mark_all, note_of_kept, read_data, rows_of, write_split
+from parts.journal import Journal, refuse_other_folder
 from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.stamp import hold, is_missing, sha256_of_file
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, Way, gating, processing, transplanting, ways_of
+from parts.ways import KINDS, OUTPUT, TRAINED, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
 
 from drift_peft.atomic import write_json
 
 RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known
+LEDGER = "ledger.jsonl"
 HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
 
 
@@ -234,12 +235,9 @@ def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictur
 
 def make_keep_set(settings: dict, images: str, file: str | Path, samples: int, *flags: object) -> None:
     questions = ["--questions", settings["keep_questions"]] if "keep_questions" in settings else []
+    top_k = ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
     made = ["--base", settings["base"], "--images", images, "-o", file, "--samples", samples]
-    launch("-m", "drift_peft", "keep", "make", *made, *questions, *top_k(settings), *processing(settings), *flags)
-
-
-def top_k(settings: dict) -> list:
-    return ["--top-k", settings["keep_top_k"]] if "keep_top_k" in settings else []
+    launch("-m", "drift_peft", "keep", "make", *made, *questions, *top_k, *processing(settings), *flags)
 
 
 def read_recipe(file: Path) -> dict:
@@ -248,10 +246,11 @@ def read_recipe(file: Path) -> dict:
 
     content = recipe.read_recipe(file)  # a file that is not there is told before the seconds that torch takes to import
 
-    from parts.arguments import HINTS, parse
+    from parts.arguments import HINTS, parse, value_of
 
-    parse(["--config", str(file)], __doc__)
-    meant = {key: recipe.as_meant(key, value, HINTS.get(key)) for key, value in content.items()}
+    own = [] if "keep" in content else ["--keep", "made"]  # by the first run that keeps
+    parse(["--config", str(file), *own], __doc__)
+    meant = {key: value_of(key, value, HINTS[key]) for key, value in content.items()}
     return {key: value for key, value in meant.items() if value is not None}
 
 
@@ -262,10 +261,12 @@ def compare(args: Namespace) -> dict:
         ValueError, OSError, yaml.YAMLError: a mistake in the recipe, the flags or the data.
         Failed: a run has failed.
     """
+    refuse_other_folder(args.output, LEDGER)
+    if args.texts is not None and not (args.texts.is_file() and args.texts.read_bytes().strip()):
+        raise ValueError(f"--texts {args.texts} is no file with prompts: name one, with a prompt a line")
     settings = read_recipe(args.recipe)
     if args.search:
         import optuna  # noqa: F401  which is missed now, and not when all ways are measured
-    args.output.mkdir(parents=True, exist_ok=True)
     flags = ("test", "held_out", "steps", "minutes", "prompt", "max_new_tokens", "keep_samples")
     asked = {**settings, **{f"--{name.replace('_', '-')}": getattr(args, name) for name in flags}}
     processor = processor_settings(settings.get("processor_kwargs"), settings.get("chat_template_path"))
@@ -277,13 +278,26 @@ def compare(args: Namespace) -> dict:
     if keep is None and (has_images(dataset) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
     texts = None if args.texts is None else sha256_of_file(args.texts)
-    ways = ways_of(settings, args.ways, args.scales, args.merge_first or [0.5], keep, texts, args.merge_first or [1.0])
+    shares, held = args.merge_first or [0.5], args.merge_first or [1.0]
+    ways = ways_of(settings, args.ways, args.scales, shares, keep, texts, held, args.meant)
+    if args.search:
+        from parts.search import space
+
+        for way in ways:
+            if way.trains is not None:
+                space(way, settings)  # which refuses what cannot be tuned
+    pictured = has_images(dataset if tested is None else tested)
+    if args.budget is not None and not pictured and "keep_images" not in settings:
+        told = "--budget is of the distance from the VLM's own answers, and there are no images to measure it on"
+        raise ValueError(f"{told}: name some in the recipe's keep_images, or leave --budget out")
+    rows = hold_out(groups, args)
     told = {f"{what}' SHA-256": "they are others now" for what in ("samples", "images")}
-    with Journal(args.output / "ledger.jsonl", asked, text=None, told=told) as ledger:
+    args.output.mkdir(parents=True, exist_ok=True)  # now: what is refused above leaves nothing behind
+    with Journal(args.output / LEDGER, asked, text=None, told=told) as ledger:
         ledger.begin()  # what is made next is of these settings
         hold(ledger, {**settings, "keep": keep})
-        data = split(dataset, groups, args, tested)
-        keep_sets = make_keep_sets(args, settings, data, has_images(dataset if tested is None else tested))
+        data = write_split(dataset, rows, args, tested)
+        keep_sets = make_keep_sets(args, settings, data, pictured)
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]
         answers = rows_of(data["test"]) if tested is None else len(tested)
@@ -313,8 +327,6 @@ def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured])
     from parts.search import search
 
     trained = [way for way in ways if way.trains is not None]
-    if not trained:
-        raise ValueError("--search tunes ways that are trained, and none is compared: name one with --ways")
     leading = [way for way in trained if way.name in frontier(measured)] or trained
 
     def measure(way: Way) -> tuple[float, float]:
@@ -338,21 +350,12 @@ def main(arguments: list[str] | None = None) -> None:
     budget.add_argument("--steps", type=int, help="of every way that is trained; otherwise the recipe's")
     budget.add_argument("--minutes", type=float, help="instead: as many steps as fit, by the pace of the first ones")
     add("--seeds", type=int, nargs="+", default=[0], help="of the training runs; more than one give their mean")
-    add(
-        "--ways",
-        nargs="+",
-        choices=KINDS,
-        default=[],
-        help="which to compare; otherwise all that the recipe allows, without the started and held",
-    )
+    text = "which to compare; otherwise all that the recipe allows, without the started and held"
+    add("--ways", nargs="+", choices=KINDS, default=[], help=text)
     add("--scales", type=float, nargs="+", default=[0.3, 0.6, 1.0], help="λ of the transplants")
     add("--texts", type=Path, metavar="FILE", help="prompts for the expert, one a line, whose answers gate the prior")
-    add(
-        "--merge-first",
-        type=float,
-        nargs="+",
-        help="λ of what is merged before training, or in the adapter at its start (default: 0.5; for held LoRA, 1)",
-    )
+    text = "λ of what is merged before training, or in the adapter at its start (default: 0.5; for held LoRA, 1)"
+    add("--merge-first", type=float, nargs="+", help=text)
     add("--search", type=int, default=0, metavar="N", help="tune the leading ways in so many trials, with optuna")
     add("--budget", type=float, help="most that the choice may cost, in nats a token from the VLM's own answers")
     add("--keep-samples", type=int, default=100, help="answers of the VLM to measure with")
@@ -361,10 +364,12 @@ def main(arguments: list[str] | None = None) -> None:
     add("--prompt", default=PROMPT, help='what is added to each question of an exam; "" for nothing')
     add("--json", action="store_true", help="print the numbers as JSON")
     args = parser.parse_args(arguments)
-    use = {"--scales": "transplant", "--texts": "gated", "--merge-first": ("merged", "started", "held")}
+    use = {"--scales": ("transplant",), "--texts": ("gated",), "--merge-first": ("merged", "started", "held")}
+    use |= {"--search": TRAINED, "--seeds": TRAINED}
     for flag, kinds in use.items():
         if args.ways and not any(kind.startswith(kinds) for kind in args.ways):
             parser.refuse_idle(f"with --ways {' '.join(args.ways)}", flag)
+    args.meant = [kinds[0] for flag, kinds in use.items() if flag in parser.given and not args.ways]
     for name in ("held_out", "steps", "minutes", "keep_samples", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is above 0, not {getattr(args, name)}")

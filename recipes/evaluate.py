@@ -48,6 +48,8 @@ from tqdm import tqdm
 from drift_peft.atomic import write_json
 from drift_peft.cli.parser import json_object
 
+SPLIT = "test"  # of a folder
+
 
 @dataclass
 class Question:
@@ -58,7 +60,7 @@ class Question:
 
 
 def check(model: str, adapter: Path | None, data: str | None, output: Path) -> None:
-    """Refuse before anything is loaded what would fail later."""
+    """Refuse before anything is loaded what would fail later. Without data, as with --keep, there is no journal."""
     if Path(model, "adapter_config.json").exists() and not Path(model, "config.json").exists():
         raise ValueError(
             f"{model} is an adapter, not a model: merge it (drift-peft merge --base BASE --adapter {model} -o merged), "
@@ -70,7 +72,12 @@ def check(model: str, adapter: Path | None, data: str | None, output: Path) -> N
         raise ValueError(f"there is no data {data}")
     if output.is_dir() or not output.parent.is_dir():
         raise ValueError(f"output {output} cannot be written: name a file in a folder that exists")
-    if output.exists() and not journal_path(output).exists():
+    journal = journal_path(output)
+    if data is None and output.exists():
+        raise ValueError(f"output {output} exists: name another file")
+    if data is None and journal.exists():
+        raise ValueError(f"{journal} holds answers of an exam whose result is to be {output}: name another file")
+    if output.exists() and not journal.exists():
         raise ValueError(f"output {output} exists, and has no journal to go on from: name another file")
 
 
@@ -268,9 +275,8 @@ def evaluate(args: Namespace) -> dict:
         ValueError: BadSample included; OSError, TeacherError.
     """
     check(args.model, args.adapter, args.data, args.output)
-    dataset, _ = load_messages(
-        args.data, split=args.split, images=args.images, on_bad="fail", chains=False, places=True
-    )
+    how = {"split": args.split, "default_split": SPLIT, "images": args.images}
+    dataset, _ = load_messages(args.data, **how, on_bad="fail", chains=False, places=True)
     questions, digest = read_questions(dataset, read_categories(args.data, args.split, args.category))
     if note := note_of_loose([last_answer(messages) for messages in dataset["messages"]], args.data):
         print(note, file=sys.stderr)
@@ -305,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked.add_argument("--data", help=".json, .jsonl or .parquet file, or a folder of these")
     asked.add_argument("--keep", help="keep set instead of data: file or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write, such as results.json")
-    parser.add_argument("--split", default="test", help="split of a folder")
+    parser.add_argument("--split", default=SPLIT, help="split of a folder")
     parser.add_argument("--images", type=Path, help="folder that relative image paths start from, if not the data's")
     parser.add_argument("--category", metavar="KEY", help=f"key of the samples to make a table by, if not {CATEGORY}")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time")

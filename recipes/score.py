@@ -258,6 +258,28 @@ def notes(result: dict) -> list[str]:
     return lines
 
 
+def refuse_output(output: Path, inputs: dict[str, str]) -> None:
+    """Raise ValueError where the scores cannot be written, or would replace anything but scores of these very inputs.
+
+    So the same command may be run again, as reproduce_drift.sh does.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(f"output {output} cannot be written: there is no folder {output.parent}")
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder: name a file, such as {output / 'scores.json'}")
+    if output.exists() and inputs_of(output) != inputs:
+        raise ValueError(f"output {output} exists, and holds no scores of these answers: name another file")
+
+
+def inputs_of(scores: Path) -> dict[str, str] | None:
+    """Whose scores a file holds; None of any other file."""
+    try:
+        content = json.loads(scores.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return content.get("inputs") if isinstance(content, dict) and "columns" in content else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser("score.py", __doc__)
     parser.add_argument("--base", type=Path, required=True, help="answers of the untrained model: folder or file")
@@ -269,11 +291,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     places = {"base": args.base, "SFT": args.sft, "DRIFT": args.drift}
     with in_one_sentence("score.py", ValueError, OSError):
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"output {args.output} cannot be written: there is no folder {args.output.parent}")
-        models = {name: read_outputs(place) for name, place in places.items() if place}
-        result = score(models, args.force)
-        result |= {"inputs": {name: str(places[name]) for name in models}}
+        inputs = {name: str(place) for name, place in places.items() if place}
+        if args.output:
+            refuse_output(args.output, inputs)
+        result = score({name: read_outputs(place) for name, place in inputs.items()}, args.force)
+        result |= {"inputs": inputs}
         result |= {"published": {"source": PUBLISHED["source"], **published(result["columns"])}}
         if args.output:
             write_json(args.output, result)

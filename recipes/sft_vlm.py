@@ -57,9 +57,11 @@ from drift_peft import (
 )
 from drift_peft.atomic import write_json
 from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
+from drift_peft.keeping import read_pictures, read_questions, vocabulary_rows
 from drift_peft.merge import check_memory
 from drift_peft.preflight import check_together
 from drift_peft.prior import read_merge
+from drift_peft.warn import warn
 
 PACKAGES = ("drift_peft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 THINK = ["<think>", "</think>"]
@@ -106,8 +108,8 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
     for role in ("expert", "reference"):
         expected, origin = getattr(run, role), prior.metadata.get(role)
         if expected is not None and not is_same_model(expected, origin):
-            built = run_or_prior(None, origin)
-            raise ValueError(f"{run.prior} was built with the {role} {built}, not {expected}: change {role} or prior")
+            built = f"without a {role}" if origin is None else f"with the {role} {run_or_prior(None, origin)}"
+            raise ValueError(f"{run.prior} was built {built}, not with {expected}: change {role} or prior")
     other = prior.metadata.get("reference")
     if None not in (run.expert, other) and run.reference is None and not is_same_model(run.base, other):
         built = run_or_prior(None, other)
@@ -118,6 +120,16 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
         message = f"The rank of {run.prior} is {stored}, and it is used as it is"
         print(f"{message}: prior_rank={run.prior_rank} is for one that is built.")
     return prior
+
+
+def warn_of_other_base(run: RunArguments, base: Checkpoint, prior: ReasoningPrior) -> None:
+    """In 4 bits, the fingerprint cannot tell a base from its near relatives. What a part of Δ was merged into can."""
+    built = prior.metadata.get("base")
+    if built is not None and read_merge(base.config) is None and not is_same_model(run.base, built):
+        warn(
+            f"{run.prior} was built for {run_or_prior(None, built)}, and this run trains {run.base}: unless their "
+            "weights are the same, name another file in prior, and it is built for this base."
+        )
 
 
 def is_same_model(model: str, origin: dict | None) -> bool:
@@ -157,12 +169,18 @@ def run_or_prior(named: str | None, origin: dict | None) -> str | None:
     return at_revision(origin["id"], origin["revision"])
 
 
-def check_keep(run: RunArguments, images: int | None) -> None:
-    """Refuse a keep set that is to be made of nothing; `images` is how many the data have, None of a stream."""
-    if run.keep is None or not is_missing(run.keep) or run.keep_images is not None or images:
+def check_keep(run: RunArguments, base: Checkpoint, images: int | None) -> None:
+    """Refuse a keep set that cannot be made, before a prior is; `images` is how many the data have, None of streams."""
+    if run.keep is None or not is_missing(run.keep):
         return
-    why = "none is made of a stream" if images is None else f"{run.data} has no images to make it of"
-    raise ValueError(f"there is no keep set {run.keep}, and {why}: name a folder of pictures in keep_images")
+    if run.keep_images is None and not images:
+        why = "none is made of a stream" if images is None else f"{run.data} has no images to make it of"
+        raise ValueError(f"there is no keep set {run.keep}, and {why}: name a folder of pictures in keep_images")
+    if run.keep_top_k > (tokens := vocabulary_rows(base.config)):
+        raise ValueError(f"keep_top_k={run.keep_top_k} is more than the {tokens} tokens that {run.base} has: lower it")
+    read_questions(run.keep_questions)
+    if run.keep_images is not None:
+        read_pictures(run.keep_images, 1, seed=0)
 
 
 def open_keep_set(run: RunArguments, dataset: Dataset, processor: dict, load_in_4bit: bool) -> KeepSet | None:
@@ -212,8 +230,10 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     dataset, data = load_data(run, processor)
     held.add("data", run.data, data["sha256"])
-    check_keep(run, data["images"])
+    check_keep(run, base, data["images"])
     prior = open_prior(run)
+    if prior is not None:
+        warn_of_other_base(run, base, prior)
     start = open_start(run, base, prior, beside(train.output_dir, "base"))
     keep_set = open_keep_set(run, dataset, settings, load_in_4bit=not train.use_cpu)
     for key, file in {"prior": prior, "keep": keep_set}.items():

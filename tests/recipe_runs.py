@@ -29,7 +29,7 @@ FAMILY = {  # configuration -> family of its base
     "qwen2_5_vl_7b_text": "qwen2_5_vl",
 }
 SMALL = {"prior_rank": 8, "r": 4, "lora_alpha": 8, "gradient_accumulation_steps": 2, "max_steps": 2, "logging_steps": 1}
-SMALL |= {"keep_samples": 4, "keep_batch_size": 2}
+KEEPING = {"keep_samples": 4, "keep_batch_size": 2}
 SIZES = {"smolvlm2_2b_smoltulu": {"processor_kwargs": "{size: {longest_edge: 16}}"}}
 FAST = {**SMALL, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 2}
 
@@ -73,7 +73,8 @@ def train(pair, data, texts, tmp_path, monkeypatch):
             paths["keep"] = folder / "keep.safetensors"
             if "\nkeep_images:" in Path(config).read_text(encoding="utf-8"):  # on text alone
                 paths |= {"keep": folder / "keep_text.safetensors", "keep_images": data, "data": texts}
-        settings = {**paths, "output_dir": tmp_path / "run", "use_cpu": True, **settings}
+        keeping = KEEPING if config or settings.get("keep") is not None else {}
+        settings = {**paths, "output_dir": tmp_path / "run", "use_cpu": True, **keeping, **settings}
         start = ["--config", str(config)] if config else []
         given = {name: value for name, value in settings.items() if value is not None}
         return sft_vlm.main(start + flags(**given)), Path(settings["output_dir"])

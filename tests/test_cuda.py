@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from recipe_runs import CONFIGS, FAMILY, SIZES, SMALL, flags, sft_vlm
+from recipe_runs import CONFIGS, FAMILY, KEEPING, SIZES, SMALL, flags, sft_vlm
 from safetensors.torch import load_file
 from tiny import save_layout, tiny_expert, tiny_vlm
 from tiny_vlm import save_pair, save_pictures
@@ -170,7 +170,7 @@ def test_a_recipe_trains_and_its_adapter_merges(name, tmp_path):
         (tmp_path / folder).mkdir()
     made, data = save_pair(tmp_path / "pair", FAMILY[name]), save_pictures(tmp_path / "pictures")
     paths = {"base": made / "base", "expert": made / "expert", "prior": tmp_path / "prior.safetensors", "data": data}
-    settings = {**paths, "output_dir": tmp_path / "run", **SMALL, **SIZES.get(name, {})}
+    settings = {**paths, "output_dir": tmp_path / "run", **SMALL, **KEEPING, **SIZES.get(name, {})}
     trainer = sft_vlm.main(["--config", str(CONFIGS / f"{name}.yaml"), *flags(**settings)])
     assert trainer.model.device.type == "cuda"
     results = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["results"]

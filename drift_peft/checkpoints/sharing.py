@@ -151,6 +151,18 @@ def repository_of(origin: Mapping) -> tuple[str, str | None] | None:
     return None if origin["revision"] is None else (origin["id"], origin["revision"])
 
 
+def is_same_origin(one: Mapping, other: Mapping) -> bool:
+    """Do two models come from one repository, whatever the commit, or lie in one folder?
+
+    >>> is_same_origin({"id": "org/vlm", "revision": "0a1b2c"}, {"id": "org/vlm", "revision": "3d4e5f"})
+    True
+    """
+    repositories = [repository_of(origin) for origin in (one, other)]
+    if None in repositories:
+        return repositories == [None, None] and os.path.realpath(one["id"]) == os.path.realpath(other["id"])
+    return repositories[0][0] == repositories[1][0]
+
+
 def with_full_path(origin: dict) -> dict:
     """The same weights for whoever goes on from another folder: with the whole path of a folder, of an adapter its
     base's, too. What has a revision is on the hub, whatever folder has its name."""

@@ -52,7 +52,7 @@ def flags(parser: Parser) -> None:
         metavar="N",
         help=f"not the first so many layers (default: {left} for layer_swap, else 0)",
     )
-    add("--seed", type=int, help="seed of what dare keeps (default: 0)")
+    add("--seed", type=int, default=0, help="seed of what dare keeps")
     add("--force", action="store_true", help="merge even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing model folder")
     add("--exist-ok", action="store_true", help="take an existing folder of the same models and settings")

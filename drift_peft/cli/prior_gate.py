@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from ..choices import Objective
+from ..choices import SAID_TOKENS, SAID_TOP_K, Objective
 from .parser import Parser
 
 HELP = "weigh each singular direction of a prior, without labels"
@@ -39,8 +39,8 @@ def flags(parser: Parser) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind")
     add("--max-tokens", type=int, default=512, metavar="N", help="so many at a time")
     add("--answers", metavar="FILE", help="the expert's answers (default: beside the output); used if they are there")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there")
-    add("--top-k", type=int, default=32, metavar="K", help="log probabilities of each token")
+    add("--max-new-tokens", type=int, metavar="N", help=f"of expert: an answer is cut there (default: {SAID_TOKENS})")
+    add("--top-k", type=int, metavar="K", help=f"of expert: log probabilities of each token (default: {SAID_TOP_K})")
     add("--load-in-4bit", action="store_true", help="load both models in NF4")
     add(
         "--no-gradient-checkpointing",

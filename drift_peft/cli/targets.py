@@ -19,13 +19,21 @@ def flags(parser: Parser) -> None:
 def run(model: str, prior: str | None, as_json: bool) -> None:
     from rich.table import Table
 
-    from ..checkpoints import Checkpoint
-    from ..prior import ReasoningPrior
+    from ..checkpoints import Checkpoint, is_same_origin, named
+    from ..prior import ReasoningPrior, read_merge
     from ..tuner import targets_summary
+    from ..warn import warn
     from .show import show
 
     loaded = None if prior is None else ReasoningPrior.load(prior)
-    summary = targets_summary(Checkpoint(model), loaded)
+    checkpoint = Checkpoint(model)
+    summary = targets_summary(checkpoint, loaded)
+    built = None if loaded is None else loaded.metadata.get("base")
+    if built is not None and read_merge(checkpoint.config) is None and not is_same_origin(built, checkpoint.origin):
+        warn(
+            f"{prior} was built for {named(built)}: whether the weights of {model} are the same is seen in training, "
+            "and not here."
+        )
     title = f"LoRA targets of {summary['model']} ({summary['class']})"
     table = Table("module", "adapted", "steered", "left alone", title=title)
     for row in summary["rows"]:

@@ -37,7 +37,7 @@ def flags(parser: Parser) -> None:
     add("--budget", type=float, metavar="NATS", help="with --scale auto: KL to those answers to stay below, a token")
     add("--load-in-4bit", action="store_true", help="measure on the model in NF4")
     parser.add_processor_kwargs()
-    add("--batch-size", type=int, default=8, metavar="N", help="answers at a time")
+    add("--batch-size", type=int, metavar="N", help="answers at a time, where the cost is measured (default: 8)")
     add("--force", action="store_true", help="go on even when the two models seem unrelated")
     add("--overwrite", action="store_true", help="replace an existing folder")
     parser.add_json()

@@ -35,14 +35,15 @@ from .answers import Sample, as_templates_are_read, image_mode
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
 from .feed import Feed, Part
-from .file import KeepSet, data_address
+from .file import KeepSet, data_address, vocabulary_rows
 from .four_bit import keep_4bit_differentiable
 from .generation import evaluated, greedy_settings
 from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import Shown
+from .pictures import Shown, read_pictures
+from .questions import read_questions
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
 from .steps import Act, LeftGradient, act_in_steps
@@ -88,8 +89,11 @@ __all__ = [
     "make_answer_set",
     "make_keep_set",
     "measure",
+    "read_pictures",
+    "read_questions",
     "summarize",
     "training_samples",
+    "vocabulary_rows",
     "warn_of_lost_passes",
     "write_page",
     "write_samples",

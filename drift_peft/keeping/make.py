@@ -99,11 +99,10 @@ def make_keep_set(
     output = Path(output)
     from_file = questions is None or isinstance(questions, (str, Path))
     asked = read_questions(questions) if from_file else check_questions(questions)
-    if server is not None and (isinstance(model_or_id, nn.Module) or load_in_4bit):
-        raise ValueError(
-            "with server=, give the id by which the server knows its model instead of a model in memory, and leave out "
-            "load_in_4bit: the server decides how it is loaded"
-        )
+    if server is not None and isinstance(model_or_id, nn.Module):
+        raise ValueError("with server=, give the id by which the server knows its model, instead of a model in memory")
+    if server is not None and load_in_4bit:
+        raise ValueError("with server (--server), the server decides how its model is loaded: leave out load_in_4bit")
     if api_key is not None and server is None:
         raise ValueError("api_key goes with server (--server): a model in this process asks for none")
     with claimed_output(output, overwrite, example=FILE_NAME):

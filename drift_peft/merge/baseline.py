@@ -111,7 +111,7 @@ def merge_baseline(
     modules: str | Sequence[str] | None = None,
     only_layers: Sequence[int] | None = None,
     skip_first: int | None = None,
-    seed: int | None = None,
+    seed: int = 0,
     force: bool = False,
     overwrite: bool = False,
     exist_ok: bool = False,
@@ -143,7 +143,7 @@ def merge_baseline(
         density: share of the entries of a task vector that is kept, in (0, 1].
         modules: of "attn", "mlp", "norm", "bias"; all that the base has if None.
         only_layers, skip_first: which layers, as the text LLM counts them; the final norm is in none and always merged.
-        seed: of the random choice of dare, 0 if None. Same inputs, seed and library versions give the same bytes.
+        seed: of the random choice of dare. Same inputs, seed and library versions give the same bytes.
         force: merge even where a weight of the expert has nothing in common with the base's, or with the reference's.
         overwrite: replace an existing model folder, once the new one is complete.
         exist_ok: take an existing output that was merged of the same models with the same settings; any other is
@@ -163,9 +163,7 @@ def merge_baseline(
     """
     weights, density = _check_numbers(method, reference, weights, scale, density)
     modules, only_layers, skip_first = _check_selection(method, modules, only_layers, skip_first)
-    settings = _Settings(method, weights, density, modules, only_layers, skip_first, seed or 0, force)
-    if seed is not None and not settings.draws:
-        raise ValueError(f"seed={seed} has no meaning for {method}, which draws nothing: leave it out")
+    settings = _Settings(method, weights, density, modules, only_layers, skip_first, seed, force)
     if settings.draws:
         needs_peft((0, 19), f"method '{method}'", "does not divide what it keeps by the density", "merge by 'ties'")
     refuse_both(exist_ok, overwrite)
@@ -220,6 +218,10 @@ class _Plan:
         if reference is not None:
             self.sources["reference"] = open_expert(reference)
         self.base = self.sources["base"]
+        if self.sources["expert"].sees and not self.base.sees:
+            raise ValueError(
+                f"expert {expert} is a vision-language model and base {base} a text model: change their places"
+            )
         modules = kinds_in(self.base) if settings.modules is None else settings.modules
         chosen = {"modules": modules, "only_layers": settings.only_layers, "skip_first": settings.skip_first}
         self.match = match_weights(self.sources, **chosen)

@@ -15,11 +15,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_whole, is_number, typed
-from ..checkpoints import PROJECTIONS, claimed_output, module_kind
-from ..choices import Objective
+from ..checkpoints import PROJECTIONS, Checkpoint, claimed_output, is_same_origin, module_kind, named
+from ..choices import SAID_TOKENS, SAID_TOP_K, Objective
 from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
 from ..prior import ReasoningPrior, write_gated
 from ..tuner import check_fingerprint, fitting_modules, weight_products
+from ..warn import warn
 from .gates import Gate, frozen, gated, train_gates
 
 LAST = 20  # steps whose mean divergences the header gives
@@ -41,8 +42,8 @@ def gate_prior(
     batch_size: int = 8,
     max_tokens: int = 512,
     answers: str | Path | None = None,
-    max_new_tokens: int = 512,
-    top_k: int = 32,
+    max_new_tokens: int | None = None,
+    top_k: int | None = None,
     load_in_4bit: bool = False,
     gradient_checkpointing: bool = True,
     seed: int = 0,
@@ -77,7 +78,7 @@ def gate_prior(
         max_tokens: how many go through the model at a time; what is longer is one sample.
         answers: file of the expert's answers; `<output>` with `.answers.safetensors` by default. One that is there
             already is used if it was made of the same expert, prompts and settings.
-        max_new_tokens, top_k: of the expert's answers, as of `make_keep_set`.
+        max_new_tokens, top_k: of the expert's answers, as of `make_keep_set`; 512 and 32 if None.
         load_in_4bit: load the projections of both language models in NF4, and the rest as it is.
         gradient_checkpointing: less memory, a third more time.
         seed: of the order of the answers.
@@ -100,13 +101,16 @@ def gate_prior(
         >>> {round(gate, 1) for weight in gated.metadata["weights"].values() for gate in weight["gates"]} >= {0.5}
         True
     """
-    _check_objective(objective, expert, texts, keep_weight, alpha, answers)
+    of_answers = {"answers": answers, "max_new_tokens": max_new_tokens, "top_k": top_k}
+    _check_objective(objective, expert, texts, keep_weight, alpha, of_answers)
     keep_weight = (0.3 if objective == "expert" else 1.0) if keep_weight is None else keep_weight
     alpha = 1.0 if alpha is None else alpha
     for name, value in (("keep_weight", keep_weight), ("alpha", alpha), ("rate", rate)):
         if not is_number(value) or value <= 0:
             raise ValueError(f"{name} must be a number > 0, got {value!r}")
     whole = {"steps": steps, "batch_size": batch_size, "max_tokens": max_tokens}
+    max_new_tokens = SAID_TOKENS if max_new_tokens is None else max_new_tokens
+    top_k = SAID_TOP_K if top_k is None else top_k
     check_whole(**whole, top_k=top_k, max_new_tokens=max_new_tokens)
     output = Path(output)
     if answers is not None and Path(answers).resolve() == output.resolve():
@@ -122,6 +126,7 @@ def gate_prior(
     fitting_modules(vlm.skeleton, prior)
     answer_set = None
     if objective == "expert":
+        _warn_of_other_expert(prior, expert)
         file = output.with_suffix(".answers.safetensors") if answers is None else Path(answers)
         answer_set = make_answer_set(
             expert, vlm, texts, file, max_new_tokens, top_k, load_in_4bit, batch_size, progress, overwrite
@@ -168,14 +173,24 @@ def _origin(answer_set: Any, keep_weight: float, alpha: float, losses: list[tupl
     return origin | {name: math.fsum(step[i] for step in losses) / len(losses) for i, name in enumerate(names)}
 
 
-def _check_objective(objective: str, expert: Any, texts: Any, keep_weight: Any, alpha: Any, answers: Any) -> None:
+def _check_objective(objective: str, expert: Any, texts: Any, keep_weight: Any, alpha: Any, of_answers: dict) -> None:
     if objective == "expert" and (expert is None or texts is None):
         raise ValueError("objective 'expert' needs an expert and texts that it answers: give both, or take 'frism'")
     if objective == "frism" and (expert is not None or texts is not None):
         raise ValueError("objective 'frism' asks no expert: give neither an expert nor texts, or take 'expert'")
-    others = {"alpha": alpha} if objective == "expert" else {"keep_weight": keep_weight, "answers": answers}
+    others = {"alpha": alpha} if objective == "expert" else {"keep_weight": keep_weight, **of_answers}
     if foreign := next((name for name, value in others.items() if value is not None), None):
         raise ValueError(f"objective {objective!r} has no {foreign}, which is of the other one: leave it out")
+
+
+def _warn_of_other_expert(prior: ReasoningPrior, expert: str | Path) -> None:
+    """An adapter cannot answer by itself: the model that stands for it has another name."""
+    built, asked = prior.metadata.get("expert"), Checkpoint(expert).origin
+    if built is not None and "base" not in built and not is_same_origin(built, asked):
+        warn(
+            f"{prior.source} was built from {named(built)}, and its directions are weighed by the answers of "
+            f"{named(asked)}: unless that is the same model, give the prior's own (--expert)."
+        )
 
 
 def _check_prior(prior: ReasoningPrior) -> None:

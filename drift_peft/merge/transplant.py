@@ -107,7 +107,7 @@ def transplant(
     keep: str | Path | None = None,
     budget: float | None = None,
     load_in_4bit: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     processor: Any = None,
     force: bool = False,
     overwrite: bool = False,
@@ -135,7 +135,7 @@ def transplant(
             loads the VLM.
         budget: for scale="auto".
         load_in_4bit: measure on the VLM in NF4, which has a distance of its own: scale 0 in the costs.
-        batch_size: answers at a time, where the cost is measured.
+        batch_size: answers at a time, where the cost is measured; 8 if None.
         processor: of the VLM there, if not the one that lies with it; or settings of that one.
         force: go on where a weight of a full fine-tune has nothing in common with the base's.
         overwrite: replace an existing folder of the same kind, once the new one is complete.
@@ -153,6 +153,9 @@ def transplant(
         (28, True)
     """
     _check_arguments(scale, keep, budget, load_in_4bit, batch_size, processor)
+    if None not in (rank, energy):
+        raise ValueError(f"give rank={rank} or energy={energy}, not both")
+    batch_size = batch_size or 8
     scale = scale if scale == "auto" else float(scale)
     given = [source for source in (expert, base, reference, keep) if source is not None]
     options = {"reference": reference, "force": force, "progress": progress}
@@ -272,7 +275,7 @@ def _of_fine_tune(expert: str | Path, vlm: Checkpoint, reference: str | Path | N
     return _Delta(len(match.keys), origins, lambda scales: scales.of_weights(sources, match), left_alone=left_alone)
 
 
-def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int, processor) -> None:
+def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int | None, processor) -> None:
     if scale != "auto" and not (is_number(scale) and scale):
         raise ValueError(f'scale must be "auto" or a finite number other than 0, got {scale!r}')
     if scale == "auto" and (keep is None or budget is None):
@@ -288,7 +291,10 @@ def _check_arguments(scale, keep, budget, load_in_4bit: bool, batch_size: int, p
         raise ValueError("load_in_4bit goes with keep (--keep): the model is loaded only where a cost is measured")
     if processor is not None and keep is None:
         raise ValueError("processor (--processor-kwargs) goes with keep (--keep): nothing else asks about images")
-    check_whole(batch_size=batch_size)
+    if batch_size is not None:
+        check_whole(batch_size=batch_size)
+        if keep is None:
+            raise ValueError(f"batch_size={batch_size} goes with keep (--keep): nothing else is asked")
 
 
 def _refuse_adapters_settings(rank: int | None, energy: float | None, load_in_4bit: bool) -> None:

@@ -16,12 +16,12 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from ..arguments import nearest
 from ..checkpoints import folder_of, read_config, refuse_quantized
-from ..recipe import as_meant, read_recipe
+from ..recipe import as_meant, check_value, read_recipe
 from .dry_run import MEASURE
 from .images import warn_of_unread
 from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
 from .processor import with_processor
-from .recipe_settings import OWN, check_recipe
+from .recipe_settings import OWN, check_recipe, value_of
 
 CARDS = 8, 12, 16, 24  # GB
 CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"  # the old name and the new one
@@ -88,7 +88,10 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         ValueError: it is no recipe, or has a key or a value that training does not take.
     """
     content = read_recipe(recipe)
-    if not isinstance((content | (changes or {})).get("base"), str):
+    base = (content | (changes or {})).get("base")
+    if base is not None:
+        check_value("base", base, str)
+    if not base:
         raise ValueError(f"{recipe} is no recipe: it names no base, such as base: Qwen/Qwen2.5-VL-7B-Instruct")
     keys = recipe_keys()
     for key in content:
@@ -106,7 +109,7 @@ def read_settings(recipe: str | Path, changes: dict | None = None) -> Settings:
         if isinstance(kwargs, dict) and kwargs.get("every_n_layers", 1) != 1:
             some = f"every_n_layers: {kwargs['every_n_layers']}"
             raise ValueError(f"what {some} in {key} takes is not counted: leave it out, or {MEASURE}")
-    return Settings(**{name: as_meant(name, content[name], hint) for name, hint in known.items() if name in content})
+    return Settings(**{name: value_of(name, content[name], hint) for name, hint in known.items() if name in content})
 
 
 def base_config(base: str) -> PretrainedConfig:
@@ -116,7 +119,9 @@ def base_config(base: str) -> PretrainedConfig:
         FileNotFoundError, OSError: there is no such model, or no config.json in it.
         ValueError: it cannot be read, or is quantized.
     """
-    folder = folder_of(base, None, ("config.json",))
+    folder = folder_of(base, None, ("config.json", "adapter_config.json"))
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{base} is an adapter, not a model: name the model that it was trained on")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{base} has no config.json: give the folder that save_pretrained wrote, or a hub id")
     config = read_config(folder, base)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..choices import SAID_TOKENS
 from .cards import CARDS, parts_table, read_base, read_settings, verdict
 
 # As gate_prior has them by default; an answer to an image comes with the image and its question.
 STEPS, ANSWERS = 200, 8
-KEPT, SAID, PROMPT = 400, 512, 128  # tokens
+KEPT, SAID, PROMPT = 400, SAID_TOKENS, 128  # tokens
 TOKENS = SAID + PROMPT  # at a time: what is longer than max_tokens goes through by itself
 
 

@@ -101,7 +101,7 @@ class Settings:
         check_loading(self.model_init_kwargs, self.dtype)
         if self.lora_dropout > 1:  # what is not above 0 is none, to PEFT too
             raise ValueError(
-                f"lora_dropout is the probability that a number is left out, at most 1: {self.lora_dropout}"
+                f"lora_dropout is the probability that a number is left out, at most 1, got {self.lora_dropout}"
             )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true, and training is in one of them: leave one out")

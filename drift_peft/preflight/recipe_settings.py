@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 from ..arguments import check_whole, nearest
 from ..recipe import as_meant, check_value, read_yaml
 from ..tuner import DriftConfig
+from ..warn import warn
 
 WHOLE = ("prior_rank", "max_tokens", "keep_samples", "keep_top_k", "keep_max_new_tokens")
 WHOLE += ("keep_batch_size", "keep_every")  # what there is at least one of
@@ -83,6 +85,9 @@ class RunArguments:
         hint = get_type_hints(RunArguments)["processor_kwargs"]
         self.processor_kwargs = as_meant("processor_kwargs", self.processor_kwargs, hint) or {}
         check_value("processor_kwargs", self.processor_kwargs, dict)
+        for key, value in vars(self).items():
+            if value == "":
+                raise ValueError(f"{key} is empty: give it a value, or leave it out")
         check_whole(**{key: getattr(self, key) for key in WHOLE})
         if not 0 <= self.keep_weight < math.inf:
             raise ValueError(f"keep_weight is a number of at least 0, and 0 keeps nothing, got {self.keep_weight}")
@@ -140,11 +145,31 @@ def value_of(key: str, value: Any, hint: Any, choices: Any = None) -> Any:
     """A value of a recipe as its setting takes it. ValueError if it is of another type."""
     if key == "resume_from_checkpoint" and isinstance(value, bool):
         value = "true" if value else None
+    if key in OWN and isinstance(value, str) and value.lower() in ("none", "null") and NoneType in get_args(hint):
+        value = None
     if value is False and "no" in (choices or ()):  # save_strategy: no
         value = "no"
     value = as_meant(key, value, hint)
     check_value(key, value, hint)
     return value
+
+
+def check_named(run: RunArguments, named: Collection[str], flags: Collection[str] = ()) -> None:
+    """ValueError for keys that were named and that this run does not look at.
+
+    Args:
+        named: all keys of the recipe and the command line.
+        flags: those of the command line. What the recipe says of guidance is for its other method.
+    """
+    of_keeping = [key for key in named if key.startswith("keep_")]
+    if of_keeping and "keep" not in named and run.keep_weight:
+        raise ValueError(
+            f"{of_keeping[0]} is said of a keep set, and none is named: name its file with keep, or set keep to null, "
+            "which keeps nothing"
+        )
+    of_guidance = [key for key in flags if key in DRIFT]
+    if of_guidance and run.method == "sft":
+        raise ValueError(f"{of_guidance[0]} steers, and method sft does not: leave it out, or set method to drift")
 
 
 def refuse_what_cannot_work(training: Mapping[str, Any], kind: type = TrainingArguments) -> None:
@@ -174,11 +199,18 @@ def check_together(run: RunArguments, drift: DriftConfig, training: Mapping[str,
     steps, epochs = (training.get(name, getattr(TrainingArguments, name)) for name in ("max_steps", "num_train_epochs"))
     if run.prior is None and run.merge_first is not None and run.expert is None:
         raise ValueError(f"merge_first={run.merge_first} merges a part of expert − base: set expert")
+    if steps == 0:
+        raise ValueError("max_steps=0 trains no step: name their number, or leave it out to train in epochs")
     if steps <= 0 and (run.streaming or epochs <= 0):
         why = "streaming: true, whose length nobody knows" if run.streaming else f"{epochs} epochs"
         raise ValueError(f"max_steps={steps} sets no number of steps for {why}: set max_steps")
     if run.merge_first == 1 and (drift.pulls or drift.drift_start):
         raise ValueError("merge_first=1 leaves nothing to steer toward: set method to sft, or merge less")
+    if 0 < steps <= drift.drift_warmup_steps and drift.guides:
+        warn(
+            f"drift_warmup_steps={drift.drift_warmup_steps} is no less than max_steps={steps}: the full strength is "
+            "never reached."
+        )
     if run.keep is not None and not run.replay and drift.drift_norm == "weight":
         raise ValueError(
             "drift_norm: weight does not see the gradient that keep adds: set drift_norm to factor, or replay to 0.2, "
@@ -205,6 +237,7 @@ def check_recipe(content: Mapping[str, Any], choices: Mapping[str, list]) -> Non
     training = {key: value for key, value in meant.items() if key not in OWN}
     refuse_what_cannot_work(training)
     run = RunArguments(**{f.name: meant[f.name] for f in fields(RunArguments) if f.name in meant})
+    check_named(run, content)
     adapter = DriftArguments(**{name: meant[name] for name in (*LORA, *DRIFT) if name in meant})
     check_together(run, adapter_of(run, vars(adapter)), training)
 

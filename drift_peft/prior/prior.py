@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_type, check_whole, plain, typed
 from ..checkpoints import gathered
+from ..warn import warn
 from .combine import (
     NOTHING,
     Weight,
@@ -103,6 +104,8 @@ class ReasoningPrior(PriorFile):
             ReasoningPrior('small.safetensors', 28 weights, rank 4)
         """
         check_whole(rank=rank)
+        if rank >= self.rank:
+            warn(f"rank={rank} cuts nothing: no weight of {self.source} has more than {self.rank} directions.")
         if "gated" in self.metadata:  # whose gates are those of all directions of the prior that it was made of
             return self.combine({self: 1.0}, output, rank, overwrite)
         header = {**self.metadata, "rank": min(rank, self.metadata["rank"] or self.rank)}

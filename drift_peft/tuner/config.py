@@ -108,6 +108,10 @@ class DriftConfig(DriftSettings, LoraConfig):
                 raise ValueError(
                     f"{name}={alpha!r} is no finite number: lora_alpha and alpha_pattern scale the adapter."
                 )
+        if not is_number(self.lora_dropout) or self.lora_dropout > 1:  # what is not above 0 is none, to PEFT too
+            raise ValueError(
+                f"lora_dropout is the probability that a number is left out, at most 1, got {self.lora_dropout!r}."
+            )
         if self.init_lora_weights not in STARTS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} is not available with guidance: choose one of "

@@ -81,6 +81,10 @@ def guide(
     refuse_nested_copies(model)
     layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))
     _refuse_nothing(model, prior, adapter_name, layers, tensors)
+    if (share := settings.get("drift_start")) and init_lora_weights is None:
+        lacks = "guide() leaves an adapter its own start: add init_lora_weights='drift', or leave out drift_start"
+        lacks = lacks if layers else "there is none here: leave it out"
+        raise ValueError(f"drift_start={share!r} puts a part of Δ into a new adapter, and {lacks}.")
     config = DriftConfig(
         prior=None if prior is None else prior.source,
         prior_sha256=None if prior is None else prior.sha256,
@@ -134,11 +138,6 @@ def _check_arguments(
         raise ValueError(
             f"guide() gives an adapter the start 'drift', or leaves it its own (None), but got init_lora_weights="
             f"{init_lora_weights!r}."
-        )
-    if settings.get("drift_start") and init_lora_weights is None:
-        raise ValueError(
-            f"drift_start={settings['drift_start']!r} puts a part of Δ into a new adapter, and guide() leaves an "
-            "adapter its own start: add init_lora_weights='drift', or leave out drift_start."
         )
 
 

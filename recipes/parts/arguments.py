@@ -19,6 +19,7 @@ from drift_peft.preflight import (
     DriftArguments,
     RunArguments,
     adapter_of,
+    check_named,
     refuse_what_cannot_work,
     value_of,
 )
@@ -95,6 +96,7 @@ class RecipeParser(Parser, TrlParser):
         self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         self.first.error = self.error
         help = "YAML of the settings below, with underscores in their names; flags win over it"
+        self.named: list[str] = []  # keys of the YAML
         self.first.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=help)
         usage = "%(prog)s --config FILE [--flag value ...]"
         super().__init__("sft_vlm.py", doc, TYPES, usage=usage, parents=[self.first])
@@ -114,6 +116,7 @@ class RecipeParser(Parser, TrlParser):
         check_value("env", env, dict | None)
         os.environ |= {name: str(value) for name, value in (env or {}).items()}  # as TRL's does
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        self.named = [*settings]
         for key, value in settings.items():
             if key not in known:
                 self.error(f"unknown key {key}; {IN_4BIT.get(key) or guess(key, known)}")
@@ -133,5 +136,8 @@ def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, 
         ValueError, yaml.YAMLError: a value out of range, no YAML, or no CUDA device.
         OSError: no such file.
     """
-    run, drift, train = RecipeParser(doc).parse_args_and_config(argv)
+    parser = RecipeParser(doc)
+    run, drift, train = parser.parse_args_and_config(argv)
+    flags = [flag.lstrip("-").replace("-", "_") for flag in parser.given]
+    check_named(run, [*parser.named, *flags], flags)
     return run, adapter_of(run, vars(drift)), train

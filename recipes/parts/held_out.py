@@ -51,7 +51,7 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
 def read_tested(source: str, images: str | None) -> datasets.Dataset:
     """Samples to examine with. Where their images are not beside them but in the recipe's folder, they have a category
     as well, since they are examined in a file that has the images in it."""
-    how = {"split": "test", "on_bad": "fail"}
+    how = {"split": "test", "default_split": "test", "on_bad": "fail"}
     try:
         return load_messages(source, to_train=False, **how)[0]
     except BadSample as error:
@@ -114,10 +114,8 @@ def groups_of(marks: list[set[str]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def split(
-    dataset: datasets.Dataset, groups: list[list[int]], args: Namespace, tested: datasets.Dataset | None = None
-) -> dict[str, str]:
-    """The samples to train on and those that are held out, or tested, as files.
+def hold_out(groups: list[list[int]], args: Namespace) -> dict[str, list[int]]:
+    """The rows to train on and those that are held out, of samples that stay together in groups.
 
     At least --held-out are held out, more where the last group has more. A group that is larger than that comes last.
 
@@ -131,18 +129,25 @@ def split(
     for name, size in sizes.items():
         while len(rows[name]) < size and (group := next(order, None)):
             rows[name] += group
-    held = max(sum(map(len, rows.values())), sum(sizes.values()))
-    if 2 * held > len(dataset):
-        message = f"{held} of the {len(dataset)} samples of the data would be held out"
-        if len(groups) < len(dataset):
+    held, samples = max(sum(map(len, rows.values())), sum(sizes.values())), sum(map(len, groups))
+    if 2 * held > samples:
+        message = f"{held} of the {samples} samples of the data would be held out"
+        if len(groups) < samples:
             message += (
                 ", where samples with an image in common, or the same question without one, stay together, up to "
             )
             message += f"{max(map(len, groups))} of them"
         raise ValueError(f"{message}: hold out fewer with --held-out, or name other samples with --test")
-    rows["train"] = sorted({*range(len(dataset))} - {*rows["test"]})
+    rows["train"] = sorted({*range(samples)} - {*rows["test"]})
     if args.search:
         rows["fitting"] = sorted({*rows["train"]} - {*rows["validation"]})
+    return rows
+
+
+def write_split(
+    dataset: datasets.Dataset, rows: dict[str, list[int]], args: Namespace, tested: datasets.Dataset | None = None
+) -> dict[str, str]:
+    """The samples to train on and those that are held out, or tested, as files."""
     files = {name: args.output / f"{name}.parquet" for name, numbers in rows.items() if numbers}
     for name, file in files.items():
         if not file.exists():

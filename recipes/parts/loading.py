@@ -98,6 +98,7 @@ def load_messages(
     source: str | Path,
     *,
     split: str = "train",
+    default_split: str = "train",
     images: str | Path | None = None,
     streaming: bool = False,
     on_bad: Literal["drop", "fail"] = "drop",
@@ -112,6 +113,7 @@ def load_messages(
     Args:
         source: hub id or id@revision of a data set, a .json, .jsonl or .parquet file, or a folder of these.
         split: of a hub id or a folder.
+        default_split: see `find_files`.
         images: folder that relative image paths start from; by default that of the source.
         streaming: read samples when they are asked for, and download nothing first. What is dropped is then counted
             meanwhile, in the process that iterates.
@@ -124,9 +126,9 @@ def load_messages(
 
     Raises:
         BadSample: with on_bad="fail", or if none is left.
-        ValueError: the source cannot be read, or lacks the split.
+        ValueError: the source cannot be read, or lacks the split, or has no splits and one is named.
     """
-    files, root = find_files(str(source), split, images, streaming)
+    files, root = find_files(str(source), split, images, streaming, default_split)
     features = datasets.Features({**FEATURES, PLACE: TEXT}) if places else FEATURES
     dropped = Dropped()
     seen: dict[str, tuple[str, int]] = {}  # where each sample comes first: a stream may be read again

@@ -22,11 +22,15 @@ def processor_settings(processor_kwargs: dict | None, chat_template_path: str | 
 
 
 def load_processor(name: str | Path, revision: str | None, settings: dict, trust_remote_code: bool) -> Any:
-    """That of a base, with `processor_settings`. ValueError for a setting that it does not know."""
+    """That of a base, with `processor_settings`. ValueError for a setting that it does not know, or if it takes no
+    images."""
     from transformers import AutoProcessor
 
     from drift_peft.keeping import check_processor_settings
 
     processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code, **settings)
+    if getattr(processor, "image_processor", None) is None:
+        kind = type(processor).__name__
+        raise ValueError(f"{name} has no processor of images but {kind}: name a vision-language model as the base")
     check_processor_settings(processor, settings)
     return processor

@@ -22,11 +22,18 @@ SHARES = (0.1, 0.9)
 
 def space(way: Way, settings: dict) -> dict[str, dict]:
     """Bounds of what is tuned of a way: the rate, the strength of DRIFT, the λ of a part that is merged first, or that
-    the adapter starts at."""
+    the adapter starts at.
+
+    Raises:
+        ValueError: there is nothing around a rate or a strength that is 0.
+    """
     recipe = way.recipe(settings)
     centres = {"learning_rate": recipe.get("learning_rate", 2e-5)}  # TRL's default
     if recipe["method"] == "drift":
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
+    if nothing := [key for key, value in centres.items() if value <= 0]:
+        told = f"--search tries {nothing[0]} around the recipe's, which is {centres[nothing[0]]:g}"
+        raise ValueError(f"{told}: give it a value above 0, or leave {way.kind} out with --ways")
     bounds = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
     for key in ("merge_first", "drift_start") if recipe["method"] == "drift" else ("merge_first",):
         if own := recipe.get(key):

@@ -31,16 +31,25 @@ DOCUMENT = "document"  # column of a file that is one text
 START = 1000  # bytes of a file that tell how it is to be read
 
 
-def find_files(source: str, split: str, images: str | Path | None, streaming: bool) -> tuple[list[str], Root]:
-    """The files of a source's split, and where its images are. ValueError if there are none."""
+def find_files(
+    source: str, split: str, images: str | Path | None, streaming: bool, default_split: str = "train"
+) -> tuple[list[str], Root]:
+    """The files of a source's split, and where its images are. ValueError if there are none.
+
+    Args:
+        default_split: what `split` is where nobody has named one; any other is refused of a source without splits.
+    """
     path = Path(source)
     if path.is_dir():
-        files, root = _saved_files(path, split) or _split_files(source, split), Root(source, path.resolve().name)
+        files = _saved_files(path, split, default_split) or _split_files(source, split)
+        root = Root(source, path.resolve().name)
     elif path.exists() or _is_data(source):
         if not path.exists():
             raise ValueError(f"there is no file {source} here: a path begins where the command is run")
         if not _is_data(source):
             raise ValueError(f"{source} is no file to be read: take one of {', '.join(FILES)}, a folder, or a hub id")
+        if split != default_split:
+            raise _without_splits(source, split)
         files, root = [source], Root(str(path.parent), path.resolve().parent.name)
     else:
         warn_of_hub(source)
@@ -116,7 +125,7 @@ def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[in
 def read_categories(data: str, split: str, key: str | None) -> list[str]:
     """What each sample has under a key; "all" if it is not asked for by name, and not there."""
     values = []
-    for file in find_files(data, split, None, False)[0]:
+    for file in find_files(data, split, None, False, default_split=split)[0]:  # by which the samples were read
         rows = read_file(file, streaming=False)
         if not is_json(file):  # whose images are not to be read for this
             has_key = (key or CATEGORY) in rows.column_names
@@ -158,7 +167,12 @@ def _is_data(file: str | Path) -> bool:
     return Path(file).suffix.lower() in FILES
 
 
-def _saved_files(folder: Path, split: str) -> list[str]:
+def _without_splits(source: str | Path, split: str) -> ValueError:
+    way_out = "leave split out, or name the file or folder of that split as the data"
+    return ValueError(f"{source} has no splits, so split {split} cannot be taken of it: {way_out}")
+
+
+def _saved_files(folder: Path, split: str, default_split: str) -> list[str]:
     """The files of what a data set's save_to_disk has written; none if it is another folder."""
     with blamed_on(str(folder)):
         if (several := folder / "dataset_dict.json").exists():
@@ -169,8 +183,11 @@ def _saved_files(folder: Path, split: str) -> list[str]:
         state = folder / "state.json"
         if not state.exists():
             return []
-        files = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    return [str(folder / file["filename"]) for file in files]
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        files = [str(folder / file["filename"]) for file in saved["_data_files"]]
+    if not several.exists() and split not in (default_split, saved.get("_split")):
+        raise _without_splits(folder, split)
+    return files
 
 
 def _split_files(source: str, split: str) -> list[str]:

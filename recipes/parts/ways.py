@@ -10,6 +10,7 @@ from .processing import processor_settings
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
 KINDS += ("started", "started-keep", "merged-drift-keep", "held", "held-keep")
+TRAINED = KINDS[KINDS.index("sft") :]
 ON_REQUEST = ("started", "started-keep", "held", "held-keep")  # with --ways alone: each is another run
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
 
@@ -54,6 +55,7 @@ def ways_of(
     keep: str | None,
     texts: str | None = None,
     held: Sequence[float] = (1.0,),
+    meant: Sequence[str] = (),
 ) -> list[Way]:
     """The ways that a recipe has what it takes for, of the kinds that are asked for, in the order of KINDS.
 
@@ -66,11 +68,13 @@ def ways_of(
         keep: keep set of the ways that keep; None leaves them out.
         texts: SHA-256 of the prompts for the expert, whose answers gate the prior; None leaves that out.
         held: shares of Δ that are merged before LoRA is held near the merged base.
+        meant: kinds that a flag sets something for, so that they are not left out in silence.
 
     Raises:
-        ValueError: a kind is asked for, and what it takes is missing.
+        ValueError: a kind is asked for or meant, and what it takes is missing.
     """
-    plain, kept = {"keep": None, "replay": None}, {"keep": str(keep)}
+    of_keeping = (key for key in settings if key.startswith("keep"))
+    plain, kept = dict.fromkeys(["replay", "keep", *of_keeping]), {"keep": str(keep)}
     sft, drift = ({"method": method, "merge_first": None} for method in ("sft", "drift"))
     hold = dict.fromkeys(key for key in settings if key.startswith("drift_"))  # what is said of steering
     hold |= {"method": "drift", "drift_scale": "decoupled", "drift_target": "base", "drift_alpha": 1.0}
@@ -107,7 +111,7 @@ def ways_of(
             missing[kind] = f"an adapter starts at a part of Δ, up to 1, and --merge-first names {no_part[0]:g}"
         elif kind.endswith(("drift-keep", "started-keep")) and blind:
             missing[kind] = "drift_norm: weight does not see the gradient that keeping adds; set factor, or replay"
-    for kind in kinds:
+    for kind in [*kinds, *meant]:
         if kind in missing:
             raise ValueError(f"{kind} cannot be compared: {missing[kind]}")
     wanted = ({*kinds} or {*KINDS} - {*ON_REQUEST}) - missing.keys()

@@ -1,8 +1,10 @@
 """The command line through its entry point: results on stdout, one sentence on stderr, exit status."""
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -85,8 +87,19 @@ def test_targets(folder, capsys):
     assert status == 0 and len(rows) == 7
     assert rows["q_proj"] == {"module": "q_proj", "adapted": 2, "steered": 2, "left": 0}
     assert rows["gate_proj"] == {"module": "gate_proj", "adapted": 2, "steered": 2, "left": 1}  # the vision tower's
-    status, out, _ = run(capsys, "targets", folder / "vlm")
-    assert status == 0 and "no prior given" in out and r"target_modules = r'model\.language_model\.layers" in out
+    status, out, err = run(capsys, "targets", folder / "vlm")
+    assert (status, err) == (0, "") and "no prior given" in out
+    assert r"target_modules = r'model\.language_model\.layers" in out
+
+
+def test_targets_name_the_base_of_a_prior_that_was_built_for_another(folder, capsys, tmp_path):
+    other = shutil.copytree(folder / "vlm", tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"was built for vlm: whether the weights of .*other are the same is seen in"):
+        status, out, _ = run(capsys, "targets", other, "--prior", folder / "prior.safetensors")
+    assert status == 0 and "q_proj" in out
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was built for")
+        run(capsys, "targets", folder / "vlm", "--prior", folder / "prior.safetensors")
 
 
 def test_targets_are_those_that_the_prior_covers(folder, capsys, tmp_path):
@@ -123,6 +136,8 @@ def test_prior_combine_and_truncate(folder, capsys, tmp_path):
     assert [parent["weight"] for parent in json.loads(out)["parents"]] == [0.7, -0.2]
     status, out, _ = run(capsys, "prior", "combine", f"{prior}=1", "-o", total, "--overwrite")
     assert status == 0 and ReasoningPrior.load(total).rank == 8
+    with pytest.warns(UserWarning, match=r"^rank=8 cuts nothing: no weight of .* has more than 8 directions\.$"):
+        run(capsys, "prior", "truncate", prior, "--rank", 8, "-o", tmp_path / "same.safetensors")
     status, _, err = run(capsys, "prior", "truncate", prior, "--rank", 3, "-o", low)
     assert status == 1 and "low.safetensors exists: name another file" in err
 

@@ -212,7 +212,11 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ({"api_key": "key"}, ValueError, r"api_key goes with server \(--server\)"),
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
         ({"server": "localhost"}, ValueError, "server localhost is no address such as http://localhost:8000/v1"),
-        ({"server": "http://x/v1", "load_in_4bit": True}, ValueError, "with server=, give the id"),
+        (
+            {"server": "http://x/v1", "load_in_4bit": True},
+            ValueError,
+            "the server decides how its model is loaded: leave out load_in_4bit",
+        ),
     ],
 )
 def test_refused(changes, error, message, folder, tmp_path):

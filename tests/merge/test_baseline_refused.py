@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_layout, tiny_llm
+from tiny import save_layout, tiny_llm, tiny_vlm
 from trios import Q, merge
 
 from drift_peft import merge_baseline
@@ -60,6 +60,12 @@ def same(folder):
     shutil.copytree(folder / "base", folder / "expert")
 
 
+def swapped(folder):
+    for role, model in (("expert", tiny_vlm("llava_next")), ("base", tiny_llm("llava"))):
+        shutil.rmtree(folder / role)
+        save_layout(model, folder / role)
+
+
 REFUSED = {
     "unknown method": ({"method": "slerp"}, None, "method='slerp' is unknown: choose from task_arithmetic, ties"),
     "ties alone": ({"method": "ties"}, None, r"ties with weights \(1.6, 0.2\) needs the model .*--reference.*--scale"),
@@ -69,7 +75,6 @@ REFUSED = {
     "three": ({"weights": (0.9, 0.1, 0)}, None, r"weights are two, .*; got \(0.9, 0.1, 0\)"),
     "infinite": ({"scale": math.inf}, None, "scale is one finite number"),
     "density": ({"method": "ties", "scale": 1, "density": 0}, None, "density must be above 0 and at most 1, got 0"),
-    "no seed": ({"seed": 0}, None, "seed=0 has no meaning for task_arithmetic, which draws nothing: leave it out"),
     "no density": ({"density": 0.5}, None, "density=0.5 has no meaning for task_arithmetic, which keeps every entry"),
     "module": ({"modules": "head"}, None, r"modules=\['head'\] are not all merged: choose from attn, mlp, norm, bias"),
     "no module": ({"modules": []}, None, r"modules=\[\] are not all merged"),
@@ -99,6 +104,7 @@ REFUSED = {
         replace_expert(lambda: tiny_llm("llava", num_hidden_layers=3)),
         "differ in number of layers 3 and 2",
     ),
+    "a base that cannot see": ({}, swapped, "expert .* is a vision-language model and base .* a text model: change th"),
     "no expert": ({"expert": "no/where"}, None, "no/where"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import experts
 import keep_sets
@@ -38,6 +39,8 @@ def gate(folder, output, **changes):
     given = {"expert": folder / "expert", "texts": experts.PROMPTS, "keep_set": folder / "keep.safetensors", **FEW}
     if changes.get("objective") != "frism":
         given["answers"] = folder / "answers.safetensors"
+    else:
+        given |= {"max_new_tokens": None, "top_k": None}
     given |= {"base": folder / "base", **changes}
     return gate_prior(folder / "prior.safetensors", output=output, **given)
 
@@ -238,6 +241,23 @@ def weights(*priors):
 # What is refused, before any model is loaded
 
 
+def test_an_expert_that_is_not_the_priors_is_told(folder, tmp_path):
+    """Before it answers. The same folder by another path is the same."""
+    other = shutil.copytree(folder / "expert", tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"was built from expert, and .* by the answers of other: unless that is the"):
+        gate(folder, tmp_path / "g.safetensors", expert=other, answers=tmp_path / "a.safetensors", steps=1)
+    (tmp_path / "by").symlink_to(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was built from")
+        gate(
+            folder,
+            tmp_path / "h.safetensors",
+            expert=tmp_path / "by" / "expert",
+            answers=tmp_path / "b.safetensors",
+            steps=1,
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -253,6 +273,8 @@ def weights(*priors):
         ({"alpha": 1.0}, "objective 'expert' has no alpha"),
         (FRISM | {"keep_weight": 0.3}, "objective 'frism' has no keep_weight"),
         (FRISM | {"answers": "nowhere/a.safetensors"}, "objective 'frism' has no answers"),
+        (FRISM | {"max_new_tokens": 8}, "objective 'frism' has no max_new_tokens"),
+        (FRISM | {"top_k": 8}, "objective 'frism' has no top_k"),
         ({"keep_set": "gated.safetensors"}, "is a safetensors file but no keep set"),
         ({"keep_set": "none.safetensors"}, "none.safetensors"),
         ({"texts": []}, "there are no prompts"),
@@ -276,7 +298,8 @@ def test_what_cannot_be_gated_is_refused_in_one_sentence(changes, said, folder, 
     monkeypatch.setattr(generation, "load_model", None)
     before = sorted(file.name for file in folder.iterdir())
     given = {"prior": "prior.safetensors", "base": "base", "expert": "expert", "texts": experts.PROMPTS}
-    given |= {"keep_set": "keep.safetensors", "output": "new.safetensors", "answers": "new.answers.safetensors"}
+    given |= {"keep_set": "keep.safetensors", "output": "new.safetensors"}
+    given |= {} if changes.get("objective") == "frism" else {"answers": "new.answers.safetensors"}
     with pytest.raises((ValueError, OSError), match=re.escape(said)) as caught:
         gate_prior(**given | changes)
     assert "\n" not in str(caught.value) and sorted(file.name for file in folder.iterdir()) == before

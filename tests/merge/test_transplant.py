@@ -354,6 +354,8 @@ def test_a_vlm_as_the_expert_of_a_text_model_is_refused(vlms, tmp_path):
         ({"scale": "auto", "keep": "x", "budget": -1}, "budget must be a number of nats above 0"),
         ({"load_in_4bit": True}, r"load_in_4bit goes with keep"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": 4}, r"batch_size=4 goes with keep \(--keep\): nothing else is asked"),
+        ({"rank": 8, "energy": 0.9}, r"give rank=8 or energy=0\.9, not both$"),
         ({"merged": True, "rank": 4}, "rank=4 goes with an adapter"),
         ({"merged": True, "load_in_4bit": True, "keep": "x"}, "load_in_4bit measures an adapter"),
     ],

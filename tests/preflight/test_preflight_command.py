@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from drift_peft import gate_prior
+from drift_peft.choices import SAID_TOKENS
 from drift_peft.preflight import cards
 from drift_peft.preflight.cards import TRL, USABLE, advise, cards_table, read_settings, recipe_keys, trl_keys
 from drift_peft.preflight.gating import gating_table
@@ -178,12 +179,7 @@ def test_what_gating_takes(recipe, capsys):
     assert summary["parts_gb"]["prior, 16 bits"] == pytest.approx(prior / 1e9)
     assert summary["tokens"] == 200 * 8 * (400 + 512) and summary["sequences"] == summary["tokens"] / 128
     defaults = {name: p.default for name, p in inspect.signature(gate_prior).parameters.items()}
-    assert (defaults["steps"], defaults["batch_size"], defaults["max_new_tokens"], defaults["top_k"]) == (
-        200,
-        8,
-        512,
-        32,
-    )
+    assert (defaults["steps"], defaults["batch_size"], SAID_TOKENS) == (200, 8, 512)
     assert "1.5 million tokens: as long as training on 11400 sequences" in str(gating_table(summary).caption)
 
 
@@ -256,7 +252,7 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["drift_modules=[]"], "drift_modules must be None, or name presets"),
         (["keep_weight=-1"], "keep_weight is a number of at least 0, and 0 keeps nothing, got -1"),
         (["keep_weight=.nan"], "keep_weight is a number of at least 0, and 0 keeps nothing, got nan"),
-        (["lora_dropout=2"], "lora_dropout is the probability that a number is left out, at most 1: 2"),
+        (["lora_dropout=2"], "lora_dropout is the probability that a number is left out, at most 1, got 2"),
         (["bf16=true", "fp16=true"], "bf16 and fp16 are both true, and training is in one of them: leave one out"),
         (["model_init_kwargs=5"], "model_init_kwargs takes settings such as {name: value}, got 5"),
         (
@@ -274,11 +270,15 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
         (["base=PART"], "is quantized (gptq): give the full-precision model"),
         (["base=MLX"], "is quantized (MLX): give the full-precision model"),
         (["base=null"], "is no recipe: it names no base"),
+        (["base=[a, b]"], "base takes a text, got ['a', 'b']"),
+        (["base=ADAPTER"], "ADAPTER is an adapter, not a model: name the model that it was trained on"),
     ],
 )
 def test_mistakes_are_one_sentence(changes, message, recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "ADAPTER").mkdir()
+    (tmp_path / "ADAPTER" / "adapter_config.json").write_text("{}")
     tiny_llm("llava").config.save_pretrained(tmp_path / "TEXT")
     save_base(tmp_path / "QUANTIZED", quantization_config={"quant_method": "awq"})
     save_base(tmp_path / "MLX", quantization={"group_size": 64, "bits": 4})
@@ -306,6 +306,8 @@ def test_a_recipe_is_read_as_it_is_meant(tmp_path):
     wanted = dict(max_tokens=2000, r=16, think_tokens=False, bf16=False, gradient_checkpointing=False)
     wanted |= dict(processor_kwargs={"max_pixels": 10**6}, lora_dropout=0.05, drift_modules="attn")
     assert read_settings(tmp_path / "a.yaml") == Settings("b", **wanted)
+    (tmp_path / "a.yaml").write_text("\n".join([*lines, "keep: none", "keep_samples: 4"]))
+    assert read_settings(tmp_path / "a.yaml").keep is None
     for line, sentence in (("think_tokens: 'perhaps'", "think_tokens takes yes or no, got 'perhaps'"),
                            ("optim: null", "optim has no value: give it one, or leave the key out"),
                            ("lora_dropout: [1]", r"lora_dropout takes a number, got \[1\]")):  # fmt: skip

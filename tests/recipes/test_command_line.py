@@ -92,6 +92,8 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
           for flags in (["--batch-size", "8"], ["--trust-remote-code"])],
         *[("compare", ["r", "-o", "b", "--ways", "base", "sft", *flags], f"{flags[0]} does nothing with --ways base sft: leave it out")  # noqa: E501
           for flags in (["--scales", "0.5"], ["--texts", "t"], ["--merge-first", "0.5"])],
+        *[("compare", ["r", "-o", "b", "--ways", "base", "transplant", *flags], f"{flags[0]} does nothing with --ways base transplant: leave it out")  # noqa: E501
+          for flags in (["--search", "3"], ["--seeds", "0", "1"])],
         ("distill", ["a", "--max-token", "5"], "unknown flag --max-token; did you mean --max-tokens?"),
         ("distill", ["a", "-o", "b", "--batch_size", "x"], "--batch-size takes a whole number, got x"),
         ("evaluate", ["--max_new_token", "5"], "unknown flag --max_new_token; did you mean --max-new-tokens?"),

@@ -429,6 +429,62 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
     assert len(KINDS) == 14
 
 
+def test_what_cannot_be_compared_leaves_nothing_behind(data, texts, tmp_path, monkeypatch):
+    """So that the corrected command is not refused, and nothing is examined first."""
+    monkeypatch.setattr(compare, "launch", lambda *command: pytest.fail("launched"))
+    (empty := tmp_path / "empty.txt").write_text("\n")
+    settings = {"base": "b", "method": "sft", "use_cpu": True, "output_dir": "o"}
+    output, absent, usual = tmp_path / "out", tmp_path / "nope.txt", ["--held-out", "2"]
+    drift = {"prior": "someone/prior", "drift_alpha": 0, "method": "drift"}
+    for samples, own, more, told in (
+        (data, {}, [], "100 of the 8 samples of the data would be held out: hold out fewer with --held-out"),
+        (data, {}, [*usual, "--texts", absent], f"--texts {absent} is no file with prompts: name one, with a prompt a"),
+        (data, {}, [*usual, "--texts", empty], f"--texts {empty} is no file with prompts: name one, with a prompt a"),
+        (data, {}, [*usual, "--texts", __file__], "gated cannot be compared: the recipe names no expert"),
+        (data, {}, [*usual, "--scales", "0.5"], "transplant cannot be compared: the recipe names no expert"),
+        (data, {}, [*usual, "--merge-first", "0.2"], "merged cannot be compared: the recipe names no expert"),
+        (data, {"learning_rate": 0}, [*usual, "--search", "2"], "--search tries learning_rate around .*, which is 0: "),
+        (
+            data,
+            drift,
+            [*usual, "--search", "2"],
+            "drift_alpha around .*, which is 0: give it a value above 0, or leave",
+        ),
+        (
+            texts,
+            {},
+            [*usual, "--budget", "0.1"],
+            "--budget is of the distance from the VLM's own answers, and there are",
+        ),
+        (data, {"split": "test"}, usual, "has no splits, so split test cannot be taken of it: leave split out"),
+    ):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({**settings, **own, "data": str(samples)}))
+        with pytest.raises(SystemExit, match=told):
+            compare.main([str(tmp_path / "r.yaml"), "-o", str(output), *map(str, more)])
+        assert not output.exists(), told
+
+
+def test_a_folder_of_something_else_is_not_written_into(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "read_recipe", lambda file: pytest.fail("read"))
+    for name in ("vlm/config.json", "vlm/model.safetensors", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")}
+    for output, told in (
+        ("vlm", "vlm exists, and has no ledger.jsonl to go on from: name another folder"),
+        ("file", "file cannot be written: .*file is no folder, or not yours to write to"),
+        ("file/out", "out cannot be written: .*file is no folder, or not yours to write to"),
+    ):
+        with pytest.raises(SystemExit, match=f"output .*{told}"):
+            compare.main(["r.yaml", "-o", str(tmp_path / output)])
+    assert {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")} == before
+    monkeypatch.setattr(compare, "read_recipe", lambda file: {}["read"])
+    for name in ("empty", "killed/ledger.jsonl.lock"):  # a kill may leave no more than the lock
+        (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(KeyError, match="read"):
+            compare.main(["r.yaml", "-o", str(tmp_path / name.partition("/")[0])])
+
+
 def test_another_script_says_what_is_wrong_with_it(tmp_path, capfd):
     compare.launch("-c", "print('it ran')")
     with pytest.raises(

@@ -200,6 +200,9 @@ SILENT = "sample 1 of a.jsonl has a turn of the assistant that says nothing"
      (["-o", "there.parquet"], "output there.parquet exists: name another file, or pass --overwrite"),
      (["-o", "out.parquet", "--on-bad", "fail"], SILENT),
      (["-o", "out.parquet", "--images", "no"], "images no is no folder"),
+     (["-o", "out.parquet", "--split", "validation"],
+      "a.jsonl has no splits, so split validation cannot be taken of it: leave split out, or name the file or folder "
+      "of that split as the data"),
      (["-o", "out.parquet", "--model", "base", "--chat-template-path", "no.jinja"],
       "chat_template_path=no.jinja is no .jinja file that is here: name one; a model's folder has one, "
       "chat_template.jinja"),

@@ -191,6 +191,24 @@ def test_what_save_to_disk_has_written_is_read_where_it_lies(streaming, folder):
         load_messages("two", split="test")
 
 
+def test_a_split_of_what_has_none_is_refused(folder):
+    """Except the one that is meant where nobody names one, and the one that save_to_disk has noted."""
+    save(ROWS, "a.jsonl")
+    saved = datasets.Dataset.from_list(ROWS, split="dev")
+    saved.save_to_disk("one")
+    datasets.DatasetDict({"dev": saved}).save_to_disk("two")
+    for source in ("a.jsonl", "one"):
+        way_out = "leave split out, or name the file or folder of that split as the data"
+        with pytest.raises(
+            ValueError, match=rf"^{source} has no splits, so split test cannot be taken of it: {way_out}$"
+        ):
+            load_messages(source, split="test")
+        assert len(load_messages(source, split="test", default_split="test")[0]) == 2
+        with pytest.raises(ValueError, match="so split train cannot be taken"):
+            load_messages(source, split="train", default_split="test")
+    assert len(load_messages("one", split="dev")[0]) == len(load_messages("two", split="dev")[0]) == 2
+
+
 def test_a_file_beside_pictures_is_the_one_that_is_meant(folder):
     save([{"messages": turns(), "images": [f"{i}.png"]} for i in range(3)], "images/data.json")
     assert [pixels(sample) for sample in load("images")[0]] == [pictures(i) for i in range(3)]

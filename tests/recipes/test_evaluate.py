@@ -190,6 +190,27 @@ def test_a_keep_set_whose_batch_does_not_fit_is_one_sentence(model, data, tmp_pa
     assert not (tmp_path / "r.json").exists()
 
 
+def test_a_keep_set_writes_over_no_result_of_an_exam(model, data, result, tmp_path, capsys, monkeypatch):
+    """Nor where a stopped exam is to write, nor over another distance; a finished exam writes its own again."""
+    make_keep_set(model, data.parent, keep := tmp_path / "k.safetensors", max_new_tokens=2, top_k=4, progress=False)
+    output, journal = tmp_path / "r.json", tmp_path / "r.json.journal.jsonl"
+    exam = run(model, data, output, "--batch_size", "14")
+    asked = ("--model", model, "--keep", keep, "-o")
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+        assert refusal(capsys, *asked, output).endswith(f"output {output} exists: name another file")
+        assert json.loads(output.read_text()) == exam == run(model, data, output)
+        output.unlink()
+        told = f"{journal} holds answers of an exam whose result is to be {output}: name another file"
+        assert refusal(capsys, *asked, output).endswith(told)
+    evaluate.main([*map(str, asked), str(tmp_path / "kept.json")])
+    kept = (tmp_path / "kept.json").read_text()
+    assert "exists: name another file" in refusal(capsys, *asked, tmp_path / "kept.json")
+    told = "kept.json exists, and has no journal to go on from: name another file"
+    assert told in refusal(capsys, "--model", model, "--data", data, "-o", tmp_path / "kept.json")
+    assert (tmp_path / "kept.json").read_text() == kept and not output.exists()
+
+
 @pytest.mark.parametrize("asked", ["keep", "data"])
 def test_a_model_that_does_not_load_is_no_fault_of_the_batch(asked, model, data, tmp_path, monkeypatch, capsys):
     """Nor is anything answered then."""
@@ -408,6 +429,7 @@ def broken(model, data, tmp_path):
         "adapter": {"--model": tmp_path / "adapter"}, "no adapter": {"--adapter": model},
         "no model": {"--model": tmp_path}, "old": {"-o": tmp_path / "old.json"},
         "no folder": {"-o": tmp_path / "no" / "r.json"}, "category": {"--category": "level"},
+        "split": {"--split": "foo"},
     }  # fmt: skip
     return lambda name: [part for pair in (usual | changes[name]).items() for part in pair]
 
@@ -420,7 +442,7 @@ def broken(model, data, tmp_path):
     ("no adapter", "vlm is no adapter: it has no adapter_config.json"), ("no model", " cannot be loaded: "),
     ("old", "old.json exists, and has no journal to go on from: name another file"),
     ("no folder", "r.json cannot be written: name a file in a folder that exists"),
-    ("category", "has the category level"),
+    ("category", "has the category level"), ("split", "test.jsonl has no splits, so split foo cannot be taken of it: "),
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_in_one_sentence(name, sentence, broken, tmp_path, capsys):
     before = {path.name for path in tmp_path.iterdir()} - {"cache"}

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import yaml
 from keep_sets import make, save_folder
-from parts.held_out import groups_of, in_common, marks_of, split
+from parts.held_out import groups_of, hold_out, in_common, marks_of, write_split
 from parts.loading import load_messages
 from PIL import Image
 
@@ -49,7 +49,8 @@ def images(file):
 def test_questions_about_one_image_are_held_out_together(search, tmp_path):
     """Also where copies of it lie elsewhere."""
     dataset, _ = load_messages(save(tmp_path, [[i // 4] for i in range(200)]))
-    files = split(dataset, groups_of(marks_of(dataset)), asked(tmp_path, search=search))
+    args = asked(tmp_path, search=search)
+    files = write_split(dataset, hold_out(groups_of(marks_of(dataset)), args), args)
     sizes = {name: len(images(file)) for name, file in files.items() if file}
     assert sizes == {"test": 40, "train": 160} | ({"validation": 40, "fitting": 120} if search else {})
     assert not {*images(files["test"])} & {*images(files["train"])}
@@ -67,7 +68,8 @@ def test_what_has_an_image_in_common_through_others_belongs_together():
 def test_an_image_of_half_the_data_is_trained_on_if_there_are_others(tmp_path):
     """And the last group may have more samples than are missing."""
     dataset, _ = load_messages(save(tmp_path, [[0] for _ in range(20)] + [[1 + i // 3] for i in range(21)]))
-    files = split(dataset, groups_of(marks_of(dataset)), asked(tmp_path, held_out=4))
+    groups, args = groups_of(marks_of(dataset)), asked(tmp_path, held_out=4)
+    files = write_split(dataset, hold_out(groups, args), args)
     assert len(images(files["test"])) == 6 and picture(0) not in images(files["test"])
     with pytest.raises(
         ValueError,
@@ -75,7 +77,7 @@ def test_an_image_of_half_the_data_is_trained_on_if_there_are_others(tmp_path):
         "same question without one, stay together, up to 20 of them: "
         "hold out fewer with --held-out, or name other samples with --test",
     ):
-        split(dataset, groups_of(marks_of(dataset)), asked(tmp_path / "other", held_out=19))
+        hold_out(groups, asked(tmp_path, held_out=19))
 
 
 def test_samples_to_test_with_whose_images_are_trained_on_are_counted(tmp_path, monkeypatch, capsys):

@@ -429,7 +429,7 @@ def test_a_prior_of_another_commit_of_the_expert_is_refused(monkeypatch):
     for expert in ("org/expert", "org/expert@main", f"org/expert@{'a' * 40}"):
         assert sft_vlm.open_prior(sft_vlm.RunArguments("b", "d", prior="org/prior", expert=expert)) is prior
     run = sft_vlm.RunArguments("b", "d", prior="org/prior", expert=f"org/expert@{'b' * 40}")
-    told = f"org/prior was built with the expert org/expert@{'a' * 40}, not {run.expert}: change expert or prior"
+    told = f"org/prior was built with the expert org/expert@{'a' * 40}, not with {run.expert}: change expert or prior"
     with pytest.raises(ValueError, match=told):
         sft_vlm.open_prior(run)
 

@@ -303,6 +303,34 @@ def test_answers_whose_comparison_takes_too_long_are_counted(tmp_path, monkeypat
     assert "undecided" in capsys.readouterr().out
 
 
+OTHER = {"inputs": {"base": "base", "DRIFT": "other"}, "columns": {}}
+
+
+@pytest.mark.parametrize(
+    "there", [b'{"question": "q"}\n{"question": "r"}\n', b"[1]", b"", b"\x89PNG", json.dumps(OTHER).encode()]
+)
+def test_no_file_is_written_over_but_scores_of_the_same_answers(there, tmp_path, capsys, monkeypatch):
+    """So that the same command may be run again, with answers that have come meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "sft", "drift"):
+        save("VLMEvalKit", tmp_path / name, "MathVista", [1, 0])
+    (output := tmp_path / "scores.json").write_bytes(there)
+    flags = ["--base", "base", "--drift", "drift", "-o", output]
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "read_outputs", lambda place: pytest.fail("read"))
+        told = f"output {output} exists, and holds no scores of these answers: name another file"
+        assert refusal(capsys, *flags).endswith(told) and output.read_bytes() == there
+        assert f"output {tmp_path} is a folder: name a file" in refusal(capsys, *flags[:-1], tmp_path)
+        assert "there is no folder" in refusal(capsys, *flags[:-1], tmp_path / "no" / "scores.json")
+    output.unlink()
+    score.main([*map(str, flags)])
+    assert json.loads(output.read_text())["columns"]["MathVista"]["scores"] == {"base": 50.0, "DRIFT": 50.0}
+    save("VLMEvalKit", tmp_path / "drift", "MathVista", [1, 1])
+    score.main([*map(str, flags)])
+    assert json.loads(output.read_text())["columns"]["MathVista"]["scores"] == {"base": 50.0, "DRIFT": 100.0}
+    assert "holds no scores of these answers" in refusal(capsys, *flags, "--sft", "sft")
+
+
 @pytest.mark.parametrize("response, answer", [
     (r"<think>a \boxed{1}</think> b \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"so it is </think> \boxed{2}", "2"), (r"<think>a</think><answer> B </answer>", "B"),

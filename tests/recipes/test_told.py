@@ -83,13 +83,28 @@ def test_a_comparison_tells_it_and_finds_the_images_of_its_test_in_the_recipes_f
     args = held_out.Namespace(test="test.jsonl", output=tmp_path, held_out=1, search=0)
     dataset, tested, _ = held_out.read_data(args, {"data": "a.jsonl", "images": str(elsewhere)})
     assert "dropped, image missing: 1 (the first: sample 2 of a.jsonl" in capsys.readouterr().err
-    files = held_out.split(dataset, held_out.groups_of(held_out.marks_of(dataset)), args, tested)
+    rows = held_out.hold_out(held_out.groups_of(held_out.marks_of(dataset)), args)
+    files = held_out.write_split(dataset, rows, args, tested)
     assert files["test"] == str(tmp_path / "test.parquet")
     assert held_out.read_categories(files["test"], "test", None) == ["sum", "all"]
     again = held_out.read_tested(files["test"], None)
     assert held_out.marks_of(again) == held_out.marks_of(tested) and again["messages"][:] == tested["messages"][:]
     with pytest.raises(ValueError, match="or from the folder that images names"):
         held_out.read_tested("a.jsonl", None)
+
+
+def test_a_split_of_a_file_is_refused_in_training_and_in_a_comparison(capsys):
+    save([row()], "a.jsonl")
+    sentence = (
+        "^a.jsonl has no splits, so split test cannot be taken of it: leave split out, or name the file or folder"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        told(capsys, split="test")
+    with pytest.raises(ValueError, match=sentence):
+        held_out.read_data(held_out.Namespace(test=None), {"data": "a.jsonl", "split": "test"})
+    assert told(capsys, split="train")[1]["samples"] == 1
+    tested = held_out.Namespace(test="a.jsonl")
+    assert len(held_out.read_data(tested, {"data": "a.jsonl", "split": "train"})[1]) == 1
 
 
 def test_known_answers_of_a_test_are_taken_as_they_are_written(tmp_path):

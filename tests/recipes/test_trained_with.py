@@ -58,7 +58,7 @@ def test_other_settings_are_refused_before_anything_is_loaded(train, pair, data,
         assert str(refused.value) == f"sft_vlm.py: error: {checkpoint} was trained {told}: {way_out}"
     monkeypatch.chdir(folder)  # the same, named in other ways, and what may be another
     free = {"base": f"{base}/", "expert": "expert", "data": os.path.relpath(data), "prior": "prior.safetensors"}
-    free |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "keep_samples": 3, "logging_steps": 2}
+    free |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 2}
     with pytest.raises(LoadedSomething):
         train(**{**RESUMED, **free})
 

@@ -33,8 +33,8 @@ def weights(folder):
 
 
 def test_sft_needs_no_prior_and_says_so(train, tmp_path):
-    """It is plain LoRA from its usual start, whatever the YAML says of guidance."""
-    trainer, output = train(**FAST, method="sft", prior=None, expert=None, drift_scale="gradnorm")
+    """It is plain LoRA from its usual start."""
+    trainer, output = train(**FAST, method="sft", prior=None, expert=None)
     assert record(output)["settings"]["method"] == "sft" and record(output)["prior"] is None
     assert record(output)["settings"]["prior"] is None and record(output)["settings"]["drift_alpha"] == 0
     assert record(output)["results"]["guided_steps"] == 0

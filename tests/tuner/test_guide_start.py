@@ -211,6 +211,10 @@ def test_settings_that_are_refused_leave_the_adapter_alone(pairs, given, said):
 
 def test_what_has_no_adapter_or_no_prior_has_no_start(pairs):
     folder = pairs("llama")
+    with pytest.raises(
+        ValueError, match=r"^drift_start=0\.5 puts .* into a new adapter, and there is none here: leave"
+    ):
+        guide(load(folder, "llama"), folder / "prior.safetensors", drift_start=0.5)
     with pytest.raises(ValueError, match=r"guide\(\) was given no adapter: leave it out\.$"):
         started(folder, load(folder, "llama"))
     with pytest.raises(ValueError, match=r"guide\(\) was given no prior: leave it out\.$"):

@@ -1,0 +1,104 @@
+"""What recipes/sft_vlm.py says of settings that do nothing in a run, or cannot work: before anything is made."""
+
+import shutil
+
+import pytest
+import sft_vlm
+from parts.arguments import parse
+from recipe_runs import FAST
+
+from drift_peft import build_prior
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The settings of a recipe and of flags."""
+
+    def read(line, *flags):
+        (tmp_path / "a.yaml").write_text(f"base: b\ndata: d\nprior: p.safetensors\nuse_cpu: true\n{line}\n")
+        return parse(["--config", str(tmp_path / "a.yaml"), *flags], sft_vlm.__doc__)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"keep_images": "pictures"}, "keep_images is said of a keep set, and none is named: name its file with keep"),
+        ({"keep_every": 1}, "keep_every is said of a keep set, and none is named"),
+        ({"keep_weight": 3.0, "method": "sft"}, "keep_weight is said of a keep set, and none is named"),
+        ({"drift_start": 0.5, "method": "sft"}, "drift_start steers, and method sft does not: leave it out, or set"),
+        ({"drift_alpha": 0.3, "method": "sft"}, "drift_alpha steers, and method sft does not"),
+        ({"max_steps": 0}, "max_steps=0 trains no step: name their number, or leave it out to train in epochs"),
+        ({"lora_dropout": 2}, "lora_dropout is the probability that a number is left out, at most 1, got 2"),
+        ({"data": ""}, "data is empty: give it a value, or leave it out"),
+        ({"keep": ""}, "keep is empty: give it a value, or leave it out"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(settings, told, train, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "prepare", lambda *_: pytest.fail("something was loaded"))
+    with pytest.raises(SystemExit, match=told):
+        train(**settings)
+
+
+@pytest.mark.parametrize("of_keeping", ["keep_samples: 4", "keep_images: pictures\nkeep_weight: 3"])
+def test_a_recipe_that_forgets_its_keep_set_is_refused(of_keeping, written):
+    with pytest.raises(ValueError, match=r"is said of a keep set, and none is named: .*, or set keep to null, which"):
+        written(of_keeping)
+    for said in ("keep: null", "keep: none", "keep: None", "keep_weight: 0"):
+        assert written(f"keep_samples: 4\n{said}")[0].keep is None
+    assert written(of_keeping, "--keep", "k")[0].keep == "k"
+    assert written(f"{of_keeping}\nkeep: k", "--keep_weight=0")[0].keep is None
+
+
+def test_what_a_recipe_says_of_guidance_is_for_its_other_method(written):
+    run, adapter, _ = written("drift_alpha: 0.7\ndrift_start: 0.5", "--method", "sft")
+    assert run.prior is None and (adapter.drift_alpha, adapter.drift_start) == (0, 0)
+    assert written("", "--drift-start", "0.5")[1].drift_start == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"keep_top_k": 10**6}, r"keep_top_k=1000000 is more than the \d+ tokens that .*base has: lower it"),
+        ({"keep_questions": "gone.txt"}, "there is no file of questions gone.txt"),
+        ({"keep_images": "gone.parquet"}, "there is no file gone.parquet"),
+        ({"keep_images": "empty"}, "there are no images in empty"),
+    ],
+)
+def test_a_keep_set_that_cannot_be_made_is_told_before_the_prior_is_built(settings, told, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "open_prior", lambda _: pytest.fail("the prior was opened"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=told):
+        train(**FAST, keep=tmp_path / "k.safetensors", **settings)
+    assert not (tmp_path / "k.safetensors").exists()
+
+
+def test_a_base_that_takes_no_images_is_named(train, pair, tmp_path):
+    """As where base and expert have changed places. The expert's folder has a tokenizer alone."""
+    folder = pair("qwen2_5_vl")
+    text = shutil.copytree(folder / "expert", tmp_path / "text")
+    shutil.copy(folder / "base" / "tokenizer.json", text)
+    (text / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(SystemExit, match=r"text has no processor of images but \w+: name a vision-language model"):
+        train(**FAST, base=text)
+
+
+def test_a_prior_of_another_base_is_told(train, pair, tmp_path):
+    """In 4 bits its fingerprint cannot tell."""
+    folder = pair("qwen2_5_vl")
+    other = shutil.copytree(folder / "base", tmp_path / "other")
+    build_prior(folder / "expert", other, tmp_path / "p.safetensors", rank=8, reference=folder / "base", progress=False)
+    with pytest.warns(UserWarning, match=r"p\.safetensors was built for .*other, and this run trains .*base: unless"):
+        train(**{**FAST, "max_steps": 1}, prior=tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize(("steps", "told"), [(50, True), (2, True), (1, False)])
+def test_a_strength_that_is_never_reached_is_told(steps, told, written, recwarn):
+    run, drift, training = written("max_steps: 2", "--drift-warmup-steps", str(steps))
+    recwarn.clear()
+    sft_vlm.check_together(run, drift, vars(training))
+    assert [str(warning.message) for warning in recwarn] == told * [
+        f"drift_warmup_steps={steps} is no less than max_steps=2: the full strength is never reached."
+    ]

@@ -55,6 +55,7 @@ from drift_peft.atomic import write_json
 RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known
 LEDGER = "ledger.jsonl"
+MADE = "ways", "*.parquet", "keep*.safetensors", "compared.*", "choice.yaml"  # beside it
 HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
 
 
@@ -129,7 +130,7 @@ class Comparison:
         settings = way.recipe(self.settings, **own | {"output_dir": str(output), "seed": seed})
 
         def run(steps: int | None) -> dict:
-            content = settings if steps is None else {**settings, "max_steps": steps}
+            content = settings if steps is None else {**settings, "max_steps": steps, "drift_warmup_steps": 0}
             recipe.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
             resumes = newest_whole(output) is not None
             if not resumes:
@@ -248,9 +249,9 @@ def read_recipe(file: Path) -> dict:
 
     from parts.arguments import HINTS, parse, value_of
 
-    own = [] if "keep" in content else ["--keep", "made"]  # by the first run that keeps
+    own = [] if {"keep", "replay"} & {*content} else ["--keep", "made"]  # by the first run that keeps
     parse(["--config", str(file), *own], __doc__)
-    meant = {key: value_of(key, value, HINTS[key]) for key, value in content.items()}
+    meant = {key: value_of(key, value, HINTS.get(key)) for key, value in content.items()}
     return {key: value for key, value in meant.items() if value is not None}
 
 
@@ -261,7 +262,7 @@ def compare(args: Namespace) -> dict:
         ValueError, OSError, yaml.YAMLError: a mistake in the recipe, the flags or the data.
         Failed: a run has failed.
     """
-    refuse_other_folder(args.output, LEDGER)
+    refuse_other_folder(args.output, LEDGER, *MADE, "*config.json")  # of a model
     if args.texts is not None and not (args.texts.is_file() and args.texts.read_bytes().strip()):
         raise ValueError(f"--texts {args.texts} is no file with prompts: name one, with a prompt a line")
     settings = read_recipe(args.recipe)

@@ -259,16 +259,21 @@ def notes(result: dict) -> list[str]:
 
 
 def refuse_output(output: Path, inputs: dict[str, str]) -> None:
-    """Raise ValueError where the scores cannot be written, or would replace anything but scores of these very inputs.
+    """Raise ValueError where the scores cannot be written, or would replace anything but scores of answers so named.
 
-    So the same command may be run again, as reproduce_drift.sh does.
+    So the same command may be run again, as reproduce_drift.sh does, wherever its folder lies then.
     """
     if not output.parent.is_dir():
         raise ValueError(f"output {output} cannot be written: there is no folder {output.parent}")
     if output.is_dir():
         raise ValueError(f"output {output} is a folder: name a file, such as {output / 'scores.json'}")
-    if output.exists() and inputs_of(output) != inputs:
-        raise ValueError(f"output {output} exists, and holds no scores of these answers: name another file")
+    if not output.exists():
+        return
+    if (earlier := inputs_of(output)) is None:
+        raise ValueError(f"output {output} exists, and holds no scores: name another file")
+    if {model: Path(place).name for model, place in earlier.items()} != {m: Path(p).name for m, p in inputs.items()}:
+        whose = ", ".join(f"{model} {place}" for model, place in earlier.items())
+        raise ValueError(f"output {output} holds the scores of other answers ({whose}): name another file")
 
 
 def inputs_of(scores: Path) -> dict[str, str] | None:

@@ -56,8 +56,15 @@ from drift_peft import (
     telemetry,
 )
 from drift_peft.atomic import write_json
-from drift_peft.checkpoints import Checkpoint, assumed_quantization, at_revision, shown, split_revision
-from drift_peft.keeping import read_pictures, read_questions, vocabulary_rows
+from drift_peft.checkpoints import (
+    Checkpoint,
+    assumed_quantization,
+    at_revision,
+    is_same_origin,
+    shown,
+    split_revision,
+)
+from drift_peft.keeping import check_source, read_questions, vocabulary_rows
 from drift_peft.merge import check_memory
 from drift_peft.preflight import check_together
 from drift_peft.prior import read_merge
@@ -125,7 +132,7 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
 def warn_of_other_base(run: RunArguments, base: Checkpoint, prior: ReasoningPrior) -> None:
     """In 4 bits, the fingerprint cannot tell a base from its near relatives. What a part of Δ was merged into can."""
     built = prior.metadata.get("base")
-    if built is not None and read_merge(base.config) is None and not is_same_model(run.base, built):
+    if built is not None and read_merge(base.config) is None and not is_same_origin(base.origin, built):
         warn(
             f"{run.prior} was built for {run_or_prior(None, built)}, and this run trains {run.base}: unless their "
             "weights are the same, name another file in prior, and it is built for this base."
@@ -180,7 +187,7 @@ def check_keep(run: RunArguments, base: Checkpoint, images: int | None) -> None:
         raise ValueError(f"keep_top_k={run.keep_top_k} is more than the {tokens} tokens that {run.base} has: lower it")
     read_questions(run.keep_questions)
     if run.keep_images is not None:
-        read_pictures(run.keep_images, 1, seed=0)
+        check_source(run.keep_images)
 
 
 def open_keep_set(run: RunArguments, dataset: Dataset, processor: dict, load_in_4bit: bool) -> KeepSet | None:

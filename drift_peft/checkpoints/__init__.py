@@ -55,7 +55,7 @@ from .lora import (
     watched_adapter,
     write_adapter,
 )
-from .match import Match, describe, match_weights
+from .match import Match, describe, match_weights, refuse_exchanged
 from .naming import (
     EMBEDDING,
     HEAD,
@@ -188,6 +188,7 @@ __all__ = [
     "read_updates",
     "recorded_base",
     "refuse_both",
+    "refuse_exchanged",
     "refuse_other",
     "refuse_other_files",
     "refuse_quantized",

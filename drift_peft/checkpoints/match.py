@@ -115,6 +115,20 @@ def match_weights(
     return Match(keys, counts, shares, rows)
 
 
+def refuse_exchanged(expert: Checkpoint, base: Checkpoint, force_helps: bool = True) -> None:
+    """ValueError if the expert sees images and the base does not.
+
+    Args:
+        force_helps: whether the caller would not ask with force=True.
+    """
+    if expert.sees and not base.sees:
+        otherwise = ", or pass force=True (--force) if this is what you want" if force_helps else ""
+        raise ValueError(
+            f"expert {expert.source} is a vision-language model and base {base.source} a text model: the base is what "
+            f"is changed, so change their places{otherwise}"
+        )
+
+
 def in_vocabulary(name: str) -> bool:
     """Whether each row of this weight stands for a token."""
     return name.startswith(("lm_head.", "embed_tokens."))

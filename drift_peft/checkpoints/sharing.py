@@ -152,15 +152,24 @@ def repository_of(origin: Mapping) -> tuple[str, str | None] | None:
 
 
 def is_same_origin(one: Mapping, other: Mapping) -> bool:
-    """Do two models come from one repository, whatever the commit, or lie in one folder?
+    """Do two models come from one repository, whatever the commit, or lie in one folder? Of a folder that is not here,
+    and of a copy of a repository, its name tells.
 
     >>> is_same_origin({"id": "org/vlm", "revision": "0a1b2c"}, {"id": "org/vlm", "revision": "3d4e5f"})
     True
+    >>> is_same_origin({"id": "org/vlm", "revision": "0a1b2c"}, {"id": "/data/vlm", "revision": None})
+    True
     """
     repositories = [repository_of(origin) for origin in (one, other)]
-    if None in repositories:
-        return repositories == [None, None] and os.path.realpath(one["id"]) == os.path.realpath(other["id"])
-    return repositories[0][0] == repositories[1][0]
+    if None not in repositories:
+        return repositories[0][0] == repositories[1][0]
+    if repositories == [None, None] and os.path.exists(one["id"]) and os.path.exists(other["id"]):
+        return os.path.samefile(one["id"], other["id"])
+    names = [
+        repository[0] if repository else origin["id"]
+        for repository, origin in zip(repositories, (one, other), strict=True)
+    ]
+    return _last_part(names[0]) == _last_part(names[1])
 
 
 def with_full_path(origin: dict) -> dict:

@@ -42,7 +42,7 @@ from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
 from .page import write_page
-from .pictures import Shown, read_pictures
+from .pictures import Shown, check_source
 from .questions import read_questions
 from .registry import Known, Registry
 from .samples import training_samples, write_samples
@@ -73,6 +73,7 @@ __all__ = [
     "as_templates_are_read",
     "bucketed_kl",
     "check_processor_settings",
+    "check_source",
     "data_address",
     "divergence",
     "evaluated",
@@ -89,7 +90,6 @@ __all__ = [
     "make_answer_set",
     "make_keep_set",
     "measure",
-    "read_pictures",
     "read_questions",
     "summarize",
     "training_samples",

@@ -84,6 +84,14 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
     return [*pictures]
 
 
+def check_source(source: str | Path) -> None:
+    """Raise what `read_pictures` would raise of a folder or a file that is not there or has no pictures. The hub is not
+    asked."""
+    path = Path(source)
+    if (path.exists() or path.suffix in (*JSON, PARQUET)) and next(iter(_drawn(source, 0)), None) is None:
+        raise ValueError(f"there are no images in {source}")
+
+
 class Shown:
     """Sizes of images that a processor has taken. It refuses images for being narrow, small or large, and takes up to
     seconds for a large one: what is less of each than one that it has taken need not be shown to it."""

@@ -45,6 +45,7 @@ from ..checkpoints import (
     needs_peft,
     open_expert,
     refuse_both,
+    refuse_exchanged,
     refuse_other,
     replaced_when_complete,
     repository_of,
@@ -218,10 +219,8 @@ class _Plan:
         if reference is not None:
             self.sources["reference"] = open_expert(reference)
         self.base = self.sources["base"]
-        if self.sources["expert"].sees and not self.base.sees:
-            raise ValueError(
-                f"expert {expert} is a vision-language model and base {base} a text model: change their places"
-            )
+        if not settings.force:
+            refuse_exchanged(self.sources["expert"], self.base)
         modules = kinds_in(self.base) if settings.modules is None else settings.modules
         chosen = {"modules": modules, "only_layers": settings.only_layers, "skip_first": settings.skip_first}
         self.match = match_weights(self.sources, **chosen)

@@ -32,6 +32,7 @@ from ..checkpoints import (
     match_weights,
     named,
     open_expert,
+    refuse_exchanged,
     refuse_other_files,
     replaced_when_complete,
     repository_of,
@@ -310,10 +311,7 @@ def _refuse_adapters_settings(rank: int | None, energy: float | None, load_in_4b
 
 def _refuse_lost(expert: Checkpoint, base: Checkpoint) -> None:
     """Refuse a fine-tune that sees where its base does not, or with weights in its layers that the base lacks."""
-    if expert.sees and not base.sees:
-        raise ValueError(
-            f"expert {expert.source} is a vision-language model and base {base.source} a text model: change places"
-        )
+    refuse_exchanged(expert, base, force_helps=False)
     ours, theirs = base.decoder.kinds, expert.decoder.kinds
     lost, other = (
         [name for name in one if name.startswith("layers.") and name not in two]

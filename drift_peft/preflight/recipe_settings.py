@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
 from types import NoneType
@@ -154,24 +154,6 @@ def value_of(key: str, value: Any, hint: Any, choices: Any = None) -> Any:
     return value
 
 
-def check_named(run: RunArguments, named: Collection[str], flags: Collection[str] = ()) -> None:
-    """ValueError for keys that were named and that this run does not look at.
-
-    Args:
-        named: all keys of the recipe and the command line.
-        flags: those of the command line. What the recipe says of guidance is for its other method.
-    """
-    of_keeping = [key for key in named if key.startswith("keep_")]
-    if of_keeping and "keep" not in named and run.keep_weight:
-        raise ValueError(
-            f"{of_keeping[0]} is said of a keep set, and none is named: name its file with keep, or set keep to null, "
-            "which keeps nothing"
-        )
-    of_guidance = [key for key in flags if key in DRIFT]
-    if of_guidance and run.method == "sft":
-        raise ValueError(f"{of_guidance[0]} steers, and method sft does not: leave it out, or set method to drift")
-
-
 def refuse_what_cannot_work(training: Mapping[str, Any], kind: type = TrainingArguments) -> None:
     """ValueError for what TRL refuses after the models were read, or takes and the recipe cannot keep.
 
@@ -237,7 +219,6 @@ def check_recipe(content: Mapping[str, Any], choices: Mapping[str, list]) -> Non
     training = {key: value for key, value in meant.items() if key not in OWN}
     refuse_what_cannot_work(training)
     run = RunArguments(**{f.name: meant[f.name] for f in fields(RunArguments) if f.name in meant})
-    check_named(run, content)
     adapter = DriftArguments(**{name: meant[name] for name in (*LORA, *DRIFT) if name in meant})
     check_together(run, adapter_of(run, vars(adapter)), training)
 

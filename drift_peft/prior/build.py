@@ -26,6 +26,7 @@ from ..checkpoints import (
     open_expert,
     partial_path,
     refuse_both,
+    refuse_exchanged,
     refuse_other,
     resumable_folder,
     warn_of_other_rotations,
@@ -123,11 +124,8 @@ def build_prior(
         sources["base"] = Checkpoint(base, dequantize=dequantize)
         if reference is not None:
             sources["reference"] = open_expert(reference, dequantize=dequantize)
-        if sources["expert"].sees and not sources["base"].sees and not force:
-            raise ValueError(
-                f"expert {expert} is a vision-language model and base {base} a text model: the base is what will be "
-                "trained, so change their places, or pass force=True (--force) if this is what you want"
-            )
+        if not force:
+            refuse_exchanged(sources["expert"], sources["base"])
         match = match_weights(sources, settings["modules"], settings["only_layers"], skip_first)
         if exist_ok and output.exists():
             prior = ReasoningPrior.load(output)

@@ -3,7 +3,7 @@ drift_peft/preflight/recipe_settings.py, and TRL's SFTConfig."""
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
@@ -16,14 +16,15 @@ from trl import SFTConfig, TrlParser
 from drift_peft import DriftConfig
 from drift_peft.cli.parser import KINDS, guess
 from drift_peft.preflight import (
+    DRIFT,
     DriftArguments,
     RunArguments,
     adapter_of,
-    check_named,
     refuse_what_cannot_work,
     value_of,
 )
 from drift_peft.recipe import check_value, read_recipe
+from drift_peft.warn import warn
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser
@@ -116,7 +117,7 @@ class RecipeParser(Parser, TrlParser):
         check_value("env", env, dict | None)
         os.environ |= {name: str(value) for name, value in (env or {}).items()}  # as TRL's does
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
-        self.named = [*settings]
+        self.named = [key for key, value in settings.items() if value is not None or key == "keep"]
         for key, value in settings.items():
             if key not in known:
                 self.error(f"unknown key {key}; {IN_4BIT.get(key) or guess(key, known)}")
@@ -124,6 +125,19 @@ class RecipeParser(Parser, TrlParser):
             if value is not None:  # argparse checks no defaults
                 self.check_choice(key, value, known[key].choices)
         return super().set_defaults_with_config(**settings)
+
+
+def refuse_forgotten(run: RunArguments, named: Collection[str]) -> None:
+    """ValueError where a run is told how to keep and no keep set is named.
+
+    Args:
+        named: keys of the recipe and the command line. `keep: null` is among them, and keeps nothing.
+    """
+    if (of_keeping := [key for key in named if key.startswith("keep_")]) and "keep" not in named and run.keep_weight:
+        raise ValueError(
+            f"{of_keeping[0]} is said of a keep set, and none is named: name its file with keep, or set keep to null, "
+            "which keeps nothing"
+        )
 
 
 def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, TrainArguments]:
@@ -139,5 +153,7 @@ def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, 
     parser = RecipeParser(doc)
     run, drift, train = parser.parse_args_and_config(argv)
     flags = [flag.lstrip("-").replace("-", "_") for flag in parser.given]
-    check_named(run, [*parser.named, *flags], flags)
+    refuse_forgotten(run, [*parser.named, *flags])
+    if run.method == "sft" and (idle := [flag for flag in flags if flag in DRIFT]):  # of a recipe it is no flag's
+        warn(f"method sft steers nothing, and so {idle[0]} does nothing here.")
     return run, adapter_of(run, vars(drift)), train

@@ -44,7 +44,8 @@ class Parser(parser.Parser):
                 self.error(f"argument {argument!r} is not in UTF-8: rename that file or folder")
         if not _is_text(os.getcwd()):
             self.error(f"the working folder {os.getcwd()!r} is not in UTF-8: rename it, or work in another one")
-        self.given = {argument.partition("=")[0].replace("_", "-") for argument in args}
+        flags = (argument.partition("=")[0] for argument in args if argument.startswith("-"))
+        self.given = [flag.replace("_", "-") for flag in flags]
         return super().parse_known_args(args, namespace)
 
     def refuse_idle(self, where: str, *flags: str, lacks: str = "") -> None:

@@ -16,13 +16,15 @@ def journal_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.journal.jsonl")
 
 
-def refuse_other_folder(folder: Path, journal: str) -> None:
-    """Raise ValueError where a folder cannot be written, or holds something that this journal in it does not know."""
+def refuse_other_folder(folder: Path, journal: str, *patterns: str) -> None:
+    """Raise ValueError where a folder cannot be written, or holds without this journal what is named as one of these
+    patterns."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"output {folder} cannot be written: {place} is no folder, or not yours to write to")
-    if folder.exists() and any(folder.iterdir()) and not any(folder.glob(f"{journal}*")):  # or its lock, of a kill
-        raise ValueError(f"output {folder} exists, and has no {journal} to go on from: name another folder")
+    found = [file.name for pattern in patterns for file in folder.glob(pattern)]
+    if found and not any(folder.glob(f"{journal}*")):  # or its lock, of a kill
+        raise ValueError(f"output {folder} holds {found[0]}, and no {journal} to go on from: name another folder")
 
 
 class Journal:

@@ -33,7 +33,7 @@ def space(way: Way, settings: dict) -> dict[str, dict]:
         centres["drift_alpha"] = recipe.get("drift_alpha", DriftConfig.drift_alpha)
     if nothing := [key for key, value in centres.items() if value <= 0]:
         told = f"--search tries {nothing[0]} around the recipe's, which is {centres[nothing[0]]:g}"
-        raise ValueError(f"{told}: give it a value above 0, or leave {way.kind} out with --ways")
+        raise ValueError(f"{told}: give it a value above 0, or leave --search out")
     bounds = {key: {"low": value / AROUND, "high": value * AROUND, "log": True} for key, value in centres.items()}
     for key in ("merge_first", "drift_start") if recipe["method"] == "drift" else ("merge_first",):
         if own := recipe.get(key):

@@ -83,6 +83,8 @@ def settings_of(run: RunArguments, drift: DriftConfig, train: TrainArguments) ->
 def settings_to_hold(settings: dict) -> dict:
     """Those of `settings_of` that change what is learnt."""
     held = {key: settings[key] for key in (*RUN, *LORA, *DRIFT, *TRAIN) if key in settings and key != "drift_log_kinds"}
+    if held.get("keep") is None:
+        held = {key: value for key, value in held.items() if not key.startswith("keep_")}
     held = {key: _place(value) if key in PLACES else value for key, value in held.items()}
     return held | {" × ".join(STEP): settings[STEP[0]] * settings[STEP[1]]}
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from processes import Program
 from tiny import save_layout, tiny_expert, tiny_vlm
 
-from drift_peft import DriftConfig, ReasoningPrior, __version__
+from drift_peft import DriftConfig, ReasoningPrior, __version__, merge_baseline
 
 BUILD = ("prior", "build", "--expert", "x", "--base", "y", "-o", "z")
 MERGE = ("--base", "x", "--adapter", "y", "-o", "z")
@@ -100,6 +100,8 @@ def test_targets_name_the_base_of_a_prior_that_was_built_for_another(folder, cap
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*was built for")
         run(capsys, "targets", folder / "vlm", "--prior", folder / "prior.safetensors")
+        merge_baseline("task_arithmetic", folder / "expert", folder / "vlm", tmp_path / "half", scale=0.5)
+        run(capsys, "targets", tmp_path / "half", "--prior", folder / "prior.safetensors")
 
 
 def test_targets_are_those_that_the_prior_covers(folder, capsys, tmp_path):

@@ -104,7 +104,7 @@ REFUSED = {
         replace_expert(lambda: tiny_llm("llava", num_hidden_layers=3)),
         "differ in number of layers 3 and 2",
     ),
-    "a base that cannot see": ({}, swapped, "expert .* is a vision-language model and base .* a text model: change th"),
+    "a base that cannot see": ({}, swapped, "expert .* is a vision-language model and base .* a text model: the base"),
     "no expert": ({"expert": "no/where"}, None, "no/where"),
 }
 
@@ -120,6 +120,11 @@ def test_refused(trio, case, monkeypatch):
         merge(trio, **options)
     assert "\n" not in str(caught.value)
     assert {file: file.stat().st_mtime_ns for file in trio.rglob("*") if file != trio} == before
+
+
+def test_force_merges_into_a_text_model_too(trio):
+    swapped(trio)
+    assert merge(trio, force=True).merged > 0
 
 
 def test_dare_is_refused_where_peft_does_not_divide_by_the_density(trio, monkeypatch):

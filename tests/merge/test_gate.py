@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from unittest.mock import Mock
 
 import experts
 import keep_sets
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from drift_peft import DriftConfig, KeepSet, ReasoningPrior, build_prior, gate_prior, merge_baseline
 from drift_peft.keeping import Feed, Vlm, generation
 from drift_peft.keeping.answer_set import AnswerSet
+from drift_peft.merge.gate import _warn_of_other_expert
 from drift_peft.merge.gates import Gate, frozen, gated, train_gates
 from drift_peft.prior.combine import formula
 from drift_peft.prior.report import prior_summary
@@ -246,16 +248,14 @@ def test_an_expert_that_is_not_the_priors_is_told(folder, tmp_path):
     other = shutil.copytree(folder / "expert", tmp_path / "other")
     with pytest.warns(UserWarning, match=r"was built from expert, and .* by the answers of other: unless that is the"):
         gate(folder, tmp_path / "g.safetensors", expert=other, answers=tmp_path / "a.safetensors", steps=1)
+    adapter = {"id": "lora", "revision": None, "base": {"id": "base", "revision": None}}
     (tmp_path / "by").symlink_to(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*was built from")
-        gate(
-            folder,
-            tmp_path / "h.safetensors",
-            expert=tmp_path / "by" / "expert",
-            answers=tmp_path / "b.safetensors",
-            steps=1,
-        )
+        own = {"expert": tmp_path / "by" / "expert", "answers": tmp_path / "b.safetensors"}
+        gate(folder, tmp_path / "h.safetensors", **own, steps=1)
+        for unknown in (None, adapter):  # of several experts, and of one that cannot answer by itself
+            _warn_of_other_expert(Mock(metadata={"expert": unknown}, source="p"), other)
 
 
 @pytest.mark.parametrize(

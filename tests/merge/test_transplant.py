@@ -339,7 +339,7 @@ def test_a_fine_tune_of_another_architecture_is_refused(tmp_path):
 
 def test_a_vlm_as_the_expert_of_a_text_model_is_refused(vlms, tmp_path):
     folder = vlms["qwen2_5_vl"]
-    with pytest.raises(ValueError, match="a text model: change places"):
+    with pytest.raises(ValueError, match=r"a text model: .*, so change their places$"):
         transplant(folder / "vlm", folder / "expert", tmp_path / "out", merged=True)
 
 

@@ -21,7 +21,7 @@ from parts.search import search, space
 from parts.ways import KINDS, ways_of
 from peft import LoraConfig
 from PIL import Image
-from recipe_runs import FAST
+from recipe_runs import FAST, KEEPING
 
 from drift_peft import ReasoningPrior
 from drift_peft.cli import main as drift_peft
@@ -222,7 +222,7 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_ends_in_one_recipe(
 ):
     folder = pair("qwen2_5_vl")
     settings = {key: str(folder / key) for key in ("base", "expert")} | {"prior": str(folder / "p.safetensors")}
-    settings |= {**FAST, "data": str(data), "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    settings |= {**FAST, **KEEPING, "data": str(data), "output_dir": str(tmp_path / "run"), "use_cpu": True}
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "compared"
     recipe.write_text(yaml.safe_dump(settings))
     flags = [recipe, "-o", output, "--held-out", 3, "--steps", 1, "--keep-samples", 3, "--max-new-tokens", 3]
@@ -448,7 +448,7 @@ def test_what_cannot_be_compared_leaves_nothing_behind(data, texts, tmp_path, mo
             data,
             drift,
             [*usual, "--search", "2"],
-            "drift_alpha around .*, which is 0: give it a value above 0, or leave",
+            "drift_alpha around .*, which is 0: give it a value above 0, or leave --search out",
         ),
         (
             texts,
@@ -456,7 +456,13 @@ def test_what_cannot_be_compared_leaves_nothing_behind(data, texts, tmp_path, mo
             [*usual, "--budget", "0.1"],
             "--budget is of the distance from the VLM's own answers, and there are",
         ),
-        (data, {"split": "test"}, usual, "has no splits, so split test cannot be taken of it: leave split out"),
+        (data, {"replay": 0.2}, usual, r"replay=0\.2 takes the answers of a keep set: name one with keep"),
+        (
+            data,
+            {"env": {"DRIFT_TEST": "1"}, "split": "test"},
+            usual,
+            "has no splits, so split test cannot be taken of it",
+        ),
     ):
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({**settings, **own, "data": str(samples)}))
         with pytest.raises(SystemExit, match=told):
@@ -471,7 +477,7 @@ def test_a_folder_of_something_else_is_not_written_into(data, tmp_path, monkeypa
         (tmp_path / name).write_text("{}")
     before = {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")}
     for output, told in (
-        ("vlm", "vlm exists, and has no ledger.jsonl to go on from: name another folder"),
+        ("vlm", "vlm holds config.json, and no ledger.jsonl to go on from: name another folder"),
         ("file", "file cannot be written: .*file is no folder, or not yours to write to"),
         ("file/out", "out cannot be written: .*file is no folder, or not yours to write to"),
     ):
@@ -479,7 +485,7 @@ def test_a_folder_of_something_else_is_not_written_into(data, tmp_path, monkeypa
             compare.main(["r.yaml", "-o", str(tmp_path / output)])
     assert {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")} == before
     monkeypatch.setattr(compare, "read_recipe", lambda file: {}["read"])
-    for name in ("empty", "killed/ledger.jsonl.lock"):  # a kill may leave no more than the lock
+    for name in ("empty", "logged/log.txt", "killed/ledger.jsonl.lock"):  # a kill may leave no more than the lock
         (tmp_path / name).mkdir(parents=True)
         with pytest.raises(KeyError, match="read"):
             compare.main(["r.yaml", "-o", str(tmp_path / name.partition("/")[0])])

@@ -13,7 +13,7 @@ import sft_vlm
 import yaml
 from parts import asked_models, eval_settings
 from parts.arguments import parse
-from recipe_runs import CONFIGS, FAST, RECIPES
+from recipe_runs import CONFIGS, FAST, KEEPING, RECIPES
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="bash")
 ADAPTERS = ("sft", "merged", "drift", "drift-keep")
@@ -57,7 +57,7 @@ def recipe(pair, data, tmp_path):
     settings = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b_r1.yaml").read_text())
     names = {key: str(folder / key) for key in ("base", "expert")} | {"data": str(data)}
     made = {key: str(tmp_path / f"{key}.safetensors") for key in ("prior", "keep")}
-    settings |= {**names, **made, **FAST, "use_cpu": True, "optim": "adamw_torch"}
+    settings |= {**names, **made, **FAST, **KEEPING, "use_cpu": True, "optim": "adamw_torch"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "recipe.yaml"
 

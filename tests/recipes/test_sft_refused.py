@@ -1,13 +1,14 @@
 """What recipes/sft_vlm.py says of settings that do nothing in a run, or cannot work: before anything is made."""
 
 import shutil
+import warnings
 
 import pytest
 import sft_vlm
 from parts.arguments import parse
 from recipe_runs import FAST
 
-from drift_peft import build_prior
+from drift_peft import build_prior, merge_baseline
 
 
 @pytest.fixture
@@ -27,8 +28,6 @@ def written(tmp_path):
         ({"keep_images": "pictures"}, "keep_images is said of a keep set, and none is named: name its file with keep"),
         ({"keep_every": 1}, "keep_every is said of a keep set, and none is named"),
         ({"keep_weight": 3.0, "method": "sft"}, "keep_weight is said of a keep set, and none is named"),
-        ({"drift_start": 0.5, "method": "sft"}, "drift_start steers, and method sft does not: leave it out, or set"),
-        ({"drift_alpha": 0.3, "method": "sft"}, "drift_alpha steers, and method sft does not"),
         ({"max_steps": 0}, "max_steps=0 trains no step: name their number, or leave it out to train in epochs"),
         ({"lora_dropout": 2}, "lora_dropout is the probability that a number is left out, at most 1, got 2"),
         ({"data": ""}, "data is empty: give it a value, or leave it out"),
@@ -45,14 +44,33 @@ def test_what_would_do_nothing_is_refused(settings, told, train, monkeypatch):
 def test_a_recipe_that_forgets_its_keep_set_is_refused(of_keeping, written):
     with pytest.raises(ValueError, match=r"is said of a keep set, and none is named: .*, or set keep to null, which"):
         written(of_keeping)
+    for unsaid in ("keep_images: null", "keep_questions:"):
+        assert written(unsaid)[0].keep is None
     for said in ("keep: null", "keep: none", "keep: None", "keep_weight: 0"):
         assert written(f"keep_samples: 4\n{said}")[0].keep is None
     assert written(of_keeping, "--keep", "k")[0].keep == "k"
     assert written(f"{of_keeping}\nkeep: k", "--keep_weight=0")[0].keep is None
 
 
+@pytest.mark.parametrize("value", ["keep_1", "keep-1", "keep", "drift_alpha"])
+def test_the_value_of_a_flag_is_no_flag(value, written, recwarn):
+    assert written("", "--output-dir", value)[2].output_dir == value
+    with pytest.raises(ValueError, match="keep_samples is said of a keep set, and none is named"):
+        written("keep_samples: 4", "--output-dir", value)
+    written("", "--method", "sft", "--output-dir", value)
+    assert not [warning for warning in recwarn if "does nothing here" in str(warning.message)]
+
+
+def test_a_flag_of_guidance_does_nothing_in_sft_and_that_is_said(written):
+    with pytest.warns(UserWarning, match=r"^method sft steers nothing, and so drift_start does nothing here\.$"):
+        run, adapter, _ = written("", "--method", "sft", "--drift-start", "0.5")
+    assert run.prior is None and adapter.drift_start == 0
+
+
 def test_what_a_recipe_says_of_guidance_is_for_its_other_method(written):
-    run, adapter, _ = written("drift_alpha: 0.7\ndrift_start: 0.5", "--method", "sft")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does nothing here")
+        run, adapter, _ = written("drift_alpha: 0.7\ndrift_start: 0.5", "--method", "sft")
     assert run.prior is None and (adapter.drift_alpha, adapter.drift_start) == (0, 0)
     assert written("", "--drift-start", "0.5")[1].drift_start == 0.5
 
@@ -92,6 +110,20 @@ def test_a_prior_of_another_base_is_told(train, pair, tmp_path):
     build_prior(folder / "expert", other, tmp_path / "p.safetensors", rank=8, reference=folder / "base", progress=False)
     with pytest.warns(UserWarning, match=r"p\.safetensors was built for .*other, and this run trains .*base: unless"):
         train(**{**FAST, "max_steps": 1}, prior=tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("which", ["the same by another path", "a base with a part of Δ"])
+def test_the_priors_own_base_is_not(which, train, pair, tmp_path):
+    folder = pair("qwen2_5_vl")
+    build_prior(folder / "expert", folder / "base", folder / "own.safetensors", rank=8, exist_ok=True, progress=False)
+    base = tmp_path / "half"
+    if which == "the same by another path":
+        base.symlink_to(folder / "base")
+    else:
+        merge_baseline("task_arithmetic", folder / "expert", folder / "base", base, scale=0.5, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*was built for")
+        train(**{**FAST, "max_steps": 1}, base=base, prior=folder / "own.safetensors", reference=None)
 
 
 @pytest.mark.parametrize(("steps", "told"), [(50, True), (2, True), (1, False)])

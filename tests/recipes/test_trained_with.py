@@ -61,6 +61,8 @@ def test_other_settings_are_refused_before_anything_is_loaded(train, pair, data,
     free |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 2}
     with pytest.raises(LoadedSomething):
         train(**{**RESUMED, **free})
+    with pytest.raises(LoadedSomething):  # without a keep set it does not matter how one is used
+        train(**{**RESUMED, **free}, keep_weight=0, keep_batch_size=3)
 
 
 def test_other_files_of_the_same_names_are_refused_before_the_model_is_loaded(train, pair, data, tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def open_prior(run: RunArguments) -> ReasoningPrior | None:
 
 
 def warn_of_other_base(run: RunArguments, base: Checkpoint, prior: ReasoningPrior) -> None:
-    """In 4 bits, the fingerprint cannot tell a base from its near relatives. What a part of Δ was merged into can."""
+    """In 4 bits, the fingerprint cannot tell a base from its near relatives. One with a part of Δ in it says so."""
     built = prior.metadata.get("base")
     if built is not None and read_merge(base.config) is None and not is_same_origin(base.origin, built):
         warn(

@@ -154,6 +154,7 @@ def parse(argv: list[str] | None, doc: str) -> tuple[RunArguments, DriftConfig, 
     run, drift, train = parser.parse_args_and_config(argv)
     flags = [flag.lstrip("-").replace("-", "_") for flag in parser.given]
     refuse_forgotten(run, [*parser.named, *flags])
-    if run.method == "sft" and (idle := [flag for flag in flags if flag in DRIFT]):  # of a recipe it is no flag's
+    # What a recipe says of guidance is for its method drift.
+    if run.method == "sft" and (idle := [flag for flag in flags if flag in DRIFT]):
         warn(f"method sft steers nothing, and so {idle[0]} does nothing here.")
     return run, adapter_of(run, vars(drift)), train

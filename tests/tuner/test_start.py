@@ -109,7 +109,7 @@ def test_it_is_stored_and_goes_on_from_its_weights(pairs, tmp_path):
     folder = pairs("llama")
     model = train(get_peft_model(load(folder, "llama"), drift(folder, drift_start=0.5)))
     model.save_pretrained(tmp_path)
-    assert "start = 0.5" in (tmp_path / "README.md").read_text()
+    assert "| start | 0.5 of Δ |" in (tmp_path / "README.md").read_text()
     config = DriftConfig.from_pretrained(tmp_path)
     assert config.drift_start == 0.5
     with pytest.raises(ValueError, match=r"had its start with drift_start=0\.5: leave out drift_start=1\.0\.$"):

@@ -129,8 +129,8 @@ class Comparison:
         own = {"data": self.data[data], "split": None, "images": None, "streaming": None, **dict.fromkeys(OUTPUT)}
         settings = way.recipe(self.settings, **own | {"output_dir": str(output), "seed": seed})
 
-        def run(steps: int | None) -> dict:
-            content = settings if steps is None else {**settings, "max_steps": steps, "drift_warmup_steps": 0}
+        def run(steps: int | None, **more) -> dict:
+            content = {**settings, **({} if steps is None else {"max_steps": steps}), **more}
             recipe.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
             resumes = newest_whole(output) is not None
             if not resumes:
@@ -146,7 +146,7 @@ class Comparison:
             pace = f"{folder.relative_to(self.args.output).as_posix()}, pace"
             if pace not in self.ledger.answers:
                 shutil.rmtree(output, ignore_errors=True)
-                seconds = run(PROBED)["train_runtime"] / PROBED
+                seconds = run(PROBED, drift_warmup_steps=0)["train_runtime"] / PROBED
                 shutil.rmtree(output)
                 self.ledger.add(pace, {"seconds": seconds})
             steps = max(1, int(60 * self.args.minutes / self.ledger.answers[pace]["seconds"]))

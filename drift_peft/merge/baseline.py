@@ -145,7 +145,8 @@ def merge_baseline(
         modules: of "attn", "mlp", "norm", "bias"; all that the base has if None.
         only_layers, skip_first: which layers, as the text LLM counts them; the final norm is in none and always merged.
         seed: of the random choice of dare. Same inputs, seed and library versions give the same bytes.
-        force: merge even where a weight of the expert has nothing in common with the base's, or with the reference's.
+        force: merge even where a weight of the expert has nothing in common with the base's, or with the reference's,
+            or the expert is a VLM and the base is none.
         overwrite: replace an existing model folder, once the new one is complete.
         exist_ok: take an existing output that was merged of the same models with the same settings; any other is
             refused. To tell models in folders apart, all weights are read and merged again.

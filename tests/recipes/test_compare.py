@@ -346,13 +346,15 @@ def test_samples_are_not_held_out_anew_for_other_settings(monkeypatch, data, tmp
 
 
 def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, tmp_path):
-    """A kill between the two runs leaves nothing of the first one that would be taken for the second."""
+    """A kill between the two runs leaves nothing of the first one that would be taken for the second. The first alone
+    is without warm-up, which its few steps would not get past."""
     (way,), args = ways_of(SETTINGS, ["drift"], [], [], None), Namespace(output=tmp_path, steps=None, minutes=0.5)
-    runs = []
+    settings, runs, warmups = {**SETTINGS, "drift_warmup_steps": 8}, [], []
 
     def launch(script, _, recipe, *flags):
         content = yaml.safe_load(Path(recipe).read_text())
         runs.append((content["max_steps"], content["data"], content["seed"], flags))
+        warmups.append(content["drift_warmup_steps"])
         Path(content["output_dir"]).mkdir(parents=True)
         if len(runs) == 2:
             raise KeyboardInterrupt
@@ -362,12 +364,13 @@ def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, 
     monkeypatch.setattr(compare, "launch", launch)
     (tmp_path / "drift").mkdir()
     with compare.Journal(tmp_path / "l.jsonl", {}) as ledger:
-        comparison = compare.Comparison(args, SETTINGS, {"train": "t.parquet"}, None, {}, ledger)
+        comparison = compare.Comparison(args, settings, {"train": "t.parquet"}, None, {}, ledger)
         with pytest.raises(KeyboardInterrupt):
             comparison.train(way, tmp_path / "drift", 7, "train")
         facts = comparison.train(way, tmp_path / "drift", 7, "train")
         assert facts == comparison.train(way, tmp_path / "drift", 7, "train") == {"steps": 15, "minutes": 0.5}
     assert runs == [(5, "t.parquet", 7, ()), (15, "t.parquet", 7, ()), (15, "t.parquet", 7, ())]
+    assert warmups == [0, 8, 8]
 
 
 def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,12 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write(file: Path, how: Callable[[Path], object]) -> None:
-    """Write a file under another name and rename it.
+    """Write a file under another name and rename it. Where several processes write it, the last one's stays.
 
     Raises:
         OSError: it cannot be written, and nothing of it is left.
     """
-    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         how(unfinished)
         os.replace(unfinished, file)

@@ -62,9 +62,11 @@ class Chat:
         except httpx2.InvalidURL:
             parts = httpx2.URL()
         is_one = parts.scheme in ("http", "https") and parts.host and 0 < (parts.port or 80) < 2**16
-        if not is_one or parts.password:
+        if not is_one or parts.password or parts.query or parts.fragment:
             shown = f"…@{url.rpartition('@')[2]}" if "@" in url else url  # no password on a terminal
-            raise ValueError(f"server {shown} is no address such as http://localhost:8000/v1, without a password")
+            raise ValueError(
+                f"server {shown} is no address such as http://localhost:8000/v1, without a password or a query"
+            )
         if key and not (key.isascii() and key.isprintable()):
             raise ValueError(
                 "the key of the server has signs that no key has, such as an end of line: see api_key (--api-key-env)"

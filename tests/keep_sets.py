@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 from tiny import save_layout, tiny_vlm
-from tiny_vlm import CHAT, PROCESSORS, tokenizer
+from tiny_vlm import ASKED, CHAT, tokenizer
 
 from drift_peft import make_keep_set
 
 ENDS = [2, *range(10, 64, 3)]  # tokens that end an answer, so many that some answers end early
-PLACES = {"qwen2_5_vl": [3, 4, 5, 6], "llava_next": [3], "gemma3": [3, 5, 6], "idefics2": [3]}  # stand for an image
+# Family -> tokens that stand for an image.
+PLACES = {"qwen2_5_vl": [3, 4, 5, 6], "llava_next": [3], "gemma3": [3, 5, 6], "idefics2": [3], "mllama": [3]}
 SETTINGS = {"samples": 20, "max_new_tokens": 8, "top_k": 5, "batch_size": 4, "progress": False}
 
 
@@ -23,7 +24,7 @@ def save_folder(folder, family, pictures=7):
     own = {"eos_token_id": ENDS, "do_sample": True, "temperature": 0.7, "repetition_penalty": 1.5}
     base.generation_config.update(**own)
     base.generation_config.save_pretrained(folder / "base")
-    processor, image = PROCESSORS[family]
+    processor, image = ASKED[family]
     processor(tokenizer(64), chat_template=CHAT.replace("IMAGE", image)).save_pretrained(folder / "base")
     save_pictures(folder / "pictures", pictures)
     return folder
@@ -73,6 +74,8 @@ def dense_logprobs(model, processor, sample):
         if value.shape == (1, asked):
             added = {"input_ids": sample.tokens, "attention_mask": torch.ones_like(sample.tokens)}
             inputs[name] = torch.cat([value, added.get(name, torch.zeros_like(sample.tokens))[None]], 1)
+        elif name == "cross_attention_mask":  # [1, tokens, images, tiles]: mllama's answers see what questions see
+            inputs[name] = torch.cat([value, value[:, -1:].expand(-1, len(sample.tokens), -1, -1)], 1)
         elif value.is_floating_point():
             inputs[name] = value.double()
     return torch.log_softmax(model(**inputs).logits[0, asked - 1 : -1], -1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 import pytest
 
@@ -24,6 +25,21 @@ def test_what_cannot_be_written_stays_as_it_was(error, tmp_path):
         write(file, half)
     assert str(failed.value) == f"{file} could not be written ({' '.join(str(error).split())})"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"] and file.read_text() == "before"
+
+
+def test_two_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    """As ranks do that all save an adapter into one folder."""
+    file = tmp_path / "x.json"
+
+    def slow(unfinished):
+        unfinished.write_text("first")
+        other = threading.Thread(target=write, args=(file, lambda own: own.write_text("second")))
+        other.start()
+        other.join()
+        assert file.read_text() == "second" and unfinished.read_text() == "first"
+
+    write(file, slow)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"] and file.read_text() == "first"
 
 
 @pytest.mark.parametrize("name", ["drift_config.json", "README.md"])

@@ -18,6 +18,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -107,6 +108,11 @@ def smolvlm(words, **chat):
     return tf.Idefics3Processor(images, words, image_seq_len=4, **chat)
 
 
+def mllama(words, **chat):
+    images = MllamaImageProcessorPil(size={"height": SIDE, "width": SIDE}, max_image_tiles=1)
+    return tf.MllamaProcessor(images, words, **chat)
+
+
 PROCESSORS = {  # family -> (what makes its processor, how its chat template writes an image)
     "qwen2_vl": (qwen("Qwen2VLProcessor"), "<start><image><end>"),
     "qwen2_5_vl": (qwen("Qwen2_5_VLProcessor"), "<start><image><end>"),
@@ -120,6 +126,7 @@ PROCESSORS = {  # family -> (what makes its processor, how its chat template wri
     "gemma4": (gemma4, "<image>" if VIDEO else "<start><image><end>"),
     "lfm2_vl": (lfm2_vl, "<image>"),
 }
+ASKED = PROCESSORS | {"mllama": (mllama, "<image>")}  # also those of which no recipe has a pair
 
 
 def save_pair(folder, family, rows=40):

@@ -48,7 +48,7 @@ class SharedFile(HeadedFile, ABC):
             FileNotFoundError: there is no such path or repository, or no such file in it.
             ValueError: the file is no such file, or a damaged one.
         """
-        return cls(find_file(source, revision, cls.FILE_NAME), str(source))
+        return cls(find_file(source, revision, cls.FILE_NAME), at_revision(str(source), revision))
 
     @typed
     def push_to_hub(

@@ -109,7 +109,7 @@ def run(
     methods = list(methods)
     rates = learning_rates() if rates is None else rates
     check(methods, rates)
-    with quiet(), working_folder(out) as folder:
+    with one_thread(), quiet(), working_folder(out) as folder:
         start = time.perf_counter()
         build_prior(EXPERT, VLM, folder / PRIOR, overwrite=True)
         train_digits = Digits("train")
@@ -181,7 +181,7 @@ def carry_out(
     Returns:
         `scores` by exam, `history` of the adapter, and `answers` to `shown`.
     """
-    with quiet():
+    with one_thread(), quiet():
         base, history = VLM, []
         if method.merged:
             base = home / "base" if method.trained else home / "merged"
@@ -293,12 +293,22 @@ def working_folder(out: str | Path | None):
 
 
 @contextmanager
-def quiet():
-    """One thread (fastest for models this small), and only our own progress bars and errors."""
-    threads, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
-    bars, bitsandbytes = transformers_logging.is_progress_bar_enabled(), logging.getLogger("bitsandbytes")
-    level = bitsandbytes.level
+def one_thread():
+    """Fastest for models as small as the demo's."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def quiet():
+    """Only our own progress bars and errors."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     bitsandbytes.setLevel(logging.ERROR)
@@ -308,7 +318,6 @@ def quiet():
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     finally:
-        torch.set_num_threads(threads)
         transformers_logging.set_verbosity(verbosity)
         bitsandbytes.setLevel(level)
         if bars:

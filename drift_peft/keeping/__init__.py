@@ -28,6 +28,7 @@ kept        a model that is kept: what is added to its gradients
 telemetry   what is told of it: numbers, words for its card, that it was not kept after all
 trainer     its distance from the VLM in Trainer's logs
 four_bit    bitsandbytes on a CPU
+inner       the model inside DDP and torch.compile
 train       keep: a model that trains stays near the VLM
 """
 
@@ -37,7 +38,8 @@ from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet, data_address, vocabulary_rows
 from .four_bit import keep_4bit_differentiable
-from .generation import evaluated, greedy_settings
+from .generation import evaluated, greedy_settings, refuse_offloaded
+from .inner import inner_model
 from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
 from .measure import measure, summarize
@@ -79,6 +81,7 @@ __all__ = [
     "evaluated",
     "greedy_settings",
     "image_mode",
+    "inner_model",
     "is_kept",
     "keep",
     "keep_4bit_differentiable",
@@ -91,6 +94,7 @@ __all__ = [
     "make_keep_set",
     "measure",
     "read_questions",
+    "refuse_offloaded",
     "summarize",
     "training_samples",
     "vocabulary_rows",

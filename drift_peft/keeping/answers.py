@@ -105,6 +105,9 @@ def append_answers(inputs: dict[str, Tensor], answers: Sequence[Tensor], pad: in
     for name, value in inputs.items():
         if name.endswith("token_type_ids"):  # of each token, in which text has 0
             whole[name] = _padded(joined(value, [torch.zeros_like(answer) for answer in answers]))
+        elif name == "cross_attention_mask":  # of each token the images that it sees; an answer sees its prompt's
+            seen = [row[-1:].expand(len(answer), *row.shape[1:]) for row, answer in zip(value, answers, strict=True)]
+            whole[name] = _padded(joined(value, seen))
         else:
             whole.setdefault(name, value)
     return whole, _padded([torch.ones_like(answer, dtype=torch.bool) for answer in answers])

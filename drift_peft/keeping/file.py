@@ -240,7 +240,7 @@ def write_keep_set(
         metadata: the header.
     """
     beside = {
-        "images": torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8),
+        "images": torch.frombuffer(bytearray().join(images), dtype=torch.uint8),
         "image_ends": torch.tensor([len(image) for image in images]).cumsum(0),
         "samples": torch.tensor(pairs, dtype=torch.int32),
     }

@@ -81,6 +81,15 @@ def refuse_infinite(values: Tensor, model: str) -> None:
         raise ValueError(f"{model} gives NaN or infinite logits: load it in bfloat16 or float32")
 
 
+def refuse_offloaded(model: nn.Module, name: str, asked: str) -> None:
+    """ValueError if a part of the model lies outside the GPU, where only its own forward pass brings it in."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{asked} needs all weights of {name} in one place, and the GPU has no room for them: take a larger one, "
+            "or hide it (CUDA_VISIBLE_DEVICES=) and let the CPU compute"
+        )
+
+
 @contextlib.contextmanager
 def with_room(asked: str) -> Iterator[None]:
     """ValueError if the GPU has no room for what is asked at a time, such as "8 questions"."""

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from ..atomic import reason_of
 from ..checkpoints import claimed_output, partial_folder
 from .file import KeepSet, upright
 
@@ -103,12 +104,14 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
                     (folder / places[number]).write_bytes(content)
                 lines.append(json.dumps({"messages": messages, "images": [places[number]]}, ensure_ascii=False))
             (folder / file.name).write_text("\n".join([*lines, ""]), encoding="utf-8")
-            if pictures.exists():
+            if pictures.is_symlink():
+                pictures.unlink()
+            elif pictures.exists():
                 shutil.rmtree(pictures)
             os.replace(folder / pictures.name, pictures)
             os.replace(folder / file.name, file)
         except OSError as error:
-            raise OSError(f"output {file} cannot be written: {error.strerror}") from error
+            raise OSError(f"output {file} cannot be written: {reason_of(error)}") from error
     return {"samples": str(file), "pictures": str(pictures), "written": len(kept), "left_out": dict(left_out)}
 
 

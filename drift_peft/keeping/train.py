@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..arguments import check_type, check_whole, is_number, plain
 from .file import KeepSet
 from .four_bit import keep_4bit_differentiable
+from .inner import inner_model
 from .kept import Keeping, end_keeping, keepings_of
 from .trainer import KeepCallback, add_to_trainers
 
@@ -65,7 +65,7 @@ def keep(
         raise ValueError(f"bound must be a number > 0, or None for no bound, got {bound!r}")
     check_whole(batch_size=batch_size, every=every)
     check_whole(0, seed=seed)
-    kept = _unwrapped(model)
+    kept = inner_model(model)  # a pass of its own is not what DDP waits for, or what was compiled
     if keep_set is None or weight == 0:
         end_keeping(kept)
         return model
@@ -80,11 +80,4 @@ def keep(
     keep_4bit_differentiable(kept)
     Keeping(kept, keep_set, processor, float(weight), bound, batch_size, every, seed)
     add_to_trainers(KeepCallback)
-    return model
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Inside DDP and torch.compile: a pass of its own is not what they wait for, or were compiled for."""
-    while isinstance(model, (DataParallel, DistributedDataParallel)) or "_orig_mod" in model._modules:
-        model = model._modules.get("_orig_mod", model._modules.get("module"))
     return model

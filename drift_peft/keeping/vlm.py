@@ -49,7 +49,8 @@ class Vlm:
 
     Raises:
         FileNotFoundError, PermissionError, OSError: there is no such model.
-        ValueError: it is no model, or has no processor with a chat template; or a model in memory came without one.
+        ValueError: it is no model, or has no processor with a chat template; it is a whole Omni model; or a model in
+            memory came without a processor.
     """
 
     def __init__(self, model_or_id: nn.Module | str | Path, processor: Any = None, load_in_4bit: bool = False):
@@ -74,6 +75,11 @@ class Vlm:
             self._checkpoint, self._given = Checkpoint(model_or_id, dequantize=True), None
             self.config, self.origin = self._checkpoint.config, self._checkpoint.origin
             self.identity = self._checkpoint.identity
+        if hasattr(self.config, "thinker_config"):
+            raise ValueError(
+                f"{self.origin['id']} is a whole Omni model, which gives no logits: take its thinker, which is "
+                "model.thinker with processor=, or the folder of model.thinker.save_pretrained and the processor"
+            )
         if self.origin["revision"] is None and os.path.exists(self.origin["id"]):
             self.origin["id"] = os.path.abspath(self.origin["id"])  # elsewhere, models/vlm would look like a hub id
         settings = {} if processor is None else processor

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoints import Checkpoint, Match
-from ..keeping import KeepSet, Vlm, measure, summarize
+from ..keeping import KeepSet, Vlm, measure, refuse_offloaded, summarize
 
 STEPS = 20  # of the grid on which the largest scale is searched: 0.05, 0.1, …, 1
 
@@ -75,7 +75,7 @@ class Scales:
 
     def of_adapter(self, folder: Path) -> None:
         """Have the scale be a factor of an adapter's own scaling."""
-        model = PeftModel.from_pretrained(self._vlm.model, str(folder))
+        model = PeftModel.from_pretrained(self._loaded(), str(folder))
         own = {layer: dict(layer.scaling) for layer in model.modules() if isinstance(layer, LoraLayer)}
 
         def set_scale(scale: float) -> None:
@@ -86,7 +86,7 @@ class Scales:
 
     def of_weights(self, sources: dict[str, Checkpoint], match: Match) -> None:
         """Have the scale be λ in W + λ·Δ of all matched weights."""
-        model = self._vlm.model
+        model = self._loaded()
         names = {raw: name for name, raw in sources["base"].in_memory.items()}
 
         @torch.no_grad()
@@ -134,6 +134,10 @@ class Scales:
                 f"budget={budget:g}: raise the budget (--budget), or train with DRIFT and a keep set instead"
             )
         return below / STEPS
+
+    def _loaded(self) -> nn.Module:
+        refuse_offloaded(self._vlm.model, self._vlm.origin["id"], "measuring what Δ costs")
+        return self._vlm.model
 
     def _begin(self, model: nn.Module, set_scale: Callable[[float], None]) -> None:
         self._model, self._set_scale = model, set_scale

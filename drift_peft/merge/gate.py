@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..arguments import check_whole, is_number, typed
 from ..checkpoints import PROJECTIONS, Checkpoint, claimed_output, is_same_origin, module_kind, named
 from ..choices import SAID_TOKENS, SAID_TOP_K, Objective
-from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set
+from ..keeping import Feed, KeepSet, Vlm, keep_4bit_differentiable, make_answer_set, refuse_offloaded
 from ..prior import ReasoningPrior, write_gated
 from ..tuner import check_fingerprint, fitting_modules, weight_products
 from ..warn import warn
@@ -134,6 +134,7 @@ def gate_prior(
     kept = Feed(keep_set, vlm.processor, batch_size, seed)
     answered = None if answer_set is None else Feed(answer_set, vlm.processor, batch_size, seed)
     model = vlm.model
+    refuse_offloaded(model, vlm.origin["id"], "gating")
     modules = fitting_modules(model, prior)
     keep_4bit_differentiable(model)
     if merged := check_fingerprint(model, modules, prior):

@@ -58,7 +58,9 @@ def take_delta(
     # Of a Δ of low rank, as an adapter's, what is left is how fp32 has rounded W and the SVD.
     rounding = max(ROUNDING * float(S[0]), torch.finfo(torch.float32).eps * stats["base_norm"])
     k = max(1, int((S > rounding).sum()))
-    U, S, Vh = U[:, :k], S[:k], Vh[:k]
+    if k < len(S):
+        U, S, Vh = U[:, :k], S[:k], Vh[:k]
+        captured = min(1.0, float(S.double().square().sum()) / stats["delta_norm"] ** 2)
     U, Vh = U.bfloat16(), Vh.bfloat16()
     # u_iᵀ W v_i of the factors as stored: whoever checks it has no others.
     u, v = U[:, :FINGERPRINT], Vh[:FINGERPRINT]

@@ -151,11 +151,15 @@ class Batch:
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self.stack = Stack.of(members, first.device)
         steps = self.config.iteration, self.config.drift_warmup_steps, self.config.drift_decay_steps
-        self.alpha = group.alpha * guidance.schedule(*steps)
+        self.alpha = group.alpha * self.here(guidance.schedule(*steps))
+
+    def here(self, number: Tensor | float) -> Tensor | float:
+        """On this batch's device: a GradScaler's tensors are on one, and the model may be on several."""
+        return number.to(self.stack.device) if isinstance(number, Tensor) else number
 
     def strength(self, loss_scale: Tensor | float | None) -> Tensor | float:
         scaled = self.config.drift_scale == "absolute" and loss_scale is not None
-        return self.alpha * loss_scale if scaled else self.alpha
+        return self.alpha * self.here(loss_scale) if scaled else self.alpha
 
     def biased_already(self) -> bool:
         """Has nothing touched these gradients since they were biased? Then a second `step()` uses them again."""
@@ -184,7 +188,7 @@ class Batch:
                 "than 1 here, so it goes past it: lower one of them."
             )
         if all(rate is rates[0] for rate in rates):
-            return rates[0]
+            return self.here(rates[0])
         rates = [torch.as_tensor(rate, device=self.stack.device, dtype=self.dtype) for rate in rates]
         return torch.stack(rates)[:, None, None]
 
@@ -262,7 +266,7 @@ class AdapterBatch(Batch):
             if factor in targets:
                 parameters = self.parameters[factor]
                 value = self.storage.weights(parameters).to(self.dtype)
-                move = self.alpha * applied * self.rates(factor, lr) * (targets[factor] - value)
+                move = self.alpha * self.here(applied) * self.rates(factor, lr) * (targets[factor] - value)
                 self.storage.set_weights(parameters, value + move)
 
     def _all_adapters(self) -> tuple[Tensor, Tensor] | tuple[()]:
@@ -341,7 +345,7 @@ class TensorBatch(Batch):
     def pull_parameters(self, lr: dict[int, float | Tensor | None], applied: Tensor | float) -> None:
         parameters = self.parameters["W"]
         moved = self.storage.weights(parameters)
-        matrices, rate = self._matrices(moved), self.alpha * applied * self.rates("W", lr)
+        matrices, rate = self._matrices(moved), self.alpha * self.here(applied) * self.rates("W", lr)
         for rows, D in self.blocks():
             matrices[:, rows] = (matrices[:, rows].to(self.dtype) + rate * D).to(moved.dtype)
         self.storage.set_weights(parameters, moved)

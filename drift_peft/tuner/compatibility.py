@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -21,10 +22,14 @@ from ..warn import warn
 from .config import DriftConfig
 from .names import canonical_namer
 from .settings import check_patterns_used, is_guided
-from .sharding import shape, whole
+from .sharding import shape, values, whole
 from .steered import SteeredTensor, all_steered
 
 LISTED = 20  # modules that an error spells out
+GONE_ON = (
+    " If you have trained them further, the pull begins anew here, with all of Δ: to go on, call guide() on the base, "
+    "and load what was trained afterwards."
+)
 PREDICTION_TOLERANCE = 0.02  # of what merging adds to it: U and Vh are stored in bf16
 
 
@@ -84,8 +89,8 @@ def check_fit(
             f"{len(unsteered)} targeted modules have no Δ in the prior and are trained as plain LoRA, not steered: "
             f"{', '.join(name.removesuffix('.weight') for name in unsteered[:3])}{', …' if len(unsteered) > 3 else ''}."
         )
-    begun = _begun_with(model, modules, prior)
-    config.merged = merged = check_fingerprint(model, modules, prior) if begun is None else begun.merged
+    begun, held = _begun_with(model, modules, prior), bool(tensors) and config.drift_target != "delta"
+    config.merged = merged = begun.merged if begun else check_fingerprint(model, modules, prior, held)
     guided = [name for name in steered + tensors if is_guided(config, name)]
     taken = [name for name in guided if config.absorbed(name)]
     if taken and len(taken) == len(guided):
@@ -142,7 +147,9 @@ def _begun_with(model: nn.Module, modules: dict[str, nn.Module], prior: Reasonin
 
 
 @torch.no_grad()
-def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior) -> MergedDelta | None:
+def check_fingerprint(
+    model: nn.Module, modules: dict[str, nn.Module], prior: ReasoningPrior, held: bool = False
+) -> MergedDelta | None:
     """Compare u_iᵀ·W_base·v_i with the values stored when the prior was built; quantization moves them only little.
 
     A base that says it is W_base + λΔ has u_iᵀ·W_base·v_i + λ·u_iᵀ·Δ·v_i. If it is nearer to the stored values
@@ -150,6 +157,7 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
 
     Args:
         modules: of `fitting_modules`.
+        held: weights that are trained themselves will be measured against what they are now.
 
     Returns:
         what the base has taken in of Δ, if it has.
@@ -162,7 +170,7 @@ def check_fingerprint(model: nn.Module, modules: dict[str, nn.Module], prior: Re
     """
     claim = read_merge(getattr(model, "config", None))
     measured = _measure(model, modules, prior, claim)
-    return claim if measured is None else _judge(measured, prior, claim)
+    return claim if measured is None else _judge(measured, prior, claim, held)
 
 
 class _Measured(NamedTuple):
@@ -216,7 +224,7 @@ def _measure(
     )
 
 
-def _judge(measured: _Measured, prior: ReasoningPrior, claim: MergedDelta | None) -> MergedDelta | None:
+def _judge(measured: _Measured, prior: ReasoningPrior, claim: MergedDelta | None, held: bool) -> MergedDelta | None:
     """`check_fingerprint` of what was measured."""
     fits, same = measured.within(FINGERPRINT_TOLERANCE), measured.within(ROUNDING_TOLERANCE)
     if measured.adapter_inside and not same:
@@ -230,10 +238,11 @@ def _judge(measured: _Measured, prior: ReasoningPrior, claim: MergedDelta | None
         warn(message)
     elif fits and measured.exact and not same:
         claimed = "" if claim is None else f", and it is said to be {claim.words}"
+        own, gone_on = ("", GONE_ON) if held else (", or you have trained them further", "")
         warn(
             f"The prior '{prior.source}' was built for slightly other base weights: its fingerprint is off by "
             f"{measured.share:.1%} on this base, which rounding does not explain{claimed}. Unless its weights were "
-            "quantized once, or you have trained them further, build a prior for it with build_prior."
+            f"quantized once{own}, build a prior for it with build_prior.{gone_on}"
         )
     if not fits and claim is not None:
         raise ValueError(
@@ -272,16 +281,18 @@ def _is_exact(module: nn.Module, tensors: list[Tensor]) -> bool:
 def weight_products(model: nn.Module, module: nn.Module, U: Tensor, Vh: Tensor) -> Tensor:
     """u_iᵀ·W·v_i [k] in fp32, on the CPU, of the columns of U [out, k] and the rows of Vh [k, in]; W is a module's
     weight in this model, however it is stored."""
-    weight = getattr(module, "weight", None)
+    sharded = {n: values([p])[0] for n, p in module.named_parameters() if isinstance(p, DTensor)}  # of FSDP2
+    weight = sharded.get("weight", getattr(module, "weight", None))
     Vh = Vh.to(next(iter([*module.parameters(), *module.buffers()])).device)
     if not hasattr(module, "in_features"):
         WV = Vh.to(weight).float() @ weight.float().mT  # (W·v_i)ᵀ [k, out]
     else:  # as a linear layer's own forward pass computes them, so that it does not matter how W is stored
         plain = isinstance(weight, Tensor) and weight.is_floating_point()
         dtype = weight.dtype if plain else getattr(model, "dtype", torch.float32)  # what quantized layers are given
-        bias = getattr(module, "bias", None)  # in 16 bits a sum with a large one, such as Qwen's, would round W·v away
+        # In 16 bits a sum with a large bias, such as Qwen's, would round W·v away.
+        bias = sharded.get("bias", getattr(module, "bias", None))
         without = {"bias": torch.zeros_like(bias)} if isinstance(bias, Tensor) else {}
-        WV = functional_call(module, without, (Vh.to(dtype),)).float()
+        WV = functional_call(module, sharded | without, (Vh.to(dtype),)).float()
     return (U.to(WV).mT * WV).sum(-1).cpu()
 
 

@@ -100,7 +100,7 @@ def residual(
 
 
 def _with_floors(D_A: Tensor, D_B: Tensor, A: Tensor, B: Tensor, s: Tensor, X_norm: Tensor, share) -> Direction:
-    rounding = 1e-6 * s * X_norm
+    rounding = 1e-6 * s.abs() * X_norm
     return Direction(D_A, D_B, rounding * norm(B), rounding * norm(A), share, X_norm)
 
 
@@ -113,7 +113,9 @@ def balanced_targets(U: Tensor, S: Tensor, Vh: Tensor, s: Tensor) -> tuple[Tenso
 def spectrum(S: Tensor, power: float) -> Tensor:
     """S^p […, k] in place of S, scaled so that ‖Δ_r‖ stays: p = 1 is Δ_r itself, p = 0 weighs all directions alike, but
     those that are rounding, as those beyond the rank of an expert that is a LoRA."""
-    weighted = torch.where(S > ROUNDING * S.amax(-1, keepdim=True), S**power, 0.0)
+    largest = S.amax(-1, keepdim=True)
+    size = largest.log2().floor().exp2()  # taken out first, without rounding: the fourth power of 1e-12 vanishes
+    weighted = torch.where(S > ROUNDING * largest, (S / size) ** power, 0.0)
     length = torch.linalg.vector_norm(weighted, dim=-1, keepdim=True)
     return torch.where(length > 0, weighted * (torch.linalg.vector_norm(S, dim=-1, keepdim=True) / length), 0.0)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import check_type, nearest
 from ..checkpoints import module_kind
-from ..keeping import keep_4bit_differentiable
+from ..keeping import inner_model, keep_4bit_differentiable
 from ..prior import ReasoningPrior, origins_of
 from ..warn import warn
 from .attach import refuse_meta, steer
@@ -77,6 +77,7 @@ def guide(
     _check_arguments(model, prior, adapter_name, init_lora_weights, settings)
     if isinstance(prior, (str, Path)):
         prior = ReasoningPrior.load(prior)
+    given, model = model, inner_model(model)
     refuse_meta(model)
     refuse_nested_copies(model)
     layers, tensors = list(lora_layers(model, adapter_name)), list(trainable_tensors(model, adapter_name))
@@ -106,7 +107,7 @@ def guide(
     steered = steer(layers, tensors, prior, config, own_name)
     if init_lora_weights is not None:
         start_adapters(steered, prior)
-    return model
+    return given
 
 
 def _check_arguments(

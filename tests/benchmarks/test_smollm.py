@@ -294,9 +294,16 @@ def test_the_whole_command_goes_on_where_it_was_stopped(made, capsys):
     assert "less LoRA, keeping" in printed and "rate 0.0001, drift alpha 1" in printed
 
 
-def test_ways_can_be_run_alone(made, tmp_path, capsys):
-    ledger = str(tmp_path / "runs.jsonl")
-    smollm.main(["--smallest", "--folder", str(made), "--ledger", ledger, "--device", "cpu", "--ways", "vlm"])
+def test_ways_can_be_run_alone_and_on_every_core(made, tmp_path, capsys, monkeypatch):
+    ledger, threads, before = str(tmp_path / "runs.jsonl"), [], torch.get_num_threads()
+    perform = smollm.perform
+    monkeypatch.setattr(smollm, "perform", lambda *given: threads.append(torch.get_num_threads()) or perform(*given))
+    torch.set_num_threads(2)
+    try:
+        smollm.main(["--smallest", "--folder", str(made), "--ledger", ledger, "--device", "cpu", "--ways", "vlm"])
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2]
     assert {entry["way"] for entry in open_ledger(tmp_path / "runs.jsonl", made)} == {"vlm"}
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["missing"] > 0  # of the whole plan
 

@@ -9,7 +9,7 @@ import transformers as tf
 from keep_sets import PLACES
 from omni import qwen2_5_omni, qwen3_omni
 from tiny import tiny_vlm
-from tiny_vlm import CHAT, PROCESSORS, tokenizer
+from tiny_vlm import ASKED, CHAT, tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -70,7 +70,7 @@ def test_a_feed_reads_them_as_the_vlm_is_asked(folder):
 @pytest.mark.parametrize("family", PLACES)
 def test_text_alone_is_what_every_family_takes(family):
     """In a batch with a longer one as alone, in train mode too."""
-    processor, image = PROCESSORS[family]
+    processor, image = ASKED[family]
     processor, model = processor(tokenizer(64), chat_template=CHAT.replace("IMAGE", image)), tiny_vlm(family).train()
     logits = []
     for questions in (["7"], ["7", "1 + 2 = ? how many"]):

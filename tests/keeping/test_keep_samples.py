@@ -93,6 +93,11 @@ def test_outputs_that_are_there_are_left(keep_set, capsys, tmp_path):
     (tmp_path / "keep_images" / ".DS_Store").touch()  # of a file manager
     status, *_ = run(capsys, "keep", "samples", keep_set.path, "-o", tmp_path / "keep.jsonl", "--overwrite")
     assert status == 0 and (tmp_path / "keep.jsonl").read_bytes() == before
+    (tmp_path / "keep_images").rename(tmp_path / "elsewhere")
+    (tmp_path / "keep_images").symlink_to(tmp_path / "elsewhere")
+    write_samples(keep_set, tmp_path / "keep.jsonl", overwrite=True)
+    assert not (tmp_path / "keep_images").is_symlink() and (tmp_path / "keep.jsonl").read_bytes() == before
+    assert [*(tmp_path / "elsewhere").iterdir()]  # what the link led to is left
 
 
 class Edited:

@@ -213,6 +213,11 @@ def test_wrong_questions(text, message, folder, tmp_path):
         ({"images": "none.jsonl"}, FileNotFoundError, "there is no file none.jsonl"),
         ({"server": "localhost"}, ValueError, "server localhost is no address such as http://localhost:8000/v1"),
         (
+            {"server": "http://x/v1?a=b"},
+            ValueError,
+            "such as http://localhost:8000/v1, without a password or a query",
+        ),
+        (
             {"server": "http://x/v1", "load_in_4bit": True},
             ValueError,
             "the server decides how its model is loaded: leave out load_in_4bit",

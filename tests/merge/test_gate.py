@@ -6,6 +6,7 @@ import shutil
 import warnings
 from unittest.mock import Mock
 
+import accelerate
 import experts
 import keep_sets
 import pytest
@@ -355,6 +356,15 @@ def test_a_vlm_with_a_part_of_delta_in_it_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"the model is .*base \+ 0\.1.*, and gates weigh what is added to a VLM"):
         gate(folder, tmp_path / "g.safetensors", base=tmp_path / "b")
     assert not (tmp_path / "g.safetensors").exists()
+
+
+def test_a_vlm_with_a_part_outside_the_gpu_is_refused(folder, tmp_path, monkeypatch):
+    model = load(folder)
+    accelerate.cpu_offload(model.model.language_model.layers[1], execution_device=torch.device("cpu"))
+    monkeypatch.setattr(Vlm, "model", model)
+    with pytest.raises(ValueError, match=r"^gating needs all weights of .*base in one place, and the GPU has no room"):
+        gate(folder, tmp_path / "g.safetensors", **FRISM)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_small_gradients_survive_fp16(folder):

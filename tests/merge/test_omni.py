@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from drift_peft import DriftConfig, build_prior, merge_adapter
 from drift_peft.checkpoints import Checkpoint
+from drift_peft.keeping import Vlm
 from drift_peft.tuner import targets_summary
 from drift_peft.tuner.compatibility import adapted_modules
 
@@ -41,6 +42,15 @@ def omni(request, tmp_path_factory):
     prior = build_prior(folder / "expert", folder / "base", folder / "prior.safetensors", rank=8, progress=False)
     assert len(prior) == number
     return folder, thinker, number
+
+
+def test_it_is_asked_by_its_thinker(omni, tmp_path):
+    """Whole, it only generates: it gives no logits, by which answers are kept."""
+    folder, thinker, _ = omni
+    with pytest.raises(ValueError, match=r"base is a whole Omni model, which gives no logits: take its thinker"):
+        Vlm(folder / "base")
+    thinker.from_pretrained(folder / "base").save_pretrained(tmp_path)
+    assert Checkpoint(tmp_path).auto_class is tf.AutoModelForImageTextToText
 
 
 def test_targets_are_the_thinkers(omni):

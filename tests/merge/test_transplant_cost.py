@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import accelerate
 import pytest
 import torch
 from command import run
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transplants import LORA, go, save_lora
 
 from drift_peft import KeepSet
-from drift_peft.keeping import measure, summarize
+from drift_peft.keeping import measure, summarize, vlm
 from drift_peft.merge.cost import Cost, cost_table
 
 
@@ -60,6 +61,24 @@ def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(ValueError, match=r"at .* nats a token from its own answers already"):
         go(kept, output=tmp_path / "none", load_in_4bit=True, scale="auto", budget=1e-5, **options)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_part_of_the_vlm_outside_the_gpu_is_no_free_part(merged, kept, tmp_path, monkeypatch):
+    """As device_map="auto" leaves it: its weights are on meta, where they cannot be moved by Δ."""
+    load_model = vlm.load_model
+
+    def offloaded(*given):
+        model = load_model(*given)
+        accelerate.cpu_offload(model.model.language_model.layers[1], execution_device=torch.device("cpu"))
+        return model
+
+    monkeypatch.setattr(vlm, "load_model", offloaded)
+    with pytest.raises(
+        ValueError, match=r"measuring what Δ costs needs all weights of .*vlm in one place, and the GPU"
+    ):
+        go(kept, output=tmp_path / "out", merged=merged, scale=0.7, keep=kept / "keep.safetensors")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_cost_that_is_nothing_has_no_sign():

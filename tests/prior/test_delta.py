@@ -92,6 +92,17 @@ def test_energy_takes_the_smallest_rank_that_reaches_it(energy, max_rank, seed):
     assert len(stats["fingerprint"]) == min(8, k)
 
 
+@pytest.mark.parametrize("energy", [None, 0.5])
+def test_the_energy_is_that_of_what_is_stored(energy):
+    """Also where fp32 has rounded away all of Δ but its largest direction."""
+    W = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    expert = W + delta * 1e-6
+    factors, stats = take({"expert": expert, "base": W}, energy=energy)
+    captured = factors["S"].double().square().sum() / (expert - W).double().square().sum()
+    assert 0 < stats["rank"] < 48 and stats["energy"] == pytest.approx(float(captured), rel=1e-4)
+
+
 @pytest.mark.parametrize("size", [1e-2, 1e-4])
 @pytest.mark.parametrize("shape", [(96, 80), (640, 400)])  # by LAPACK and by block Krylov iteration
 def test_an_adapters_delta_has_the_adapters_rank(shape, size):

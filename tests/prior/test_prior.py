@@ -104,7 +104,7 @@ def test_folder_and_hub_repository(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(hub, "download", lambda *call: asked.append(call) or tmp_path)
     assert ReasoningPrior.load("some/prior@v1").source == "some/prior@v1"
-    assert ReasoningPrior.load("some/prior", revision="v2").sha256
+    assert ReasoningPrior.load("some/prior", revision="v2").source == "some/prior@v2"  # and so it is stored
     assert asked == [("some/prior", "v1", [FILE_NAME]), ("some/prior", "v2", [FILE_NAME])]
     (tmp_path / FILE_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"some/prior holds no prior.safetensors"):

@@ -46,6 +46,19 @@ def test_fp32_and_bf16_parameters(scale, target):
     assert_steps_as_the_oracle(Layers(settings(scale, target), dtype=torch.bfloat16), scale, target, 0.05)
 
 
+def test_the_numbers_of_a_gradscaler_come_to_the_layers():
+    """It keeps them on one device, and the layers may be on several. Here meta stands for another one."""
+    model = Layers(settings("absolute", drift_warmup_steps=5), count=1)
+    trained = [p.to("meta") for p in model.trained()]
+    (group,) = groups_of(model.steered, {*map(id, model.trained())})
+    group.parameters = dict(zip(group.parameters, ([p] for p in trained), strict=True))
+    group.config.iteration = torch.tensor(2)
+    batch = group.batch()
+    assert batch.alpha.device == batch.strength(torch.tensor(8.0)).device == batch.here(torch.ones(())).device
+    assert batch.alpha.device.type == "meta"
+    assert batch.rates("A", {id(trained[0]): torch.tensor(1e-3)}).device.type == "meta"
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_other_active_adapters_are_subtracted(scale):
     assert_steps_as_the_oracle(Layers(settings(scale), others=["second", "third"]), scale, "residual")

@@ -71,8 +71,13 @@ def test_prior_of_a_base_that_is_nearly_this_one(pairs, dtype):
     nearby = r"slightly other base weights: its fingerprint is off by [5-9]\.\d%"
     with pytest.warns(UserWarning, match=nearby):
         get_peft_model(nearly(tiny_llm("llava"), 0.07).to(dtype), drift(pairs("llama")))
-    with pytest.warns(UserWarning, match=nearby):
+    begins_anew = nearby + r".* Unless its weights were quantized once, build a prior .* the pull begins anew here"
+    with pytest.warns(UserWarning, match=begins_anew):  # from W_0 as it is now
         guide(nearly(tiny_llm("llava"), 0.07).to(dtype), pairs("llama") / "prior.safetensors")
+    further = nearby + r".* or you have trained them further, build a prior for it with build_prior\.$"
+    with pytest.warns(UserWarning, match=further):
+        delta = {"drift_target": "delta"}
+        guide(nearly(tiny_llm("llava"), 0.07).to(dtype), pairs("llama") / "prior.safetensors", **delta)
 
 
 @pytest.mark.filterwarnings("error:The prior")

@@ -51,15 +51,19 @@ class Case:
     accumulation: int = 1
     sync: bool = True  # False: micro-batches stay unsharded until the last one
     sharded: str = "layers"  # or "root", "columns", "some", "hybrid"
+    sharded_first: bool = False  # before it is steered, or wrapped
 
-    def model(self, pair):
+    def model(self, pair, shard=lambda model: model):
         settings = {"dtype": self.dtype, "drift_alpha": STRENGTH[self.scale], **self.settings}
         if self.made_by == "full":
             model = copy.deepcopy(pair.base).to(self.dtype).train().requires_grad_(False)
             for name, p in model.named_parameters():
                 p.requires_grad = any(part in name for part in ("q_proj.weight", "down_proj.weight", "input_layernorm"))
             scale = {"drift_scale": self.scale, "drift_target": self.target, "drift_alpha": STRENGTH[self.scale]}
-            return guide(model, pair.prior, **scale)
+            return guide(shard(model), pair.prior, **scale)
+        if self.sharded_first:
+            config = DriftConfig(prior=pair.path, r=6, **self.settings)
+            return get_peft_model(shard(copy.deepcopy(pair.base).double()), config).train()
         if self.made_by == "drift start":
             config = DriftConfig(prior=pair.path, r=6, **self.settings)
             return get_peft_model(copy.deepcopy(pair.base), config).double().train()
@@ -138,6 +142,8 @@ CASES |= {
     "full": Case(made_by="full"),
     "full, absolute delta": Case("absolute", "delta", made_by="full"),
     "full, decoupled": Case("decoupled", "base", made_by="full"),
+    "sharded before it is wrapped": Case(sharded_first=True),
+    "sharded before it is steered": Case(made_by="full", sharded_first=True),
 }
 
 
@@ -166,7 +172,7 @@ def worker(rank, folder, names):
     results = {}
     for name in names:
         case = CASES[name]
-        model = case.shard(case.model(pair))
+        model = case.model(pair, case.shard) if case.sharded_first else case.shard(case.model(pair))
         before = telemetry(model)
         case.train(model, rank)
         results[name] = whole(model), before, telemetry(model)

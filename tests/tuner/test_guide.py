@@ -8,6 +8,7 @@ import torch
 from older import known, variant
 from pairs import drift, load, train, wrap
 from peft import AdaLoraConfig, LoKrConfig, LoraConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch.nn import DataParallel
 
 from drift_peft import ReasoningPrior, build_prior, guide
 from drift_peft.tuner.steered import all_steered, steered_of
@@ -26,6 +27,18 @@ def test_guide_equals_drift_config(pairs):
     want = {n: p for n, p in steered.named_parameters() if p.requires_grad}
     got = {n: p for n, p in plain.named_parameters() if p.requires_grad}
     assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want)
+
+
+@pytest.mark.parametrize("wrapper", [DataParallel, torch.compile])
+def test_what_is_wrapped_once_more_is_looked_into(pairs, wrapper):
+    folder = pairs("llama")
+    model = wrap(load(folder, "llama"), drift(folder, drift_alpha=0.1))
+    with pytest.raises(ValueError, match=r"is steered by its DriftConfig already: change the settings there"):
+        guide(wrapper(model), folder / "prior.safetensors", drift_alpha=0.7)
+    assert {s.alpha for s in steered_of(model)} == {0.1}
+    plain = wrapper(get_peft_model(load(folder, "llama"), LoraConfig(r=4, target_modules=["q_proj"])))
+    assert guide(plain, folder / "prior.safetensors", drift_alpha=0.7) is plain
+    assert {s.alpha for s in steered_of(plain)} == {0.7}
 
 
 def test_guide_reports_what_it_does_not_steer(pairs):

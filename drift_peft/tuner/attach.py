@@ -71,6 +71,7 @@ def steer(
             earlier.release()
     for s in [*adapters, *tensors]:
         s.register()
+    config.in_force = True
     add_to_trainers(DriftCallback)
     return adapters
 

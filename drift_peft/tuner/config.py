@@ -101,6 +101,8 @@ class DriftConfig(DriftSettings, LoraConfig):
     def _check_lora(self) -> None:
         if not is_whole(self.r):
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}.")
+        if isinstance(self.modules_to_save, str):  # of which PEFT would take each letter for a name
+            raise ValueError(f"modules_to_save must be a list, such as ['lm_head'], got '{self.modules_to_save}'.")
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
         alphas["lora_alpha"] = self.lora_alpha
         for name, alpha in alphas.items():
@@ -216,6 +218,11 @@ class DriftConfig(DriftSettings, LoraConfig):
                 f"The adapter in '{source}' had its start with drift_start={start}: leave out drift_start="
                 f"{given['drift_start']!r}."
             )
+        for name in ("r", "rank_pattern"):
+            if name in given and given[name] != getattr(lora, name):
+                raise ValueError(
+                    f"The adapter in '{source}' has {name}={getattr(lora, name)!r}: leave out {name}={given[name]!r}."
+                )
         if given.get("prior", "") is None:
             own["drift_start"] = 0.0  # it needs a prior, and is past
         shared = {f.name: getattr(lora, f.name) for f in fields(LoraConfig)}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..warn import warn
@@ -17,6 +17,8 @@ from .steered import settings_of
 from .unguided import Unguided
 
 ALONE = "PeftModel.from_pretrained(base, folder, config=DriftConfig.from_pretrained(folder), is_trainable=True)"
+START = ("drift_start", "init_lora_weights")  # of the past, once there are trained weights
+OF_LORA = ("lora_alpha", "alpha_pattern", "use_rslora", "target_modules")
 BESIDE = (
     "model.add_adapter('{name}', DriftConfig.from_pretrained(folder)) and then model.load_adapter(folder, '{name}', "
     "is_trainable=True)"
@@ -34,17 +36,22 @@ def _noticing(
     **kwargs,
 ) -> Any:
     """Trainer comes here when it resumes, and for the best checkpoint at the end."""
+    own, stored = settings_of(model, adapter_name) if adapter_name in model.peft_config else None, None
+    known = own is not None and own.read_from == os.path.realpath(model_id)
+    if own is not None and not known and (stored := _settings(model_id, kwargs)):
+        _refuse_other_rank(model.peft_config[adapter_name], _lora(model_id, kwargs), model_id)
     result = load_adapter(model, model_id, adapter_name, is_trainable, *args, **kwargs)
     config = settings_of(model, adapter_name)
     way = BESIDE.format(name=adapter_name) if len(model.peft_config) > 1 else ALONE
     if config is not None:
-        known, config.read_from = config.read_from == os.path.realpath(model_id), None
+        config.read_from = None
         if known:
             _take_steps(config)
-        elif stored := _settings(model_id, kwargs):
+        elif stored:
             config.drift_steps = stored.get("drift_steps", 0)
             if is_trainable:
-                _warn_of_other_settings(config, stored, model_id)
+                _warn_of_other_settings(model, adapter_name, stored, _lora(model_id, kwargs), model_id)
+            vars(config).update({name: stored[name] for name in START if name in stored})  # that of these weights
         if is_trainable:
             _warn_of_ended_schedule(config)
     if not (config and is_trainable) and _was_guided(model_id, kwargs):
@@ -77,6 +84,11 @@ def _settings(source: str, kwargs: dict) -> dict | None:
     return DriftConfig.stored(source, **hub)
 
 
+def _lora(source: str, kwargs: dict) -> LoraConfig:
+    hub, _, _ = PeftConfig._split_kwargs(kwargs)
+    return LoraConfig.from_pretrained(source, **hub)
+
+
 def _was_guided(source: str, kwargs: dict) -> bool:
     hub, _, _ = PeftConfig._split_kwargs(kwargs)
     return settings_file(source, **hub) is not None  # unread: what is damaged in it is no matter of inference
@@ -89,13 +101,30 @@ def _plain_training(source: str, way: str) -> str:
     )
 
 
-def _warn_of_other_settings(config: DriftConfig, stored: dict, source: str) -> None:
+def _refuse_other_rank(own: LoraConfig, stored: LoraConfig, source: str) -> None:
+    for name in ("r", "rank_pattern"):
+        if (there := getattr(stored, name)) != (here := getattr(own, name)):
+            raise ValueError(
+                f"The adapter in '{source}' has {name}={there!r}, and the model was wrapped with {name}={here!r}: wrap "
+                "it as the adapter was."
+            )
+
+
+def _warn_of_other_settings(
+    model: PeftModel, adapter_name: str, stored: dict, stored_lora: LoraConfig, source: str
+) -> None:
     """As Trainer compares the arguments of a checkpoint with its own."""
+    config, lora = settings_of(model, adapter_name), model.peft_config[adapter_name]
     earlier = DriftSettings(**{name: stored[name] for name in stored.keys() & DriftSettings.__dataclass_fields__})
-    past = ("drift_steps", "drift_start")
+    past = ("drift_steps",) if config.drift_start else ("drift_steps", "drift_start")  # unless one was asked for now
     names = [name for name in stored if name.startswith("drift_") and name not in past]
     changed = [name for name in names if _meant(earlier, name) != _meant(config, name)]
     differences = [f"{name}={stored[name]!r}, which is {getattr(config, name)!r} now" for name in changed]
+    differences += [
+        f"{name}={there!r}, which is {here!r} now"
+        for name in OF_LORA
+        if (there := getattr(stored_lora, name)) != (here := getattr(lora, name))
+    ]
     if earlier.prior_sha256 != config.prior_sha256:
         differences = [
             f"another prior than '{config.prior}'" if config.prior else "a prior, and has none now",

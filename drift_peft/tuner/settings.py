@@ -13,6 +13,25 @@ from ..choices import MODULES
 from ..prior import MergedDelta
 
 SPECTRA = {"full": 1.0, "flat": 0.0}
+# Read at each step, so that they may change between steps. The others say what is made when a model is wrapped.
+CHANGING = (
+    "drift_alpha",
+    "drift_alpha_pattern",
+    "drift_scale",
+    "drift_warmup_steps",
+    "drift_decay_steps",
+    "drift_log_kinds",
+)
+FIXED = (
+    "prior",
+    "drift_target",
+    "drift_rank",
+    "drift_start",
+    "drift_norm",
+    "drift_sketch",
+    "drift_spectrum",
+    "drift_modules",
+)
 
 
 @dataclass
@@ -140,6 +159,23 @@ class DriftSettings:
     steps_before: ClassVar[int] = 0  # guided steps under settings that these have replaced
     steps_of_weights: ClassVar[int | None] = None  # guided steps of the weights that the adapter shall get
     weights_loaded: ClassVar[bool] = False  # whether it has got any; also on a plain LoraConfig
+    in_force: ClassVar[bool] = False  # something is steered by these settings
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Of settings in force, refuse what cannot change any more, and what is out of range."""
+        before = getattr(self, name, None)
+        if self.in_force and name in FIXED and value != before:
+            raise ValueError(
+                f"{name}={value!r} comes too late, since what is steered was made with {name}={before!r}: wrap a model "
+                f"with another DriftConfig. Between steps {', '.join(CHANGING)} may change."
+            )
+        super().__setattr__(name, value)
+        if self.in_force and name in CHANGING:
+            try:
+                check_settings(self)
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
 
     @property
     def expert(self) -> str | None:

@@ -32,6 +32,8 @@ REFUSED = [
     ({"drift_alpha": "1"}, r"drift_alpha must be a finite number ≥ 0, got '1'"),
     ({"drift_alpha": True}, r"drift_alpha must be a finite number ≥ 0, got True"),
     ({"drift_alpha": None}, r"drift_alpha must be a finite number ≥ 0, got None"),
+    # LoRA's
+    ({"modules_to_save": "lm_head"}, r"modules_to_save must be a list, such as \['lm_head'\], got 'lm_head'"),
     # modes
     ({"drift_scale": "gradnrm"}, r"drift_scale='gradnrm' is unknown.*'adaptive', .*; did you mean gradnorm\?"),
     ({"drift_scale": "adaptiv"}, r"did you mean adaptive\?"),

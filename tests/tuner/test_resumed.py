@@ -51,6 +51,35 @@ def test_other_settings_than_the_checkpoints(pairs, checkpoint, tmp_path, change
     assert telemetry(model)["guided_steps"] == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha=8, which is 64 now"),
+        ({"use_rslora": True}, "use_rslora=False, which is True now"),
+        ({"drift_start": 0.5}, r"drift_start=0\.0, which is 0\.5 now"),
+    ],
+)
+def test_what_makes_another_adapter_of_the_same_weights(pairs, tmp_path, changes, told):
+    folder = pairs("llama")
+    get_peft_model(load(folder, "llama"), drift(folder)).save_pretrained(tmp_path)
+    model = get_peft_model(load(folder, "llama"), DriftConfig(**{**drift(folder).to_dict(), **changes}))
+    with pytest.warns(UserWarning, match=f"was trained with {told}: unless that is meant"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert model.peft_config["default"].drift_start == 0  # that of the weights that are there now
+
+
+@pytest.mark.parametrize("changes", [{"r": 3}, {"rank_pattern": {"q_proj": 2}}])
+def test_another_rank_is_refused_before_a_weight_is_loaded(pairs, tmp_path, changes):
+    folder = pairs("llama")
+    get_peft_model(load(folder, "llama"), drift(folder)).save_pretrained(tmp_path)
+    model = get_peft_model(load(folder, "llama"), DriftConfig(**{**drift(folder).to_dict(), **changes}))
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"has {name}=.*, and the model was wrapped with {name}={value}: wrap it as"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    with pytest.raises(ValueError, match=rf"has {name}=.*: leave out {name}={value}\.$"):
+        DriftConfig.from_pretrained(tmp_path, **changes)
+
+
 def test_the_checkpoints_own_settings(pairs, checkpoint, tmp_path):
     model = get_peft_model(load(pairs("llama"), "llama"), drift(pairs("llama")))
     with warnings.catch_warnings():

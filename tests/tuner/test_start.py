@@ -127,6 +127,7 @@ def test_it_is_stored_and_goes_on_from_its_weights(pairs, tmp_path):
         warnings.simplefilter("error", UserWarning)
         fresh = get_peft_model(load(folder, "llama"), drift(folder))
         fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    assert fresh.peft_config["default"].drift_start == 0.5  # that of these weights, as the card will say
 
 
 def test_without_guidance_it_is_said_on_the_card(pairs, tmp_path):

@@ -55,7 +55,8 @@ def exams(rows: dict, plan: Plan, ledger: Ledger, console: Console) -> None:
 def differences(rows: dict, console: Console) -> None:
     """Of the trained ways from each rival, paired by seeds and samples, in the mean of the image exams and in text."""
     table = Table(title="Differences in points, in pairs, with 95 % intervals")
-    rivals = [rival for rival in RIVALS if rival in rows]
+    if not (rivals := [rival for rival in RIVALS if rival in rows]):
+        return
     compared = {"images": IMAGES, "text reasoning": ("text reasoning",)}
     for head in ("way", *(f"{exam}: less {WAYS[rival].title}" for rival in rivals for exam in compared)):
         table.add_column(head)

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 
 from ..atomic import write_text
 from ..warn import first_line, warn
+from .lock import home_hint
 from .shards import Header, load_bin, read_dtype
 
 DESCRIPTIONS = ("config.json", "adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -196,9 +197,8 @@ def _explained(repository: str, revision: str | None, file: str | None) -> Itera
     try:
         yield
     except HFValidationError as error:
-        whole = os.path.expanduser(repository)
-        home = "" if whole == repository else f": ~ stands for your folder in a shell alone, so write {whole}"
-        raise FileNotFoundError(f"{repository} is neither an existing path nor a hub id{home}") from error
+        unknown = f"{repository} is neither an existing path nor a hub id{home_hint(repository)}"
+        raise FileNotFoundError(unknown) from error
     except SafetensorsParsingError as error:
         raise ValueError(f"{what} is truncated or no safetensors file on the hub") from error
     except GatedRepoError as error:

@@ -32,7 +32,8 @@ def only_writer(output: Path) -> Iterator[None]:
             "another folder"
         ) from error
     if not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} cannot be written: there is no folder {output.parent}")
+        missing = f"there is no folder {output.parent}{home_hint(output)}"
+        raise FileNotFoundError(f"output {output} cannot be written: {missing}")
     file = output.with_name(f"{output.name}.lock")
     lock = FileLock(file)
     _acquire(lock, file, output)
@@ -45,6 +46,13 @@ def only_writer(output: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # Windows keeps open files; there, filelock deletes it
             file.unlink()  # while it is held: who takes it now makes another
         lock.release()
+
+
+def home_hint(path: str | Path) -> str:
+    """What an error says in the end of a path that begins with ~, which Python takes as it is; "" of any other."""
+    given = str(path).removeprefix(f"{os.getcwd()}{os.sep}")  # which an output that was resolved has before it
+    whole = os.path.expanduser(given)
+    return "" if whole == given else f": ~ stands for your folder in a shell alone, so write {whole}"
 
 
 def _acquire(lock: FileLock, file: Path, output: Path) -> None:

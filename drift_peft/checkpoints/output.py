@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ SHORT = 80  # characters of values that an error shows
 
 
 @contextlib.contextmanager
-def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None]:
+def claimed_output(output: Path, overwrite: bool, example: str, sources: Collection[str | Path] = ()) -> Iterator[None]:
     """Be the only one who writes this file; refused at once if it could not be written in the end.
 
     Args:
         overwrite: whether there may be such a file.
         example: what a file in a folder would be called, for an error.
+        sources: files that it is made of, none of which it may replace.
 
     Raises:
-        FileExistsError: it exists, or is a file of a model, or another process writes it.
+        FileExistsError: it exists, or is a file of a model or one of the sources, or another process writes it.
         IsADirectoryError, FileNotFoundError, OSError: it is a folder, or cannot be written.
     """
     if output.is_dir():
@@ -45,6 +46,9 @@ def claimed_output(output: Path, overwrite: bool, example: str) -> Iterator[None
             raise FileExistsError(f"output {output} exists: name another file, or pass overwrite=True (--overwrite)")
         if output.exists() and _is_of_a_model(output):
             raise FileExistsError(f"output {output} is a file of the model in that folder: name another file")
+        for source in sources:
+            if output.exists() and os.path.exists(source) and os.path.samefile(output, source):
+                raise FileExistsError(f"output {output} is {source}, which it is made of: name another file")
         yield
 
 

@@ -25,6 +25,7 @@ from ..arguments import typed
 from ..warn import first_line, visible, warn
 from .headed import HeadedFile
 from .hub import at_revision, folder_of
+from .lock import home_hint
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots\b[\\/]?(\w*)")  # a snapshot in the hub's cache
@@ -100,7 +101,7 @@ def find_file(source: str | Path, revision: str | None, name: str) -> Path:
     if path.exists() and revision:
         raise ValueError(f"{source} is a local path, which has no revision {revision!r}: leave out revision=")
     if not path.exists() and path.suffix == ".safetensors":  # no hub id ends like this, so do not ask there
-        raise FileNotFoundError(f"there is no file {source}")
+        raise FileNotFoundError(f"there is no file {source}{home_hint(source)}")
     path = folder_of(source, revision, [name])
     if path.is_dir():
         path /= name

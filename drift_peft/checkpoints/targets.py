@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -47,9 +48,9 @@ def language_model_targets(
         2
     """
     check_type("model", model, nn.Module)
-    if isinstance(names, str):
+    if isinstance(names, (str, Path)):
         raise ValueError(
-            f"names must be a list of weights, such as ['layers.0.self_attn.q_proj.weight'], got {names!r}"
+            f"names must be a list of weights, such as ['layers.0.self_attn.q_proj.weight'], got {str(names)!r}"
         )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = Decoder(base)

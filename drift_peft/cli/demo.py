@@ -39,6 +39,8 @@ def run(out: str | None, seeds: list[int], steps: int, processes: int, **given) 
             raise ValueError(f"--{name} {number}: give 1 or more")
     if min(seeds) < 0:
         raise ValueError(f"--seed {min(seeds)}: give 0 or more")
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise ValueError(f"--seed {twice[0]} is given twice, which tells nothing of the spread: give other seeds")
     from ..demo import METHODS, study  # needs the extra `demo`, and says so
     from ..demo import run as run_demo
 

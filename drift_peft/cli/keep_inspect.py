@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "what a keep set holds"
 DESCRIPTION = "Show what a VLM was asked, how long its answers are and how sure it was."
@@ -12,7 +12,12 @@ EXAMPLE = "drift-peft keep inspect keep.safetensors --html keep.html"
 def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("keep_set", metavar="KEEP_SET", help="keep set: file, hub id or id@revision")
-    add("--html", metavar="PAGE", help="also write a contact sheet: one page with pictures, questions and answers")
+    add(
+        "--html",
+        type=file_such_as("keep.html"),
+        metavar="PAGE",
+        help="also write a contact sheet: one page with pictures, questions and answers",
+    )
     add("--overwrite", action="store_true", help="replace an existing page")
     parser.add_json()
 

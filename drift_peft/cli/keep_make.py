@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .keys import key_of
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "a VLM and unlabelled images -> keep set"
 DESCRIPTION = "Have a VLM answer questions about images that nobody has labelled, and keep what it says."
@@ -15,7 +15,13 @@ def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("--base", required=True, help="vision-language model: folder, hub id or id@revision")
     add("--images", required=True, help="folder of pictures, hub data set, or training data (.jsonl, .json, .parquet)")
-    add("-o", "--output", required=True, help="file to write, such as keep.safetensors")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        type=file_such_as("keep.safetensors"),
+        help="file to write, such as keep.safetensors",
+    )
     add(
         "--questions",
         metavar="FILE",

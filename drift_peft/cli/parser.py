@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from types import ModuleType
 from typing import NoReturn
@@ -28,6 +29,19 @@ def json_object(value: str) -> dict:
     if not isinstance(parsed, dict):
         raise ValueError
     return parsed
+
+
+def file_such_as(example: str) -> Callable[[str], str]:
+    """The type of a flag that names a file to write. What ends as a folder does is refused here, since a Path would be
+    without that end, and the file be called like the folder."""
+
+    def file(value: str) -> str:
+        if value and os.path.basename(value) in ("", os.curdir):
+            such = os.path.join(value, example)
+            raise ArgumentError(None, f"output {value} is a folder: name a file, such as {such}")
+        return value
+
+    return file
 
 
 KINDS = {int: "whole number", float: "number", number_or_auto: "number or auto"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..choices import DEFAULT_MODULES, MAX_RANK, MODULES, RANK
 from .layers import layers
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "two checkpoints -> prior file"
 DESCRIPTION = "Take Δ = expert − base for each language-model weight and write it as a low-rank prior."
@@ -17,7 +17,13 @@ def flags(parser: Parser) -> None:
     add("--expert", required=True, help="text-only reasoning model: folder, hub id or id@revision")
     add("--base", required=True, help="vision-language model, in full precision")
     add("--reference", help="take Δ = expert − reference: the model that the expert was trained from")
-    add("-o", "--output", required=True, help="file to write, such as prior.safetensors")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        type=file_such_as("prior.safetensors"),
+        help="file to write, such as prior.safetensors",
+    )
     add("--rank", type=int, help=f"largest rank of Δ per weight (default: {RANK})")
     add("--energy", type=float, help="instead: per weight the smallest rank with this share of ‖Δ‖²")
     add("--max-rank", type=int, metavar="RANK", help=f"largest rank with --energy (default: {MAX_RANK})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "weighted sum of priors"
 DESCRIPTION = "Write a weighted sum of priors of one base as a new prior."
@@ -17,7 +17,7 @@ def flags(parser: Parser) -> None:
         metavar="PRIOR=COEFFICIENT",
         help="a prior and its coefficient, such as a.safetensors=0.7 user/prior@v1=0.3",
     )
-    add("-o", "--output", required=True, help="file to write")
+    add("-o", "--output", required=True, type=file_such_as("prior.safetensors"), help="file to write")
     add("--rank", type=int, help="largest rank per weight (default: the largest in these priors)")
     add("--overwrite", action="store_true", help="replace an existing output")
     parser.add_json()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from ..choices import SAID_TOKENS, SAID_TOP_K, Objective
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "weigh each singular direction of a prior, without labels"
 DESCRIPTION = (
@@ -24,7 +24,13 @@ def flags(parser: Parser) -> None:
     add("--expert", help="text-only model that answers --texts; none with --objective frism")
     add("--keep", required=True, metavar="KEEP_SET", help="keep set of the VLM: file or hub id")
     add("--texts", metavar="FILE", help="prompts in text, one a line; in a .jsonl file a string of JSON a line")
-    add("-o", "--output", required=True, help="file to write, such as gated.safetensors")
+    add(
+        "-o",
+        "--output",
+        required=True,
+        type=file_such_as("gated.safetensors"),
+        help="file to write, such as gated.safetensors",
+    )
     add(
         "--objective",
         choices=get_args(Objective),
@@ -38,7 +44,12 @@ def flags(parser: Parser) -> None:
     add("--rate", type=float, default=0.1, help="its learning rate")
     add("--batch-size", type=int, default=8, metavar="N", help="answers a step, of each kind")
     add("--max-tokens", type=int, default=512, metavar="N", help="so many at a time")
-    add("--answers", metavar="FILE", help="the expert's answers (default: beside the output); used if they are there")
+    add(
+        "--answers",
+        type=file_such_as("answers.safetensors"),
+        metavar="FILE",
+        help="the expert's answers (default: beside the output); used if they are there",
+    )
     add("--max-new-tokens", type=int, metavar="N", help=f"of expert: an answer is cut there (default: {SAID_TOKENS})")
     add("--top-k", type=int, metavar="K", help=f"of expert: log probabilities of each token (default: {SAID_TOP_K})")
     add("--load-in-4bit", action="store_true", help="load both models in NF4")

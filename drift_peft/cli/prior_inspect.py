@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "what a prior holds"
 DESCRIPTION = "Show how far apart two models are, and how much of it a prior holds."
@@ -13,8 +13,18 @@ def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--rank", type=int, help="captured energy when Δ is truncated to this rank, as an adapter's is")
-    add("--plot", metavar="FILE", help="also draw it into this file, such as prior.png; needs the extra report")
-    add("--html", metavar="FILE", help="also write it as one self-contained page, such as prior.html")
+    add(
+        "--plot",
+        type=file_such_as("prior.png"),
+        metavar="FILE",
+        help="also draw it into this file, such as prior.png; needs the extra report",
+    )
+    add(
+        "--html",
+        type=file_such_as("prior.html"),
+        metavar="FILE",
+        help="also write it as one self-contained page, such as prior.html",
+    )
     add("--overwrite", action="store_true", help="replace existing files of --plot and --html")
     parser.add_json("print as JSON, with the numbers of every weight")
 

@@ -1,6 +1,6 @@
 """drift-peft prior truncate: the same prior at a lower rank."""
 
-from .parser import Parser
+from .parser import Parser, file_such_as
 
 HELP = "the same prior at a lower rank"
 DESCRIPTION = "Write a prior of lower rank."
@@ -11,7 +11,7 @@ def flags(parser: Parser) -> None:
     add = parser.add_argument
     add("prior", metavar="PRIOR", help="prior file, hub id or id@revision")
     add("--rank", type=int, required=True, help="largest rank per weight")
-    add("-o", "--output", required=True, help="file to write")
+    add("-o", "--output", required=True, type=file_such_as("prior.safetensors"), help="file to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     parser.add_json()
 

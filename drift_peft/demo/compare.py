@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..arguments import nearest
+from ..atomic import write_json, write_text
 from ..keeping import make_keep_set
 from ..merge import merge_adapter
 from ..prior import ReasoningPrior, build_prior
@@ -32,7 +34,10 @@ from .world import Digits, Sample, make_samples
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VLM, EXPERT = CHECKPOINTS / "vlm", CHECKPOINTS / "reasoner"
-PRIOR, KEPT = "prior.safetensors", "keep.safetensors"  # files of a run
+PRIOR, KEPT, RESULTS, PICTURES = "prior.safetensors", "keep.safetensors", "results.json", ("results.png", "samples.png")
+STUDY = "study.json"  # the results of several seeds
+# Keys of results.json from the start of a run on, and those that come in the end: by them its folder is known.
+BEGUN, DONE = {"seed", "steps", "size", "split"}, {"titles", "rates", "scores", "history", "examples", "seconds"}
 TUNING = Path(__file__).parent / "tuning.json"  # written by benchmarks/tune_demo.py
 QUESTIONS = [("read", "read?"), ("count", "count?"), *(("at", f"at{place}?") for place in range(1, 6))]
 KEEP_SET = {"samples": 240, "max_new_tokens": 12, "top_k": 8, "batch_size": 60}
@@ -88,7 +93,7 @@ def run(
 
     Args:
         out: folder that keeps everything: prior, keep set, adapters, merged models, results.json, results.png,
-            samples.png. What an earlier run left there is replaced. None keeps nothing.
+            samples.png. What an earlier run left there, finished or not, is replaced. None keeps nothing.
         seed: of the training samples, their order, the adapters' starts and the exams.
         methods: keys of `METHODS`.
         steps: optimizer steps of 16 samples for every method that trains.
@@ -105,12 +110,16 @@ def run(
     Raises:
         ImportError: an extra of the demo is not installed.
         ValueError: an unknown method, or no learning rate of one.
+        OSError: the folder holds files of these names that no run has written, or cannot be written.
     """
     methods = list(methods)
     rates = learning_rates() if rates is None else rates
     check(methods, rates)
+    check_folder(out)
     with one_thread(), quiet(), working_folder(out) as folder:
         start = time.perf_counter()
+        result = {"seed": seed, "steps": steps, "size": size, "split": split}
+        write_json(folder / RESULTS, result)
         build_prior(EXPERT, VLM, folder / PRIOR, overwrite=True)
         train_digits = Digits("train")
         if any(METHODS[key].kept for key in methods):
@@ -129,15 +138,14 @@ def run(
         rows = {key: (METHODS[key], folder, folder / key, rates.get(key)) for key in methods}
         rows = dict(tqdm(carried_out(rows, given, executor), desc="methods", unit="method", total=len(rows)))
 
-        result = {"seed": seed, "steps": steps, "size": size, "split": split}
         result |= results_of({key: rows[key] for key in methods}, rates, shown)
         result["seconds"] = round(time.perf_counter() - start, 1)
         if out is not None:
             from .figures import draw_results, draw_samples
 
-            (folder / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            draw_results(result, folder / "results.png")
-            draw_samples([sample.image for sample in shown], result, folder / "samples.png")
+            write_json(folder / RESULTS, result)
+            draw_results(result, folder / PICTURES[0])
+            draw_samples([sample.image for sample in shown], result, folder / PICTURES[1])
     if show:
         print_table([result])
         if out is None:
@@ -236,13 +244,14 @@ def unlabelled(digits: Digits, seed: int) -> list:
 
 def study(seeds: Sequence[int] = (0, 1, 2), out: str | Path | None = None, **settings) -> list[dict]:
     """`run` for several seeds; prints means and, behind ±, standard deviations over the seeds."""
-    results = []
-    for seed in seeds:
-        folder = None if out is None else Path(out, f"seed{seed}")
-        results.append(run(folder, seed, show=False, **settings))
+    folders = [None if out is None else Path(out, f"seed{seed}") for seed in seeds]
+    check_folder(out, STUDY, [STUDY])
+    for folder in folders:
+        check_folder(folder)
+    results = [run(folder, seed, show=False, **settings) for seed, folder in zip(seeds, folders, strict=True)]
     print_table(results)
     if out is not None:
-        Path(out, "study.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(out, STUDY), json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -281,6 +290,33 @@ def check(methods: list[str], rates: dict[str, float]) -> None:
         raise ImportError(f'the demo needs {", ".join(missing)}: pip install "drift_peft[demo]"')
 
 
+def check_folder(
+    out: str | Path | None, results: str = RESULTS, written: Iterable[str] = (PRIOR, KEPT, RESULTS, *PICTURES, *METHODS)
+) -> None:
+    """FileExistsError for a folder that holds what would be `written`, unless its `results` are those of a run."""
+    if out is None or not os.path.lexists(out):
+        return
+    if not os.path.isdir(out):
+        raise FileExistsError(f"output {out} is no folder: name another one (--out)")
+    held = {*os.listdir(out)}
+    theirs = [name for name in written if name in held]
+    if theirs and not is_of_a_run(Path(out, results)):
+        raise FileExistsError(
+            f"output {out} holds {theirs[0]} and is no folder of an earlier demo, so nothing in it is replaced: name "
+            "another folder (--out)"
+        )
+
+
+def is_of_a_run(results: Path) -> bool:
+    """Whether a file holds what a run has written of itself, or several have, in the end or at their start."""
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    found = found if isinstance(found, list) else [found]
+    return all(isinstance(run, dict) and run.keys() in (BEGUN, BEGUN | DONE) for run in found)
+
+
 @contextmanager
 def working_folder(out: str | Path | None):
     """`out`, made if needed, or a temporary folder."""
@@ -288,7 +324,10 @@ def working_folder(out: str | Path | None):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     else:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"output {out} cannot be made: {error.strerror}; name another folder (--out)") from error
         yield Path(out)
 
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +175,8 @@ def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
     """
     if isinstance(texts, (str, Path)):
         path = Path(texts)
-        lines = [line for line in read_lines(path, "prompts") if line.strip()]
-        texts = [_string(line, path) for line in lines] if path.suffix == ".jsonl" else lines
+        lines = [(number, line) for number, line in enumerate(read_lines(path, "prompts"), 1) if line.strip()]
+        texts = [_string(line, number, path) if path.suffix == ".jsonl" else line for number, line in lines]
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"a prompt must be a text that is not empty, got {text!r}")
@@ -186,11 +185,14 @@ def read_texts(texts: str | Path | Sequence[str]) -> list[str]:
     return [*texts]
 
 
-def _string(line: str, path: Path) -> Any:
+def _string(line: str, number: int, path: Path) -> str:
     try:
-        return json.loads(line)
+        text = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{path} has a line that is no JSON, {line[:40]!r}: write a string a line") from error
+        raise ValueError(f"line {number} of {path} is no JSON, {line[:40]!r}: write a string a line") from error
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"line {number} of {path} is no prompt, {line[:40]!r}: write a string that is not empty")
+    return text
 
 
 def _if_alike(existing: AnswerSet, facts: dict) -> AnswerSet:

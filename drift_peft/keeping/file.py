@@ -189,6 +189,10 @@ class KeepSet(SharedFile, SampleFile):
         )
 
 
+class UnknownRange(ValueError):
+    """An image of which nobody says what is black and what is white."""
+
+
 def decode_image(content: bytes, mode: str = "RGB") -> Image:
     """A picture's file as an image. OSError or ValueError if it is broken, ImportError without pillow."""
     try:
@@ -200,10 +204,27 @@ def decode_image(content: bytes, mode: str = "RGB") -> Image:
 
 
 def upright(image: Image, mode: str = "RGB") -> Image:
-    """In this mode of PIL, turned as its camera says."""
+    """In this mode of PIL, turned as its camera says. Of 16 bits of gray the upper 8 are taken, as pillow takes them of
+    16 bits of a colour; its own `convert` makes all above 255 white.
+
+    Raises:
+        UnknownRange: its pixels are whole numbers of 32 bits, or floating-point numbers.
+    """
     from PIL import ImageOps
 
-    return ImageOps.exif_transpose(image).convert(mode)
+    turned = ImageOps.exif_transpose(image)
+    if is_deep(image):
+        if image.mode in ("I", "F") and image.format != "PNG":  # as I, older pillow opens PNGs of 16 bits
+            raise UnknownRange(
+                f"its pixels are of the mode {image.mode} of PIL, which does not say what is white: save it with 8 bits"
+            )
+        turned = turned.convert("I").point(lambda value: value / 256)
+    return turned.convert(mode)
+
+
+def is_deep(image: Image) -> bool:
+    """Has it more than 8 bits of gray?"""
+    return image.mode.startswith(("I", "F"))
 
 
 def data_address(image: Image, format: str = "PNG", **options) -> str:

@@ -22,7 +22,7 @@ from ..checkpoints import claimed_output, finish, finished, resumable_folder
 from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, write_keep_set
 from .generation import machine
 from .pictures import read_pictures
-from .questions import check_questions, read_questions
+from .questions import BUILT_IN, check_questions, read_questions
 from .server import Server
 from .vlm import Vlm
 
@@ -60,7 +60,7 @@ def make_keep_set(
     Args:
         model_or_id: the VLM: folder, hub id or `id@revision`, or a model in memory, with its processor.
         images: folder of pictures, data set (hub id or `id@revision`; .json, .jsonl or .parquet, such as the training
-            data), `datasets.Dataset`, or sequence of paths or PIL images.
+            data), `datasets.Dataset`, or sequence of paths, PIL images or rows of training data.
         output: file to write, such as keep.safetensors.
         questions: file of questions, or pairs of kind and question, instead of the built-in ones (`read_questions`).
         samples: how many answers.
@@ -80,8 +80,9 @@ def make_keep_set(
 
     Raises:
         ValueError: an argument is out of range; the model has no processor with a chat template; there are no images,
-            or not enough for so many samples; a question or an image cannot be read; the GPU has no room; the server
-            refuses, gives no log probabilities, or names what is no token of the VLM.
+            or not enough for so many samples; a question or an image cannot be read; a question holds a token that
+            stands for an image; the GPU has no room; the server refuses, gives no log probabilities, or names what is
+            no token of the VLM.
         OSError: the model or the images are not found, the output exists or cannot be written, another process writes
             it, or it holds another run's work; the server does not answer.
         ImportError: pillow is missing, torchvision where the processor needs it, or datasets where a data set is read.
@@ -108,6 +109,7 @@ def make_keep_set(
     with claimed_output(output, overwrite, example=FILE_NAME):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
         vlm.check_top_k(top_k)
+        vlm.check_questions(asked, str(questions or BUILT_IN) if from_file else "questions")
         vlm_or_server = vlm
         if server is not None:
             vlm_or_server = Server(

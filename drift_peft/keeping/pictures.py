@@ -16,16 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import shortened
 from ..checkpoints import split_revision
 from ..choices import PICTURES
 from ..warn import blamed_on, warn, warn_of_hub
-from .file import decode_image, upright
+from .file import UnknownRange, decode_image, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 JSON, PARQUET = (".json", ".jsonl"), ".parquet"
 FEWEST_REFUSED = 16  # before a processor is taken to refuse all, or a data set to hold none that can be had
+COLUMNS = ("images", "image", "messages", "conversations")  # of a row, in which images are looked for
+NAMED = 8  # columns in an error
 BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 NO_DATA_SET = "cannot be read as a data set"
 MISSING = 'a data set needs the package datasets: pip install "drift_peft[recipes]", or name a folder of pictures'
@@ -37,7 +40,7 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
 
     Args:
         source: a folder of pictures, a .json, .jsonl or .parquet file or a folder of such, a hub data set (`id` or
-            `id@revision`), a `datasets.Dataset`, or a sequence of paths or PIL images.
+            `id@revision`), a `datasets.Dataset`, or a sequence of paths, PIL images or rows.
         show: what the VLM's processor makes of an image. An error of any kind is its refusal.
 
     Raises:
@@ -55,12 +58,12 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
         try:
             content = _content(value, folder, name)
             if content not in pictures:
-                image = _decoded(content, name)
+                image = _decoded(decode_image, content, name)
                 if not shown.covers(image.size):
                     _show(show, image, name)
                     shown.take([image.size])
         except (FileNotFoundError, Broken) as error:
-            if not (isinstance(source, (str, Path)) or hasattr(source, "features")):  # each of a list is meant
+            if not (isinstance(source, (str, Path)) or _is_data_set(source)):  # each of a list is meant
                 raise
             first = first or error
             left_out += 1
@@ -75,10 +78,8 @@ def read_pictures(source: Any, count: int, seed: int, show: Callable[[Image], An
     if not pictures and 1 < left_out == refused:
         reason = " ".join(str(first.__cause__).split())
         raise ValueError(f"the VLM's processor refuses all {left_out} images that were drawn: {reason}")
-    if not pictures and first:
-        raise first
     if not pictures:
-        raise ValueError(f"there are no images in {source if isinstance(source, (str, Path)) else 'what was given'}")
+        raise first
     if first:
         warn(f"{left_out} of the {left_out + len(pictures)} images that were drawn are left out: {first}")
     return [*pictures]
@@ -88,8 +89,8 @@ def check_source(source: str | Path) -> None:
     """Raise what `read_pictures` would raise of a folder or a file that is not there or has no pictures. The hub is not
     asked."""
     path = Path(source)
-    if (path.exists() or path.suffix in (*JSON, PARQUET)) and next(iter(_drawn(source, 0)), None) is None:
-        raise ValueError(f"there are no images in {source}")
+    if path.exists() or path.suffix in (*JSON, PARQUET):
+        next(_drawn(source, 0))
 
 
 class Shown:
@@ -135,14 +136,26 @@ def _show(show: Callable[[Image], Any], image: Image, name: str) -> None:
         raise Refused(message) from error
 
 
-def _decoded(content: bytes, name: str) -> Image:
+def _decoded(decode: Callable[[Any], Image], image: Any, name: str) -> Image:
     try:
-        return decode_image(content)
+        return decode(image)
     except ImportError:
         raise
+    except UnknownRange as error:
+        raise Broken(f"{name} cannot be shown to a VLM: {error}") from error
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, ValueError, struct.error, …
         reason = " ".join(str(error).split())
         raise Broken(f"{name} is a broken image or none: take it out ({reason})") from error
+
+
+def _is_data_set(source: Any) -> bool:
+    """Of datasets, and none of its columns, which are lists."""
+    return hasattr(source, "features") and hasattr(source, "shuffle")
+
+
+def _is_row(given: Any) -> bool:
+    """Of a data set; an image of datasets is a dict, too."""
+    return isinstance(given, dict) and not {"bytes", "path"} & given.keys()
 
 
 def _can_be_read(source: Any) -> bool:
@@ -155,15 +168,20 @@ def _can_be_read(source: Any) -> bool:
 
 
 def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
-    """(image, where relative paths start, what an error calls it) in random order."""
+    """(image, where relative paths start, what an error calls it) in random order. ValueError where there is none."""
     if not isinstance(source, (str, Path)):
-        if hasattr(source, "features"):  # of datasets
+        if _is_data_set(source):
             yield from _rows(source, seed, "the data set")
         elif isinstance(source, (bytes, Mapping)) or not _can_be_read(source):  # a DatasetDict is a Mapping
             kind = type(source).__name__
             raise ValueError(f"images must be a folder, a data set (one split of it) or a list of images, got {kind}")
         else:
-            yield from _shuffled([(image, None, f"image {i}") for i, image in enumerate(source)], seed)
+            values, columns = [], {}
+            for i, given in enumerate(source):
+                row = given if _is_row(given) else {}
+                columns |= dict.fromkeys(row)
+                values += [(image, None, f"image {i}") for image in (_images(row) if _is_row(given) else [given])]
+            yield from _shuffled(values, seed, "what was given", columns)
         return
     path = Path(source)
     if not path.exists():
@@ -176,7 +194,7 @@ def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
         inside = sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.as_posix())
         pictures = [file for file in inside if file.suffix.lower() in PICTURES]
         if pictures:
-            yield from _shuffled([(str(file), None, str(file)) for file in pictures], seed)
+            yield from _shuffled([(str(file), None, str(file)) for file in pictures], seed, str(source))
             return
         files = [file for file in inside if file.suffix in (*JSON, PARQUET)]
         if not files:
@@ -190,18 +208,30 @@ def _drawn(source: Any, seed: int) -> Iterator[tuple[Any, Path | None, str]]:
         folder = path if path.is_dir() else path.parent
         yield from _rows(_loaded("parquet", data_files=parquet), seed, str(source), folder)
         return
-    values = [
-        (image, file.parent, f"an image of {name}")
-        for file in files
-        for name, row in _json_rows(file)
-        for image in _images(row)
-    ]
-    yield from _shuffled(values, seed)
+    values, columns = [], {}
+    for file in files:
+        for name, row in _json_rows(file):
+            columns |= dict.fromkeys(row if isinstance(row, dict) else ())
+            values += [(image, file.parent, f"an image of {name}") for image in _images(row)]
+    yield from _shuffled(values, seed, str(source), columns)
 
 
-def _shuffled(values: list, seed: int) -> list:
+def _shuffled(values: list, seed: int, name: str, columns: Iterable[Any] = ()) -> list:
+    """The values, which are of rows with these columns, in random order. ValueError if there are none."""
+    if not values:
+        raise _no_images(name, columns)
     random.Random(seed).shuffle(values)
     return values
+
+
+def _no_images(name: str, columns: Iterable[Any]) -> ValueError:
+    message = f"there are no images in {name}"
+    if columns := [*map(str, columns)]:
+        message += (
+            f", whose rows hold {shortened(columns, NAMED)}: have them in {COLUMNS[0]} or {COLUMNS[1]}, or as parts of "
+            f"the type image in {COLUMNS[2]} or {COLUMNS[3]}"
+        )
+    return ValueError(message)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -241,22 +271,31 @@ def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Ite
         else:
             dataset = dataset.shuffle(seed=seed, buffer_size=BUFFER)
         rows = iter(dataset.with_format(None).decode(False))
+    columns = dict.fromkeys(dataset.column_names or ())  # a stream of the hub may not know them
+    if columns and not {*COLUMNS} & {*columns}:  # before millions of rows are read
+        raise _no_images(name, columns)
+    found = False
     while True:
         with blamed_on(name, NO_DATA_SET):
             row = next(rows, None)
         if row is None:
-            return
-        yield from ((image, folder, f"an image of {name}") for image in _images(row))
+            break
+        columns |= dict.fromkeys(row)
+        for image in _images(row):
+            found = True
+            yield image, folder, f"an image of {name}"
+    if not found:
+        raise _no_images(name, columns)
 
 
 def _images(row: Any) -> list:
     """The images of a row of a data set, as they are given there."""
     if not isinstance(row, dict):
         return []
-    for key in ("images", "image"):
+    for key in COLUMNS[:2]:
         if row.get(key):
             return list(row[key]) if isinstance(row[key], (list, tuple)) else [row[key]]
-    turns = next((row[key] for key in ("messages", "conversations") if row.get(key)), [])
+    turns = next((row[key] for key in COLUMNS[2:] if row.get(key)), [])
     contents = (turn.get("content") for turn in turns if isinstance(turn, dict))
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     given = (
@@ -267,16 +306,17 @@ def _images(row: Any) -> list:
 
 def _content(image: Any, folder: Path | None, name: str) -> bytes:
     """The file of an image."""
+    given = image
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, bytes):
         return image
     if hasattr(image, "save"):  # of PIL
         file = io.BytesIO()
-        upright(image).save(file, "PNG")
+        _decoded(upright, image, name).save(file, "PNG")
         return file.getvalue()
     if not isinstance(image, (str, Path)):
-        raise NoFile(f"{name} is {str(image)[:40]!r}: give a path, the bytes of a file, or a picture of PIL")
+        raise NoFile(f"{name} is {str(given)[:40]!r}: give a path, the bytes of a file, or a picture of PIL")
     if str(image).startswith("data:"):
         with contextlib.suppress(ValueError):
             return base64.b64decode(str(image).partition(";base64,")[2], validate=True)

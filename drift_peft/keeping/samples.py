@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..atomic import reason_of
 from ..checkpoints import claimed_output, partial_folder
-from .file import KeepSet, upright
+from .file import KeepSet, is_deep, upright
 
 PLACEHOLDER = "<image>"
 FILE_NAME = "samples.jsonl"  # what the samples are called in a folder
@@ -116,12 +116,12 @@ def write_samples(keep_set: KeepSet, output: str | Path, overwrite: bool = False
 
 
 def _picture(content: bytes) -> tuple[bytes, str]:
-    """The picture's file as it is, and the ending of its name; where its camera was turned, the upright picture, since
-    not every trainer turns it."""
+    """The picture's file as it is, and the ending of its name; where its camera was turned or its gray has 16
+    bits, the picture as the VLM was shown it, since not every trainer turns or scales it."""
     from PIL import Image
 
     with Image.open(io.BytesIO(content)) as image:
-        if image.getexif().get(ORIENTATION, 1) == 1:
+        if image.getexif().get(ORIENTATION, 1) == 1 and not is_deep(image):
             return content, f".{image.format.lower()}"
         turned = io.BytesIO()
         upright(image).save(turned, "PNG")

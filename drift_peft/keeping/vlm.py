@@ -148,6 +148,18 @@ class Vlm:
                 f"{self.vocabulary} tokens: lower it"
             )
 
+    def check_questions(self, questions: Iterable[tuple[str, str]], source: str) -> None:
+        """ValueError if one holds a token that stands for an image's place, of which there is no image."""
+        written = getattr(self.processor, "image_token", None)  # which need not be a token: some processors replace it
+        for _, question in questions:
+            places = {*self.places} & {*self.processor.tokenizer(question)["input_ids"]}
+            if places or (written and str(written) in question):
+                token = self.processor.tokenizer.convert_ids_to_tokens(min(places)) if places else written
+                raise ValueError(
+                    f"{source} holds the question {question!r}, in which {token} stands for an image: take it out, "
+                    "since each question gets its image by itself"
+                )
+
     @property
     def skeleton(self) -> nn.Module:
         """The model without its weights, as far as they are not there already."""

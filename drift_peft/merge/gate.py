@@ -91,7 +91,8 @@ def gate_prior(
         ValueError: an argument is out of range, or of the other objective; the prior holds other weights than
             projections, is gated already, or is of another base; the keep set is of another VLM; the expert's tokens
             are not the VLM's; the GPU has no room; a divergence or a gradient is not finite.
-        OSError: something is not found; the output exists, or the answers were made in another way.
+        OSError: something is not found; the output exists or is what it is made of, or the answers were made in
+            another way.
 
     Example:
         >>> gated = gate_prior(
@@ -115,11 +116,12 @@ def gate_prior(
     output = Path(output)
     if answers is not None and Path(answers).resolve() == output.resolve():
         raise ValueError(f"answers and output are both {output}: name a file of its own for the expert's answers")
-    with claimed_output(output, overwrite, example="gated.safetensors"):
-        pass  # written in the end, and refused now if it could not be
     prior = prior if isinstance(prior, ReasoningPrior) else ReasoningPrior.load(prior)
-    _check_prior(prior)
     keep_set = keep_set if isinstance(keep_set, KeepSet) else KeepSet.load(keep_set)
+    sources = [prior.path, keep_set.path, *([texts] if isinstance(texts, str | Path) else [])]
+    with claimed_output(output, overwrite, "gated.safetensors", sources):
+        pass  # written in the end, and refused now if it could not be
+    _check_prior(prior)
     vlm = Vlm(base, processor, load_in_4bit)
     keep_set.check(vlm.processor)
     keep_set.check_config(vlm.config)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,14 +193,18 @@ class PriorFile(SharedFile, Mapping[str, PriorWeight | PriorVector]):
 
 
 @contextlib.contextmanager
-def partial_output(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def partial_output(output: str | Path, overwrite: bool = False, sources: Collection[str | Path] = ()) -> Iterator[Path]:
     """Folder `<output>.partial/` to work in. It is gone afterwards, whatever happened.
+
+    Args:
+        sources: files that the output is made of, none of which it may replace.
 
     Raises:
         FileExistsError, IsADirectoryError, FileNotFoundError, OSError: the output could not be written in the end.
     """
     output = Path(output)
-    with claimed_output(output, overwrite, example=FILE_NAME), partial_folder(output, overwrite) as partial:
+    claimed = claimed_output(output, overwrite, FILE_NAME, sources)
+    with claimed, partial_folder(output, overwrite) as partial:
         yield partial
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ class ReasoningPrior(PriorFile):
 
         Raises:
             ValueError: the priors are of different bases, a coefficient is not finite, all are 0, or the sum is.
-            OSError: a prior is not found, or the output exists or cannot be written.
+            OSError: a prior is not found, or the output exists, is one of the priors or cannot be written.
 
         Example:
             >>> both = ReasoningPrior.combine({"prior.safetensors": 0.7, "far.safetensors": 0.3}, "both.safetensors")
@@ -97,7 +97,7 @@ class ReasoningPrior(PriorFile):
 
         Raises:
             ValueError: rank < 1.
-            OSError: the output exists or cannot be written.
+            OSError: the output exists, is this prior or cannot be written.
 
         Example:
             >>> ReasoningPrior.load("prior.safetensors").truncate(4, "small.safetensors")
@@ -182,7 +182,7 @@ def write_gated(
         overwrite: replace an existing output.
 
     Raises:
-        OSError: the output exists or cannot be written.
+        OSError: the output exists, is the prior or cannot be written.
     """
     header = {**prior.metadata, "gated": {"prior": prior.sha256, **origin}}
     header["not_steered"] = sorted({*prior, *prior.metadata["not_steered"]})
@@ -193,7 +193,7 @@ def write_gated(
 def _write_weights(
     output: str | Path,
     overwrite: bool,
-    parents: Iterable[PriorFile],
+    parents: Collection[PriorFile],
     weights: Iterable[Weight],
     header: dict,
     nothing: str = NOTHING,
@@ -209,7 +209,8 @@ def _write_weights(
             stats[name] = measured
             yield {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 
-    with partial_output(output, overwrite) as folder, gathered(folder, parts()) as tensors:
+    sources = [parent.path for parent in parents]
+    with partial_output(output, overwrite, sources) as folder, gathered(folder, parts()) as tensors:
         if not stats:
             raise ValueError(nothing)
         for parent in parents:

@@ -157,6 +157,15 @@ def test_a_path_that_is_not_utf8_is_refused_before_the_work(tmp_path):
     assert os.listdir(folder) == []
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_home_that_no_shell_has_put_in_is_named(writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prior = sample_prior(tmp_path / "p.safetensors")
+    home = r"there is no folder \S*~: ~ stands for your folder in a shell alone, so write [^~]+out.html$"
+    with pytest.raises(FileNotFoundError, match=home):
+        WRITERS[writer](prior, "~/out.html")
+
+
 # Outputs
 
 

@@ -53,6 +53,15 @@ def test_a_path_has_no_revision(source, tmp_path):
         find_file(tmp_path / source, "v2", "prior.safetensors")
 
 
+def test_a_home_that_no_shell_has_put_in_is_named():
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no file ~/k.safetensors: ~ stands for .*, so write [^~]+k.s"
+    ):
+        find_file("~/k.safetensors", None, "keep.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"there is no file no/k~.safetensors$"):
+        find_file("no/k~.safetensors", None, "keep.safetensors")
+
+
 def test_folders_get_their_whole_path_and_hub_ids_stay(tmp_path, monkeypatch):
     """Also of an adapter's base, and beside a folder that is called like the hub id."""
     monkeypatch.chdir(tmp_path)

@@ -234,6 +234,23 @@ def test_prior_push(folder, capsys, tmp_path, monkeypatch):
         (["prior", "combine", "=1", "-o", "z"], 1, "=1 names no coefficient"),
         (["prior", "combine", "no.safetensors=1", "-o", "z"], 1, "there is no file no.safetensors"),
         (["prior", "truncate", "no.safetensors", "-o", "z"], 2, "rank"),
+        *(
+            ([*argv, "new/"], 2, f"error: output new/ is a folder: name a file, such as new/{such}\n")
+            for argv, such in (
+                (BUILD[:-1], "prior.safetensors"),
+                (["prior", "combine", "x=1", "-o"], "prior.safetensors"),
+                (["prior", "truncate", "x", "--rank", "2", "-o"], "prior.safetensors"),
+                (["prior", "gate", "x", "--base", "y", "--keep", "k", "-o"], "gated.safetensors"),
+                (["prior", "gate", "x", "--base", "y", "--keep", "k", "-o", "z", "--answers"], "answers.safetensors"),
+                (["prior", "inspect", "x", "--plot"], "prior.png"),
+                (["prior", "inspect", "x", "--html"], "prior.html"),
+                (["keep", "make", "--base", "x", "--images", "y", "-o"], "keep.safetensors"),
+                (["keep", "inspect", "x", "--html"], "keep.html"),
+            )
+        ),
+        ([*BUILD[:-1], "new/."], 2, "output new/. is a folder: name a file, such as new/./prior.safetensors"),
+        ([*BUILD[:-1], ""], 1, "output is empty: name a file"),
+        (["prior", "export", "no.safetensors", "--scale", "1", "-o", "new/"], 1, "there is no file no.safetensors"),
         (["prior", "export", "no.safetensors", "-o", "z", "--scale", "much"], 2, "--scale takes a number, got much"),
         (["prior", "export", "no.safetensors", "-o", "z", "--scale", "-5e-1"], 1, "there is no file no.safetensors"),
         (["prior", "push", "no.safetensors", "user/prior"], 1, "there is no file no.safetensors"),

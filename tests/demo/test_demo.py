@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
 from concurrent.futures import ProcessPoolExecutor
+from unittest.mock import Mock
 
 import command
 import numpy as np
@@ -100,6 +102,9 @@ def test_reasoning_is_marked_by_the_box_and_perception_by_all():
         (["--steps", "0"], "--steps 0: give 1 or more"),
         (["--methods", "lora", "dora"], "unknown method 'dora': choose from vlm, "),
         (["--seed", "0", "-1"], "--seed -1: give 0 or more"),
+        (["--seed", "1", "0", "0"], "--seed 0 is given twice, which tells nothing of the spread: give other seeds"),
+        (["--out", __file__], f"output {__file__} is no folder: name another one (--out)"),
+        (["--out", f"{__file__}/x"], f"output {__file__}/x cannot be made: "),
         (["--seeds", "3"], "unknown flag --seeds; did you mean --seed?"),
     ],
 )
@@ -202,6 +207,41 @@ def test_other_processes_change_nothing_but_the_time():
         there = demo.run(**given, executor=executor)
     assert here.pop("seconds") and there.pop("seconds")
     assert here == there and list(here["scores"]) == list(there["scores"]) == given["methods"]
+
+
+THEIRS = ["prior.safetensors", "keep.safetensors", "results.json", "results.png", "samples.png", "drift", "merge-0.5"]
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_no_demo_has_written_is_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text('{"seed": 0, "steps": 150, "accuracy": 0.5}')
+    with pytest.raises(FileExistsError, match=f"holds {name} and is no folder of an earlier demo, so nothing in it is"):
+        demo.run(tmp_path)
+    (tmp_path / "study").mkdir()
+    (tmp_path / name).rename(tmp_path / "study" / "study.json")
+    with pytest.raises(FileExistsError, match=r"holds study.json and is no folder of an earlier demo"):
+        demo.study([0, 1], tmp_path / "study")
+    (tmp_path / "study" / "seed1").mkdir()
+    (tmp_path / "study" / "study.json").rename(tmp_path / "study" / "seed1" / name)
+    with pytest.raises(FileExistsError, match=f"seed1 holds {name} and is no folder"):
+        demo.study([0, 1], tmp_path / "study")
+    assert {path.name for path in tmp_path.rglob("*")} == {"study", "seed1", name}
+
+
+def test_what_a_demo_has_written_is_replaced(tmp_path, monkeypatch):
+    """Of a run, finished or interrupted, and of a study."""
+    quick = {"methods": ["vlm"], "size": 2}
+    (tmp_path / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("drift_peft.demo.compare.exams", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(tmp_path, **quick)
+    assert sorted(os.listdir(tmp_path)) == ["notes.txt", "prior.safetensors", "results.json"]
+    for _ in range(2):
+        result = demo.run(tmp_path, **quick)
+        assert json.loads((tmp_path / "results.json").read_text()) == result
+        demo.study([0], tmp_path, **quick)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_missing_rate_is_named_before_any_work(tmp_path):

@@ -214,14 +214,17 @@ def test_a_file_of_prompts(tmp_path):
     (tmp_path / "a.jsonl").write_text('"one\\ntwo"\n"th\u0085ree"\n', encoding="utf-8")
     assert read_texts(tmp_path / "a.txt") == ["one", "  two\u2028= 2"]
     assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo", "th\u0085ree"]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('"one"\n\n{"prompt": "one"}\n', encoding="utf-8")
     (tmp_path / "c.jsonl").write_text("one\n", encoding="utf-8")
     (tmp_path / "c.txt").write_text("\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_text("zwölf?\n", encoding="latin-1")
     for texts, said in (
         (tmp_path / "no.txt", "there is no file of prompts"),
-        (tmp_path / "b.jsonl", "a prompt must be a text"),
-        (tmp_path / "c.jsonl", "has a line that is no JSON, 'one'"),
+        (
+            tmp_path / "b.jsonl",
+            r"line 3 of \S+b.jsonl is no prompt, '{\"prompt\": \"one\"}': write a string that is not",
+        ),
+        (tmp_path / "c.jsonl", r"line 1 of \S+c.jsonl is no JSON, 'one': write a string a line"),
         (tmp_path / "c.txt", "there are no prompts"),
         (tmp_path / "latin.txt", r"the prompts in \S+latin.txt are no UTF-8 text: save the file as such"),
         ([""], "a prompt must be a text"),

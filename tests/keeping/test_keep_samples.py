@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 from command import run
 from keep_sets import ENDS, make
@@ -136,7 +137,7 @@ def test_a_set_of_cut_answers_says_so(folder):
         training_samples(cut)
 
 
-def test_a_picture_of_a_turned_camera_is_written_upright(folder, tmp_path):
+def test_a_picture_that_trainers_may_read_in_another_way_is_written_as_it_was_shown(folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = Image.effect_mandelbrot((24, 16), (-2, -1, 1, 1), 20).convert("RGB")
@@ -147,6 +148,12 @@ def test_a_picture_of_a_turned_camera_is_written_upright(folder, tmp_path):
     with Image.open(written) as found, Image.open(io.BytesIO(turned.image_file(0))) as as_it_was:
         assert found.size == (16, 24) and not found.getexif()
         assert found.tobytes() == upright(as_it_was).tobytes()
+    Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)).save(tmp_path / "deep.png")
+    deep = make(folder, "deep.safetensors", images=[tmp_path / "deep.png"], samples=12)
+    write_samples(deep, tmp_path / "deep")
+    (written,) = (tmp_path / "deep" / "samples_images").iterdir()
+    with Image.open(written) as found:
+        assert found.mode == "RGB" and found.tobytes() == deep[0].image.tobytes()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])

@@ -28,11 +28,11 @@ def load(folder):
 @pytest.fixture(scope="module", params=PLACES)
 def made(request, tmp_path_factory):
     folder = save_folder(tmp_path_factory.mktemp(request.param), request.param)
-    return make(folder), *load(folder), PLACES[request.param]
+    return make(folder), *load(folder), PLACES[request.param], folder
 
 
 def test_logprobs_are_the_models_own(made):
-    keep_set, model, processor, _ = made
+    keep_set, model, processor, *_ = made
     model = model.double()
     try:
         for sample in keep_set:
@@ -45,7 +45,7 @@ def test_logprobs_are_the_models_own(made):
 
 
 def test_answers_are_those_of_generate_one_by_one(made):
-    keep_set, model, processor, places = made
+    keep_set, model, processor, places, _ = made
     greedy = {"do_sample": False, "repetition_penalty": 1.0, "temperature": None, "suppress_tokens": places}
     lengths = set()
     for sample in keep_set:
@@ -186,6 +186,16 @@ def test_wrong_questions(text, message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_keep_set(folder / "base", folder / "pictures", tmp_path / "k.safetensors", tmp_path / "q.txt")
     assert [*tmp_path.iterdir()] == [tmp_path / "q.txt"]
+
+
+def test_a_question_that_holds_a_place_of_images_is_refused(made, tmp_path, monkeypatch):
+    """Before an image is read: the VLM has none for that place."""
+    *_, folder = made
+    monkeypatch.setattr("drift_peft.keeping.make.read_pictures", Mock(side_effect=AssertionError))
+    (tmp_path / "q.txt").write_text("a\thow many ?\nb\tis <image> it ?\n")
+    for questions, source in ((tmp_path / "q.txt", r"\S+q.txt"), ([("b", "is <image> it ?")], "questions")):
+        with pytest.raises(ValueError, match=rf"^{source} holds the question 'is <image> it \?', in which <image> st"):
+            make(folder, tmp_path / "k.safetensors", questions=questions)
 
 
 # What is refused before any work
@@ -340,6 +350,8 @@ def test_wherever_the_images_are(folder, pictures, tmp_path):
         "paths": pictures,
         "bytes": [path.read_bytes() for path in pictures],
         "pictures": [Image.open(path) for path in pictures],
+        "a column": data.rename_column("images", "image").map(lambda row: {"image": row["image"][0]})["image"],
+        "rows": [{"images": [Image.open(path)], "messages": turns} for path in pictures],
     }
     for name, source in sources.items():
         assert pixels(make(folder, tmp_path / f"{name}.safetensors", images=source)) == expected, name

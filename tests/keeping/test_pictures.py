@@ -5,12 +5,14 @@ import json
 import re
 import warnings
 
+import numpy as np
 import pytest
 from chain_files import encoded
 from keep_sets import count_decoded
 from PIL import Image
 
 from drift_peft.keeping import pictures
+from drift_peft.keeping.file import decode_image
 from drift_peft.keeping.pictures import Shown, read_pictures
 
 
@@ -128,6 +130,44 @@ def test_what_is_no_file_is_left_out_too(image, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=re.escape(NO_FILES[image])):
         read_pictures(data, 5, 0)
     assert len(read) == 16
+
+
+@pytest.mark.parametrize("columns", [["picture", "label"], ["messages"]])
+def test_where_there_are_no_images_the_columns_are_named(columns, tmp_path):
+    row = {column: [{"role": "user", "content": "how many ?"}] for column in columns}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    sources = [(tmp_path / "data.jsonl", "data.jsonl"), ([row, row], "what was given")]
+    if importlib.util.find_spec("datasets"):
+        data = importlib.import_module("datasets").Dataset.from_list([row, row])
+        data.to_parquet(tmp_path / "data.parquet")
+        sources += [(data, "the data set"), (data.to_iterable_dataset(), "the data set")]
+        sources += [(tmp_path / "data.parquet", "data.parquet")]
+    for source, name in sources:
+        told = f"there are no images in .*{name}, whose rows hold {', '.join(columns)}: have them in images or image"
+        with pytest.raises(ValueError, match=told):
+            read_pictures(source, 5, 0)
+    with pytest.raises(ValueError, match=r"^image 0 is \"{'file': 'a.png'}\": give a path, the bytes of a file"):
+        read_pictures([{"image": {"file": "a.png"}}], 5, 0)
+
+
+def test_gray_of_16_bits_is_scaled(tmp_path):
+    """Pillow's own convert makes white of all above 255. Where the range is not known, a picture is left out."""
+    gray = np.linspace(0, 65535, 24 * 16, dtype=np.uint16).reshape(16, 24)
+    for name, pixels in (("a.png", gray), ("b.tif", gray), ("c.tif", gray.astype(np.int32))):
+        Image.fromarray(pixels).save(tmp_path / name)
+    Image.fromarray(gray.astype(">u2")).save(tmp_path / "d.tif")
+    Image.fromarray(gray / np.float32(65535)).save(tmp_path / "e.tif")
+    told = r"^2 of the 5 images that were drawn are left out: \S+[ce].tif cannot be shown to a VLM: .* mode [IF] of PIL"
+    with pytest.warns(UserWarning, match=told):
+        files = read_pictures(tmp_path, 9, 0)
+    files += read_pictures([Image.open(tmp_path / "a.png")], 9, 0)
+    for file in files:
+        assert (np.asarray(decode_image(file, "L")) == gray >> 8).all()
+        assert (np.asarray(decode_image(file)) == (gray >> 8)[..., None]).all()
+    assert len(files) == 4
+    for image, name in ((tmp_path / "c.tif", "I"), (Image.open(tmp_path / "e.tif"), "F")):
+        with pytest.raises(ValueError, match=rf"^image 0 cannot be shown to a VLM: its pixels are of the mode {name} "):
+            read_pictures([image], 9, 0)
 
 
 def test_a_network_that_fails_ends_it(tmp_path, monkeypatch):

@@ -286,6 +286,10 @@ def test_an_expert_that_is_not_the_priors_is_told(folder, tmp_path):
         ({"prior": "other.safetensors"}, "was built for another model: layers.0.mlp.up_proj.weight is"),
         ({"answers": "new.safetensors"}, "answers and output are both new.safetensors: name a file of its own for the"),
         ({"output": "gated.safetensors"}, "exists: name another file, or pass overwrite=True"),
+        ({"output": "prior.safetensors", "overwrite": True}, "is prior.safetensors, which it is made of: name another"),
+        ({"output": "keep.safetensors", "overwrite": True}, "is keep.safetensors, which it is made of: name another"),
+        (FRISM | {"prior": ".", "output": "prior.safetensors", "overwrite": True}, "is prior.safetensors, which it is"),
+        ({"texts": "norms.safetensors", "output": "norms.safetensors", "overwrite": True}, "which it is made of: name"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

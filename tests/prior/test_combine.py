@@ -247,7 +247,23 @@ def test_header_names_the_parents(tmp_path):
     assert again.path.read_bytes() == combined.path.read_bytes()
     with pytest.raises(FileExistsError, match="again exists: name another file"):
         ReasoningPrior.combine([(a, 0.7)], tmp_path / "again")
-    assert ReasoningPrior.combine([(again, 1)], tmp_path / "again", overwrite=True).rank == 2
+    assert ReasoningPrior.combine([(combined, 1)], tmp_path / "again", overwrite=True).rank == 2
+
+
+def test_what_a_prior_is_made_of_is_not_replaced_by_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b, _ = random_priors(tmp_path, 3, 6, 5, rank=2)
+    before = a.path.read_bytes()
+    for output in (a.path.name, a.path):
+        for write in (
+            lambda out: a.truncate(1, out, True),
+            lambda out: ReasoningPrior.combine({b: 1, a: 1}, out, 1, True),
+        ):
+            with pytest.raises(
+                FileExistsError, match=rf"output \S+ is {a.path}, which it is made of: name another file"
+            ):
+                write(output)
+    assert a.path.read_bytes() == before
 
 
 REFUSED = {

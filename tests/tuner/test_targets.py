@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,7 +191,12 @@ def test_layers_come_in_any_form(pair, layers):
 
 
 @pytest.mark.parametrize(
-    ("model", "names", "said"), [("vlm", None, "model must be"), (None, "q_proj", "names must be")]
+    ("model", "names", "said"),
+    [
+        ("vlm", None, "model must be"),
+        (None, "q_proj", "names must be"),
+        (None, Path("prior.safetensors"), "names must be .*, got 'prior.safetensors'"),
+    ],
 )
 def test_what_is_no_model_and_no_list_of_names_is_refused(pair, model, names, said):
     with pytest.raises(ValueError, match=said):

@@ -229,18 +229,22 @@ def test_what_no_demo_has_written_is_not_replaced(name, tmp_path):
 
 
 def test_what_a_demo_has_written_is_replaced(tmp_path, monkeypatch):
-    """Of a run, finished or interrupted, and of a study."""
+    """Of a run, interrupted or finished, and of a study."""
     quick = {"methods": ["vlm"], "size": 2}
+
+    def interrupted(run, *given):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("drift_peft.demo.compare.exams", Mock(side_effect=KeyboardInterrupt))
+            run(*given, **quick)
+
     (tmp_path / "notes.txt").write_text("mine")
-    with monkeypatch.context() as patch:
-        patch.setattr("drift_peft.demo.compare.exams", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            demo.run(tmp_path, **quick)
+    interrupted(demo.run, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "prior.safetensors", "results.json"]
-    for _ in range(2):
-        result = demo.run(tmp_path, **quick)
-        assert json.loads((tmp_path / "results.json").read_text()) == result
-        demo.study([0], tmp_path, **quick)
+    result = demo.run(tmp_path, **quick)
+    assert json.loads((tmp_path / "results.json").read_text()) == result
+    interrupted(demo.run, tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps([result]))
+    interrupted(demo.study, [0], tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -36,7 +36,7 @@ def file_such_as(example: str) -> Callable[[str], str]:
     without that end, and the file be called like the folder."""
 
     def file(value: str) -> str:
-        if value and os.path.basename(value) in ("", os.curdir):
+        if os.path.dirname(value) and os.path.basename(value) in ("", os.curdir):
             such = os.path.join(value, example)
             raise ArgumentError(None, f"output {value} is a folder: name a file, such as {such}")
         return value

@@ -102,7 +102,7 @@ from .sharing import (
     state_licences,
     with_full_path,
 )
-from .standalone import refuse_other_files, replaced_when_complete, write_model
+from .standalone import one_thread, refuse_other_files, replaced_when_complete, write_model
 from .targets import as_peft_reads, language_model_targets, past_adapters
 from .tokenizer import TEMPLATES, TEMPLATES_INSIDE, TOKENIZER, chat_templates, has_tokenizer, take_tokenizer
 from .update import LowRank, Rows, Update, Whole, block_rows
@@ -174,6 +174,7 @@ __all__ = [
     "module_kind",
     "named",
     "needs_peft",
+    "one_thread",
     "only_writer",
     "open_expert",
     "partial_folder",

@@ -171,7 +171,7 @@ def _write_shards(
                     bar.set_postfix_str(raw, refresh=False)
                     shard.seek(offsets[raw])
                     W = checkpoint.tensor(raw)
-                    with _one_thread():
+                    with one_thread():
                         squares = _write_tensor(shard, raw, W, stored.blocks(raw, W))
                     change, norm, done = change + squares[0], norm + squares[1], done + 1
                     bar.update()
@@ -221,8 +221,9 @@ class _Stored:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block takes less time than several threads wait for one another, which on a busy machine is most of a merge."""
+def one_thread() -> Iterator[None]:
+    """For what takes less time than several threads wait for one another, such as a block: on a busy machine that is
+    most of a merge."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..arguments import nearest
 from ..atomic import write_json, write_text
+from ..checkpoints import one_thread
 from ..keeping import make_keep_set
 from ..merge import merge_adapter
 from ..prior import ReasoningPrior, build_prior
@@ -329,17 +329,6 @@ def working_folder(out: str | Path | None):
         except OSError as error:
             raise OSError(f"output {out} cannot be made: {error.strerror}; name another folder (--out)") from error
         yield Path(out)
-
-
-@contextmanager
-def one_thread():
-    """Fastest for models as small as the demo's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

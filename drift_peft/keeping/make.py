@@ -106,7 +106,8 @@ def make_keep_set(
         raise ValueError("with server (--server), the server decides how its model is loaded: leave out load_in_4bit")
     if api_key is not None and server is None:
         raise ValueError("api_key goes with server (--server): a model in this process asks for none")
-    with claimed_output(output, overwrite, example=FILE_NAME):
+    sources = [source for source in (questions, images) if isinstance(source, (str, Path))]
+    with claimed_output(output, overwrite, FILE_NAME, sources):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
         vlm.check_top_k(top_k)
         vlm.check_questions(asked, str(questions or BUILT_IN) if from_file else "questions")

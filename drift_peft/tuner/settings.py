@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
-from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest
+from ..arguments import check_type, check_whole, is_number, is_of, is_whole, nearest, plain
 from ..checkpoints import module_kind, named, pattern_matches
 from ..choices import MODULES
 from ..prior import MergedDelta
@@ -164,6 +164,7 @@ class DriftSettings:
     def __setattr__(self, name: str, value: Any) -> None:
         """Of settings in force, refuse what cannot change any more, and what is out of range."""
         before = getattr(self, name, None)
+        value = plain(value) if self.in_force and name in (*CHANGING, *FIXED) else value
         if self.in_force and name in FIXED and value != before:
             raise ValueError(
                 f"{name}={value!r} comes too late, since what is steered was made with {name}={before!r}: wrap a model "

@@ -188,6 +188,14 @@ def test_wrong_questions(text, message, folder, tmp_path):
     assert [*tmp_path.iterdir()] == [tmp_path / "q.txt"]
 
 
+@pytest.mark.parametrize("given", ["questions", "images"])
+def test_what_a_keep_set_is_made_of_is_not_replaced_by_it(folder, tmp_path, given):
+    (tmp_path / "data.jsonl").write_text("a\thow many ?\n")
+    with pytest.raises(FileExistsError, match=r"data.jsonl, which it is made of: name another file"):
+        make(folder, tmp_path / "data.jsonl", overwrite=True, **{given: tmp_path / "data.jsonl"})
+    assert (tmp_path / "data.jsonl").read_text() == "a\thow many ?\n"
+
+
 def test_a_question_that_holds_a_place_of_images_is_refused(made, tmp_path, monkeypatch):
     """Before an image is read: the VLM has none for that place."""
     *_, folder = made

@@ -128,14 +128,16 @@ def make_answer_set(
         afresh: throw away what an interrupted run of other settings has left, instead of refusing.
 
     Raises:
-        ValueError: there are no prompts; the expert has no chat template; the two models' tokens have too little in
-            common; the GPU has no room.
+        ValueError: there are no prompts, or one holds an image's token; the expert has no chat template; the two
+            models' tokens have too little in common; the GPU has no room.
         OSError: the expert or the file of prompts is not found; the output was made in another way, or cannot be
             written.
     """
     prompts, output = read_texts(texts), Path(output)
     model = Expert(expert, load_in_4bit)
     vlm.check_top_k(top_k)
+    source = str(texts) if isinstance(texts, (str, Path)) else "texts"
+    vlm.check_written("prompt", prompts, source, "the expert is asked in text alone")
     facts = {
         "format": AnswerSet.FORMAT,
         "expert": model.origin,

@@ -110,7 +110,8 @@ def make_keep_set(
     with claimed_output(output, overwrite, FILE_NAME, sources):
         vlm = Vlm(model_or_id, processor, load_in_4bit)
         vlm.check_top_k(top_k)
-        vlm.check_questions(asked, str(questions or BUILT_IN) if from_file else "questions")
+        source = str(questions or BUILT_IN) if from_file else "questions"
+        vlm.check_written("question", [q for _, q in asked], source, "each question gets its image by itself")
         vlm_or_server = vlm
         if server is not None:
             vlm_or_server = Server(

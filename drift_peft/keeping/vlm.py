@@ -148,16 +148,21 @@ class Vlm:
                 f"{self.vocabulary} tokens: lower it"
             )
 
-    def check_questions(self, questions: Iterable[tuple[str, str]], source: str) -> None:
-        """ValueError if one holds a token that stands for an image's place, of which there is no image."""
+    def check_written(self, what: str, texts: Iterable[str], source: str, why: str) -> None:
+        """ValueError if a text, such as a question, holds a token that stands for an image's place: none comes there.
+
+        Args:
+            source: where the texts come from.
+            why: what tells that no image comes there, as the error's last words.
+        """
         written = getattr(self.processor, "image_token", None)  # which need not be a token: some processors replace it
-        for _, question in questions:
-            places = {*self.places} & {*self.processor.tokenizer(question)["input_ids"]}
-            if places or (written and str(written) in question):
+        for text in texts:
+            places = {*self.places} & {*self.processor.tokenizer(text)["input_ids"]}
+            if places or (written and str(written) in text):
                 token = self.processor.tokenizer.convert_ids_to_tokens(min(places)) if places else written
                 raise ValueError(
-                    f"{source} holds the question {question!r}, in which {token} stands for an image: take it out, "
-                    "since each question gets its image by itself"
+                    f"{source} holds the {what} {text!r}, in which {token} stands for an image: take it out, "
+                    f"since {why}"
                 )
 
     @property

@@ -279,6 +279,7 @@ def test_an_expert_that_is_not_the_priors_is_told(folder, tmp_path):
         ({"keep_set": "gated.safetensors"}, "is a safetensors file but no keep set"),
         ({"keep_set": "none.safetensors"}, "none.safetensors"),
         ({"texts": []}, "there are no prompts"),
+        ({"texts": ["1 + <image>"]}, "texts holds the prompt '1 + <image>', in which <image> stands for an image"),
         ({"top_k": 65}, "top_k=65 (--top-k) is larger than the vocabulary"),
         ({"base": "expert"}, "has no processor"),
         ({"prior": "gated.safetensors"}, "is gated already: gate the prior that it was made of"),

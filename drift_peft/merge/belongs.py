@@ -98,26 +98,35 @@ def _merged_into(recorded: str | None) -> MergedDelta | None:
 def _by_fingerprint(
     checkpoint: Checkpoint, prior: ReasoningPrior, merged: MergedDelta | None, updates: dict[str, Update]
 ) -> tuple[bool, str | None]:
-    """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it."""
-    off = off_with_adapter = stored = 0.0  # squares
+    """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it.
+
+    The prior may have been built for a merged base itself, or for what that was made of. The nearer one is meant.
+    """
+    here, without, with_merge, added = [], [], [], []
     for name, U, Vh, values in prior.probes():
         raw = checkpoint.language_model.get(name)
         if raw is None or checkpoint.shape(raw) != (len(U), Vh.shape[1]):
             return False, f"has no {name} of {len(U)} x {Vh.shape[1]}"
         U, Vh, update = U.float(), Vh.float(), updates.get(raw)
-        fingerprint = fingerprint_of(checkpoint.tensor(raw), U, Vh)
-        values = values if merged is None else values + merged.moved(prior, name, U, Vh)
-        moved = torch.zeros_like(fingerprint)
+        here.append(fingerprint_of(checkpoint.tensor(raw), U, Vh))
+        without.append(values)
+        with_merge.append(values if merged is None else values + merged.moved(prior, name, U, Vh))
+        moved = torch.zeros_like(values)
         if isinstance(update, LowRank):
             moved = update.scaling * ((U.mT @ update.B.float()) * (Vh @ update.A.float().mT)).sum(-1)
-        off += (fingerprint - values).square().sum().item()
-        off_with_adapter += (fingerprint - values - moved).square().sum().item()
-        stored += values.square().sum().item()
-    if off_with_adapter < off / 4:
+        added.append(moved)
+    measured, adapter = torch.cat(here), torch.cat(added)
+
+    def off(bases: list[torch.Tensor], moved: torch.Tensor | float = 0.0) -> float:
+        base = torch.cat(bases)
+        return ((measured - base - moved).norm() / base.norm()).item()
+
+    nearer = min((without, with_merge), key=off)
+    if min(off(without, adapter), off(with_merge, adapter)) < off(nearer) / 2:
         return False, "holds the adapter already"
-    if off > FINGERPRINT_TOLERANCE**2 * stored:
-        return False, f"is another model (the prior's fingerprint is off by {(off / stored) ** 0.5:.0%})"
-    return off <= ROUNDING_TOLERANCE**2 * stored, None
+    if off(nearer) > FINGERPRINT_TOLERANCE:
+        return False, f"is another model (the prior's fingerprint is off by {off(nearer):.0%})"
+    return off(nearer) <= ROUNDING_TOLERANCE, None
 
 
 def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update]) -> tuple[str | None, bool]:

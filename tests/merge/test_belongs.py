@@ -297,3 +297,26 @@ def test_a_base_that_has_taken_a_part_of_delta_in_is_another_base(folder, prior)
         merge(folder, folder / "base", "of half")
     with pytest.raises(ValueError, match=r"was trained on .*base, and base .*half "):
         merge(folder, half, "ours")
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9])
+@pytest.mark.parametrize("reference", ["base", None])
+def test_a_prior_that_was_built_for_a_merged_base_knows_it(folder, scale, reference):
+    """By its weights alone: what the base records of its merge was added before there was this prior."""
+    half, prior = folder / "half", folder / "of half.safetensors"
+    given = {"expert": folder / "expert", "progress": False}
+    merge_baseline("task_arithmetic", base=folder / "base", output=half, scale=scale, **given)
+    reference = reference and folder / reference
+    build_prior(base=half, output=prior, rank=8, reference=reference, **given)
+    model = train(get_peft_model(AutoModelForImageTextToText.from_pretrained(half), DriftConfig(prior=prior, r=4)))
+    model.save_pretrained(folder / "of half", save_embedding_layers=False)
+    recorded(folder, "of half", "org/gone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        moved = shutil.copytree(half, folder / "gone")
+        assert merge(folder, moved, "of half").output
+    with pytest.raises(ValueError, match=r"was trained on .*, and base .*base is another model"):
+        merge(folder, folder / "base", "of half")
+    recorded(folder, "of half", "org/merged")
+    with pytest.raises(ValueError, match=r"merged holds the adapter already"):
+        merge_adapter(folder / "merged", folder / "of half", folder / "again", progress=False)

@@ -17,7 +17,9 @@ from ..arguments import listed
 from .checkpoint import Checkpoint
 from .naming import EMBEDDING, HEAD, layer_of, layer_order, module_kind, says_tied
 
-SAME_IN_BOTH = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+# No shape shows how many heads there are. Of an MLP only its weights tell: a mixture of experts may have none of the
+# intermediate_size that its configuration gives.
+SAME_IN_BOTH = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 LISTED = 20  # mismatches that an error spells out
 
 

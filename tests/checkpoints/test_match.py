@@ -56,6 +56,18 @@ def test_experts_are_said_to_be_left_and_what_stands_beside_them_is_steered(fami
         assert keys["expert"] == f"model.{name}" and keys["base"].endswith(name)
 
 
+def test_the_size_of_an_mlp_that_no_layer_has(tmp_path):
+    """As of Qwen3-VL-30B-A3B and Qwen3-Coder-30B-A3B, all of whose layers are mixtures of experts."""
+    config, cls, _ = MIXED["qwen3_vl_moe"]
+    config = config()
+    config.text_config.mlp_only_layers = []
+    save_layout(cls(config), tmp_path / "vlm")
+    save_layout(tiny_llm("qwen3_vl_moe", mlp_only_layers=[], intermediate_size=112), tmp_path / "expert")
+    assert config.text_config.intermediate_size == 128
+    attention = {f"layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "qkvo"}
+    assert match(tmp_path).keys.keys() == attention
+
+
 def test_experts_in_one_model_alone(tmp_path):
     """A plain VLM and a mixture of experts of its ancestor: attention is steered, its MLP has no counterpart."""
     save_pair(tmp_path, "mistral_llava")

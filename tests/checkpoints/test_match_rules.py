@@ -27,7 +27,7 @@ class Source:
         self.shapes = {f"{name}.{key}": shape for key, shape in shapes.items()}
         self.claims = {key: [f"{name}.{key}"] for key in shapes}
         self.config = SimpleNamespace(tie_word_embeddings=tied, get_text_config=lambda: self.text_config)
-        dimensions = {"hidden_size": 8, "intermediate_size": 16, **dimensions}
+        dimensions = {"hidden_size": 8, **dimensions}
         self.text_config = SimpleNamespace(to_dict=lambda: dimensions)
         self.decoder = Decoder({key: module_kind(key) for key in shapes}, depth, shapes, beside)
         self.model, self.words, self.in_4_bits = object(), vocabulary or {"a": 0, "b": 1}, None
@@ -136,7 +136,7 @@ def test_modules_that_are_not_there():
     assert "modules='norm': the language model of b has none" in refused(base=bare, modules=["norm"])
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"])
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_key_value_heads"])
 def test_dimensions_that_differ(key):
     ours, theirs = Source("e", **{key: 5}), Source("b", **{key: 7})
     assert refused(ours, theirs) == f"expert e and base b differ in {key} 5 and 7"

@@ -97,7 +97,12 @@ def other_depth(folder):
 
 def other_width(folder):
     save_layout(tiny_llm("llava", hidden_size=32, intermediate_size=96), folder / "expert")
-    return "differ in hidden_size 32 and 64, intermediate_size 96 and 128$"
+    return "expert .*expert and base .*vlm differ in hidden_size 32 and 64$"
+
+
+def other_mlp(folder):
+    save_layout(tiny_llm("llava", intermediate_size=96), folder / "expert")
+    return r"do not match in 6 places: layers.0.mlp.\S+ is .*96.* in the expert, .*128.* in the base"
 
 
 def other_heads(folder):  # of the same shapes

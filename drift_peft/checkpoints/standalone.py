@@ -23,6 +23,7 @@ from .conversion import Conversion
 from .hub import download, is_listed
 from .lock import only_writer
 from .output import OURS, partial_folder
+from .schema import read_json
 from .tokenizer import TOKENIZER
 from .update import block_rows
 
@@ -97,9 +98,17 @@ def _refuse_folder(output: Path, overwrite: bool, sources: Collection[str | Path
             raise FileExistsError(f"output {output} exists: name another folder, or pass overwrite=True (--overwrite)")
         if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIGS[kind]).is_file()):
             raise FileExistsError(f"output {output} exists and is no {kind} folder, so it is not overwritten")
-        for source in sources:
+        for source in [read for given in sources for read in (given, *_adapted_by(given))]:
             if Path(source).exists() and Path(source).resolve().is_relative_to(output):
                 raise FileExistsError(f"output {output} is or holds {source}, which it is made of: name another folder")
+
+
+def _adapted_by(source: str | Path) -> list[str]:
+    """The model that an adapter in this folder records, if it is one and does: it is of no use without."""
+    config = Path(source, CONFIGS["adapter"])
+    content = read_json(config) if config.is_file() else None
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return [base] if base and isinstance(base, str) else []
 
 
 def refuse_other_files(checkpoint: Checkpoint) -> None:

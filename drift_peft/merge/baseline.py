@@ -38,6 +38,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, prune, task_arithmeti
 from ..arguments import check_whole, is_number, typed
 from ..checkpoints import (
     Checkpoint,
+    Match,
     block_rows,
     describe,
     in_markdown,
@@ -236,7 +237,7 @@ class _Plan:
         self.claim = None
         if settings.merge is task_arithmetic and len(settings.weights) == 1:
             placed = {role: with_full_path(source.origin) for role, source in self.sources.items()}
-            _refuse_again(self.base, placed["expert"])
+            refuse_again(self.base, self.sources["expert"])
             self.claim = MergedDelta(settings.weights[0], **{role: placed.get(role) for role in ROLES}, **chosen)
         self.how = {"method": settings.method, "weights": [*settings.weights], "density": settings.density, **chosen}
         self.how |= {"seed": settings.seed if settings.draws else None}
@@ -244,8 +245,7 @@ class _Plan:
     def blocks(self, raw: str, W: torch.Tensor) -> Iterator[torch.Tensor]:
         """W' of a weight of the base, as `write_model` takes it."""
         name, settings = self.names[raw], self.settings
-        tensors = {role: self.sources[role].tensor(key) for role, key in self.match.keys[name].items()}
-        _check_tensors(name, tensors, self.sources, settings.force)
+        tensors = read_checked(name, self.match, self.sources, settings.force)
         return _merge(settings.merge, tensors, settings.weights, settings.density, f"{settings.seed} {name}")
 
     def refuse_changed(self) -> None:
@@ -275,11 +275,12 @@ def _write(plan: _Plan, folder: Path, output: Path, progress: bool) -> float | N
     return change
 
 
-def _refuse_again(base: Checkpoint, expert: dict) -> None:
-    """W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or something else where Δ is taken from the base itself."""
-    existing = read_merge(base.config)
+def refuse_again(base: Checkpoint, expert: Checkpoint) -> None:
+    """ValueError if the base has a part of this expert's Δ in it: W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or
+    something else where Δ is taken from the base itself."""
+    existing, given = read_merge(base.config), with_full_path(expert.origin)
     spelled = None if existing is None else repository_of(existing.expert) or Path(existing.expert["id"]).resolve()
-    if existing is not None and spelled == (repository_of(expert) or Path(expert["id"]).resolve()):
+    if existing is not None and spelled == (repository_of(given) or Path(given["id"]).resolve()):
         raise ValueError(
             f"base {base.source} is {existing.words} already: merge into {existing.base['id']} at another scale"
         )
@@ -331,8 +332,9 @@ def _check_selection(method, modules, only_layers, skip_first) -> tuple[list[str
     return modules, only_layers, skip_first
 
 
-def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[str, Checkpoint], force: bool) -> None:
-    """ValueError if a source is not finite, or the expert has nothing in common with another one."""
+def read_checked(name: str, match: Match, sources: dict[str, Checkpoint], force: bool) -> dict[str, torch.Tensor]:
+    """Role -> this weight. ValueError if one is not finite, or the expert's has nothing in common with another."""
+    tensors = {role: sources[role].tensor(key) for role, key in match.keys[name].items()}
     W, squares = tensors["base"], dict.fromkeys(tensors, 0.0)
     inner = dict.fromkeys([role for role in tensors if role != "expert"], 0.0)  # products with the expert
     for start in range(0, len(W), block_rows(W)):
@@ -349,6 +351,7 @@ def _check_tensors(name: str, tensors: dict[str, torch.Tensor], sources: dict[st
         norms = math.sqrt(squares["expert"]) * math.sqrt(squares[role])
         if W.dim() == 2 and norms and not force:
             refuse_unrelated(name, product / norms, sources["expert"].source, sources[role].source)
+    return tensors
 
 
 def _merge(

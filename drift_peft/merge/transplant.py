@@ -43,7 +43,7 @@ from ..keeping import KeepSet
 from ..prior import build_prior
 from ..prior.report import prior_summary
 from .adapter import merge_adapter
-from .baseline import kinds_in, merge_baseline
+from .baseline import kinds_in, merge_baseline, read_checked, refuse_again
 from .card import licences_of, write_card
 from .cost import Cost, Scales
 
@@ -174,7 +174,7 @@ def transplant(
         if as_it_is:
             delta = _of_adapter(expert, vlm, Path(work, "adapter"))
         elif merged:
-            delta = _of_fine_tune(expert, vlm, reference)
+            delta = _of_fine_tune(expert, vlm, reference, force, checked=scales is not None)
         else:
             delta = _of_truncated(expert, base, vlm, rank, energy, Path(work), options)
 
@@ -264,13 +264,19 @@ def _of_truncated(
     return _Delta(modules, origins, lambda scales: scales.of_adapter(folder), folder, words, left_alone, held)
 
 
-def _of_fine_tune(expert: str | Path, vlm: Checkpoint, reference: str | Path | None) -> _Delta:
-    """All of a full fine-tune's Δ, with norms and biases."""
+def _of_fine_tune(
+    expert: str | Path, vlm: Checkpoint, reference: str | Path | None, force: bool, checked: bool
+) -> _Delta:
+    """All of a full fine-tune's Δ, with norms and biases. `checked`: refuse now what merging would, since measuring
+    what it costs takes its time."""
     sources = {"expert": open_expert(expert), "base": vlm}
     if reference is not None:
         sources["reference"] = open_expert(reference)
     _refuse_lost(sources["expert"], vlm)
+    refuse_again(vlm, sources["expert"])
     match = match_weights(sources, kinds_in(vlm))
+    for name in match.keys if checked else ():
+        read_checked(name, match, sources, force)
     origins = {role: source.origin for role, source in sources.items()}
     left_alone = match.without_counterpart
     return _Delta(len(match.keys), origins, lambda scales: scales.of_weights(sources, match), left_alone=left_alone)

@@ -220,6 +220,8 @@ def test_with_its_base_as_the_reference_it_is_a_fine_tune(vlms, tmp_path):
     with pytest.raises(ValueError, match="no common ancestor"):  # here the text model is not the VLM's
         go(folder, tmp_path / "lora", tmp_path / "out", reference=tmp_path / "llm", merged=True)
     options = {"reference": tmp_path / "llm", "merged": True, "force": True}
+    with pytest.raises(FileExistsError, match=r"is or holds .*llm, which it is made of: name another folder"):
+        go(folder, tmp_path / "lora", tmp_path / "llm", **options | {"reference": folder / "expert"})
     go(folder, tmp_path / "lora", tmp_path / "out", **options)
     adapted = PeftModel.from_pretrained(tiny_llm("qwen2_5_vl"), tmp_path / "lora").merge_and_unload()
     before, after, expert, origin = (

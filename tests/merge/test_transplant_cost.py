@@ -51,6 +51,21 @@ def test_the_cost_is_that_of_what_is_written(kept, tmp_path, options):
     assert 1e-3 < low <= report.costs[1].kl <= high
 
 
+@pytest.mark.parametrize("fault", ["unrelated", "merged already"])
+def test_what_is_no_merge_is_refused_before_its_cost_is_measured(fault, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr("drift_peft.merge.cost.measure", lambda *_: pytest.fail("it was measured"))
+    options = {"merged": True, "scale": 0.3, "keep": kept / "keep.safetensors", "base": kept / "vlm"}
+    if fault == "unrelated":
+        save_layout(tiny_llm("qwen2_5_vl", seed=5), tmp_path / "expert")
+        options["expert"], said = tmp_path / "expert", "has cosine .* no common ancestor"
+    else:
+        go(kept, output=tmp_path / "half", merged=True, scale=0.5)
+        options["base"], said = tmp_path / "half", "half is .* already: merge into .*vlm at another scale"
+    with pytest.raises(ValueError, match=said):
+        go(kept, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_in_4_bit_the_vlm_itself_is_at_a_distance(kept, tmp_path):
     """Whatever the adapter is measured beside, it is the same."""
     options = {"expert": "lora", "keep": kept / "keep.safetensors"}

@@ -59,6 +59,17 @@ class Help(RawDescriptionHelpFormatter):  # which leaves the lines of an example
         return f"{action.help} (default: %(default)s)"
 
 
+class Store(Action):
+    """argparse's own, except that a flag of several values takes those of each time that it is given."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: object, option_string: str | None = None
+    ) -> None:
+        if self.nargs == "+" and (so_far := getattr(namespace, self.dest, None)) is not self.default:
+            values = [*(so_far or []), *values]
+        setattr(namespace, self.dest, values)
+
+
 class Parser(ArgumentParser):
     """argparse's, except that verbs are modules, and that errors are one sentence.
 
@@ -69,6 +80,8 @@ class Parser(ArgumentParser):
         super().__init__(*arguments, formatter_class=Help, **settings)
         self.verbs: dict[str, ModuleType] = {}
         self._negative_number_matcher = NEGATIVE  # argparse's own knows no -5e-1
+        for name in (None, "store"):
+            self.register("action", name, Store)
 
     def add_processor_kwargs(self) -> None:
         self.add_argument(

@@ -17,7 +17,6 @@ def flags(parser: Parser) -> None:
     add(
         "--set",
         nargs="+",
-        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="settings that win over it, such as max_tokens=2048",

@@ -6,8 +6,9 @@ Only one Δ exists at any time, and while it is decomposed another thread reads 
 at once, so that an interrupted build loses one weight at most.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,8 +101,8 @@ def build_prior(
         ValueError: an argument is out of range, a model cannot be used as it is, weights do not match or are not
             finite, the expert has nothing in common with base or reference (see `force`), two are the same model, or
             one was written to meanwhile. Of such a build nothing is kept.
-        OSError: a checkpoint is not found, the output exists or cannot be written, another process writes it, or it
-            holds another build's work.
+        OSError: a checkpoint is not found, the output exists or cannot be written, another process writes it, it holds
+            another build's work, or the device has no room.
 
     Example:
         >>> prior = build_prior(expert=EXPERT, base=VLM, output="prior.safetensors", rank=8, progress=False)
@@ -233,7 +234,8 @@ def _take_deltas(
     names = [name for name, file in files.items() if finished(file) is None]
     counted = {"total": len(files), "initial": len(files) - len(names)}
     weights = Weights(sources, match, names, device, delete_shards)
-    with weights, tqdm(weights, "prior", unit="weight", disable=not progress, **counted) as bar:
+    bar = tqdm(weights, "prior", unit="weight", disable=not progress, **counted)
+    with _with_room(device), weights, bar:
         for name, tensors in bar:
             bar.set_postfix_str(name, refresh=False)
             labels = {role: f"{key} of {sources[role].source}" for role, key in match.keys[name].items()}
@@ -244,6 +246,18 @@ def _take_deltas(
             if not force:
                 _refuse_unrelated(name, stats, sources)
             finish(files[name], {f"{name}.{key}": factor for key, factor in factors.items()}, stats)
+
+
+@contextlib.contextmanager
+def _with_room(device: torch.device) -> Iterator[None]:
+    """An OSError says what to do where a GPU has no room: unlike a ValueError, it leaves what is done to go on from."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OSError(
+            f"the device {device} has no room for a weight of each model and their Δ: free it and go on with the same "
+            'call, or begin anew on the CPU, with device="cpu" (--device cpu) and overwrite=True (--overwrite)'
+        ) from error
 
 
 def _refuse_unrelated(name: str, stats: dict, sources: dict[str, Checkpoint]) -> None:

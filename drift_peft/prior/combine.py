@@ -11,12 +11,13 @@ R_U diag(…) R_Vᵀ is left for the SVD.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ..arguments import is_number
-from ..checkpoints import named
+from ..checkpoints import at_revision, named, repository_of
 from ..warn import warn
 from .file import PriorFile
 from .svd import ROUNDING, signed
@@ -121,15 +122,26 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
             norms = f"{mine['base_norm']:.6g} in one and {theirs['base_norm']:.6g} in the other"
             raise ValueError(f"{differ}: ‖W‖ of {name} is {norms}")
         matrices += len(mine["shape"]) == 2
-    if not matrices and one.metadata["base"] != other.metadata["base"]:
-        ids = " and ".join(str(prior.metadata["base"]["id"]) for prior in (one, other))
-        raise ValueError(f"{differ}, {ids}, and have no matrix in common that would show them to be the same")
-    called = [named(prior.metadata["base"]) for prior in (one, other)]
+    bases = [prior.metadata["base"] for prior in (one, other)]
+    if _place(bases[0]) == _place(bases[1]):
+        return
+    if not matrices:
+        ids = " and ".join(at_revision(base["id"], base["revision"]) for base in bases)
+        raise ValueError(
+            f"{differ}, {ids}, and have no matrix in common that would show them to be the same: build both from one "
+            "place"
+        )
+    called = [named(base) for base in bases]
     if called[0] != called[1]:  # norms are alike in near fine-tunes too
         warn(
             f"{one.source} was built for {called[0]} and {other.source} for {called[1]}: their sum steers neither "
             "unless these are the same weights"
         )
+
+
+def _place(origin: Mapping) -> tuple[str, str | None]:
+    """Hub id and commit, or the full path of a folder."""
+    return repository_of(origin) or (os.path.realpath(origin["id"]), None)
 
 
 def combined_header(parents: Sequence[tuple[PriorFile, float]], rank: int) -> dict:

@@ -154,6 +154,7 @@ def _recipe(header: dict) -> str:
     given |= {"output": FILE_NAME, **{key: header[key] for key in settings}}
     lines = [f"    {key}={json.dumps(value)}," for key, value in given.items()]
     lines += ["    dequantize=True,"] if any("dequantize" in origin for _, origin in origins_of(header)) else []
+    lines += ["    force=True,"] if header.get("force") else []
     return "\n".join(["build_prior(", *lines, ")"])
 
 

@@ -87,6 +87,17 @@ def test_underscores_are_read_as_dashes():
     assert (given.max_rank, given.skip_first, given.only_layers) == (12, 3, ["0"])
 
 
+def test_a_flag_of_several_values_takes_those_of_each_time_that_it_is_given():
+    twice = ["--modules", "attn", "--modules", "mlp", "norm", "--only-layers", "0", "--only-layers=4"]
+    for command in (BUILD, BASELINE):
+        given = commands.parser().parse_args([*command, *twice])
+        assert (given.modules, given.only_layers) == (["attn", "mlp", "norm"], ["0", "4"])
+    given = commands.parser().parse_args(["demo", "--seed", "1", "--methods", "a", "--seed", "2", "--methods", "b"])
+    assert (given.seeds, given.methods) == ([1, 2], ["a", "b"])
+    given = commands.parser().parse_args([*BUILD, "--rank", "4", "--rank", "8"])
+    assert (given.rank, given.modules) == (8, ["attn", "mlp"])
+
+
 def test_what_is_no_flag_keeps_its_underscores():
     given = commands.parser().parse_args(["targets", "--prior=a_b", "--", "--my_dir"])
     assert (given.model, given.prior) == ("--my_dir", "a_b")

@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -276,7 +277,7 @@ REFUSED = {
         [("a", 1), ("b", 1), ("shape", 1)],
         r"different bases: .*q_proj.weight is \[6, 5\] in one and \[5, 6\] in",
     ),
-    "name": ([("a", 1), ("name", 1)], "different bases, org/vlm and org/other, and have no matrix in common"),
+    "name": ([("a", 1), ("name", 1)], "org/vlm and org/other, and have no matrix in common .*: build both from one"),
 }
 
 
@@ -294,6 +295,17 @@ def test_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         ReasoningPrior.combine([(priors[name], c) for name, c in parts], tmp_path / "sum")
     assert "\n" not in str(caught.value) and not list(tmp_path.glob("sum*"))
+
+
+def test_one_folder_by_two_spellings_is_one_base(tmp_path, monkeypatch):
+    """Where no matrix is in both, the place of the base tells."""
+    monkeypatch.chdir(tmp_path)
+    W, delta = torch.randn(6, 5), torch.ones(6, 5)
+    one = dense_prior(tmp_path / "attn", {Q: (W, delta)}, base="models/vlm")
+    other = dense_prior(tmp_path / "mlp", {"layers.7.mlp.up_proj.weight": (W, delta)}, base=f"{tmp_path}/models/vlm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ReasoningPrior.combine([(one, 1), (other, 1)], tmp_path / "sum")) == 2
 
 
 def test_a_gated_prior_is_truncated_as_a_sum_of_itself(tmp_path):

@@ -128,6 +128,17 @@ def test_sorting(desktop, summary):
     assert found["filtered"] == ["layers.1.mlp.up_proj.weight"]
 
 
+def test_the_next_steps_are_of_the_same_delta(summary):
+    """Of Δ from a reference as well, and of the revisions that were read."""
+    origins = {role: {"id": f"org/{role}", "revision": "0a1b2c"} for role in ("expert", "base", "reference")}
+    told = html.unescape(render_page(summary | origins))
+    assert (
+        "transplant --expert org/expert@0a1b2c --base org/base@0a1b2c --reference org/reference@0a1b2c -o untrained"
+    ) in told
+    assert "keep make --base org/base@0a1b2c --images" in told
+    assert "--reference" not in render_page(summary)
+
+
 @browser
 def test_numbers_are_read_out(desktop, summary):
     found, _ = desktop

@@ -54,6 +54,18 @@ def test_goes_on_with_what_is_missing(pair, monkeypatch):
     assert len(taken) == 7 * LAYERS - 10 and not (pair / "p.safetensors.partial").exists()
 
 
+def test_a_gpu_without_room_leaves_what_is_done(pair, monkeypatch, capsys):
+    """It is said in one sentence, and the same call goes on once there is room."""
+    flags = ["--expert", str(pair / "expert"), "--base", str(pair / "vlm"), "-o", str(pair / "p.safetensors")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=10, error=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.03 GiB."))
+        assert main(["prior", "build", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "drift-peft: error: the device cpu has no room for a weight of each model" in said
+    assert f"{pair / 'p.safetensors.partial'} keeps the 10 weights that are done" in said and "Traceback" not in said
+    assert len(done(pair)) == 10 and main(["prior", "build", *flags]) == 0
+
+
 def test_goes_on_from_another_folder(pair, monkeypatch):
     """The paths are the same ones, however they are written."""
     with monkeypatch.context() as patch:

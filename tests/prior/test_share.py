@@ -45,7 +45,10 @@ def test_card_of_a_prior(tmp_path):
     assert card.data.tags == ["drift-peft", "peft"] and card.data.base_model is None  # local folders are no hub ids
     assert 'prior="user/prior"' in card.text and 'base="vlm",' in card.text and str(tmp_path) not in str(card)
     assert "- base vlm: mit\n- expert expert: mit" in card.text and prior.sha256 in card.text
-    assert "Δ = expert − vlm" in card.text and "rank 2" in card.text
+    assert "Δ = expert − vlm" in card.text and "rank 2" in card.text and "force" not in card.text
+    prior.metadata["force"] = True
+    assert "    force=True,\n)" in prior.model_card("user/prior").text
+    del prior.metadata["force"]
     assert card.data.pipeline_tag == "image-text-to-text"
     rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", card.text, re.M))
     q, bias, up = (prior[name] for name in NAMES)

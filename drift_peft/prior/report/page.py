@@ -8,7 +8,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from ...checkpoints import claimed_output, write_output
+from ...checkpoints import at_revision, claimed_output, write_output
 from ...page import check_page, render
 from .plot import draw_prior
 from .tables import prior_notes, prior_title
@@ -20,7 +20,7 @@ GATES = """\
 <div class="plots" id="gates" style="--least: 30rem"></div>"""
 NEXT = """\
 # Without training: the expert's Δ as an adapter of the VLM, as a first thing to compare with
-drift-peft transplant --expert {expert} --base {base} -o untrained
+drift-peft transplant --expert {expert} --base {base}{reference} -o untrained
 
 # The VLM's own answers to your images, without labels: training then stays near them
 drift-peft keep make --base {base} --images FOLDER -o keep.safetensors
@@ -88,10 +88,11 @@ def render_page(summary: dict) -> str:
 
 
 def _next_step(summary: dict) -> str:
-    """Commands and Python for what comes after a prior, with the ids as they were given."""
-    base = shlex.quote(summary["base"]["id"])
-    expert = shlex.quote(summary["expert"]["id"]) if summary.get("expert") else "EXPERT"
-    return escape(NEXT.format(base=base, expert=expert), quote=False)
+    """Commands and Python for what comes after a prior, with the ids of the models that it was built from."""
+    origins = {role: origin for role in ("expert", "base", "reference") if (origin := summary.get(role))}
+    given = {role: shlex.quote(at_revision(of["id"], of["revision"])) for role, of in origins.items()}
+    reference = f" --reference {given['reference']}" if "reference" in given else ""
+    return escape(NEXT.format(**{"expert": "EXPERT", **given, "reference": reference}), quote=False)
 
 
 def _rank_rows(summary: dict) -> str:

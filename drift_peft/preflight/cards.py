@@ -19,14 +19,14 @@ from ..checkpoints import folder_of, read_config, refuse_quantized
 from ..recipe import as_meant, check_value, read_recipe
 from .dry_run import MEASURE
 from .images import warn_of_unread
-from .memory import KEEPING, Estimate, Memory, Settings, kept, optimizer_state, patches
+from .memory import KEEPING, Estimate, Memory, Settings, fixed_tokens, kept, optimizer_state, patches
 from .processor import with_processor
 from .recipe_settings import OWN, check_recipe, value_of
 
 CARDS = 8, 12, 16, 24  # GB
 CHECKPOINTING = "gradient_checkpointing", "activation_checkpointing"  # the old name and the new one
 USABLE = 0.94  # of a card; the rest goes to the desktop, and to gaps between tensors
-FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to
+FEWEST_TOKENS, FEWEST_RANKS, FEWEST_PIXELS = 512, 8, 512 * 512  # what advice goes down to; tokens beside the images'
 # TRL's own keys, which decide nothing here. It is not imported, since a recipe is looked at before TRL is installed.
 # Where it is, its own may be more: see trl_keys.
 TRL = ("activation_offloading assistant_only_loss chat_template_path completion_only_loss dataset_kwargs "
@@ -140,10 +140,11 @@ def verdict(estimate: Estimate, card: float) -> dict:
 def advise(memory: Memory, now: Estimate, card: float) -> dict:
     """The one change after which least is taken, what that is, and whether it fits; alone, and with all others.
 
-    max_tokens is lowered no further than needed. What cannot be the least, or cannot fit, is not estimated.
+    max_tokens is lowered no further than needed, nor so far that the images that are cut into most tiles would go. What
+    cannot be the least, or cannot fit, is not estimated.
     """
     settings = now.settings
-    fewest = min(FEWEST_TOKENS, settings.max_tokens)
+    fewest = min(FEWEST_TOKENS + fixed_tokens(memory.config, settings), settings.max_tokens)
     changes = dict(_changes(settings))
     limit, tried = USABLE * card * 1e9, {}
     if fewest < settings.max_tokens:

@@ -356,6 +356,12 @@ def patches(config: PretrainedConfig, settings: Settings) -> int:
     return _cut(config, settings).all_patches
 
 
+def fixed_tokens(config: PretrainedConfig, settings: Settings) -> int:
+    """Tokens of a sample's images at most, whatever max_tokens is: none where they shrink with it, as of Qwen."""
+    fixed = cut(config, settings.processor_kwargs, settings.images_per_sample, tokens=0)
+    return math.ceil(fixed.all_patches / patches_per_token(config))
+
+
 def _cut(config: PretrainedConfig, settings: Settings) -> Cut:
     return cut(config, settings.processor_kwargs, settings.images_per_sample, settings.max_tokens)
 

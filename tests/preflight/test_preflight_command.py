@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import preflight as benchmark
 import pytest
 import tiny_memory
+import transformers as tf
 import yaml
 from command import run
 from hub import Hub
@@ -87,6 +88,18 @@ def test_advice_takes_no_step_that_cannot_matter(monkeypatch):
     assert (advice["setting"], advice["value"], advice["fits"]) == ("max_tokens", 512, True)
     assert advice["fits_with_all"] and {*taken} == {(512, 16), (4096, 16)}
     assert advise(memory, now, card(both))["fits_with_all"]
+
+
+def test_advice_leaves_room_for_images_that_are_cut_into_tiles():
+    """Below their tokens, training would drop the samples that have them."""
+    text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    config = tf.InternVLConfig(text_config={"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 64, **text})
+    memory, image = Memory(config, "tiles"), 13 * 256
+    for kwargs, least in ((None, image + 512), ({"max_patches": 4}, 5 * 256 + 512), ({"crop_to_patches": False}, 768)):
+        now = memory.estimate(settings(max_tokens=8192, processor_kwargs=kwargs))
+        assert advise(memory, now, 1e-3)["all"]["max_tokens"] == least
+    few = memory.estimate(settings(max_tokens=1024))
+    assert advise(memory, few, 1e-3)["all"]["max_tokens"] == 1024
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from .expert import make_answer_set
 from .feed import Feed, Part
 from .file import KeepSet, data_address, vocabulary_rows
 from .four_bit import keep_4bit_differentiable
-from .generation import evaluated, greedy_settings, refuse_offloaded
+from .generation import evaluated, greedy_settings, refuse_offloaded, with_room
 from .inner import inner_model
 from .kept import GRADIENT_SCALE, is_kept, keepings_of
 from .make import make_keep_set
@@ -99,6 +99,7 @@ __all__ = [
     "training_samples",
     "vocabulary_rows",
     "warn_of_lost_passes",
+    "with_room",
     "write_page",
     "write_samples",
 ]

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoints import Checkpoint, Match
-from ..keeping import KeepSet, Vlm, measure, refuse_offloaded, summarize
+from ..keeping import KeepSet, Vlm, measure, refuse_offloaded, summarize, with_room
 
 STEPS = 20  # of the grid on which the largest scale is searched: 0.05, 0.1, …, 1
 
@@ -104,7 +104,8 @@ class Scales:
             if known.scale == scale:
                 return known
         self._set_scale(scale)
-        distances = measure(self._model, self._keep_set, self._vlm.processor, self._batch_size, self._progress)
+        with with_room(f"{self._batch_size} answers"):
+            distances = measure(self._model, self._keep_set, self._vlm.processor, self._batch_size, self._progress)
         total = summarize(distances)["total"]
         self.costs.append(Cost(scale, total["kl"], tuple(total["kl_interval"]), total["agreement"]))
         return self.costs[-1]

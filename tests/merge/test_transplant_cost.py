@@ -125,3 +125,13 @@ def test_the_command_line(kept, capsys):
     assert status == 0 and "modules of the adapter" in out and "0.5" in out
     status, _, err = run(capsys, *argv, "--scale", "all")
     assert status == 2 and "--scale takes a number or auto, got all" in err
+
+
+def test_a_gpu_without_room_says_what_helps(kept, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("drift_peft.merge.cost.measure", full)
+    with pytest.raises(ValueError, match=r"^the GPU has no room for 8 answers at a time: pass a smaller batch_size"):
+        go(kept, "lora", output=tmp_path / "out", keep=kept / "keep.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -301,8 +301,7 @@ def compare(args: Namespace) -> dict:
         keep_sets = make_keep_sets(args, settings, data, pictured)
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]
-        answers = rows_of(data["test"]) if tested is None else len(tested)
-        comparison.pace = Pace(waiting, answers, args.max_new_tokens)
+        comparison.pace = Pace(waiting, rows_of(data["test"]), args.max_new_tokens)
         if args.search and any(way.kind.endswith(("gated", "-keep")) for way in ways):
             comparison.make_keep()
         comparison.note_kept()
@@ -345,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("recipe", type=Path, help="YAML of sft_vlm.py, such as one of configs/")
     add("-o", "--output", type=Path, required=True, help="folder to write, and to go on in")
-    add("--test", help="samples with known answers to examine on, instead of some of the data; see evaluate.py")
+    add("--test", help="samples with known answers to examine on, instead of some of the data; see data.py")
     add("--held-out", type=int, default=100, help="samples to hold out of the data, once more for --search")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--steps", type=int, help="of every way that is trained; otherwise the recipe's")

@@ -49,15 +49,15 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
 
 
 def read_tested(source: str, images: str | None) -> datasets.Dataset:
-    """Samples to examine with. Where their images are not beside them but in the recipe's folder, they have a category
-    as well, since they are examined in a file that has the images in it."""
-    how = {"split": "test", "default_split": "test", "on_bad": "fail"}
+    """Samples to examine with, as evaluate.py reads them, and their categories. Where their images are not beside them,
+    they are in the recipe's folder."""
+    how = {"split": "test", "default_split": "test", "on_bad": "fail", "chains": False}
     try:
-        return load_messages(source, to_train=False, **how)[0]
+        dataset, _ = load_messages(source, **how)
     except BadSample as error:
         if images is None or error.reason not in ELSEWHERE:
             raise
-    dataset, _ = load_messages(source, images=images, chains=False, **how)
+        dataset, _ = load_messages(source, images=images, **how)
     return dataset.add_column(CATEGORY, read_categories(source, "test", None))
 
 
@@ -147,16 +147,17 @@ def hold_out(groups: list[list[int]], args: Namespace) -> dict[str, list[int]]:
 def write_split(
     dataset: datasets.Dataset, rows: dict[str, list[int]], args: Namespace, tested: datasets.Dataset | None = None
 ) -> dict[str, str]:
-    """The samples to train on and those that are held out, or tested, as files."""
+    """The samples to train on and those that are held out, or tested, as files. Exams and keep sets take the tested
+    ones from such a file, too: then both have the same samples and images, wherever these lay."""
     files = {name: args.output / f"{name}.parquet" for name, numbers in rows.items() if numbers}
     for name, file in files.items():
         if not file.exists():
             write_parquet(dataset.select(sorted(rows[name])), file)
-    if tested is not None and CATEGORY in tested.column_names:
+    if tested is not None:
         files["test"] = args.output / "test.parquet"
         if not files["test"].exists():
             write_parquet(tested, files["test"], tested.features)
-    return {"test": args.test, **{name: str(file) for name, file in files.items()}}
+    return {name: str(file) for name, file in files.items()}
 
 
 def rows_of(file: str) -> int:

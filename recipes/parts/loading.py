@@ -104,7 +104,6 @@ def load_messages(
     on_bad: Literal["drop", "fail"] = "drop",
     boxed: bool = False,
     chains: bool = True,
-    to_train: bool = True,
     special: Collection[str] = (),
     places: bool = False,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, Dropped]:
@@ -119,8 +118,8 @@ def load_messages(
             meanwhile, in the process that iterates.
         on_bad: "fail" raises at the first sample that cannot be used.
         boxed: drop samples whose last answer has no \boxed{…}.
-        chains: put the chain of thought that stands beside an answer before it; else the last turn is the answer.
-        to_train: with chains, drop an answer that is nothing but a chain of thought, and take end tokens out.
+        chains: put the chain of thought that stands beside an answer before it, drop an answer that is nothing but one,
+            and take end tokens out; else the last turn is the answer as it is written.
         special: the special tokens of the base, if it is known; see `as_trained`.
         places: add the column PLACE, which says of each sample where it stands in the source.
 
@@ -141,7 +140,7 @@ def load_messages(
                 read = read_sample(sample, chains, root)
                 if boxed and not extract_boxed(last_answer(read.messages)):
                     raise BadSample("answer without a box", r"has no \boxed{…} in its answer")
-                messages, noted = as_trained(read.messages, special) if chains and to_train else (read.messages, [])
+                messages, noted = as_trained(read.messages, special) if chains else (read.messages, [])
                 images = [read_image(value, root) for value in read.images]
             except (BadSample, RecursionError) as error:
                 reason = getattr(error, "reason", "nested too deeply")

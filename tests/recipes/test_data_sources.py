@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 from hub import Hub
 from huggingface_hub import HfFileSystem
-from parts import sources
+from parts import held_out, sources
 from parts.layouts import BadSample, read_sample
 from parts.loading import TEXT, load_messages
 from PIL import Image
@@ -272,6 +272,20 @@ def test_a_hub_data_set_whose_paths_start_outside_of_it(hub):
         load_messages("someone/chains@v1", split="test")
     with pytest.raises(ValueError, match=r"^someone/nothing cannot be read: "):
         load_messages("someone/nothing")
+
+
+def test_a_comparison_examines_with_the_split_test_of_a_hub_data_set(hub, tmp_path):
+    """From a file, since evaluate.py reads nothing from the hub."""
+    rows = {"train": {"question": "a"}, "test": {"question": "b", "image": "1.png", "category": "sum"}}
+    files = {f"{split}.jsonl": json.dumps({"answer": "5", **row}).encode() for split, row in rows.items()}
+    hub.add("someone/exam", {**files, "1.png": encoded(1)})
+    tested = held_out.read_tested("someone/exam", None)
+    args = held_out.Namespace(test="someone/exam", output=tmp_path)
+    file = held_out.write_split(tested, {}, args, tested)["test"]
+    assert Path(file) == tmp_path / "test.parquet"
+    (sample,) = load_messages(file, split="test", default_split="test")[0]
+    assert sample["messages"][0]["content"][-1]["text"] == "b" and pixels(sample) == pictures(1)
+    assert held_out.read_categories(file, "test", None) == ["sum"]
 
 
 def test_the_pictures_of_a_hub_data_set_may_be_here(hub):

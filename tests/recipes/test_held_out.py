@@ -1,5 +1,6 @@
 """What recipes/compare.py examines with has no image in common with what is trained on."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -96,6 +97,59 @@ def test_samples_to_test_with_whose_images_are_trained_on_are_counted(tmp_path, 
             compare.main([str(recipe), "-o", str(tmp_path / f"out{bool(test)}"), *more, "--ways", "base"])
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
         assert [line.partition(",")[0] for line in notes] == told
+
+
+def in_splits(folder):
+    """A folder with a split to train on beside the one to test on."""
+    for split, numbers in (("train", range(9)), ("test", [9])):
+        rows = [{"question": "a", "answer": "5", "image": {"bytes": picture(n), "path": None}} for n in numbers]
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def one(**row):
+    """A file of one sample, beside its picture."""
+
+    def make(folder):
+        (folder / "9.png").write_bytes(picture(9))
+        (folder / "own.jsonl").write_text(json.dumps({"answer": "5", **row}))
+        return folder / "own.jsonl"
+
+    return make
+
+
+ASKED = [{"role": "user", "content": [{"type": "image", "path": "9.png"}, {"type": "text", "text": "a"}]}]
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        in_splits,
+        one(question="a", image="9.png"),
+        one(question="a", image="set/9.png"),
+        one(question="a", file_name="9.png"),
+        one(question="a", image=base64.b64encode(picture(9)).decode()),
+        one(prompt=ASKED, completion="5"),
+    ],
+    ids=["splits", "path", "name of the set", "file_name", "base64", "prompt"],
+)
+def test_exams_and_the_keep_set_to_measure_with_have_the_same_images(test, tmp_path, monkeypatch):
+    """However the samples of --test are laid out, and whatever else is in their folder."""
+    (tmp_path / "set").mkdir()
+    trained, tested, taken = save(tmp_path, [[1], [2]]), test(tmp_path / "set"), {}
+    monkeypatch.setattr(compare, "read_recipe", lambda file: {"base": "b", "data": str(trained)})
+
+    def launch(*command):
+        command = [*map(str, command)]
+        flag = "--images" if "make" in command else "--data"
+        taken[flag] = command[command.index(flag) + 1]
+        if flag == "--data":
+            raise compare.Failed("stopped")
+
+    monkeypatch.setattr(compare, "launch", launch)
+    with pytest.raises(SystemExit, match="stopped"):
+        compare.main(["r.yaml", "-o", str(tmp_path / "out"), "--test", str(tested), "--ways", "base"])
+    assert taken["--images"] == taken["--data"] and images(taken["--data"]) == [picture(9)]
 
 
 def test_a_search_is_judged_by_images_that_nothing_is_kept_on(tmp_path, monkeypatch):

@@ -108,15 +108,17 @@ def test_a_split_of_a_file_is_refused_in_training_and_in_a_comparison(capsys):
 
 
 def test_known_answers_of_a_test_are_taken_as_they_are_written(tmp_path):
-    """As evaluate.py takes them; what a comparison is known by has their chains of thought, as ever."""
+    """As evaluate.py takes them, without the chain of thought beside one, which no exam looks at."""
     answers = ["<think>5", "<think>so it is 5</think>", "5<|im_end|>"]
     chained = {"question": "a", "answer": "5", "rationale": "2 + 3"}
     save([chained], "a.jsonl")
     save([*({"question": "q", "answer": answer} for answer in answers), chained], "test.jsonl")
     args = held_out.Namespace(test="test.jsonl", output=tmp_path, held_out=1, search=0)
-    _, tested, digest = held_out.read_data(args, {"data": "a.jsonl"})
-    assert [held_out.last_answer(each) for each in tested["messages"]] == [*answers, "<think>\n2 + 3\n</think>\n\n5"]
-    assert digest.startswith("b3ea688eabb5")  # of before answers to train on were looked at: comparisons go on
+    _, tested, _ = held_out.read_data(args, {"data": "a.jsonl"})
+    assert [held_out.last_answer(each) for each in tested["messages"]] == [*answers, "5"]
+    save([{"question": "q", "answer": answer} for answer in answers], "test.jsonl")
+    digest = held_out.read_data(args, {"data": "a.jsonl"})[2]
+    assert digest.startswith("e4cf4be1945b")  # of before all of them were examined in a file: comparisons go on
 
 
 def test_a_question_without_images_is_not_examined_with_where_it_is_trained_on(tmp_path):

@@ -35,12 +35,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
-from parts.frontier import Measured, choose, draw, frontier
+from parts.frontier import Measured, choose, draw, frontier, read_measured
 from parts.held_out import groups_of, has_images, hold_out, mark_all, note_of_kept, read_data, rows_of, write_split
 from parts.journal import Journal, refuse_other_folder
 from parts.pace import Pace
@@ -124,7 +123,7 @@ class Comparison:
         return self.read(way, exam)
 
     def train(self, way: Way, folder: Path, seed: int, data: str) -> dict:
-        """Run sft_vlm.py, or go on with it. Returns steps and minutes."""
+        """Run sft_vlm.py, or go on with it. Returns steps, and minutes where they are known."""
         output, recipe = folder / "adapter", folder / "recipe.yaml"
         own = {"data": self.data[data], "split": None, "images": None, "streaming": None, **dict.fromkeys(OUTPUT)}
         settings = way.recipe(self.settings, **own | {"output_dir": str(output), "seed": seed})
@@ -151,7 +150,8 @@ class Comparison:
                 self.ledger.add(pace, {"seconds": seconds})
             steps = max(1, int(60 * self.args.minutes / self.ledger.answers[pace]["seconds"]))
         found = results() if (output / "run.json").exists() else run(steps)
-        return {"steps": found["steps"], "minutes": found["train_runtime"] / 60}
+        seconds = found.get("train_runtime")  # of a run that was stopped and went on, nobody knows them
+        return {"steps": found["steps"], "minutes": seconds and seconds / 60}
 
     def transplant(self, way: Way, output: Path) -> None:
         from drift_peft import transplant
@@ -202,23 +202,9 @@ class Comparison:
 
     def read(self, way: Way, exam: str) -> Measured:
         """What the runs of a way have answered, mean over the seeds."""
-        folders = [folder for _, folder in self.runs(way, exam).values()]
-
-        def mean(file: str, *keys: str) -> np.ndarray:
-            values = []
-            for folder in folders:
-                rows = json.loads((folder / file).read_text(encoding="utf-8"))
-                for key in keys[:-1]:
-                    rows = rows[key]
-                values.append([row[keys[-1]] for row in rows])
-            return np.array(values, float).mean(0)
-
-        samples = json.loads((folders[0] / "right.json").read_text(encoding="utf-8"))["samples"]
-        kept = {key: mean("kept.json", "answers", "model", key) for key in ("kl", "agreement") if self.keep_sets}
-        facts = [self.ledger.answers[line] for line in self.runs(way, exam)]
-        averages = {key: float(np.mean([each[key] for each in facts])) for key in facts[0]}
-        categories = [sample["category"] for sample in samples]
-        return Measured(mean("right.json", "samples", "correct"), **kept, categories=categories, facts=averages)
+        lines = self.runs(way, exam)
+        folders = [folder for _, folder in lines.values()]
+        return read_measured(folders, bool(self.keep_sets), [self.ledger.answers[line] for line in lines])
 
 
 def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictured: bool) -> dict[str, Path]:

@@ -36,7 +36,7 @@ ways          what a comparison compares: what each way changes in a recipe
 search        settings of the leading ways, tuned with optuna
 held_out      a comparison's samples: read, and split so that exams and training have no image or question in common
 pace          what is said of the exams to come, and how long they take
-frontier      task against keeping: which ways nothing beats, which one to take, the picture
+frontier      task against keeping: what was measured, which ways nothing beats, which one to take, the picture
 choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
 asked_models  the models that reproduce_drift.sh asks, and a mark of each beside its answers

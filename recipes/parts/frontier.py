@@ -1,7 +1,8 @@
-"""Task against keeping: which ways nothing beats in both, which one to take, and the picture of it."""
+"""Task against keeping: what was measured, which ways nothing beats in both, which one to take, and the picture."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,18 +24,38 @@ class Measured:
             there is no keep set.
         agreement: likewise, the share of tokens that the model would have chosen too.
         categories: of each sample.
-        facts: numbers of the training, if there was one: steps and minutes.
+        facts: numbers of the training, if there was one: steps, and minutes, which are None where they are not known.
     """
 
     right: np.ndarray
     kl: np.ndarray | None = None
     agreement: np.ndarray | None = None
     categories: list[str] = field(default_factory=list)
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
         return 0.0 if self.kl is None else float(self.kl.mean())
+
+
+def read_measured(folders: list[Path], kept: bool, facts: list[dict[str, float | None]]) -> Measured:
+    """What the runs of a way have answered, mean over them; a fact that is not known of each is not known."""
+
+    def mean(file: str, *keys: str) -> np.ndarray:
+        values = []
+        for folder in folders:
+            rows = json.loads((folder / file).read_text(encoding="utf-8"))
+            for key in keys[:-1]:
+                rows = rows[key]
+            values.append([row[keys[-1]] for row in rows])
+        return np.array(values, float).mean(0)
+
+    samples = json.loads((folders[0] / "right.json").read_text(encoding="utf-8"))["samples"]
+    distances = {key: mean("kept.json", "answers", "model", key) for key in ("kl", "agreement") if kept}
+    values = {key: [each[key] for each in facts] for key in facts[0]}
+    averages = {key: None if None in each else float(np.mean(each)) for key, each in values.items()}
+    categories = [sample["category"] for sample in samples]
+    return Measured(mean("right.json", "samples", "correct"), **distances, categories=categories, facts=averages)
 
 
 def frontier(measured: dict[str, Measured]) -> list[str]:

@@ -16,6 +16,7 @@ from .trained_with import FILE
 
 PARTIAL = "checkpoint.partial"  # which Trainer takes for no checkpoint
 ADAPTER = "adapter.partial"
+OF_THE_REST = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 
 
 class NothingLeft(Exception):
@@ -30,7 +31,8 @@ class _Ends(TrainerCallback):
 
 class Trainer(SFTTrainer):
     """TRL's. A checkpoint is written under another name and renamed when it is complete; one that cannot be written
-    leaves nothing behind, and its adapter is kept nevertheless. A run that has taken all its steps takes no more.
+    leaves nothing behind, and its adapter is kept nevertheless. A run that has taken all its steps takes no more. One
+    that goes on does not say how long it took, nor its mean loss: Trainer knows those of the rest alone.
 
     The adapter's model card stays, where TRL's `push_to_hub` puts one of its own in its place.
 
@@ -47,11 +49,13 @@ class Trainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint, **kwargs)
         except NothingLeft:  # adapter and state are those of the checkpoint by now, but for what a step would count on
             held = DriftConfig.from_pretrained(resume_from_checkpoint)
             self.model.peft_config[self.model.active_adapter].drift_steps = held.drift_steps
             return TrainOutput(self.state.global_step, 0.0, {})
+        unknown = OF_THE_REST if resume_from_checkpoint else ()
+        return result._replace(metrics={key: value for key, value in result.metrics.items() if key not in unknown})
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 from older import loads_processors
-from parts.choice import summarize, write_choice
-from parts.frontier import Measured, choose, draw, frontier
+from parts.choice import columns, summarize, write_choice
+from parts.frontier import Measured, choose, draw, frontier, read_measured
 from parts.intervals import interval
 from parts.search import search, space
 from parts.ways import KINDS, ways_of
@@ -371,6 +371,26 @@ def test_minutes_are_as_many_steps_as_fit_by_the_pace_of_the_first(monkeypatch, 
         assert facts == comparison.train(way, tmp_path / "drift", 7, "train") == {"steps": 15, "minutes": 0.5}
     assert runs == [(5, "t.parquet", 7, ()), (15, "t.parquet", 7, ()), (15, "t.parquet", 7, ())]
     assert warmups == [0, 8, 8]
+
+
+def test_minutes_are_told_where_they_are_known(tmp_path):
+    """They are not of a run that was stopped and went on, and so not of its way."""
+    (way,), lines = ways_of(SETTINGS, ["sft"], [], [], None), []
+    for seed, seconds in enumerate(({"train_runtime": 90}, {})):
+        folder = tmp_path / f"seed{seed}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "run.json").write_text(json.dumps({"results": {"steps": 4, **seconds}}))
+        (folder / "right.json").write_text(json.dumps({"samples": [{"category": "all", "correct": True}] * 2}))
+        args = Namespace(output=tmp_path, steps=4, minutes=None)
+        lines.append(
+            compare.Comparison(args, SETTINGS, {"train": "t"}, None, {}, None).train(way, folder, seed, "train")
+        )
+    assert lines == [{"steps": 4, "minutes": 1.5}, {"steps": 4, "minutes": None}]
+    folders = [tmp_path / "seed0", tmp_path / "seed1"]
+    measured = {"one": read_measured(folders[:1], False, lines[:1]), "both": read_measured(folders, False, lines)}
+    result = {"recipe": "r", "seeds": [0, 1], **summarize(measured, {"one": "one", "both": "both"}, "one")}
+    assert [row[-2:] for row in columns(result)[1]] == [["4", "2"], ["4", ""]]
+    assert result["ways"]["both"]["minutes"] is None
 
 
 def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts, tmp_path):

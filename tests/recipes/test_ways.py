@@ -117,6 +117,20 @@ def test_resuming_a_finished_run_does_nothing(train, tmp_path, capsys):
     assert trainer.state.global_step == record(output)["results"]["steps"] == 3
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_run_that_went_on_does_not_give_the_time_of_the_rest_for_its_own(left, train):
+    """With steps left, and stopped after its last checkpoint."""
+    settings = {**FAST, "save_steps": 1}
+    _, output = train(**settings)
+    whole = record(output)["results"]
+    (output / "run.json").unlink()
+    if left:
+        shutil.rmtree(output / "checkpoint-2")
+    train(**settings, resume_from_checkpoint="true")
+    assert whole.keys() - record(output)["results"].keys() >= {"train_runtime", "train_loss"}
+    assert record(output)["results"]["steps"] == whole["steps"] == 2
+
+
 def test_a_run_that_was_killed_after_its_last_checkpoint_is_only_saved(train, tmp_path):
     settings = {**FAST, "save_steps": 2}
     _, output = train(**settings, output_dir=tmp_path / "whole")

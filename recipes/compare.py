@@ -175,18 +175,23 @@ class Comparison:
                 launch("-m", "drift_peft", *command)
 
     def make_keep(self) -> None:
-        """The keep set of the ways that keep, if it is not there; of no images that a search judges by."""
+        """The keep set of the ways that keep, if it is not there; of no images that a search judges by, if there is one
+        by now."""
         if is_missing(self.keep):
             in_4bit = [] if self.settings.get("use_cpu") else ["--load-in-4bit"]
             images = self.settings.get("keep_images") or self.data.get("fitting", self.data["train"])
             longest = ["--max-new-tokens", self.settings.get("keep_max_new_tokens", 64), *in_4bit]
             make_keep_set(self.settings, images, self.keep, self.settings.get("keep_samples", 300), *longest)
 
-    def note_kept(self) -> None:
-        """Say where the keep set of the ways that keep has images of those that are measured on."""
-        if self.keep is not None and self.keep_sets and not is_missing(self.keep):
-            if note := note_of_kept(self.keep, self.keep_sets["test"]):
+    def note_kept(self) -> bool:
+        """Say where the keep set of the ways that keep has images of those that an exam is measured on. Returns whether
+        it is there to look at."""
+        if self.keep is None or is_missing(self.keep):
+            return False
+        for measured in self.keep_sets.values():
+            if note := note_of_kept(self.keep, measured):
                 print(note, file=sys.stderr)
+        return True
 
     def examine(self, folder: Path, exam: str) -> None:
         base, adapter = folder / "adapter-base", folder / "adapter"
@@ -290,8 +295,10 @@ def compare(args: Namespace) -> dict:
         comparison.pace = Pace(waiting, rows_of(data["test"]), args.max_new_tokens)
         if args.search and any(way.kind.endswith(("gated", "-keep")) for way in ways):
             comparison.make_keep()
-        comparison.note_kept()
+        noted = comparison.note_kept()
         measured = {way.name: comparison.measure(way) for way in ways}
+        if not noted:
+            comparison.note_kept()  # it is made by now, if a way keeps
         if args.search:
             way = tune(comparison, ways, measured)
             ways.append(way)

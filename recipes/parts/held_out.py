@@ -181,5 +181,5 @@ def note_of_kept(keep: str, measured: Path) -> str | None:
 
     images = marks(measured)
     shared = len(images & marks(keep))
-    note = f"note: {shared} of the {len(images)} images that the distance from the VLM is measured on are also in the"
-    return f"{note} keep set {keep}, so that what is kept looks nearer than it is" if shared else None
+    note = f"note: {shared} of the {len(images)} images of {measured}, by which the distance from the VLM is measured,"
+    return f"{note} are also in {keep}, so that what is kept looks nearer than it is" if shared else None

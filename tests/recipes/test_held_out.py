@@ -5,14 +5,17 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import compare
 import datasets
+import numpy as np
 import pytest
 import yaml
 from keep_sets import make, save_folder
+from parts.frontier import Measured
 from parts.held_out import groups_of, hold_out, in_common, marks_of, write_split
 from parts.loading import load_messages
 from PIL import Image
@@ -177,9 +180,33 @@ def test_images_that_are_measured_on_and_kept_on_are_told(tmp_path, capsys):
     folder = save_folder(tmp_path, "qwen2_5_vl")
     make(folder)
     measured = tmp_path / "keep.safetensors"
-    comparison = compare.Comparison(None, {}, {}, str(measured), {"test": measured}, None)
-    comparison.note_kept()
-    said = capsys.readouterr().err
-    assert re.search(r"note: (\d+) of the \1 images that the distance from the VLM is measured on are also in", said)
-    dataclasses.replace(comparison, keep="someone/not-made.safetensors").note_kept()
+    other = shutil.copy(measured, tmp_path / "keep_validation.safetensors")  # of a search that was added later
+    comparison = compare.Comparison(None, {}, {}, str(measured), {"test": measured, "validation": other}, None)
+    assert comparison.note_kept()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    for file, note in zip((measured, other), said, strict=True):
+        told = rf"note: (\d+) of the \1 images of {file}, by which the distance from the VLM is measured, are also in "
+        assert re.match(told + str(measured), note)
+    assert not dataclasses.replace(comparison, keep="someone/not-made.safetensors").note_kept()
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_they_are_told_as_soon_as_the_keep_set_is_there(there, tmp_path, monkeypatch):
+    """Before anything is measured, or once the first run that keeps has made it."""
+    data, keep, done = save(tmp_path, [[n] for n in range(8)]), tmp_path / "keep.safetensors", []
+    if there:
+        keep.touch()
+
+    def measure(comparison, way):
+        keep.touch()
+        done.append(way.name)
+        return Measured(*np.zeros((3, 2)))
+
+    monkeypatch.setattr(compare, "read_recipe", lambda file: {"base": "b", "data": str(data), "keep": str(keep)})
+    monkeypatch.setattr(compare.Comparison, "measure", measure)
+    monkeypatch.setattr(compare, "note_of_kept", lambda keep, measured: done.append("noted"))
+    for name in ("launch", "draw"):
+        monkeypatch.setattr(compare, name, lambda *given: None)
+    compare.main(["r.yaml", "-o", str(tmp_path / "out"), "--held-out", "2", "--ways", "base", "sft-keep"])
+    assert done == (["noted", "base", "sft-keep"] if there else ["base", "sft-keep", "noted"])

@@ -40,13 +40,24 @@ from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
 from parts.command_line import Parser, in_one_sentence, run_script
 from parts.frontier import Measured, choose, draw, frontier, read_measured
-from parts.held_out import groups_of, has_images, hold_out, mark_all, note_of_kept, read_data, rows_of, write_split
+from parts.held_out import (
+    HELD_OUT,
+    check_images,
+    groups_of,
+    hold_out,
+    mark_all,
+    note_of_kept,
+    pictured,
+    read_data,
+    rows_of,
+    write_split,
+)
 from parts.journal import Journal, refuse_other_folder
 from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.stamp import hold, is_missing, sha256_of_file
 from parts.teachers import PROMPT
-from parts.ways import KINDS, OUTPUT, TRAINED, Way, gating, processing, transplanting, ways_of
+from parts.ways import KEEPING, KINDS, OUTPUT, TRAINED, Way, gating, processing, transplanting, ways_of
 from rich.console import Console
 
 from drift_peft.atomic import write_json
@@ -55,7 +66,6 @@ RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known
 LEDGER = "ledger.jsonl"
 MADE = "ways", "*.parquet", "keep*.safetensors", "compared.*", "choice.yaml"  # beside it
-HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
 
 
 class Failed(RuntimeError):
@@ -212,9 +222,9 @@ class Comparison:
         return read_measured(folders, bool(self.keep_sets), [self.ledger.answers[line] for line in lines])
 
 
-def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], pictured: bool) -> dict[str, Path]:
-    """The VLM's own answers to measure with, about the images that were held out, or else about keep_images."""
-    images = {exam: data[exam] if pictured else settings.get("keep_images") for exam in HELD_OUT if exam in data}
+def make_keep_sets(args: Namespace, settings: dict, data: dict[str, str], shown: dict[str, bool]) -> dict[str, Path]:
+    """The VLM's own answers to measure with, about the images of each exam's samples, or else about keep_images."""
+    images = {exam: data[exam] if shown[exam] else settings.get("keep_images") for exam in HELD_OUT if exam in data}
     if None in images.values():
         return {}
     files = {exam: args.output / f"keep_{exam}.safetensors" for exam in images}
@@ -265,9 +275,10 @@ def compare(args: Namespace) -> dict:
     asked["examined with processor_kwargs"] = processor or None
     dataset, tested, asked["samples' SHA-256"] = read_data(args, settings)
     marks, asked["images' SHA-256"] = mark_all(dataset, tested, args.test)
-    groups = groups_of(marks)
+    rows = hold_out(groups_of(marks), args)
+    shown = pictured(dataset, rows, tested)
     keep = settings.get("keep")
-    if keep is None and (has_images(dataset) or "keep_images" in settings):
+    if keep is None and (shown.get("fitting", shown["train"]) or "keep_images" in settings):
         keep = str(args.output / "keep.safetensors")  # made by the first run that keeps
     texts = None if args.texts is None else sha256_of_file(args.texts)
     shares, held = args.merge_first or [0.5], args.merge_first or [1.0]
@@ -278,22 +289,19 @@ def compare(args: Namespace) -> dict:
         for way in ways:
             if way.trains is not None:
                 space(way, settings)  # which refuses what cannot be tuned
-    pictured = has_images(dataset if tested is None else tested)
-    if args.budget is not None and not pictured and "keep_images" not in settings:
-        told = "--budget is of the distance from the VLM's own answers, and there are no images to measure it on"
-        raise ValueError(f"{told}: name some in the recipe's keep_images, or leave --budget out")
-    rows = hold_out(groups, args)
+    is_kept = any(way.kind.endswith(KEEPING) for way in ways)
+    check_images(shown, settings.get("keep_images"), keep if is_kept and is_missing(keep) else None, args.budget)
     told = {f"{what}' SHA-256": "they are others now" for what in ("samples", "images")}
     args.output.mkdir(parents=True, exist_ok=True)  # now: what is refused above leaves nothing behind
     with Journal(args.output / LEDGER, asked, text=None, told=told) as ledger:
         ledger.begin()  # what is made next is of these settings
         hold(ledger, {**settings, "keep": keep})
         data = write_split(dataset, rows, args, tested)
-        keep_sets = make_keep_sets(args, settings, data, pictured)
+        keep_sets = make_keep_sets(args, settings, data, shown)
         comparison = Comparison(args, settings, data, keep, keep_sets, ledger)
         waiting = [line for way in ways for line in comparison.runs(way, "test") if line not in ledger.answers]
         comparison.pace = Pace(waiting, rows_of(data["test"]), args.max_new_tokens)
-        if args.search and any(way.kind.endswith(("gated", "-keep")) for way in ways):
+        if args.search and is_kept:
             comparison.make_keep()
         noted = comparison.note_kept()
         measured = {way.name: comparison.measure(way) for way in ways}

@@ -25,6 +25,7 @@ from .parquet import write_parquet
 from .sources import CATEGORY, read_categories
 from .stamp import sha256_of_file
 
+HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
 ELSEWHERE = ("image missing", "image outside its folder")
 
 
@@ -63,6 +64,43 @@ def read_tested(source: str, images: str | None) -> datasets.Dataset:
 
 def has_images(dataset: datasets.Dataset) -> bool:
     return any(map(len, dataset.with_format("arrow")["images"]))
+
+
+def pictured(dataset: datasets.Dataset, rows: dict[str, list[int]], tested: datasets.Dataset | None) -> dict[str, bool]:
+    """Train, test and so on, as far as there are samples -> whether any of these has an image."""
+    parts = {name: dataset.select(numbers) for name, numbers in rows.items() if numbers}
+    parts |= {} if tested is None else {"test": tested}
+    return {name: has_images(part) for name, part in parts.items()}
+
+
+def check_images(shown: dict[str, bool], others: str | None, keep: str | None, budget: float | None) -> None:
+    """Refuse, or say, what a comparison has no images for.
+
+    Args:
+        shown: from `pictured`.
+        others: the recipe's keep_images, which serve where the samples have none.
+        keep: a keep set that is to be made of the samples that are trained on, if there is one.
+        budget: of the distance from the VLM's own answers, if there is one.
+
+    Raises:
+        ValueError: there are no images to keep on, or to measure a distance on, in one exam alone or for the budget.
+    """
+    if others is not None:
+        return
+    if keep is not None and not shown.get("fitting", shown["train"]):
+        told = f"there is no keep set {keep}, and the samples to train on have no images to make it of"
+        raise ValueError(f"{told}: name a folder of pictures in the recipe's keep_images")
+    exams = [exam for exam in HELD_OUT if exam in shown]
+    blind = [exam for exam in exams if not shown[exam]]
+    if blind and blind != exams:
+        told = f"the samples of {blind[0]} have no images to measure the distance from the VLM on, and the others have"
+        raise ValueError(f"{told}: name some in the recipe's keep_images, or leave --search out")
+    if blind and budget is not None:
+        told = "--budget is of the distance from the VLM's own answers, and there are no images to measure it on"
+        raise ValueError(f"{told}: name some in the recipe's keep_images, or leave --budget out")
+    if blind:
+        told = "note: the distance from the VLM's own answers is not measured, since no sample to examine with has an"
+        print(f"{told} image: to measure it, name pictures in the recipe's keep_images", file=sys.stderr)
 
 
 def marks_of(dataset: datasets.Dataset) -> list[set[str]]:

@@ -10,6 +10,7 @@ from .processing import processor_settings
 
 KINDS = ("base", "transplant", "gated", "sft", "sft-keep", "merged", "merged-keep", "drift", "drift-keep")
 KINDS += ("started", "started-keep", "merged-drift-keep", "held", "held-keep")
+KEEPING = ("gated", "-keep")  # how those end that a keep set is for
 TRAINED = KINDS[KINDS.index("sft") :]
 ON_REQUEST = ("started", "started-keep", "held", "held-keep")  # with --ways alone: each is another run
 OUTPUT = ("output_dir", "merge", "verify", "resume_from_checkpoint")  # what a recipe says of its result
@@ -103,7 +104,7 @@ def ways_of(
             missing[kind] = "the recipe names no expert"
         elif kind in ("gated", "drift", "drift-keep", "merged-drift-keep", *ON_REQUEST) and "prior" not in settings:
             missing[kind] = "the recipe names no prior"
-        elif kind.endswith(("gated", "-keep")) and keep is None:
+        elif kind.endswith(KEEPING) and keep is None:
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"

@@ -16,6 +16,7 @@ import yaml
 from older import loads_processors
 from parts.choice import columns, summarize, write_choice
 from parts.frontier import Measured, choose, draw, frontier, read_measured
+from parts.held_out import has_images
 from parts.intervals import interval
 from parts.search import search, space
 from parts.ways import KINDS, ways_of
@@ -190,7 +191,7 @@ def test_the_demos_world_is_a_pair_as_users_have_them(tmp_path, capsys):
     for recipe, images in (("recipe", True), ("text", False)):
         settings = compare.read_recipe(tmp_path / "d" / f"{recipe}.yaml")
         dataset, _, _ = compare.read_data(Namespace(test=None), settings)
-        assert len(dataset) == 200 and compare.has_images(dataset) == images
+        assert len(dataset) == 200 and has_images(dataset) == images
     flags = ["--model", settings["base"], "--data", tmp_path / "d" / "test.jsonl", "--prompt", ""]
     evaluate.main([*map(str, flags), "--max-new-tokens", "48", "-o", str(tmp_path / "r.json"), "--batch-size", "36"])
     result = json.loads((tmp_path / "r.json").read_text())
@@ -478,6 +479,18 @@ def test_what_cannot_be_compared_leaves_nothing_behind(data, texts, tmp_path, mo
             {},
             [*usual, "--budget", "0.1"],
             "--budget is of the distance from the VLM's own answers, and there are",
+        ),
+        (
+            texts,
+            {},
+            [*usual, "--search", "2", "--test", data],
+            "the samples of validation have no images to measure the distance from the VLM on, and the others have: ",
+        ),
+        (
+            texts,
+            {"keep": str(tmp_path / "k.safetensors"), "keep_batch_size": 2},
+            usual,
+            "there is no keep set .*k.safetensors, and the samples to train on have no images to make it of: name a ",
         ),
         (data, {"replay": 0.2}, usual, r"replay=0\.2 takes the answers of a keep set: name one with keep"),
         (

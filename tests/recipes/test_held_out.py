@@ -16,7 +16,7 @@ import pytest
 import yaml
 from keep_sets import make, save_folder
 from parts.frontier import Measured
-from parts.held_out import groups_of, hold_out, in_common, marks_of, write_split
+from parts.held_out import check_images, groups_of, hold_out, in_common, marks_of, pictured, write_split
 from parts.loading import load_messages
 from PIL import Image
 
@@ -98,7 +98,7 @@ def test_samples_to_test_with_whose_images_are_trained_on_are_counted(tmp_path, 
         more = ["--test", str(test)] if test else ["--held-out", "1"]
         with pytest.raises(SystemExit, match="stopped"):
             compare.main([str(recipe), "-o", str(tmp_path / f"out{bool(test)}"), *more, "--ways", "base"])
-        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+        notes = [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
         assert [line.partition(",")[0] for line in notes] == told
 
 
@@ -189,6 +189,46 @@ def test_images_that_are_measured_on_and_kept_on_are_told(tmp_path, capsys):
         assert re.match(told + str(measured), note)
     assert not dataclasses.replace(comparison, keep="someone/not-made.safetensors").note_kept()
     assert not capsys.readouterr().err
+
+
+def test_each_exam_is_measured_on_its_own_images_or_else_on_the_recipes(tmp_path, monkeypatch):
+    """As where training is about text, and --test has pictures."""
+    trained, tested = save(tmp_path, [[]] * 8), save(tmp_path, [[1]], "test.jsonl")
+    made = {}
+
+    def launch(*command):
+        _, *command = [*map(str, command)]
+        if "make" not in command:
+            raise compare.Failed("stopped")
+        made[Path(command[command.index("-o") + 1]).stem] = command[command.index("--images") + 1]
+
+    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(compare, "read_recipe", lambda file: {"base": "b", "data": str(trained), "keep_images": "own"})
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit, match="stopped"):
+        more = ["--test", str(tested), "--held-out", "2", "--search", "2", "--ways", "base", "sft"]
+        compare.main(["r.yaml", "-o", str(output), *more])
+    assert made == {"keep_test": str(output / "test.parquet"), "keep_validation": "own"}
+
+
+def test_what_there_are_no_images_for_is_told_first(tmp_path, capsys):
+    """A held-out part may happen to have none."""
+    dataset, _ = load_messages(save(tmp_path, [[1], [2], [], [3]]))
+    capsys.readouterr()
+    shown = pictured(dataset, {"train": [0, 1, 3], "fitting": [0, 1], "validation": [3], "test": [2]}, None)
+    assert shown == {"train": True, "fitting": True, "validation": True, "test": False}
+    assert pictured(dataset, {"train": [2], "test": []}, dataset) == {"train": False, "test": True}
+    with pytest.raises(ValueError, match=r"the samples of test have no images .*, and the others have: name some in"):
+        check_images(shown, None, None, None)
+    check_images(shown, "pictures", "k", 0.1)
+    blind = {"train": True, "test": False}
+    with pytest.raises(ValueError, match=r"--budget is of the distance .*: name some in the recipe's keep_images, or"):
+        check_images(blind, None, "k", 0.1)
+    with pytest.raises(ValueError, match="there is no keep set k, and the samples to train on have no images to make"):
+        check_images({"train": True, "fitting": False, "validation": True, "test": True}, None, "k", None)
+    assert not capsys.readouterr().err
+    check_images(blind, None, "k", None)
+    assert capsys.readouterr().err.startswith("note: the distance from the VLM's own answers is not measured, since no")
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -26,9 +26,7 @@ if __name__ == "__main__":  # before what takes its time to import
 
 import json
 import math
-import shlex
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
@@ -38,8 +36,8 @@ from pathlib import Path
 import yaml
 from parts.checkpoints import checkpoints, newest_whole
 from parts.choice import compared_table, summarize, write_choice
-from parts.command_line import Parser, in_one_sentence, run_script
-from parts.frontier import Measured, choose, draw, frontier, read_measured
+from parts.command_line import Parser, in_one_sentence, run_script, stop
+from parts.frontier import Measured, choose, draw, frontier, over_budget, read_measured
 from parts.held_out import (
     HELD_OUT,
     check_images,
@@ -53,6 +51,7 @@ from parts.held_out import (
     write_split,
 )
 from parts.journal import Journal, refuse_other_folder
+from parts.launch import Failed, launch
 from parts.pace import Pace
 from parts.processing import processor_settings
 from parts.stamp import hold, is_missing, sha256_of_file
@@ -66,23 +65,6 @@ RECIPES = Path(__file__).parent
 PROBED = 5  # steps by which the pace of a way is known
 LEDGER = "ledger.jsonl"
 MADE = "ways", "*.parquet", "keep*.safetensors", "compared.*", "choice.yaml"  # beside it
-
-
-class Failed(RuntimeError):
-    """Another script has ended with a mistake, and has said which."""
-
-
-def launch(*command: object) -> None:
-    """A script or a module in a process of its own, whose memory is free afterwards; what it prints is progress here.
-
-    Raises:
-        Failed: it has failed; it has said why.
-    """
-    arguments = [*map(str, command)]
-    if subprocess.run([sys.executable, *arguments], stdout=sys.stderr.fileno()).returncode:
-        raise Failed(
-            f"python {shlex.join(arguments)} has failed, as is said above; mend it, and the same command goes on"
-        )
 
 
 @dataclass
@@ -307,8 +289,7 @@ def compare(args: Namespace) -> dict:
         measured = {way.name: comparison.measure(way) for way in ways}
         if not noted:
             comparison.note_kept()  # it is made by now, if a way keeps
-        if args.search:
-            way = tune(comparison, ways, measured)
+        if args.search and (way := tune(comparison, ways, measured)):
             ways.append(way)
             measured[way.name] = comparison.measure(way)
     chosen = choose(measured, args.budget)
@@ -317,14 +298,18 @@ def compare(args: Namespace) -> dict:
     write_json(args.output / "compared.json", result)
     if keep_sets:
         draw(measured, titles, chosen, args.output / "compared.png")
+    if chosen is None:
+        (args.output / "choice.yaml").unlink(missing_ok=True)  # of another budget
+        return result
     (way,) = (way for way in ways if way.name == chosen)
-    budget = None if args.steps is None and args.minutes is None else result["ways"][chosen].get("steps")
-    write_choice(result, way, {**settings, "keep": keep}, budget, args.output / "choice.yaml", args.texts)
+    steps = None if args.steps is None and args.minutes is None else result["ways"][chosen].get("steps")
+    write_choice(result, way, {**settings, "keep": keep}, steps, args.output / "choice.yaml", args.texts)
     return result
 
 
-def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured]) -> Way:
-    """The best of the settings that a search has tried for the trained ways of the frontier, on validation samples."""
+def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured]) -> Way | None:
+    """The best of the settings that a search has tried for the trained ways of the frontier, on validation samples.
+    None, which is said, if all of them cost more than the budget."""
     from parts.search import search
 
     trained = [way for way in ways if way.trains is not None]
@@ -336,8 +321,11 @@ def tune(comparison: Comparison, ways: list[Way], measured: dict[str, Measured])
 
     args = comparison.args
     tried = search(args.search, leading, comparison.settings, measure, args.output / "search.journal", args.seeds[0])
-    chosen = choose({way.name: comparison.measure(way, "validation") for way in tried}, args.budget)
-    return next(way for way in tried if way.name == chosen)
+    found = {way.name: comparison.measure(way, "validation") for way in tried}
+    if (chosen := choose(found, args.budget)) is None:
+        told = over_budget("trial", (way.cost for way in found.values()), args.budget)
+        print(f"note: {told}; so none is trained on all samples", file=sys.stderr)
+    return next((way for way in tried if way.name == chosen), None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -393,6 +381,10 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         console = Console() if sys.stdout.isatty() else Console(width=180)
         console.print(compared_table(result))
+    if result["choice"] is None:
+        told = over_budget("way", (way["kl"][0] for way in result["ways"].values()), args.budget)
+        stop("compare.py", f"{told}: raise --budget or leave it out, and the same command chooses of these", 1)
+    if not args.json:
         print(f"The choice is {result['ways'][result['choice']]['title']}: {args.output / 'choice.yaml'}")
 
 

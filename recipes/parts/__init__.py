@@ -33,6 +33,7 @@ loose         known answers that are sentences, lists or objects, which an exam 
 scoring       the frozen scorer, and what stands for its version
 intervals     means, and their 95 % intervals by a bootstrap over samples
 ways          what a comparison compares: what each way changes in a recipe
+launch        scripts that a script runs in processes of their own
 search        settings of the leading ways, tuned with optuna
 held_out      a comparison's samples: read, and split so that exams and training have no image or question in common
 pace          what is said of the exams to come, and how long they take

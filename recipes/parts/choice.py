@@ -21,21 +21,25 @@ Of the ways that these samples cannot tell from the best one, it is the one that
 samples, so its own number is rather too high than too low."""
 
 
-def summarize(measured: dict[str, Measured], titles: dict[str, str], choice: str) -> dict:
+def summarize(measured: dict[str, Measured], titles: dict[str, str], choice: str | None) -> dict:
     """What compared.json says of the ways. Differences are paired, with 95 % intervals, in percent."""
-    first, chosen = next(iter(measured.values())), measured[choice]
+    first, chosen = next(iter(measured.values())), None if choice is None else measured[choice]
     best = frontier(measured)
     ways = {}
     for name, way in measured.items():
         numbers = {"title": titles[name], "right": 100 * float(way.right.mean()), "frontier": name in best}
         numbers["categories"] = _by_category(way)
-        for key, less in (("above_first", way.right - first.right), ("below_choice", chosen.right - way.right)):
-            numbers[key] = [100 * float(less.mean()), *(100 * bound for bound in interval(less))]
+        numbers["above_first"] = _percent(way.right - first.right)
+        numbers["below_choice"] = None if chosen is None else _percent(chosen.right - way.right)
         if way.kl is not None:
             numbers["kl"] = [max(0.0, value) for value in (way.cost, *interval(way.kl))]  # of rounding
             numbers["agreement"] = 100 * float(way.agreement.mean())
         ways[name] = numbers | way.facts
     return {"samples": len(first.right), "first": next(iter(measured)), "choice": choice, "ways": ways}
+
+
+def _percent(less: np.ndarray) -> list[float]:
+    return [100 * float(less.mean()), *(100 * bound for bound in interval(less))]
 
 
 def _by_category(way: Measured) -> dict[str, float]:
@@ -69,8 +73,8 @@ def columns(result: dict) -> tuple[list[str], list[list[str]]]:
     return [*heads, "steps", "minutes"], rows
 
 
-def _difference(numbers: list[float]) -> str:
-    return "{:+.0f} [{:+.0f}, {:+.0f}]".format(*numbers)
+def _difference(numbers: list[float] | None) -> str:
+    return "" if numbers is None else "{:+.0f} [{:+.0f}, {:+.0f}]".format(*numbers)
 
 
 def _number(value: float | None) -> str:

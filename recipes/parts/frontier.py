@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,22 +69,18 @@ def frontier(measured: dict[str, Measured]) -> list[str]:
     return [name for name, way in measured.items() if not any(beats(other, way) for other in measured.values())]
 
 
-def choose(measured: dict[str, Measured], budget: float | None = None) -> str:
+def choose(measured: dict[str, Measured], budget: float | None = None) -> str | None:
     """The way to take: of those that these samples cannot tell from the best one, the one that keeps most.
 
     The best one has the most right answers. Another one can be told from it if the 95 % interval of their paired
     difference is above 0.
 
     Args:
-        budget: most that a way may cost, in nats a token.
-
-    Raises:
-        ValueError: all cost more.
+        budget: most that a way may cost, in nats a token. If all cost more, there is none to take.
     """
     allowed = {name: way for name, way in measured.items() if budget is None or way.cost <= budget}
     if not allowed:
-        least = min(way.cost for way in measured.values())
-        raise ValueError(f"no way costs at most {budget:g} nats a token: the least is {least:.3g}")
+        return None
     best = max(allowed, key=lambda name: (allowed[name].right.mean(), -allowed[name].cost))
     alike = [
         name for name, way in allowed.items()
@@ -92,7 +89,12 @@ def choose(measured: dict[str, Measured], budget: float | None = None) -> str:
     return min(alike, key=lambda name: (allowed[name].cost, -allowed[name].right.mean()))
 
 
-def draw(measured: dict[str, Measured], titles: dict[str, str], choice: str, output: Path) -> None:
+def over_budget(what: str, costs: Iterable[float], budget: float) -> str:
+    """What is to be said where there is none to take."""
+    return f"no {what} costs at most {budget:g} nats a token: the least is {min(costs):.3g}"
+
+
+def draw(measured: dict[str, Measured], titles: dict[str, str], choice: str | None, output: Path) -> None:
     """A line for each way, the best on top: right answers, and beside them the cost in keeping, with their intervals.
 
     The ways of the frontier are filled, the others hollow; the choice is a star. Made to be read 830 pixels wide.

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from older import loads_processors
 from parts.choice import columns, summarize, write_choice
-from parts.frontier import Measured, choose, draw, frontier, read_measured
+from parts.frontier import Measured, choose, draw, frontier, over_budget, read_measured
 from parts.held_out import has_images
 from parts.intervals import interval
 from parts.search import search, space
@@ -140,8 +140,8 @@ def test_the_choice_keeps_most_of_what_cannot_be_told_from_the_best():
     assert interval(best - alike.astype(float))[0] == 0 and interval(best - worse.astype(float))[0] > 0
     assert choose(measured) == "b"
     assert choose(measured, budget=0.2) == "base"
-    with pytest.raises(ValueError, match=r"no way costs at most 0\.1 nats a token: the least is 0\.3"):
-        choose({"a": measured["a"], "b": measured["b"]}, budget=0.1)
+    assert choose({"a": measured["a"], "b": measured["b"]}, budget=0.1) is None
+    assert over_budget("way", [0.9, 0.3], 0.1) == "no way costs at most 0.1 nats a token: the least is 0.3"
 
 
 def test_the_picture_shows_every_way(tmp_path):
@@ -431,6 +431,33 @@ def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts
     assert [way["right"] for way in result["ways"].values()] == [0, 0, 100] and "kl" not in result["ways"]["base"]
     sizes = {name: len(datasets.Dataset.from_parquet(str(output / f"{name}.parquet"))) for name in ("train", "fitting")}
     assert sizes == {"train": 6, "fitting": 4} and not (output / "compared.png").exists()
+
+
+def test_what_is_beyond_the_budget_loses_nothing_that_was_measured(monkeypatch, data, tmp_path, capsys):
+    """Where all trials of a search are, a way that was compared is chosen; where all ways are, none."""
+
+    def measure(comparison, way, exam="test"):
+        return found([0, 0], 0) if way.kind == "base" else found([1, 1], 0.5)
+
+    monkeypatch.setattr(compare, "read_recipe", lambda file: {"base": "b", "data": str(data), "method": "sft"})
+    monkeypatch.setattr(compare.Comparison, "measure", measure)
+    monkeypatch.setattr(compare, "launch", lambda *command: None)
+    output, flags = tmp_path / "out", ["r.yaml", "--held-out", "2", "-o", str(tmp_path / "out"), "--ways"]
+    compare.main([*flags, "base", "sft", "--search", "2", "--budget", "0.1"])
+    told = "note: no trial costs at most 0.1 nats a token: the least is 0.5; so none is trained on all samples"
+    assert told in capsys.readouterr().err
+    result = json.loads((output / "compared.json").read_text())
+    assert [*result["ways"]] == ["base", "sft"] and result["choice"] == "base" and (output / "choice.yaml").exists()
+
+    told = r"no way costs at most 0\.1 nats a token: the least is 0\.5: raise --budget or leave it out, and the same"
+    for more in ([], ["--json"]):
+        with pytest.raises(SystemExit, match=told):
+            compare.main([*flags, "sft", "--budget", "0.1", *more])
+        shown = capsys.readouterr().out
+        result = json.loads((output / "compared.json").read_text())
+        assert json.loads(shown) == result if more else "100.0" in shown
+        assert result["choice"] is None and result["ways"]["sft"]["below_choice"] is None
+        assert (output / "compared.png").exists() and not (output / "choice.yaml").exists()
 
 
 def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):

@@ -367,6 +367,10 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name} is a finite number, at least 0, not {value:g}")
     if args.search < 0:
         parser.error(f"--search is a number of trials, and 0 for none, not {args.search}")
+    for name in ("seeds", "ways", "scales", "merge_first"):
+        named = [f"{value:g}" if isinstance(value, float) else str(value) for value in getattr(args, name) or []]
+        if twice := [value for value in named if named.count(value) > 1]:
+            parser.error(f"--{name.replace('_', '-')} names {twice[0]} twice: name each once")
     for name, shares in (("scales", args.scales), ("merge-first", args.merge_first or [])):
         if useless := [share for share in shares if not (share and math.isfinite(share))]:
             parser.error(f"--{name} takes shares of Δ, such as 0.5, not {useless[0]:g}")

@@ -22,7 +22,7 @@ from .layouts import last_answer
 from .loading import load_messages, refuse_remnant, sha256_of, tell
 from .loose import note_of_loose
 from .parquet import write_parquet
-from .sources import CATEGORY, read_categories
+from .sources import ALL, CATEGORY, read_categories
 from .stamp import sha256_of_file
 
 HELD_OUT = {"test": "train", "validation": "fitting"}  # exam -> what is trained on before it
@@ -30,7 +30,8 @@ ELSEWHERE = ("image missing", "image outside its folder")
 
 
 def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datasets.Dataset | None, str]:
-    """The samples of the recipe, those of --test, and a SHA-256 over what both say. What is dropped is told.
+    """The samples of the recipe, those of --test, and a SHA-256 over what both say, and over the categories that there
+    are, which the table is by. What is dropped is told.
 
     Raises:
         ValueError: they cannot be read, or more are dropped than are left.
@@ -46,6 +47,9 @@ def read_data(args: Namespace, settings: dict) -> tuple[datasets.Dataset, datase
     digest = hashlib.sha256()
     for each in (dataset, tested):
         digest.update(json.dumps(each and each["messages"][:]).encode())
+    categories = [] if tested is None else tested[CATEGORY][:]
+    if {*categories} - {ALL}:
+        digest.update(json.dumps(categories).encode())
     return dataset, tested, digest.hexdigest()
 
 

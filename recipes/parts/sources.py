@@ -26,6 +26,7 @@ from .images import Root
 from .layouts import TURNS
 
 CATEGORY = "category"  # key of a sample
+ALL = "all"  # category of a sample that has none
 FILES = (".json", ".jsonl", ".parquet")
 DOCUMENT = "document"  # column of a file that is one text
 START = 1000  # bytes of a file that tell how it is to be read
@@ -123,7 +124,7 @@ def samples(table: pa.Table, indices: list[int], file: str) -> Iterator[tuple[in
 
 
 def read_categories(data: str, split: str, key: str | None) -> list[str]:
-    """What each sample has under a key; "all" if it is not asked for by name, and not there."""
+    """What each sample has under a key; ALL if it is not asked for by name, and not there."""
     values = []
     for file in find_files(data, split, None, False, default_split=split)[0]:  # by which the samples were read
         rows = read_file(file, streaming=False)
@@ -136,7 +137,7 @@ def read_categories(data: str, split: str, key: str | None) -> list[str]:
             values.append(sample.get(key or CATEGORY))
     if key and all(value is None for value in values):
         raise ValueError(f"no sample of {data} has the category {key}")
-    return ["all" if value is None else str(value) for value in values]
+    return [ALL if value is None else str(value) for value in values]
 
 
 def _read_document(text: str, file: str) -> list[dict | str]:

@@ -91,7 +91,6 @@ def ways_of(
         "drift-keep": [Way("drift-keep", "DRIFT, keeping", "drift-keep", trains=drift | kept)],
         "started": [_started(λ, "started", "DRIFT", drift | plain) for λ in shares],
         "started-keep": [_started(λ, "started-keep", "DRIFT, keeping", drift | kept) for λ in shares],
-        # Of Δ that was merged whole, nothing is left to steer toward.
         "merged-drift-keep": [
             _merged(λ, "merged-drift-keep", "DRIFT, keeping", drift | kept) for λ in shares if λ != 1
         ],
@@ -108,6 +107,10 @@ def ways_of(
             missing[kind] = "the recipe names neither a keep set nor images to make it of"
         elif kind == "gated" and texts is None:
             missing[kind] = "the expert is asked nothing: name a file of prompts with --texts"
+        elif kind == "merged-drift-keep" and {*shares} == {1}:
+            missing[kind] = (
+                "of Δ that was merged whole nothing is left to steer toward, and --merge-first names 1 alone"
+            )
         elif kind.startswith("started") and (no_part := [λ for λ in shares if not 0 < λ <= 1]):
             missing[kind] = f"an adapter starts at a part of Δ, up to 1, and --merge-first names {no_part[0]:g}"
         elif kind.endswith(("drift-keep", "started-keep")) and blind:

@@ -78,6 +78,14 @@ def test_a_way_that_does_not_keep_does_not_replay_either():
 def test_a_delta_that_is_merged_whole_leaves_nothing_to_steer_toward():
     ways = ways_of(SETTINGS, ["merged-keep", "merged-drift-keep"], [], [0.5, 1.0], "k")
     assert [way.name for way in ways] == ["merged-keep-0.5", "merged-keep-1", "merged-drift-keep-0.5"]
+    for kinds in (["merged-drift-keep"], ["merged-keep", "merged-drift-keep"]):
+        with pytest.raises(
+            ValueError, match="merged-drift-keep cannot be compared: of Δ that was merged whole nothing is"
+        ):
+            ways_of(SETTINGS, kinds, [], [1.0], "k")
+    assert [way.name for way in ways_of(SETTINGS, [], [], [1.0], "k")] == [
+        "base", "sft", "sft-keep", "merged-1", "merged-keep-1", "drift", "drift-keep"
+    ]  # fmt: skip
 
 
 def test_what_keeping_does_not_go_with_is_left_out_at_first():
@@ -470,6 +478,10 @@ def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):
         (["--search", "-1"], "--search is a number of trials, and 0 for none, not -1"),
         (["--scales", "0.5", "0"], "--scales takes shares of Δ, such as 0.5, not 0"),
         (["--merge-first", "0.5", "nan"], "--merge-first takes shares of Δ, such as 0.5, not nan"),
+        (["--scales", "0.3", "0.30000001"], "--scales names 0.3 twice: name each once"),  # one folder for both
+        (["--merge-first", "1", "0.5", "1.0"], "--merge-first names 1 twice: name each once"),
+        (["--seeds", "0", "1", "0"], "--seeds names 0 twice: name each once"),
+        (["--ways", "base", "base"], "--ways names base twice: name each once"),
         (["--minutes", "nan"], "--minutes is a finite number, at least 0, not nan"),
         (["--budget", "-1"], "--budget is a finite number, at least 0, not -1"),
         (["--ways", "drfit"], r"--ways takes one of base, .*, not drfit; did you mean drift\?"),

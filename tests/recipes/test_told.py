@@ -119,6 +119,12 @@ def test_known_answers_of_a_test_are_taken_as_they_are_written(tmp_path):
     save([{"question": "q", "answer": answer} for answer in answers], "test.jsonl")
     digest = held_out.read_data(args, {"data": "a.jsonl"})[2]
     assert digest.startswith("e4cf4be1945b")  # of before all of them were examined in a file: comparisons go on
+    of_categories = {digest}
+    for names in (("sum",) * 3, ("sum", "sum", "product"), ("sum", "sum", None)):
+        rows = zip(answers, names, strict=True)
+        save([{"question": "q", "answer": answer, "category": name} for answer, name in rows], "test.jsonl")
+        of_categories.add(held_out.read_data(args, {"data": "a.jsonl"})[2])
+    assert len(of_categories) == 4
 
 
 def test_a_question_without_images_is_not_examined_with_where_it_is_trained_on(tmp_path):

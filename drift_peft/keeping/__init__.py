@@ -32,7 +32,7 @@ inner       the model inside DDP and torch.compile
 train       keep: a model that trains stays near the VLM
 """
 
-from .answers import Sample, as_templates_are_read, image_mode
+from .answers import Sample, as_templates_are_read, image_mode, think_prefix
 from .distance import answer_rows, bucketed_kl, divergence
 from .expert import make_answer_set
 from .feed import Feed, Part
@@ -96,6 +96,7 @@ __all__ = [
     "read_questions",
     "refuse_offloaded",
     "summarize",
+    "think_prefix",
     "training_samples",
     "vocabulary_rows",
     "warn_of_lost_passes",

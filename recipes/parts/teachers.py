@@ -127,16 +127,8 @@ class Local:
 
     def inputs(self, conversations: list[tuple[list[dict], list]]) -> Any:
         """What its processor makes of a batch."""
-        from trl.data_utils import prepare_multimodal_messages
-
-        from drift_peft.keeping import image_mode
-
-        mode = image_mode(self.processor)
         return self.processor.apply_chat_template(
-            [
-                prepare_multimodal_messages(messages, images=[image.convert(mode) for image in images])
-                for messages, images in conversations
-            ],
+            self._turns(conversations),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -144,8 +136,22 @@ class Local:
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
 
+    def _turns(self, conversations: list[tuple[list[dict], list]]) -> list[list[dict]]:
+        """A batch as chat templates take it."""
+        from trl.data_utils import prepare_multimodal_messages
+
+        from drift_peft.keeping import image_mode
+
+        mode = image_mode(self.processor)
+        return [
+            prepare_multimodal_messages(messages, images=[image.convert(mode) for image in images])
+            for messages, images in conversations
+        ]
+
     def _answer(self, conversations: list[tuple[list[dict], list]]) -> list[dict]:
         import torch
+
+        from drift_peft.keeping import think_prefix
 
         inputs = self.inputs(conversations).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
@@ -154,10 +160,17 @@ class Local:
         finished = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens)).any(1).tolist()
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         reasons = ["stop" if done else "length" for done in finished]
-        return [{"response": text, "finish_reason": why} for text, why in zip(texts, reasons, strict=True)]
+        asked = self.processor.apply_chat_template(self._turns(conversations), add_generation_prompt=True)
+        opened = [_with_opening(think_prefix(prompt), text) for prompt, text in zip(asked, texts, strict=True)]
+        return [{"response": text, "finish_reason": why} for text, why in zip(opened, reasons, strict=True)]
 
     def stop(self) -> None:
         """A batch is not interrupted."""
+
+
+def _with_opening(opening: str, response: str) -> str:
+    """A response behind the think tag that its prompt ends in: without it, thinking that never ends is no thinking."""
+    return response if response.lstrip().startswith(opening.strip()) else opening + response
 
 
 @contextlib.contextmanager

@@ -112,6 +112,33 @@ def test_the_result_counts_what_its_samples_say(result, data):
     assert found["scorer"]["rules"] >= 1 and found["max_new_tokens"] == 24
 
 
+def test_thinking_that_the_chat_template_opens_and_that_never_ends_is_unfinished(model, data, tmp_path):
+    thinking = shutil.copytree(model, tmp_path / "thinking")
+    template, end = thinking / "chat_template.jinja", "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+    template.write_text(template.read_text().rstrip() + end)
+    samples = run(thinking, data, tmp_path / "r.json")["samples"]
+    assert all(sample["response"].startswith("<think>\n") for sample in samples)
+    never_ends = ["</think>" not in sample["response"] for sample in samples]
+    assert 0 < sum(never_ends) < 14 and [sample["unfinished"] for sample in samples] == never_ends
+    local = Local(str(thinking), batch_size=1, temperature=0.0, max_tokens=1)
+    local.load()
+    local.processor.batch_decode = lambda tokens, **_: ["\n<think> 5 </think> 6"]
+    [answer] = local([([{"role": "user", "content": [{"type": "text", "text": "?"}]}], [])])
+    assert answer["response"] == "\n<think> 5 </think> 6"  # of a model that opens it once more
+
+
+def test_answers_of_a_version_that_left_the_think_tag_out_are_not_gone_on_from(model, data, tmp_path, capsys):
+    journal = tmp_path / "r.json.journal.jsonl"
+    run(model, data, tmp_path / "r.json")
+    settings, *answers = journal.read_text().splitlines(keepends=True)
+    settings = {key: value for key, value in json.loads(settings).items() if key != "think_of_template"}
+    journal.write_text("".join([json.dumps(settings) + "\n", *answers]))
+    (tmp_path / "r.json").unlink()
+    usual = ["--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24"]
+    told = f"{journal} holds answers of other settings: think_of_template (None, now kept)"
+    assert told in refusal(capsys, *usual)
+
+
 def test_the_table_has_a_row_for_each_category(result, capsys):
     evaluate.Console().print(evaluate.results_table(result(5)))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]

@@ -41,7 +41,16 @@ from parts.processing import load_processor, processor_settings
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
 from parts.stamp import is_missing
-from parts.trained_with import Held, files_of, is_finished, mark_of, refuse_other_files, settings_of, settings_to_hold
+from parts.trained_with import (
+    Held,
+    files_of,
+    is_finished,
+    mark_of,
+    mark_of_template,
+    refuse_other_files,
+    settings_of,
+    settings_to_hold,
+)
 from parts.training_data import load_data, prompts_and_completions
 
 from drift_peft import (
@@ -233,6 +242,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         check_memory(base)
     settings = processor_settings(run.processor_kwargs, train.chat_template_path)
     processor = load_processor(base.source, base.revision, settings, train.trust_remote_code)
+    held.add("chat_template", train.chat_template_path or run.base, mark_of_template(processor))
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)
     dataset, data = load_data(run, processor)
@@ -255,7 +265,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         "keep": keep_set and {"sha256": keep_set.sha256, "samples": len(keep_set)},
         "replay": None,
         "data": data,
-        "files": files_of(run),
+        "files": files_of(settings_of(run, drift, train)),
     }
     if run.replay:
         keep_set.check(processor)
@@ -364,9 +374,9 @@ def main(argv: list[str] | None = None) -> Trainer | None:
         run, drift, train = parse(argv, __doc__)
         output = Path(train.output_dir)
         record = earlier_record(output) if train.resume_from_checkpoint else None
-        finished = is_finished(record, settings_of(run, drift, train))
+        finished = is_finished(record, settings := settings_of(run, drift, train))
         if finished:
-            refuse_other_files(record, run, output)
+            refuse_other_files(record, settings, output)
     with telling_the_way_on(argv, output):
         if finished:
             trainer = None

@@ -8,6 +8,7 @@ out where memory is short.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from drift_peft.checkpoints import Checkpoint, is_adapter
 from drift_peft.preflight import DRIFT, LORA, STEP
 
 from .arguments import RunArguments, TrainArguments
+from .sources import FILES
 from .stamp import sampled, sha256_of_file, stamp
 
 FILE = "trained_with.json"
@@ -101,25 +103,36 @@ def is_finished(record: dict | None, settings: dict) -> bool:
     return decisive and all(stored[key] == expected[key] for key in ends)
 
 
-def files_of(run: RunArguments) -> dict[str, str | None]:
+def files_of(settings: dict) -> dict[str, str | None]:
     """What stands for the content of what lies here, known without loading it: run.json keeps it, since a run that is
-    finished is not prepared again. None of what lies elsewhere, or no longer lies here."""
-    models = ("base", "expert", "reference") if run.merge_first is not None else ("base",)
-    marks = {key: _mark_here(getattr(run, key)) for key in models}
-    for key in ("data", "prior", "keep"):
-        path = Path(getattr(run, key) or "")
+    finished is not prepared again. None of what lies elsewhere, or no longer lies here.
+
+    Args:
+        settings: from `settings_of`.
+    """
+    models = ("base", "expert", "reference") if settings["merge_first"] is not None else ("base",)
+    marks = {key: _mark_here(settings[key]) for key in models}
+    for key in ("data", "prior", "keep", "chat_template_path"):
+        path = Path(settings[key] or "")
         if path.is_file():
             marks[key] = sha256_of_file(path)
+    if (folder := Path(settings["data"])).is_dir():
+        marks["data"] = sampled(sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*FILES, ".arrow")))
     return marks
 
 
-def refuse_other_files(record: dict, run: RunArguments, output: Path) -> None:
+def refuse_other_files(record: dict, settings: dict, output: Path) -> None:
     """ValueError if a run was finished with another content of a file than what is there now."""
-    now = files_of(run)
+    now = files_of(settings)
     for key, before in record["files"].items():
         if None not in (before, now.get(key)) and before != now[key]:
-            message = f"the run in {output} was finished with another content of {key}, which is {getattr(run, key)}"
+            message = f"the run in {output} was finished with another content of {key}, which is {settings[key]}"
             raise ValueError(f"{message}: put back what was there, or change output_dir")
+
+
+def mark_of_template(processor: Any) -> str:
+    """What stands for the chat template that a run is trained with: the recipe's, or that of the base."""
+    return hashlib.sha256(json.dumps(processor.chat_template, sort_keys=True).encode()).hexdigest()
 
 
 def mark_of(base: Checkpoint) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import sft_vlm
@@ -69,6 +68,7 @@ def test_other_files_of_the_same_names_are_refused_before_the_model_is_loaded(tr
     folder = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
     own = shutil.copytree(data.parent, tmp_path / "pictures") / data.name
     paths = {"base": folder, "reference": None, "expert": None, "prior": None, "method": "sft", "data": own}
+    paths["chat_template_path"] = shutil.copy(folder / "chat_template.jinja", tmp_path / "chat.jinja")
     train(**SETTINGS, **paths)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     monkeypatch.setattr(sft_vlm, "Trainer", load)
@@ -84,7 +84,26 @@ def test_other_files_of_the_same_names_are_refused_before_the_model_is_loaded(tr
     with pytest.raises(SystemExit, match=f"with another content of base, which is {folder}: put back what was there"):
         train(**RESUMED, **paths)
     file.write_bytes(kept)  # at another time
+    asked_otherwise(chat := tmp_path / "chat.jinja")
+    with pytest.raises(SystemExit, match=f"with another content of chat_template, which is {chat}: put back what was"):
+        train(**RESUMED, **paths)
+    shutil.copy(folder / "chat_template.jinja", chat)
     with pytest.raises(LoadedSomething):
+        train(**RESUMED, **paths)
+
+
+def asked_otherwise(template):
+    template.write_text(text := template.read_text().replace("{{ message.role }}: ", "{{ message.role }}: word9 "))
+    assert "word9" in text
+
+
+def test_the_template_of_a_base_is_held_too(train, pair, tmp_path, monkeypatch):
+    base = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
+    paths = {"base": base, "reference": None, "expert": None, "prior": None, "method": "sft"}
+    train(**SETTINGS, **paths)
+    monkeypatch.setattr(sft_vlm, "Trainer", load)
+    asked_otherwise(base / "chat_template.jinja")
+    with pytest.raises(SystemExit, match=f"with another content of chat_template, which is {base}: put back what was"):
         train(**RESUMED, **paths)
 
 
@@ -100,7 +119,7 @@ def test_what_is_free_may_change_and_the_checkpoints_say_it(train, tmp_path, cap
     trainer, output = train(**{**RESUMED, **free})
     assert trainer.state.global_step == 3 and "It does not say" not in capsys.readouterr().out
     held = json.loads((output / "checkpoint-3" / FILE).read_text(encoding="utf-8"))
-    assert held["settings"]["r"] == 4 and {*held["files"]} == {"base", "data", "prior", "keep"}
+    assert held["settings"]["r"] == 4 and {*held["files"]} == {"base", "chat_template", "data", "prior", "keep"}
 
 
 def test_a_finished_run_is_known_by_what_decides_its_weights(train, pair, tmp_path, monkeypatch, capsys):
@@ -140,11 +159,25 @@ def test_a_finished_run_is_not_taken_for_one_of_other_files(train, pair, data, t
     base = shutil.copytree(pair("qwen2_5_vl") / "base", tmp_path / "base")
     own = shutil.copytree(data.parent, tmp_path / "pictures") / data.name
     run = {**FAST, "base": base, "reference": None, "expert": None, "prior": None, "method": "sft", "data": own}
+    run["chat_template_path"] = chat = tmp_path / "chat.jinja"
+    shutil.copy(base / "chat_template.jinja", chat)
     train(**run)
     refuses_other_content(train, run, "data", own, longer, tmp_path / "run")
     refuses_other_content(train, run, "base", base / "model.safetensors", other_weights, tmp_path / "run")
+    refuses_other_content(train, run, "chat_template_path", chat, asked_otherwise, tmp_path / "run")
     assert train(**run, resume_from_checkpoint="true")[0] is None
     assert "was finished before" in capsys.readouterr().out
+
+
+def test_of_data_in_a_folder_all_files_that_are_read_count(tmp_path):
+    run = dict.fromkeys(("base", "merge_first", "prior", "keep", "chat_template_path"))
+    run["data"] = str(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}")
+    before = files_of(run)["data"]
+    (tmp_path / "notes.txt").write_text("said of it")
+    assert files_of(run)["data"] == before is not None
+    (tmp_path / "train.jsonl").write_text("[]")
+    assert files_of(run)["data"] != before
 
 
 def test_a_finished_run_needs_its_base_no_more(train, pair, tmp_path, capsys):
@@ -176,9 +209,8 @@ def test_a_finished_run_is_not_taken_for_one_of_another_expert(train, pair, tmp_
 def test_an_adapter_as_expert_has_a_mark_of_its_own(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
-    run = SimpleNamespace(
-        base="a/b", expert=str(tmp_path), reference=None, merge_first=1.0, data=None, prior=None, keep=None
-    )
+    run = dict.fromkeys(("reference", "prior", "keep", "chat_template_path"))
+    run |= {"base": "a/b", "data": "c/d", "expert": str(tmp_path), "merge_first": 1.0}
     before = files_of(run)
     assert before == files_of(run) and before["base"] is before["reference"] is None
     (tmp_path / "adapter_model.safetensors").write_bytes(b"two")

@@ -6,6 +6,7 @@
 #
 # The recipe is configs/qwen2_5_vl_7b_r1.yaml unless named. Its prior and its keep set are made by the first run. Trained
 # are SFT, SFT after a fifth of Δ was merged, DRIFT, and DRIFT that keeps the VLM's own answers; each is merged and verified.
+# What the recipe says of replay and of merging first does not count. A recipe that names no keep set is refused.
 # The same command goes on wherever it was stopped. A run that is finished is named and not done again. One of another
 # recipe, or of other flags, is refused. So are answers of an earlier model, or to other settings of VLMEvalKit.
 #
@@ -24,6 +25,7 @@ out=${OUT:-runs/reproduce/$(basename "$recipe" .yaml)}
 [[ $out == /* ]] || out=$PWD/$out
 modules=$here${PYTHONPATH:+:$PYTHONPATH}
 ways=(sft merged drift drift-keep)
+flags=("$@")
 
 run() {
   printf '+%s\n' "$(printf ' %q' "$@")"
@@ -37,18 +39,21 @@ train() { # name, its settings
   if compgen -G "$out/$name/checkpoint-*" > /dev/null || [[ -f $out/$name/run.json ]]; then
     resume=(--resume-from-checkpoint true)
   fi
-  run "$python" "$here/sft_vlm.py" --config "$recipe" --output-dir "$out/$name" --merge true "${resume[@]}" "$@"
+  run "$python" "$here/sft_vlm.py" --config "$recipe" "${flags[@]}" --output-dir "$out/$name" --merge true --replay 0 \
+    "${resume[@]}" "$@"
 }
 
-if [[ -n ${VLMEVALKIT:-} ]]; then # before a night of training
+# before a night of training
+PYTHONPATH=$modules "$python" -m parts.reproduced --config "$recipe" "$@"
+if [[ -n ${VLMEVALKIT:-} ]]; then
   asked=$(PYTHONPATH=$modules "$python" -m parts.eval_settings --config "$recipe" "$@")
   { read -r settings && read -r kind && read -r base; } <<< "$asked"
 fi
 
-train sft --method sft --keep-weight 0 "$@"
-train merged --method sft --merge-first 0.2 --keep-weight 0 "$@"
-train drift --method drift --keep-weight 0 "$@"
-train drift-keep --method drift "$@"
+train sft --method sft --merge-first null --keep-weight 0
+train merged --method sft --merge-first 0.2 --keep-weight 0
+train drift --method drift --merge-first null --keep-weight 0
+train drift-keep --method drift --merge-first null
 
 if [[ -z ${VLMEVALKIT:-} ]]; then
   echo "The models are in $out/*-merged. To ask them, name VLMEvalKit's checkout: VLMEVALKIT=../VLMEvalKit"

@@ -11,7 +11,7 @@ import sys
 import pytest
 import sft_vlm
 import yaml
-from parts import asked_models, eval_settings
+from parts import asked_models, eval_settings, reproduced
 from parts.arguments import parse
 from recipe_runs import CONFIGS, FAST, KEEPING, RECIPES
 
@@ -127,8 +127,48 @@ def test_what_is_refused_ends_it_before_anything_else_is_run(tmp_path):
     """Be it what cannot be asked or what cannot be trained: here every command fails."""
     done = started(OUT=tmp_path / "out", PYTHON="false", VLMEVALKIT="kit")
     assert done.returncode == 1 and not done.stdout and not (tmp_path / "out").exists()
-    done = started(OUT=tmp_path / "out", PYTHON="false")
+    checks = tmp_path / "python"
+    checks.write_text('#!/bin/sh\n[ "$1" = -m ]\n')
+    checks.chmod(0o755)
+    done = started(OUT=tmp_path / "out", PYTHON=checks)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "--method sft" in done.stdout
+
+
+def test_each_way_is_what_it_is_called_whatever_the_recipe_replays_and_merges_first(recipe, tmp_path):
+    settings = yaml.safe_load(recipe.read_text()) | {"replay": 0.5, "merge_first": 0.5, "keep_weight": 3.0}
+    recipe.write_text(yaml.safe_dump(settings))
+    found = {}
+    for line in reproduce(recipe, "--keep-weight", 2, OUT=tmp_path / "out", DRY_RUN=1)[:4]:
+        run, _, train = parse(shlex.split(line)[3:], sft_vlm.__doc__)
+        keeps = run.keep is not None and run.keep_weight
+        found[train.output_dir.rpartition("/")[2]] = (run.method, run.merge_first, run.replay, keeps)
+    assert found == {
+        "sft": ("sft", None, 0, False),
+        "merged": ("sft", 0.2, 0, False),
+        "drift": ("drift", None, 0, False),
+        "drift-keep": ("drift", None, 0, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("lacks", "flags", "told"),
+    [
+        (("keep",), [], "drift-keep keeps by a keep set, and the recipe names none in keep: set it"),
+        ((), ["--keep", "null"], "drift-keep keeps by a keep set, and the recipe names none in keep: set it"),
+        ((), ["--keep-weight", "0"], "and the recipe has keep_weight=0, which keeps nothing: set it"),
+        (("expert", "prior"), [], "merge_first=0.2 merges a part of expert − base: set expert"),
+        (("prior",), [], "method drift needs a prior"),
+        ((), ["--drift-norm", "weight"], "drift_norm: weight does not see the gradient that keep adds"),
+        ((), ["--method", "sft"], "--method is set for each way by the script itself: leave it out"),
+        ((), ["--merge_first=0.3"], "--merge-first is set for each way by the script itself: leave it out"),
+    ],
+)
+def test_what_one_of_the_ways_cannot_do_is_refused_before_the_first_is_trained(lacks, flags, told, recipe):
+    settings = yaml.safe_load(recipe.read_text())
+    of_keeping = [key for key in settings if key.startswith("keep_")] if "keep" in lacks else []
+    recipe.write_text(yaml.safe_dump({key: settings[key] for key in settings if key not in (*lacks, *of_keeping)}))
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        reproduced.main(["--config", str(recipe), *flags])
 
 
 def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):

@@ -172,6 +172,11 @@ def refuse_what_cannot_work(training: Mapping[str, Any], kind: type = TrainingAr
         if isinstance(kwargs, dict) and kwargs.get("selective"):
             why = "TRL's own way to it fails in the first step with transformers from 5.23"
             raise ValueError(f"{name}={value} cannot be: {why}: leave out selective")
+    if training.get("train_sampling_strategy") == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy=group_by_length cannot be: how long a sample is with its images shows in the step "
+            "alone: leave it out"
+        )
     if training.get("save_strategy") == "best":
         raise ValueError(f"save_strategy=best cannot be: {NO_EVALUATION}")
 

@@ -2,6 +2,7 @@
 
 command_line  flags and mistakes: one parser for all scripts, one sentence for each mistake
 arguments     what can be set in a recipe: the keys of the YAMLs in configs/
+rehearsal     what Trainer makes of its settings in the end, made first of next to nothing
 checkpoints   which checkpoints are whole, and so what training goes on from
 trained_with  what a checkpoint was trained with, and goes on with alone
 saving        checkpoints and adapters of a run, as they are written

@@ -29,6 +29,7 @@ from drift_peft.warn import warn
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
 from .command_line import Parser
 from .processing import check_chat_template
+from .rehearsal import rehearse
 
 
 @dataclass
@@ -44,6 +45,7 @@ class TrainArguments(SFTConfig):
             raise ValueError("there is no CUDA device: see what nvidia-smi says, or train on the CPU with --use-cpu")
         check_chat_template(self.chat_template_path)
         super().__post_init__()
+        rehearse(self)
         if self.resume_from_checkpoint:
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))
 

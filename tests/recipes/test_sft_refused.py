@@ -6,7 +6,7 @@ import warnings
 import pytest
 import sft_vlm
 from parts.arguments import parse
-from recipe_runs import FAST
+from recipe_runs import FAST, flags
 
 from drift_peft import build_prior, merge_baseline
 
@@ -134,3 +134,22 @@ def test_a_strength_that_is_never_reached_is_told(steps, told, written, recwarn)
     assert [str(warning.message) for warning in recwarn] == told * [
         f"drift_warmup_steps={steps} is no less than max_steps=2: the full strength is never reached."
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": "paged_adamw_8bit"},
+        {"optim": "schedule_free_adamw"},
+        {"optim": "adamw_torch", "optim_target_modules": "names of the real model"},
+        {"optim": "adamw_torch", "learning_rate": 0},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-6}'},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 4},
+        {"max_steps": -1, "warmup_steps": 0.1},
+    ],
+)
+def test_what_trainer_can_make_of_its_settings_is_taken(settings):
+    parse(
+        flags(base="b", data="d", method="sft", output_dir="o", use_cpu=True, bf16=False, **settings), sft_vlm.__doc__
+    )

@@ -247,6 +247,39 @@ def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monk
         ({"save_only_model": True}, "save_only_model=True cannot be: training goes on from a checkpoint only with its"),
         ({"report_to": "swanlab"}, "report_to=swanlab needs swanlab, which is not installed here: install"),
         ({"report_to": "wandbb"}, r"report_to=wandbb is not known: did you mean wandb\?"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy=group_by_length cannot be: how long"),
+        (
+            {"use_liger_kernel": True},
+            "use_liger_kernel=True needs liger-kernel, which is not installed here: install it",
+        ),
+        ({"activation_offloading": True}, "activation_offloading=True moves what a GPU holds, and use_cpu takes none"),
+        ({"optim": "galore_adamw"}, "optim=galore_adamw cannot be: You need to install `galore_torch` in order"),
+        (
+            {"optim": "adamw_torch", "adam_beta1": 2},
+            r"optim=adamw_torch cannot be: Invalid beta parameter .*: 2\.0: name",
+        ),
+        (
+            {"optim_args": "a"},
+            "optim=adamw_torch_fused cannot be: .*: name another, or see to optim_args, learning_rate",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type=cosine_with_min_lr cannot be: One of min_lr or",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type=warmup_stable_decay cannot be: .*decay_steps",
+        ),
+        (
+            {"dataloader_persistent_workers": True},
+            "dataloader_num_workers=0 cannot be: persistent_workers option needs",
+        ),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 cannot be: .*: change it, or leave out what else"),
+        (
+            {"torch_compile_mode": "x"},
+            "torch_compile_backend=inductor with torch_compile_mode=x cannot be: Unrecognized",
+        ),
+        ({"push_to_hub": True, "hub_token": "none"}, "push_to_hub=True cannot be: .*: run hf auth login, or leave it out"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number ≥ 1, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number ≥ 1, got 0"),
     ],

@@ -1,0 +1,70 @@
+"""What Trainer makes of its settings once all else is there, made first of next to nothing: its optimizer, schedule and
+workers. What it refuses of them is told before anything is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import is_liger_kernel_available
+
+from drift_peft.warn import first_line
+
+STEPS = 1000  # of a run in epochs, whose length is not known yet
+
+
+def rehearse(train: TrainingArguments) -> None:
+    """ValueError for settings that a run would end with after its prior and its keep set are made."""
+    if train.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError(
+            "use_liger_kernel=True needs liger-kernel, which is not installed here: install it, or leave it out"
+        )
+    if train.use_cpu and getattr(train, "activation_offloading", False):
+        raise ValueError("activation_offloading=True moves what a GPU holds, and use_cpu takes none: leave it out")
+    with _refused(f"optim={train.optim.value}", "name another, or see to optim_args, learning_rate and adam_…"):
+        optimizer = _optimizer(train)
+    with _refused(f"lr_scheduler_type={train.lr_scheduler_type.value}", "set what it takes in lr_scheduler_kwargs"):
+        steps = train.max_steps if train.max_steps > 0 else STEPS
+        warmup, kwargs = train.get_warmup_steps(steps), train.lr_scheduler_kwargs
+        get_scheduler(train.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+    workers = {name: getattr(train, f"dataloader_{name}", None) for name in ("num_workers", "persistent_workers")}
+    context = getattr(train, "dataloader_multiprocessing_context", None)
+    way_out = "change it, or leave out what else is said of dataloader_…"
+    with _refused(f"dataloader_num_workers={train.dataloader_num_workers}", way_out):
+        DataLoader([0], multiprocessing_context=context, **workers)
+    if train.torch_compile:
+        backend, mode = train.torch_compile_backend, train.torch_compile_mode
+        with _refused(
+            f"torch_compile_backend={backend} with torch_compile_mode={mode}", "name others, or leave them out"
+        ):
+            torch.compile(torch.nn.Linear(1, 1), backend=backend, mode=mode)
+    if train.push_to_hub:
+        with _refused("push_to_hub=True", "run hf auth login, or leave it out"):
+            HfApi(token=train.hub_token).whoami()
+
+
+def _optimizer(train: TrainingArguments) -> torch.optim.Optimizer:
+    """As Trainer's create_optimizer makes it, of one weight."""
+    model, train = torch.nn.Linear(1, 1), copy.copy(train)
+    if train.optim_target_modules is not None:  # names of the real model's
+        train.optim_target_modules = "all-linear"
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(train, model)
+    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):  # which splits the real model
+        return torch.optim.SGD(model.parameters())
+    weights = [{"params": [*model.parameters()], "weight_decay": train.weight_decay}]
+    for own in ("params", "model", "optimizer_dict"):  # in place of these
+        weights = options.pop(own, weights)
+    return kind(weights, **options)
+
+
+@contextlib.contextmanager
+def _refused(setting: str, way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of any kind: each library has its own
+        raise ValueError(f"{setting} cannot be: {first_line(error).rstrip('.')}: {way_out}") from error

@@ -96,6 +96,8 @@ BACK = re.compile(r"(?i)(?:^|[,.;!—–])\s*(yes|no|true|false)\s*[.!]*$")
 OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
 STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
+REASONS = re.compile(r"(?i)^(?:(?:explanation|reason(?:ing|s)?|rationale|justification|note)\s*:|because\b)\s*")
+NUMBERED = re.compile(r"(?i)^step\s*\w{0,6}\s*:\s*")
 VALUE_WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -140,7 +142,7 @@ def read_answer(text: str) -> tuple[str, str] | None:
         return (boxed, "boxed") if boxed else None
     if match := HASHES.fullmatch(rest.strip().rpartition("\n")[2].strip()):
         return _bare(match[1]), "tag"
-    return _said(lines) or _alone(lines) or _concluded(lines)
+    return _said(lines) or (None if _is_echo(lines) else _alone(lines) or _concluded(lines))
 
 
 def known_answer(text: str) -> str:
@@ -258,12 +260,23 @@ def _alone(lines: list[str]) -> tuple[str, str] | None:
     return (last.lstrip("= "), "last line") if _is_value(last) else None
 
 
+def _is_echo(lines: list[str]) -> bool:
+    """Whether a text ends in the letters of its options, from A on, and so in none that it chose."""
+    letters = "".join(line.lstrip("([")[0] if LETTER_FIRST.match(line) else " " for line in lines)
+    last = letters.rpartition(" ")[2]
+    return len(last) > 1 and "ABCDEFGHIJ".startswith(last)
+
+
 def _concluded(lines: list[str]) -> tuple[str, str] | None:
-    """`Yes, …` or `B. 45°` in front of reasons; or what the last sentence says."""
+    """`Yes, …` or `B. 45°` in front of reasons, or a value in front of `Explanation: …`; or what the last sentence
+    says."""
     if leading := _leading(lines[0]):
         return leading, "sentence"
     letters = [line for line in lines if LETTER_FIRST.match(line)]
     if len(letters) == 1 and letters[0] == lines[0] and len(lines[0]) <= SHORT:
+        return lines[0], "sentence"
+    explained = len(lines) > 1 and REASONS.match(lines[1]) and _is_value(lines[0])
+    if explained and not SO.match(SENTENCE_END.split(lines[-1])[-1]):
         return lines[0], "sentence"
     concluded = _conclusion(lines[-1])
     return (concluded, "sentence") if concluded else None
@@ -279,12 +292,16 @@ def _leading(line: str) -> str | None:
 
 
 def _conclusion(line: str) -> str | None:
-    """12 of `Therefore, the area is 12.`, with one verb in it: of two, nobody knows which one counts."""
+    """12 of `Therefore, the area is 12.`, with one verb in it: of two, nobody knows which one counts. Reasons conclude
+    nothing but what they say to follow, and a step a number: `Step 2: the total is known`."""
     if len(line) > 10 * LONG or DANGLING.search(line):
         return None
     sentence = SENTENCE_END.split(line)[-1].strip()
-    sentence = CLAUSE.sub("", sentence)
+    step = NUMBERED.match(sentence)
+    sentence = CLAUSE.sub("", REASONS.sub("", NUMBERED.sub("", sentence)))
     so = SO.match(sentence)
+    if REASONS.match(CLAUSE.sub("", line)) and not so:
+        return None
     sentence = CLAUSE.sub("", sentence[so.end() :] if so else sentence)
     sentence = _clause(sentence)
     if len(sentence) > LONG or DENIED.search(VERB.split(sentence)[0]) or re.search(r"(?i)\b(?:if|when)\b|\?", sentence):
@@ -292,7 +309,7 @@ def _conclusion(line: str) -> str | None:
     verbs = [*VERB.finditer(sentence)]
     if len(verbs) == 1 and verbs[0].start():
         subject, predicate = sentence[: verbs[0].start()], sentence[verbs[0].end() :].strip(" :")
-        if re.search(r"[=<>]", subject) or not predicate:
+        if re.search(r"[=<>]", subject) or not predicate or (step and not so and not re.search(r"\d", predicate)):
             return None
         return LEAD_IN.sub("", predicate)
     if not verbs and so and re.search(r"[=≈]|\\approx", sentence):
@@ -317,7 +334,7 @@ def _sentence_of(line: str, match: re.Match) -> str:
 
 def _is_value(line: str) -> bool:
     """Whether a line can be nothing but an answer: a letter, a number, a formula, or up to three words."""
-    if len(line) > SHORT or line[-1] in ":=+-,([{<" or STEP.match(line):
+    if len(line) > SHORT or line[-1] in ":=+-,([{<" or STEP.match(line) or REASONS.match(line):
         return False
     if LETTER_FIRST.match(line):
         return True

@@ -13,7 +13,7 @@ from pathlib import Path
 from .answers import is_known
 from .reading import UNDECIDED, UNFINISHED, read_answer
 
-VERSION = 5  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
+VERSION = 6  # counts up with every change of the reading or comparing; scores of different rules are not to be compared
 FILES = ("scoring", "answers", "reading", "options", "plain", "numerals", "equality", "units")
 
 

@@ -279,7 +279,10 @@ def test_what_does_not_go_with_keeping_is_told_first(settings, told, train, monk
             {"torch_compile_mode": "x"},
             "torch_compile_backend=inductor with torch_compile_mode=x cannot be: Unrecognized",
         ),
-        ({"push_to_hub": True, "hub_token": "none"}, "push_to_hub=True cannot be: .*: run hf auth login, or leave it out"),
+        (
+            {"push_to_hub": True, "hub_token": "none"},
+            "push_to_hub=True cannot be: .*: run hf auth login, or leave it out",
+        ),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number ≥ 1, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number ≥ 1, got 0"),
     ],

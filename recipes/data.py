@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
-    options = vars(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    parser.refuse_out_of_range(args, 1, "--max-tokens")
+    options = vars(args)
     if options["model"] is None:
         parser.refuse_idle("without the base whose tokens are counted", "--max-tokens", lacks="it with --model")
     output, as_json, overwrite = (options.pop(name) for name in ("output", "json", "overwrite"))

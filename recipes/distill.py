@@ -272,6 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.refuse_idle("with --server, which loads the model itself", "--batch-size", "--trust-remote-code")
     else:
         parser.refuse_idle("without --server", "--api-key-env", "--concurrency", "--timeout", "--retries", lacks="it")
+    parser.refuse_out_of_range(args, 1, "--limit", "--concurrency", "--batch-size", "--max-tokens")
+    parser.refuse_out_of_range(args, 0, "--retries", "--temperature")
+    parser.refuse_out_of_range(args, 0, "--timeout", above=True)
     journal = journal_path(args.output)
     answering = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     settings = {"model": args.model, "prompt": args.prompt, **answering}

@@ -328,8 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.refuse_idle("with --keep, which has its questions and answers", *asking)
     if not args.adapter:
         parser.refuse_idle("without --adapter", "--force", lacks="it")
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        parser.error("--batch-size and --max-new-tokens are at least 1")
+    parser.refuse_out_of_range(args, 1, "--batch-size", "--max-new-tokens")
     with in_one_sentence("evaluate.py", ValueError, OSError, TeacherError):
         try:
             result = evaluate_keeping(args) if args.keep else evaluate(args)

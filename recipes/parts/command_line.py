@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,14 @@ class Parser(parser.Parser):
         if idle := [flag for flag in flags if flag in self.given]:
             way_out = f"name {lacks}, or leave {idle[0]} out" if lacks else "leave it out"
             self.error(f"{idle[0]} does nothing {where}: {way_out}")
+
+    def refuse_out_of_range(self, args: Namespace, least: int, *flags: str, above: bool = False) -> None:
+        """End where one of these numbers is below the least that it may be, or not above it; and where it is no finite
+        number. None is no number, and stays."""
+        for flag in flags:
+            value = getattr(args, flag.lstrip("-").replace("-", "_"))
+            if value is not None and not (least <= value < math.inf and (value > least or not above)):
+                self.error(f"{flag} is a number {'above' if above else 'of at least'} {least}, got {value}")
 
     def _check_value(self, action, value):
         self.check_choice([action.dest, *action.option_strings][-1], value, action.choices)

@@ -99,6 +99,23 @@ def test_the_help_of_a_configuration_shows_its_values(capsys):
         ("evaluate", ["--max_new_token", "5"], "unknown flag --max_new_token; did you mean --max-new-tokens?"),
         ("evaluate", ["--max_new_tokens", "x"], "--max-new-tokens takes a whole number, got x"),
         ("evaluate", ["--limit", "40"], "unknown flag --limit; see evaluate.py --help"),
+        *[("distill", ["a", "-o", "b", *server, flag, number], f"{flag} is a number {told}, got {number}")
+          for server, flag, number, told in (
+              ([], "--limit", "-1", "of at least 1"), ([], "--limit", "0", "of at least 1"),
+              ([], "--batch-size", "0", "of at least 1"), ([], "--batch-size", "-1", "of at least 1"),
+              ([], "--max-tokens", "0", "of at least 1"), ([], "--temperature", "-0.5", "of at least 0"),
+              ([], "--temperature", "nan", "of at least 0"),
+              (["--server", "http://a"], "--concurrency", "0", "of at least 1"),
+              (["--server", "http://a"], "--retries", "-1", "of at least 0"),
+              (["--server", "http://a"], "--timeout", "0.0", "above 0"),
+              (["--server", "http://a"], "--timeout", "inf", "above 0"),
+          )],
+        *[(script, [*needed, "-o", "b", flag, "0"], f"{flag} is a number of at least 1, got 0")
+          for script, needed, flag in (
+              ("data", ["a", "--model", "m"], "--max-tokens"),
+              ("evaluate", ["--model", "m", "--data", "d"], "--batch-size"),
+              ("evaluate", ["--model", "m", "--data", "d"], "--max-new-tokens"),
+          )],
         ("score", ["--bse", "x"], "unknown flag --bse; did you mean --base?"),
         ("score", ["--zzzzzz"], "unknown flag --zzzzzz; see score.py --help"),
         ("plot_run", ["run.json"], "the following arguments are required: picture"),

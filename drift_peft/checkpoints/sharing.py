@@ -152,6 +152,11 @@ def repository_of(origin: Mapping) -> tuple[str, str | None] | None:
     return None if origin["revision"] is None else (origin["id"], origin["revision"])
 
 
+def place_of(origin: Mapping) -> tuple[str, str | None]:
+    """Where weights are: hub id and commit, or the full path of a folder."""
+    return repository_of(origin) or (os.path.realpath(origin["id"]), None)
+
+
 def is_same_origin(one: Mapping, other: Mapping) -> bool:
     """Do two models come from one repository, whatever the commit, or lie in one folder? Of a folder that is not here,
     and of a copy of a repository, its name tells.

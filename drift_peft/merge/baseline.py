@@ -45,11 +45,11 @@ from ..checkpoints import (
     match_weights,
     needs_peft,
     open_expert,
+    place_of,
     refuse_both,
     refuse_exchanged,
     refuse_other,
     replaced_when_complete,
-    repository_of,
     shown,
     warn_of_other_rotations,
     with_full_path,
@@ -278,9 +278,8 @@ def _write(plan: _Plan, folder: Path, output: Path, progress: bool) -> float | N
 def refuse_again(base: Checkpoint, expert: Checkpoint) -> None:
     """ValueError if the base has a part of this expert's Δ in it: W + λΔ with λ'Δ in it already is W + (λ + λ')Δ, or
     something else where Δ is taken from the base itself."""
-    existing, given = read_merge(base.config), with_full_path(expert.origin)
-    spelled = None if existing is None else repository_of(existing.expert) or Path(existing.expert["id"]).resolve()
-    if existing is not None and spelled == (repository_of(given) or Path(given["id"]).resolve()):
+    existing = read_merge(base.config)
+    if existing is not None and place_of(existing.expert) == place_of(expert.origin):
         raise ValueError(
             f"base {base.source} is {existing.words} already: merge into {existing.base['id']} at another scale"
         )

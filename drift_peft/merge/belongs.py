@@ -17,6 +17,7 @@ from ..checkpoints import (
     Whole,
     at_revision,
     cached_snapshot,
+    place_of,
     recorded_base,
     repository_of,
     sampled,
@@ -98,10 +99,11 @@ def _merged_into(recorded: str | None) -> MergedDelta | None:
 def _by_fingerprint(
     checkpoint: Checkpoint, prior: ReasoningPrior, merged: MergedDelta | None, updates: dict[str, Update]
 ) -> tuple[bool, str | None]:
-    """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it.
-
-    The prior may have been built for a merged base itself, or for what that was made of. The nearer one is meant.
-    """
+    """Whether u_iᵀ·W·v_i are the base's up to rounding, and what speaks against it."""
+    # The prior was built for what a merged base was made of, or for that base itself; else for the nearer of these.
+    built_for = prior.metadata["base"]
+    alone = merged is None or place_of(built_for) != place_of(merged.base)
+    merges = merged is not None and (not alone or _merged_into(built_for["id"]) is None)
     here, without, with_merge, added = [], [], [], []
     for name, U, Vh, values in prior.probes():
         raw = checkpoint.language_model.get(name)
@@ -121,12 +123,12 @@ def _by_fingerprint(
         base = torch.cat(bases)
         return ((measured - base - moved).norm() / base.norm()).item()
 
-    nearer = min((without, with_merge), key=off)
-    if min(off(without, adapter), off(with_merge, adapter)) < off(nearer) / 2:
+    expected = min((bases for bases, may_be in ((without, alone), (with_merge, merges)) if may_be), key=off)
+    if off(expected, adapter) < off(expected) / 2:
         return False, "holds the adapter already"
-    if off(nearer) > FINGERPRINT_TOLERANCE:
-        return False, f"is another model (the prior's fingerprint is off by {off(nearer):.0%})"
-    return off(nearer) <= ROUNDING_TOLERANCE, None
+    if off(expected) > FINGERPRINT_TOLERANCE:
+        return False, f"is another model (the prior's fingerprint is off by {off(expected):.0%})"
+    return off(expected) <= ROUNDING_TOLERANCE, None
 
 
 def _by_record(checkpoint: Checkpoint, origin: dict, updates: dict[str, Update]) -> tuple[str | None, bool]:

@@ -11,13 +11,12 @@ R_U diag(…) R_Vᵀ is left for the SVD.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from ..arguments import is_number
-from ..checkpoints import at_revision, named, repository_of
+from ..checkpoints import at_revision, named, place_of
 from ..warn import warn
 from .file import PriorFile
 from .svd import ROUNDING, signed
@@ -123,7 +122,7 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
             raise ValueError(f"{differ}: ‖W‖ of {name} is {norms}")
         matrices += len(mine["shape"]) == 2
     bases = [prior.metadata["base"] for prior in (one, other)]
-    if _place(bases[0]) == _place(bases[1]):
+    if place_of(bases[0]) == place_of(bases[1]):
         return
     if not matrices:
         ids = " and ".join(at_revision(base["id"], base["revision"]) for base in bases)
@@ -137,11 +136,6 @@ def _check_same_base(one: PriorFile, other: PriorFile) -> None:
             f"{one.source} was built for {called[0]} and {other.source} for {called[1]}: their sum steers neither "
             "unless these are the same weights"
         )
-
-
-def _place(origin: Mapping) -> tuple[str, str | None]:
-    """Hub id and commit, or the full path of a folder."""
-    return repository_of(origin) or (os.path.realpath(origin["id"]), None)
 
 
 def combined_header(parents: Sequence[tuple[PriorFile, float]], rank: int) -> dict:

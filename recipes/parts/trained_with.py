@@ -8,6 +8,7 @@ out where memory is short.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from drift_peft.checkpoints import Checkpoint, is_adapter
 from drift_peft.preflight import DRIFT, LORA, STEP
 
 from .arguments import RunArguments, TrainArguments
-from .sources import FILES
+from .sources import find_files
 from .stamp import sampled, sha256_of_file, stamp
 
 FILE = "trained_with.json"
@@ -116,8 +117,10 @@ def files_of(settings: dict) -> dict[str, str | None]:
         path = Path(settings[key] or "")
         if path.is_file():
             marks[key] = sha256_of_file(path)
-    if (folder := Path(settings["data"])).is_dir():
-        marks["data"] = sampled(sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*FILES, ".arrow")))
+    if Path(settings["data"]).is_dir():
+        with contextlib.suppress(ValueError, OSError):  # its files are no longer there
+            files, _ = find_files(settings["data"], settings["split"], images=None, streaming=False)
+            marks["data"] = hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
     return marks
 
 

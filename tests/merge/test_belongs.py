@@ -284,15 +284,20 @@ def test_an_adapter_without_a_record_is_taken_at_its_word(folder):
 
 
 @pytest.mark.parametrize("prior", ["as it is", None])
-def test_a_base_that_has_taken_a_part_of_delta_in_is_another_base(folder, prior):
+def test_a_base_that_has_taken_a_part_of_delta_in_is_another_base(folder, made, prior):
     half = folder / "half"
-    given = {"expert": folder / "expert", "base": folder / "base", "output": half}
+    given = {"expert": folder / "expert", "base": made / "base", "output": half}  # where the prior's base was
     merge_baseline("task_arithmetic", **given, scale=0.5, progress=False)
     model = AutoModelForImageTextToText.from_pretrained(half)
     trained = train(get_peft_model(model, DriftConfig(prior=folder / "prior.safetensors", r=4)))
     trained.save_pretrained(folder / "of half", save_embedding_layers=False)
     recorded(folder, "of half", str(half), prior)
     assert merge(folder, half, "of half").output
+    if prior is not None:
+        lying = shutil.copytree(folder / "base", folder / "other" / "half")
+        shutil.copy(half / "config.json", lying)
+        with pytest.raises(ValueError, match=r"half is another model \(the prior's fingerprint is off by"):
+            merge(folder, lying, "of half")
     with pytest.raises(ValueError, match=r"was trained on .*half, and base .*base "):
         merge(folder, folder / "base", "of half")
     with pytest.raises(ValueError, match=r"was trained on .*base, and base .*half "):
@@ -317,6 +322,11 @@ def test_a_prior_that_was_built_for_a_merged_base_knows_it(folder, scale, refere
         assert merge(folder, moved, "of half").output
     with pytest.raises(ValueError, match=r"was trained on .*, and base .*base is another model"):
         merge(folder, folder / "base", "of half")
+    other = folder / "other" / "gone"
+    other.parent.mkdir()
+    merge_baseline("task_arithmetic", base=folder / "base", output=other, scale=1.4 - scale, **given)
+    with pytest.raises(ValueError, match=r"was trained on .*, and base .*gone is another model"):
+        merge(folder, other, "of half")
     recorded(folder, "of half", "org/merged")
     with pytest.raises(ValueError, match=r"merged holds the adapter already"):
         merge_adapter(folder / "merged", folder / "of half", folder / "again", progress=False)

@@ -170,14 +170,20 @@ def test_a_finished_run_is_not_taken_for_one_of_other_files(train, pair, data, t
 
 
 def test_of_data_in_a_folder_all_files_that_are_read_count(tmp_path):
-    run = dict.fromkeys(("base", "merge_first", "prior", "keep", "chat_template_path"))
+    """And no others, such as those of a run whose output is there, or another split."""
+    run = dict.fromkeys(("base", "merge_first", "prior", "keep", "chat_template_path")) | {"split": "train"}
     run["data"] = str(tmp_path)
-    (tmp_path / "train.jsonl").write_text("{}")
+    long = "\n".join(json.dumps({"question": f"{i}", "answer": "B"}) for i in range(20_000))
+    (tmp_path / "train.jsonl").write_text(long)
     before = files_of(run)["data"]
-    (tmp_path / "notes.txt").write_text("said of it")
+    (tmp_path / "run").mkdir()
+    for other in ("notes.txt", "test.jsonl", "run/run.json"):
+        (tmp_path / other).write_text("{}")
     assert files_of(run)["data"] == before is not None
-    (tmp_path / "train.jsonl").write_text("[]")
-    assert files_of(run)["data"] != before
+    (tmp_path / "train.jsonl").write_text(long.replace('"12345", "answer": "B"', '"12345", "answer": "C"'))
+    assert files_of(run)["data"] not in (before, None)
+    (tmp_path / "train.jsonl").unlink()
+    assert "data" not in files_of(run)
 
 
 def test_a_finished_run_needs_its_base_no_more(train, pair, tmp_path, capsys):

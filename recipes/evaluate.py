@@ -284,7 +284,6 @@ def evaluate(args: Namespace) -> dict:
     asking |= {"adapter": args.adapter and str(args.adapter), "adapter_files": stamp(args.adapter)}
     asking |= {"data_sha256": digest, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     asking["processor_kwargs"] = args.processor_kwargs or None
-    asking["think_of_template"] = "kept"  # of earlier answers, the tag that the chat template had opened was missing
     told = {"data_sha256": f"{args.data} has other samples"}
     told |= {f"{name}_files": f"{getattr(args, name)} has others now" for name in ("model", "adapter")}
     with Journal(journal_path(args.output), asking, told=told) as journal:

@@ -80,8 +80,11 @@ class Parser(ArgumentParser):
         super().__init__(*arguments, formatter_class=Help, **settings)
         self.verbs: dict[str, ModuleType] = {}
         self._negative_number_matcher = NEGATIVE  # argparse's own knows no -5e-1
-        for name in (None, "store"):
-            self.register("action", name, Store)
+
+    def _registry_get(self, registry_name: str, value: object, default: object = None) -> object:
+        # Not by `register`: other parsers, which the recipes mix this one into, add flags while they are made.
+        stores = registry_name == "action" and value in (None, "store")
+        return Store if stores else super()._registry_get(registry_name, value, default)
 
     def add_processor_kwargs(self) -> None:
         self.add_argument(

@@ -127,18 +127,6 @@ def test_thinking_that_the_chat_template_opens_and_that_never_ends_is_unfinished
     assert answer["response"] == "\n<think> 5 </think> 6"  # of a model that opens it once more
 
 
-def test_answers_of_a_version_that_left_the_think_tag_out_are_not_gone_on_from(model, data, tmp_path, capsys):
-    journal = tmp_path / "r.json.journal.jsonl"
-    run(model, data, tmp_path / "r.json")
-    settings, *answers = journal.read_text().splitlines(keepends=True)
-    settings = {key: value for key, value in json.loads(settings).items() if key != "think_of_template"}
-    journal.write_text("".join([json.dumps(settings) + "\n", *answers]))
-    (tmp_path / "r.json").unlink()
-    usual = ["--model", model, "--data", data, "-o", tmp_path / "r.json", "--prompt", "", "--max_new_tokens", "24"]
-    told = f"{journal} holds answers of other settings: think_of_template (None, now kept)"
-    assert told in refusal(capsys, *usual)
-
-
 def test_the_table_has_a_row_for_each_category(result, capsys):
     evaluate.Console().print(evaluate.results_table(result(5)))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]

@@ -254,6 +254,8 @@ def test_flags_win_over_the_file_and_structured_settings_can_be_flags(tmp_path):
     assert (drift.r, drift.drift_modules, drift.drift_spectrum) == (2, ["attn"], 0.5)
     assert drift.drift_alpha_pattern == {"layers.0.mlp.up_proj": 0}
     assert run.processor_kwargs == {"size": {"longest_edge": 8}}
+    twice = ["--drift-modules", "mlp", "--drift_modules", "norm", "head", "--use-cpu"]
+    assert parse(["--config", str(config), *twice], sft_vlm.__doc__)[1].drift_modules == ["mlp", "norm", "head"]
 
 
 def test_without_a_gpu_it_needs_to_be_told_so(train, monkeypatch):

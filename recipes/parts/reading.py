@@ -83,7 +83,8 @@ DOUBTS = r"\b(?:wait|hold on|actually|correction|scratch that|my mistake|let me 
 DOUBT = re.compile(rf"(?i){DOUBTS}")
 CLAUSE = re.compile(r"(?i)^(?:since|because|as|given|given that)\s[^,]*,\s*")
 SO = re.compile(
-    r"(?i)^(?:(?:and|so|thus|therefore|hence|consequently|finally|then|now|in conclusion|overall|this means|that|"
+    r"(?i)^(?:step\s*\w{1,6}\s*:\s*)?"
+    r"(?:(?:and|so|thus|therefore|hence|consequently|finally|then|now|in conclusion|overall|this means|that|"
     r"we (?:have|get|find|obtain|conclude|see)|it follows)\b[\s,:]*|[∴⇒]\s*)+"
 )
 VERB = re.compile(
@@ -96,8 +97,17 @@ BACK = re.compile(r"(?i)(?:^|[,.;!—–])\s*(yes|no|true|false)\s*[.!]*$")
 OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 LETTER_FIRST = re.compile(r"^[(\[]?[A-J](?:[)\]]|[.:](?=\s|$)|$)")
 STEP = re.compile(r"(?i)(?:step|figure|case|part|first|let|note)\b")
-REASONS = re.compile(r"(?i)^(?:(?:explanation|reason(?:ing|s)?|rationale|justification|note)\s*:|because\b)\s*")
-NUMBERED = re.compile(r"(?i)^step\s*\w{0,6}\s*:\s*")
+JUDGED = re.compile(
+    r"(?i)\b(?:too|wrong|cannot)\b|\b(?:is|are)\s+(?:not|right|correct|incorrect|true|false)\b|n['’]t\b"
+)
+REASONS = re.compile(  # below an answer; what stands within a chain, too, only if nothing is below it
+    r"(?i)(?P<of_an_answer>(?:explanation|reason(?:ing|s)?|rationale|justification)\s*:|because\b[^,\n]*\Z)|"
+    r"(?:note|step\s*\w{0,6})\s*:[^\n]*\Z"
+)
+NUMERIC = re.compile(r"(?!\d+[.)]\s)[^\w\\]*(?:[A-Za-z]\s*=[^\w\\]*)?(?:\d|\\[dt]?frac|\\sqrt)")
+TITLE = re.compile(
+    r"(?i)\b(?:(?<!no )solution|analysis|description|overview|observations?|problem|question|given|answer)\b"
+)
 VALUE_WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -142,7 +152,12 @@ def read_answer(text: str) -> tuple[str, str] | None:
         return (boxed, "boxed") if boxed else None
     if match := HASHES.fullmatch(rest.strip().rpartition("\n")[2].strip()):
         return _bare(match[1]), "tag"
-    return _said(lines) or (None if _is_echo(lines) else _alone(lines) or _concluded(lines))
+    if said := _said(lines):
+        return said
+    if _is_echo(lines):
+        leading = _leading(lines[0])
+        return (leading, "sentence") if leading else None
+    return _explained(lines) or _alone(lines) or _concluded(lines)
 
 
 def known_answer(text: str) -> str:
@@ -261,22 +276,36 @@ def _alone(lines: list[str]) -> tuple[str, str] | None:
 
 
 def _is_echo(lines: list[str]) -> bool:
-    """Whether a text ends in the letters of its options, from A on, and so in none that it chose."""
+    """Whether a text ends in its options from A on, all bare letters or all with short texts, and so in none that it
+    chose. `A. 45 is too small.` is no option, but says which one it is not."""
     letters = "".join(line.lstrip("([")[0] if LETTER_FIRST.match(line) else " " for line in lines)
     last = letters.rpartition(" ")[2]
-    return len(last) > 1 and "ABCDEFGHIJ".startswith(last)
+    if len(last) < 2 or not "ABCDEFGHIJ".startswith(last):
+        return False
+    echo = lines[-len(last) :]
+    alike = len({len(line.strip("()[].: ")) == 1 for line in echo}) == 1
+    return alike and all(len(line) <= SHORT and not JUDGED.search(line) for line in echo)
+
+
+def _explained(lines: list[str]) -> tuple[str, str] | None:
+    """12 or `Blue` in front of `Explanation: …`, unless a conclusion follows: a word may also be a title."""
+    first, last = lines[0], lines[-1]
+    reasons = REASONS.match("\n".join(lines[1:]))
+    if not reasons or not _is_value(first) or TITLE.search(first) or (len(lines) > 2 and _is_value(last)):
+        return None
+    if SO.match(SENTENCE_END.split(last)[-1]):
+        return None
+    signs = bool(NUMERIC.match(first)) + bool(reasons["of_an_answer"])
+    number_follows = re.search(r"\d", _conclusion(last) or "")
+    return (first, "sentence") if signs == 2 or (signs and not number_follows) else None
 
 
 def _concluded(lines: list[str]) -> tuple[str, str] | None:
-    """`Yes, …` or `B. 45°` in front of reasons, or a value in front of `Explanation: …`; or what the last sentence
-    says."""
+    """`Yes, …` or `B. 45°` in front of reasons; or what the last sentence says."""
     if leading := _leading(lines[0]):
         return leading, "sentence"
     letters = [line for line in lines if LETTER_FIRST.match(line)]
     if len(letters) == 1 and letters[0] == lines[0] and len(lines[0]) <= SHORT:
-        return lines[0], "sentence"
-    explained = len(lines) > 1 and REASONS.match(lines[1]) and _is_value(lines[0])
-    if explained and not SO.match(SENTENCE_END.split(lines[-1])[-1]):
         return lines[0], "sentence"
     concluded = _conclusion(lines[-1])
     return (concluded, "sentence") if concluded else None
@@ -292,16 +321,12 @@ def _leading(line: str) -> str | None:
 
 
 def _conclusion(line: str) -> str | None:
-    """12 of `Therefore, the area is 12.`, with one verb in it: of two, nobody knows which one counts. Reasons conclude
-    nothing but what they say to follow, and a step a number: `Step 2: the total is known`."""
+    """12 of `Therefore, the area is 12.`, with one verb in it: of two, nobody knows which one counts."""
     if len(line) > 10 * LONG or DANGLING.search(line):
         return None
     sentence = SENTENCE_END.split(line)[-1].strip()
-    step = NUMBERED.match(sentence)
-    sentence = CLAUSE.sub("", REASONS.sub("", NUMBERED.sub("", sentence)))
+    sentence = CLAUSE.sub("", sentence)
     so = SO.match(sentence)
-    if REASONS.match(CLAUSE.sub("", line)) and not so:
-        return None
     sentence = CLAUSE.sub("", sentence[so.end() :] if so else sentence)
     sentence = _clause(sentence)
     if len(sentence) > LONG or DENIED.search(VERB.split(sentence)[0]) or re.search(r"(?i)\b(?:if|when)\b|\?", sentence):
@@ -309,7 +334,7 @@ def _conclusion(line: str) -> str | None:
     verbs = [*VERB.finditer(sentence)]
     if len(verbs) == 1 and verbs[0].start():
         subject, predicate = sentence[: verbs[0].start()], sentence[verbs[0].end() :].strip(" :")
-        if re.search(r"[=<>]", subject) or not predicate or (step and not so and not re.search(r"\d", predicate)):
+        if re.search(r"[=<>]", subject) or not predicate:
             return None
         return LEAD_IN.sub("", predicate)
     if not verbs and so and re.search(r"[=≈]|\\approx", sentence):
@@ -334,7 +359,7 @@ def _sentence_of(line: str, match: re.Match) -> str:
 
 def _is_value(line: str) -> bool:
     """Whether a line can be nothing but an answer: a letter, a number, a formula, or up to three words."""
-    if len(line) > SHORT or line[-1] in ":=+-,([{<" or STEP.match(line) or REASONS.match(line):
+    if len(line) > SHORT or line[-1] in ":=+-,([{<" or STEP.match(line):
         return False
     if LETTER_FIRST.match(line):
         return True

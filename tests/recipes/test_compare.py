@@ -522,8 +522,8 @@ def test_what_cannot_be_compared_leaves_nothing_behind(data, texts, tmp_path, mo
         (
             texts,
             {},
-            [*usual, "--search", "2", "--test", data],
-            "the samples of validation have no images to measure the distance from the VLM on, and the others have: ",
+            [*usual, "--search", "2", "--budget", "0.1", "--test", data],  # which has images, unlike validation
+            "--budget is of the distance from the VLM's own answers, and there are",
         ),
         (
             texts,

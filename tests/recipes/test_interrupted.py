@@ -71,10 +71,11 @@ def test_a_configuration_may_be_named_as_any_flag(written, tmp_path):
     assert (run.base, drift.r, train.max_steps) == ("b", 8, -1)
 
 
+MIN_LR = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs"
 MEANT = [  # in a YAML, setting, value
-    ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
-    ("lr_scheduler_kwargs: {min_lr: '1e-6'}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
-    ("lr_scheduler_kwargs: '{min_lr: 1e-6}'", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    (f"{MIN_LR}: {{min_lr: 1e-6}}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    (f"{MIN_LR}: {{min_lr: '1e-6'}}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+    (f"{MIN_LR}: '{{min_lr: 1e-6}}'", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
     ("processor_kwargs: {max_pixels: 1e6, do_resize: 'no'}", "processor_kwargs", {"max_pixels": 10**6, "do_resize": 0}),
     ("drift_alpha_pattern: {mlp: 1e-1, attn: .5}", "drift_alpha_pattern", {"mlp": 0.1, "attn": 0.5}),
     ("learning_rate: 1e-4", "learning_rate", 1e-4),

@@ -1,4 +1,4 @@
-"""recipes/compare.py: which ways there are, what is chosen of them, and the whole way on a tiny pair."""
+"""recipes/compare.py: what is chosen of the ways, what is refused, and the whole way on a tiny pair."""
 
 import importlib
 import json
@@ -7,18 +7,18 @@ from argparse import Namespace
 from pathlib import Path
 
 import compare
-import datasets
 import digits_pair
 import evaluate
 import numpy as np
 import pytest
 import yaml
+from comparisons import SETTINGS, found
 from older import loads_processors
 from parts.choice import columns, summarize, write_choice
-from parts.frontier import Measured, choose, draw, frontier, over_budget, read_measured
+from parts.frontier import choose, draw, frontier, over_budget, read_measured
 from parts.held_out import has_images
 from parts.intervals import interval
-from parts.search import search, space
+from parts.search import space
 from parts.ways import KINDS, ways_of
 from peft import LoraConfig
 from PIL import Image
@@ -30,71 +30,6 @@ from drift_peft.cli import main as drift_peft
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
 )
-SETTINGS = {"base": "b", "data": "d", "prior": "p.safetensors", "expert": "e", "keep": "own", "output_dir": "o"}
-
-
-def found(right, kl):
-    return Measured(np.array(right, float), np.full(5, float(kl)), np.full(5, 1 - kl / 10), ["all"] * len(right))
-
-
-def test_each_way_is_the_recipe_with_what_it_changes():
-    ways = {way.name: way for way in ways_of({**SETTINGS, "merge_first": 0.9}, [], [0.5], [0.2], "k", "0123456789")}
-    assert [*ways] == [
-        "base", "transplant-0.5", "gated-01234567", "sft", "sft-keep", "merged-0.2", "merged-keep-0.2", "drift",
-        "drift-keep", "merged-drift-keep-0.2",
-    ]  # fmt: skip
-    assert ways["base"].trains is None and ways["transplant-0.5"].scale == 0.5
-    assert ways["gated-01234567"].trains is None
-    kept = {key: value for key, value in SETTINGS.items() if key != "keep"}
-    for name, own in (
-        ("sft", {"method": "sft"}),
-        ("sft-keep", {"method": "sft", "keep": "k"}),
-        ("merged-0.2", {"method": "sft", "merge_first": 0.2}),
-        ("merged-keep-0.2", {"method": "sft", "merge_first": 0.2, "keep": "k"}),
-        ("drift", {"method": "drift"}),
-        ("drift-keep", {"method": "drift", "keep": "k"}),
-        ("merged-drift-keep-0.2", {"method": "drift", "merge_first": 0.2, "keep": "k"}),
-    ):
-        assert ways[name].recipe({**SETTINGS, "merge_first": 0.9}) == kept | own
-    plain = {"base": "b", "data": "d"}
-    assert [way.kind for way in ways_of(plain, [], [0.5], [0.2], None)] == ["base", "sft"]
-    for kind, told in (
-        ("drift", "drift cannot be compared: the recipe names no prior"),
-        ("merged", "merged cannot be compared: the recipe names no expert"),
-        ("sft-keep", "names neither a keep set nor images to make it of"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            ways_of(plain, [kind], [0.5], [0.2], None)
-    with pytest.raises(ValueError, match="the expert is asked nothing: name a file of prompts with --texts"):
-        ways_of(SETTINGS, ["gated"], [], [], "k")
-
-
-def test_a_way_that_does_not_keep_does_not_replay_either():
-    ways = {way.kind: way.recipe({**SETTINGS, "replay": 0.2}) for way in ways_of(SETTINGS, [], [], [0.5], "k")[1:]}
-    replaying = {kind for kind, recipe in ways.items() if "replay" in recipe}
-    assert replaying == {"sft-keep", "merged-keep", "drift-keep", "merged-drift-keep"}
-
-
-def test_a_delta_that_is_merged_whole_leaves_nothing_to_steer_toward():
-    ways = ways_of(SETTINGS, ["merged-keep", "merged-drift-keep"], [], [0.5, 1.0], "k")
-    assert [way.name for way in ways] == ["merged-keep-0.5", "merged-keep-1", "merged-drift-keep-0.5"]
-    for kinds in (["merged-drift-keep"], ["merged-keep", "merged-drift-keep"]):
-        with pytest.raises(
-            ValueError, match="merged-drift-keep cannot be compared: of Δ that was merged whole nothing is"
-        ):
-            ways_of(SETTINGS, kinds, [], [1.0], "k")
-    assert [way.name for way in ways_of(SETTINGS, [], [], [1.0], "k")] == [
-        "base", "sft", "sft-keep", "merged-1", "merged-keep-1", "drift", "drift-keep"
-    ]  # fmt: skip
-
-
-def test_what_keeping_does_not_go_with_is_left_out_at_first():
-    settings = {**SETTINGS, "drift_norm": "weight"}
-    kinds = ["drift", "drift-keep"]
-    assert [way.kind for way in ways_of({**settings, "replay": 0.2}, kinds, [], [], "k")] == kinds
-    assert [way.kind for way in ways_of(settings, [], [], [], "k")] == ["base", "sft", "sft-keep", "drift"]
-    with pytest.raises(ValueError, match="drift-keep cannot be compared: drift_norm: weight does not see the gradient"):
-        ways_of(settings, kinds, [], [], "k")
 
 
 def test_the_gated_prior_is_chosen_with_the_commands_that_make_it(tmp_path):
@@ -156,39 +91,6 @@ def test_the_picture_shows_every_way(tmp_path):
     measured = {"base": found([0, 1] * 5, 0), "a": found([1, 1] * 5, 2)}
     draw(measured, {"base": "VLM", "a": "DRIFT"}, "a", tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").width > 500
-
-
-def test_a_search_goes_on_with_the_trial_that_it_was_stopped_at(tmp_path):
-    """It begins with the ways' own settings, stays in the ranges, and tries nothing twice."""
-    settings = {**SETTINGS, "learning_rate": 1e-3}
-    ways = ways_of(settings, ["merged", "drift"], [], [0.5], None)
-    asked = []
-
-    def measure(way, fails=None):
-        asked.append(way)
-        if len(asked) == fails:
-            raise KeyboardInterrupt
-        recipe = way.recipe(settings)
-        return recipe["learning_rate"], recipe.get("merge_first", 0)
-
-    with pytest.raises(KeyboardInterrupt):
-        search(8, ways, settings, lambda way: measure(way, fails=5), tmp_path / "s")
-    tried = search(8, ways, settings, measure, tmp_path / "s")
-    assert asked[4] == asked[5] and asked[4].trains == asked[5].trains and len(asked) == 9
-    assert [way.name for way in tried] == [way.name for way in asked[:4] + asked[5:]]
-    assert search(8, ways, settings, None, tmp_path / "s") == tried
-    own = [way.recipe(settings) for way in tried[:2]]
-    assert own[0]["merge_first"] == 0.5 and [each["learning_rate"] for each in own] == [1e-3] * 2
-    assert len({str(way.trains) for way in tried}) == 8
-    for way in tried:
-        recipe = way.recipe(settings)
-        assert 2e-4 <= recipe["learning_rate"] <= 5e-3
-        assert ("drift_alpha" in way.trains) == (recipe["method"] == "drift") != ("merge_first" in recipe)
-        assert 0.06 <= recipe.get("drift_alpha", 0.3) <= 1.5 and 0.1 <= recipe.get("merge_first", 0.5) <= 0.9
-    with pytest.raises(
-        ValueError, match=r"s holds trials of merged-0.5, drift, and leading are now drift: move it away"
-    ):
-        search(9, ways[1:], settings, measure, tmp_path / "s")
 
 
 def test_the_demos_world_is_a_pair_as_users_have_them(tmp_path, capsys):
@@ -400,72 +302,6 @@ def test_minutes_are_told_where_they_are_known(tmp_path):
     result = {"recipe": "r", "seeds": [0, 1], **summarize(measured, {"one": "one", "both": "both"}, "one")}
     assert [row[-2:] for row in columns(result)[1]] == [["4", "2"], ["4", ""]]
     assert result["ways"]["both"]["minutes"] is None
-
-
-def test_the_best_that_a_search_has_tried_is_a_way_of_its_own(monkeypatch, texts, tmp_path):
-    """Tried on validation samples after training on the others, then trained on all, and written as the choice. There
-    are no images here, and so nothing to keep."""
-    settings = {"base": "b", "data": str(texts), "method": "sft", "use_cpu": True, "learning_rate": 1e-3}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"output_dir": "o", "images_per_sample": 1}))
-    output, trained, asked = tmp_path / "out", [], []
-
-    def launch(script, *flags):
-        flags = dict(zip(map(str, flags[::2]), flags[1::2], strict=True))
-        if Path(script).name == "sft_vlm.py":
-            recipe = yaml.safe_load(Path(flags["--config"]).read_text())
-            trained.append((Path(recipe["data"]).stem, recipe["learning_rate"]))
-            folder = Path(recipe["output_dir"])
-            folder.mkdir()
-            (folder / "run.json").write_text(json.dumps({"results": {"steps": 9, "train_runtime": 60}}))
-            return
-        asked.append(Path(flags["--data"]).stem)
-        rate = trained[-1][1] if "--adapter" in flags else 0
-        rows = [{"category": "all", "correct": rate > 1e-3} for _ in range(2)]
-        flags["-o"].write_text(json.dumps({"samples": rows}))
-
-    monkeypatch.setattr(compare, "launch", launch)
-    flags = [str(tmp_path / "recipe.yaml"), "-o", str(output), "--held-out", "2", "--search", "4", "--steps", "9"]
-    compare.main(flags)
-    numbers = len(trained), len(asked)
-    compare.main(flags)
-    assert numbers == (len(trained), len(asked)) == (6, 7)
-    assert [name for name, _ in trained] == ["train", *["fitting"] * 4, "train"] and trained[1] == ("fitting", 1e-3)
-    assert asked == ["test"] * 2 + ["validation"] * 4 + ["test"]
-    best = next(rate for _, rate in trained[1:] if rate > 1e-3)
-    assert trained[-1] == ("train", best)
-    choice = yaml.safe_load((output / "choice.yaml").read_text(encoding="utf-8"))
-    assert choice == settings | {"output_dir": "o", "images_per_sample": 1, "learning_rate": best, "max_steps": 9}
-    result = json.loads((output / "compared.json").read_text(encoding="utf-8"))
-    assert [way["right"] for way in result["ways"].values()] == [0, 0, 100] and "kl" not in result["ways"]["base"]
-    sizes = {name: len(datasets.Dataset.from_parquet(str(output / f"{name}.parquet"))) for name in ("train", "fitting")}
-    assert sizes == {"train": 6, "fitting": 4} and not (output / "compared.png").exists()
-
-
-def test_what_is_beyond_the_budget_loses_nothing_that_was_measured(monkeypatch, data, tmp_path, capsys):
-    """Where all trials of a search are, a way that was compared is chosen; where all ways are, none."""
-
-    def measure(comparison, way, exam="test"):
-        return found([0, 0], 0) if way.kind == "base" else found([1, 1], 0.5)
-
-    monkeypatch.setattr(compare, "read_recipe", lambda file: {"base": "b", "data": str(data), "method": "sft"})
-    monkeypatch.setattr(compare.Comparison, "measure", measure)
-    monkeypatch.setattr(compare, "launch", lambda *command: None)
-    output, flags = tmp_path / "out", ["r.yaml", "--held-out", "2", "-o", str(tmp_path / "out"), "--ways"]
-    compare.main([*flags, "base", "sft", "--search", "2", "--budget", "0.1"])
-    told = "note: no trial costs at most 0.1 nats a token: the least is 0.5; so none is trained on all samples"
-    assert told in capsys.readouterr().err
-    result = json.loads((output / "compared.json").read_text())
-    assert [*result["ways"]] == ["base", "sft"] and result["choice"] == "base" and (output / "choice.yaml").exists()
-
-    told = r"no way costs at most 0\.1 nats a token: the least is 0\.5: raise --budget or leave it out, and the same"
-    for more in ([], ["--json"]):
-        with pytest.raises(SystemExit, match=told):
-            compare.main([*flags, "sft", "--budget", "0.1", *more])
-        shown = capsys.readouterr().out
-        result = json.loads((output / "compared.json").read_text())
-        assert json.loads(shown) == result if more else "100.0" in shown
-        assert result["choice"] is None and result["ways"]["sft"]["below_choice"] is None
-        assert (output / "compared.png").exists() and not (output / "choice.yaml").exists()
 
 
 def test_what_cannot_be_compared_is_one_sentence(data, tmp_path):

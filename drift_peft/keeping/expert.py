@@ -83,7 +83,7 @@ class Expert:
         """
         texts = [self.asked(prompt) for prompt in prompts]
         openings = ["" if opened else think_prefix(text) for text in texts]
-        with with_room(f"{len(prompts)} prompts"), evaluated(self.model):
+        with with_room(f"{len(prompts)} prompts", not self.load_in_4bit), evaluated(self.model):
             # The template has written the special tokens.
             inputs = self.tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
             inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}

@@ -91,14 +91,17 @@ def refuse_offloaded(model: nn.Module, name: str, asked: str) -> None:
 
 
 @contextlib.contextmanager
-def with_room(asked: str) -> Iterator[None]:
-    """ValueError if the GPU has no room for what is asked at a time, such as "8 questions"."""
+def with_room(asked: str, in_4bit_helps: bool) -> Iterator[None]:
+    """ValueError if the GPU has no room for what is asked at a time, such as "8 questions".
+
+    `in_4bit_helps`: the caller could load the model with load_in_4bit, and does not.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        or_in_4bit = ", or load_in_4bit=True (--load-in-4bit)" if in_4bit_helps else ""
         raise ValueError(
-            f"the GPU has no room for {asked} at a time: pass a smaller batch_size (--batch-size), or "
-            "load_in_4bit=True (--load-in-4bit)"
+            f"the GPU has no room for {asked} at a time: pass a smaller batch_size (--batch-size){or_in_4bit}"
         ) from error
 
 

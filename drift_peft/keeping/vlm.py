@@ -189,7 +189,8 @@ class Vlm:
             ValueError: there is no room for the batch on the GPU, or the model gives NaN.
         """
         scored = []
-        with with_room(f"{len(images)} questions"), evaluated(self.model):
+        in_4bit_helps = self._given is None and not self.load_in_4bit
+        with with_room(f"{len(images)} questions", in_4bit_helps), evaluated(self.model):
             inputs = to_model_device(prompts(self.processor, images, questions), self.model)
             answers = greedy(self.model, self.processor.tokenizer, inputs, max_new_tokens, self.places)
             whole, answer_mask = append_answers(inputs, answers, self.processor.tokenizer.pad_token_id)

@@ -71,6 +71,7 @@ class Scales:
         keep_set.check(self._vlm.processor)
         keep_set.check_config(self._vlm.config)
         self._keep_set, self._batch_size, self._progress = keep_set, batch_size, progress
+        self._in_4bit_helps = not load_in_4bit
         self.costs: list[Cost] = []
 
     def of_adapter(self, folder: Path) -> None:
@@ -85,7 +86,8 @@ class Scales:
         self._begin(model, set_scale)
 
     def of_weights(self, sources: dict[str, Checkpoint], match: Match) -> None:
-        """Have the scale be λ in W + λ·Δ of all matched weights."""
+        """Have the scale be λ in W + λ·Δ of all matched weights, which are not in 4 bits."""
+        self._in_4bit_helps = False
         model = self._loaded()
         names = {raw: name for name, raw in sources["base"].in_memory.items()}
 
@@ -104,7 +106,7 @@ class Scales:
             if known.scale == scale:
                 return known
         self._set_scale(scale)
-        with with_room(f"{self._batch_size} answers"):
+        with with_room(f"{self._batch_size} answers", self._in_4bit_helps):
             distances = measure(self._model, self._keep_set, self._vlm.processor, self._batch_size, self._progress)
         total = summarize(distances)["total"]
         self.costs.append(Cost(scale, total["kl"], tuple(total["kl_interval"]), total["agreement"]))

@@ -8,6 +8,7 @@ import torch
 from interrupted_builds import interrupt, kill_at_any_moment
 from keep_sets import SETTINGS, make
 from openai_server import OpenAI
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from drift_peft.keeping import make as module
 
@@ -89,13 +90,19 @@ def test_nothing_is_left_where_nothing_was_done(folder, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_gpu_without_room(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loaded", ["as it is", "in 4 bits", "by the caller"])
+def test_a_gpu_without_room(loaded, folder, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("drift_peft.keeping.vlm.greedy", full)
-    with pytest.raises(ValueError, match=r"no room for 4 questions at a time: pass a smaller batch_size"):
-        make(folder, tmp_path / "k.safetensors")
+    options = {"load_in_4bit": True} if loaded == "in 4 bits" else {}
+    if loaded == "by the caller":
+        options["model_or_id"] = AutoModelForImageTextToText.from_pretrained(folder / "base")
+        options["processor"] = AutoProcessor.from_pretrained(folder / "base")
+    helps = r", or load_in_4bit=True \(--load-in-4bit\)" if loaded == "as it is" else ""
+    with pytest.raises(ValueError, match=rf"no room for 4 questions .* a smaller batch_size \(--batch-size\){helps}$"):
+        make(folder, tmp_path / "k.safetensors", **options)
 
 
 def test_a_server_that_goes_away(folder, tmp_path, monkeypatch):

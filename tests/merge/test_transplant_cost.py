@@ -1,6 +1,7 @@
 """What a transplant costs: KL from the VLM on its own answers, and the largest scale below a budget."""
 
 import json
+import re
 import shutil
 
 import accelerate
@@ -127,11 +128,20 @@ def test_the_command_line(kept, capsys):
     assert status == 2 and "--scale takes a number or auto, got all" in err
 
 
-def test_a_gpu_without_room_says_what_helps(kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "helps"),
+    [
+        ({"expert": "lora"}, "(--batch-size), or load_in_4bit=True (--load-in-4bit)"),
+        ({"expert": "lora", "load_in_4bit": True}, "(--batch-size)"),
+        ({"merged": True}, "(--batch-size)"),  # which measures its weights in full precision
+    ],
+)
+def test_a_gpu_without_room_says_what_helps(options, helps, kept, tmp_path, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("drift_peft.merge.cost.measure", full)
-    with pytest.raises(ValueError, match=r"^the GPU has no room for 8 answers at a time: pass a smaller batch_size"):
-        go(kept, "lora", output=tmp_path / "out", keep=kept / "keep.safetensors")
+    said = re.escape(f"the GPU has no room for 8 answers at a time: pass a smaller batch_size {helps}")
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        go(kept, output=tmp_path / "out", keep=kept / "keep.safetensors", **options)
     assert not list(tmp_path.iterdir())

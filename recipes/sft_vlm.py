@@ -38,6 +38,7 @@ from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whol
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
 from parts.processing import load_processor, processor_settings
+from parts.rehearsal import rehearse_loading
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
 from parts.stamp import is_missing
@@ -238,6 +239,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
     """All that a mistake in the settings may break. Returns the trainer, and what run.json says so far."""
     base = Checkpoint(run.base)
     held.add("base", run.base, mark_of(base))
+    rehearse_loading(base, train.model_init_kwargs or {})
     if run.merge and run.verify:
         check_memory(base)
     settings = processor_settings(run.processor_kwargs, train.chat_template_path)

@@ -8,7 +8,7 @@ from .dry_run import MEASURE
 
 READ = "dtype", "attn_implementation"
 # What changes nothing of the memory.
-OTHERS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "use_cache", "use_safetensors",
+OTHERS = ("trust_remote_code", "cache_dir", "token", "local_files_only", "use_cache", "use_safetensors",
           "low_cpu_mem_usage")  # fmt: skip
 
 
@@ -20,8 +20,6 @@ def check_loading(kwargs: dict | None, computes: torch.dtype) -> None:
     """
     own = str(computes).removeprefix("torch.")
     for key, value in (kwargs or {}).items():
-        if key == "quantization_config":
-            raise ValueError(f"model_init_kwargs has {key}, which the recipe sets itself: leave it out")
         if key == "dtype" and value != own:
             raise ValueError(
                 f"model_init_kwargs has dtype {value}, while training computes in {own} by bf16 and fp16, and what the "

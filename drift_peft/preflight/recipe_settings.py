@@ -30,6 +30,15 @@ NEVER = {  # TRL's settings that no recipe can take, unless they are as they com
     "pad_to_multiple_of": "a question and its answer are not padded to a multiple: leave it out",
     "save_only_model": "training goes on from a checkpoint only with its optimizer: leave it out",
 }
+LOADED = {  # keys of model_init_kwargs that no recipe can take -> why
+    "revision": "while prior, keep set and processor are those of base: name it there, as base: id@revision",
+    "quantization_config": "which the recipe sets itself: leave it out",
+    "torch_dtype": "the former name of dtype, which is set beside it and wins: write dtype",
+    **dict.fromkeys(
+        ("subfolder", "variant", "config", "state_dict"),
+        "with which others than the weights of prior and keep set are trained: name in base what holds these alone",
+    ),
+}
 
 
 @dataclass
@@ -172,6 +181,9 @@ def refuse_what_cannot_work(training: Mapping[str, Any], kind: type = TrainingAr
         if isinstance(kwargs, dict) and kwargs.get("selective"):
             why = "TRL's own way to it fails in the first step with transformers from 5.23"
             raise ValueError(f"{name}={value} cannot be: {why}: leave out selective")
+    loading = as_meant("model_init_kwargs", training.get("model_init_kwargs"), dict)
+    if isinstance(loading, dict) and (key := next((key for key in LOADED if key in loading), None)):
+        raise ValueError(f"model_init_kwargs has {key}, {LOADED[key]}")
     if training.get("train_sampling_strategy") == "group_by_length":
         raise ValueError(
             "train_sampling_strategy=group_by_length cannot be: how long a sample is with its images shows in the step "

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig, TrlParser
 
 from drift_peft import DriftConfig
@@ -23,7 +24,7 @@ from drift_peft.preflight import (
     refuse_what_cannot_work,
     value_of,
 )
-from drift_peft.recipe import check_value, read_recipe
+from drift_peft.recipe import as_meant, check_value, read_recipe
 from drift_peft.warn import warn
 
 from .checkpoints import checkpoints, earlier_record, is_whole, newest_whole
@@ -39,6 +40,8 @@ class TrainArguments(SFTConfig):
     max_length: int | None = field(default=None, metadata={"help": "stays None: see --max-tokens"})
 
     def __post_init__(self):
+        for name in self._VALID_DICT_FIELDS:  # of which transformers reads JSON alone
+            setattr(self, name, self._settings_of(name))
         refuse_what_cannot_work(vars(self), type(self))
         self._refuse_unknown_reports()
         if not self.use_cpu and not torch.cuda.is_available():
@@ -48,6 +51,17 @@ class TrainArguments(SFTConfig):
         rehearse(self)
         if self.resume_from_checkpoint:
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))
+
+    def _settings_of(self, name: str) -> Any:
+        """A setting that is settings itself, on the command line as YAML; a text may also name a file of them."""
+        value = as_meant(name, getattr(self, name), dict)
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            raise ValueError(f"{name}={value} is no YAML: write {name}={{key: value}}")
+        if name == "accelerator_config" and isinstance(value, dict):
+            known = AcceleratorConfig.__dataclass_fields__
+            if unknown := next((key for key in value if key not in known), None):
+                raise ValueError(f"accelerator_config has the unknown key {unknown}; {guess(unknown, known)}")
+        return value
 
     def _refuse_unknown_reports(self) -> None:
         named = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []

@@ -5,17 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
+from drift_peft.arguments import nearest
+from drift_peft.checkpoints import Checkpoint
 from drift_peft.warn import first_line
 
 STEPS = 1000  # of a run in epochs, whose length is not known yet
+# Keys of model_init_kwargs that are tried on a model without weights, and those that from_pretrained takes besides.
+TRIED = "attn_implementation", "experts_implementation", "dtype"
+ALSO_TAKEN = ("trust_remote_code", "low_cpu_mem_usage", "device_map", "max_memory", "offload_folder", "offload_buffers",
+              "proxies", "key_mapping", "use_kernels", "allow_all_kernels", "kernel_config",
+              "tp_plan", "tp_size", "device_mesh", "distributed_config")  # fmt: skip
 
 
 def rehearse(train: TrainingArguments) -> None:
@@ -32,6 +42,9 @@ def rehearse(train: TrainingArguments) -> None:
         steps = train.max_steps if train.max_steps > 0 else STEPS
         warmup, kwargs = train.get_warmup_steps(steps), train.lr_scheduler_kwargs
         get_scheduler(train.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+    if train.gradient_checkpointing and (kwargs := train.gradient_checkpointing_kwargs):
+        with _refused(f"gradient_checkpointing_kwargs={kwargs}", "change them, or leave them out"):
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **kwargs})
     workers = {name: getattr(train, f"dataloader_{name}", None) for name in ("num_workers", "persistent_workers")}
     context = getattr(train, "dataloader_multiprocessing_context", None)
     way_out = "change it, or leave out what else is said of dataloader_…"
@@ -46,6 +59,20 @@ def rehearse(train: TrainingArguments) -> None:
     if train.push_to_hub:
         with _refused("push_to_hub=True", "run hf auth login, or leave it out"):
             HfApi(token=train.hub_token).whoami()
+
+
+def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
+    """ValueError for model_init_kwargs with which the base is not loaded in the end."""
+    taken = {*TRIED, *ALSO_TAKEN, *inspect.signature(PreTrainedModel.from_pretrained).parameters}
+    for key in kwargs:
+        if key not in taken and not hasattr(base.config, key):
+            meant = nearest(key, [*taken]) or "leave it out"
+            raise ValueError(f"model_init_kwargs has {key}, with which nothing loads {base.source}; {meant}")
+    tried, config = {key: value for key, value in kwargs.items() if key in TRIED}, copy.deepcopy(base.config)
+    config.quantization_config = None
+    way_out = "install what it takes, name another, or leave it out"
+    with _refused(f"model_init_kwargs={tried}", way_out), torch.device("meta"):
+        base.auto_class.from_config(config, **tried)
 
 
 def _optimizer(train: TrainingArguments) -> torch.optim.Optimizer:

@@ -153,7 +153,7 @@ def test_the_command(recipe, capsys):
 def test_eager_attention_is_counted_in_tower_and_language_model(recipe, capsys):
     plain, eager, same = (
         json.loads(run(capsys, "preflight", recipe, "--json", "--set", f"model_init_kwargs={kwargs}")[1])
-        for kwargs in ("null", "{attn_implementation: eager, revision: main}", "{dtype: bfloat16}")
+        for kwargs in ("null", "{attn_implementation: eager, use_cache: false}", "{dtype: bfloat16}")
     )
     assert eager["total_gb"] > plain["total_gb"] and same["parts_gb"] == plain["parts_gb"]
 
@@ -272,7 +272,7 @@ def test_a_key_that_no_recipe_has_is_not_passed_over(key, way_out, recipe, capsy
             ["model_init_kwargs={device_map: cpu}"],
             "what device_map in model_init_kwargs takes is not counted: leave it",
         ),
-        (["model_init_kwargs={torch_dtype: float32}"], "what torch_dtype in model_init_kwargs takes is not counted"),
+        (["model_init_kwargs={torch_dtype: float32}"], "has torch_dtype, the former name of dtype"),
         (["model_init_kwargs={dtype: float32}"], "dtype float32, while training computes in bfloat16 by bf16 and fp16"),
         (["model_init_kwargs={quantization_config: {}}"], "has quantization_config, which the recipe sets itself"),
         (["processor_kwargs={max_patches: many}"], "max_patches must be a whole number ≥ 1, got 'many'"),

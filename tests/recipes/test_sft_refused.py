@@ -1,5 +1,6 @@
 """What recipes/sft_vlm.py says of settings that do nothing in a run, or cannot work: before anything is made."""
 
+import json
 import shutil
 import warnings
 
@@ -153,3 +154,58 @@ def test_what_trainer_can_make_of_its_settings_is_taken(settings):
     parse(
         flags(base="b", data="d", method="sft", output_dir="o", use_cpu=True, bf16=False, **settings), sft_vlm.__doc__
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("model_init_kwargs: {revision: v2}", "model_init_kwargs has revision, while prior, .*: name it there"),
+        ("model_init_kwargs: {subfolder: a}", "model_init_kwargs has subfolder, with which others than the weights"),
+        ("model_init_kwargs: {torch_dtype: float32}", "has torch_dtype, the former name of dtype, .*: write dtype"),
+        ("accelerator_config: {split_batch: true}", "has the unknown key split_batch; did you mean split_batches"),
+        (
+            "gradient_checkpointing_kwargs: {use_reentrance: true}",
+            "^gradient_checkpointing_kwargs={'use_reentrance': True} cannot be: .*'use_reentrance': change them",
+        ),
+    ],
+)
+def test_settings_inside_a_setting_are_refused(line, told, written):
+    with pytest.raises(ValueError, match=told):
+        written(line)
+
+
+def test_settings_inside_a_setting_are_yaml_on_the_command_line_too(written):
+    flags = "--model-init-kwargs", "{attn_implementation: eager}", "--gradient-checkpointing-kwargs={use_reentrant: no}"
+    train = written("", *flags, "--accelerator-config", '{"even_batches": false}')[2]
+    assert train.model_init_kwargs == {"attn_implementation": "eager"}
+    assert train.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert train.accelerator_config.even_batches is False
+    with pytest.raises(ValueError, match=r"^model_init_kwargs=\{dtype: is no YAML: write model_init_kwargs=\{key"):
+        written("", "--model-init-kwargs", "{dtype:")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        (
+            {"attn_implementation": "flash_attention_2"},
+            r"attn_implementation': 'flash_attention_2'} cannot be: .*: inst",
+        ),
+        (
+            {"attn_implementation": "flash"},
+            r"cannot be: Specified `attn_implementation=.*: install what it takes, name",
+        ),
+        ({"dtype": "float17"}, "model_init_kwargs={'dtype': 'float17'} cannot be: .*float17"),
+        ({"atn_implementation": "eager"}, r"has atn_implementation, .*base; did you mean attn_implementation\?"),
+    ],
+)
+def test_what_the_base_is_not_loaded_with_is_told_before_the_prior_is_built(kwargs, told, train, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "open_prior", lambda _: pytest.fail("the prior was opened"))
+    with pytest.raises(SystemExit, match=told):
+        train(**FAST, model_init_kwargs=json.dumps(kwargs))
+
+
+def test_what_the_base_is_loaded_with(train):
+    kwargs = {"attn_implementation": {"text_config": "eager"}, "low_cpu_mem_usage": True}
+    trainer, _ = train(**{**FAST, "max_steps": 1}, model_init_kwargs=json.dumps(kwargs))
+    assert trainer.model.config.text_config._attn_implementation == "eager"

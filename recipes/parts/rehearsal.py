@@ -44,7 +44,8 @@ def rehearse(train: TrainingArguments) -> None:
         get_scheduler(train.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
     if train.gradient_checkpointing and (kwargs := train.gradient_checkpointing_kwargs):
         with _refused(f"gradient_checkpointing_kwargs={kwargs}", "change them, or leave them out"):
-            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **kwargs})
+            given = {"use_reentrant": False, **{key: value for key, value in kwargs.items() if key != "selective"}}
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **given)  # TRL takes selective out
     workers = {name: getattr(train, f"dataloader_{name}", None) for name in ("num_workers", "persistent_workers")}
     context = getattr(train, "dataloader_multiprocessing_context", None)
     way_out = "change it, or leave out what else is said of dataloader_…"

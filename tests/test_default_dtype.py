@@ -83,12 +83,13 @@ def test_files_are_the_same_bytes(case, expected, tmp_path):
         assert weights(MADE[case](tmp_path)) == wanted
 
 
-THREADED = ("prior", "combined", "merged", "ties", "dare_linear", "dare_ties")  # the others are made by the same code
+THREADED = {  # the others are made by the same code
+    **{"prior": (), "combined": pytest.mark.slow, "merged": pytest.mark.slow, "ties": ()},
+    **dict.fromkeys(("dare_linear", "dare_ties"), scales_what_dare_keeps),
+}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=scales_what_dare_keeps if "dare" in c else ()) for c in THREADED]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks) for case, marks in THREADED.items()])
 def test_threads_make_the_same_bytes(case, expected, tmp_path):
     """While others change the default dtype, as reading a model does, and draw random numbers."""
     wanted = expected(case)

@@ -172,6 +172,7 @@ def test_startup_in_its_smallest_size(capsys):
     assert ["prior", "build", "--help"] in startup.CALLS and ["preflight", "--help"] in startup.CALLS
 
 
+@pytest.mark.slow
 def test_fits_24gb_in_its_smallest_size(capsys):
     printed, result = ran(fits_24gb, capsys, "--smallest", "--tokens", 64)
     assert result["guided_steps"] == 2 and "no CUDA device" in printed

@@ -34,6 +34,7 @@ def begun(folder, body, **environment):
     return subprocess.Popen([sys.executable, script], **streams, start_new_session=True, env=os.environ | environment)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such locale")
 def test_workers_import_torch_in_silence_where_the_locale_is_ascii(tmp_path):
     body = """rates = "__import__('drift_peft.demo.compare').demo.compare.learning_rates()"

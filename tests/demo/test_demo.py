@@ -200,6 +200,7 @@ def test_the_demo_runs_from_prior_to_merged_model(tmp_path, capsys):
     assert moved and all(re.search(r"language_model\.layers\.\d\..*_proj\.weight", name) for name in moved)
 
 
+@pytest.mark.slow
 def test_other_processes_change_nothing_but_the_time():
     given = {"seed": 4, "methods": ["vlm", "drift-keep"], "steps": 2, "size": 2, "show": False}
     here = demo.run(**given)

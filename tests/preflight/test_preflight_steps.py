@@ -234,7 +234,7 @@ def test_eager_attention_of_the_vision_tower_is_counted(family, pixels, inputs):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"checkpointing": False, "answer": 40},
+    {}, pytest.param({"checkpointing": False, "answer": 40}, marks=slow),
     pytest.param({"checkpointing": False}, marks=slow), pytest.param({"answer": 40}, marks=slow),
 ])  # fmt: skip
 def test_a_step_less_a_layer_is_one_without_it(changes, monkeypatch):

@@ -29,6 +29,7 @@ def pair(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_killed_at_any_moment(pair):
     output = pair / "p.safetensors"
     arguments, settings = (pair / "expert", pair / "vlm", output), {"rank": 16, "progress": False}

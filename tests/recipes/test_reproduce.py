@@ -171,6 +171,7 @@ def test_what_one_of_the_ways_cannot_do_is_refused_before_the_first_is_trained(l
         reproduced.main(["--config", str(recipe), *flags])
 
 
+@pytest.mark.slow
 def test_a_model_of_another_recipe_is_not_taken_for_this_ones(recipe, tmp_path):
     (tmp_path / "out/sft-merged").mkdir(parents=True)
     first, *_ = reproduce(recipe, OUT=tmp_path / "out", DRY_RUN=1)

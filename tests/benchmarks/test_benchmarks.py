@@ -100,6 +100,7 @@ def narrow():
     shutil.rmtree(prior.parent)
 
 
+@pytest.mark.slow
 def test_plain_and_guided_steps_alternate(narrow, monkeypatch):
     model, prior, inputs = narrow
     alone = step_overhead.lora_alone(model, inputs, 1)

@@ -36,7 +36,7 @@ LOADED = {  # keys of model_init_kwargs that no recipe can take -> why
     "torch_dtype": "the former name of dtype, which is set beside it and wins: write dtype",
     **dict.fromkeys(
         ("subfolder", "variant", "config", "state_dict"),
-        "with which others than the weights of prior and keep set are trained: name in base what holds these alone",
+        "which may load other weights than those that prior and keep set are made of: leave it out",
     ),
 }
 

@@ -69,11 +69,12 @@ def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
         if key not in taken and not hasattr(base.config, key):
             meant = nearest(key, [*taken]) or "leave it out"
             raise ValueError(f"model_init_kwargs has {key}, with which nothing loads {base.source}; {meant}")
-    tried, config = {key: value for key, value in kwargs.items() if key in TRIED}, copy.deepcopy(base.config)
-    config.quantization_config = None
-    way_out = "install what it takes, name another, or leave it out"
-    with _refused(f"model_init_kwargs={tried}", way_out), torch.device("meta"):
-        base.auto_class.from_config(config, **tried)
+    if tried := {key: value for key, value in kwargs.items() if key in TRIED}:
+        config = copy.deepcopy(base.config)
+        config.quantization_config = None
+        way_out = "install what it takes, name another, or leave it out"
+        with _refused(f"model_init_kwargs={tried}", way_out), torch.device("meta"):
+            base.auto_class.from_config(config, **tried)
 
 
 def _optimizer(train: TrainingArguments) -> torch.optim.Optimizer:

@@ -160,7 +160,7 @@ def test_what_trainer_can_make_of_its_settings_is_taken(settings):
     ("line", "told"),
     [
         ("model_init_kwargs: {revision: v2}", "model_init_kwargs has revision, while prior, .*: name it there"),
-        ("model_init_kwargs: {subfolder: a}", "model_init_kwargs has subfolder, with which others than the weights"),
+        ("model_init_kwargs: {subfolder: a}", "model_init_kwargs has subfolder, which may load other weights than"),
         ("model_init_kwargs: {torch_dtype: float32}", "has torch_dtype, the former name of dtype, .*: write dtype"),
         ("accelerator_config: {split_batch: true}", "has the unknown key split_batch; did you mean split_batches"),
         (

@@ -13,7 +13,10 @@ import yaml
 NAMES = {bool: "yes or no", int: "a whole number", float: "a number", str: "a text", list: "a list"}
 NAMES[dict] = "settings such as {name: value}"
 WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
-NESTED = ("processor_kwargs", "lr_scheduler_kwargs", "drift_alpha_pattern")  # what has numbers and switches inside
+# What has numbers and switches inside.
+NESTED = ("processor_kwargs", "lr_scheduler_kwargs", "drift_alpha_pattern", "accelerator_config", "fsdp_config",
+          "deepspeed", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
+          "model_init_kwargs")  # fmt: skip
 
 
 class KeyTwice(yaml.YAMLError):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
@@ -22,9 +21,10 @@ from drift_peft.warn import first_line
 
 STEPS = 1000  # of a run in epochs, whose length is not known yet
 # Keys of model_init_kwargs that are tried on a model without weights, and those that from_pretrained takes besides.
-TRIED = "attn_implementation", "experts_implementation", "dtype"
-ALSO_TAKEN = ("trust_remote_code", "low_cpu_mem_usage", "device_map", "max_memory", "offload_folder", "offload_buffers",
-              "proxies", "key_mapping", "use_kernels", "allow_all_kernels", "kernel_config",
+TRIED = "attn_implementation", "experts_implementation"
+DTYPES = "auto", "bfloat16", "float16", "float32"  # as TRL has them
+ALSO_TAKEN = ("dtype", "trust_remote_code", "low_cpu_mem_usage", "device_map", "max_memory", "offload_folder",
+              "offload_buffers", "proxies", "key_mapping", "use_kernels", "allow_all_kernels", "kernel_config",
               "tp_plan", "tp_size", "device_mesh", "distributed_config")  # fmt: skip
 
 
@@ -42,10 +42,6 @@ def rehearse(train: TrainingArguments) -> None:
         steps = train.max_steps if train.max_steps > 0 else STEPS
         warmup, kwargs = train.get_warmup_steps(steps), train.lr_scheduler_kwargs
         get_scheduler(train.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-    if train.gradient_checkpointing and (kwargs := train.gradient_checkpointing_kwargs):
-        with _refused(f"gradient_checkpointing_kwargs={kwargs}", "change them, or leave them out"):
-            given = {"use_reentrant": False, **{key: value for key, value in kwargs.items() if key != "selective"}}
-            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **given)  # TRL takes selective out
     workers = {name: getattr(train, f"dataloader_{name}", None) for name in ("num_workers", "persistent_workers")}
     context = getattr(train, "dataloader_multiprocessing_context", None)
     way_out = "change it, or leave out what else is said of dataloader_…"
@@ -64,11 +60,16 @@ def rehearse(train: TrainingArguments) -> None:
 
 def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
     """ValueError for model_init_kwargs with which the base is not loaded in the end."""
-    taken = {*TRIED, *ALSO_TAKEN, *inspect.signature(PreTrainedModel.from_pretrained).parameters}
+    own = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
+    taken = {*TRIED, *ALSO_TAKEN, *(p.name for p in own if p.kind is p.KEYWORD_ONLY)} - {"config", "revision"}
     for key in kwargs:
         if key not in taken and not hasattr(base.config, key):
             meant = nearest(key, [*taken]) or "leave it out"
             raise ValueError(f"model_init_kwargs has {key}, with which nothing loads {base.source}; {meant}")
+    if kwargs.get("dtype", "auto") not in DTYPES:
+        raise ValueError(f"model_init_kwargs has dtype {kwargs['dtype']!r}: it takes one of {', '.join(DTYPES)}")
+    if kwargs.get("allow_all_kernels"):  # which loading alone allows
+        return
     if tried := {key: value for key, value in kwargs.items() if key in TRIED}:
         config = copy.deepcopy(base.config)
         config.quantization_config = None

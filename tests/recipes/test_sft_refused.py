@@ -163,10 +163,6 @@ def test_what_trainer_can_make_of_its_settings_is_taken(settings):
         ("model_init_kwargs: {subfolder: a}", "model_init_kwargs has subfolder, which may load other weights than"),
         ("model_init_kwargs: {torch_dtype: float32}", "has torch_dtype, the former name of dtype, .*: write dtype"),
         ("accelerator_config: {split_batch: true}", "has the unknown key split_batch; did you mean split_batches"),
-        (
-            "gradient_checkpointing_kwargs: {use_reentrance: true}",
-            "^gradient_checkpointing_kwargs={'use_reentrance': True} cannot be: .*'use_reentrance': change them",
-        ),
     ],
 )
 def test_settings_inside_a_setting_are_refused(line, told, written):
@@ -176,7 +172,7 @@ def test_settings_inside_a_setting_are_refused(line, told, written):
 
 def test_settings_inside_a_setting_are_yaml_on_the_command_line_too(written):
     flags = "--model-init-kwargs", "{attn_implementation: eager}", "--gradient-checkpointing-kwargs={use_reentrant: no}"
-    train = written("", *flags, "--accelerator-config", '{"even_batches": false}')[2]
+    train = written("", *flags, "--accelerator-config", '{"even_batches": "false"}')[2]
     assert train.model_init_kwargs == {"attn_implementation": "eager"}
     assert train.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert train.accelerator_config.even_batches is False
@@ -195,7 +191,7 @@ def test_settings_inside_a_setting_are_yaml_on_the_command_line_too(written):
             {"attn_implementation": "flash"},
             r"cannot be: Specified `attn_implementation=.*: install what it takes, name",
         ),
-        ({"dtype": "float17"}, "model_init_kwargs={'dtype': 'float17'} cannot be: .*float17"),
+        ({"dtype": "float17"}, "has dtype 'float17': it takes one of auto, bfloat16"),
         ({"atn_implementation": "eager"}, r"has atn_implementation, .*base; did you mean attn_implementation\?"),
     ],
 )

@@ -44,11 +44,8 @@ train() { # name, its settings
 }
 
 # before a night of training
-PYTHONPATH=$modules "$python" -m parts.reproduced --config "$recipe" "$@"
-if [[ -n ${VLMEVALKIT:-} ]]; then
-  asked=$(PYTHONPATH=$modules "$python" -m parts.eval_settings --config "$recipe" "$@")
-  { read -r settings && read -r kind && read -r base; } <<< "$asked"
-fi
+asked=$(PYTHONPATH=$modules "$python" -m parts.reproduced --config "$recipe" "$@")
+[[ -z ${VLMEVALKIT:-} ]] || { read -r settings && read -r kind && read -r base; } <<< "$asked"
 
 train sft --method sft --merge-first null --keep-weight 0
 train merged --method sft --merge-first 0.2 --keep-weight 0

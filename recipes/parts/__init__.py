@@ -42,6 +42,6 @@ frontier      task against keeping: what was measured, which ways nothing beats,
 choice        what a comparison says: numbers, table, and the recipe of the way to take
 outputs       results of VLMEvalKit, lmms-eval and evaluate.py, as they are read
 asked_models  the models that reproduce_drift.sh asks, and a mark of each beside its answers
-reproduced    whether reproduce_drift.sh can train a recipe in each of its ways
+reproduced    whether reproduce_drift.sh can train a recipe in each of its ways, and ask it
 eval_settings  what reproduce_drift.sh asks beside what it trains, and with which settings
 """

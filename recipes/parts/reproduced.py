@@ -1,10 +1,11 @@
-"""Whether reproduce_drift.sh can train a recipe in each of its ways, asked before it trains the first one.
+"""Whether reproduce_drift.sh can train a recipe in each of its ways and ask it, before it trains the first one.
 
-Run with the flags of sft_vlm.py.
+Run with the flags of sft_vlm.py. Where VLMEVALKIT is set, it prints what that is asked with, a line each.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import fields
 
@@ -13,13 +14,14 @@ from drift_peft.recipe import read_recipe
 
 from .arguments import RecipeParser, refuse_forgotten
 from .command_line import in_one_sentence
+from .eval_settings import asked
 
 WAYS = (("sft", 0.2), ("drift", None))  # method and merge_first; what both can, the ways without keeping can, too
 SET = ("method", "merge-first", "replay", "output-dir", "merge", "resume-from-checkpoint")  # by the script
 
 
-def check(arguments: list[str]) -> None:
-    """ValueError for what a run would refuse that is not the first, or what would not be what its way is called."""
+def checked(arguments: list[str]) -> str:
+    """The base. ValueError for what a run would refuse that is not the first, or would not be what its way is called."""
     parser = RecipeParser(__doc__)
     named, flags = parser.first.parse_known_args(arguments)
     parser.set_defaults_with_config(**read_recipe(named.config))
@@ -35,11 +37,14 @@ def check(arguments: list[str]) -> None:
             what = "names none in keep" if run.keep_weight else "has keep_weight=0, which keeps nothing"
             raise ValueError(f"drift-keep keeps by a keep set, and the recipe {what}: set it, as the recipes here do")
         check_together(run, adapter_of(run, {name: way[name] for name in (*LORA, *DRIFT)}), way)
+    return settings["base"]
 
 
 def main(arguments: list[str]) -> None:
     with in_one_sentence("reproduce_drift.sh", ValueError, OSError):
-        check(arguments)
+        base = checked(arguments)
+        if os.environ.get("VLMEVALKIT"):
+            print(*asked(base), sep="\n")
 
 
 if __name__ == "__main__":

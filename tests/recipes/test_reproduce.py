@@ -11,7 +11,7 @@ import sys
 import pytest
 import sft_vlm
 import yaml
-from parts import asked_models, eval_settings, reproduced
+from parts import asked_models, reproduced
 from parts.arguments import parse
 from recipe_runs import CONFIGS, FAST, KEEPING, RECIPES
 
@@ -62,28 +62,28 @@ def recipe(pair, data, tmp_path):
     return tmp_path / "recipe.yaml"
 
 
-def test_its_commands_are_ones_that_the_scripts_take(pair, tmp_path):
+def test_its_commands_are_ones_that_the_scripts_take(recipe, pair, tmp_path):
+    """Each way is what it is called, whatever the recipe replays and merges first."""
+    settings = yaml.safe_load(recipe.read_text()) | {"replay": 0.5, "merge_first": 0.5, "keep_weight": 3.0}
+    recipe.write_text(yaml.safe_dump(settings))
     base, variables = pair("qwen2_5_vl") / "base", {"VLMEVALKIT": "kit", "LMMS_EVAL_PYTHON": "python3"}
-    flags = ["--base", "base", "--max-steps", 9]  # the path starts from the folder that it is called in
-    told = reproduce(*flags, cwd=base.parent, OUT=tmp_path / "out", DRY_RUN=1, **variables)
+    flags = ["--base", "base", "--keep-weight", 2]  # the path starts from the folder that it is called in
+    told = reproduce(recipe, *flags, cwd=base.parent, OUT=tmp_path / "out", DRY_RUN=1, **variables)
     assert f"vlmevalkit_qwen2_5_vl.json {tmp_path}/out/vlmevalkit.json base={base} sft=" in "\n".join(told)
     commands = [shlex.split(line[1:]) for line in told if line.startswith("+ ") and "$'" not in line]
     trained = [command[2:] for command in commands if command[1].endswith("sft_vlm.py")]
     found = {}
     for command in trained:
-        run, drift, train = parse([*command, "--use-cpu"], sft_vlm.__doc__)
-        assert run.merge and train.max_steps == 9 and run.base == "base"
-        found[train.output_dir.rpartition("/")[2]] = (
-            run.method,
-            run.merge_first,
-            run.keep is not None,
-            drift.drift_alpha,
-        )
+        run, drift, train = parse(command, sft_vlm.__doc__)
+        assert run.merge and run.replay == 0 and run.base == "base"
+        keeps = run.keep is not None and run.keep_weight
+        way = run.method, run.merge_first, keeps, drift.drift_alpha
+        found[train.output_dir.rpartition("/")[2]] = way
     assert found == {
         "sft": ("sft", None, False, 0),
         "merged": ("sft", 0.2, False, 0),
         "drift": ("drift", None, False, 0.3),
-        "drift-keep": ("drift", None, True, 0.3),
+        "drift-keep": ("drift", None, 2, 0.3),
     }
     assert commands[4][0] == "env" and commands[4][3:5] == ["-m", "parts.asked_models"]
     assert [command[1:3] for command in commands[5:7]] == [["kit"], ["run.py", "--config"]]
@@ -100,19 +100,20 @@ def test_its_commands_are_ones_that_the_scripts_take(pair, tmp_path):
     ("qwen3_vl", "vlmevalkit_qwen3_vl.json"),
 ])  # fmt: skip
 def test_the_base_is_the_one_that_is_trained_on_and_its_kind_decides_how_it_is_asked(
-    family, settings, pair, tmp_path, capsys, monkeypatch
+    family, settings, pair, recipe, capsys, monkeypatch
 ):
-    folder, recipe = pair(family), tmp_path / "recipe.yaml"
+    folder, rest = pair(family), yaml.safe_load(recipe.read_text())
+    monkeypatch.setenv("VLMEVALKIT", "kit")
     monkeypatch.chdir(folder)
-    rest = "data: d\noutput_dir: out\nmethod: sft\n"
-    for base, flags in (('"base"  # quoted', []), ("no/where", ["--base=base"]), ("no/where", ["--base", "./base"])):
-        recipe.write_text(f"base: {base}\n{rest}")
-        eval_settings.main(["--config", str(recipe), *flags])
+    for base, flags in (("base", []), ("no/where", ["--base=base"]), ("no/where", ["--base", "./base"])):
+        recipe.write_text(yaml.safe_dump({**rest, "base": base}))
+        reproduced.main(["--config", str(recipe), *flags])
         assert capsys.readouterr().out.splitlines() == [str(RECIPES / "eval" / settings), family, str(folder / "base")]
     assert (RECIPES / "eval" / settings).is_file()
 
 
-def test_what_cannot_be_asked_is_refused(pair):
+def test_what_cannot_be_asked_is_refused(pair, monkeypatch):
+    monkeypatch.setenv("VLMEVALKIT", "kit")
     base, config = pair("llava_next") / "base", ["--config", str(CONFIGS / "qwen2_5_vl_7b_r1.yaml")]
     for flags, told in (
         (["--base", str(base)], f"base {base} is llava_next: leave out VLMEVALKIT"),
@@ -120,7 +121,7 @@ def test_what_cannot_be_asked_is_refused(pair):
         (["--bsae", str(base)], "unknown flag --bsae; did you mean --base?"),
     ):
         with pytest.raises(SystemExit, match=re.escape(told)):
-            eval_settings.main([*config, *flags])
+            reproduced.main([*config, *flags])
 
 
 def test_what_is_refused_ends_it_before_anything_else_is_run(tmp_path):
@@ -132,22 +133,6 @@ def test_what_is_refused_ends_it_before_anything_else_is_run(tmp_path):
     checks.chmod(0o755)
     done = started(OUT=tmp_path / "out", PYTHON=checks)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "--method sft" in done.stdout
-
-
-def test_each_way_is_what_it_is_called_whatever_the_recipe_replays_and_merges_first(recipe, tmp_path):
-    settings = yaml.safe_load(recipe.read_text()) | {"replay": 0.5, "merge_first": 0.5, "keep_weight": 3.0}
-    recipe.write_text(yaml.safe_dump(settings))
-    found = {}
-    for line in reproduce(recipe, "--keep-weight", 2, OUT=tmp_path / "out", DRY_RUN=1)[:4]:
-        run, _, train = parse(shlex.split(line)[3:], sft_vlm.__doc__)
-        keeps = run.keep is not None and run.keep_weight
-        found[train.output_dir.rpartition("/")[2]] = (run.method, run.merge_first, run.replay, keeps)
-    assert found == {
-        "sft": ("sft", None, 0, False),
-        "merged": ("sft", 0.2, 0, False),
-        "drift": ("drift", None, 0, False),
-        "drift-keep": ("drift", None, 0, 2),
-    }
 
 
 @pytest.mark.parametrize(

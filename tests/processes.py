@@ -85,7 +85,8 @@ def replicated(module: torch.nn.Module, monkeypatch) -> list[torch.nn.Module]:
 class Program:
     """What `python -c code`, `python script.py` or `python -m module` would do, without the seconds of its imports.
 
-    drift_peft is not among what it finds imported, and PEFT does not know it.
+    drift_peft is not among what it finds imported, and PEFT does not know it; nor is huggingface_hub, which reads its
+    settings from the environment as it is imported.
     """
 
     def __init__(self, folder: Path, *command: object, cwd: Path | None = None, **environment: str):
@@ -112,7 +113,7 @@ def _execute(command: list[str], files: list[Path], cwd: Path, environment: dict
     os.environ.update(environment)
     for descriptor, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "drift_peft"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("drift_peft", "huggingface_hub")]:
         del sys.modules[name]
     assert "DRIFT" not in PEFT_TYPE_TO_CONFIG_MAPPING
     if command[0] == "-m":

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +13,7 @@ import torch
 from hub_models import UP, Q, blobs, weights
 from huggingface_hub import DeleteCacheStrategy, hf_hub_download
 from older import CANNOT_FREE, FREES_FILES
+from processes import Program
 
 from drift_peft.checkpoints.checkpoint import Checkpoint
 
@@ -137,9 +136,8 @@ def test_a_killed_build_still_knows_what_it_brought(hub, llm, tmp_path, monkeypa
     hub.add("org/model", llm)
     cached = hf_hub_download("org/model", Checkpoint(llm).keys[UP].name)
     if when == "after the download, by SIGKILL":  # and before the link to what came
-        arguments = [sys.executable, "-c", KILLED, Q, str(record)]
-        killed = subprocess.run(arguments, env=hub.env(tmp_path / "cache"), capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        status, _, err = Program(tmp_path, "-c", KILLED, Q, record, **hub.env(tmp_path / "cache")).ended()
+        assert status == -signal.SIGKILL, err
     else:
         opened = Checkpoint("org/model", record=record)
         with monkeypatch.context() as patch, contextlib.suppress(Killed):

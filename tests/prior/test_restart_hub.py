@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from interrupted_builds import LAYERS, build, done, interrupt, save_pair
 from older import frees_files
 from peft import LoraConfig, get_peft_model
+from processes import Program
 from safetensors.torch import load_file
 from tiny import edit_config, tiny_llm
 
@@ -54,7 +53,7 @@ def test_network_loss(pair, hub, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_waits_for_no_download(pair, hub):
+def test_ctrl_c_waits_for_no_download(pair, hub, tmp_path_factory):
     """Python's end waits for threads that are no daemons, and a second Ctrl-C there is a traceback."""
     hub.add("org/expert", pair / "expert")
     expected = build(pair, expert="org/expert", output=pair / "q.safetensors").path.read_bytes()
@@ -64,20 +63,21 @@ def test_ctrl_c_waits_for_no_download(pair, hub):
     hub.forget()
     hub.stall(last)
     command = ["prior", "build", "--expert", "org/expert", "--base", f"{pair / 'vlm'}", "--rank", "8"]
-    command = [sys.executable, "-m", "drift_peft", *command, "-o", f"{pair / 'p.safetensors'}"]
     environment = {**hub.env(pair / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": f"{3 * PATIENCE}"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            end = time.monotonic() + PATIENCE
-            while last not in hub.fetched("org/expert") or len(done(pair)) < 7 * LAYERS - len(waiting):
-                assert process.poll() is None and time.monotonic() < end, (hub.requests, done(pair))
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)  # while all that is left waits for the download
-            _, err = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
-            hub.heal()
-    assert process.returncode == 130 and "Traceback" not in err
+    output = pair / "p.safetensors"
+    program = Program(tmp_path_factory.mktemp("printed"), "-m", "drift_peft", *command, "-o", output, **environment)
+    try:
+        end = time.monotonic() + PATIENCE
+        while last not in hub.fetched("org/expert") or len(done(pair)) < 7 * LAYERS - len(waiting):
+            assert program.process.is_alive() and time.monotonic() < end, (hub.requests, done(pair))
+            time.sleep(0.05)
+        os.kill(program.process.pid, signal.SIGINT)  # while all that is left waits for the download
+        program.process.join(PATIENCE)
+    finally:
+        program.process.kill()
+        hub.heal()
+    status, _, err = program.ended()
+    assert status == 130 and "Traceback" not in err
     assert f"error: interrupted; {pair / 'p.safetensors.partial'} keeps the " in err.splitlines()[-1]
     assert sorted(os.listdir(pair)) == ["cache", "expert", "p.safetensors.partial", "q.safetensors", "vlm"]
     assert build(pair, expert="org/expert").path.read_bytes() == expected

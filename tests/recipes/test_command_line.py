@@ -145,24 +145,30 @@ EARLY = [  # what is told before torch is imported, and how it begins
     ("sft_vlm.py", ["--config"], "argument --config: expected one argument"),
 ]
 PROBE = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
-    print("imported", *{name.partition(".")[0] for name in sys.modules})
+import contextlib, io, json, runpy, sys
+folder, *commands = sys.argv[1:]
+sys.path.insert(0, folder)
+for command in map(json.loads, commands):
+    sys.argv, out, err = command, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+        runpy.run_path(f"{folder}/{command[0]}", run_name="__main__")
+        err.write("It ran.")
+    imported = {"torch", "transformers", "peft", "bitsandbytes", "trl"} & sys.modules.keys()
+    print(json.dumps([out.getvalue(), err.getvalue(), *imported]))
 """
 
 
-@pytest.mark.parametrize("script, arguments, sentence", EARLY)
-def test_help_and_slips_take_no_import_of_torch(script, arguments, sentence, tmp_path):
-    command = [sys.executable, "-c", PROBE, (RECIPES / script).as_posix(), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
-    imported = {*done.stdout.splitlines()[-1].split()}
-    assert "argparse" in imported and not {"torch", "transformers", "peft", "bitsandbytes", "trl"} & imported
-    if sentence is not None:
-        assert done.stderr.startswith(f"{script}: error: {sentence}") and done.stderr.count("\n") == 1
+def test_help_and_slips_take_no_import_of_torch(tmp_path):
+    commands = [json.dumps([script, *arguments]) for script, arguments, _ in EARLY]
+    command = [sys.executable, "-c", PROBE, RECIPES.as_posix(), *commands]  # not of processes.py, which have imported all
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=tmp_path, check=True)
+    for (script, arguments, sentence), line in zip(EARLY, done.stdout.splitlines(), strict=True):
+        out, err, *imported = json.loads(line)
+        assert not imported, (script, arguments)
+        if sentence is None:
+            assert out.startswith(f"usage: {script} ") and not err
+        else:
+            assert not out and err.startswith(f"{script}: error: {sentence}") and err.count("\n") == 1
 
 
 def test_values_keep_their_underscores():

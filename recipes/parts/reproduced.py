@@ -21,7 +21,7 @@ SET = ("method", "merge-first", "replay", "output-dir", "merge", "resume-from-ch
 
 
 def checked(arguments: list[str]) -> str:
-    """The base. ValueError for what a run would refuse that is not the first, or would not be what its way is called."""
+    """The base. ValueError for what a later run would refuse, or what would not be what its way is called."""
     parser = RecipeParser(__doc__)
     named, flags = parser.first.parse_known_args(arguments)
     parser.set_defaults_with_config(**read_recipe(named.config))

@@ -160,7 +160,13 @@ for command in map(json.loads, commands):
 
 def test_help_and_slips_take_no_import_of_torch(tmp_path):
     commands = [json.dumps([script, *arguments]) for script, arguments, _ in EARLY]
-    command = [sys.executable, "-c", PROBE, RECIPES.as_posix(), *commands]  # not of processes.py, which have imported all
+    command = [
+        sys.executable,
+        "-c",
+        PROBE,
+        RECIPES.as_posix(),
+        *commands,
+    ]  # unlike those of processes.py, with no import
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", cwd=tmp_path, check=True)
     for (script, arguments, sentence), line in zip(EARLY, done.stdout.splitlines(), strict=True):
         out, err, *imported = json.loads(line)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
-import bitsandbytes as bnb
 import plot_run as plot_run_command
 import pytest
 import sft_vlm
@@ -21,96 +20,17 @@ from parts.loading import load_messages
 from parts.training_data import describe
 from peft import PeftModel
 from PIL import Image
-from recipe_runs import CONFIGS, FAMILY, FAST, SIZES, SMALL
+from recipe_runs import CONFIGS, FAST
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llm
-from tiny_vlm import PROCESSORS
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from drift_peft import DriftConfig, ReasoningPrior
-from drift_peft.checkpoints.naming import PROJECTIONS, canonical_name, module_kind
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Switched off bitsandbytes", "ignore:.*gradient_checkpointing.*:FutureWarning"
 )
 
 
-COUNT = {"qwen3_5": 15, "gemma4": 32, "lfm2_vl": 12}  # projections of the tiny models; of all others' two layers, 14
-
-
-# Of which `train` has its own. All else decides how a family is trained: where it is the same, one run shows it.
-PLACES = {"base", "expert", "reference", "prior", "data", "keep", "output_dir"}
-
-
-def what_decides(name):
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return json.dumps([FAMILY[name], {key: value for key, value in settings.items() if key not in PLACES}])
-
-
-TRAINED = [name for i, name in enumerate(FAMILY) if what_decides(name) not in map(what_decides, [*FAMILY][:i])]
-
-
 def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-def test_there_is_a_family_for_every_configuration():
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(FAMILY)
-    assert set(FAMILY.values()) == set(PROCESSORS)
-
-
-@pytest.mark.parametrize("name", FAMILY)
-def test_a_configuration_says_how_to_launch_it_what_it_needs_and_where_it_comes_from(name):
-    head = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").partition("\nbase:")[0]
-    assert f"python recipes/sft_vlm.py --config recipes/configs/{name}.yaml\n" in head
-    assert "# expected memory: " in head and "# source: " in head
-    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert settings["prior"] == f"priors/{name}.safetensors" and settings["output_dir"] == f"runs/{name}"
-
-
-def test_what_is_not_trained_is_another_in_all_but_its_places():
-    assert {*FAMILY} - {*TRAINED} == {"qwen2_5_vl_7b_math", "qwen3_vl_8b_thinking", "qwen3_5_9b_opus"}
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_a_configuration_trains_every_projection_of_its_language_model_in_4_bit(name, train, pair):
-    draws = name == "qwen2_5_vl_7b_r1"
-    trainer, output = train(FAMILY[name], CONFIGS / f"{name}.yaml", draws, **SMALL, **SIZES.get(name, {}))
-
-    # matched == expected > 0, and nothing else is quantized or adapted
-    weights_of_expert = tiny_llm(FAMILY[name]).get_decoder().named_parameters()
-    expected = {name for name, p in weights_of_expert if module_kind(name) in PROJECTIONS and p.dim() == 2}
-    count = COUNT.get(FAMILY[name], 14)
-    assert len(expected) == count and set(ReasoningPrior.load(pair(FAMILY[name]) / "prior.safetensors")) == expected
-    four_bit = {
-        canonical_name(f"{n}.weight") for n, m in trainer.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)
-    }
-    adapted = {canonical_name(key.replace(".lora_B", "")) for key in weights(output) if ".lora_B" in key}
-    assert four_bit == adapted == expected
-    towers = [p for n, p in trainer.model.named_parameters() if canonical_name(n) is None and "lora_" not in n]
-    assert towers and {p.dtype for p in towers} == {torch.bfloat16}
-
-    moved = [key for key, weight in weights(output).items() if ".lora_B" in key and weight.any()]
-    assert len(moved) == count
-    run = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    assert run["results"]["guided_steps"] == run["results"]["steps"] == 2
-    assert (
-        run["settings"]["drift_alpha"] == DriftConfig(prior="p").drift_alpha == 0.3
-        and run["settings"]["learning_rate"] == 1e-4
-    )
-    assert run["data"]["samples"] == 8 and run["data"]["dropped"] == {}
-    assert run["data"]["images"] == (0 if name.endswith("_text") else 8) and run["keep"]["samples"] == 4
-    assert all("drift/keep_kl" in entry for entry in run["history"] if "loss" in entry)
-    assert [entry["drift/guided_steps"] for entry in run["history"] if "loss" in entry] == [1, 2]
-    assert Image.open(output / "telemetry.png").width > 500 or not draws
-    card = (output / "README.md").read_text(encoding="utf-8")
-    assert (
-        "| expert | expert |" in card
-        and "![" in card
-        and str(pair(FAMILY[name])) not in card
-        and "data.jsonl |" in card
-        and "| 2 |" in card
-    )
 
 
 def test_the_loss_is_on_the_answer_and_images_keep_their_positions(train):

@@ -17,14 +17,8 @@ import drift_peft
 from drift_peft.cli.terminal import SPELLED
 
 POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-TERMINALS = pytest.mark.parametrize(
-    "encoding, variables",
-    [
-        ("cp1252", {"PYTHONIOENCODING": "cp1252"}),
-        ("ascii", {"PYTHONIOENCODING": "ascii"}),
-        pytest.param("ascii", POSIX, marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no such locale")),
-    ],
-)
+NO_LOCALE = pytest.mark.skipif(os.name == "nt", reason="Windows has no such locale")
+ENCODINGS = [("cp1252", {"PYTHONIOENCODING": "cp1252"}), ("ascii", {"PYTHONIOENCODING": "ascii"})]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def ran(encoding, variables, *argv):
     return result.returncode, result.stdout.decode(encoding), result.stderr.decode(encoding)
 
 
-@TERMINALS
+@pytest.mark.parametrize("encoding, variables", [*ENCODINGS, pytest.param("ascii", POSIX, marks=NO_LOCALE)])
 def test_help_and_errors(encoding, variables):
     status, out, _ = ran(encoding, variables, "prior", "build", "--help")
     square = "²" if encoding == "cp1252" else "^2"
@@ -54,7 +48,9 @@ def test_help_and_errors(encoding, variables):
     assert status == 1 and err.startswith(f"drift-peft: error: --set {shown} names no value")
 
 
-@TERMINALS
+@pytest.mark.parametrize(
+    "encoding, variables", [*ENCODINGS, pytest.param("ascii", POSIX, marks=[NO_LOCALE, pytest.mark.slow])]
+)
 def test_tables(encoding, variables, prior, monkeypatch):
     if variables is POSIX:
         status, out, _ = ran(encoding, variables, "prior", "inspect", prior)

@@ -140,6 +140,7 @@ def test_a_model_without_its_head_is_told_so(folder, processor):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
+@pytest.mark.slow
 def test_batches_that_grow_do_not_compile_the_model_anew(folder, processor):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -15,7 +15,7 @@ from hub import Hub
 from parts.arguments import RecipeParser
 from peft import LoraConfig
 from tiny import FAMILIES, save_layout, tiny_llm
-from tiny_memory import TINY, settings
+from tiny_memory import TINY, settings, slow
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -90,16 +90,23 @@ def test_advice_takes_no_step_that_cannot_matter(monkeypatch):
     assert advise(memory, now, card(both))["fits_with_all"]
 
 
-def test_advice_leaves_room_for_images_that_are_cut_into_tiles():
+@pytest.mark.parametrize(
+    "kwargs, least",
+    [
+        (None, 13 * 256 + 512),
+        pytest.param({"max_patches": 4}, 5 * 256 + 512, marks=slow),
+        pytest.param({"crop_to_patches": False}, 256 + 512, marks=slow),
+    ],
+)
+def test_advice_leaves_room_for_images_that_are_cut_into_tiles(kwargs, least):
     """Below their tokens, training would drop the samples that have them."""
     text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
     config = tf.InternVLConfig(text_config={"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 64, **text})
-    memory, image = Memory(config, "tiles"), 13 * 256
-    for kwargs, least in ((None, image + 512), ({"max_patches": 4}, 5 * 256 + 512), ({"crop_to_patches": False}, 768)):
-        now = memory.estimate(settings(max_tokens=8192, processor_kwargs=kwargs))
-        assert advise(memory, now, 1e-3)["all"]["max_tokens"] == least
-    few = memory.estimate(settings(max_tokens=1024))
-    assert advise(memory, few, 1e-3)["all"]["max_tokens"] == 1024
+    memory = Memory(config, "tiles")
+    now = memory.estimate(settings(max_tokens=8192, processor_kwargs=kwargs))
+    assert advise(memory, now, 1e-3)["all"]["max_tokens"] == least
+    few = memory.estimate(settings(max_tokens=512, processor_kwargs=kwargs))
+    assert advise(memory, few, 1e-3)["all"]["max_tokens"] == 512
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_att
     [
         ("qwen2_5_vl", [FULL] * 4, True),
         ("qwen2_5_vl", [FULL] * 4, False),
-        ("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True),
+        pytest.param("gemma3", [SLIDING, SLIDING, SLIDING, FULL], True, marks=slow),
         pytest.param("gemma3", [SLIDING, SLIDING, SLIDING, FULL], False, marks=slow),
         pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
         pytest.param("qwen3_5", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
@@ -82,8 +82,8 @@ FULL, SLIDING, LINEAR, CONV = "full_attention", "sliding_attention", "linear_att
         pytest.param("qwen3_5", [FULL, LINEAR, FULL, FULL], False, marks=slow),
         pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], True, marks=slow),
         pytest.param("qwen3_5_moe", [LINEAR, FULL, LINEAR, LINEAR], False, marks=slow),
-        pytest.param("lfm2_vl", [CONV, CONV, FULL, CONV], True, marks=slow),
-        ("lfm2_vl", [CONV, CONV, FULL, CONV], False),
+        ("lfm2_vl", [CONV, CONV, FULL, CONV], True),
+        pytest.param("lfm2_vl", [CONV, CONV, FULL, CONV], False, marks=slow),
         # of which the last two layers use the keys and values of two before
         pytest.param("gemma4", [FULL] * 8, True, marks=slow),
         pytest.param("gemma4", [SLIDING, FULL] * 4, True, marks=slow),
@@ -234,8 +234,8 @@ def test_eager_attention_of_the_vision_tower_is_counted(family, pixels, inputs):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, pytest.param({"checkpointing": False, "answer": 40}, marks=slow),
-    pytest.param({"checkpointing": False}, marks=slow), pytest.param({"answer": 40}, marks=slow),
+    {"checkpointing": False}, pytest.param({}, marks=slow),
+    pytest.param({"checkpointing": False, "answer": 40}, marks=slow), pytest.param({"answer": 40}, marks=slow),
 ])  # fmt: skip
 def test_a_step_less_a_layer_is_one_without_it(changes, monkeypatch):
     """So that a step through each kind of layers is enough."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,22 @@ from tiny import FAMILIES, LAYOUTS, MIXED, edit_tensors, save_layout, tiny_exper
 from drift_peft.prior.build import build_prior
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prior_is_the_known_delta(family, tmp_path):
+@pytest.mark.parametrize(("family", "layout"), zip(FAMILIES, cycle(LAYOUTS)))
+def test_prior_is_the_known_delta(family, layout, tmp_path):
+    """That each family is read from each layout is shown in tests/checkpoints/test_checkpoint.py."""
     vlm = tiny_vlm(family)
     expert, delta = tiny_expert(family, vlm)
-    for index, layout in enumerate(LAYOUTS):
-        save_layout(vlm, tmp_path / "vlm", layout, "5GB" if index % 2 else "20KB")
-        save_layout(expert, tmp_path / "expert", layout, "20KB" if index % 2 else "5GB")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # rope theta, which has a test of its own
-            prior = build(tmp_path, rank=64, overwrite=True)
-        assert prior.keys() == delta.keys()
-        for name, weight in prior.items():
-            assert torch.allclose(matrix(weight), delta[name], atol=1e-2 * delta[name].abs().max())
-            assert weight.delta_norm == pytest.approx(float(delta[name].norm()), rel=1e-4)
-            assert weight.energy == pytest.approx(1, abs=1e-5) and weight.cosine == pytest.approx(0.995, abs=0.002)
-        for folder in ("vlm", "expert"):
-            for file in (tmp_path / folder).iterdir():
-                file.unlink()
+    many = LAYOUTS.index(layout) % 2
+    save_layout(vlm, tmp_path / "vlm", layout, "5GB" if many else "20KB")
+    save_layout(expert, tmp_path / "expert", layout, "20KB" if many else "5GB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rope theta, which has a test of its own
+        prior = build(tmp_path, rank=64)
+    assert prior.keys() == delta.keys()
+    for name, weight in prior.items():
+        assert torch.allclose(matrix(weight), delta[name], atol=1e-2 * delta[name].abs().max())
+        assert weight.delta_norm == pytest.approx(float(delta[name].norm()), rel=1e-4)
+        assert weight.energy == pytest.approx(1, abs=1e-5) and weight.cosine == pytest.approx(0.995, abs=0.002)
 
 
 def test_statistics(pair, tmp_path):

@@ -145,9 +145,17 @@ def test_other_settings_are_refused(change, arguments, named, pair, monkeypatch)
     with pytest.raises(FileExistsError, match=message) as caught:
         build(pair, force=True, **arguments)
     assert "\n" not in str(caught.value) and done(pair) == left
-    if not change:
-        build(pair)  # the old settings still go on
-        assert build(pair, force=True, overwrite=True, **arguments)
+
+
+def test_after_a_refusal_the_old_settings_still_go_on(pair, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            build(pair)
+    with pytest.raises(FileExistsError):
+        build(pair, rank=9)
+    build(pair)
+    assert build(pair, overwrite=True, rank=9)
 
 
 def test_other_threads_are_refused(pair, monkeypatch):

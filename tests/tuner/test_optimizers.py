@@ -78,13 +78,22 @@ IN_8_BIT = {
     "AdEMAMix8bit": lambda p: bnb.AdEMAMix8bit(p, lr=0.02, min_8bit_size=1),
     "AdamW32bit": lambda p: bnb.AdamW(p, lr=0.02),
 }
-two_modes = pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
 
 
-@two_modes
 @pytest.mark.parametrize("make", [*TORCH.values(), *OTHERS.values()], ids=[*TORCH, *OTHERS])
-def test_optimizers(pair, scale, target, make):
-    assert_guided_like_oracle(pair, lambda model: make(trainable(model)), scale, target)
+def test_optimizers(pair, make):
+    """Apart from the gradient, after the step, by the learning rates that this optimizer had in it."""
+    assert_guided_like_oracle(pair, lambda model: make(trainable(model)), "decoupled", "factors")
+
+
+BY_GRADIENT = "SGD", "AdamW foreach", "AdamW fused", "Adafactor", "Muon", "LoRA+", "Lion", "SGD schedule-free"
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_optimizers_by_the_gradient(pair, name):
+    """Which every optimizer reads as it finds it, so that some are enough."""
+    make = (TORCH | OTHERS)[name]
+    assert_guided_like_oracle(pair, lambda model: make(trainable(model)), "adaptive", "residual")
 
 
 @pytest.mark.parametrize("kind", [schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree])
@@ -103,7 +112,7 @@ def test_what_a_schedule_free_optimizer_saves_is_held_at_the_base(pair, kind):
         torch.testing.assert_close(value, share * start[name], rtol=1e-6, atol=1e-9)
 
 
-@two_modes
+@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
 @pytest.mark.parametrize("make", IN_8_BIT.values(), ids=IN_8_BIT)
 def test_optimizers_of_bitsandbytes(pair, scale, target, make):
     """States in 8 bit turn what fp32 rounds into some percent of the update."""

@@ -8,8 +8,7 @@ from .dry_run import MEASURE
 
 READ = "dtype", "attn_implementation"
 # What changes nothing of the memory.
-OTHERS = ("trust_remote_code", "cache_dir", "token", "local_files_only", "use_cache", "use_safetensors",
-          "low_cpu_mem_usage")  # fmt: skip
+OTHERS = "trust_remote_code", "cache_dir", "token", "local_files_only", "use_safetensors", "low_cpu_mem_usage"
 
 
 def check_loading(kwargs: dict | None, computes: torch.dtype) -> None:

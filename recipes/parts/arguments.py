@@ -53,10 +53,12 @@ class TrainArguments(SFTConfig):
             self.resume_from_checkpoint = str(self._checkpoint(str(self.resume_from_checkpoint)))
 
     def _settings_of(self, name: str) -> Any:
-        """A setting that is settings itself, on the command line as YAML; a text may also name a file of them."""
+        """A setting that is settings itself, on the command line as YAML; some also take the name of a file of them."""
         value = as_meant(name, getattr(self, name), dict)
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            raise ValueError(f"{name}={value} is no YAML: write {name}={{key: value}}")
+        if isinstance(value, str) and value.lower() in NOTHING:
+            return None
+        if isinstance(value, str) and (name not in FILES or value.lstrip().startswith("{")):
+            check_value(name, value, dict)
         if name == "accelerator_config" and isinstance(value, dict):
             known = AcceleratorConfig.__dataclass_fields__
             if unknown := next((key for key in value if key not in known), None):
@@ -91,9 +93,11 @@ class TrainArguments(SFTConfig):
 
 def _or_none(kind: Callable[[str], object]) -> Callable[[str], object]:
     """The same for a value that may be left out, which a YAML says with null."""
-    return lambda value: None if value.lower() in ("null", "none") else kind(value)
+    return lambda value: None if value.lower() in NOTHING else kind(value)
 
 
+NOTHING = "null", "none"
+FILES = "accelerator_config", "fsdp_config", "deepspeed"
 OR_NONE = {kind | None: _or_none(kind) for kind in (str, int, float)}
 KINDS.update({OR_NONE[int | None]: "whole number or null", OR_NONE[float | None]: "number or null"})
 IN_4BIT = dict.fromkeys(

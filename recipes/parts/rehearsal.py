@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import trl.models
 from huggingface_hub import HfApi
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_liger_kernel_available
@@ -53,6 +56,10 @@ def rehearse(train: TrainingArguments) -> None:
             f"torch_compile_backend={backend} with torch_compile_mode={mode}", "name others, or leave them out"
         ):
             torch.compile(torch.nn.Linear(1, 1), backend=backend, mode=mode)
+    if train.gradient_checkpointing:
+        kwargs = train.gradient_checkpointing_kwargs or {}
+        with _refused(f"gradient_checkpointing_kwargs={kwargs}", "leave out what is no setting of it"):
+            _checkpoint(kwargs)
     if train.push_to_hub:
         with _refused("push_to_hub=True", "run hf auth login, or leave it out"):
             HfApi(token=train.hub_token).whoami()
@@ -76,6 +83,18 @@ def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
         way_out = "install what it takes, name another, or leave it out"
         with _refused(f"model_init_kwargs={tried}", way_out), torch.device("meta"):
             base.auto_class.from_config(config, **tried)
+
+
+def _checkpoint(kwargs: dict[str, Any]) -> None:
+    """A layer's, with what transformers and TRL leave of them."""
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", PreTrainedModel.gradient_checkpointing_enable)
+    theirs = {*inspect.signature(enable).parameters}
+    if hasattr(trl.models, "enable_selective_activation_checkpointing"):
+        theirs.add("selective")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which come again where they are meant
+        given = torch.ones(1, requires_grad=True)
+        checkpoint(torch.nn.Linear(1, 1), given, **{key: kwargs[key] for key in kwargs if key not in theirs})
 
 
 def _optimizer(train: TrainingArguments) -> torch.optim.Optimizer:

@@ -1,15 +1,20 @@
 """What recipes/sft_vlm.py says of settings that do nothing in a run, or cannot work: before anything is made."""
 
 import json
+import re
 import shutil
 import warnings
 
 import pytest
 import sft_vlm
+import trl.models
 from parts.arguments import parse
+from parts.rehearsal import rehearse_loading
 from recipe_runs import FAST, flags
+from transformers import PreTrainedModel
 
 from drift_peft import build_prior, merge_baseline
+from drift_peft.checkpoints import Checkpoint
 
 
 @pytest.fixture
@@ -176,8 +181,28 @@ def test_settings_inside_a_setting_are_yaml_on_the_command_line_too(written):
     assert train.model_init_kwargs == {"attn_implementation": "eager"}
     assert train.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert train.accelerator_config.even_batches is False
-    with pytest.raises(ValueError, match=r"^model_init_kwargs=\{dtype: is no YAML: write model_init_kwargs=\{key"):
-        written("", "--model-init-kwargs", "{dtype:")
+    for flag, name in (("--model-init-kwargs", "model_init_kwargs"), ("--lr-scheduler-kwargs", "lr_scheduler_kwargs")):
+        for text in ("{dtype:", "eager", "[1]", "settings.json"):
+            told = f"{name} takes settings such as {{name: value}}, got {text!r}"
+            with pytest.raises(ValueError, match=rf"^{re.escape(told)}$"):
+                written("", flag, text)
+        assert getattr(written("", flag, "null")[2], name) is None
+
+
+def test_a_setting_that_checkpointing_does_not_have_is_refused(written):
+    told = r"^gradient_checkpointing_kwargs=\{'reentrant': False\} cannot be: .*reentrant: leave out what is no setting"
+    with pytest.raises(ValueError, match=told):
+        written("gradient_checkpointing_kwargs: {reentrant: false}")
+    for line in ("{use_reentrant: false, early_stop: false}", "{use_reentrant: true, preserve_rng_state: no}"):
+        assert written(f"gradient_checkpointing_kwargs: {line}")
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        assert written("gradient_checkpointing_kwargs: {use_reentrant: false, every_n_layers: 2, offload: false}")
+    selective = "gradient_checkpointing_kwargs: {use_reentrant: false, selective: false}"
+    if hasattr(trl.models, "enable_selective_activation_checkpointing"):
+        assert written(selective)
+    else:
+        with pytest.raises(ValueError, match=r"cannot be: .*selective"):
+            written(selective)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +230,11 @@ def test_what_the_base_is_loaded_with(train):
     kwargs = {"attn_implementation": {"text_config": "eager"}, "low_cpu_mem_usage": True}
     trainer, _ = train(**{**FAST, "max_steps": 1}, model_init_kwargs=json.dumps(kwargs))
     assert trainer.model.config.text_config._attn_implementation == "eager"
+
+
+def test_an_attention_that_loading_alone_allows_is_not_tried_before(pair, monkeypatch):
+    base = Checkpoint(pair("qwen2_5_vl") / "base")
+    kwargs = {"attn_implementation": "someone/kernel", "allow_all_kernels": True}
+    rehearse_loading(base, kwargs)
+    with pytest.raises(ValueError, match="someone/kernel"):
+        rehearse_loading(base, {**kwargs, "allow_all_kernels": False})

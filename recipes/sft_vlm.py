@@ -37,7 +37,7 @@ from parts.arguments import RunArguments, TrainArguments, parse
 from parts.checkpoints import checkpoints, earlier_record, is_whole, newest_whole, steps_of
 from parts.command_line import in_one_sentence, run_script, stop
 from parts.curves import plot_run
-from parts.processing import load_processor, processor_settings
+from parts.processing import check_tokens, load_processor, processor_settings
 from parts.rehearsal import rehearse_loading
 from parts.replay import with_replay
 from parts.saving import Trainer, clear, save_adapter
@@ -244,6 +244,7 @@ def prepare(run: RunArguments, drift: DriftConfig, train: TrainArguments, held: 
         check_memory(base)
     settings = processor_settings(run.processor_kwargs, train.chat_template_path)
     processor = load_processor(base.source, base.revision, settings, train.trust_remote_code)
+    check_tokens(processor, eos_token=train.eos_token, pad_token=train.pad_token)
     held.add("chat_template", train.chat_template_path or run.base, mark_of_template(processor))
     if run.think_tokens:
         drift.trainable_token_indices = think_tokens(processor.tokenizer, base)

@@ -13,6 +13,13 @@ def check_chat_template(path: str | None) -> None:
         raise ValueError(f"chat_template_path={path} is no .jinja file that is here: name one; {way_out}")
 
 
+def check_tokens(processor: Any, **named: str | None) -> None:
+    """ValueError for a token of the settings that the tokenizer does not have."""
+    for name, token in named.items():
+        if token is not None and token not in processor.tokenizer.get_vocab():
+            raise ValueError(f"{name}={token} is none of the base's tokens: name one, or leave it out")
+
+
 def processor_settings(processor_kwargs: dict | None, chat_template_path: str | None) -> dict:
     """The recipe's processor_kwargs, and its chat template among them."""
     settings = {**(processor_kwargs or {})}

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 import trl.models
+from accelerate.utils import GradientAccumulationPlugin
 from huggingface_hub import HfApi
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
 from drift_peft.arguments import nearest
@@ -33,6 +36,12 @@ ALSO_TAKEN = ("dtype", "trust_remote_code", "low_cpu_mem_usage", "device_map", "
 
 def rehearse(train: TrainingArguments) -> None:
     """ValueError for settings that a run would end with after its prior and its keep set are made."""
+    for name in ("seed", "data_seed"):
+        if not 0 <= (getattr(train, name) or 0) < 2**32:
+            raise ValueError(f"{name} is a number of at least 0 and below 2**32, got {getattr(train, name)}")
+    if train.fsdp and train.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError(f"fsdp={train.fsdp} is for several processes, and this is one: leave it out")
+    _rehearse_accelerator(train.accelerator_config)
     if train.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError(
             "use_liger_kernel=True needs liger-kernel, which is not installed here: install it, or leave it out"
@@ -65,6 +74,18 @@ def rehearse(train: TrainingArguments) -> None:
             HfApi(token=train.hub_token).whoami()
 
 
+def _rehearse_accelerator(config: AcceleratorConfig) -> None:
+    if config.dispatch_batches:
+        why = "it would cut a batch's images by the number of its samples"
+        raise ValueError(f"accelerator_config has dispatch_batches, which cannot be: {why}: leave it out")
+    kwargs = config.gradient_accumulation_kwargs or {}
+    if "num_steps" in kwargs:
+        way_out = "set gradient_accumulation_steps instead"
+        raise ValueError(f"accelerator_config has num_steps in gradient_accumulation_kwargs: {way_out}")
+    with _refused(f"gradient_accumulation_kwargs={kwargs} in accelerator_config", "leave out what is no setting of it"):
+        GradientAccumulationPlugin(num_steps=1, **kwargs)
+
+
 def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
     """ValueError for model_init_kwargs with which the base is not loaded in the end."""
     own = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
@@ -75,6 +96,11 @@ def rehearse_loading(base: Checkpoint, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"model_init_kwargs has {key}, with which nothing loads {base.source}; {meant}")
     if kwargs.get("dtype", "auto") not in DTYPES:
         raise ValueError(f"model_init_kwargs has dtype {kwargs['dtype']!r}: it takes one of {', '.join(DTYPES)}")
+    parts = kwargs.get("attn_implementation")
+    for part in parts if isinstance(parts, dict) else ():
+        if part not in ("", *base.config.sub_configs):
+            known = nearest(part, [*base.config.sub_configs]) or f"it has {', '.join(base.config.sub_configs)}"
+            raise ValueError(f"attn_implementation names {part}, which {base.source} does not have; {known}")
     if kwargs.get("allow_all_kernels"):  # which loading alone allows
         return
     if tried := {key: value for key, value in kwargs.items() if key in TRIED}:

@@ -168,6 +168,15 @@ def test_what_trainer_can_make_of_its_settings_is_taken(settings):
         ("model_init_kwargs: {subfolder: a}", "model_init_kwargs has subfolder, which may load other weights than"),
         ("model_init_kwargs: {torch_dtype: float32}", "has torch_dtype, the former name of dtype, .*: write dtype"),
         ("accelerator_config: {split_batch: true}", "has the unknown key split_batch; did you mean split_batches"),
+        ("accelerator_config: {dispatch_batches: true}", "has dispatch_batches, which cannot be: it would cut a batch"),
+        ("accelerator_config: {gradient_accumulation_kwargs: {num_steps: 2}}", "set gradient_accumulation_steps inst"),
+        (
+            "accelerator_config: {gradient_accumulation_kwargs: {sync: true}}",
+            r"\{'sync': True\} in accelerator_config c",
+        ),
+        ("seed: -1", r"^seed is a number of at least 0 and below 2\*\*32, got -1"),
+        ("data_seed: 4294967296", r"^data_seed is a number of at least 0 and below 2\*\*32, got 4294967296"),
+        ("fsdp: full_shard", "^fsdp=.* is for several processes, and this is one: leave it out"),
     ],
 )
 def test_settings_inside_a_setting_are_refused(line, told, written):
@@ -218,6 +227,14 @@ def test_a_setting_that_checkpointing_does_not_have_is_refused(written):
         ),
         ({"dtype": "float17"}, "has dtype 'float17': it takes one of auto, bfloat16"),
         ({"atn_implementation": "eager"}, r"has atn_implementation, .*base; did you mean attn_implementation\?"),
+        (
+            {"attn_implementation": {"text_confg": "eager"}},
+            r"names text_confg, which .*base does not have; did you mean text_config\?",
+        ),
+        (
+            {"attn_implementation": {"language": "eager"}},
+            r"names language, which .*base does not have; it has .*text_config",
+        ),
     ],
 )
 def test_what_the_base_is_not_loaded_with_is_told_before_the_prior_is_built(kwargs, told, train, monkeypatch):
@@ -230,6 +247,13 @@ def test_what_the_base_is_loaded_with(train):
     kwargs = {"attn_implementation": {"text_config": "eager"}, "low_cpu_mem_usage": True}
     trainer, _ = train(**{**FAST, "max_steps": 1}, model_init_kwargs=json.dumps(kwargs))
     assert trainer.model.config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["eos_token", "pad_token"])
+def test_a_token_that_the_base_does_not_have_is_told_before_the_prior_is_built(name, train, monkeypatch):
+    monkeypatch.setattr(sft_vlm, "open_prior", lambda _: pytest.fail("the prior was opened"))
+    with pytest.raises(SystemExit, match=f"error: {name}=<none> is none of the base's tokens: name one"):
+        train(**FAST, **{name: "<none>"})
 
 
 def test_an_attention_that_loading_alone_allows_is_not_tried_before(pair, monkeypatch):

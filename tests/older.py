@@ -57,14 +57,14 @@ def variant(field: str, config: str, **settings) -> dict:
     return {field: getattr(lora, config)(**settings) if hasattr(lora, config) else None}
 
 
-def known(case: str | dict, settings: dict, *others):
+def known(case: str | dict, settings: dict, *others, marks=()):
     """A parametrized case with these settings of LoRA, skipped where PEFT's `LoraConfig` has not got one of them."""
     here = {field.name: field for field in fields(peft.LoraConfig)}
     lacking = {*settings} & VARIANTS - {*here}
     if settings.get("init_lora_weights") == "mica" and "lora_variants" not in here["init_lora_weights"].metadata:
         lacking.add("mica")
     reason = f"peft {peft.__version__} has no {' and '.join(sorted(lacking))}"
-    marks = [pytest.mark.skipif(bool(lacking), reason=reason)]
+    marks = [*marks, pytest.mark.skipif(bool(lacking), reason=reason)]
     marks += [saves_biases] if settings.get("bias") == "lora_only" else []
     by_name = {"self_attn", "model"}.intersection(settings.get("modules_to_save") or ())
     marks += [copies_take_names] if by_name else []

@@ -44,13 +44,17 @@ CASES = {  # -> family, settings beside SETTINGS
     "another start": ("llava", {"init_lora_weights": "gaussian", "lora_dropout": 0.1}),
 }
 SETTINGS = {"r": 4, "lora_alpha": 6}
-every_case = pytest.mark.parametrize("case", [known(case, settings) for case, (_, settings) in CASES.items()])
+SELDOM = "one layer", "weight norm", "base", "all linear"  # whose files and layers are as others'
+SEVERAL = [
+    known(case, settings, marks=[pytest.mark.slow] if case in SELDOM else []) for case, (_, settings) in CASES.items()
+]
+every_case = pytest.mark.parametrize("case", SEVERAL)
 some_cases = pytest.mark.parametrize("case", ["plain", "decoupled", "another start"])  # of each family one
 
 
 def cases_but(*names):
     """Without those that PEFT itself does not do this for."""
-    return pytest.mark.parametrize("case", [case for case in CASES if case not in names])
+    return pytest.mark.parametrize("case", [case for case in SEVERAL if case.values[0] not in names])
 
 
 several_adapters = cases_but("biases")

@@ -60,7 +60,7 @@ def test_targets_are_the_thinkers(omni):
     assert all(row["left"] for row in rows)  # the talker's, and the towers'
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_published_folder_is_trained_and_merged(omni, whole, tmp_path):
     folder, thinker, number = omni
     checkpoint = Checkpoint(folder / "base")

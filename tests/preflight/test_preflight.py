@@ -195,7 +195,8 @@ def recipes():
     for file in sorted((ROOT / "recipes" / "configs").glob("*.yaml")):
         # linear attention's loops, and kinds of layers
         many = file.stem.startswith(("qwen3_5", "gemma", "lfm2"))
-        yield pytest.param(file.stem, marks=[slow] if many else [])
+        another = file.stem in ("qwen2_5_vl_7b_math", "qwen3_vl_8b_thinking")  # of the same family
+        yield pytest.param(file.stem, marks=[slow] if many or another else [])
 
 
 @cache

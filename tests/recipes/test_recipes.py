@@ -87,7 +87,7 @@ def largest_file():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("room_for_adapter", [True, False])
+@pytest.mark.parametrize("room_for_adapter", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_nothing_that_was_saved(room_for_adapter, train, tmp_path, monkeypatch, largest_file):
     settings = {**FAST, "max_steps": 4, "save_steps": 2}
     train(**settings, output_dir=tmp_path / "whole")
@@ -356,7 +356,8 @@ def test_a_prior_of_another_commit_of_the_expert_is_refused(monkeypatch):
         sft_vlm.open_prior(run)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])  # its own head, and one tied to the embedding
+# Its own head, and one tied to the embedding.
+@pytest.mark.parametrize("family", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "gemma3"])
 def test_think_tags_are_trained_as_tokens_within_the_vocabulary(family, train, pair):
     trainer, output = train(family, **FAST, think_tokens=True, merge=True)
     for folder in (output, f"{output}-merged"):

@@ -193,9 +193,13 @@ def ended(pair):
     return cache(run)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize(("scale", "target"), [("adaptive", "residual"), ("decoupled", "factors")])
-def test_a_change_between_steps_is_noticed(ended, change, scale, target):
+BY_GRADIENT = freeze, replace, move  # the plan is the same for all modes, so that a few changes show it
+SEEN = [("decoupled", "factors", change) for change in CHANGES]
+SEEN += [("adaptive", "residual", change) for change in BY_GRADIENT]
+
+
+@pytest.mark.parametrize(("scale", "target", "change"), SEEN)
+def test_a_change_between_steps_is_noticed(ended, scale, target, change):
     """To the last bit what a look at every step gives, and not what it was without the change."""
     kept, looked = (ended(scale, target, change, afresh) for afresh in (False, True))
     unchanged = ended(scale, target)

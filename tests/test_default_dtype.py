@@ -84,7 +84,7 @@ def test_files_are_the_same_bytes(case, expected, tmp_path):
 
 
 THREADED = {  # the others are made by the same code
-    **{"prior": (), "combined": pytest.mark.slow, "merged": pytest.mark.slow, "ties": ()},
+    **{"prior": (), **dict.fromkeys(("combined", "merged", "ties"), pytest.mark.slow)},
     **dict.fromkeys(("dare_linear", "dare_ties"), scales_what_dare_keeps),
 }
 

@@ -109,7 +109,12 @@ def priors(tmp_path_factory):
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="the source distribution lacks the study's checkpoints")
 @pytest.mark.parametrize(
-    "key", ["lora-keep", "merge-drift-ancestor-keep", "drift-ancestor-replay", "drift-ancestor-text"]
+    "key",
+    [
+        "merge-drift-ancestor-keep",
+        *(pytest.param(key, marks=pytest.mark.slow) for key in ("lora-keep", "drift-ancestor-replay")),
+        "drift-ancestor-text",
+    ],
 )
 def test_kept_runs_go_through(key, priors, monkeypatch):
     from digits_study import run as runs

@@ -113,6 +113,7 @@ def test_the_command_refuses(flags, error, capsys):
     assert status and f"drift-peft: error: {error}" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_says_what_several_seeds_have_in_common(tmp_path, capsys, monkeypatch):
     run, asked = demo.compare.run, []
 

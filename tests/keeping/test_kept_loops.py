@@ -199,6 +199,7 @@ def test_autocast_of_the_training(folder):
     assert seen == [bf16, fp16, bf16, fp32, fp16, fp32]
 
 
+@pytest.mark.slow
 def test_a_compiled_model(model, folder, processor):
     torch._dynamo.reset()
     twin = copy.deepcopy(model)

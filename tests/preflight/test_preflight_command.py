@@ -93,7 +93,7 @@ def test_advice_takes_no_step_that_cannot_matter(monkeypatch):
 @pytest.mark.parametrize(
     "kwargs, least",
     [
-        (None, 13 * 256 + 512),
+        pytest.param(None, 13 * 256 + 512, marks=slow),
         pytest.param({"max_patches": 4}, 5 * 256 + 512, marks=slow),
         pytest.param({"crop_to_patches": False}, 256 + 512, marks=slow),
     ],

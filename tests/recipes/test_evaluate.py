@@ -226,7 +226,7 @@ def test_a_keep_set_writes_over_no_result_of_an_exam(model, data, result, tmp_pa
     assert (tmp_path / "kept.json").read_text() == kept and not output.exists()
 
 
-@pytest.mark.parametrize("asked", ["keep", "data"])
+@pytest.mark.parametrize("asked", [pytest.param("keep", marks=pytest.mark.slow), "data"])
 def test_a_model_that_does_not_load_is_no_fault_of_the_batch(asked, model, data, tmp_path, monkeypatch, capsys):
     """Nor is anything answered then."""
     make_keep_set(model, data.parent, keep := tmp_path / "k.safetensors", max_new_tokens=2, top_k=4, progress=False)

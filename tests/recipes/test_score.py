@@ -292,6 +292,7 @@ def test_how_the_answers_of_each_model_were_read_is_told(tmp_path, capsys):
     assert [[cell.strip() for cell in line] for line in lines] == [["own, base", "0", "1", "1", "1", "1", "0"]]
 
 
+@pytest.mark.slow
 def test_answers_whose_comparison_takes_too_long_are_counted(tmp_path, monkeypatch, capsys):
     samples = [{"index": 0, "question": "?", "gold": "10^{10^{10}}", "response": r"\boxed{1}"}]
     (tmp_path / "own.json").write_text(json.dumps({"data": "own.jsonl", "scorer": {}, "samples": samples}))

@@ -80,8 +80,8 @@ class Chat:
         self._unreachable = httpx2.ConnectError
 
     def ask(self, body: dict, read: Callable[[dict], Any]) -> Any:
-        """What `read` makes of the first choice of the answer. An answer on which it fails, as on a field that is
-        missing, is no completion, and is asked for again.
+        """What `read` makes of the first choice of the answer, beside which stands the answer's `usage`. An answer on
+        which it fails, as on a field that is missing, is no completion, and is asked for again.
 
         Raises:
             NoCompletion
@@ -97,7 +97,8 @@ class Chat:
                 trouble = f"status {status} ({_message(response, content)})"
                 if response.is_success:
                     try:
-                        return read(json.loads(content)["choices"][0])
+                        answer = json.loads(content)
+                        return read({**answer["choices"][0], "usage": answer.get("usage")})
                     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
                         trouble = f"an answer that is no completion ({type(error).__name__}: {error})"
                 elif status in PASSING or status >= 500:

@@ -38,6 +38,8 @@ class OpenAI:
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.asked, self.answered, self.times, self.images, self.bodies, self.keys = [], [], [], [], [], []
         self.open = self.busiest = 0
+        self.usage: int | None = None  # tokens of a prompt, as it says
+        self.longest: int | None = None  # tokens of an answer, if not what it is asked for
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -97,13 +99,21 @@ class _Handler(BaseHTTPRequestHandler):
             with owner.lock:
                 owner.open -= 1
 
+    def cut_at(self, body: dict) -> int:
+        return body["max_tokens"] if self.owner.longest is None else self.owner.longest
+
     def answer(self, question: str, body: dict, fault: str | None) -> None:
         said = self.owner.reply(question)
         message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         if self.owner.logprobs:
             choice["logprobs"] = {"content": self.owner.logprobs(body)}
-        content = json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
+            if len(choice["logprobs"]["content"] or ()) == self.cut_at(body):
+                choice["finish_reason"] = "length"
+        whole = {"object": "chat.completion", "choices": [choice]}
+        if self.owner.usage is not None:
+            whole["usage"] = {"prompt_tokens": self.owner.usage}
+        content = json.dumps(whole).encode()
         if fault is None:
             with self.owner.lock:
                 self.owner.answered.append(question)

@@ -293,7 +293,10 @@ def check(methods: list[str], rates: dict[str, float]) -> None:
 def check_folder(
     out: str | Path | None, results: str = RESULTS, written: Iterable[str] = (PRIOR, KEPT, RESULTS, *PICTURES, *METHODS)
 ) -> None:
-    """FileExistsError for a folder that holds what would be `written`, unless its `results` are those of a run."""
+    """FileExistsError for a folder that holds what would be `written`, unless its `results` are those of a run;
+    ValueError for an empty name, which would be the folder that one is in."""
+    if out is not None and not os.fspath(out):
+        raise ValueError("output is empty: name a folder (--out)")
     if out is None or not os.path.lexists(out):
         return
     if not os.path.isdir(out):

@@ -12,7 +12,8 @@ and of the answers what `sample_file` describes. The header also holds:
     vocabulary     rows of its logits
     processor      its class
     image_mode     what the processor takes, such as RGB
-    prompt_tokens  of the first sample's question and image
+    prompt_sample  the first of those with the largest image; 0 in earlier sets
+    prompt_tokens  of that sample's question and image
     ends           tokens that end an answer
     seed           of the choice of images
     generation     settings of the answers
@@ -94,11 +95,12 @@ class KeepSet(SharedFile, SampleFile):
             )
         if not self.has_tokens_of(processor):
             raise ValueError(f"{self.source} was made with another tokenizer than this {kind}'s: {self._way_out}")
-        asked = self.metadata["prompt_tokens"]
-        if (asks := prompt_tokens(processor, self[0].image, self[0].question)) != asked:
+        asked, number = self.metadata["prompt_tokens"], self.metadata.get("prompt_sample", 0)
+        sample = self[number]
+        if (asks := prompt_tokens(processor, sample.image, sample.question)) != asked:
             warn(
-                f"{self.source} was made with another resolution of images or another chat template: its first "
-                f"question had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
+                f"{self.source} was made with another resolution of images or another chat template: its question "
+                f"{number} had {asked} tokens there, and has {asks} here, so keeping holds the model to answers to "
                 "other inputs. Make the set with the processor that you train with (processor= of make_keep_set, "
                 "--processor-kwargs of drift-peft keep make)."
             )
@@ -232,6 +234,14 @@ def data_address(image: Image, format: str = "PNG", **options) -> str:
     content = io.BytesIO()
     image.save(content, format, **options)
     return f"data:image/{format.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def area_of(content: bytes) -> int:
+    """How many pixels a picture's file has, by its beginning."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        return image.width * image.height
 
 
 def prompt_tokens(processor: Any, image: Image, question: str) -> int:

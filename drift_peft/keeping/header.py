@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ..checkpoints import Origin, Schema, Text
 
@@ -27,6 +27,7 @@ class Header(Schema):
     tokenizer: Tokenizer
     processor: str
     image_mode: str
+    prompt_sample: NonNegativeInt = 0
     prompt_tokens: PositiveInt
     ends: list[int]
     k: PositiveInt

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import check_whole, typed
 from ..checkpoints import claimed_output, finish, finished, resumable_folder
-from .file import FILE_NAME, KeepSet, decode_image, prompt_tokens, write_keep_set
+from .file import FILE_NAME, KeepSet, area_of, decode_image, prompt_tokens, write_keep_set
 from .generation import machine
 from .pictures import read_pictures
 from .questions import BUILT_IN, check_questions, read_questions
@@ -114,9 +115,9 @@ def make_keep_set(
         vlm.check_written("question", [q for _, q in asked], source, "each question gets its image by itself")
         vlm_or_server = vlm
         if server is not None:
-            vlm_or_server = Server(
-                server, vlm.origin["id"], vlm.processor.tokenizer, vlm.vocabulary, vlm.places, api_key
-            )
+            known = vlm.processor.tokenizer, vlm.vocabulary, vlm.places
+            counts = partial(prompt_tokens, vlm.processor)
+            vlm_or_server = Server(server, vlm.origin["id"], *known, api_key, vlm.ends, counts)
 
         def show(image: Image) -> None:
             prompt_tokens(vlm.processor, image.convert(vlm.image_mode), asked[0][1])
@@ -128,10 +129,12 @@ def make_keep_set(
         facts = {**vlm.facts, "format": KeepSet.FORMAT, "k": top_k, "seed": seed, "generation": generation}
         facts["ends"] = vlm.ends
         facts["questions"] = [[kind, question] for kind, question in asked]
-        image, question = pairs[0]
-        first = decode_image(pictures[image], vlm.image_mode)
-        facts["prompt_tokens"] = prompt_tokens(vlm.processor, first, asked[question][1])
-        del first  # a decoded photograph takes tens of MB
+        # Of a small image, which no setting makes smaller, another resolution shows nothing.
+        number = max(range(samples), key=lambda i: area_of(pictures[pairs[i][0]]))
+        image, question = pairs[number]
+        largest = decode_image(pictures[image], vlm.image_mode)
+        facts["prompt_tokens"] = prompt_tokens(vlm.processor, largest, asked[question][1])
+        del largest  # a decoded photograph takes tens of MB
         everything = {**facts, **numbers, "files of the VLM": vlm.identity, "images": _hash(pictures), **machine()}
         with resumable_folder(output, everything, afresh=overwrite, parts="batches") as folder:
 
@@ -145,10 +148,17 @@ def make_keep_set(
                 )
 
             answers = answers_in_batches(folder, samples, batch_size, ask, "keep set", progress)
-            decode = vlm.processor.tokenizer.decode
-            facts["answers"] = [decode(answer["tokens"], skip_special_tokens=True) for answer in answers]
+            facts["prompt_sample"] = number
+            facts["answers"] = [_words(answer["tokens"], vlm) for answer in answers]
             write_keep_set(folder, output, pictures, pairs, answers, facts)
         return KeepSet.load(output)
+
+
+def _words(tokens: Tensor, vlm: Vlm) -> str:
+    """What an answer says, without the special token that ends it. Other special ones, as those around a place, belong
+    to it: a tokenizer makes the same tokens of their names again."""
+    words, last = vlm.processor.tokenizer, int(tokens[-1])
+    return words.decode(tokens[:-1] if last in vlm.ends and last in words.all_special_ids else tokens)
 
 
 def answers_in_batches(

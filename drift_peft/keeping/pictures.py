@@ -12,7 +12,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def _is_data_set(source: Any) -> bool:
 
 def _is_row(given: Any) -> bool:
     """Of a data set; an image of datasets is a dict, too."""
-    return isinstance(given, dict) and not {"bytes", "path"} & given.keys()
+    return isinstance(given, dict) and bool({*COLUMNS} & given.keys() or not {"bytes", "path"} & given.keys())
 
 
 def _can_be_read(source: Any) -> bool:
@@ -291,17 +291,18 @@ def _rows(dataset: Any, seed: int, name: str, folder: Path | None = None) -> Ite
 def _images(row: Any) -> list:
     """The images of a row of a data set, as they are given there."""
     if not isinstance(row, dict):
-        return []
+        return [row] if isinstance(row, str) else []  # a list of paths
     for key in COLUMNS[:2]:
-        if row.get(key):
-            return list(row[key]) if isinstance(row[key], (list, tuple)) else [row[key]]
+        given = row.get(key)
+        if given is not None and not (isinstance(given, Sized) and not len(given)):
+            return list(given) if isinstance(given, (list, tuple)) else [given]
     turns = next((row[key] for key in COLUMNS[2:] if row.get(key)), [])
     contents = (turn.get("content") for turn in turns if isinstance(turn, dict))
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    given = (
+    named = (
         next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None) for part in parts
     )
-    return [image["url"] if isinstance(image, dict) and "url" in image else image for image in given if image]
+    return [image["url"] if isinstance(image, dict) and "url" in image else image for image in named if image]
 
 
 def _content(image: Any, folder: Path | None, name: str) -> bytes:

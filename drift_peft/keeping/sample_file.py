@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from ..checkpoints import HeadedFile, write_headed
+from ..checkpoints import HeadedFile, Watch, write_headed
 from .answers import Sample
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class SampleFile(HeadedFile, Sequence[Sample]):
         metadata: the header.
         k: how many log probabilities are known of each answer token.
     """
+
+    def __init__(self, path: Path, source: str):
+        self._inode, self._watch = _inode(path), Watch(source, [path])
+        super().__init__(path, source)
 
     def has_tokens_of(self, processor: Any) -> bool:
         """Are the answers in this processor's tokens? Tokens that were added since then are no matter."""
@@ -108,8 +112,19 @@ class SampleFile(HeadedFile, Sequence[Sample]):
         return bool(finite) and all(0 <= int(t.min()) and int(t.max()) < rows for t in tokens)
 
     def _part(self, name: str, ends: Tensor, i: int) -> Tensor:
+        # The file is mapped into memory: what is written into it would be taken for answers, and where it was cut, the
+        # process would die. Another file that has taken its name is no matter.
+        if _inode(self.path) == self._inode:
+            self._watch.check()
         start = int(ends[i - 1]) if i else 0
         return self._file.get_slice(name)[start : int(ends[i])]
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def grows(ends: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..chat import MOVED, Chat, NoCompletion
+from ..warn import warn
 from .file import data_address
 
 if TYPE_CHECKING:
@@ -46,14 +47,25 @@ class Server:
         vocabulary: how many tokens the VLM has.
         places: tokens that no answer can hold.
         api_key: for the header Authorization; stored nowhere.
+        ends: tokens of which each ends an answer.
+        counts: how many tokens the VLM's processor makes of an image and a question.
 
     Raises:
         ValueError: the address or the key is none.
     """
 
     def __init__(
-        self, url: str, model: str, tokenizer: Any, vocabulary: int, places: Sequence[int], api_key: str | None = None
+        self,
+        url: str,
+        model: str,
+        tokenizer: Any,
+        vocabulary: int,
+        places: Sequence[int],
+        api_key: str | None = None,
+        ends: Sequence[int] = (),
+        counts: Callable[[Image, str], int] | None = None,
     ):
+        self._ends, self._counts = {*ends}, counts
         self._chat = Chat(url, api_key, TIMEOUT, RETRIES)
         self.url = self._chat.url
         self.model, self.tokenizer, self.vocabulary, self.places = model, tokenizer, vocabulary, {*places}
@@ -63,19 +75,55 @@ class Server:
     ) -> list[dict[str, Tensor]]:
         """As `Vlm.answer`.
 
+        Warns:
+            UserWarning: once, the server makes another number of tokens of an image and its question than the
+                processor; once, it leaves out the token that ends an answer.
+
         Raises:
             ConnectionError: the server cannot be reached, or fails again and again.
-            ValueError: it refuses the question, gives no log probabilities or too few, or names what is no token.
+            ValueError: it refuses the question, gives no log probabilities or too few, names what is no token, or cuts
+                an answer before max_new_tokens.
         """
         with ThreadPoolExecutor(len(images)) as pool:
             asked = pool.map(lambda image, question: self._ask(image, question, max_new_tokens, k), images, questions)
             try:
-                return [*asked]
+                choices = [*asked]
             except BaseException:  # the run ends, and the other questions need not wait for their next try
                 self._chat.stop()
                 raise
+        answers = [self._read(choice, k) for choice in choices]
+        for image, question, choice, answer in zip(images, questions, choices, answers, strict=True):
+            self._check_prompt(image, question, choice["usage"])
+            self._check_end(choice.get("finish_reason"), answer["tokens"], max_new_tokens)
+        return answers
 
-    def _ask(self, image: Image, question: str, max_new_tokens: int, k: int) -> dict[str, Tensor]:
+    def _check_prompt(self, image: Image, question: str, usage: Any) -> None:
+        """The server makes its inputs as it was started, whatever the processor here is told."""
+        seen = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if self._counts is None or not isinstance(seen, int):
+            return
+        if (made := self._counts(image, question)) != seen:
+            self._counts = None
+            warn(
+                f"the server {self.url} makes {seen} tokens of an image and its question, and the processor here makes "
+                f"{made}: it answers at another resolution of images, or with another chat template, than keeping will "
+                "ask. Start it with the same settings, as vLLM takes them by --mm-processor-kwargs and --chat-template."
+            )
+
+    def _check_end(self, reason: str | None, tokens: Tensor, max_new_tokens: int) -> None:
+        if reason == "length" and len(tokens) < max_new_tokens:
+            raise ValueError(
+                f"the server {self.url} cuts an answer after {len(tokens)} tokens, before max_new_tokens="
+                f"{max_new_tokens}: raise its own limit, or pass max_new_tokens={len(tokens)} (--max-new-tokens)"
+            )
+        if reason == "stop" and self._ends and int(tokens[-1]) not in self._ends:
+            self._ends = set()
+            warn(
+                f"the server {self.url} leaves out the token that ends an answer, so that keeping cannot hold the "
+                "model to it: take a server that names it, such as vLLM."
+            )
+
+    def _ask(self, image: Image, question: str, max_new_tokens: int, k: int) -> dict:
         parts = [{"type": "image_url", "image_url": {"url": data_address(image)}}, {"type": "text", "text": question}]
         body = {
             "model": self.model,
@@ -87,7 +135,7 @@ class Server:
             "repetition_penalty": 1.0,  # else vLLM takes that of the model's generation_config.json
             "return_tokens_as_token_ids": True,
         }
-        return self._read(self._post(body, k), k)
+        return self._post(body, k)
 
     def _post(self, body: dict, k: int) -> dict:
         """The first choice of the answer."""

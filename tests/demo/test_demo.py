@@ -221,6 +221,8 @@ def test_what_no_demo_has_written_is_not_replaced(name, tmp_path):
         demo.run(tmp_path)
     (tmp_path / "study").mkdir()
     (tmp_path / name).rename(tmp_path / "study" / "study.json")
+    with pytest.raises(ValueError, match=r"^output is empty: name a folder \(--out\)$"):
+        demo.compare.check_folder("")
     with pytest.raises(FileExistsError, match=r"holds study.json and is no folder of an earlier demo"):
         demo.study([0, 1], tmp_path / "study")
     (tmp_path / "study" / "seed1").mkdir()

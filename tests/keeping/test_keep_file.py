@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 import types
 import warnings
 
@@ -10,6 +12,7 @@ import torch
 import transformers as tf
 from hub import Hub
 from keep_sets import SETTINGS, count_decoded, make
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vlm
@@ -124,13 +127,42 @@ def test_it_says_where_it_was_asked_in_another_way(keep_set, folder, processor, 
     """The VLM's answers are to other inputs then, and keeping would pull an untouched VLM."""
     other = copy.deepcopy(processor)
     change(other)
-    with pytest.warns(UserWarning, match=r"another resolution .* chat template: its first question had \d+ tokens"):
+    with pytest.warns(UserWarning, match=r"another resolution .* chat template: its question \d+ had \d+ tokens"):
         keep_set.check(other)
     mine = make_keep_set(folder / "base", folder / "pictures", tmp_path / "k", processor=other, **SETTINGS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mine.check(other)
         keep_set.check(processor)
+
+
+def test_another_resolution_shows_in_the_largest_picture(folder, processor, tmp_path):
+    """And not in the first one, where that is as small as the setting allows."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, width in enumerate((8, 64, 8, 8)):
+        Image.new("RGB", (width, width), (i, 0, 0)).save(pictures / f"{i}.png")
+    small = {"size": {"shortest_edge": 64, "longest_edge": 64}}
+    for seed in range(4):
+        made = make_keep_set(folder / "base", pictures, tmp_path / f"{seed}", **SETTINGS | {"samples": 4}, seed=seed)
+        assert made[made.metadata["prompt_sample"]].image.width == 64
+        other = type(processor).from_pretrained(folder / "base", **small)
+        with pytest.warns(UserWarning, match="another resolution"):
+            made.check(other)
+
+
+def test_a_set_that_is_written_to_while_it_is_read_is_told(folder, tmp_path):
+    copied = shutil.copy(folder / "keep.safetensors", tmp_path / "k.safetensors")
+    keep_set = KeepSet.load(copied)
+    assert keep_set[0].answer
+    with open(copied, "r+b") as file:
+        file.seek(-64, 2)
+        file.write(bytes(64))
+    os.utime(copied, ns=(1, 1))
+    with pytest.raises(
+        ValueError, match=r"k\.safetensors has changed while .* was read, so that the result would be a"
+    ):
+        keep_set[0]
 
 
 def test_a_processor_by_its_settings(folder, tmp_path):

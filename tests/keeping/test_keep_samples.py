@@ -28,6 +28,21 @@ def whole(keep_set):
     return [i for i, s in enumerate(keep_set) if (len(s.tokens) < 3 or int(s.tokens[-1]) in ENDS) and s.answer.strip()]
 
 
+def test_a_sample_says_all_tokens_of_the_answer(keep_set, folder):
+    """Special ones among them, as those that mark a place; but not the one that ends it."""
+    words = AutoProcessor.from_pretrained(folder / "base").tokenizer
+    kept, _ = training_samples(keep_set)
+    answers = {(keep_set[i].question, tuple(keep_set[i].tokens.tolist())) for i in whole(keep_set)}
+    said = set()
+    for _, (question, answer) in kept:
+        tokens = words(answer["content"], add_special_tokens=False)["input_ids"]
+        said.add((question["content"].removeprefix("<image>"), tuple(tokens)))
+    special = {*words.all_special_ids}
+    assert any(special & {*tokens} for _, tokens in said)
+    for question, tokens in answers:
+        assert (question, tokens[:-1] if tokens[-1] in special & {*ENDS} else tokens) in said
+
+
 def test_the_command_writes_what_the_recipes_read(keep_set, capsys, tmp_path):
     where = tmp_path / "samples"
     status, out, _ = run(capsys, "keep", "samples", keep_set.path, "-o", where, "--json")

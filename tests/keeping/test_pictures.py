@@ -103,6 +103,15 @@ def test_a_picture_that_the_processor_refuses_is_left_out_and_named(tmp_path):
         read_pictures(tmp_path, 5, 0, lacks)
 
 
+def test_rows_of_arrays_rows_with_a_path_beside_and_lists_of_paths(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="give a path, the bytes of a file, or a picture of PIL"):
+        read_pictures([{"image": np.zeros((4, 4, 3), dtype=np.uint8)}], 1, 0)
+    assert read_pictures([{"image": Image.new("RGB", (4, 4)), "path": "gone.jpg"}], 1, 0)
+    (tmp_path / "list.json").write_text(json.dumps(["a.png"]))
+    assert read_pictures(tmp_path / "list.json", 1, 0) == [(tmp_path / "a.png").read_bytes()]
+
+
 NO_FILES = {
     "https://x.org/a.png": "is the web address https://x.org/a.png: download it, and name the file",
     "data:image/png;base64,###": "is a data: address that is not base64",

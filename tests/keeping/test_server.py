@@ -3,11 +3,12 @@
 import base64
 import io
 import math
+import warnings
 
 import pytest
 import torch
 import transformers as tf
-from keep_sets import make, single_inputs
+from keep_sets import ENDS, make, single_inputs
 from openai_server import OpenAI
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -82,6 +83,41 @@ def test_the_same_set_as_here(style, folder, answers, tmp_path):
         assert a.tokens.equal(b.tokens) and a.top_tokens.equal(b.top_tokens) and a.answer == b.answer
         torch.testing.assert_close(a.top_logprobs, b.top_logprobs, atol=1e-4, rtol=0)
     assert b"secret" not in keep_set.path.read_bytes()
+
+
+def test_a_server_that_sees_other_prompts_or_leaves_out_the_ends_is_told_once(folder, answers, tmp_path):
+    """As one does whose processor has other settings than the one here."""
+    answer, tokenizer = answers
+    name = NAMES["vllm"](tokenizer)
+
+    def unended(body):
+        tokens, *rest = answer(body)
+        kept = len(tokens) - (int(tokens[-1]) in ENDS and len(tokens) > 1)
+        return entries(tokens[:kept], *(row[:kept] for row in rest), name)
+
+    with OpenAI(lambda question: "…", logprobs=unended) as server, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        server.usage = 5
+        make(folder, tmp_path / "k.safetensors", server=server.url)
+    told = [str(w.message) for w in caught if server.url in str(w.message)]
+    assert len(told) == 2
+    assert "makes 5 tokens of an image and its question, and the processor here makes " in told[0]
+    assert "leaves out the token that ends an answer" in told[1]
+
+
+def test_an_answer_that_the_server_cuts_is_refused(folder, answers, tmp_path):
+    answer, tokenizer = answers
+    name = NAMES["vllm"](tokenizer)
+
+    def short(body):
+        tokens, *rest = answer(body | {"max_tokens": 3})
+        return entries(tokens, *rest, name)
+
+    told = r"cuts an answer after 3 tokens, before max_new_tokens=8: raise its own limit, or pass max_new_tokens=3 \("
+    with OpenAI(lambda question: "…", logprobs=short) as server:
+        server.longest = 3
+        with pytest.raises(ValueError, match=told):
+            make(folder, tmp_path / "k.safetensors", server=server.url)
 
 
 TOP = [{"token": f"token_id:{i}", "logprob": -1.0 - i} for i in range(8, 13)]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -120,6 +121,8 @@ def run(
         start = time.perf_counter()
         result = {"seed": seed, "steps": steps, "size": size, "split": split}
         write_json(folder / RESULTS, result)
+        for left in _written(folder):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         build_prior(EXPERT, VLM, folder / PRIOR, overwrite=True)
         train_digits = Digits("train")
         if any(METHODS[key].kept for key in methods):
@@ -151,7 +154,7 @@ def run(
         if out is None:
             print("Nothing was kept; --out FOLDER keeps the prior, adapters, merged models, results and pictures.")
         else:
-            print(f"{out} holds the prior, adapters, merged models, results.json, results.png and samples.png.")
+            print(f"{out} holds {', '.join(path.name for path in [*_written(folder), folder / RESULTS])}.")
     return result
 
 
@@ -308,6 +311,11 @@ def check_folder(
             f"output {out} holds {theirs[0]} and is no folder of an earlier demo, so nothing in it is replaced: name "
             "another folder (--out)"
         )
+
+
+def _written(folder: Path) -> list[Path]:
+    """What of a run lies there, apart from its results."""
+    return [folder / name for name in (PRIOR, KEPT, *METHODS, *PICTURES) if os.path.lexists(folder / name)]
 
 
 def is_of_a_run(results: Path) -> bool:

@@ -232,7 +232,7 @@ def test_what_no_demo_has_written_is_not_replaced(name, tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"study", "seed1", name}
 
 
-def test_what_a_demo_has_written_is_replaced(tmp_path, monkeypatch):
+def test_what_a_demo_has_written_is_replaced(tmp_path, monkeypatch, capsys):
     """Of a run, interrupted or finished, and of a study."""
     quick = {"methods": ["vlm"], "size": 2}
 
@@ -244,7 +244,12 @@ def test_what_a_demo_has_written_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     interrupted(demo.run, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "prior.safetensors", "results.json"]
+    (tmp_path / "drift" / "adapter").mkdir(parents=True)  # of that run's, which the next one does not ask for
     result = demo.run(tmp_path, **quick)
+    pictures = "results.png", "samples.png"
+    assert sorted(os.listdir(tmp_path)) == sorted(["notes.txt", "prior.safetensors", "results.json", *pictures])
+    told = f"{tmp_path} holds prior.safetensors, results.png, samples.png, results.json."
+    assert told in capsys.readouterr().out.replace("\n", "")
     assert json.loads((tmp_path / "results.json").read_text()) == result
     interrupted(demo.run, tmp_path)
     (tmp_path / "study.json").write_text(json.dumps([result]))

@@ -117,10 +117,14 @@ def _checkpoint(kwargs: dict[str, Any]) -> None:
     theirs = {*inspect.signature(enable).parameters}
     if hasattr(trl.models, "enable_selective_activation_checkpointing"):
         theirs.add("selective")
+    own = [p.name for p in inspect.signature(checkpoint).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for key in kwargs:  # without reentrance, a layer would be given what is unknown, and may take it in silence
+        if key not in (*own, "preserve_rng_state", *theirs):
+            raise ValueError(f"it has no {key}, but {', '.join(own)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which come again where they are meant
-        given = torch.ones(1, requires_grad=True)
-        checkpoint(torch.nn.Linear(1, 1), given, **{key: kwargs[key] for key in kwargs if key not in theirs})
+        rest = {"use_reentrant": False} | {key: kwargs[key] for key in kwargs if key not in theirs}  # as TRL has it
+        checkpoint(torch.nn.Linear(1, 1), torch.ones(1, requires_grad=True), **rest)
 
 
 def _optimizer(train: TrainingArguments) -> torch.optim.Optimizer:
